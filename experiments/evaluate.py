@@ -1,0 +1,37 @@
+"""The raw, the fine-tuned and the PPO model on the same unseen text and prompts, with intervals and win rates.
+
+Command: python -m lm.evaluate --config=experiments/evaluate.py --workdir=runs/quickstart/evaluate
+Needs: runs/quickstart/pretrain, sft and ppo.
+Change first: models (any workdirs, by the name to show), evaluate.prompts, evaluate.temperature.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    assert arg in ("", "tiny"), "choose nothing or tiny"
+    tiny = arg == "tiny"
+    config = ConfigDict()
+    config.seed = 0
+    config.models = ConfigDict({
+        "raw": "runs/quickstart/pretrain",
+        "sft": "runs/quickstart/sft",
+        "ppo": "runs/quickstart/ppo",
+    })
+    config.evaluate = ConfigDict({
+        "order": ("raw", "sft", "ppo"),  # each is compared with the one before it
+        "corpus": "stdlib,chitchat",
+        "sources": "chitchat",
+        "turns": 3,
+        "prompts": 32 if tiny else 192,
+        "prompt_length": 32 if tiny else 64,
+        "max_new": 16 if tiny else 48,
+        "temperature": 1.0,
+        "rater": "rule",
+        "held_out": 0.05,
+        "held_out_bytes": 20_000 if tiny else 200_000,
+        "length": 64 if tiny else 256,
+        "rows_at_once": 32 if tiny else 64,
+    })
+    return config.lock()

@@ -1,0 +1,45 @@
+"""Pretraining by next-token prediction on the standard library and human conversations, for a laptop CPU.
+
+Paper: Radford et al. 2019 (GPT-2); the block of Touvron et al. 2023, arXiv 2302.13971; z-loss of arXiv 2204.02311.
+Command: python -m lm.train --config=experiments/pretrain.py --workdir=runs/quickstart/pretrain
+Needs: runs/quickstart/tokenizer (experiments/tokenizer.py).
+Change first: optimizer.learning_rate, train.steps (optimizer.total_steps follows), model.width.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    assert arg in ("", "tiny"), "choose nothing or tiny"
+    tiny = arg == "tiny"
+    config = ConfigDict()
+    config.seed = 0
+    config.tokenizer = "runs/quickstart/tokenizer"
+    config.init_from = ""
+    config.model = ConfigDict({
+        "layers": 2 if tiny else 4,
+        "width": 32 if tiny else 128,
+        "heads": 2 if tiny else 4,
+        "kv_heads": 1 if tiny else 2,
+        "head_size": 16 if tiny else 32,
+        "hidden": 64 if tiny else 384,
+        "context": 64 if tiny else 256,
+    })
+    config.data = ConfigDict({
+        "corpus": "stdlib,chitchat",
+        "length": 64 if tiny else 256,
+        "batch_size": 8 if tiny else 16,
+        "held_out": 0.05,
+        "held_out_bytes": 20_000 if tiny else 200_000,
+    })
+    config.train = ConfigDict({"steps": 8 if tiny else 600, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50})
+    config.optimizer = ConfigDict({
+        "learning_rate": 3e-3,
+        "total_steps": config.train.get_ref("steps"),
+        "warmup_steps": 2 if tiny else 30,
+        "schedule_name": "cosine",
+    })
+    config.stage = ConfigDict({"name": "pretrain", "z_loss": 1e-4})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    return config.lock()

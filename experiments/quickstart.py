@@ -1,0 +1,45 @@
+"""From real text to an assistant in ten minutes on two CPU cores: the chain of all stages.
+
+Method: tokenizer, pretraining, SFT, ranking, reward model, PPO, evaluation, report; each stage is the config of the same
+name beside this file.
+Command: python -m lm.pipeline --config=experiments/quickstart.py
+The rater that ranks is a published rule (lm.rewards.rule.RULE), so that what PPO learns can be checked by reading.
+Change first: --config.corpus=PATH (your own text for tokenizer and pretraining), --workdir.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny", which runs every stage for a few steps."""
+    assert arg in ("", "tiny"), "choose nothing or tiny"
+    config = ConfigDict({"root": "runs/quickstart", "corpus": "stdlib,chitchat", "stages": STAGES})
+    root, corpus = config.get_ref("root"), config.get_ref("corpus")
+    for name in STAGES:
+        config[name] = beside(name).get_config(arg).unlock()
+
+    config.tokenizer.data.corpus = corpus
+    config.pretrain.data.corpus = corpus
+    config.evaluate.evaluate.corpus = corpus
+    config.pretrain.tokenizer = root + "/tokenizer"
+    config.sft.init_from = root + "/pretrain"
+    config.rank.init_from = root + "/sft"
+    config.reward.init_from = root + "/sft"
+    config.reward.data.rankings = root + "/rank/rankings.jsonl"
+    config.ppo.init_from = root + "/sft"
+    config.ppo.data.reward_model = root + "/reward"
+    config.evaluate.models = ConfigDict({"raw": root + "/pretrain", "sft": root + "/sft", "ppo": root + "/ppo"})
+    return config.lock()
+
+
+def beside(name: str):
+    """The config module `name` in this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

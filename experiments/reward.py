@@ -1,0 +1,37 @@
+"""A Bradley-Terry reward model from ranked pairs of answers, starting as the SFT model.
+
+Paper: Stiennon et al. 2020, arXiv 2009.01325; Ouyang et al. 2022, eq. 1, arXiv 2203.02155.
+Command: python -m lm.train --config=experiments/reward.py --workdir=runs/quickstart/reward
+Needs: runs/quickstart/sft and runs/quickstart/rank/rankings.jsonl (any file of that format).
+Change first: train.steps (too many overfit: watch held_out/accuracy), optimizer.learning_rate.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    assert arg in ("", "tiny"), "choose nothing or tiny"
+    tiny = arg == "tiny"
+    config = ConfigDict()
+    config.seed = 0
+    config.tokenizer = ""
+    config.init_from = "runs/quickstart/sft"
+    config.model = ConfigDict({})
+    config.data = ConfigDict({
+        "rankings": "runs/quickstart/rank/rankings.jsonl",
+        "length": 64 if tiny else 128,
+        "prompts_per_batch": 8 if tiny else 32,
+        "held_out": 0.15,
+    })
+    config.train = ConfigDict({"steps": 8 if tiny else 150, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50})
+    config.optimizer = ConfigDict({
+        "learning_rate": 5e-4,
+        "total_steps": config.train.get_ref("steps"),
+        "warmup_steps": 2 if tiny else 10,
+        "schedule_name": "cosine",
+        "weight_decay": 0.1,
+    })
+    config.stage = ConfigDict({"name": "reward"})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    return config.lock()

@@ -1,0 +1,38 @@
+"""Supervised fine-tuning on human conversations and questions about the standard library.
+
+Paper: Ouyang et al. 2022, sec. 3.5, arXiv 2203.02155.
+Command: python -m lm.train --config=experiments/sft.py --workdir=runs/quickstart/sft
+Needs: runs/quickstart/pretrain. Loss on the assistant's replies and their end token only.
+Change first: train.steps, optimizer.learning_rate, data.sources.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    assert arg in ("", "tiny"), "choose nothing or tiny"
+    tiny = arg == "tiny"
+    config = ConfigDict()
+    config.seed = 0
+    config.tokenizer = ""  # the one init_from was trained with
+    config.init_from = "runs/quickstart/pretrain"
+    config.model = ConfigDict({})  # sizes come with init_from
+    config.data = ConfigDict({
+        "sources": "chitchat" if tiny else "chitchat,docstrings",
+        "turns": 6,
+        "length": 64 if tiny else 256,
+        "batch_size": 8 if tiny else 16,
+        "held_out": 0.05,
+    })
+    config.train = ConfigDict({"steps": 8 if tiny else 250, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50})
+    config.optimizer = ConfigDict({
+        "learning_rate": 1e-3,
+        "total_steps": config.train.get_ref("steps"),
+        "warmup_steps": 2 if tiny else 10,
+        "schedule_name": "cosine",
+        "weight_decay": 0.0,
+    })
+    config.stage = ConfigDict({"name": "sft", "z_loss": 1e-4})
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    return config.lock()

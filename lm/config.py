@@ -1,0 +1,206 @@
+"""Configs: a Python file whose get_config(arg) returns a ConfigDict, changed by --config.KEY=VALUE, checked by name.
+
+ml_collections' own flags could read these files too, but they print a page of traceback for a misspelt key, so the
+few lines that parse an override are here.
+"""
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from lm.errors import UserError
+
+EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "text",
+            tuple: "a tuple such as 1,2", list: "a list such as [1,2]"}
+
+
+def load(path_and_arg: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The locked config of "FILE.py:ARG" with `overrides` such as "optimizer.learning_rate=3e-4" applied.
+
+    An override keeps the type of what it replaces; an int will do for a float, and "None" for text or None. Overriding
+    a field that others refer to changes them all. Raises UserError for a file, argument, key or value that will not do.
+    """
+    path, _, arg = path_and_arg.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"there is no config file {path}: give --config=experiments/NAME.py")
+    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+    if spec is None:
+        raise UserError(f"{path} is not a Python file: give --config=experiments/NAME.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if "get_config" not in vars(module):
+        raise UserError(f"{path} has no get_config(arg) that returns a ConfigDict")
+    try:
+        config = module.get_config(arg)
+    except Exception as error:
+        if not arg:
+            raise  # an error of the file itself: its author needs the traceback
+        raise UserError(f"{path} has no variant {arg!r}: {error or type(error).__name__}") from error
+    for override in overrides:
+        _apply(config, override, path)
+    return config.lock()
+
+
+def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with every reference resolved, as JSON holds it: tuples become lists."""
+    return json.loads(json.dumps(_plain(config)))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a.b": 1}; an empty dict is kept as a value."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def call(function: Callable, options: ConfigDict | Mapping[str, Any], *args: Any, name: str, **extra: Any) -> Any:
+    """function(*args, **extra, **options), once every option is known to be a parameter and none is missing.
+
+    name: where `options` stands in the config; it opens the error: "optimizer.lr is not an option of ...".
+    """
+    options = _plain(options)
+    label = f"{function.__module__}.{function.__qualname__}"
+    parameters = list(inspect.signature(function).parameters.values())[len(args):]
+    names = [parameter.name for parameter in parameters
+             if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+             and parameter.name not in extra]
+    for option in options:
+        if option not in names:
+            raise UserError(f"{name}.{option} is not an option of {label}{_did_you_mean(option, names)}")
+    for parameter in parameters:
+        if parameter.name in names and parameter.default is parameter.empty and parameter.name not in options:
+            raise UserError(f"{name}.{parameter.name} is missing: {label} has no default for it")
+    return function(*args, **extra, **options)
+
+
+def arguments(argv: Sequence[str], description: str,
+              flags: Mapping[str, Mapping[str, Any]]) -> tuple[argparse.Namespace, ConfigDict]:
+    """The program's own flags, and the config named by --config=FILE[:ARG] with every --config.KEY=VALUE applied.
+
+    flags: name to the keywords of argparse's add_argument, such as {"workdir": dict(required=True, help="...")}.
+    """
+    config_flag = dict(required=True, metavar="FILE[:ARG]", help="the config; --config.KEY=VALUE changes an entry")
+    overrides, rest = _overrides(argv)
+    namespace = parsed(rest, description, {"config": config_flag, **flags})
+    return namespace, load(namespace.config, overrides)
+
+
+def parsed(argv: Sequence[str], description: str, flags: Mapping[str, Mapping[str, Any]]) -> argparse.Namespace:
+    """The flags of a program without a config. Raises UserError where argparse would exit, naming the near flag."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, keywords in flags.items():
+        parser.add_argument(f"--{name}", **keywords)
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag.removeprefix("--") not in [*flags, "help", ""]:
+            near = _did_you_mean(flag, [f"--{name}" for name in flags])
+            raise UserError(f"{flag} is not a flag of this program{near}")
+    return parser.parse_args(argv)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def _overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits argv into the KEY=VALUE of every --config.KEY=VALUE or --config.KEY VALUE, and all the rest."""
+    overrides, rest = [], []
+    remaining = list(argv)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        if "=" not in argument:
+            if not remaining or remaining[0].startswith("--"):
+                raise UserError(f"{argument} has no value: write {argument}=VALUE")
+            argument = f"{argument}={remaining.pop(0)}"
+        overrides.append(argument.removeprefix("--config."))
+    return overrides, rest
+
+
+def _apply(config: ConfigDict, override: str, path: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"config.{key} has no value: write --config.{key}=VALUE")
+    keys = flatten(_plain(config))
+    if key not in keys:
+        inside = [f"config.{known}" for known in keys if known.startswith(f"{key}.")]
+        if inside:
+            raise UserError(f"config.{key} is a group: set its entries, such as {inside[0]}")
+        raise UserError(f"config.{key} is not in {path}{_did_you_mean(key, keys, prefix='config.')}")
+    *parents, leaf = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    kind = node.get_type(leaf)
+    try:
+        node[leaf] = _value(text, kind, keys[key])
+    except (ValueError, SyntaxError):
+        expected = EXPECTED[kind] if kind in EXPECTED else f"a {kind.__name__}"
+        raise UserError(f"config.{key}={text}: expected {expected}, as in config.{key}={keys[key]}") from None
+
+
+def _value(text: str, kind: type, old: Any) -> Any:
+    """`text` as a `kind`; ValueError or SyntaxError if it is none. `old` tells the type of a tuple's items."""
+    if text == "None" and (old is None or kind is str):
+        return None
+    if kind is str:
+        return text
+    if kind is bool:
+        return bool(("false", "true").index(text.lower()))
+    if kind in (int, float):
+        return kind(text)
+    if kind is NoneType:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+    value = ast.literal_eval(text)
+    if kind not in (tuple, list) or not isinstance(value, (tuple, list)):
+        _refuse(text)
+    kinds = {type(item) for item in old or ()}
+    return kind(_item(item, *kinds) if len(kinds) == 1 else item for item in value)
+
+
+def _item(item: Any, kind: type) -> Any:
+    if type(item) is kind:
+        return item
+    return float(item) if kind is float and type(item) is int else _refuse(item)
+
+
+def _refuse(value: Any) -> NoReturn:
+    raise ValueError(value)
+
+
+def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+
+
+def _did_you_mean(name: str, names: Iterable[str], *, prefix: str = "") -> str:
+    """"; did you mean X?" with the nearest of `names`, or nothing where none is near."""
+    closeness, near = max(((_closeness(name, other), other) for other in names), default=((0.0, 0.0), ""))
+    return f"; did you mean {prefix}{near}?" if closeness[0] >= 0.6 else ""
+
+
+def _closeness(a: str, b: str) -> tuple[float, float]:
+    """How alike the dotted names a and b are: their least alike parts, 0 to 1, and then the sum over their parts."""
+    parts = [_likeness(*pair) for pair in zip(reversed(a.split(".")), reversed(b.split(".")))]
+    return min(parts), sum(parts)
+
+
+def _likeness(a: str, b: str) -> float:
+    """difflib's ratio, but at least 0.8 for an abbreviation: initials (lr, learning_rate) or a beginning (temp)."""
+    abbreviation = a == "".join(word[:1] for word in b.split("_")) or (len(a) > 2 and b.startswith(a))
+    return max(0.8 * abbreviation, difflib.SequenceMatcher(None, a, b).ratio())

@@ -1,0 +1,1 @@
+"""Real text to rows, and rows to batches: corpora, conversations, rankings. Host-side numpy, no jit."""

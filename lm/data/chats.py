@@ -1,0 +1,124 @@
+"""Conversations to learn from: between humans, and made from the docstrings of the standard library."""
+
+import ast
+import hashlib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lm.data import corpus
+from lm.errors import UserError
+
+QUESTIONS = (
+    "What does {} do?",
+    "What is {} for?",
+    "What is {}?",
+    "Explain {}.",
+    "Tell me about {}.",
+    "Describe {} in one sentence.",
+    "Can you explain {} to me?",
+)
+_SENTENCE = re.compile(r"[A-Z][\w'-]* .*?[\w)'\"\]](?<!\bie|\beg|\bvs)(?<!\be\.g|\bi\.e)(?<!\betc)\.(?=\s|$)")
+_UNSAID = re.compile(r">>>|->|--|[{}<>|]|generated")  # signatures, markup, the notes of code generators
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+class Conversation(NamedTuple):
+    name: str
+    messages: list[dict]  # {"role", "content"}
+
+
+def chitchat() -> list[Conversation]:
+    """Human conversations: whoever speaks first is the user, the other the assistant."""
+    return [Conversation(name, _alternating(turns)) for name, turns in corpus.dialogues()]
+
+
+def docstrings() -> list[Conversation]:
+    """A question and an answer for each public definition of the standard library that has a sentence of docstring.
+
+    The answer is that sentence; the phrasing of the question is drawn by a hash of the definition's name. Conversations
+    bear the name of the module's document, so both are held out together.
+    """
+    found = []
+    for document in corpus.modules():
+        parts = document.name.removeprefix("stdlib/").removesuffix(".py").removesuffix("/__init__").split("/")
+        if any(part.startswith("_") or not part.isidentifier() for part in parts):
+            continue
+        with warnings.catch_warnings(action="ignore"):  # old modules hold invalid escapes
+            tree = ast.parse(document.text)
+        for name, docstring in _documented(tree, ".".join(parts)):
+            answer = _summary(docstring)
+            if answer:
+                question = QUESTIONS[_draw(name, len(QUESTIONS))].format(name)
+                found.append(Conversation(document.name, _alternating([question, answer])))
+    return found
+
+
+SOURCES = {"chitchat": chitchat, "docstrings": docstrings}
+
+
+def conversations(sources: str) -> list[Conversation]:
+    """All conversations of a comma-separated list of SOURCES."""
+    names = [name.strip() for name in sources.split(",")]
+    unknown = [name for name in names if name not in SOURCES]
+    if unknown:
+        raise UserError(f"data.sources has {unknown[0]!r}; choose among {', '.join(SOURCES)}")
+    return [conversation for name in dict.fromkeys(names) for conversation in SOURCES[name]()]
+
+
+def excerpts(conversations: Sequence[Conversation], *, turns: int = 6) -> list[Conversation]:
+    """Each conversation cut into stretches of `turns` messages (even, so that each opens with the user), a lone last
+    one left out: most human conversations are longer than a row."""
+    return [
+        Conversation(name, messages[i : i + turns])
+        for name, messages in conversations
+        for i in range(0, len(messages) - 1, turns)
+    ]
+
+
+def prompts(conversations: Sequence[Conversation], *, turns: int = 3, per_conversation: int = 1) -> list[Conversation]:
+    """Contexts that end in a user's turn of three words or more and await a reply.
+
+    Each holds the last `turns` messages at most and starts with a user's. Of each conversation `per_conversation` are
+    drawn by a hash of its name and the turn (0: all are taken); no context comes twice.
+    """
+    found: dict[tuple[str, ...], Conversation] = {}
+    for name, messages in conversations:
+        contexts = []
+        for i, message in enumerate(messages):
+            if message["role"] == "user" and len(message["content"].split()) >= 3:
+                context = messages[max(0, i + 1 - turns) : i + 1]
+                first = next(j for j, m in enumerate(context) if m["role"] == "user")
+                contexts.append(context[first:])
+        contexts.sort(key=lambda context: _draw(name + context[-1]["content"], 2**32))
+        for context in contexts[: per_conversation or None]:
+            found.setdefault(tuple(m["content"] for m in context), Conversation(name, context))
+    return list(found.values())
+
+
+def _alternating(turns: Sequence[str]) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+def _documented(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    docstring = ast.get_docstring(node)
+    if docstring:
+        yield name, docstring
+    if isinstance(node, ast.Module | ast.ClassDef):
+        for child in node.body:
+            if isinstance(child, Definition) and not child.name.startswith("_"):
+                yield from _documented(child, f"{name}.{child.name}")
+
+
+def _summary(docstring: str) -> str | None:
+    """The first sentence of a docstring, if it is one: a capital, words, at most 200 characters, a period."""
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    sentence = _SENTENCE.match(paragraph)
+    if not sentence or len(sentence[0]) > 200 or len(sentence[0].split()) < 3 or _UNSAID.search(sentence[0]):
+        return None
+    return sentence[0]
+
+
+def _draw(text: str, count: int) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % count

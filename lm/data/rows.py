@@ -1,0 +1,99 @@
+"""Rows of tokens, the last thing before a batch. Every function returns Tokens of numpy arrays [N,T].
+
+A row's inputs and targets are one window of length + 1 tokens, so no target is lost; the weight belongs to the target.
+Packing means isolation: segments are numbered from 1 in each row, positions restart in each, 0 is padding (Krell et al.
+2021, arXiv 2107.02027).
+"""
+
+import bisect
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from lm.errors import UserError
+from lm.tokenizer import Example
+from lm.types import Tokens
+
+
+def stream(ids: Sequence[Sequence[int]], length: int) -> Tokens:
+    """Documents (each already bos ... eos) laid end to end and cut every `length` tokens, for pretraining.
+
+    Weight 0 where the target belongs to another document than the input; the last row is padded.
+    """
+    ids = [document for document in ids if len(document)]
+    lengths = np.array([len(document) for document in ids], np.int64)
+    count = int(lengths.sum()) - 1
+    if count < length:
+        raise UserError(
+            f"corpus too small for one row: {count + 1} tokens, a row needs {length + 1}; add text, or shorten the row"
+        )
+    flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, count + 1)
+    document = np.repeat(np.arange(len(ids)), lengths)
+    begin = np.repeat(np.cumsum(lengths) - lengths, lengths)[:-1]
+    at = np.arange(count)
+    row = at - at % length
+    return Tokens(
+        inputs=_folded(flat[:-1], length, np.int32),
+        targets=_folded(flat[1:], length, np.int32),
+        weights=_folded(document[1:] == document[:-1], length, np.float32),
+        positions=_folded(at - np.maximum(begin, row), length, np.int32),
+        segments=_folded(document[:-1] - document[row] + 1, length, np.int32),
+    )
+
+
+def pack(examples: Sequence[Example], length: int) -> tuple[Tokens, int]:
+    """Whole conversations packed into rows as isolated segments, and how many were longer than a row and left out.
+
+    Best fit, longest first: each goes to the fullest row that still has room.
+    """
+    sizes = [len(example.ids) - 1 for example in examples]
+    kept = sorted((i for i, size in enumerate(sizes) if size <= length), key=lambda i: -sizes[i])
+    rows: list[list[Example]] = []
+    room: list[tuple[int, int]] = []  # (free positions, row), sorted
+    for i in kept:
+        fit = bisect.bisect_left(room, (sizes[i], 0))
+        free, row = room.pop(fit) if fit < len(room) else (length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(examples[i])
+        bisect.insort(room, (free - sizes[i], row))
+    if not rows:
+        raise UserError(f"none of {len(examples)} conversations fits a row of {length} tokens: lengthen the row")
+    return _rows(rows, length), len(examples) - len(kept)
+
+
+def pad(examples: Sequence[Example], length: int) -> Tokens:
+    """One example per row, padded on the right."""
+    for i, example in enumerate(examples):
+        if len(example.ids) - 1 > length:
+            raise UserError(f"example {i} has {len(example.ids)} tokens, a row takes {length + 1}: lengthen the row")
+    return _rows([[example] for example in examples], length)
+
+
+def _rows(rows: Sequence[Sequence[Example]], length: int) -> Tokens:
+    shape = len(rows), length
+    tokens = Tokens(
+        inputs=np.zeros(shape, np.int32),
+        targets=np.zeros(shape, np.int32),
+        weights=np.zeros(shape, np.float32),
+        positions=np.zeros(shape, np.int32),
+        segments=np.zeros(shape, np.int32),
+    )
+    for r, row in enumerate(rows):
+        start = 0
+        for segment, (ids, weights) in enumerate(row, 1):
+            here = r, slice(start, start + len(ids) - 1)
+            tokens.inputs[here] = ids[:-1]
+            tokens.targets[here] = ids[1:]
+            tokens.weights[here] = weights[1:]
+            tokens.positions[here] = np.arange(len(ids) - 1)
+            tokens.segments[here] = segment
+            start += len(ids) - 1
+    return tokens
+
+
+def _folded(flat: np.ndarray, length: int, dtype: type) -> np.ndarray:
+    folded = np.zeros(-(-len(flat) // length) * length, dtype)
+    folded[: len(flat)] = flat
+    return folded.reshape(-1, length)

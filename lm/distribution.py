@@ -1,0 +1,38 @@
+"""The one distribution: what the sampler draws from is what the losses score."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def adjusted(logits: Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
+    """Logits f32[...,V] of the distribution sampled at these settings; tokens outside its support are -inf.
+
+    logits / temperature; then the `top_k` largest (0 keeps all; ties with the k-th stay); then the smallest set of
+    tokens whose probability reaches `top_p`, which keeps the token that crosses it (Holtzman et al. 2020,
+    arXiv 1904.09751). Temperature 0 leaves only the first largest token.
+    """
+    if temperature == 0:
+        best = jnp.argmax(logits, axis=-1, keepdims=True)
+        return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
+    logits = logits.astype(jnp.float32) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits >= kth, logits, -jnp.inf)
+    if top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        probs = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs  # mass of the strictly more probable tokens
+        kept = jnp.sum(before < top_p, axis=-1, keepdims=True)
+        threshold = jnp.take_along_axis(descending, jnp.maximum(kept - 1, 0), axis=-1)
+        logits = jnp.where(logits >= threshold, logits, -jnp.inf)
+    return logits
+
+
+def picked(x: Array, ids: Array) -> Array:
+    """x[..., ids]: f32[...] from f32[...,V] and i32[...].
+
+    A comparison with an iota instead of a gather: its gradient is no scatter, and a sharded vocabulary stays sharded.
+    """
+    return jnp.sum(jnp.where(jnp.arange(x.shape[-1]) == ids[..., None], x, 0.0), axis=-1)

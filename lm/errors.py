@@ -1,0 +1,5 @@
+"""The one exception a user is meant to read."""
+
+
+class UserError(Exception):
+    """Bad input: one line that says what, where, and the way out. Programs print it without a traceback and exit non-zero."""

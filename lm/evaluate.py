@@ -1,0 +1,195 @@
+"""Compare models: held-out text, held-out replies, and a rater's opinion of their answers to the same unseen prompts.
+
+    python -m lm.evaluate --config=experiments/evaluate.py --workdir=runs/quickstart/evaluate
+
+Writes WORKDIR/summary.json and WORKDIR/answers.jsonl, a line a prompt with every model's answer and score.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm import metrics as means
+from lm.answers import Answer, answers
+from lm.config import arguments, call, to_dict
+from lm.console import Progress, main, say, table
+from lm.data import batches, chats, corpus as corpora
+from lm.data.prompts import padded
+from lm.errors import UserError
+from lm.intervals import average, difference, rate, win_rate
+from lm.rewards import REWARDS
+from lm.stages import pretrain, sft
+from lm.stages.next_token import next_token
+from lm.tokenizer import prompt
+from lm.types import Tokens
+from lm.workdir import Trained, Workdir, load, open_workdir, write_text
+
+ANSWERS = "answers.jsonl"
+FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the scores and answers go")}
+
+
+def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
+    """Evaluates into a workdir and returns the summary it leaves there; a finished one is not done again."""
+    with open_workdir(path, to_dict(config)) as workdir:
+        summary = workdir.summary()
+        if summary is None:
+            trained = {name: load(source, backend=jax.default_backend()) for name, source in config.models.to_dict().items()}
+            summary = call(evaluate, config.evaluate, workdir, trained, config.seed, name="evaluate")
+            workdir.write_summary(summary)
+        show(summary)
+        return summary
+
+
+def evaluate(
+    workdir: Workdir,
+    models: Mapping[str, Trained],
+    seed: int,
+    *,
+    order: Sequence[str],
+    corpus: str = "stdlib,chitchat",
+    sources: str = "chitchat",
+    turns: int = 3,
+    prompts: int = 256,
+    prompt_length: int = 64,
+    max_new: int = 48,
+    temperature: float = 1.0,
+    rater: str = "rule",
+    held_out: float = 0.02,
+    held_out_bytes: int = 200_000,
+    length: int = 256,
+    rows_at_once: int = 64,
+) -> dict[str, Any]:
+    """Scores of every model with standard errors and 95 % intervals, and each compared with the one before it, paired.
+
+    A pretrained model is asked in plain text, a line per turn, as it has seen conversations; the others in the chat
+    template. All answer the same held-out prompts, one per conversation, with the same sampler.
+    """
+    if sorted(order) != sorted(models):
+        raise UserError(f"evaluate.order {', '.join(order)} does not name the models {', '.join(models)}, each once")
+    models = {name: models[name] for name in order}
+    if rater not in REWARDS:
+        raise UserError(f"evaluate.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
+    start = time.monotonic()
+    _, text = corpora.split(corpora.documents(corpus), held_out)
+    text = corpora.within(text, held_out_bytes)
+    _, replies = corpora.split(chats.conversations(sources), held_out)
+    contexts = shared_prompts(models.values(), chats.prompts(replies, turns=turns), prompt_length)[:prompts]
+    scores, found, told = {}, {}, {}
+    with Progress("evaluate", len(models), "model") as progress:
+        for i, (name, model) in enumerate(models.items()):
+            nats = nats_of(model, pretrain.rows(model.tokenizer, text, length), rows_at_once)
+            reply_nats = nats_of(model, sft.rows(model.tokenizer, replies, 6, length)[0], rows_at_once)
+            rows = padded([asked(model, c.messages) for c in contexts], [c.messages for c in contexts], prompt_length)
+            given = answers(model.model, model.params["lm"], model.tokenizer, rows, jax.random.key(seed), jit=jax.jit,
+                            rows_at_once=rows_at_once, max_new=max_new, temperature=temperature)
+            found[name] = given
+            scores[name] = REWARDS[rater](rows.contexts, [answer.text for answer in given])
+            told[name] = {
+                "bits_per_byte": float(nats.total) / math.log(2) / sum(len(d.text.encode()) for d in text),
+                "reply_loss": float(reply_nats.value()),
+                **described(given, scores[name]),
+            }
+            progress.update(i + 1, {"score": told[name]["score"]["value"]})
+    write_answers(workdir.path / ANSWERS, contexts, found, scores)
+    names = list(models)
+    return {
+        "stage": "evaluate",
+        "rater": rater,
+        "prompts": len(contexts),
+        "sampler": {"max_new": max_new, "temperature": temperature, "seed": seed},
+        "models": told,
+        "comparisons": [compared(a, b, scores) for a, b in zip(names[1:], names)],
+        "seconds": time.monotonic() - start,
+    }
+
+
+def nats_of(trained: Trained, rows: Tokens, rows_at_once: int) -> means.Mean:
+    """Cross entropy over every weighted token of the rows."""
+    loss = next_token(trained.model)
+    score = jax.jit(lambda lm, part: loss({"lm": lm}, {}, part, None)[1]["loss"])
+    return sum((jax.device_get(score(trained.params["lm"], part)) for part in batches.every(rows, rows_at_once)),
+               means.Mean(np.float32(0), np.float32(0)))
+
+
+def shared_prompts(
+    models: Iterable[Trained], contexts: Sequence[chats.Conversation], length: int
+) -> list[chats.Conversation]:
+    """The contexts that fit every model's `length` tokens, so that all answer the same ones."""
+    for trained in models:
+        contexts = [c for c in contexts if len(asked(trained, c.messages)) <= length]
+    if not contexts:
+        raise UserError(f"no held-out prompt has at most {length} tokens; raise evaluate.prompt_length")
+    return contexts
+
+
+def asked(trained: Trained, messages: list[dict]) -> np.ndarray:
+    """i32[n]: the context as this model was trained to see it."""
+    if trained.stage != "pretrain":
+        return prompt(trained.tokenizer, messages)
+    text = "".join(f"{message['content']}\n" for message in messages)
+    return np.array([trained.tokenizer.bos, *trained.tokenizer.encode(text)], np.int32)
+
+
+def described(given: list[Answer], scores: np.ndarray) -> dict[str, Any]:
+    """Score, fraction that ended by itself, and length of a model's answers, each an Estimate."""
+    return {
+        "score": average(scores)._asdict(),
+        "stopped": rate([answer.stopped for answer in given])._asdict(),
+        "length": average([answer.length for answer in given])._asdict(),
+    }
+
+
+def compared(a: str, b: str, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Model a against model b on the same prompts."""
+    return {
+        "a": a,
+        "b": b,
+        "difference": difference(scores[a], scores[b])._asdict(),
+        "win_rate": win_rate(scores[a], scores[b])._asdict(),
+    }
+
+
+def write_answers(path: Path, contexts, found: Mapping[str, list[Answer]], scores: Mapping[str, np.ndarray]) -> None:
+    lines = [
+        json.dumps({
+            "prompt": context.messages,
+            "answers": {name: given[i]._asdict() for name, given in found.items()},
+            "scores": {name: float(score[i]) for name, score in scores.items()},
+        }, ensure_ascii=False)
+        for i, context in enumerate(contexts)
+    ]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def show(summary: Mapping[str, Any]) -> None:
+    """The scores as tables on the terminal."""
+    def pm(estimate):
+        return f"{estimate['value']:.3g} ± {estimate['se']:.2g}"
+
+    table(f"{summary['prompts']} unseen prompts; ± is a standard error", ["", *summary["models"]], [
+        ["held-out bits per byte", *(f"{m['bits_per_byte']:.3f}" for m in summary["models"].values())],
+        ["held-out reply loss, nats", *(f"{m['reply_loss']:.3f}" for m in summary["models"].values())],
+        ["rater's score", *(pm(m["score"]) for m in summary["models"].values())],
+        ["ended by itself", *(pm(m["stopped"]) for m in summary["models"].values())],
+        ["tokens an answer", *(pm(m["length"]) for m in summary["models"].values())],
+    ])
+    for c in summary["comparisons"]:
+        d, w = c["difference"], c["win_rate"]
+        say(f"{c['a']} over {c['b']}: score {d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], "
+            f"win rate {w['value']:.2f} [{w['low']:.2f}, {w['high']:.2f}] (95 %)")
+
+
+def program(argv: list[str]) -> None:
+    flags, config = arguments(argv, __doc__, FLAGS)
+    run(config, flags.workdir)
+
+
+if __name__ == "__main__":
+    main(program)

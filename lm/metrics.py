@@ -1,0 +1,53 @@
+"""Mean(total, weight): the one way anything is averaged.
+
+A mean of means is wrong whenever the parts have different weights: totals and weights are summed over microbatches,
+devices and steps, and divided once, at the very end.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Mean:
+    """A weighted mean that has not been divided yet."""
+
+    total: jax.Array  # f32[]
+    weight: jax.Array  # f32[]
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def __rmul__(self, coefficient: float) -> "Mean":
+        return Mean(coefficient * self.total, self.weight)
+
+    def value(self) -> jax.Array:
+        """total / weight; 0 where nothing was counted, so an empty batch gives no NaN."""
+        counted = self.weight > 0
+        return jnp.where(counted, self.total / jnp.where(counted, self.weight, 1.0), 0.0)
+
+
+Metrics = Mapping[str, Mean]
+
+
+def mean(values: jax.Array, weights: jax.Array) -> Mean:
+    """Weighted mean of `values`; `weights` has the same shape. Entries of weight 0 count for nothing, NaN included."""
+    return Mean(jnp.sum(jnp.where(weights > 0, values * weights, 0.0)), jnp.sum(weights))
+
+
+def scalar(value: jax.Array) -> Mean:
+    """One observation of weight 1."""
+    return Mean(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))
+
+
+def add(a: Metrics, b: Metrics) -> Metrics:
+    """Entry by entry; both sides hold the same names."""
+    return {name: a[name] + b[name] for name in a}
+
+
+def values(metrics: Metrics) -> dict[str, float]:
+    """Host floats, for logging."""
+    return {name: float(m.value()) for name, m in jax.device_get(dict(metrics)).items()}

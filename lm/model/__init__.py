@@ -1,0 +1,57 @@
+"""A model is a tuple of pure functions closed over its Config; parameters are plain nested dicts."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from lm.types import Array, Params, Tokens
+from lm.model import decoder, params as parameters
+from lm.model.attention import Cache, empty_cache
+from lm.model.config import Config
+from lm.model.decoder import Scores
+
+__all__ = ["Cache", "Config", "Model", "Scores", "make"]
+
+
+class Model(NamedTuple):
+    """Pure functions. `lm` is the decoder's parameters, `head` the scalar head's."""
+
+    config: Config
+    init: Callable[..., Params]  # (key) -> lm
+    init_value: Callable[..., Params]  # (key) -> head, all zero
+    axes: dict  # logical axes of {"lm": ..., "value": ...}
+    hidden: Callable[..., Array]  # (lm, inputs, positions, segments) -> f[B,T,D]
+    cached: Callable[..., tuple[Array, Cache]]  # (lm, inputs, positions, segments, cache) -> f[B,T,D], Cache
+    cache: Callable[..., Cache]  # (batch=, capacity=) -> Cache
+    logits: Callable[..., Array]  # (lm, f[...,D]) -> f32[...,V]
+    value: Callable[..., Array]  # (head, f[...,D]) -> f32[...]
+    scores: Callable[..., Scores]  # (lm, f[B,T,D], targets, temperature=1.0) -> Scores
+    token_logprobs: Callable[..., Array]  # (lm, Tokens, temperature=1.0) -> f32[B,T]
+
+
+def make(config: Config) -> Model:
+    """The decoder-only transformer of `config`, every "auto" already settled (see Config.on)."""
+    specs, value_specs = parameters.specs(config), parameters.value_specs(config)
+    hidden = functools.partial(decoder.hidden, config)
+    scores = functools.partial(decoder.scores, config)
+
+    def token_logprobs(lm: Params, tokens: Tokens, *, temperature: float = 1.0) -> Array:
+        x = hidden(lm, tokens.inputs, tokens.positions, tokens.segments)
+        return scores(lm, x, tokens.targets, temperature=temperature).logprobs
+
+    return Model(
+        config=config,
+        init=functools.partial(parameters.initial, specs),
+        init_value=functools.partial(parameters.initial, value_specs),
+        axes={"lm": parameters.axes(specs), "value": parameters.axes(value_specs)},
+        hidden=hidden,
+        cached=functools.partial(decoder.cached_hidden, config),
+        cache=functools.partial(empty_cache, layers=config.layers, kv_heads=config.kv_heads,
+                                head_size=config.head_size, dtype=jnp.dtype(config.dtype)),
+        logits=functools.partial(decoder.logits, config),
+        value=decoder.value,
+        scores=scores,
+        token_logprobs=token_logprobs,
+    )

@@ -1,0 +1,90 @@
+"""Rotary positions, masked grouped-query attention, and the key-value cache."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from lm.types import Array
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the S slots filled so far, one array per layer so that a decode step slices nothing."""
+
+    keys: tuple[Array, ...]  # layers x f[B,S,K,H]
+    values: tuple[Array, ...]  # layers x f[B,S,K,H]
+    segments: Array  # i32[B,S]; 0: empty or padding, seen by nobody
+    filled: Array  # i32[]  slots written; all rows write the same slot (prompts are aligned to the right)
+
+
+def rope_angles(positions: Array, head_size: int, base: float) -> tuple[Array, Array]:
+    """cos and sin f32[B,T,1,H/2] of the rotary angles (Su et al. 2021, eq. 15, arXiv 2104.09864)."""
+    frequencies = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotated(x: Array, angles: tuple[Array, Array]) -> Array:
+    """x f[B,T,N,H] turned by its positions: component i pairs with i + H/2 ("rotate half")."""
+    cos, sin = angles
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """softmax(q k^T / sqrt(H)) v under `mask` bool[B,T,S]; a query that may see nothing gives 0.
+
+    q f[B,T,N,H]; k, v f[B,S,K,H]; returns f[B,T,N,H]. Query head n reads kv head n // (N / K). Softmax in float32.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, N // K, H)
+    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    seen = mask[:, None, None]
+    weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1), 0.0)
+    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v).reshape(B, T, N, H)
+
+
+def causal_attention(q: Array, k: Array, v: Array, segments: Array, *, blocks: int = 1) -> Array:
+    """Attention of every position to the earlier ones of its own segment (0 is padding: it sees and is seen by none).
+
+    With `blocks` > 1 the queries are cut into that many static blocks and each meets only the keys up to its end,
+    which saves up to half of the work.
+    """
+    T = q.shape[1]
+    positions = jnp.arange(T)
+    edges = [T * i // blocks for i in range(blocks + 1)]
+    outputs = []
+    for start, stop in zip(edges, edges[1:]):
+        same = segments[:, start:stop, None] == segments[:, None, :stop]
+        causal = positions[start:stop, None] >= positions[None, :stop]
+        mask = same & causal & (segments[:, None, :stop] > 0)
+        outputs.append(attention(q[:, start:stop], k[:, :stop], v[:, :stop], mask))
+    return outputs[0] if blocks == 1 else jnp.concatenate(outputs, axis=1)
+
+
+def empty_cache(*, layers: int, batch: int, capacity: int, kv_heads: int, head_size: int, dtype) -> Cache:
+    """A cache of `capacity` slots with nothing in it."""
+    def zeros():
+        return tuple(jnp.zeros((batch, capacity, kv_heads, head_size), dtype) for _ in range(layers))
+
+    return Cache(zeros(), zeros(), jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def cached_attention(q: Array, k: Array, v: Array, cache: Cache, layer: int) -> tuple[Array, Cache]:
+    """Writes k, v f[B,T,K,H] into the next T slots of a layer and attends to everything up to each query's own slot.
+
+    `cache.segments` must already name the new slots; `cache.filled` is advanced once per forward pass, by the caller.
+    """
+    start = cache.filled
+    keys = jax.lax.dynamic_update_slice_in_dim(cache.keys[layer], k, start, axis=1)
+    values = jax.lax.dynamic_update_slice_in_dim(cache.values[layer], v, start, axis=1)
+    T, S = q.shape[1], keys.shape[1]
+    queries = start + jnp.arange(T)
+    own = jax.lax.dynamic_slice_in_dim(cache.segments, start, T, axis=1)
+    mask = (own[:, :, None] == cache.segments[:, None]) & (queries[:, None] >= jnp.arange(S)) & (own[:, :, None] > 0)
+    cache = cache.replace(
+        keys=cache.keys[:layer] + (keys,) + cache.keys[layer + 1 :],
+        values=cache.values[:layer] + (values,) + cache.values[layer + 1 :],
+    )
+    return attention(q, keys, values, mask), cache

@@ -1,0 +1,102 @@
+"""One spec per parameter gives initial values, logical axes and counts. Layers are stacked on a leading axis."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.types import Array, Params
+from lm.model.config import Config
+
+
+class Spec(NamedTuple):
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]  # logical names, one per dimension; lm.sharding maps them to the mesh
+    std: float | None  # normal with this deviation, cut at two of them; None: ones; 0: zeros
+
+
+def specs(c: Config) -> dict:
+    """The decoder's parameters. Output projections start smaller by sqrt(2 layers) (Radford et al. 2019, sec. 2.3)."""
+    queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
+    out = 1 / math.sqrt(2 * c.layers)
+
+    def stacked(shape, axes, std):
+        return Spec((c.layers, *shape), (None, *axes), std)
+
+    def matrix(rows, columns, axes, scale=1.0):
+        return stacked((rows, columns), axes, scale / math.sqrt(rows))
+
+    layers = {
+        "attention_norm": stacked((c.width,), (None,), None),
+        "query": matrix(c.width, queries, ("width", "heads")),
+        "key": matrix(c.width, keys, ("width", "kv_heads")),
+        "value": matrix(c.width, keys, ("width", "kv_heads")),
+        "attention_out": matrix(queries, c.width, ("heads", "width"), out),
+        "mlp_norm": stacked((c.width,), (None,), None),
+        "gate": matrix(c.width, c.hidden, ("width", "hidden")),
+        "up": matrix(c.width, c.hidden, ("width", "hidden")),
+        "down": matrix(c.hidden, c.width, ("hidden", "width"), out),
+    }
+    if c.qk_norm:
+        layers["query_norm"] = stacked((c.head_size,), (None,), None)
+        layers["key_norm"] = stacked((c.head_size,), (None,), None)
+    tree = {
+        "embedding": Spec((c.vocab_size, c.width), ("vocab", "width"), c.width**-0.5),
+        "layers": layers,
+        "final_norm": Spec((c.width,), (None,), None),
+    }
+    if not c.tied:
+        tree["head"] = Spec((c.width, c.vocab_size), ("width", "vocab"), c.width**-0.5)
+    return tree
+
+
+def value_specs(c: Config) -> dict:
+    """A scalar head that starts at zero: V(s) = 0 and every answer scores 0 before training."""
+    return {"score": Spec((c.width,), (None,), 0.0), "offset": Spec((), (), 0.0)}
+
+
+def _is_spec(x) -> bool:
+    return isinstance(x, Spec)
+
+
+def initial(tree: dict, key: Array) -> Params:
+    """float32 parameters; each draws from its own key, folded from its place in the tree."""
+    flat, treedef = jax.tree.flatten(tree, is_leaf=_is_spec)
+    return jax.tree.unflatten(treedef, [_draw(spec, jax.random.fold_in(key, i)) for i, spec in enumerate(flat)])
+
+
+def _draw(spec: Spec, key: Array) -> Array:
+    if spec.std is None:
+        return jnp.ones(spec.shape, jnp.float32)
+    if spec.std == 0:
+        return jnp.zeros(spec.shape, jnp.float32)
+    return spec.std * jax.random.truncated_normal(key, -2.0, 2.0, spec.shape, jnp.float32)
+
+
+def axes(tree: dict) -> dict:
+    """Logical axes in the tree's structure."""
+    return jax.tree.map(lambda spec: spec.axes, tree, is_leaf=_is_spec)
+
+
+def count(tree: dict) -> int:
+    """Number of parameters."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(tree, is_leaf=_is_spec))
+
+
+def matmul_count(c: Config) -> int:
+    """Parameters that take part in a matrix product per token: all but norms and a looked-up embedding.
+
+    The N of 6N FLOPs a token (Chowdhery et al. 2022, app. B, arXiv 2204.02311); a tied embedding counts once, as head.
+    """
+    blocks = sum(math.prod(s.shape) for s in specs(c)["layers"].values() if len(s.shape) == 3)
+    return blocks + c.vocab_size * c.width
+
+
+def flops_per_token(c: Config, length: int) -> float:
+    """Training FLOPs a token, forward and backward: 6N plus causal attention.
+
+    Attention: two products of 2 * heads * head_size per visible key, (length + 1) / 2 keys on average, times three for
+    the backward pass. Rematerialisation is work, not progress, and is left out.
+    """
+    return 6 * matmul_count(c) + 6 * c.layers * c.heads * c.head_size * (length + 1)

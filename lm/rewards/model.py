@@ -1,0 +1,57 @@
+"""A reward model as a reward: a transformer with a scalar head, read at the last real token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.data.rows import pad
+from lm.model import Model
+from lm.tokenizer import Example, Tokenizer, chat
+from lm.types import Array, Params, Tokens
+from lm.rewards import Reward
+
+
+def scores(model: Model, params: Params, tokens: Tokens) -> Array:
+    """f32[B]: the scalar head at each row's last real token, found by length; 0 for a row that is all padding."""
+    x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
+    lengths = jnp.sum(tokens.segments > 0, axis=1)
+    last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where(lengths > 0, model.value(params["value"], last), 0.0)
+
+
+def rows(tokenizer: Tokenizer, conversations: list[list[dict]], length: int) -> Tokens:
+    """One conversation a row, its closing end token among the inputs: that is where it is scored.
+
+    A row holds `length` tokens; a longer answer loses its middle, never its end token.
+    """
+    def example(messages):
+        ids = chat(tokenizer, messages).ids
+        if len(ids) > length:
+            ids = np.concatenate([ids[: length - 1], ids[-1:]])
+        return Example(np.append(ids, tokenizer.eos).astype(np.int32), np.zeros(len(ids) + 1, np.float32))
+
+    return pad([example(messages) for messages in conversations], length)
+
+
+def answered(prompt: list[dict], text: str) -> list[dict]:
+    """The conversation with `text` as the assistant's next message."""
+    return [*prompt, {"role": "assistant", "content": text}]
+
+
+def reward_model(
+    model: Model, params: Params, tokenizer: Tokenizer, *, offset: float, scale: float, length: int, rows_at_once: int, jit
+) -> Reward:
+    """(score - offset) / scale of each answer: centred, and of unit deviation, on the reward model's held-out answers."""
+    run = jit(lambda params, tokens: scores(model, params, tokens))
+
+    def reward(examples, texts):
+        tokens = rows(tokenizer, [answered(p, t) for p, t in zip(examples, texts, strict=True)], length)
+        parts = []
+        for start in range(0, len(texts), rows_at_once):
+            part = jax.tree.map(lambda x: x[start : start + rows_at_once], tokens)
+            missing = rows_at_once - len(part.inputs)
+            part = jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0))), part)
+            parts.append(np.asarray(run(params, part))[: rows_at_once - missing])
+        return (np.concatenate(parts) - offset) / scale
+
+    return reward

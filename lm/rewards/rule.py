@@ -1,0 +1,120 @@
+"""The quickstart's rater: a published rule in the place of a human, so that its verdicts can be checked by reading."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+RULE = (
+    "The rater reads the user's last message and the answer, and adds up: 1 for one or two sentences, 1 for ending "
+    "in a full stop, question mark or exclamation mark, 1 for sharing a content word with the message, 1 for asking "
+    "something back, 1 for not repeating itself (no word three times in a row, no three words twice, no sentence "
+    "twice), 1 for a length of 3 to 40 words, 1 for clean text (letters, digits and ordinary punctuation), and "
+    "takes away 4 for a rude word. The best answer scores 7."
+)
+
+STOP = frozenset(
+    """a about after all also am an and any are aren't as at be because been before being but by can can't cannot could
+    did didn't do does doesn't doing don't dont down even for from get go going gonna good got had has have having
+    he her here hey hello hi him his how i i'd i'll i'm i've if im in into is isn't it it's its just know like lol
+    lot me more most much my no not now of oh ok okay on one only or other our out over really right same say see
+    she should so some still such sure than thanks that that's thats the their them then there these they they're
+    thing things think this those through time to too up us very want was wasn't way we well were what what's
+    whats when where which while who why will with won't would yeah yep yes you you'd you'll you're you've
+    your""".split()
+)
+RUDE = frozenset(
+    """arse asshole ass bastard bitch bullshit crap cunt damn dick dumbass fuck fucked fucker fucking goddamn idiot
+    moron motherfucker piss pissed prick retard shit shitty slut stfu stupid twat wanker whore wtf""".split()
+)
+
+
+def brief(message: str, answer: str) -> float:
+    """One or two sentences."""
+    return float(1 <= len(_sentences(answer)) <= 2)
+
+
+def finished(message: str, answer: str) -> float:
+    """Ends in a full stop, question mark or exclamation mark."""
+    return float(answer.rstrip().endswith((".", "!", "?")))
+
+
+def on_topic(message: str, answer: str) -> float:
+    """Shares a content word with the message, stems compared."""
+    return float(bool(_content(message) & _content(answer)))
+
+
+def curious(message: str, answer: str) -> float:
+    """Asks something back: a question mark after at least two words."""
+    return float(any(s.endswith("?") and len(_words(s)) >= 2 for s in _sentences(answer)))
+
+
+def fresh(message: str, answer: str) -> float:
+    """No word three times in a row, no three words twice, no sentence twice."""
+    words = _words(answer)
+    trigrams = list(zip(words, words[1:], words[2:]))
+    sentences = [tuple(_words(sentence)) for sentence in _sentences(answer)]
+    tripled = any(a == b == c for a, b, c in trigrams)
+    return float(not tripled and len(set(trigrams)) == len(trigrams) and len(set(sentences)) == len(sentences))
+
+
+def sized(message: str, answer: str) -> float:
+    """3 to 40 words."""
+    return float(3 <= len(_words(answer)) <= 40)
+
+
+def clean(message: str, answer: str) -> float:
+    """Letters, digits, spaces and ordinary punctuation only, no run of four or more marks."""
+    return float(bool(_CLEAN.fullmatch(answer.strip())))
+
+
+def rude(message: str, answer: str) -> float:
+    """Holds a word of RUDE."""
+    return float(not RUDE.isdisjoint(_words(answer)))
+
+
+Criterion = Callable[[str, str], float]  # (the user's last message, the answer) -> 0 or 1
+CRITERIA: Mapping[str, tuple[float, Criterion]] = {
+    "one or two sentences": (1.0, brief),
+    "ends properly": (1.0, finished),
+    "on topic": (1.0, on_topic),
+    "asks something back": (1.0, curious),
+    "not repetitive": (1.0, fresh),
+    "3 to 40 words": (1.0, sized),
+    "clean text": (1.0, clean),
+    "rude word": (-4.0, rude),
+}
+
+
+def rule(examples: Sequence[Sequence[Mapping[str, str]]], texts: Sequence[str]) -> np.ndarray:
+    """f32[B]: the rule's score of each answer in `texts` to the conversation `examples[i]`, from -4 to 7."""
+    scores = [sum(explain(example, text).values()) for example, text in zip(examples, texts, strict=True)]
+    return np.array(scores, np.float32)
+
+
+def explain(prompt: Sequence[Mapping[str, str]], text: str) -> dict[str, float]:
+    """What each criterion gives, weight included; the score is the sum."""
+    message = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
+    return {name: weight * criterion(message, text) for name, (weight, criterion) in CRITERIA.items()}
+
+
+_CLEAN = re.compile(r"(?!.*[^\w\s]{4})(?:[^\W_]|[ .,;:!?'’\"“”()%$&/+-])+")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("’", "'"))
+
+
+def _sentences(text: str) -> list[str]:
+    """Cut after a run of . ! ? that a space or the end follows; what has no word is no sentence."""
+    return [sentence for sentence in re.split(r"(?<=[.!?])\s+", text.strip()) if _words(sentence)]
+
+
+def _content(text: str) -> set[str]:
+    return {_stem(word) for word in _words(text) if word not in STOP and len(word) > 2}
+
+
+def _stem(word: str) -> str:
+    """Crude: a possessive or plural, one common ending and a doubled last letter go, while three letters stay."""
+    word = re.sub(r"'s$|(?<=\w{3})(?<!s)s$", "", word)
+    return re.sub(r"(.)\1$", r"\1", re.sub(r"(?<=\w{3})(?:ied|ing|ed|ie|ly|y|e)$", "", word))

@@ -1,0 +1,92 @@
+"""One code path from one device to a mesh: logical axes on arrays, a table to mesh axes, shardings for any tree."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lm.errors import UserError
+
+# Logical axis -> mesh axes. Parameters split their width over fsdp and their heads, hidden and vocabulary over tensor;
+# activations split rows over data and fsdp, and the same inner axes over tensor.
+RULES: Mapping[str, Any] = {
+    "batch": ("data", "fsdp"),
+    "width": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "hidden": "tensor",
+    "vocab": "tensor",
+}
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """Mesh over all devices with axes data, fsdp, tensor; one of the sizes may be -1, meaning "what is left"."""
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    count = len(jax.devices())
+    fixed = int(np.prod([n for n in sizes.values() if n != -1]))
+    if list(sizes.values()).count(-1) > 1 or fixed < 1 or count % fixed or (-1 not in sizes.values() and fixed != count):
+        raise UserError(f"mesh {sizes} does not fit {count} device(s): the sizes must multiply to {count}; "
+                        "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 to take what is left")
+    shape = tuple(count // fixed if n == -1 else n for n in sizes.values())
+    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
+    """PartitionSpec of an array whose dimensions carry these logical axes; a size that does not divide is not split."""
+    used: set[str] = set()
+    entries = []
+    for axis, size in zip(axes, shape, strict=True):
+        names = RULES.get(axis) or ()
+        names = tuple(n for n in ((names,) if isinstance(names, str) else names) if mesh.shape.get(n, 1) > 1 and n not in used)
+        ways = int(np.prod([mesh.shape[n] for n in names]))
+        if not names or size % ways:
+            entries.append(None)
+            continue
+        used.update(names)
+        entries.append(names if len(names) > 1 else names[0])
+    return PartitionSpec(*entries)
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x constrained to these logical axes; the identity when no mesh is set, as in a notebook."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
+
+
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Rows of an array over data and fsdp, everything else whole."""
+    return NamedSharding(mesh, partition(("batch",) + (None,) * (len(shape) - 1), shape, mesh) if shape else PartitionSpec())
+
+
+def put_batch(batch, mesh: Mesh):
+    """Host arrays of a batch on the devices, split by rows. Every process passes the same arrays."""
+    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, np.shape(x))), batch)
+
+
+def state_shardings(mesh: Mesh, state, axes: Mapping[str, Any]):
+    """NamedSharding for every leaf of `state` (arrays or shapes): parameters, moments, averages, frozen copies.
+
+    `axes` is the tree of logical axes of {"lm": ..., "value": ...}. A leaf whose path ends with a parameter's path and
+    which has as many dimensions takes that parameter's sharding; any other is replicated. So Adam's moments follow
+    their parameters without the optimizer knowing of the mesh. A frozen net ("ref") holds the subtree of "lm".
+    """
+    is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
+    known = {_names(path)[1:]: value for path, value in jax.tree_util.tree_flatten_with_path(axes, is_leaf=is_axes)[0]}
+
+    def sharding(path, leaf):
+        names = _names(path)
+        for start in range(len(names)):
+            found = known.get(names[start:])
+            if found is not None and len(found) == len(leaf.shape):
+                return NamedSharding(mesh, partition(found, leaf.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

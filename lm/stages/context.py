@@ -1,0 +1,27 @@
+"""What a program lends a stage to make its batches from, and what it gets back."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from lm.model import Model
+from lm.rewards import Reward
+from lm.tokenizer import Tokenizer
+from lm.types import TrainState
+
+Batch = Any
+
+
+class Context(NamedTuple):
+    model: Model
+    tokenizer: Tokenizer
+    seed: int
+    jit: Callable[..., Callable]  # jax.jit in a program, the identity where one wants to step through
+    reward_from: Callable[[str], Reward]  # the reward model of a workdir
+
+
+class Batches(NamedTuple):
+    """Batches as functions: the i-th one depends on (seed, i) alone and, where it is sampled, on the state."""
+
+    train: Callable[[TrainState, int], Batch]
+    held_out: Callable[[TrainState], Iterator[Batch]]  # every held-out row once
+    about: Mapping[str, Any]  # what was prepared: rows, tokens, bytes, skipped, ...

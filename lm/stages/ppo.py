@@ -1,0 +1,185 @@
+"""PPO: sample answers, score them, and move the policy towards the better ones without losing the reference.
+
+Objective: E[reward(x, y)] - beta * KL(policy, reference), through the clipped surrogate on advantages from GAE, with a
+learned value head on the shared trunk. Reward of token t: -beta * log(p / p_ref), plus the answer's reward on its last
+token: the KL is counted here and nowhere else. Frozen: "ref", the policy this run starts from. A batch is `Rollouts`,
+drawn by the current policy inside `batches`; `make` annotates it once, then takes `epochs` x `minibatch_count` updates.
+Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593; details: Huang et al. 2024, arXiv 2403.17031.
+
+Ours differs: old log-probs are the trainer's (the ratio starts at exactly what the trainer computes), and their gap to
+the sampler's is measured and gated; old, new and reference log-probs are all of logits / temperature.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lm.data import batches as rows_to_batches, chats, corpus as corpora
+from lm.data.prompts import Prompts, fitting, take
+from lm.errors import UserError
+from lm.losses import clipped_surrogate, clipped_value, kl_k1, kl_k3, log_ratio
+from lm.metrics import Metrics, mean, scalar, values
+from lm.model import Model
+from lm.returns import gae, kl_rewards, whiten
+from lm.rewards import REWARDS
+from lm.sample import check, joined, sample
+from lm.types import Rollouts
+from lm.update import Loss, Update, annotate, gradient, minibatches, reference, value_head
+from lm.stages.context import Batches, Context
+
+# Metrics a run must keep below; the loop stops above them. The sampler's and the trainer's log-probs of the same tokens
+# differ by rounding only: 1e-5 in float32, about 1e-2 in bfloat16. More means two different distributions.
+LIMITS = {"sampler_gap": 0.05}
+
+ROLLOUT, HELD_OUT = 1, 2  # roles folded into the key, so that no two draws share one
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    beta: float = 0.05,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+    value_coefficient: float = 0.1,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    epochs: int = 2,
+    minibatch_count: int = 4,
+    microbatches: int = 1,
+    temperature: float = 1.0,
+) -> Update:
+    """value_head(reference(annotate(signal, minibatches(gradient(surrogate + value)))))."""
+    loss = surrogate(model, clip=clip, value_clip=value_clip, value_coefficient=value_coefficient, temperature=temperature)
+    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
+    annotated = annotate(signal(model, beta=beta, gamma=gamma, lam=lam, temperature=temperature), inner)
+    return value_head(model.init_value, reference(annotated))
+
+
+def signal(model: Model, *, beta: float, gamma: float, lam: float, temperature: float):
+    """Rollouts completed with old and reference log-probs, values, returns and whitened advantages; and their metrics."""
+    def annotate_rollouts(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
+        tokens = batch.tokens
+        w = tokens.weights
+        x = model.hidden(state.params["lm"], tokens.inputs, tokens.positions, tokens.segments)
+        scores = model.scores(state.params["lm"], x, tokens.targets, temperature=temperature)
+        old = scores.logprobs * w
+        old_values = model.value(state.params["value"], x) * w
+        ref = model.token_logprobs(state.frozen["ref"], tokens, temperature=temperature) * w
+        rewards = kl_rewards(batch.rewards, kl_k1(old, ref), w, beta=beta)
+        advantages, returns = gae(rewards, old_values, w, gamma=gamma, lam=lam)
+        batch = batch.replace(
+            old_logprobs=old, ref_logprobs=ref, old_values=old_values, returns=returns, advantages=whiten(advantages, w)
+        )
+        rows = jnp.any(w > 0, axis=1).astype(jnp.float32)
+        per_row = {
+            "reward": batch.rewards,
+            "kl": jnp.sum(kl_k1(old, ref), axis=1),
+            "response_length": jnp.sum(w, axis=1),
+            "stopped": batch.stopped.astype(jnp.float32),
+            **{f"score/{name}": score for name, score in batch.scores.items()},
+        }
+        metrics = {name: mean(value, rows) for name, value in per_row.items()}
+        metrics["kl_k3"] = mean(kl_k3(old, ref), w)
+        metrics["entropy"] = mean(scores.entropy, w)
+        metrics["explained_variance"] = scalar(explained_variance(old_values, returns, w))
+        metrics["sampler_gap"] = mean(jnp.abs(old - batch.sampler_logprobs), w)
+        return batch, metrics
+
+    return annotate_rollouts
+
+
+def explained_variance(predicted, returns, weights):
+    """1 - Var(returns - predicted) / Var(returns) over the weighted tokens; 0 for a constant guess, 1 for a perfect one."""
+    def variance(x):
+        centre = mean(x, weights).value()
+        return mean(jnp.square(x - centre), weights).value()
+
+    return 1 - variance(returns - predicted) / jnp.maximum(variance(returns), 1e-8)
+
+
+def surrogate(model: Model, *, clip: float, value_clip: float, value_coefficient: float, temperature: float) -> Loss:
+    """Clipped surrogate plus value_coefficient * clipped value loss, both means over the batch's sampled tokens."""
+    def loss(params, frozen, batch: Rollouts, key):
+        tokens, w = batch.tokens, batch.tokens.weights
+        x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
+        logprobs = model.scores(params["lm"], x, tokens.targets, temperature=temperature).logprobs
+        predicted = model.value(params["value"], x)
+        policy = mean(clipped_surrogate(logprobs, batch.old_logprobs, batch.advantages, clip=clip), w)
+        value = mean(clipped_value(predicted, batch.old_values, batch.returns, clip=value_clip), w)
+        ratio = jnp.exp(log_ratio(logprobs, batch.old_logprobs))
+        metrics = {
+            "policy_loss": policy,
+            "value_loss": value,
+            "ratio": mean(ratio, w),
+            "clip_fraction": mean((jnp.abs(ratio - 1) > clip).astype(jnp.float32), w),
+            "update_kl": mean(kl_k3(batch.old_logprobs, logprobs), w),
+        }
+        return {"policy": policy, "value": value_coefficient * value}, metrics
+
+    return loss
+
+
+def batches(
+    context: Context,
+    *,
+    reward_model: str,
+    rater: str = "",
+    sources: str = "chitchat",
+    turns: int = 3,
+    prompt_length: int = 64,
+    max_new: int = 32,
+    rollouts: int = 64,
+    temperature: float = 1.0,
+    cut_penalty: float = 1.0,
+    held_out: float = 0.02,
+    held_out_rollouts: int = 128,
+) -> Batches:
+    """Answers sampled by the current policy to prompts from `sources`, scored by the reward model of a workdir.
+
+    `rater` names a reward whose score is logged but never learned from. An answer that the limit cut off loses
+    `cut_penalty` of its reward. Prompts longer than `prompt_length` tokens are skipped and counted.
+    """
+    model, tokenizer = context.model, context.tokenizer
+    check(model, prompt_length, max_new=max_new, temperature=temperature, top_k=0, top_p=1.0)
+    if temperature == 0:
+        raise UserError("data.temperature is 0: greedy answers do not explore, and their log-probs are all 0; use e.g. 1.0")
+    reward = context.reward_from(reward_model)
+    raters = {rater: REWARDS[rater]} if rater else {}
+    run = context.jit(lambda lm, prompts, lengths, key: rollout(
+        model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops))
+
+    def drawn(state, chosen: Prompts, key) -> Rollouts:
+        tokens, logprobs, completions = run(state.params["lm"], chosen.ids, chosen.lengths, key)
+        texts = [tokenizer.decode(row[:n]) for row, n in zip(np.asarray(completions.tokens), np.asarray(completions.lengths))]
+        stopped = np.asarray(completions.stopped)
+        rewards = np.asarray(reward(chosen.contexts, texts), np.float32) - cut_penalty * ~stopped
+        scores = {name: np.asarray(function(chosen.contexts, texts), np.float32) for name, function in raters.items()}
+        return Rollouts(tokens, rewards.astype(np.float32), scores, stopped, logprobs)
+
+    train, unseen = corpora.split(chats.prompts(chats.conversations(sources), turns=turns), held_out)
+    (train, skipped), (unseen, _) = (fitting(tokenizer, side, prompt_length) for side in (train, unseen))
+    order = rows_to_batches.batches(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
+    about = {"prompts": len(train.ids), "held_out_prompts": len(unseen.ids), "skipped": skipped}
+
+    def held_out_batches(state):
+        for start in range(0, min(held_out_rollouts, len(unseen.ids)) - rollouts + 1, rollouts):
+            key = jax.random.fold_in(jax.random.fold_in(state.key, HELD_OUT), start)
+            yield drawn(state, take(unseen, np.arange(start, start + rollouts)), key)
+
+    def train_batch(state, i):
+        return drawn(state, take(train, order(i)), jax.random.fold_in(jax.random.fold_in(state.key, ROLLOUT), i))
+
+    return Batches(train_batch, held_out_batches, about)
+
+
+def rollout(model: Model, lm, prompts, lengths, key, **options):
+    """Rows of prompt and answer (`Tokens`), the sampler's log-probs on them, and the bare completions."""
+    completions = sample(model, lm, prompts, lengths, key, **options)
+    return *joined(prompts, lengths, completions), completions
+
+
+def summary(metrics: Metrics, about) -> dict[str, float]:
+    """Held-out reward, the rater's own score, KL, entropy, length, fraction that ended by themselves."""
+    return values(metrics)

@@ -1,0 +1,71 @@
+"""Pretraining: predict every next token of a mixed corpus.
+
+Objective: the mean of -log p(x[t+1] | x[..t]) over all tokens. Nothing is frozen. A batch is rows of packed documents
+(`Tokens`, every weight 1 but across a document's edge); attention never crosses from one document to another.
+Radford et al. 2019; packing as Krell et al. 2021, arXiv 2107.02027.
+"""
+
+import lzma
+import math
+from collections.abc import Sequence
+
+import optax
+
+from lm.data import batches as rows_to_batches, corpus as corpora, rows as packing
+from lm.errors import UserError
+from lm.metrics import Metrics, values
+from lm.model import Model
+from lm.tokenizer import Tokenizer
+from lm.types import Tokens
+from lm.update import Update, gradient
+from lm.stages.context import Batches, Context
+from lm.stages.next_token import next_token
+
+
+def make(
+    model: Model, optimizer: optax.GradientTransformation, *, z_loss: float = 1e-4, microbatches: int = 1
+) -> Update:
+    """gradient(next_token)."""
+    return gradient(next_token(model, z_loss=z_loss), optimizer, microbatches=microbatches)
+
+
+def batches(
+    context: Context,
+    *,
+    corpus: str = "stdlib,chitchat",
+    length: int = 256,
+    batch_size: int = 32,
+    held_out: float = 0.02,
+    held_out_bytes: int = 400_000,
+) -> Batches:
+    """Rows of `length` tokens from `corpus` (see data.corpus); a fraction `held_out` of its documents is never trained on.
+
+    The held-out score uses whole held-out documents up to `held_out_bytes`, in a seeded order.
+    """
+    if length > context.model.config.context:
+        raise UserError(f"data.length {length} is longer than model.context {context.model.config.context}")
+    train, unseen = corpora.split(corpora.documents(corpus), held_out)
+    unseen = corpora.within(unseen, held_out_bytes)
+    train_rows, unseen_rows = (rows(context.tokenizer, side, length) for side in (train, unseen))
+    batch = rows_to_batches.batches(train_rows, batch_size=batch_size, seed=context.seed)
+    about = {
+        "documents": len(train),
+        "rows": len(train_rows.inputs),
+        "tokens": int(train_rows.weights.sum()),
+        "held_out_documents": len(unseen),
+        "held_out_bytes": len(text := "".join(document.text for document in unseen).encode()),
+        "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }
+    return Batches(lambda state, i: batch(i), lambda state: rows_to_batches.every(unseen_rows, batch_size), about)
+
+
+def rows(tokenizer: Tokenizer, documents: Sequence[corpora.Document], length: int) -> Tokens:
+    """Documents, each between bos and eos, laid end to end and cut into rows."""
+    encoded = tokenizer.encode_all([document.text for document in documents])
+    return packing.stream([[tokenizer.bos, *ids, tokenizer.eos] for ids in encoded], length)
+
+
+def summary(metrics: Metrics, about) -> dict[str, float]:
+    """Held-out nats per token and bits per byte: all nats of the held-out documents over their raw UTF-8 bytes."""
+    nats = float(metrics["loss"].total)
+    return {**values(metrics), "bits_per_byte": nats / math.log(2) / about["held_out_bytes"]}

@@ -1,0 +1,326 @@
+"""The one loop: a config, a stage's Update, batches as a function of the step, and a workdir that outlives any kill.
+
+    python -m lm.train --config=experiments/pretrain.py --workdir=runs/pretrain --config.optimizer.learning_rate=1e-3
+
+Give the same command again to continue. Every subtree of the config is the keyword arguments of one function:
+model (lm.model.Config), optimizer (lm.optim.make), stage (make of lm.stages.NAME), data (batches of the same),
+mesh (lm.sharding.make_mesh) and train (`Schedule` here).
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm import metrics as means, optim, tokenizer as tokenizers
+from lm.checkpoint import Checkpoints
+from lm.config import arguments, call, to_dict
+from lm.console import Interrupted, Progress, Writers, main, on_sigterm, say, table, warn
+from lm.data import corpus as corpora
+from lm.errors import UserError
+from lm.model import Config, Model, make
+from lm.model.params import count, flops_per_token, specs
+from lm.rewards import Reward
+from lm.rewards.model import reward_model
+from lm.sharding import make_mesh, put_batch, state_shardings
+from lm.stages import STAGES
+from lm.stages.context import Batches, Context
+from lm.tokenizer import Tokenizer
+from lm.types import Tokens, TrainState
+from lm.update import Update
+from lm.workdir import Workdir, load, open_workdir, read_metrics
+
+FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the run's own folder; the same command continues it")}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a run is and how often it does what; counted in batches."""
+
+    steps: int
+    log_every: int = 10
+    evaluate_every: int = 0  # held-out score; 0: at the start and the end only
+    save_every: int = 100
+    keep: int = 2  # newest checkpoints that stay
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+
+
+class Run(NamedTuple):
+    """Everything the loop works with, put together from a config."""
+
+    stage: Any  # the module
+    update: Update
+    batches: Batches
+    mesh: jax.sharding.Mesh
+    shardings: Any  # of the TrainState
+    state: TrainState  # as it starts: resuming replaces all of it but the frozen networks
+    meta: Mapping[str, Any]  # what a checkpoint says of itself
+    flops_per_row_token: float  # model FLOPs of one update on one token
+
+
+def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
+    """Trains one stage in its workdir, or takes up where it stopped, and returns the summary it leaves there."""
+    if "name" not in config.get("stage", {}):
+        raise UserError("the config has no stage.name: is it a config of lm.train? (lm.pipeline runs experiments/quickstart.py)")
+    with open_workdir(path, to_dict(config)) as workdir:
+        for difference in workdir.differences:
+            say(f"{path}: config changed since the last start: {difference}")
+        summary = workdir.summary()
+        if summary is None or summary.get("steps", 0) < config.get("train", {}).get("steps", 0):
+            summary = fit_tokenizer(config, workdir) if config.stage.name == "tokenizer" else train(config, workdir)
+            workdir.write_summary(summary)
+        report(config.stage.name, summary)
+        return summary
+
+
+def report(title: str, summary: Mapping[str, Any]) -> None:
+    """What a stage came to, as a table."""
+    flat = {**{f"held-out {k}": v for k, v in summary.get("held_out", {}).items()},
+            **{k: summary[k] for k in ("bytes_per_token", "tokens", "seconds") if k in summary}}
+    start = summary.get("before", {})
+    rows = [[name, start.get(name.removeprefix("held-out "), ""), value] for name, value in flat.items()]
+    table(title, ["", "before", "after"], [[n, f"{b:.4g}" if b != "" else "", f"{v:.4g}"] for n, b, v in rows])
+
+
+def fit_tokenizer(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """Trains the tokenizer on the documents that are not held out; reports bytes per token on those that are."""
+    start = time.monotonic()
+    options = config.data.to_dict()
+    corpus, fraction = options.pop("corpus"), options.pop("held_out")
+    seen, unseen = corpora.split(corpora.documents(corpus), fraction)
+    say(f"tokenizer: {len(seen)} documents to learn from, {len(unseen)} held out")
+    tokenizer = call(tokenizers.train, options, (document.text for document in seen), name="data")
+    tokenizer.save(workdir.tokenizer)
+    size = sum(len(document.text.encode()) for document in unseen)
+    ids = tokenizer.encode_all(document.text for document in unseen)
+    return {
+        "stage": "tokenizer",
+        "vocab_size": tokenizer.vocab_size,
+        "bytes_per_token": size / sum(map(len, ids)),
+        "held_out_bytes": size,
+        "seconds": time.monotonic() - start,
+        "fingerprint": tokenizer.fingerprint,
+    }
+
+
+def prepare(config: ConfigDict, workdir: Workdir) -> Run:
+    """From a config to a Run: tokenizer, model, optimizer, stage, batches, mesh, starting state."""
+    name = config.stage.name
+    if name not in STAGES:
+        raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
+    stage, backend = STAGES[name], jax.default_backend()
+    start = load(config.init_from, backend=backend) if config.init_from else None
+    tokenizer = agreed_tokenizer(config.tokenizer, start)
+    tokenizer.save(workdir.tokenizer)
+    inherited = dataclasses.asdict(start.model.config) if start else {"vocab_size": tokenizer.vocab_size}
+    shape = call(Config, {**inherited, **config.model.to_dict()}, name="model")
+    if start and specs(shape) != specs(start.model.config):
+        raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
+    model = make(shape.on(backend))
+
+    optimizer = call(optim.make, config.optimizer, name="optimizer")
+    options = {key: value for key, value in config.stage.to_dict().items() if key != "name"}
+    update = call(stage.make, options, model, optimizer, name="stage")
+    context = Context(model, tokenizer, config.seed, jax.jit, lambda path: reward_from(path, tokenizer))
+    batches = call(stage.batches, config.data, context, name="data")
+
+    mesh = call(make_mesh, config.mesh, name="mesh")
+    state, shardings = initial_state(update, model, config.seed, start.params if start else None, mesh)
+    meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
+    flops = flops_per_token(model.config, config.data.get("length", model.config.context))
+    return Run(stage, update, batches, mesh, shardings, state, meta, flops)
+
+
+def agreed_tokenizer(path: str, start) -> Tokenizer:
+    """The tokenizer of config.tokenizer (a file or workdir), of the starting checkpoint, or of both, which must agree."""
+    if not path and start is None:
+        raise UserError("neither config.tokenizer nor config.init_from is set: one of them must bring the tokenizer")
+    if not path:
+        return start.tokenizer
+    file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+    tokenizer = Tokenizer.load(file)
+    if start and start.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{start.path} was trained with tokenizer and template {start.tokenizer.fingerprint[:8]}, but "
+                        f"config.tokenizer {path} is {tokenizer.fingerprint[:8]}: leave config.tokenizer empty")
+    return tokenizer
+
+
+def reward_from(path: str, tokenizer: Tokenizer) -> Reward:
+    """The reward model of a finished workdir, centred and scaled by its held-out answers."""
+    judge = load(path, backend=jax.default_backend())
+    if judge.stage != "reward" or "held_out" not in judge.summary:
+        raise UserError(f"{path} is no finished reward model (it is {judge.stage}): train stage reward there first")
+    if judge.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{path} was trained with tokenizer and template {judge.tokenizer.fingerprint[:8]}, but this run "
+                        f"has {tokenizer.fingerprint[:8]}: train a reward model from the same tokenizer")
+    found = judge.summary["held_out"]
+    length = judge.summary["about"]["length"]
+    return reward_model(judge.model, judge.params, judge.tokenizer, offset=found["score_mean"],
+                        scale=found["score_deviation"], length=length, rows_at_once=64, jit=jax.jit)
+
+
+def initial_state(update: Update, model: Model, seed: int, params, mesh) -> tuple[TrainState, Any]:
+    """The starting state, each leaf created where its sharding wants it, and those shardings."""
+    init_key, key = jax.random.split(jax.random.key(seed))
+
+    def init(params):
+        return update.init(key, params or {"lm": model.init(init_key)}, {})
+
+    with jax.set_mesh(mesh):
+        shardings = state_shardings(mesh, jax.eval_shape(init, params), model.axes)
+        return jax.jit(init, out_shardings=shardings)(params), shardings
+
+
+def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+    """The loop. Batch i depends on (seed, i) and, where it is sampled, on the state: nothing else need be remembered."""
+    schedule = call(Schedule, config.train, name="train")
+    with Progress(config.stage.name, schedule.steps) as progress:
+        r = prepare(config, workdir)
+        with Checkpoints(workdir.checkpoints, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
+            done, state = resumed(checkpoints, r)
+            workdir.truncate_metrics(done)
+            if done:
+                say(f"{config.stage.name}: continues from step {done} of {workdir.path}")
+            step = jax.jit(r.update.update, donate_argnums=0, out_shardings=(r.shardings, None))
+            evaluate = jax.jit(r.update.evaluate)
+            with on_sigterm() as stopping, Writers(workdir.path, purge_step=done) as writers:
+                log = Log(config.stage.name, workdir, writers, progress, getattr(r.stage, "LIMITS", {}))
+                if not done:
+                    log.write(0, held_out(r, evaluate, state))
+                for i in range(done, schedule.steps):
+                    batch, tokens = fetched(r, state, i)
+                    state, metrics = step(state, batch)
+                    log.note(i + 1, metrics, tokens)
+                    last, stop = i + 1 == schedule.steps, stopping()
+                    due = (i + 1) % schedule.save_every == 0 or last or stop
+                    if (i + 1) % schedule.log_every == 0 or due:
+                        log.flush()
+                    if last or schedule.evaluate_every and (i + 1) % schedule.evaluate_every == 0:
+                        log.write(i + 1, held_out(r, evaluate, state))
+                    if due:
+                        checkpoints.save(i + 1, saved(state), r.meta)
+                    if stop and not last:
+                        checkpoints.wait()
+                        raise Interrupted
+    return summary_of(config, r, workdir)
+
+
+def fetched(r: Run, state: TrainState, i: int):
+    """Batch i on the devices, and how many real tokens it holds."""
+    batch = r.batches.train(state, i)
+    rows = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, Tokens))
+    tokens = sum(int(np.sum(np.asarray(x.segments) > 0)) for x in rows if isinstance(x, Tokens))
+    return put_batch(batch, r.mesh), tokens
+
+
+def held_out(r: Run, evaluate, state: TrainState) -> dict[str, float]:
+    """The stage's summary of its metrics over every held-out batch, as "held_out/NAME"."""
+    total = None
+    for batch in r.batches.held_out(state):
+        found = jax.device_get(dict(evaluate(state, put_batch(batch, r.mesh))))
+        total = found if total is None else means.add(total, found)
+    if total is None:
+        raise UserError(f"{r.meta['stage']}: the held-out side holds no whole batch: raise data.held_out, or lower the batch")
+    return {f"held_out/{name}": value for name, value in r.stage.summary(total, r.batches.about).items()}
+
+
+def saved(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds: all but the frozen networks, which every start builds again."""
+    return {"params": state.params, "opt_state": state.opt_state, "counts": {"step": state.step, "key": state.key}}
+
+
+def resumed(checkpoints: Checkpoints, r: Run) -> tuple[int, TrainState]:
+    """(batches done, state) of the newest whole checkpoint, or (0, the starting state)."""
+    found = checkpoints.restore(saved(r.state))
+    if found is None:
+        return 0, r.state
+    done, tree, meta = found
+    if meta["fingerprint"] != r.meta["fingerprint"]:
+        raise UserError(f"{checkpoints.directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
+                        f"this run has {r.meta['fingerprint'][:8]}: give another --workdir, or remove this one")
+    return done, r.state.replace(params=tree["params"], opt_state=tree["opt_state"], **tree["counts"])
+
+
+class Log:
+    """Metrics of the steps since the last line, kept on the devices so that the loop need not wait for them."""
+
+    def __init__(self, stage: str, workdir: Workdir, writers: Writers, progress: Progress, limits: Mapping[str, float]):
+        self._stage, self._workdir, self._writers, self._progress, self._limits = stage, workdir, writers, progress, limits
+        rows = read_metrics(workdir.metrics)
+        self._tokens, self._before = (rows[-1]["tokens"], rows[-1]["seconds"]) if rows else (0, 0.0)
+        self._start = self._flushed = time.monotonic()
+        self._pending: list[tuple[int, Mapping[str, Any], int]] = []
+
+    def note(self, step: int, metrics, tokens: int) -> None:
+        self._pending.append((step, metrics, tokens))
+
+    def flush(self) -> None:
+        """One line of means over the noted steps. Raises UserError at the first that is not finite, or over a limit."""
+        fetched = [(step, jax.device_get(dict(metrics)), tokens) for step, metrics, tokens in self._pending]
+        self._pending = []
+        total = None
+        for step, found, _ in fetched:
+            for name, m in found.items():
+                if not math.isfinite(float(m.total)):
+                    raise UserError(f"{self._stage}: {name} is {float(m.value())} at step {step}; the last good checkpoint stays in "
+                                    f"{self._workdir.checkpoints}: lower optimizer.learning_rate and take a new --workdir")
+            total = found if total is None else means.add(total, found)
+        values = means.values(total)
+        for name, limit in self._limits.items():
+            if values[name] > limit:
+                raise UserError(f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}, over its limit of "
+                                f"{limit}: see LIMITS in lm/stages/{self._stage}.py for what it means")
+        now = time.monotonic()
+        tokens = sum(tokens for *_, tokens in fetched)
+        self._tokens += tokens
+        values["tokens_per_second"] = tokens / (now - self._flushed)
+        self._flushed = now
+        self.write(fetched[-1][0], values)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line to metrics.jsonl, TensorBoard and the terminal."""
+        clock = {"tokens": self._tokens, "seconds": self._before + time.monotonic() - self._start}
+        self._workdir.append_metrics({"step": step, **values, **clock})
+        self._writers.write(step, values)
+        rate = values.get("tokens_per_second")
+        self._progress.update(step, {k: v for k, v in values.items() if k != "tokens_per_second"}, rate)
+
+
+def summary_of(config: ConfigDict, r: Run, workdir: Workdir) -> dict[str, Any]:
+    """What a finished stage leaves behind: held-out scores before and after, size, tokens, FLOPs, seconds."""
+    rows = read_metrics(workdir.metrics)
+    scored = [{k.removeprefix("held_out/"): v for k, v in row.items() if k.startswith("held_out/")} for row in rows]
+    scored = [row for row in scored if row]
+    return {
+        "stage": config.stage.name,
+        "steps": config.train.steps,
+        "parameters": count(specs(Config(**r.meta["model"]))),
+        "tokens": rows[-1]["tokens"],
+        "seconds": rows[-1]["seconds"],
+        "model_flops": r.flops_per_row_token * rows[-1]["tokens"],
+        "before": scored[0],
+        "held_out": scored[-1],
+        "about": dict(r.batches.about),
+        "fingerprint": r.meta["fingerprint"],
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def program(argv: list[str]) -> None:
+    flags, config = arguments(argv, __doc__, FLAGS)
+    run(config, flags.workdir)
+
+
+if __name__ == "__main__":
+    main(program)

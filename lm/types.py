@@ -1,0 +1,71 @@
+"""The pytrees that travel through every stage. B rows, T positions; every field names its dtype and shape."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from flax import struct
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything an update may change, and what it may read."""
+
+    step: Array  # i32[]  optimizer updates so far; schedules and keys count by it
+    params: Params  # trainable: {"lm": ...} or {"lm": ..., "value": ...}
+    opt_state: optax.OptState  # moments and counts: all optimizer memory lives here
+    key: Array  # typed PRNG key, never advanced: fold_in(key, step)
+    frozen: Mapping[str, Params]  # {"ref": ...}: read by losses, never differentiated, not saved again
+
+
+@struct.dataclass
+class Tokens:
+    """Rows of tokens for next-token prediction.
+
+    `targets` is `inputs` shifted left by one, so the weight at t says how much predicting targets[t] counts. Rows may
+    hold several packed segments: positions restart in each, attention needs equal segment ids, and 0 marks padding.
+    """
+
+    inputs: Array  # i32[B,T]
+    targets: Array  # i32[B,T]
+    weights: Array  # f32[B,T]  belongs to the target
+    positions: Array  # i32[B,T]  restart per segment
+    segments: Array  # i32[B,T]  1, 2, ... per row; 0 is padding
+
+
+@struct.dataclass
+class Preferences:
+    """Pairs of answers to one prompt; row i of `chosen` was preferred to row i of `rejected`."""
+
+    chosen: Tokens
+    rejected: Tokens
+
+
+@struct.dataclass
+class Rollouts:
+    """Sampled answers with what is known of them. Fields that are None have not been annotated yet."""
+
+    tokens: Tokens  # weights are 1 on sampled tokens only
+    rewards: Array  # f32[B]
+    scores: Mapping[str, Array]  # f32[B] each: logged beside the reward, never learned from
+    stopped: Array  # bool[B]  ended by themselves, not by the limit
+    sampler_logprobs: Array  # f32[B,T]  what the sampler said while it drew
+    old_logprobs: Array | None = None  # f32[B,T]  the trainer's, of the same policy
+    ref_logprobs: Array | None = None  # f32[B,T]  of the frozen reference
+    old_values: Array | None = None  # f32[B,T]  V(s_t) at the position that predicts token t
+    advantages: Array | None = None  # f32[B,T]
+    returns: Array | None = None  # f32[B,T]
+
+
+@struct.dataclass
+class Completions:
+    """What a sampler drew. A row counts its stop token; everything after it is 0."""
+
+    tokens: Array  # i32[B,N]
+    logprobs: Array  # f32[B,N]  of the distribution that was sampled
+    lengths: Array  # i32[B]  sampled tokens, stop token included
+    stopped: Array  # bool[B]  ended by a stop token, not by the limit

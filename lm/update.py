@@ -1,0 +1,137 @@
+"""Update: the optax pair, one level up. Every way of training is a composition of these over TrainState."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm.metrics import Mean, Metrics, scalar
+from lm.types import Array, Params, TrainState
+
+Batch = Any
+# A loss returns its terms, a pytree of Means, and metrics. Each term is divided by its *own* global weight, which may
+# depend on the batch alone; a coefficient is part of a term: 0.1 * mean(...). Only argument 0 is differentiated.
+Loss = Callable[[Params, Mapping[str, Params], Batch, Array], tuple[Any, Metrics]]
+
+
+class Update(NamedTuple):
+    init: Callable[[Array, Params, Mapping[str, Params]], TrainState]  # (key, params, frozen)
+    update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[TrainState, Batch], Metrics]  # the loss's metrics on a batch, without learning from it
+
+
+def _is_mean(x) -> bool:
+    return isinstance(x, Mean)
+
+
+def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> Update:
+    """One optimizer step on the gradient of sum over terms of total / weight, both summed over all microbatches.
+
+    Gradients are summed in float32. A batch of weight 0 gives a zero gradient. Metrics gain `grad_norm` (before
+    clipping) and, where the optimizer injects it, `learning_rate`.
+    """
+    def init(key, params, frozen):
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, frozen)
+
+    def objective(params, frozen, part, key, weights):
+        terms, metrics = loss(params, frozen, part, key)
+        divided = jax.tree.map(lambda term, w: Mean(term.total, w).value(), terms, weights, is_leaf=_is_mean)
+        return sum(jax.tree.leaves(divided)), metrics
+
+    def update(state, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(microbatches))
+        parts = split(batch, microbatches), keys
+
+        def weights(part, key):  # nothing else of the loss is used: its forward pass is dropped as dead code
+            terms, _ = loss(state.params, state.frozen, part, key)
+            return jax.tree.map(lambda term: jax.lax.stop_gradient(term.weight), terms, is_leaf=_is_mean)
+
+        total = summed(weights, parts, microbatches)
+
+        def grads_of(part, key):
+            return jax.grad(objective, has_aux=True)(state.params, state.frozen, part, key, total)
+
+        grads, metrics = summed(grads_of, parts, microbatches)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = dict(metrics, grad_norm=scalar(optax.global_norm(grads)))
+        learning_rate = optax.tree.get(opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array))
+        if learning_rate is not None:
+            metrics["learning_rate"] = scalar(learning_rate)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    def evaluate(state, batch):
+        return loss(state.params, state.frozen, batch, jax.random.fold_in(state.key, state.step))[1]
+
+    return Update(init, update, evaluate)
+
+
+def split(batch: Batch, count: int) -> Batch:
+    """Leaves [B, ...] as [count, B / count, ...]. Part i takes rows i, i + count, ..., so each still spans every device."""
+    def parts(x):
+        if x.shape[0] % count:
+            raise ValueError(f"a batch of {x.shape[0]} rows cannot be cut into {count} equal parts")
+        return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(parts, batch)
+
+
+def summed(function, xs, count: int):
+    """Sum of function(*x) over the leading axis of xs; a scan, unless there is only one."""
+    if count == 1:
+        return function(*jax.tree.map(lambda x: x[0], xs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *jax.tree.map(lambda x: x[0], xs)))
+    return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, function(*x)), None), zeros, xs)[0]
+
+
+def annotate(function: Callable[[TrainState, Batch], tuple[Batch, Metrics]], inner: Update) -> Update:
+    """`function` completes the batch once (advantages, reference log-probs), noting metrics, before `inner` learns."""
+    def update(state, batch):
+        batch, noted = function(state, batch)
+        state, metrics = inner.update(state, batch)
+        return state, {**noted, **metrics}
+
+    def evaluate(state, batch):
+        batch, noted = function(state, batch)
+        return {**noted, **inner.evaluate(state, batch)}
+
+    return Update(inner.init, update, evaluate)
+
+
+def minibatches(inner: Update, *, epochs: int, count: int) -> Update:
+    """`epochs` passes over one batch, each freshly shuffled and cut into `count` minibatches, each an `inner` update."""
+    def update(state, batch):
+        rows = jax.tree.leaves(batch)[0].shape[0]
+
+        def epoch(state, i):
+            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), i)
+            order = jax.random.permutation(key, rows)
+            return jax.lax.scan(inner.update, state, split(jax.tree.map(lambda x: x[order], batch), count))
+
+        state, metrics = jax.lax.scan(epoch, state, jnp.arange(epochs))
+        return state, jax.tree.map(jnp.sum, metrics)
+
+    return Update(inner.init, update, inner.evaluate)
+
+
+def reference(inner: Update, name: str = "ref") -> Update:
+    """Keeps a frozen *copy* of the starting decoder under `name`: shared buffers would die with the first donated step."""
+    def init(key, params, frozen):
+        if name not in frozen:
+            frozen = {**frozen, name: jax.tree.map(jnp.copy, params["lm"])}
+        return inner.init(key, params, frozen)
+
+    return inner._replace(init=init)
+
+
+def value_head(init_value: Callable[[Array], Params], inner: Update) -> Update:
+    """Adds the scalar head params["value"] where the starting parameters have none."""
+    def init(key, params, frozen):
+        if "value" not in params:
+            params = {**params, "value": init_value(key)}
+        return inner.init(key, params, frozen)
+
+    return inner._replace(init=init)

@@ -1,0 +1,210 @@
+"""A run's own folder: config, tokenizer, metrics, summary and checkpoints. What is in it is all that chat needs.
+
+    config.json  tokenizer.model  metrics.jsonl  summary.json  checkpoints/  tensorboard/
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from lm.checkpoint import restore_params
+from lm.errors import UserError
+from lm.model import Config, Model, make
+from lm.tokenizer import Tokenizer
+from lm.types import Params
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.model"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
+TEMPORARY = ".tmp"
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """An open, locked run folder. Closing it, or leaving it as a context manager, unlocks it."""
+
+    path: Path
+    differences: list[str]  # "key: old -> new" of every harmless change since the run was last opened
+    lock: TextIO
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.lock.close()
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / TOKENIZER
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def summary(self) -> dict[str, Any] | None:
+        """What the finished run wrote, or None if it has not finished."""
+        return read_json(self.path / SUMMARY) if (self.path / SUMMARY).exists() else None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        write_text(self.path / SUMMARY, json.dumps(dict(summary), indent=2) + "\n")
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Adds one line to metrics.jsonl, at once."""
+        with _writing(self.metrics), self.metrics.open("a") as stream:
+            stream.write(json.dumps(dict(row)) + "\n")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the rows after `step`, which a run resumed from there writes again, and a last line torn by a kill."""
+        rows = [row for row in read_metrics(self.metrics) if row["step"] <= step]
+        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def open_workdir(path: str | Path, config: Mapping[str, Any], *,
+                 harmless: tuple[str, ...] = ("train", "mesh")) -> Workdir:
+    """Creates the folder and writes `config`, or takes up a run that was made with the same config.
+
+    config: plain and resolved, as JSON holds it. harmless: the dotted keys below which it may differ from the one that
+    is there; those differences are in the result, and the new config is written.
+    Raises UserError for any other difference, for a folder that is not a run's, and for one in use by another process.
+    """
+    path = Path(path)
+    with _writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
+    try:
+        differences = _differences_from(path, json.loads(json.dumps(config)), harmless)
+        write_text(path / CONFIG, json.dumps(config, indent=2) + "\n")
+    except BaseException:
+        lock.close()
+        raise
+    return Workdir(path, differences, lock)
+
+
+class Trained(NamedTuple):
+    """What a finished or interrupted run has learnt, read from its workdir alone."""
+
+    path: Path
+    stage: str
+    model: Model
+    params: Params  # numpy: {"lm": ...} or {"lm": ..., "value": ...}
+    tokenizer: Tokenizer
+    summary: Mapping[str, Any]  # empty while the run is not finished
+
+
+def load(path: str | Path, *, backend: str) -> Trained:
+    """The newest whole checkpoint of a run, with its model set up for a backend ("cpu", "gpu", "tpu").
+
+    Raises UserError if the folder holds no checkpoint, or a tokenizer or template other than it was trained with.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"there is no workdir {path}: train that stage first, or name another")
+    params, meta = restore_params(path / CHECKPOINTS)
+    tokenizer = Tokenizer.load(path / TOKENIZER)
+    if meta["fingerprint"] != tokenizer.fingerprint:
+        raise UserError(f"{path}: its checkpoint was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
+                        f"{path / TOKENIZER} is {tokenizer.fingerprint[:8]}: restore that file, or train the stage again")
+    summary = read_json(path / SUMMARY) if (path / SUMMARY).exists() else {}
+    model = make(Config(**meta["model"]).on(backend))
+    return Trained(path, meta["stage"], model, params, tokenizer, summary)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, or of the one in a run's folder; none if there is no file yet."""
+    file = Path(path) / METRICS if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        return []
+    lines = file.read_text().split("\n")
+    lines.pop()  # empty, or torn: a whole row ends in a newline
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON lines ({error}): move it away") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that must be there."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; give the folder of a run") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): restore it, or remove {path.parent}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file at once: whoever reads it finds the old text or the new one."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with _writing(path), temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room there or give another --workdir") from error
+
+
+def _locked(path: Path) -> TextIO:
+    """The lock file, locked as long as it is open: the kernel unlocks it even when the process is killed."""
+    lock = (path / LOCK).open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip()
+        lock.close()
+        raise UserError(f"{path} is in use by process {owner}: wait for it, or give another --workdir") from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def _differences_from(path: Path, config: dict[str, Any], harmless: tuple[str, ...]) -> list[str]:
+    if not (path / CONFIG).exists():
+        foreign = {entry.name for entry in path.iterdir()} - {LOCK, CONFIG + TEMPORARY}
+        if foreign:
+            raise UserError(f"{path} is not a run's folder: it holds {min(foreign)} but no {CONFIG}; "
+                            "give another --workdir")
+        return []
+    differences = _differences(read_json(path / CONFIG), config)
+    harmful = [f"{key}: {change}" for key, change in differences.items()
+               if not any(f"{key}.".startswith(f"{prefix}.") for prefix in harmless)]
+    if harmful:
+        more = f" and {len(harmful) - 3} more" if len(harmful) > 3 else ""
+        raise UserError(f"{path} was made with another config ({', '.join(harmful[:3])}{more}): "
+                        "give another --workdir, or remove this one")
+    return [f"{key}: {change}" for key, change in differences.items()]
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"optimizer.learning_rate": "0.001 -> 0.0003", ...}"""
+    changes = {}
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key in old and key in new and isinstance(old[key], dict) and isinstance(new[key], dict):
+            changes |= _differences(old[key], new[key], f"{prefix}{key}.")
+        elif key not in old or key not in new or old[key] != new[key]:
+            before, after = (json.dumps(side[key]) if key in side else "absent" for side in (old, new))
+            changes[f"{prefix}{key}"] = f"{before} -> {after}"
+    return changes

@@ -1,0 +1,168 @@
+"""Configs: overrides keep types and references, and every mistake is named with the way out."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from lm import config
+from lm.errors import UserError
+
+FILE = '''
+from ml_collections import ConfigDict, config_dict
+
+def get_config(arg=""):
+    width = {"": 64, "tiny": 8}[arg]
+    c = ConfigDict({
+        "corpus": "stdlib",
+        "model": {"width": width, "tied": True},
+        "optimizer": {"learning_rate": 1e-3, "betas": (0.9, 0.95), "b1": 0.9, "weight_decay": 0.0},
+        "data": {"mixture": ["a"], "shards": (), "seed": config_dict.placeholder(int), "filter": None},
+    })
+    c.data.corpus = c.get_ref("corpus")
+    return c.lock()
+'''
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "quick.py"
+    path.write_text(FILE)
+    return str(path)
+
+
+def test_argument_after_the_colon_reaches_get_config(file):
+    assert config.load(file).model.width == 64
+    assert config.load(f"{file}:tiny").model.width == 8
+    assert config.load(file).is_locked
+
+
+@pytest.mark.parametrize("override, expected", [
+    ("model.width=128", 128),
+    ("model.tied=false", False),
+    ("model.tied=True", True),
+    ("optimizer.learning_rate=3e-4", 3e-4),
+    ("optimizer.learning_rate=1", 1.0),
+    ("optimizer.betas=(0.8, 1)", (0.8, 1.0)),
+    ("optimizer.betas=0.8,0.9", (0.8, 0.9)),
+    ("data.mixture=['b','c']", ["b", "c"]),
+    ("data.shards=1,2", (1, 2)),
+    ("data.seed=7", 7),
+    ("data.seed=None", None),
+    ("data.filter=3", 3),
+    ("data.filter=short rows", "short rows"),
+    ("corpus=a=b/123", "a=b/123"),
+    ("corpus=123", "123"),
+    ("corpus=None", None),
+])
+def test_override_takes_the_type_of_what_it_replaces(file, override, expected):
+    key = override.partition("=")[0]
+    value = config.flatten(config.load(file, [override]).to_dict())[key]
+    assert value == expected and type(value) is type(expected)
+
+
+def test_reference_follows_an_override(file):
+    loaded = config.load(file, ["corpus=my.txt"])
+    assert loaded.data.corpus == "my.txt"
+    assert config.to_dict(loaded)["data"]["corpus"] == "my.txt"
+
+
+@pytest.mark.parametrize("override, message", [
+    ("optimzer.lr=1", "config.optimzer.lr is not in {file}; did you mean config.optimizer.learning_rate?"),
+    ("optimizer.learning_rat=1", "config.optimizer.learning_rat is not in {file}; "
+                                 "did you mean config.optimizer.learning_rate?"),
+    ("learning_rate=1", "config.learning_rate is not in {file}; did you mean config.optimizer.learning_rate?"),
+    ("optimizer.zzz=1", "config.optimizer.zzz is not in {file}"),
+    ("optimizer=1", "config.optimizer is a group: set its entries, such as config.optimizer.b1"),
+    ("model.width", "config.model.width has no value: write --config.model.width=VALUE"),
+    ("model.width=2.5", "config.model.width=2.5: expected an integer, as in config.model.width=64"),
+    ("model.width=wide", "config.model.width=wide: expected an integer, as in config.model.width=64"),
+    ("model.width=True", "config.model.width=True: expected an integer, as in config.model.width=64"),
+    ("model.width=None", "config.model.width=None: expected an integer, as in config.model.width=64"),
+    ("model.tied=1", "config.model.tied=1: expected true or false, as in config.model.tied=True"),
+    ("optimizer.learning_rate=fast",
+     "config.optimizer.learning_rate=fast: expected a number, as in config.optimizer.learning_rate=0.001"),
+    ("optimizer.betas=0.9",
+     "config.optimizer.betas=0.9: expected a tuple such as 1,2, as in config.optimizer.betas=(0.9, 0.95)"),
+    ("optimizer.betas=0.9,'x'",
+     "config.optimizer.betas=0.9,'x': expected a tuple such as 1,2, as in config.optimizer.betas=(0.9, 0.95)"),
+    ("data.seed=x", "config.data.seed=x: expected an integer, as in config.data.seed=None"),
+])
+def test_bad_override_is_named(file, override, message):
+    with pytest.raises(UserError) as error:
+        config.load(file, [override])
+    assert str(error.value) == message.format(file=file)
+
+
+def test_bad_file_is_named(tmp_path, file):
+    with pytest.raises(UserError, match="there is no config file nowhere.py: give --config="):
+        config.load("nowhere.py:tiny")
+    with pytest.raises(UserError, match="quick.py has no variant 'huge': 'huge'"):
+        config.load(f"{file}:huge")
+    (tmp_path / "other.py").write_text("x = 1")
+    with pytest.raises(UserError, match=r"other.py has no get_config\(arg\)"):
+        config.load(str(tmp_path / "other.py"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="config.json is not a Python file"):
+        config.load(str(tmp_path / "config.json"))
+
+
+def test_a_fault_of_the_file_itself_keeps_its_traceback(tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config(arg=''):\n    return 1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        config.load(str(tmp_path / "broken.py"))
+
+
+def test_to_dict_is_json_and_flatten_keeps_empty_groups():
+    assert config.to_dict(ConfigDict({"a": {"b": (1, 2)}, "c": {}})) == {"a": {"b": [1, 2]}, "c": {}}
+    assert config.flatten({"a": {"b": 1, "c": {"d": 2}}, "e": {}}) == {"a.b": 1, "a.c.d": 2, "e": {}}
+
+
+def make(model, params=None, *, learning_rate, betas=(0.9, 0.95), steps=10):
+    return model, params, learning_rate, betas, steps
+
+
+def test_call_passes_options_and_extras():
+    options = ConfigDict({"learning_rate": 0.1, "betas": (0.5, 0.6)})
+    assert config.call(make, options, "m", name="optimizer", steps=3) == ("m", None, 0.1, (0.5, 0.6), 3)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"lr": 1.0}, "optimizer.lr is not an option of test_config.make; did you mean learning_rate?"),
+    ({"learning_rate": 1.0, "beta": 1}, "optimizer.beta is not an option of test_config.make; did you mean betas?"),
+    ({"learning_rate": 1.0, "model": 1}, "optimizer.model is not an option of test_config.make"),  # given by position
+    ({"learning_rate": 1.0, "steps": 1}, "optimizer.steps is not an option of test_config.make"),  # given as an extra
+    ({}, "optimizer.learning_rate is missing: test_config.make has no default for it"),
+])
+def test_call_names_what_does_not_fit(options, message):
+    with pytest.raises(UserError) as error:
+        config.call(make, options, "m", name="optimizer", steps=3)
+    assert str(error.value).replace(make.__module__, "test_config") == message
+
+
+FLAGS = {"workdir": dict(required=True, help="where the run lives"), "top_k": dict(type=int, default=0)}
+
+
+def test_arguments_reads_flags_and_config(file):
+    argv = [f"--config={file}:tiny", "--config.corpus", "x.txt", "--workdir", "w", "--config.model.tied=false"]
+    namespace, loaded = config.arguments(argv, "train", FLAGS)
+    assert (namespace.workdir, namespace.top_k) == ("w", 0)
+    assert (loaded.model.width, loaded.corpus, loaded.model.tied) == (8, "x.txt", False)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--workdri=w"], "--workdri is not a flag of this program; did you mean --workdir?"),
+    (["--qqq"], "--qqq is not a flag of this program"),
+    (["--config.model.width"], "--config.model.width has no value: write --config.model.width=VALUE"),
+    (["--config.model.width", "--workdir=w"], "--config.model.width has no value: write --config.model.width=VALUE"),
+    (["--config=x.py"], "the following arguments are required: --workdir; --help lists the flags"),
+    (["--config=x.py", "--workdir=w", "--top_k=many"],
+     "argument --top_k: invalid int value: 'many'; --help lists the flags"),
+    (["--config=x.py", "--workdir=w", "stray"], "unrecognized arguments: stray; --help lists the flags"),
+])
+def test_bad_arguments_are_named(argv, message):
+    with pytest.raises(UserError) as error:
+        config.arguments(argv, "train", FLAGS)
+    assert str(error.value) == message
+
+
+def test_parsed_needs_no_config():
+    assert config.parsed(["--workdir=w", "--top_k=5"], "chat", FLAGS).top_k == 5

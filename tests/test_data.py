@@ -1,0 +1,367 @@
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+
+from lm.data import chats, corpus, rankings, rows
+from lm.data.batches import batches
+from lm.errors import UserError
+from lm.tokenizer import Example
+from lm.types import Tokens
+
+# Corpora
+
+
+def test_folder(tmp_path, caplog):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "a.py").write_text("x = 1\n")
+    (tmp_path / "a.txt").write_bytes("\ufeffhé\r\nho".encode())
+    (tmp_path / "c.MD").write_text("# c")
+    (tmp_path / "d.jsonl").write_text('{"text": "one"}\n\n{"text": "two", "id": 2}\n{"text": " "}\n')
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "zero.txt").write_bytes(b"a\0b")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "x.txt").write_text("hidden")
+    expected = [("a.txt", "hé\nho"), ("b/a.py", "x = 1\n"), ("c.MD", "# c")]
+    expected += [("d.jsonl#0001", "one"), ("d.jsonl#0003", "two")]
+    assert corpus.read(tmp_path) == (expected, 2)
+    assert corpus.documents(str(tmp_path)) == expected
+    assert "skipped 2 files" in caplog.text
+
+
+def test_one_file_is_cut_into_blocks_that_lose_nothing(tmp_path):
+    paragraphs = [f"Paragraph {i} says something.\nAnd more.\n\n" + "\n" * (i % 2) for i in range(400)]
+    text = "".join(paragraphs) + "line\n" * 300
+    (tmp_path / "book.txt").write_text(text)
+    found = corpus.documents(str(tmp_path / "book.txt"))
+    assert "".join(d.text for d in found) == text
+    assert found[0].name == "book.txt#0001" and [d.name for d in found] == sorted({d.name for d in found})
+    assert 40 <= len(found) <= 110 and all(len(d.text) >= 200 for d in found[:-1])
+    assert all(d.text.startswith("Paragraph") for d in found[:20])
+
+
+def test_bad_corpora(tmp_path):
+    def refused(path, fault):
+        with pytest.raises(UserError, match=fault):
+            corpus.documents(str(path))
+
+    refused(tmp_path / "none", "no corpus at .*none: .*stdlib")
+    refused("stdlib,none", "no corpus at stdlib,none: .*chitchat")
+    refused(" ", "no corpus is named")
+    refused(tmp_path, "no .txt .md .py .jsonl file in")
+    (tmp_path / "a.bin").write_bytes(b"x")
+    refused(tmp_path / "a.bin", "no .txt .md .py .jsonl file in")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\0")
+    (tmp_path / "b.txt").write_text("")
+    refused(tmp_path, "no text in .*: 2 files, 1 of them binary")
+    for line in ('{"text": ', '["text"]', '{"body": "x"}', "3"):
+        (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+        refused(tmp_path, r"c.jsonl:2 is not a JSON object with a 'text' field")
+    (tmp_path / "c.jsonl").write_text('{"text": 3}\n')
+    refused(tmp_path, "c.jsonl:1: 'text' is int")
+
+
+def test_stdlib_leaves_out_tests():
+    documents = corpus.documents("stdlib")
+    names = [d.name for d in documents]
+    assert names == sorted(set(names))
+    assert {"stdlib/shutil.py", "stdlib/json/__init__.py", "stdlib/topics/for"} <= set(names)
+    assert "stdlib/pydoc_data/topics.py" not in names
+    assert not [n for n in names if {"test", "tests", "idle_test", "site-packages"} & set(n.split("/")[:-1])]
+    assert sum(len(d.text) for d in documents) > 5e6
+
+
+def test_held_out_is_decided_by_the_name_alone():
+    documents = [corpus.Document(f"d{i}", "") for i in range(4000)]
+    train, held = corpus.split(documents, 0.05)
+    assert sorted(train + held) == sorted(documents)
+    assert 150 < len(held) < 250  # 200 expected, deviation sqrt(4000 * .05 * .95) = 14
+    assert corpus.split(documents[::-2], 0.05)[1] == [d for d in documents[::-2] if d in held]
+    assert {d for d in documents if corpus.held_out(d.name, 0.01)} < set(held)
+    # sha256("stdlib/shutil.py") begins 93b6, and 0x93b6 / 0x10000 = 0.577: the figure must never move
+    assert [corpus.held_out("stdlib/shutil.py", f) for f in (0.0, 0.576, 0.578, 1.0)] == [False, False, True, True]
+
+
+def test_split_refuses_an_empty_side():
+    documents = [corpus.Document("a", ""), corpus.Document("b", "")]
+    with pytest.raises(UserError, match="of 2 documents none is held out at 0: raise"):
+        corpus.split(documents, 0.0)
+    with pytest.raises(UserError, match="of 2 documents none is left to train on at 1: lower"):
+        corpus.split(documents, 1.0)
+
+
+# Conversations
+
+
+def message(sender, text):
+    return {"sender": sender, "text": text, "timestamp": "2018-05-02T19:38:15Z"}
+
+
+@pytest.fixture
+def chitchat(tmp_path, monkeypatch):
+    dataset = {
+        "one": {"messages": [[message("A", "Hello"), message("A", " how \n are you? ")], [message("B", "")],
+                             [message("B", "fine")], [message("A", "ok")]]},
+        "alone": {"messages": [[message("A", "hi")], [message("A", "anyone?")]]},
+        "unheard": {"messages": [[message("A", "hi there you")], [message("B", " ")]]},
+        "two": {"messages": [[message("B", "what about exams now?")], [message("A", "over")]]},
+    }  # fmt: skip
+    package = tmp_path / "chitchat_dataset"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "dataset.json").write_text(json.dumps(dataset))
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def turns(*contents):
+    return [{"role": role, "content": c} for role, c in zip(["user", "assistant"] * len(contents), contents)]
+
+
+def test_chitchat_merges_cleans_and_drops(chitchat):
+    assert chats.chitchat() == [
+        ("chitchat/one", turns("Hello how are you?", "fine", "ok")),
+        ("chitchat/two", turns("what about exams now?", "over")),
+    ]
+    assert corpus.documents("chitchat") == [
+        ("chitchat/one", "Hello how are you?\nfine\nok\n"),
+        ("chitchat/two", "what about exams now?\nover\n"),
+    ]
+
+
+def test_chitchat_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "chitchat_dataset", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install chitchat-dataset"):
+        chats.chitchat()
+
+
+SOURCE = '''
+"""Tools for files. And more."""
+def copy(a):
+    """Copy a to
+    b, e.g. on disk.  Then rest."""
+def _private():
+    """Hide the thing well."""
+def unclear():
+    """copy(a) -> b"""
+def lower():
+    """not a sentence at all."""
+def unended():
+    """Copy without an end"""
+def long():
+    """Copy %s."""
+class File:
+    """A file on disk."""
+    def close(self):
+        """Close the file."""
+''' % ("very " * 50)
+
+
+def test_docstrings(monkeypatch):
+    modules = [corpus.Document("stdlib/tools/__init__.py", SOURCE), corpus.Document("stdlib/_tools.py", SOURCE)]
+    monkeypatch.setattr(corpus, "modules", lambda: modules)
+    found = chats.docstrings()
+    assert {c.name for c in found} == {"stdlib/tools/__init__.py"}
+    assert [c.messages[1]["content"] for c in found] == [
+        "Tools for files.", "Copy a to b, e.g. on disk.", "A file on disk.", "Close the file."
+    ]  # fmt: skip
+    for conversation, name in zip(found, ("tools", "tools.copy", "tools.File", "tools.File.close")):
+        assert [m["role"] for m in conversation.messages] == ["user", "assistant"]
+        assert conversation.messages[0]["content"] in [q.format(name) for q in chats.QUESTIONS]
+    assert chats.docstrings() == found
+
+
+def test_excerpts_keep_every_reply():
+    conversation = chats.Conversation("c", turns("a", "b", "c", "d", "e", "f", "g"))
+    assert chats.excerpts([conversation], turns=4) == [("c", turns("a", "b", "c", "d")), ("c", turns("e", "f", "g"))]
+    assert chats.excerpts([conversation], turns=2)[-1] == ("c", turns("e", "f"))  # nobody answers g
+
+
+def test_prompts_end_in_a_users_turn():
+    talk = chats.Conversation("c", turns("is it far?", "no", "ok", "yes", "then let us go", "now", "why so fast?"))
+    found = chats.prompts([talk], per_conversation=0)
+    assert {tuple(m["content"] for m in p.messages) for p in found} == {
+        ("is it far?",),
+        ("ok", "yes", "then let us go"),
+        ("then let us go", "now", "why so fast?"),
+    }  # "ok" has too few words
+    assert all(p.messages[0]["role"] == p.messages[-1]["role"] == "user" and p.name == "c" for p in found)
+    # two turns at most, starting with the user's: the assistant's turn falls away
+    assert all(len(p.messages) == 1 for p in chats.prompts([talk], turns=2))
+    assert chats.prompts([talk]) == chats.prompts([talk, talk]) == found[:1]
+
+
+# Rows
+
+
+def test_stream_by_hand():
+    tokens = rows.stream([[2, 9, 3], [2, 7, 8, 3], [2, 3]], 4)
+    # 2 9 3 2 | 7 8 3 2 | 3: nine tokens are eight inputs and eight targets; weight 0 on the first token of a document
+    assert tokens.inputs.tolist() == [[2, 9, 3, 2], [7, 8, 3, 2]]
+    assert tokens.targets.tolist() == [[9, 3, 2, 7], [8, 3, 2, 3]]
+    assert tokens.weights.tolist() == [[1, 1, 0, 1], [1, 1, 0, 1]]
+    assert tokens.positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
+    assert tokens.segments.tolist() == [[1, 1, 1, 2], [1, 1, 1, 2]]
+    padded = rows.stream([[2, 9, 3], [], [2, 7, 8, 3], [2, 3]], 5)
+    assert padded.segments.tolist() == [[1, 1, 1, 2, 2], [1, 1, 2, 0, 0]]
+    assert padded.weights.tolist() == [[1, 1, 0, 1, 1], [1, 0, 1, 0, 0]]
+    assert padded.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
+    assert [leaf.dtype for leaf in (padded.inputs, padded.weights, padded.segments)] == [np.int32, np.float32, np.int32]
+
+
+def test_stream_loses_no_target():
+    draw = random.Random(0)
+    documents = [[2, *(draw.randrange(9, 99) for _ in range(draw.randrange(40))), 3] for _ in range(60)]
+    tokens = rows.stream(documents, 16)
+    trained = tokens.weights > 0
+    assert tokens.weights.sum() == sum(map(len, documents)) - len(documents)
+    assert tokens.targets[trained].tolist() == [i for document in documents for i in document[1:]]
+    assert tokens.inputs[trained].tolist() == [i for document in documents for i in document[:-1]]
+
+
+def test_stream_refuses_too_little():
+    assert rows.stream([[2, 9, 9, 9, 3]], 4).inputs.shape == (1, 4)
+    for documents, count in (([[2, 9, 9, 3]], 4), ([], 0)):
+        with pytest.raises(UserError, match=f"too small for one row: {count} tokens, a row needs 5"):
+            rows.stream(documents, 4)
+
+
+def example(*ids):
+    return Example(np.array(ids, np.int32), np.array([i >= 50 for i in ids], np.float32))
+
+
+def test_pack_by_hand():
+    # sizes 2, 3, 1, 4 in rows of 5; longest first: 4 | 3 | 2 beside the 3 (the best fit) | 1 beside the 4
+    tokens, skipped = rows.pack([example(2, 9, 50), example(2, 8, 51, 52), example(2, 53), example(2, 7, 7, 7, 54)], 5)
+    assert skipped == 0
+    assert tokens.inputs.tolist() == [[2, 7, 7, 7, 2], [2, 8, 51, 2, 9]]
+    assert tokens.targets.tolist() == [[7, 7, 7, 54, 53], [8, 51, 52, 9, 50]]
+    assert tokens.weights.tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 0, 1]]
+    assert tokens.positions.tolist() == [[0, 1, 2, 3, 0], [0, 1, 2, 0, 1]]
+    assert tokens.segments.tolist() == [[1, 1, 1, 1, 2], [1, 1, 1, 2, 2]]
+
+
+def test_pack_keeps_every_example_whole_and_once():
+    draw = random.Random(1)
+    examples = [example(2, *(draw.randrange(9, 99) for _ in range(draw.randrange(1, 40)))) for _ in range(200)]
+    tokens, skipped = rows.pack(examples, 32)
+    found = [
+        [*tokens.inputs[r][here], tokens.targets[r][here][-1]]
+        for r in range(len(tokens.inputs))
+        for s in range(1, tokens.segments[r].max() + 1)
+        if (here := tokens.segments[r] == s).any()
+    ]
+    whole = [e.ids.tolist() for e in examples if len(e.ids) <= 33]
+    assert sorted(found) == sorted(whole) and skipped == 200 - len(whole) > 0
+    assert tokens.weights.sum() == sum(e.weights[1:].sum() for e in examples if len(e.ids) <= 33)
+    assert (tokens.segments > 0).mean() > 0.9
+
+
+def test_pack_refuses_only_too_long():
+    tokens, skipped = rows.pack([example(2, 9, 50), example(2, 9, 9, 50)], 2)
+    assert (tokens.inputs.tolist(), skipped) == ([[2, 9]], 1)
+    with pytest.raises(UserError, match="none of 1 conversations fits a row of 1 tokens"):
+        rows.pack([example(2, 9, 50)], 1)
+
+
+def test_pad_by_hand():
+    tokens = rows.pad([example(2, 9, 50), example(2, 8, 51, 52)], 4)
+    assert tokens.inputs.tolist() == [[2, 9, 0, 0], [2, 8, 51, 0]]
+    assert tokens.targets.tolist() == [[9, 50, 0, 0], [8, 51, 52, 0]]
+    assert tokens.weights.tolist() == [[0, 1, 0, 0], [0, 1, 1, 0]]
+    assert tokens.positions.tolist() == [[0, 1, 0, 0], [0, 1, 2, 0]]
+    assert tokens.segments.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    with pytest.raises(UserError, match="example 1 has 4 tokens, a row takes 3"):
+        rows.pad([example(2, 9, 50), example(2, 8, 51, 52)], 2)
+
+
+# Batches
+
+
+def numbered(count):
+    return {"x": np.arange(count), "y": np.arange(count)[:, None] * [1, 10]}
+
+
+def test_a_batch_depends_on_seed_and_index_alone():
+    first, second = (batches(numbered(10), batch_size=4, seed=3) for _ in range(2))
+    backwards = {i: second(i)["x"] for i in reversed(range(12))}
+    for i in range(12):
+        np.testing.assert_array_equal(first(i)["x"], backwards[i])
+        np.testing.assert_array_equal(first(i)["x"][:, None] * [1, 10], first(i)["y"])
+    other = batches(numbered(10), batch_size=4, seed=4)
+    assert any((other(i)["x"] != first(i)["x"]).any() for i in range(5))
+
+
+def test_every_epoch_holds_each_row_once_in_a_new_order():
+    batch = batches(numbered(10), batch_size=4, seed=0)
+    drawn = np.concatenate([batch(i)["x"] for i in range(5)]).reshape(2, 10)  # 5 * 4 = 2 epochs of 10
+    assert [sorted(epoch) for epoch in drawn.tolist()] == [list(range(10))] * 2
+    assert (drawn[0] != drawn[1]).any()
+    plain = batches(numbered(10), batch_size=4, seed=0, shuffle=False)
+    assert np.concatenate([plain(i)["x"] for i in range(5)]).tolist() == [*range(10)] * 2
+
+
+def test_few_rows_repeat_and_types_stay():
+    tokens = rows.pad([example(2, 9, 50), example(2, 50)], 3)
+    batch = batches(tokens, batch_size=5, seed=0)(0)
+    assert isinstance(batch, Tokens) and batch.inputs.shape == (5, 3) and batch.weights.dtype == np.float32
+    for faulty in ({"x": np.zeros(0)}, {"x": np.zeros(2), "y": np.zeros(3)}, {}):
+        with pytest.raises(UserError, match="cannot draw batches"):
+            batches(faulty, batch_size=1, seed=0)
+
+
+# Rankings
+
+RANKING = rankings.Ranking(
+    "chitchat/one", turns("how are you?"), ["fine", "bad é", "good"], [2, 3, 2], "rule", "2024-05-01T12:00:00+00:00"
+)
+
+
+def test_rankings_come_back(tmp_path):
+    path = tmp_path / "run" / "rankings.jsonl"
+    rankings.append(path, [RANKING])
+    rankings.append(path, [RANKING._replace(ranking=[1, 1, 1]), RANKING])
+    assert rankings.read(path) == [RANKING, RANKING._replace(ranking=[1, 1, 1]), RANKING]
+
+
+def test_pairs_are_the_strict_preferences():
+    assert rankings.pairs(RANKING) == [(0, 1), (2, 1)]
+    assert rankings.pairs(RANKING._replace(ranking=[3, 2, 1])) == [(1, 0), (2, 0), (2, 1)]
+    assert rankings.pairs(RANKING._replace(ranking=[1, 1, 1])) == []
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({"ranking": [1, 2]}, r"ranking \[1, 2\] gives no rank to each of 3 texts"),
+        ({"ranking": [0, 1, 2]}, "whole numbers from 1"),
+        ({"ranking": [1.0, 1, 2]}, "whole numbers from 1"),
+        ({"responses": "fine"}, "responses is not a list of texts"),
+        ({"prompt": []}, "prompt is not a list of messages"),
+        ({"prompt": [{"role": "bot", "content": "x"}]}, "prompt is not a list of messages"),
+        ({"rater": None}, "rater is None, not text"),
+        ({"time": "noon"}, "noon"),
+        ({"extra": 1}, "exactly the keys name, prompt"),
+    ],
+)
+def test_rankings_name_line_and_fault(tmp_path, change, fault):
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in (RANKING._asdict(), RANKING._asdict() | change)))
+    with pytest.raises(UserError, match=f"r.jsonl:2: .*{fault}"):
+        rankings.read(path)
+
+
+def test_rankings_refuse_what_is_no_json(tmp_path):
+    path = tmp_path / "r.jsonl"
+    with pytest.raises(UserError, match="no rankings at .*r.jsonl"):
+        rankings.read(path)
+    path.write_text(json.dumps(RANKING._asdict())[:-5])
+    with pytest.raises(UserError, match=r"r.jsonl:1: not JSON"):
+        rankings.read(path)
+    path.write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        rankings.read(path)

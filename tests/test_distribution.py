@@ -1,0 +1,56 @@
+"""Rule 6: the one distribution that sampler and losses share. Rule 14: top-p keeps the token that crosses p."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.distribution import adjusted, picked
+
+PROBS = [0.1, 0.5, 0.15, 0.25]
+
+
+def probs(logits, **options):
+    return jax.nn.softmax(adjusted(jnp.asarray(logits, jnp.float32), **options), axis=-1)
+
+
+@pytest.mark.parametrize("options, expected", [
+    ({}, PROBS),
+    ({"top_k": 4}, PROBS),
+    ({"top_k": 9}, PROBS),  # more than there are: all
+    ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]),  # 0.5 and 0.25 over 0.75
+    ({"top_k": 1}, [0, 1, 0, 0]),
+    ({"top_p": 0.3}, [0, 1, 0, 0]),  # the first alone reaches it
+    ({"top_p": 0.6}, [0, 2 / 3, 0, 1 / 3]),  # 0.5 < 0.6: 0.25 crosses and stays
+    ({"top_p": 0.8}, [0, 5 / 9, 1 / 6, 5 / 18]),  # 0.75 < 0.8: 0.15 crosses and stays; over 0.9
+    ({"top_p": 1e-6}, [0, 1, 0, 0]),  # never empty
+    ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0]),  # top-p is of what top-k left: 2/3 reaches 0.6
+    ({"temperature": 0.5}, [2 / 69, 50 / 69, 4.5 / 69, 12.5 / 69]),  # squares 0.01 0.25 0.0225 0.0625 over 0.345
+    ({"temperature": 0.5, "top_p": 0.74}, [0, 0.8, 0, 0.2]),  # of the sharpened ones: 0.7246 < 0.74; 50 to 12.5
+])
+def test_support_and_probabilities_by_hand(options, expected):
+    np.testing.assert_allclose(probs(np.log(PROBS), **options), expected, atol=1e-6)
+
+
+def test_ties_with_the_kth_stay():
+    np.testing.assert_allclose(probs([1.0, 2.0, 1.0, 0.0], top_k=2) > 0, [True, True, True, False])
+
+
+def test_temperature_zero_is_argmax_the_first_of_equals():
+    logits = jnp.array([[1.0, 3.0, 3.0], [5.0, 1.0, 2.0]])
+    np.testing.assert_array_equal(probs(logits, temperature=0.0), [[0, 1, 0], [1, 0, 0]])
+
+
+def test_rows_are_independent():
+    logits = np.random.default_rng(0).normal(size=(3, 4, 7)).astype(np.float32)
+    together = adjusted(jnp.asarray(logits), temperature=0.7, top_k=5, top_p=0.8)
+    alone = adjusted(jnp.asarray(logits[1, 2]), temperature=0.7, top_k=5, top_p=0.8)
+    np.testing.assert_array_equal(together[1, 2], alone)
+    assert 1 <= int(jnp.isfinite(alone).sum()) <= 5
+
+
+def test_picked_is_a_gather():
+    x = jnp.array([[1.0, 2.0, -jnp.inf], [4.0, 5.0, 6.0]])
+    ids = jnp.array([2, 0])
+    np.testing.assert_array_equal(picked(x, ids), [-jnp.inf, 4.0])
+    np.testing.assert_array_equal(jax.grad(lambda x: picked(x, ids)[1])(x), [[0, 0, 0], [1, 0, 0]])

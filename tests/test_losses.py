@@ -1,0 +1,103 @@
+"""Unreduced losses: by hand, at their limits, and by enumerating a vocabulary of 4."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import losses
+
+LOGITS = jnp.array([0.3, -1.2, 0.8, 0.1])
+REFERENCE = jnp.array([-0.5, 0.4, 0.9, -0.2])
+
+
+def exact_kl(p_logits, q_logits):
+    p, q = jax.nn.log_softmax(p_logits), jax.nn.log_softmax(q_logits)
+    return jnp.sum(jnp.exp(p) * (p - q))
+
+
+def expected(logits, of_token):
+    """E of of_token(log p, log q) over tokens drawn from p = softmax(logits); drawing itself has no gradient."""
+    logprobs, reference = jax.nn.log_softmax(logits), jax.nn.log_softmax(REFERENCE)
+    return jnp.sum(jax.lax.stop_gradient(jnp.exp(logprobs)) * of_token(logprobs, reference))
+
+
+def test_bradley_terry():
+    # -log sigmoid(2 - 1) = log(1 + e^-1) = 0.313262; equal scores give log 2; far apart it is linear, not infinite
+    got = losses.bradley_terry(jnp.array([2.0, 0.5, -100.0]), jnp.array([1.0, 0.5, 100.0]))
+    np.testing.assert_allclose(got, [0.313262, math.log(2), 200.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, slope", [
+    (1.0, 2.0, -2.0, -2.0),  # policy = old: -A, and the gradient of -ratio A is -ratio A
+    (1.1, 2.0, -2.2, -2.2),  # inside the clip
+    (1.5, 2.0, -2.4, 0.0),  # min(3.0, 1.2 * 2) = 2.4: past the clip in the direction of gain, no gradient
+    (1.5, -2.0, 3.0, 3.0),  # min(-3.0, -2.4) = -3.0: going the wrong way is never clipped
+    (0.5, 2.0, -1.0, -1.0),  # min(1.0, 0.8 * 2) = 1.0
+    (0.5, -2.0, 1.6, 0.0),  # min(-1.0, 0.8 * -2) = -1.6
+])
+def test_clipped_surrogate(ratio, advantage, loss, slope):
+    """Rule 4: the clip; d/d logprob of -ratio A is -ratio A, and zero beyond the clip."""
+    value, grad = jax.value_and_grad(losses.clipped_surrogate)(jnp.log(ratio) - 3.0, jnp.float32(-3.0), advantage, clip=0.2)
+    np.testing.assert_allclose([value, grad], [loss, slope], rtol=1e-5)
+
+
+@pytest.mark.parametrize("value, old, target, loss, slope", [
+    (1.0, 1.0, 2.0, 0.5, -1.0),  # 0.5 * (1 - 2)^2, gradient v - R
+    (1.1, 1.0, 2.0, 0.405, -0.9),  # inside the clip: 0.5 * 0.81
+    (1.5, 1.0, 2.0, 0.32, 0.0),  # max(0.25, (1.2 - 2)^2 = 0.64) / 2: moved enough towards R, no gradient
+    (0.5, 1.0, 2.0, 1.125, -1.5),  # max(2.25, (0.8 - 2)^2 = 1.44) / 2: moved away, full gradient
+])
+def test_clipped_value(value, old, target, loss, slope):
+    """Rule 4: 0.5 * max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2)."""
+    got = jax.value_and_grad(losses.clipped_value)(value, old, target, clip=0.2)
+    np.testing.assert_allclose(got, [loss, slope], rtol=1e-5)
+
+
+def test_log_ratio_is_bounded_before_exp():
+    """Rule 7."""
+    got = losses.log_ratio(jnp.array([0.0, -1.0, -500.0]), jnp.array([-500.0, -3.0, 0.0]))
+    np.testing.assert_array_equal(got, [20.0, 2.0, -20.0])
+    far = losses.kl_k3(jnp.array([-500.0, 0.0]), jnp.array([0.0, -500.0]))
+    assert jnp.all(jnp.isfinite(far)) and jnp.isfinite(losses.clipped_surrogate(0.0, -500.0, 1.0))
+
+
+def test_kl_by_hand():
+    # p = 0.5, q = 0.25: k1 = log 2; k3 = 0.5 - 1 - log 0.5 = 0.193147
+    p, q = jnp.log(0.5), jnp.log(0.25)
+    np.testing.assert_allclose([losses.kl_k1(p, q), losses.kl_k3(p, q)], [math.log(2), math.log(2) - 0.5], rtol=1e-6)
+    assert losses.kl_k1(p, p) == 0 and losses.kl_k3(p, p) == 0  # rule 6: policy = reference
+
+
+def test_kl_k3_is_never_negative():
+    """Rule 7, rounding included: log-ratios from 1e-9 to 30, both signs."""
+    log = np.geomspace(1e-9, 30, 4000, dtype=np.float32)
+    assert jnp.all(losses.kl_k3(jnp.concatenate([log, -log]), jnp.zeros(8000)) >= 0)
+
+
+@pytest.mark.parametrize("estimator", [losses.kl_k1, losses.kl_k3])
+def test_kl_estimators_are_unbiased(estimator):
+    """Rule 7: the expectation over the whole vocabulary is the exact KL."""
+    np.testing.assert_allclose(expected(LOGITS, estimator), exact_kl(LOGITS, REFERENCE), rtol=1e-5)
+
+
+def test_kl_k1_in_the_reward_has_the_gradient_of_the_kl():
+    """Rules 7 and 16. REINFORCE with reward -k1 held constant: E[-k1 * grad log p] is minus the gradient of KL(p, q)."""
+    in_reward = lambda logits: expected(logits, lambda p, q: jax.lax.stop_gradient(losses.kl_k1(p, q)) * p)
+    exact = jax.grad(exact_kl)(LOGITS, REFERENCE)
+    assert jnp.max(jnp.abs(exact)) > 0.1
+    np.testing.assert_allclose(jax.grad(in_reward)(LOGITS), exact, atol=1e-6)
+
+
+def test_kl_k1_as_a_loss_has_no_gradient_at_all():
+    """Rule 7: E[grad log p] = 0, whatever the reference."""
+    np.testing.assert_allclose(jax.grad(lambda x: expected(x, losses.kl_k1))(LOGITS), 0.0, atol=1e-6)
+
+
+def test_kl_k3_as_a_loss_has_the_gradient_of_the_reverse_kl():
+    """Rule 7: E[grad (q/p - log q/p)] = -sum q grad log p, which is the gradient of KL(q, p), not of KL(p, q)."""
+    as_loss = jax.grad(lambda x: expected(x, losses.kl_k3))(LOGITS)
+    np.testing.assert_allclose(as_loss, jax.grad(exact_kl, argnums=1)(REFERENCE, LOGITS), atol=1e-6)
+    assert jnp.max(jnp.abs(as_loss - jax.grad(exact_kl)(LOGITS, REFERENCE))) > 0.05

@@ -1,0 +1,224 @@
+"""Update: gradient, annotate, minibatches, reference, value_head, on a linear model small enough to follow."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lm import update
+from lm.metrics import Mean, mean, scalar
+from lm.update import annotate, gradient, minibatches, reference, value_head
+
+KEY = jax.random.key(0)
+SGD = optax.sgd(1.0)  # parameters move by minus the gradient
+
+
+def squares(params, frozen, batch, key):
+    """Weighted mean of (x . w - y)^2."""
+    term = mean(jnp.square(batch["x"] @ params["lm"] - batch["y"]), batch["weight"])
+    return term, {"loss": term}
+
+
+def two_terms(params, frozen, batch, key):
+    """The same plus 0.3 times the mean of (x . w)^2 over other weights."""
+    fit, metrics = squares(params, frozen, batch, key)
+    small = 0.3 * mean(jnp.square(batch["x"] @ params["lm"]), batch["other"])
+    return {"fit": fit, "small": small}, metrics | {"small": small}
+
+
+def batch(rows=8, seed=0):
+    draw = np.random.default_rng(seed)
+    return {
+        "x": draw.normal(size=(rows, 3)).astype(np.float32),
+        "y": draw.normal(size=rows).astype(np.float32),
+        "weight": draw.uniform(0, 5, size=rows).astype(np.float32),
+        "other": (draw.uniform(size=rows) > 0.6).astype(np.float32),
+    }
+
+
+def after(loss, batch, **options):
+    """Parameters and metrics of one step of plain gradient descent from (1, 2, 3)."""
+    u = gradient(loss, SGD, **options)
+    state, metrics = u.update(u.init(KEY, {"lm": jnp.array([1.0, 2.0, 3.0])}, {}), batch)
+    return state.params["lm"], metrics
+
+
+@pytest.mark.parametrize("loss", [squares, two_terms])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_microbatches_do_not_change_the_update(loss, seed):
+    """Rule 1, two terms with different denominators included (trap 10)."""
+    data = batch(seed=seed)
+    one, metrics = after(loss, data)
+    exact = jax.grad(lambda w: sum(t.value() for t in jax.tree.leaves(
+        loss({"lm": w}, {}, data, KEY)[0], is_leaf=lambda x: isinstance(x, Mean))))(jnp.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(one, jnp.array([1.0, 2.0, 3.0]) - exact, rtol=1e-6)
+    for count in (2, 4):
+        many, summed = after(loss, data, microbatches=count)
+        np.testing.assert_allclose(many, one, rtol=1e-6, atol=1e-6)
+        for name in metrics:
+            np.testing.assert_allclose(summed[name].value(), metrics[name].value(), rtol=1e-5)
+
+
+def test_a_mean_of_means_would_be_another_update():
+    """By hand, w = 1: row a (x 1, y 0, weight 3) has gradient 2, row b (x 1, y 3, weight 1) has 2 * (1 - 3) = -4.
+
+    (3 * 2 - 4) / 4 = 0.5, so w becomes 0.5. Two microbatches averaged after their own division: (2 - 4) / 2 = -1.
+    """
+    data = {"x": jnp.ones((2, 1)), "y": jnp.array([0.0, 3.0]), "weight": jnp.array([3.0, 1.0])}
+    u = gradient(squares, SGD, microbatches=2)
+    state, metrics = u.update(u.init(KEY, {"lm": jnp.array([1.0])}, {}), data)
+    np.testing.assert_allclose(state.params["lm"], [0.5], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"].value(), (3 * 1 + 4) / 4)  # squares 1 and 4
+    np.testing.assert_allclose(metrics["grad_norm"].value(), 0.5, rtol=1e-6)
+
+
+def test_weight_zero_equals_deleting_the_row():
+    data = batch()
+    data["weight"][[1, 4]] = 0
+    kept = {name: np.delete(x, [1, 4], axis=0) for name, x in data.items()}
+    np.testing.assert_allclose(after(squares, data)[0], after(squares, kept)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_nothing_trained_gives_a_zero_gradient(count):
+    """Rule 1: zero trained tokens move nothing and give no NaN."""
+    w, metrics = after(squares, batch() | {"weight": np.zeros(8, np.float32)}, microbatches=count)
+    np.testing.assert_array_equal(w, [1, 2, 3])
+    assert metrics["loss"].value() == 0 and metrics["grad_norm"].value() == 0
+
+
+def test_microbatches_are_cut_column_major():
+    """Trap 7: part i takes rows i, i + count, ..., so each part spans every device that holds rows."""
+    np.testing.assert_array_equal(update.split(jnp.arange(6), 2), [[0, 2, 4], [1, 3, 5]])
+    with pytest.raises(ValueError, match="6 rows cannot be cut into 4"):
+        update.split(jnp.arange(6), 4)
+
+
+def test_step_counts_and_the_key_is_never_advanced():
+    """Rule 12: randomness is fold_in(key, step); the key itself stays."""
+    seen = []
+
+    def loss(params, frozen, batch, key):
+        jax.debug.callback(lambda k: seen.append(tuple(k.tolist())), jax.random.key_data(key), ordered=True)
+        return squares(params, frozen, batch, key)
+
+    u = gradient(loss, SGD)
+    state = u.init(KEY, {"lm": jnp.ones(3)}, {})
+    for step in (1, 2):
+        state, _ = u.update(state, batch())
+        assert state.step == step
+        np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(KEY))
+    jax.effects_barrier()
+    assert len(set(seen)) == 2
+
+
+def test_learning_rate_is_reported():
+    u = gradient(squares, optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.5, 0.0, 10)))
+    state, first = u.update(u.init(KEY, {"lm": jnp.ones(3)}, {}), batch())
+    _, second = u.update(state, batch())
+    np.testing.assert_allclose([first["learning_rate"].value(), second["learning_rate"].value()], [0.5, 0.45])
+    assert "learning_rate" not in after(squares, batch())[1]
+
+
+def test_evaluate_changes_nothing_and_scores_the_batch():
+    u = gradient(squares, SGD)
+    state = u.init(KEY, {"lm": jnp.array([1.0, 2.0, 3.0])}, {})
+    assert u.evaluate(state, batch())["loss"] == after(squares, batch())[1]["loss"]
+
+
+def test_annotate_runs_once_before_the_inner_update():
+    def doubled(state, batch):
+        return batch | {"y": 2 * batch["y"]}, {"step": scalar(state.step)}
+
+    u = annotate(doubled, minibatches(gradient(squares, SGD), epochs=2, count=2))
+    data = batch()
+    state = u.init(KEY, {"lm": jnp.ones(3)}, {})
+    state, metrics = u.update(state, data)
+    plain = minibatches(gradient(squares, SGD), epochs=2, count=2)
+    expected, _ = plain.update(plain.init(KEY, {"lm": jnp.ones(3)}, {}), data | {"y": 2 * data["y"]})
+    np.testing.assert_array_equal(state.params["lm"], expected.params["lm"])
+    assert metrics["step"].value() == 0 and state.step == 4
+    assert u.evaluate(state, data)["step"].value() == 4
+
+
+def visits(rows=6, epochs=3, count=2):
+    """Which rows each minibatch held, [epochs, count, rows]: the gradient of sum_i w_i over a batch is its rows."""
+    def loss(params, frozen, batch, key):
+        term = Mean(jnp.sum(params["lm"][batch["row"]]), jnp.float32(1))
+        return term, {"rows": term, "visits": Mean(jnp.float32(len(batch["row"])), jnp.float32(1))}
+
+    recorded = optax.stateless(lambda updates, params: updates)
+    steps = optax.chain(recorded, optax.trace(0.0, accumulator_dtype=jnp.float32), optax.scale(-1.0))
+    u = minibatches(gradient(loss, steps), epochs=epochs, count=count)
+    state = u.init(KEY, {"lm": jnp.zeros(rows)}, {})
+    return u.update(state, {"row": jnp.arange(rows)})
+
+
+def test_minibatches_visit_every_row_once_an_epoch():
+    """Each visit takes 1 from its row, so three epochs leave -3 everywhere; six updates are counted."""
+    state, metrics = visits()
+    np.testing.assert_array_equal(state.params["lm"], -3 * np.ones(6))
+    assert state.step == 6
+    assert metrics["visits"].weight == 6 and metrics["visits"].value() == 3  # Means of all six updates are summed
+
+
+def orders(epochs, count, rows=8):
+    """The order in which rows were visited: w[row] := number of updates before, by a loss that reads the last one."""
+    def loss(params, frozen, batch, key):
+        return mean(params["lm"] * 0, jnp.ones(rows)), {"code": Mean(jnp.sum(2.0 ** batch["row"]), jnp.float32(1))}
+
+    inner = gradient(loss, SGD)
+    seen = []
+
+    def spied(state, batch):
+        jax.debug.callback(lambda x: seen.append(tuple(x.tolist())), batch["row"], ordered=True)
+        return inner.update(state, batch)
+
+    u = minibatches(inner._replace(update=spied), epochs=epochs, count=count)
+    state = u.init(KEY, {"lm": jnp.zeros(rows)}, {})
+    for _ in range(2):
+        state, _ = u.update(state, {"row": jnp.arange(rows)})
+    jax.effects_barrier()
+    return np.array(seen).reshape(2, epochs, -1)
+
+
+def test_minibatches_are_shuffled_anew_each_epoch_and_each_batch():
+    found = orders(epochs=2, count=4)
+    assert all(sorted(order) == list(range(8)) for order in found.reshape(-1, 8))
+    assert len({tuple(order) for order in found.reshape(-1, 8)}) == 4
+    np.testing.assert_array_equal(found, orders(epochs=2, count=4))  # a function of (key, step, epoch)
+
+
+def test_reference_is_a_copy_that_outlives_donation():
+    """Trap 3: shared buffers would be deleted by the first donated step."""
+    u = reference(gradient(squares, SGD))
+    for init in (u.init, jax.jit(u.init)):
+        state = init(KEY, {"lm": jnp.ones(3)}, {})
+        state, _ = jax.jit(u.update, donate_argnums=0)(state, batch())
+        np.testing.assert_array_equal(state.frozen["ref"], [1, 1, 1])
+        assert not np.array_equal(state.params["lm"], [1, 1, 1])
+
+
+def test_reference_keeps_the_one_it_is_given():
+    u = reference(gradient(squares, SGD))
+    np.testing.assert_array_equal(u.init(KEY, {"lm": jnp.ones(3)}, {"ref": jnp.zeros(3)}).frozen["ref"], [0, 0, 0])
+
+
+def test_frozen_parameters_are_never_differentiated():
+    def pulled(params, frozen, batch, key):
+        term = mean(jnp.square(params["lm"] - frozen["ref"]), jnp.ones(3))
+        return term, {}
+
+    u = reference(gradient(pulled, SGD))
+    state = u.init(KEY, {"lm": jnp.ones(3)}, {"ref": jnp.zeros(3)})
+    state, _ = u.update(state, batch())
+    np.testing.assert_allclose(state.params["lm"], [1 / 3] * 3, rtol=1e-6)  # 1 - 2 * 1 / 3
+    np.testing.assert_array_equal(state.frozen["ref"], [0, 0, 0])
+
+
+def test_value_head_is_added_where_there_is_none():
+    u = value_head(lambda key: {"score": jnp.zeros(3)}, gradient(squares, SGD))
+    assert set(u.init(KEY, {"lm": jnp.ones(3)}, {}).params) == {"lm", "value"}
+    given = {"lm": jnp.ones(3), "value": {"score": jnp.ones(3)}}
+    np.testing.assert_array_equal(u.init(KEY, given, {}).params["value"]["score"], [1, 1, 1])
