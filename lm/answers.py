@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lm.data.prompts import Prompts
@@ -26,6 +27,7 @@ def answers(
     Chunk c draws with fold_in(key, c), so an answer depends on its place in the list, not on how many follow.
     """
     run = jit(lambda lm, ids, lengths, key: sample(model, lm, ids, lengths, key, stop=tokenizer.stops, **options))
+    lm = jax.tree.map(jnp.asarray, lm)  # on the device once, not for every chunk
     found = []
     for chunk, start in enumerate(range(0, len(prompts.ids), rows_at_once)):
         ids, lengths = (x[start : start + rows_at_once] for x in (prompts.ids, prompts.lengths))

@@ -68,4 +68,4 @@ def program(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(program)
+    main(program, long=True)

@@ -66,18 +66,18 @@ class Run(NamedTuple):
     shardings: Any  # of the TrainState
     state: TrainState  # as it starts: resuming replaces all of it but the frozen networks
     meta: Mapping[str, Any]  # what a checkpoint says of itself
-    flops_per_row_token: float  # model FLOPs of one update on one token
+    flops_per_token: float  # model FLOPs of learning from one token of a batch; sampling and scoring not counted
 
 
 def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     """Trains one stage in its workdir, or takes up where it stopped, and returns the summary it leaves there."""
-    if "name" not in config.get("stage", {}):
+    if "stage" not in config or "name" not in config.stage:
         raise UserError("the config has no stage.name: is it a config of lm.train? (lm.pipeline runs experiments/quickstart.py)")
     with open_workdir(path, to_dict(config)) as workdir:
         for difference in workdir.differences:
             say(f"{path}: config changed since the last start: {difference}")
         summary = workdir.summary()
-        if summary is None or summary.get("steps", 0) < config.get("train", {}).get("steps", 0):
+        if summary is None or "train" in config and summary["steps"] < config.train.steps:
             summary = fit_tokenizer(config, workdir) if config.stage.name == "tokenizer" else train(config, workdir)
             workdir.write_summary(summary)
         report(config.stage.name, summary)
@@ -123,9 +123,9 @@ def prepare(config: ConfigDict, workdir: Workdir) -> Run:
     start = load(config.init_from, backend=backend) if config.init_from else None
     tokenizer = agreed_tokenizer(config.tokenizer, start)
     tokenizer.save(workdir.tokenizer)
-    inherited = dataclasses.asdict(start.model.config) if start else {"vocab_size": tokenizer.vocab_size}
+    inherited = dataclasses.asdict(start.shape) if start else {"vocab_size": tokenizer.vocab_size}
     shape = call(Config, {**inherited, **config.model.to_dict()}, name="model")
-    if start and specs(shape) != specs(start.model.config):
+    if start and specs(shape) != specs(start.shape):
         raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
     model = make(shape.on(backend))
 
@@ -138,7 +138,8 @@ def prepare(config: ConfigDict, workdir: Workdir) -> Run:
     mesh = call(make_mesh, config.mesh, name="mesh")
     state, shardings = initial_state(update, model, config.seed, start.params if start else None, mesh)
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
-    flops = flops_per_token(model.config, config.data.get("length", model.config.context))
+    passes = options["epochs"] if "epochs" in options else 1  # over each batch
+    flops = passes * flops_per_token(model.config, batches.about["length"])
     return Run(stage, update, batches, mesh, shardings, state, meta, flops)
 
 
@@ -187,6 +188,8 @@ def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
     schedule = call(Schedule, config.train, name="train")
     with Progress(config.stage.name, schedule.steps) as progress:
         r = prepare(config, workdir)
+        say(f"{config.stage.name}: " + ", ".join(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
+                                                     for name, value in r.batches.about.items()))
         with Checkpoints(workdir.checkpoints, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
             done, state = resumed(checkpoints, r)
             workdir.truncate_metrics(done)
@@ -195,7 +198,7 @@ def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             step = jax.jit(r.update.update, donate_argnums=0, out_shardings=(r.shardings, None))
             evaluate = jax.jit(r.update.evaluate)
             with on_sigterm() as stopping, Writers(workdir.path, purge_step=done) as writers:
-                log = Log(config.stage.name, workdir, writers, progress, getattr(r.stage, "LIMITS", {}))
+                log = Log(r.stage, workdir, writers, progress)
                 if not done:
                     log.write(0, held_out(r, evaluate, state))
                 for i in range(done, schedule.steps):
@@ -255,8 +258,10 @@ def resumed(checkpoints: Checkpoints, r: Run) -> tuple[int, TrainState]:
 class Log:
     """Metrics of the steps since the last line, kept on the devices so that the loop need not wait for them."""
 
-    def __init__(self, stage: str, workdir: Workdir, writers: Writers, progress: Progress, limits: Mapping[str, float]):
-        self._stage, self._workdir, self._writers, self._progress, self._limits = stage, workdir, writers, progress, limits
+    def __init__(self, stage, workdir: Workdir, writers: Writers, progress: Progress):
+        self._stage, self._workdir, self._writers, self._progress = stage.__name__.split(".")[-1], workdir, writers, progress
+        self._limits = stage.LIMITS
+        self._shown = [prefix + name for prefix in ("", "held_out/") for name in stage.SHOWN]
         rows = read_metrics(workdir.metrics)
         self._tokens, self._before = (rows[-1]["tokens"], rows[-1]["seconds"]) if rows else (0, 0.0)
         self._start = self._flushed = time.monotonic()
@@ -293,8 +298,8 @@ class Log:
         clock = {"tokens": self._tokens, "seconds": self._before + time.monotonic() - self._start}
         self._workdir.append_metrics({"step": step, **values, **clock})
         self._writers.write(step, values)
-        rate = values.get("tokens_per_second")
-        self._progress.update(step, {k: v for k, v in values.items() if k != "tokens_per_second"}, rate)
+        shown = {name: values[name] for name in self._shown if name in values}
+        self._progress.update(step, shown, values.get("tokens_per_second"))
 
 
 def summary_of(config: ConfigDict, r: Run, workdir: Workdir) -> dict[str, Any]:
@@ -308,7 +313,7 @@ def summary_of(config: ConfigDict, r: Run, workdir: Workdir) -> dict[str, Any]:
         "parameters": count(specs(Config(**r.meta["model"]))),
         "tokens": rows[-1]["tokens"],
         "seconds": rows[-1]["seconds"],
-        "model_flops": r.flops_per_row_token * rows[-1]["tokens"],
+        "model_flops": r.flops_per_token * rows[-1]["tokens"],
         "before": scored[0],
         "held_out": scored[-1],
         "about": dict(r.batches.about),
@@ -323,4 +328,4 @@ def program(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(program)
+    main(program, long=True)

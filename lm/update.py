@@ -15,6 +15,8 @@ Batch = Any
 # depend on the batch alone; a coefficient is part of a term: 0.1 * mean(...). Only argument 0 is differentiated.
 Loss = Callable[[Params, Mapping[str, Params], Batch, Array], tuple[Any, Metrics]]
 
+SHUFFLE = 2**30  # a role folded into a step's key, above every microbatch's number: no two draws share a key
+
 
 class Update(NamedTuple):
     init: Callable[[Array, Params, Mapping[str, Params]], TrainState]  # (key, params, frozen)
@@ -57,7 +59,7 @@ def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         grads, metrics = summed(grads_of, parts, microbatches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = dict(metrics, grad_norm=scalar(optax.global_norm(grads)))
+        metrics = dict(metrics, grad_norm=scalar(optax.tree.norm(grads)))
         learning_rate = optax.tree.get(opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array))
         if learning_rate is not None:
             metrics["learning_rate"] = scalar(learning_rate)
@@ -107,9 +109,9 @@ def minibatches(inner: Update, *, epochs: int, count: int) -> Update:
         rows = jax.tree.leaves(batch)[0].shape[0]
 
         def epoch(state, i):
-            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), i)
+            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), SHUFFLE + i)
             order = jax.random.permutation(key, rows)
-            return jax.lax.scan(inner.update, state, split(jax.tree.map(lambda x: x[order], batch), count))
+            return jax.lax.scan(inner.update, state, split(jax.tree.map(lambda x: jnp.asarray(x)[order], batch), count))
 
         state, metrics = jax.lax.scan(epoch, state, jnp.arange(epochs))
         return state, jax.tree.map(jnp.sum, metrics)

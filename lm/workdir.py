@@ -100,6 +100,7 @@ class Trained(NamedTuple):
 
     path: Path
     stage: str
+    shape: Config  # as it was trained, every "auto" still open
     model: Model
     params: Params  # numpy: {"lm": ...} or {"lm": ..., "value": ...}
     tokenizer: Tokenizer
@@ -120,8 +121,8 @@ def load(path: str | Path, *, backend: str) -> Trained:
         raise UserError(f"{path}: its checkpoint was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
                         f"{path / TOKENIZER} is {tokenizer.fingerprint[:8]}: restore that file, or train the stage again")
     summary = read_json(path / SUMMARY) if (path / SUMMARY).exists() else {}
-    model = make(Config(**meta["model"]).on(backend))
-    return Trained(path, meta["stage"], model, params, tokenizer, summary)
+    shape = Config(**meta["model"])
+    return Trained(path, meta["stage"], shape, make(shape.on(backend)), params, tokenizer, summary)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

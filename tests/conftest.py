@@ -22,7 +22,7 @@ def tiny_model() -> model.Model:
 @pytest.fixture(scope="session")
 def tiny_lm(tiny_model):
     """Its decoder, every leaf moved off its starting value: a norm's scale of exactly 1 would hide that it is unused."""
-    lm = tiny_model.init(jax.random.key(0))
+    lm = jax.jit(tiny_model.init)(jax.random.key(0))
     leaves, treedef = jax.tree.flatten(lm)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return jax.tree.unflatten(treedef, [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])

@@ -1,10 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from lm import optim
+from lm import model, optim
 from lm.errors import UserError
 
 RATE = 0.01
@@ -41,12 +43,8 @@ def test_bad_schedules():
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_mask_names_exactly_the_matrices(tied, tiny_model):
     """Rule 10: no weight decay on norms and embeddings; nor on the scalar head, which starts at zero to stay small."""
-    from dataclasses import replace
-
-    from lm import model
-
-    m = model.make(replace(tiny_model.config, tied=tied))
-    params = {"lm": m.init(jax.random.key(0)), "value": m.init_value(jax.random.key(0))}
+    m = model.make(dataclasses.replace(tiny_model.config, tied=tied))
+    params = jax.eval_shape(lambda key: {"lm": m.init(key), "value": m.init_value(key)}, jax.random.key(0))
     decayed = {jax.tree_util.keystr(path, simple=True, separator="/")
                for path, yes in jax.tree_util.tree_flatten_with_path(optim.decay_mask(params))[0] if yes}
     matrices = {"query", "key", "value", "attention_out", "gate", "up", "down"}

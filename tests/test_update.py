@@ -142,51 +142,64 @@ def test_annotate_runs_once_before_the_inner_update():
     assert u.evaluate(state, data)["step"].value() == 4
 
 
-def visits(rows=6, epochs=3, count=2):
-    """Which rows each minibatch held, [epochs, count, rows]: the gradient of sum_i w_i over a batch is its rows."""
-    def loss(params, frozen, batch, key):
-        term = Mean(jnp.sum(params["lm"][batch["row"]]), jnp.float32(1))
-        return term, {"rows": term, "visits": Mean(jnp.float32(len(batch["row"])), jnp.float32(1))}
-
-    recorded = optax.stateless(lambda updates, params: updates)
-    steps = optax.chain(recorded, optax.trace(0.0, accumulator_dtype=jnp.float32), optax.scale(-1.0))
-    u = minibatches(gradient(loss, steps), epochs=epochs, count=count)
-    state = u.init(KEY, {"lm": jnp.zeros(rows)}, {})
-    return u.update(state, {"row": jnp.arange(rows)})
-
-
 def test_minibatches_visit_every_row_once_an_epoch():
-    """Each visit takes 1 from its row, so three epochs leave -3 everywhere; six updates are counted."""
-    state, metrics = visits()
+    """The gradient of sum_i w_i over a minibatch is 1 on its rows: three epochs leave -3 everywhere, in six updates."""
+    def loss(params, frozen, batch, key):
+        total = Mean(jnp.sum(params["lm"][batch["row"]]), jnp.float32(1))
+        return total, {"rows": Mean(jnp.float32(len(batch["row"])), jnp.float32(1))}
+
+    u = minibatches(gradient(loss, SGD), epochs=3, count=2)
+    state, metrics = u.update(u.init(KEY, {"lm": jnp.zeros(6)}, {}), {"row": jnp.arange(6)})
     np.testing.assert_array_equal(state.params["lm"], -3 * np.ones(6))
     assert state.step == 6
-    assert metrics["visits"].weight == 6 and metrics["visits"].value() == 3  # Means of all six updates are summed
+    assert metrics["rows"].weight == 6 and metrics["rows"].value() == 3  # Means of all six updates are summed
 
 
-def orders(epochs, count, rows=8):
-    """The order in which rows were visited: w[row] := number of updates before, by a loss that reads the last one."""
-    def loss(params, frozen, batch, key):
-        return mean(params["lm"] * 0, jnp.ones(rows)), {"code": Mean(jnp.sum(2.0 ** batch["row"]), jnp.float32(1))}
-
-    inner = gradient(loss, SGD)
+def orders(*, epochs, count, rows=8):
+    """The rows as minibatches met them, i32[batches,epochs,rows], over two batches."""
     seen = []
 
     def spied(state, batch):
-        jax.debug.callback(lambda x: seen.append(tuple(x.tolist())), batch["row"], ordered=True)
-        return inner.update(state, batch)
+        jax.debug.callback(lambda x: seen.append(x), batch["row"], ordered=True)
+        return state.replace(step=state.step + 1), {}
 
-    u = minibatches(inner._replace(update=spied), epochs=epochs, count=count)
-    state = u.init(KEY, {"lm": jnp.zeros(rows)}, {})
+    u = minibatches(gradient(squares, SGD)._replace(update=spied), epochs=epochs, count=count)
+    state = u.init(KEY, {"lm": jnp.zeros(3)}, {})
     for _ in range(2):
         state, _ = u.update(state, {"row": jnp.arange(rows)})
     jax.effects_barrier()
-    return np.array(seen).reshape(2, epochs, -1)
+    return np.concatenate(seen).reshape(2, epochs, rows)
+
+
+def test_no_two_draws_share_a_key(monkeypatch):
+    """Rule 12: each shuffle and each microbatch's loss has a key of its own, in every step of two batches."""
+    seen = []
+    note = lambda key: jax.debug.callback(lambda k: seen.append(tuple(k.tolist())), jax.random.key_data(key), ordered=True)
+    permutation = jax.random.permutation
+
+    def loss(params, frozen, batch, key):
+        note(key)
+        return squares(params, frozen, batch, key)
+
+    def order(key, rows):
+        for subkey in (key, *jax.random.split(key)):  # a shuffle draws from the halves of its key
+            note(subkey)
+        return permutation(key, rows)
+
+    monkeypatch.setattr(jax.random, "permutation", order)
+    u = minibatches(gradient(loss, SGD), epochs=2, count=2)
+    state = u.init(KEY, {"lm": jnp.ones(3)}, {})
+    for _ in range(2):
+        state, _ = u.update(state, batch())
+    jax.effects_barrier()
+    losses = 2 * 2 * 2 * 2  # twice a step: for its weights, and for its gradient
+    assert len(seen) == losses + 2 * 2 * 3 and len(set(seen)) == losses // 2 + 2 * 2 * 3
 
 
 def test_minibatches_are_shuffled_anew_each_epoch_and_each_batch():
     found = orders(epochs=2, count=4)
-    assert all(sorted(order) == list(range(8)) for order in found.reshape(-1, 8))
-    assert len({tuple(order) for order in found.reshape(-1, 8)}) == 4
+    np.testing.assert_array_equal(np.sort(found), np.broadcast_to(np.arange(8), (2, 2, 8)))
+    assert len(np.unique(found.reshape(-1, 8), axis=0)) == 4
     np.testing.assert_array_equal(found, orders(epochs=2, count=4))  # a function of (key, step, epoch)
 
 
@@ -194,7 +207,7 @@ def test_reference_is_a_copy_that_outlives_donation():
     """Trap 3: shared buffers would be deleted by the first donated step."""
     u = reference(gradient(squares, SGD))
     for init in (u.init, jax.jit(u.init)):
-        state = init(KEY, {"lm": jnp.ones(3)}, {})
+        state = init(jax.random.key(0), {"lm": jnp.ones(3)}, {})
         state, _ = jax.jit(u.update, donate_argnums=0)(state, batch())
         np.testing.assert_array_equal(state.frozen["ref"], [1, 1, 1])
         assert not np.array_equal(state.params["lm"], [1, 1, 1])

@@ -37,6 +37,10 @@ class Config:
         for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "head_size", "hidden", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.query_blocks != "auto" and int(self.query_blocks) < 1:
+            raise UserError(f"model.query_blocks is {self.query_blocks}; it must be at least 1, or auto")
+        if self.loss_chunk < 0:
+            raise UserError(f"model.loss_chunk is {self.loss_chunk}; it must be 0 (all positions at once) or above")
         if self.heads % self.kv_heads:
             raise UserError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
         if self.head_size % 2:
@@ -52,5 +56,5 @@ class Config:
         elsewhere scanning keeps compile time flat in depth and matrix units want bfloat16.
         """
         cpu = backend == "cpu"
-        auto = {"dtype": "float32" if cpu else "bfloat16", "scan": "no" if cpu else "yes", "query_blocks": 4 if cpu else 1}
+        auto = {"dtype": "float32" if cpu else "bfloat16", "scan": "no" if cpu else "yes", "query_blocks": 2 if cpu else 1}
         return dataclasses.replace(self, **{k: v for k, v in auto.items() if getattr(self, k) == "auto"})

@@ -43,6 +43,7 @@ def reward_model(
 ) -> Reward:
     """(score - offset) / scale of each answer: centred, and of unit deviation, on the reward model's held-out answers."""
     run = jit(lambda params, tokens: scores(model, params, tokens))
+    params = jax.tree.map(jnp.asarray, params)  # on the device once, not at every call
 
     def reward(examples, texts):
         tokens = rows(tokenizer, [answered(p, t) for p, t in zip(examples, texts, strict=True)], length)

@@ -1,4 +1,4 @@
-"""Every way of training, by name. A stage exports make, batches and summary; LIMITS where the loop must watch a metric."""
+"""Every way of training, by name. A stage exports make, batches, summary, SHOWN and LIMITS."""
 
 from lm.stages import ppo, pretrain, reward, sft
 

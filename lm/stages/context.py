@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from lm.errors import UserError
 from lm.model import Model
 from lm.rewards import Reward
 from lm.tokenizer import Tokenizer
@@ -17,6 +18,11 @@ class Context(NamedTuple):
     seed: int
     jit: Callable[..., Callable]  # jax.jit in a program, the identity where one wants to step through
     reward_from: Callable[[str], Reward]  # the reward model of a workdir
+
+    def admit(self, length: int) -> None:
+        """UserError for rows of more tokens than the model's context."""
+        if length > self.model.config.context:
+            raise UserError(f"data.length {length} is longer than model.context {self.model.config.context}; lower it")
 
 
 class Batches(NamedTuple):

@@ -32,7 +32,8 @@ from lm.stages.context import Batches, Context
 # differ by rounding only: 1e-5 in float32, about 1e-2 in bfloat16. More means two different distributions.
 LIMITS = {"sampler_gap": 0.05}
 
-ROLLOUT, HELD_OUT = 1, 2  # roles folded into the key, so that no two draws share one
+SHOWN = ("reward", "score/rule", "kl", "entropy")  # in the live line
+ROLLOUT, HELD_OUT = 2**30, 2**30 + 1  # roles folded into the key: above every step, which folds itself in for its own draws
 
 
 def make(
@@ -161,7 +162,7 @@ def batches(
     train, unseen = corpora.split(chats.prompts(chats.conversations(sources), turns=turns), held_out)
     (train, skipped), (unseen, _) = (fitting(tokenizer, side, prompt_length) for side in (train, unseen))
     order = rows_to_batches.batches(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
-    about = {"prompts": len(train.ids), "held_out_prompts": len(unseen.ids), "skipped": skipped}
+    about = {"length": prompt_length + max_new - 1, "prompts": len(train.ids), "held_out_prompts": len(unseen.ids), "skipped": skipped}
 
     def held_out_batches(state):
         for start in range(0, min(held_out_rollouts, len(unseen.ids)) - rollouts + 1, rollouts):

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import optax
 
 from lm.data import batches as rows_to_batches, corpus as corpora, rows as packing
-from lm.errors import UserError
 from lm.metrics import Metrics, values
 from lm.model import Model
 from lm.tokenizer import Tokenizer
@@ -20,6 +19,10 @@ from lm.types import Tokens
 from lm.update import Update, gradient
 from lm.stages.context import Batches, Context
 from lm.stages.next_token import next_token
+
+
+SHOWN = ("loss", "bits_per_byte")  # in the live line
+LIMITS: dict[str, float] = {}  # metrics the loop keeps below a bound
 
 
 def make(
@@ -42,13 +45,13 @@ def batches(
 
     The held-out score uses whole held-out documents up to `held_out_bytes`, in a seeded order.
     """
-    if length > context.model.config.context:
-        raise UserError(f"data.length {length} is longer than model.context {context.model.config.context}")
+    context.admit(length)
     train, unseen = corpora.split(corpora.documents(corpus), held_out)
     unseen = corpora.within(unseen, held_out_bytes)
     train_rows, unseen_rows = (rows(context.tokenizer, side, length) for side in (train, unseen))
     batch = rows_to_batches.batches(train_rows, batch_size=batch_size, seed=context.seed)
     about = {
+        "length": length,
         "documents": len(train),
         "rows": len(train_rows.inputs),
         "tokens": int(train_rows.weights.sum()),

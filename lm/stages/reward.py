@@ -25,6 +25,10 @@ from lm.update import Loss, Update, gradient, value_head
 from lm.stages.context import Batches, Context
 
 
+SHOWN = ("loss", "accuracy")  # in the live line
+LIMITS: dict[str, float] = {}  # metrics the loop keeps below a bound
+
+
 def make(model: Model, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> Update:
     """value_head(gradient(bradley_terry))."""
     return value_head(model.init_value, gradient(pairwise(model), optimizer, microbatches=microbatches))
@@ -58,8 +62,7 @@ def batches(
 
     Rows hold `length` tokens. The file is what human raters, raters by rule and judges alike write.
     """
-    if length > context.model.config.context:
-        raise UserError(f"data.length {length} is longer than model.context {context.model.config.context}")
+    context.admit(length)
     ranked = [r for r in records.read(rankings) if records.pairs(r)]
     if not ranked:
         raise UserError(f"{rankings}: no ranking prefers one answer to another; rank more answers, or less alike ones")

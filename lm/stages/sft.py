@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import optax
 
 from lm.data import batches as rows_to_batches, chats, corpus as corpora, rows as packing
-from lm.errors import UserError
 from lm.metrics import Metrics, values
 from lm.model import Model
 from lm.tokenizer import Tokenizer, chat
@@ -18,6 +17,10 @@ from lm.types import Tokens
 from lm.update import Update, gradient
 from lm.stages.context import Batches, Context
 from lm.stages.next_token import next_token
+
+
+SHOWN = ("loss",)  # in the live line
+LIMITS: dict[str, float] = {}  # metrics the loop keeps below a bound
 
 
 def make(
@@ -40,12 +43,12 @@ def batches(
 
     The same documents are held out as in pretraining; an excerpt longer than a row is skipped and counted.
     """
-    if length > context.model.config.context:
-        raise UserError(f"data.length {length} is longer than model.context {context.model.config.context}")
+    context.admit(length)
     train, unseen = corpora.split(chats.conversations(sources), held_out)
     (train_rows, skipped), (unseen_rows, _) = (rows(context.tokenizer, side, turns, length) for side in (train, unseen))
     batch = rows_to_batches.batches(train_rows, batch_size=batch_size, seed=context.seed)
     about = {
+        "length": length,
         "conversations": len(train),
         "rows": len(train_rows.inputs),
         "tokens": int((train_rows.segments > 0).sum()),

@@ -1,0 +1,243 @@
+"""Talk to what a run has learnt; the answer appears as it is sampled.
+
+    python -m lm.chat --workdir=runs/quickstart
+    python -m lm.chat --workdir=runs/quickstart --prompt="How was your day?" --temperature=0
+
+The workdir is a stage's own, or a pipeline's folder, whose last policy then speaks. A model that was only pretrained
+continues the text it is given. /reset starts over, /exit or ctrl-D leaves, ctrl-C cuts an answer short.
+"""
+
+import functools
+import readline  # noqa: F401  gives input() its line editing and history
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.config import parsed
+from lm.console import main
+from lm.distribution import adjusted
+from lm.errors import UserError
+from lm.model import Model
+from lm.model.params import count, specs
+from lm.sample import check, decode, draw, prefill, row_keys
+from lm.tokenizer import Message, Tokenizer, prompt
+from lm.workdir import CHECKPOINTS, CONFIG, Trained, load, read_json
+
+PIPELINE = "pipeline.json"  # what tells a pipeline's folder from a stage's
+BUCKET = 32  # prompts are padded to a multiple of it, so that a conversation compiles few programs
+NEW_TOKENS = 128  # the longest answer, unless the flag says otherwise or the context leaves less
+FLAGS = {
+    "workdir": dict(required=True, metavar="DIR", help="a pipeline's folder, or a stage's own"),
+    "prompt": dict(metavar="TEXT", help="print one answer to it and exit"),
+    "temperature": dict(type=float, default=0.7, help="0 always takes the likeliest token; default: 0.7"),
+    "top_k": dict(type=int, default=0, help="sample among the k likeliest tokens only; default: 0, all"),
+    "top_p": dict(type=float, default=1.0, help="among the likeliest whose probability reaches p; default: 1"),
+    "seed": dict(type=int, default=0, help="the same seed gives the same answers; default: 0"),
+    "max_new_tokens": dict(type=int, help=f"the longest answer; default: {NEW_TOKENS}, or what the context leaves"),
+}
+
+
+def policy_folder(path: Path) -> Path:
+    """`path` itself or, if it is a pipeline's, the workdir of the last stage in it with a checkpoint of a policy."""
+    if not (path / PIPELINE).exists():
+        return path
+    for name in reversed(read_json(path / PIPELINE)["stages"]):
+        saved = any(step.name.isdigit() for step in (path / name / CHECKPOINTS).glob("*"))
+        if saved and read_json(path / name / CONFIG)["stage"]["name"] != "reward":
+            return path / name
+    raise UserError(f"{path} holds no trained model yet: let lm.pipeline come to the first checkpoint of pretrain")
+
+
+def streamer(model: Model, *, temperature: float, top_k: int, top_p: float) -> Callable[..., Iterator[int]]:
+    """stream(lm, ids, key, *, max_new, stop): the tokens of lm.sample.sample's row 0, each as soon as it is drawn.
+
+    The keys are sample's, and so are the tokens, unless rounding decides between two: the padding differs. Prompts are
+    aligned to the right of their bucket, so a cache of the context and one bucket more holds every allowed answer.
+    """
+    capacity = model.config.context + BUCKET
+
+    def drawn(logits, keys, t):
+        now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
+        return draw(now, adjusted(logits, temperature=temperature, top_k=top_k, top_p=top_p))[0]
+
+    @jax.jit
+    def first(lm, prompts, lengths, keys):
+        logits, cache = prefill(model, lm, prompts, lengths, capacity=capacity)
+        return drawn(logits, keys, 0), cache
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def following(lm, tokens, lengths, keys, t, cache):
+        logits, cache = decode(model, lm, tokens, lengths + t - 1, cache)
+        return drawn(logits, keys, t), cache
+
+    def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
+        prompts = np.zeros((1, -(-len(ids) // BUCKET) * BUCKET), np.int32)
+        prompts[0, : len(ids)] = ids
+        lengths, keys = np.array([len(ids)], np.int32), row_keys(key, jnp.arange(1))
+        tokens, cache = first(lm, prompts, lengths, keys)
+        for t in range(1, max_new + 1):
+            yield int(tokens[0])
+            if t == max_new or int(tokens[0]) in stop:
+                return
+            tokens, cache = following(lm, tokens, lengths, keys, t, cache)
+
+    return stream
+
+
+def printable(text: str) -> str:
+    """`text` without control characters but newline and tab: a model must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def settled(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The printable text of `ids` that no further id can change: a last character may still lack some of its bytes."""
+    return printable(tokenizer.decode(ids)).rstrip("\ufffd")
+
+
+def newest(tokenizer: Tokenizer, messages: list[Message], room: int) -> list[Message]:
+    """The last messages that make a prompt of at most `room` tokens, whole exchanges; the very last one at least."""
+    while len(messages) > 1 and len(prompt(tokenizer, messages)) > room:
+        messages = messages[2:]
+    return messages
+
+
+class Chat:
+    """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), over every reset.
+
+    max_new: tokens an answer may have; None: NEW_TOKENS, or what the context leaves. note: given what is to be told.
+    """
+
+    def __init__(self, trained: Trained, note: Callable[[str], None], *, seed: int = 0, max_new: int | None = None,
+                 temperature: float = 0.7, top_k: int = 0, top_p: float = 1.0):
+        self._context = trained.model.config.context
+        self._sampler = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
+        if max_new is not None and max_new >= self._context:
+            raise UserError(f"max_new_tokens is {max_new}, but the context, prompt included, is {self._context}: lower it")
+        check(trained.model, 1, max_new=1 if max_new is None else max_new, **self._sampler)
+        self._trained, self._note, self._seed, self._max_new = trained, note, seed, max_new
+        self._lm = jax.device_put(trained.params["lm"])
+        self._stream = streamer(trained.model, **self._sampler)
+        self._answers = 0
+        self.reset()
+
+    def __str__(self) -> str:
+        config = self._trained.model.config
+        sampler = ", ".join(f"{name} {value:g}" for name, value in {**self._sampler, "seed": self._seed}.items())
+        plain = "" if self._talks else "\nit was only pretrained: it continues your text instead of answering it"
+        return (f"{self._trained.stage} model of {self._trained.path}: {count(specs(config)):,} parameters, "
+                f"context {config.context} tokens; {sampler}{plain}")
+
+    def reset(self) -> None:
+        """Forgets what was said."""
+        self.messages: list[Message] = []
+        self.ended = True  # whether the last answer ended by itself
+        self._told = False
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The answer to `text`, in pieces as it comes; the conversation keeps both. UserError if `text` will not do."""
+        if not text.strip():
+            raise UserError("the prompt is empty: write something")
+        kept, ids = self._asked([*self.messages, {"role": "user", "content": text}])
+        left = self._context - len(ids)
+        if left < 1:
+            raise UserError(f"the prompt has {len(ids)} tokens, but the model's context is {self._context}: shorten it")
+        max_new = min(NEW_TOKENS, left) if self._max_new is None else self._max_new
+        check(self._trained.model, len(ids), max_new=max_new, **self._sampler)
+        if len(kept) <= len(self.messages) and self._talks and not self._told:
+            self._note(f"the conversation has outgrown the context of {self._context} tokens: "
+                       "from now on its oldest exchanges are left out")
+            self._told = True
+        self.messages = kept
+        return self._answered(ids, max_new)
+
+    @property
+    def _talks(self) -> bool:
+        return self._trained.stage != "pretrain"
+
+    def _asked(self, messages: list[Message]) -> tuple[list[Message], np.ndarray]:
+        """What fits of the conversation and its ids; where no chat was learnt, the last message and its text's ids."""
+        tokenizer = self._trained.tokenizer
+        if not self._talks:
+            return messages[-1:], np.array([tokenizer.bos, *tokenizer.encode(messages[-1]["content"])], np.int32)
+        reserved = min(NEW_TOKENS, self._context // 4) if self._max_new is None else self._max_new
+        kept = newest(tokenizer, messages, self._context - reserved)
+        return kept, prompt(tokenizer, kept)
+
+    def _answered(self, ids: np.ndarray, max_new: int) -> Iterator[str]:
+        tokenizer = self._trained.tokenizer
+        key = jax.random.fold_in(jax.random.key(self._seed), self._answers)
+        self._answers += 1
+        drawn, said = [], ""
+        try:
+            for token in self._stream(self._lm, ids, key, max_new=max_new, stop=tokenizer.stops):
+                drawn.append(token)
+                so_far = settled(tokenizer, drawn)
+                yield so_far[len(said):]
+                said = so_far
+            yield printable(tokenizer.decode(drawn))[len(said):]
+        finally:  # also when the answer is cut short
+            self.ended = bool(drawn) and drawn[-1] in tokenizer.stops
+            self.messages.append({"role": "assistant", "content": printable(tokenizer.decode(drawn))})
+
+
+def speak(chat: Chat, text: str) -> None:
+    """Prints the answer as it comes."""
+    for piece in chat.answer(text):
+        print(piece, end="", flush=True)
+    print(flush=True)
+    if not chat.ended:
+        note("(cut off at max_new_tokens, or by the end of the context)")
+
+
+def converse(chat: Chat) -> None:
+    """Reads lines and answers them until /exit or the end of the input."""
+    while True:
+        try:
+            line = input("\nyou> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line == "/exit":
+            return
+        if line == "/reset":
+            chat.reset()
+            note("a new conversation")
+        elif line:
+            try:
+                speak(chat, line)
+            except KeyboardInterrupt:
+                note("\n(cut short)")
+            except UserError as error:
+                note(f"error: {error}")
+
+
+def note(text: str) -> None:
+    """One line on stderr, so that stdout holds nothing but the conversation."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def program(argv: list[str]) -> None:
+    flags = parsed(argv, __doc__, FLAGS)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # whatever bytes or characters the terminal does not know
+    trained = load(policy_folder(Path(flags.workdir)), backend=jax.default_backend())
+    if trained.stage == "reward":
+        raise UserError(f"{flags.workdir} is a reward model, which scores answers and writes none: name a policy")
+    chat = Chat(trained, note, seed=flags.seed, max_new=flags.max_new_tokens, temperature=flags.temperature,
+                top_k=flags.top_k, top_p=flags.top_p)
+    if flags.prompt is not None:
+        speak(chat, flags.prompt)
+        return
+    note(f"{chat}\n/reset starts over, /exit leaves")
+    converse(chat)
+
+
+if __name__ == "__main__":
+    main(program)
