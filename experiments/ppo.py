@@ -20,10 +20,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model = ConfigDict({})
     config.stage = ConfigDict({
         "name": "ppo",
-        "beta": 0.05,
+        "beta": 0.1,
         "clip": 0.2,
-        "value_clip": 0.2,
-        "value_coefficient": 0.1,
+        "value_clip": 0.5,
+        "value_coefficient": 0.5,
         "gamma": 1.0,
         "lam": 0.95,
         "epochs": 2,
@@ -43,10 +43,10 @@ def get_config(arg: str = "") -> ConfigDict:
         "held_out": 0.05,
         "held_out_rollouts": 16 if tiny else 128,
     })
-    config.train = ConfigDict({"steps": 4 if tiny else 50, "log_every": 1, "save_every": 2 if tiny else 10})
+    config.train = ConfigDict({"steps": 4 if tiny else 24, "log_every": 1, "save_every": 2 if tiny else 6})
     config.optimizer = ConfigDict({
         "learning_rate": 3e-4,
-        "total_steps": (4 if tiny else 50) * 2 * (2 if tiny else 4),  # train.steps * epochs * minibatch_count
+        "total_steps": config.train.get_ref("steps") * config.stage.get_ref("epochs") * config.stage.get_ref("minibatch_count"),
         "warmup_steps": 0,
         "schedule_name": "constant",
         "weight_decay": 0.0,

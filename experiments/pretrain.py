@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "held_out": 0.05,
         "held_out_bytes": 20_000 if tiny else 200_000,
     })
-    config.train = ConfigDict({"steps": 8 if tiny else 600, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50})
+    config.train = ConfigDict({"steps": 8 if tiny else 450, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50})
     config.optimizer = ConfigDict({
         "learning_rate": 3e-3,
         "total_steps": config.train.get_ref("steps"),

@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "batch_size": 8 if tiny else 16,
         "held_out": 0.05,
     })
-    config.train = ConfigDict({"steps": 8 if tiny else 250, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50})
+    config.train = ConfigDict({"steps": 8 if tiny else 180, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50})
     config.optimizer = ConfigDict({
         "learning_rate": 1e-3,
         "total_steps": config.train.get_ref("steps"),

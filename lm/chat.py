@@ -19,16 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import parsed
-from lm.console import main
+from lm.console import main, warn
 from lm.distribution import adjusted
 from lm.errors import UserError
 from lm.model import Model
 from lm.model.params import count, specs
 from lm.sample import check, decode, draw, prefill, row_keys
 from lm.tokenizer import Message, Tokenizer, prompt
-from lm.workdir import CHECKPOINTS, CONFIG, Trained, load, read_json
+from lm.workdir import CHECKPOINTS, CONFIG, PIPELINE, Trained, load, read_json
 
-PIPELINE = "pipeline.json"  # what tells a pipeline's folder from a stage's
 BUCKET = 32  # prompts are padded to a multiple of it, so that a conversation compiles few programs
 NEW_TOKENS = 128  # the longest answer, unless the flag says otherwise or the context leaves less
 FLAGS = {
@@ -119,7 +118,7 @@ class Chat:
         if not 0 <= seed < 2**32:
             raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
         if max_new is not None and max_new >= self._context:
-            raise UserError(f"max_new_tokens is {max_new}, but the context, prompt included, is {self._context}: lower it")
+            raise UserError(f"max_new_tokens is {max_new}, but prompt and answer share {self._context}: lower it")
         check(trained.model, 1, max_new=1 if max_new is None else max_new, **self._sampler)
         self._trained, self._note, self._seed, self._max_new = trained, note, seed, max_new
         self._lm = jax.device_put(trained.params["lm"])
@@ -227,7 +226,7 @@ def program(argv: list[str]) -> None:
     flags = parsed(argv, __doc__, FLAGS)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # whatever bytes or characters the terminal does not know
-    trained = load(policy_folder(Path(flags.workdir)), backend=jax.default_backend())
+    trained = load(policy_folder(Path(flags.workdir)), backend=jax.default_backend(), warn=warn)
     if trained.stage == "reward":
         raise UserError(f"{flags.workdir} is a reward model, which scores answers and writes none: name a policy")
     chat = Chat(trained, note, seed=flags.seed, max_new=flags.max_new_tokens, temperature=flags.temperature,

@@ -55,6 +55,13 @@ def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(_plain(config)))
 
 
+def require(config: ConfigDict, entries: Iterable[str], program: str) -> None:
+    """UserError if the config lacks one of the entries that this program reads: it may be another program's."""
+    missing = [entry for entry in entries if entry not in config]
+    if missing:
+        raise UserError(f"the config has no `{missing[0]}`: is it a config of {program}?")
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} to {"a.b": 1}; an empty dict is kept as a value."""
     flat = {}

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from lm import metrics as means
 from lm.answers import Answer, answers
-from lm.config import arguments, call, to_dict
-from lm.console import Progress, main, say, table
+from lm.config import arguments, call, require, to_dict
+from lm.console import Progress, main, say, table, warn
 from lm.data import batches, chats, corpus as corpora
 from lm.data.prompts import padded
 from lm.errors import UserError
@@ -37,10 +37,11 @@ FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the scores an
 
 def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
     """Evaluates into a workdir and returns the summary it leaves there; a finished one is not done again."""
+    require(config, ("seed", "models", "evaluate"), "lm.evaluate")
     with open_workdir(path, to_dict(config)) as workdir:
         summary = workdir.summary()
         if summary is None:
-            trained = {name: load(source, backend=jax.default_backend()) for name, source in config.models.to_dict().items()}
+            trained = {name: load(source, backend=jax.default_backend(), warn=warn) for name, source in config.models.to_dict().items()}
             summary = call(evaluate, config.evaluate, workdir, trained, config.seed, name="evaluate")
             workdir.write_summary(summary)
         show(summary)

@@ -15,15 +15,14 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from lm import evaluate, rank, report, train
-from lm.config import arguments
+from lm.config import arguments, require
 from lm.console import main, say
 from lm.errors import UserError
 from lm.hardware import matmul_ceiling
-from lm.workdir import write_text
+from lm.workdir import PIPELINE, TEMPORARY, read_json, write_text
 
 FLAGS = {"workdir": dict(default=None, metavar="DIR", help="the run folder; default: the config's `root`")}
 PROGRAMS: Mapping[str, Callable] = {"rank": rank.run, "evaluate": evaluate.run}  # every other stage is lm.train's
-PIPELINE = "pipeline.json"
 
 
 def run(config: ConfigDict) -> Path:
@@ -36,6 +35,9 @@ def run(config: ConfigDict) -> Path:
         PROGRAMS.get(name, train.run)(config[name], root / name)
         record["seconds"][name] = record["seconds"].get(name, 0) + time.monotonic() - began
         write_text(root / PIPELINE, json.dumps(record, indent=2) + "\n")
+    # Measured at both ends: what else the machine was doing can only lower it.
+    record["matmul_flops"] = max(record["matmul_flops"], matmul_ceiling())
+    write_text(root / PIPELINE, json.dumps(record, indent=2) + "\n")
     page = report.write(root)
     say(f"\neverything took {sum(record['seconds'].values()):.0f} s ({time.monotonic() - start:.0f} s of them now)\n"
         f"report: {page}\nchat: python -m lm.chat --workdir={root}")
@@ -45,14 +47,18 @@ def run(config: ConfigDict) -> Path:
 def taken_up(root: Path, stages: list[str]) -> dict:
     """The record of the run in this folder: its stages, the seconds each took, this machine's ceiling."""
     if (root / PIPELINE).exists():
-        record = json.loads((root / PIPELINE).read_text())
+        record = read_json(root / PIPELINE)
         if record["stages"] != stages:
             raise UserError(f"{root} has stages {', '.join(record['stages'])}, the config {', '.join(stages)}: "
                             "give another --workdir, or remove this one")
         return record
-    if root.exists() and any(root.iterdir()):
-        raise UserError(f"{root} is not a pipeline's folder (no {PIPELINE}) and not empty: give another --workdir")
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        foreign = {entry.name for entry in root.iterdir()} - {PIPELINE + TEMPORARY}
+    except OSError as error:
+        raise UserError(f"cannot make the folder {root}: {error.strerror}; give another --workdir") from error
+    if foreign:
+        raise UserError(f"{root} is not a pipeline's folder: it holds {min(foreign)} but no {PIPELINE}; give another --workdir")
     record = {"stages": stages, "seconds": {}, "matmul_flops": matmul_ceiling()}
     write_text(root / PIPELINE, json.dumps(record, indent=2) + "\n")
     return record
@@ -62,8 +68,9 @@ def program(argv: list[str]) -> None:
     flags, config = arguments(argv, __doc__, FLAGS)
     if "stages" not in config:
         raise UserError("the config has no `stages`: is it a config of lm.pipeline? (lm.train runs a single stage)")
+    require(config, config.stages, "lm.pipeline")
     if flags.workdir:
-        config.root = flags.workdir
+        config.root = str(Path(flags.workdir))  # "runs/a/" and "runs/a" are one folder, so one config
     run(config)
 
 

@@ -16,13 +16,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.answers import answers
-from lm.config import arguments, call, to_dict
-from lm.console import Progress, main, say
+from lm.config import arguments, call, require, to_dict
+from lm.console import Progress, main, say, warn
 from lm.data import chats, corpus as corpora, rankings as records
 from lm.data.prompts import fitting, take
 from lm.errors import UserError
 from lm.rewards import REWARDS
-from lm.workdir import Workdir, load, open_workdir
+from lm.workdir import Workdir, load, open_workdir, write_text
 
 RANKINGS = "rankings.jsonl"
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the rankings go; the same command continues")}
@@ -30,6 +30,7 @@ FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the rankings 
 
 def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
     """Ranks in a workdir, or takes up where it stopped, and returns the summary it leaves there."""
+    require(config, ("seed", "init_from", "rank"), "lm.rank")
     with open_workdir(path, to_dict(config)) as workdir:
         summary = workdir.summary()
         if summary is None:
@@ -63,7 +64,7 @@ def rank(
     if responses < 2:
         raise UserError(f"rank.responses is {responses}; a ranking needs at least 2")
     start = time.monotonic()
-    trained = load(init_from, backend=jax.default_backend())
+    trained = load(init_from, backend=jax.default_backend(), warn=warn)
     contexts = chats.prompts(chats.conversations(sources), turns=turns, per_conversation=prompts_per_conversation)
     seen, _ = corpora.split(contexts, held_out)
     name_of = {id(c.messages): c.name for c in seen}
@@ -110,11 +111,9 @@ def ranked_so_far(path: Path, at_once: int) -> int:
     """How many prompts whole chunks in the file cover; what a kill left of a torn chunk is cut off."""
     if not path.exists():
         return 0
-    lines = path.read_text().splitlines(keepends=True)
-    whole = len([line for line in lines if line.endswith("\n")]) // at_once * at_once
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines[:whole]))
-    temporary.replace(path)
+    lines = path.read_bytes().split(b"\n")[:-1]  # bytes: a kill may tear a character, an answer may hold U+2028
+    whole = len(lines) // at_once * at_once
+    write_text(path, b"".join(line + b"\n" for line in lines[:whole]).decode())
     return whole
 
 

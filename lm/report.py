@@ -1,1 +1,345 @@
-def write(root): return root
+"""One page that shows what a pipeline's run came to, made from the files in its folder.
+
+    python -m lm.report --workdir=runs/quickstart
+
+Writes WORKDIR/report.html: self-contained, without scripts. Stages that have not finished are left out with a word.
+"""
+
+import inspect
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lm.config import parsed
+from lm.console import main, say
+from lm.data import chats, corpus, rankings, rows
+from lm.errors import UserError
+from lm.rewards.rule import CRITERIA, RULE, explain
+from lm.stages import sft
+from lm.tokenizer import Tokenizer, chat
+from lm.types import Tokens
+from lm.workdir import CONFIG, PIPELINE, SUMMARY, TOKENIZER, read_json, read_metrics, write_text
+
+PAGE = "report.html"
+FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the folder of a pipeline's run")}
+SHOWN_ANSWERS, SHOWN_RANKINGS, PACKED = 8, 2, 12  # answers and rankings shown; excerpts packed into rows to show one
+SMOOTHING = 10  # a smoothed line is the mean of about a tenth of the points
+
+INK, TRAIN, HELD_OUT = "#7b7b7a", "#3f7fd6", "#d9822b"  # INK gives way to the page's own text colour
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "lm", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
+    "grid.color": INK, "grid.alpha": 0.25, "axes.grid": True, "axes.grid.axis": "y", "axes.linewidth": 0.6,
+}
+
+# What each stage did, in the words and numbers of its own summary.
+DONE = {
+    "tokenizer": "A vocabulary of {vocab_size:,} pieces; {bytes_per_token:.2f} bytes a token on held-out text",
+    "pretrain": "Predicts every next token of {about[documents]:,} documents",
+    "sft": "Learns to reply from {about[conversations]:,} conversations",
+    "rank": "The SFT model answers {prompts:,} prompts more than once and the rater orders the answers: "
+            "{decided:,} pairs decided, {tied:,} tied",
+    "reward": "Learns the rater's taste from {about[pairs]:,} pairs",
+    "ppo": "Improves the SFT model by the learnt taste",
+    "evaluate": "Asks every model the same {prompts:,} unseen prompts",
+}
+SAMPLED = {"ppo"}  # stages whose batches are sampled: their model FLOPs leave out most of the work
+
+
+class Panel(NamedTuple):
+    metric: str
+    title: str
+    note: str
+    held_out: bool = True  # whether its held-out value means anything
+
+
+LOSS = Panel("loss", "Loss", "Surprise at the next token, in nats; lower is better.")
+PANELS: Mapping[str, Sequence[Panel]] = {
+    "pretrain": (LOSS,),
+    "sft": (LOSS._replace(note="Surprise at the tokens of replies, in nats; what others say is not counted."),),
+    "reward": (
+        Panel("loss", "Loss", "−log of the probability given to the rater's verdict; a coin flip costs 0.69."),
+        Panel("accuracy", "Accuracy on pairs", "How often the answer that the rater preferred gets the higher score."),
+    ),
+    "ppo": (
+        Panel("reward", "Reward", "The reward model's score of an answer: what the policy is trained to raise."),
+        Panel("score/", "The rater's own score", "The policy never sees it; it judges the learnt reward."),
+        Panel("kl", "KL to the SFT model", "How far the policy has moved, in nats an answer; moving costs reward."),
+        Panel("entropy", "Entropy", "How undecided the policy is, in nats a token; near 0 it says one thing only."),
+        Panel("clip_fraction", "Clip fraction", "Share of tokens that an update moved beyond the clip.", False),
+        Panel("explained_variance", "Explained variance", "How much of the returns the value head foresees; 1: all."),
+        Panel("response_length", "Tokens an answer", "A reward may come to favour long answers, or short ones."),
+        Panel("stopped", "Ended by itself", "Share of answers; the rest were cut off by the limit."),
+    ),
+}
+
+
+class Stage(NamedTuple):
+    name: str
+    config: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]  # of metrics.jsonl
+    summary: Mapping[str, Any]  # empty while it has not finished
+
+
+class Piece(NamedTuple):
+    text: str
+    kind: str  # "trained", "context" or "padding"
+
+
+def write(root: str | Path) -> Path:
+    """Writes the page of the run in `root` and returns its path."""
+    root = Path(root)
+    record = read_json(root / PIPELINE)
+    run = {name: stage(root / name) for name in record["stages"]}
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
+                                     trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {f.__name__: f for f in (short, signed, percent, interval, visible)}
+    evaluation, verdicts = finished(run, "evaluate"), finished(run, "rank")
+    lines = [ran(found, record) for found in run.values() if found.summary]
+    page = environment.get_template("report.html.jinja").render(
+        root=root,
+        claims=claims(run),
+        missing=[name for name, found in run.items() if not found.summary],
+        ran=lines,
+        crowded=any(line["fraction"] and line["fraction"] > 1 for line in lines),
+        seconds=sum(record["seconds"].values()),
+        ceiling=record["matmul_flops"],
+        curves=[figure for found in run.values() if found.summary for figure in figures(found)],
+        evaluation=evaluation,
+        models={name: run["evaluate"].config["models"][name] for name in evaluation["models"]} if evaluation else {},
+        whiskers=whiskers(evaluation["models"]) if evaluation else "",
+        rule=RULE,
+        criteria={name: weight for name, (weight, _) in CRITERIA.items()},
+        rater=verdicts["rater"] if verdicts else "",
+        rankings=judged(root / "rank" / "rankings.jsonl") if verdicts else [],
+        answers=read_metrics(root / "evaluate" / "answers.jsonl")[:SHOWN_ANSWERS] if evaluation else [],
+        row=shown_row(root / "sft", run["sft"].config) if finished(run, "sft") else None,
+        configs={name: json.dumps(found.config, indent=2) for name, found in run.items()},
+    )
+    write_text(root / PAGE, page)
+    return root / PAGE
+
+
+def stage(path: Path) -> Stage:
+    """What a workdir tells; all of it empty where there is none."""
+    config, summary = (read_json(path / file) if (path / file).exists() else {} for file in (CONFIG, SUMMARY))
+    return Stage(path.name, config, read_metrics(path), summary)
+
+
+def finished(run: Mapping[str, Stage], name: str) -> Mapping[str, Any]:
+    """The summary of a stage; empty if the run has no such stage or it has not finished."""
+    return run[name].summary if name in run else {}
+
+
+def claims(run: Mapping[str, Stage]) -> list[dict[str, str]]:
+    """The headline: what the run was to show, as measured."""
+    found = []
+    if pretrain := finished(run, "pretrain"):
+        before, after = (pretrain[side]["bits_per_byte"] for side in ("before", "held_out"))
+        found.append({
+            "title": "Pretraining: bits per byte of held-out text", "figure": f"{before:.2f} → {after:.2f}",
+            "note": "before and after; the compressor xz -9 needs "
+                    f"{pretrain['about']['xz_bits_per_byte']:.2f} on the same text",
+        })
+    evaluation = finished(run, "evaluate")
+    if evaluation and len(evaluation["models"]) > 1:
+        names = list(evaluation["models"])[:2]
+        sides = [evaluation["models"][name]["stopped"] for name in names]
+        found.append({
+            "title": f"Answers that end by themselves: {' → '.join(names)}",
+            "figure": " → ".join(percent(side["value"]) for side in sides),
+            "note": f"within {evaluation['sampler']['max_new']} tokens, on {evaluation['prompts']:,} unseen prompts; "
+                    f"95\u00a0% intervals {' and '.join(interval(side, 'percent') for side in sides)}",
+        })
+    if reward := finished(run, "reward"):
+        held_out = reward["held_out"]
+        found.append({
+            "title": "Reward model: accuracy on pairs it never saw",
+            "figure": f"{100 * held_out['accuracy']:.1f} ± {100 * held_out['accuracy_se']:.1f}\u00a0%",
+            "note": f"± one standard error; {reward['about']['held_out_prompts']:,} prompts; a coin gets 50\u00a0%; "
+                    f"correlation of score and length {signed(held_out['length_correlation'])}",
+        })
+    if evaluation and evaluation["comparisons"]:
+        last = evaluation["comparisons"][-1]
+        gain, wins = last["difference"], last["win_rate"]
+        zero = "above zero" if gain["low"] > 0 else "below zero" if gain["high"] < 0 else "which includes zero"
+        found.append({
+            "title": f"{last['a']} over {last['b']} in the rater's score", "figure": signed(gain["value"]),
+            "note": f"95\u00a0% interval {interval(gain, 'signed')}, {zero}; "
+                    f"wins {percent(wins['value'])} {interval(wins, 'percent')} of the prompts, a tie counting half",
+        })
+    return found
+
+
+def ran(stage: Stage, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the table of stages; None where a stage has no such number."""
+    return {
+        "name": stage.name,
+        "did": DONE[stage.name].format(**stage.summary) if stage.name in DONE else "",
+        **dict.fromkeys(("steps", "tokens", "parameters", "model_flops")),
+        **stage.summary,
+        **{"seconds": seconds for name, seconds in record["seconds"].items() if name == stage.name},
+        "fraction": ceiling_fraction(stage, record["matmul_flops"]),
+    }
+
+
+def ceiling_fraction(stage: Stage, ceiling: float) -> float | None:
+    """Model FLOPs a token, times the median tokens a second, over `ceiling` FLOP/s; None where that says nothing."""
+    summary = stage.summary
+    if stage.name in SAMPLED or not {"model_flops", "tokens", "tokens_per_second"} <= set(summary):
+        return None
+    return summary["model_flops"] / summary["tokens"] * summary["tokens_per_second"] / ceiling
+
+
+def figures(stage: Stage) -> list[tuple[str, Panel, Markup]]:
+    """A curve for each panel of the stage that has a metric; "score/" stands for every metric that begins so."""
+    logged = dict.fromkeys(name for row in stage.rows for name in row)
+    return [(stage.name, panel, curve(stage.rows, name, held_out=panel.held_out))
+            for panel in (PANELS[stage.name] if stage.name in PANELS else ()) for name in logged
+            if name == panel.metric or panel.metric.endswith("/") and name.startswith(panel.metric)]
+
+
+def curve(rows: Sequence[Mapping[str, Any]], metric: str, *, held_out: bool = True) -> Markup:
+    """A metric over the steps: as logged, smoothed where there are many points, and held out as dots."""
+    def points(name):
+        return np.array([(row["step"], row[name]) for row in rows if name in row], float).reshape(-1, 2).T
+
+    def draw(axes: Axes):
+        steps, values = points(metric)
+        dense = len(values) >= 2 * SMOOTHING
+        axes.plot(steps, values, color=TRAIN, alpha=0.5 if dense else 1, linewidth=0.8 if dense else 1.6)
+        if dense:
+            axes.plot(steps, smoothed(values), color=TRAIN, linewidth=1.8)
+        if held_out:
+            axes.plot(*points(f"held_out/{metric}"), "o", color=HELD_OUT, markersize=4.5, zorder=3)
+        axes.set_xlabel("step", labelpad=1)
+        axes.ticklabel_format(useOffset=False)
+        axes.locator_params(nbins=5)
+        axes.margins(y=0.12)
+
+    return svg(draw, width=3.0, height=1.9)
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred means over a tenth of the values; fewer near the ends, so that both ends stay where they are."""
+    half = len(values) // (2 * SMOOTHING)
+    reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+    return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
+
+
+def whiskers(models: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """The rater's score of each model as a dot with its 95 % interval."""
+    def draw(axes: Axes):
+        scores = [told["score"] for told in models.values()]
+        values, low, high = (np.array([score[key] for score in scores]) for key in ("value", "low", "high"))
+        axes.errorbar(values, range(len(values)), xerr=[values - low, high - values], fmt="o", color=TRAIN, capsize=3)
+        axes.set_yticks(range(len(values)), list(models))
+        axes.set_ylim(len(values) - 0.5, -0.5)
+        axes.set_xlabel("the rater's score, with its 95 % interval")
+        axes.grid(axis="x", color=INK, alpha=0.25)
+
+    return svg(draw, width=4.4, height=0.75 + 0.32 * len(models))
+
+
+def svg(draw, *, width: float, height: float) -> Markup:
+    """What `draw(axes)` draws, as an element for the page; width and height in inches."""
+    with rc_context(STYLE):
+        figure, file = Figure((width, height), layout="constrained"), io.StringIO()
+        draw(figure.subplots())
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    return Markup(file.getvalue()[file.getvalue().index("<svg") :].replace(INK, "currentColor"))
+
+
+def judged(path: Path) -> list[dict[str, Any]]:
+    """The first rankings of a file that prefer one answer to another: best answer first, with the rule's reasons."""
+    decided = [ranking for ranking in rankings.read(path) if rankings.pairs(ranking)]
+    return [
+        {
+            "prompt": ranking.prompt,
+            "responses": sorted(
+                ({"rank": rank, "text": text, "why": explain(ranking.prompt, text) if ranking.rater == "rule" else {}}
+                 for rank, text in zip(ranking.ranking, ranking.responses)),
+                key=lambda response: response["rank"],
+            ),
+        }
+        for ranking in decided[:SHOWN_RANKINGS]
+    ]
+
+
+def shown_row(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The first excerpts of the SFT data packed again, and of their rows the last, which is the emptiest."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(sft.batches).parameters.items()}
+    options = {**defaults, **config["data"]}
+    try:
+        tokenizer = Tokenizer.load(path / TOKENIZER)
+        seen, _ = corpus.split(chats.conversations(options["sources"].split(",")[0]), options["held_out"])
+        excerpts = chats.excerpts(seen[:PACKED], turns=options["turns"])[:PACKED]
+        packed, _ = rows.pack([chat(tokenizer, excerpt.messages) for excerpt in excerpts], options["length"])
+    except UserError as error:
+        return {"length": options["length"], "segments": [], "error": str(error)}
+    return {"length": options["length"], "segments": coloured(tokenizer, packed, len(packed.inputs) - 1), "error": ""}
+
+
+def coloured(tokenizer: Tokenizer, tokens: Tokens, row: int) -> list[list[Piece]]:
+    """The conversations of a packed row, then its padding; "trained" are those whose weight as a target is not 0."""
+    segments = tokens.segments[row]
+    found = []
+    for segment in range(1, segments.max() + 1):
+        here = row, segments == segment
+        ids = [tokens.inputs[here][0], *tokens.targets[here]]
+        kinds = ["context", *("trained" if weight else "context" for weight in tokens.weights[here])]
+        found.append([Piece(text, kind) for text, kind in zip(tokenizer.pieces(ids), kinds)])
+    padding = int(np.sum(segments == 0))
+    return [*found, [Piece("·", "padding")] * padding] if padding else found
+
+
+def visible(text: str) -> str:
+    """`text` with the control characters that HTML has no place for as their pictures; newline and tab stay."""
+    pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    return text.translate({**pictures, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
+
+
+def short(number: float | None) -> str:
+    """1234567 to "1.23 M"; a dash for None."""
+    if number is None:
+        return "–"
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {letter}"
+    return f"{number:.3g}"
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f}\u00a0%"
+
+
+def signed(number: float) -> str:
+    return f"{number:+.2f}".replace("-", "−")
+
+
+FORMATS = {"plain": "{:.2f}".format, "tenths": "{:.1f}".format, "signed": signed, "percent": percent}
+
+
+def interval(estimate: Mapping[str, float], style: str = "plain") -> str:
+    """"[4.01, 4.23]", the 95 % interval of an Estimate."""
+    return f"[{FORMATS[style](estimate['low'])}, {FORMATS[style](estimate['high'])}]"
+
+
+def program(argv: list[str]) -> None:
+    flags = parsed(argv, __doc__, FLAGS)
+    say(f"report: {write(flags.workdir)}")
+
+
+if __name__ == "__main__":
+    main(program)

@@ -1,5 +1,6 @@
 """Sampling: prefill the prompts, then decode one token at a time in one loop. Pure; a row's draws are its own."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -101,7 +102,7 @@ def check(model: Model, prompt: int, *, max_new: int, temperature: float, top_k:
     if prompt + max_new > context:
         raise UserError(f"the prompt has {prompt} tokens and {max_new} more were asked for, but the model's context is "
                         f"{context}: shorten the prompt or lower max_new_tokens to {max(context - prompt, 0)}")
-    if temperature < 0:
+    if not 0 <= temperature < math.inf:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or above")
     if top_k < 0 or not 0 < top_p <= 1:
         raise UserError(f"top_k is {top_k} and top_p {top_p}; top_k must be 0 (all) or above, top_p in (0, 1]")

@@ -25,8 +25,9 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """Mesh over all devices with axes data, fsdp, tensor; one of the sizes may be -1, meaning "what is left"."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     count = len(jax.devices())
-    fixed = int(np.prod([n for n in sizes.values() if n != -1]))
-    if list(sizes.values()).count(-1) > 1 or fixed < 1 or count % fixed or (-1 not in sizes.values() and fixed != count):
+    given = [n for n in sizes.values() if n != -1]
+    fixed = int(np.prod(given))
+    if len(given) < 2 or min(given) < 1 or count % fixed or (len(given) == 3 and fixed != count):
         raise UserError(f"mesh {sizes} does not fit {count} device(s): the sizes must multiply to {count}; "
                         "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 to take what is left")
     shape = tuple(count // fixed if n == -1 else n for n in sizes.values())

@@ -9,6 +9,7 @@ mesh (lm.sharding.make_mesh) and train (`Schedule` here).
 
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from lm import metrics as means, optim, tokenizer as tokenizers
 from lm.checkpoint import Checkpoints
-from lm.config import arguments, call, to_dict
+from lm.config import arguments, call, require, to_dict
 from lm.console import Interrupted, Progress, Writers, main, on_sigterm, say, table, warn
 from lm.data import corpus as corpora
 from lm.errors import UserError
@@ -38,6 +39,7 @@ from lm.update import Update
 from lm.workdir import Workdir, load, open_workdir, read_metrics
 
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the run's own folder; the same command continues it")}
+SUBTREES = ("seed", "tokenizer", "init_from", "model", "optimizer", "stage", "data", "mesh", "train")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,14 +75,19 @@ def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     """Trains one stage in its workdir, or takes up where it stopped, and returns the summary it leaves there."""
     if "stage" not in config or "name" not in config.stage:
         raise UserError("the config has no stage.name: is it a config of lm.train? (lm.pipeline runs experiments/quickstart.py)")
-    with open_workdir(path, to_dict(config)) as workdir:
+    name = config.stage.name
+    if name not in ("tokenizer", *STAGES):
+        raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
+    require(config, ("stage", "data") if name == "tokenizer" else SUBTREES, "lm.train")
+    # A schedule may be stretched with the run: the change is named, as any is.
+    with open_workdir(path, to_dict(config), harmless=("train", "mesh", "optimizer.total_steps")) as workdir:
         for difference in workdir.differences:
             say(f"{path}: config changed since the last start: {difference}")
         summary = workdir.summary()
         if summary is None or "train" in config and summary["steps"] < config.train.steps:
-            summary = fit_tokenizer(config, workdir) if config.stage.name == "tokenizer" else train(config, workdir)
+            summary = train(config, workdir) if name in STAGES else call(fit_tokenizer, config.data, workdir, name="data")
             workdir.write_summary(summary)
-        report(config.stage.name, summary)
+        report(name, summary)
         return summary
 
 
@@ -93,14 +100,14 @@ def report(title: str, summary: Mapping[str, Any]) -> None:
     table(title, ["", "before", "after"], [[n, f"{b:.4g}" if b != "" else "", f"{v:.4g}"] for n, b, v in rows])
 
 
-def fit_tokenizer(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
+def fit_tokenizer(
+    workdir: Workdir, *, corpus: str, held_out: float = 0.02, vocab_size: int = 2048, max_bytes: int = 32_000_000
+) -> dict[str, Any]:
     """Trains the tokenizer on the documents that are not held out; reports bytes per token on those that are."""
     start = time.monotonic()
-    options = config.data.to_dict()
-    corpus, fraction = options.pop("corpus"), options.pop("held_out")
-    seen, unseen = corpora.split(corpora.documents(corpus), fraction)
+    seen, unseen = corpora.split(corpora.documents(corpus), held_out)
     say(f"tokenizer: {len(seen)} documents to learn from, {len(unseen)} held out")
-    tokenizer = call(tokenizers.train, options, (document.text for document in seen), name="data")
+    tokenizer = tokenizers.train((document.text for document in seen), vocab_size=vocab_size, max_bytes=max_bytes)
     tokenizer.save(workdir.tokenizer)
     size = sum(len(document.text.encode()) for document in unseen)
     ids = tokenizer.encode_all(document.text for document in unseen)
@@ -116,15 +123,15 @@ def fit_tokenizer(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
 
 def prepare(config: ConfigDict, workdir: Workdir) -> Run:
     """From a config to a Run: tokenizer, model, optimizer, stage, batches, mesh, starting state."""
-    name = config.stage.name
-    if name not in STAGES:
-        raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
-    stage, backend = STAGES[name], jax.default_backend()
-    start = load(config.init_from, backend=backend) if config.init_from else None
+    name, backend = config.stage.name, jax.default_backend()
+    stage = STAGES[name]
+    start = load(config.init_from, backend=backend, warn=warn) if config.init_from else None
     tokenizer = agreed_tokenizer(config.tokenizer, start)
     tokenizer.save(workdir.tokenizer)
     inherited = dataclasses.asdict(start.shape) if start else {"vocab_size": tokenizer.vocab_size}
     shape = call(Config, {**inherited, **config.model.to_dict()}, name="model")
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"model.vocab_size is {shape.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces: leave it out")
     if start and specs(shape) != specs(start.shape):
         raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
     model = make(shape.on(backend))
@@ -159,7 +166,7 @@ def agreed_tokenizer(path: str, start) -> Tokenizer:
 
 def reward_from(path: str, tokenizer: Tokenizer) -> Reward:
     """The reward model of a finished workdir, centred and scaled by its held-out answers."""
-    judge = load(path, backend=jax.default_backend())
+    judge = load(path, backend=jax.default_backend(), warn=warn)
     if judge.stage != "reward" or "held_out" not in judge.summary:
         raise UserError(f"{path} is no finished reward model (it is {judge.stage}): train stage reward there first")
     if judge.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -192,15 +199,16 @@ def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
                                                      for name, value in r.batches.about.items()))
         with Checkpoints(workdir.checkpoints, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
             done, state = resumed(checkpoints, r)
-            workdir.truncate_metrics(done)
+            first = done + 1 if done else 0  # the row to write next: a fresh start is scored before its first step
+            workdir.truncate_metrics(first - 1)
             if done:
                 say(f"{config.stage.name}: continues from step {done} of {workdir.path}")
             step = jax.jit(r.update.update, donate_argnums=0, out_shardings=(r.shardings, None))
             evaluate = jax.jit(r.update.evaluate)
-            with on_sigterm() as stopping, Writers(workdir.path, purge_step=done) as writers:
+            with on_sigterm() as stopping, Writers(workdir.path, purge_step=first) as writers:
                 log = Log(r.stage, workdir, writers, progress)
-                if not done:
-                    log.write(0, held_out(r, evaluate, state))
+                if not log.scored and (not done or done >= schedule.steps):  # of a run cut short by fewer steps, too
+                    log.write(done, held_out(r, evaluate, state))
                 for i in range(done, schedule.steps):
                     batch, tokens = fetched(r, state, i)
                     state, metrics = step(state, batch)
@@ -213,9 +221,11 @@ def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
                         log.write(i + 1, held_out(r, evaluate, state))
                     if due:
                         checkpoints.save(i + 1, saved(state), r.meta)
-                    if stop and not last:
-                        checkpoints.wait()
-                        raise Interrupted
+                    if stop:
+                        break
+                checkpoints.wait()
+                if stopping():
+                    raise Interrupted
     return summary_of(config, r, workdir)
 
 
@@ -264,6 +274,7 @@ class Log:
         self._shown = [prefix + name for prefix in ("", "held_out/") for name in stage.SHOWN]
         rows = read_metrics(workdir.metrics)
         self._tokens, self._before = (rows[-1]["tokens"], rows[-1]["seconds"]) if rows else (0, 0.0)
+        self.scored = bool(rows) and any(name.startswith("held_out/") for name in rows[-1])  # where this run takes up
         self._start = self._flushed = time.monotonic()
         self._pending: list[tuple[int, Mapping[str, Any], int]] = []
 
@@ -276,10 +287,7 @@ class Log:
         self._pending = []
         total = None
         for step, found, _ in fetched:
-            for name, m in found.items():
-                if not math.isfinite(float(m.total)):
-                    raise UserError(f"{self._stage}: {name} is {float(m.value())} at step {step}; the last good checkpoint stays in "
-                                    f"{self._workdir.checkpoints}: lower optimizer.learning_rate and take a new --workdir")
+            self._stop_unless_finite(step, {name: float(m.total) for name, m in found.items()})
             total = found if total is None else means.add(total, found)
         values = means.values(total)
         for name, limit in self._limits.items():
@@ -294,12 +302,19 @@ class Log:
         self.write(fetched[-1][0], values)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line to metrics.jsonl, TensorBoard and the terminal."""
+        """One line to metrics.jsonl, TensorBoard and the terminal. Raises UserError if a value is not finite."""
+        self._stop_unless_finite(step, values)
         clock = {"tokens": self._tokens, "seconds": self._before + time.monotonic() - self._start}
         self._workdir.append_metrics({"step": step, **values, **clock})
         self._writers.write(step, values)
         shown = {name: values[name] for name in self._shown if name in values}
         self._progress.update(step, shown, values.get("tokens_per_second"))
+
+    def _stop_unless_finite(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, number in numbers.items():
+            if not math.isfinite(number):
+                raise UserError(f"{self._stage}: {name} is {number} at step {step}; the last good checkpoint stays in "
+                                f"{self._workdir.checkpoints}: lower optimizer.learning_rate and take a new --workdir")
 
 
 def summary_of(config: ConfigDict, r: Run, workdir: Workdir) -> dict[str, Any]:
@@ -307,12 +322,14 @@ def summary_of(config: ConfigDict, r: Run, workdir: Workdir) -> dict[str, Any]:
     rows = read_metrics(workdir.metrics)
     scored = [{k.removeprefix("held_out/"): v for k, v in row.items() if k.startswith("held_out/")} for row in rows]
     scored = [row for row in scored if row]
+    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return {
         "stage": config.stage.name,
-        "steps": config.train.steps,
+        "steps": rows[-1]["step"],
         "parameters": count(specs(Config(**r.meta["model"]))),
         "tokens": rows[-1]["tokens"],
         "seconds": rows[-1]["seconds"],
+        "tokens_per_second": statistics.median(rates[1:] or rates),  # the first interval holds compilation
         "model_flops": r.flops_per_token * rows[-1]["tokens"],
         "before": scored[0],
         "held_out": scored[-1],

@@ -7,7 +7,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -23,6 +23,8 @@ TOKENIZER = "tokenizer.model"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+PIPELINE = "pipeline.json"  # of a folder that holds the workdirs of several stages: their names, their seconds
+TENSORBOARD = "tensorboard"
 LOCK = ".lock"
 TEMPORARY = ".tmp"
 
@@ -79,7 +81,7 @@ def open_workdir(path: str | Path, config: Mapping[str, Any], *,
     """Creates the folder and writes `config`, or takes up a run that was made with the same config.
 
     config: plain and resolved, as JSON holds it. harmless: the dotted keys below which it may differ from the one that
-    is there; those differences are in the result, and the new config is written.
+    is there; those differences are in the result, and the new config is written. So are any while there is no result.
     Raises UserError for any other difference, for a folder that is not a run's, and for one in use by another process.
     """
     path = Path(path)
@@ -107,7 +109,7 @@ class Trained(NamedTuple):
     summary: Mapping[str, Any]  # empty while the run is not finished
 
 
-def load(path: str | Path, *, backend: str) -> Trained:
+def load(path: str | Path, *, backend: str, warn: Callable[[str], None] = print) -> Trained:
     """The newest whole checkpoint of a run, with its model set up for a backend ("cpu", "gpu", "tpu").
 
     Raises UserError if the folder holds no checkpoint, or a tokenizer or template other than it was trained with.
@@ -115,7 +117,7 @@ def load(path: str | Path, *, backend: str) -> Trained:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"there is no workdir {path}: train that stage first, or name another")
-    params, meta = restore_params(path / CHECKPOINTS)
+    params, meta = restore_params(path / CHECKPOINTS, warn=warn)
     tokenizer = Tokenizer.load(path / TOKENIZER)
     if meta["fingerprint"] != tokenizer.fingerprint:
         raise UserError(f"{path}: its checkpoint was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
@@ -151,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file at once: whoever reads it finds the old text or the new one."""
     temporary = path.with_name(path.name + TEMPORARY)
-    with _writing(path), temporary.open("w") as stream:
+    with _writing(path), temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -192,11 +194,17 @@ def _differences_from(path: Path, config: dict[str, Any], harmless: tuple[str, .
     differences = _differences(read_json(path / CONFIG), config)
     harmful = [f"{key}: {change}" for key, change in differences.items()
                if not any(f"{key}.".startswith(f"{prefix}.") for prefix in harmless)]
-    if harmful:
+    if harmful and _begun(path):
         more = f" and {len(harmful) - 3} more" if len(harmful) > 3 else ""
         raise UserError(f"{path} was made with another config ({', '.join(harmful[:3])}{more}): "
                         "give another --workdir, or remove this one")
     return [f"{key}: {change}" for key, change in differences.items()]
+
+
+def _begun(path: Path) -> bool:
+    """Whether the folder holds any result; if a bad config stopped the run before, the mended one may use it."""
+    made = (entry for entry in path.iterdir() if entry.name not in (LOCK, CONFIG, CONFIG + TEMPORARY, TOKENIZER, TENSORBOARD))
+    return any(any(entry.iterdir()) if entry.is_dir() else entry.stat().st_size for entry in made)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -2,14 +2,17 @@
 
 import os
 
-# Before jax is imported: its backend reads these once.
+# Before jax is imported: its backend reads these once. A test spends its time on compiling, and level 0 halves that.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"])
 
 import jax
+import numpy as np
 import pytest
 
 from lm import model
+from lm.types import Tokens
 
 
 @pytest.fixture(scope="session")
@@ -25,4 +28,23 @@ def tiny_lm(tiny_model):
     lm = jax.jit(tiny_model.init)(jax.random.key(0))
     leaves, treedef = jax.tree.flatten(lm)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(treedef, [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+    return jax.tree.unflatten(treedef, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """(ids i32[B,n], lengths, start=1) -> Tokens [B,n-1], one segment a row; targets from position `start` on count."""
+    def of(ids, lengths, *, start=1):
+        ids, slots = np.asarray(ids, np.int32), np.arange(np.shape(ids)[1])
+        real = slots < np.asarray(lengths)[:, None]
+        counted = real & (slots >= np.reshape(start, (-1, 1)))
+        kept = real[:, 1:]  # an input counts as real while it has a target
+        return Tokens(
+            inputs=np.where(kept, ids[:, :-1], 0),
+            targets=np.where(kept, ids[:, 1:], 0),
+            weights=counted[:, 1:].astype(np.float32),
+            positions=np.where(kept, slots[:-1], 0).astype(np.int32),
+            segments=kept.astype(np.int32),
+        )
+
+    return of

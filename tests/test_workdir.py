@@ -36,7 +36,8 @@ def test_harmless_differences_are_listed_and_kept(tmp_path):
 
 
 def test_other_differences_are_refused_and_change_nothing(tmp_path):
-    open_workdir(tmp_path, CONFIG).close()
+    with open_workdir(tmp_path, CONFIG) as workdir:
+        workdir.append_metrics({"step": 0})
     with pytest.raises(UserError) as error:
         open_workdir(tmp_path, changed(width=16, a=1, b=2, c=3) | {"train": {"steps": 20}})
     assert str(error.value) == (f"{tmp_path} was made with another config (model.width: 8 -> 16, model.a: absent -> 1, "
@@ -44,8 +45,18 @@ def test_other_differences_are_refused_and_change_nothing(tmp_path):
     open_workdir(tmp_path, CONFIG).close()  # neither the lock nor the new config stayed behind
 
 
+def test_a_folder_without_results_takes_a_mended_config(tmp_path):
+    open_workdir(tmp_path, CONFIG).close()
+    for unfinished in ("checkpoints", "tensorboard"):
+        (tmp_path / unfinished).mkdir()
+    with open_workdir(tmp_path, changed(width=16)) as workdir:
+        assert workdir.differences == ["model.width: 8 -> 16"]
+    assert read_json(tmp_path / "config.json")["model"]["width"] == 16
+
+
 def test_harmless_is_a_whole_key(tmp_path):
-    open_workdir(tmp_path, {"training": 1, "sft": {"train": 1}}).close()
+    with open_workdir(tmp_path, {"training": 1, "sft": {"train": 1}}) as workdir:
+        workdir.append_metrics({"step": 0})
     with pytest.raises(UserError, match="training: 1 -> 2"):
         open_workdir(tmp_path, {"training": 2, "sft": {"train": 1}})
     with open_workdir(tmp_path, {"training": 1, "sft": {"train": 2}}, harmless=("sft.train",)) as workdir:

@@ -37,8 +37,8 @@ class Config:
         for name in ("vocab_size", "layers", "width", "heads", "kv_heads", "head_size", "hidden", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.query_blocks != "auto" and int(self.query_blocks) < 1:
-            raise UserError(f"model.query_blocks is {self.query_blocks}; it must be at least 1, or auto")
+        if self.query_blocks != "auto" and not (isinstance(self.query_blocks, int) and self.query_blocks >= 1):
+            raise UserError(f"model.query_blocks is {self.query_blocks!r}; it must be at least 1, or auto")
         if self.loss_chunk < 0:
             raise UserError(f"model.loss_chunk is {self.loss_chunk}; it must be 0 (all positions at once) or above")
         if self.heads % self.kv_heads:

@@ -1,0 +1,218 @@
+"""One tiny pipeline, run once a session on made text, and the means to run it again, kill it and compare what it left.
+
+    python tests/runs.py MODULE MOMENT ARGUMENTS...      a program in the same small world, killed at a MOMENT (or "never")
+
+The small world: short made conversations in the place of the 7,168 real ones, and a mesh of one of the test's eight
+devices, as on a laptop. Everything else is the program itself.
+"""
+
+import functools
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from lm import checkpoint, console, pipeline, train
+from lm.config import load
+from lm.data import corpus
+from lm.stages import ppo
+from lm.workdir import read_metrics
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+TRAINED = ("pretrain", "sft", "reward", "ppo")
+CLOCK = {"seconds", "tokens_per_second"}  # in a row of metrics: all that two equal runs may differ in
+WORDS = "object class type value name method list string number call form body text time test code line item".split()
+
+
+def made_text(folder: Path) -> Path:
+    """80 documents of 2 kB from the language reference that comes with Python."""
+    from pydoc_data.topics import topics
+
+    folder.mkdir(parents=True)
+    for name, text in sorted(topics.items())[:80]:
+        (folder / f"{name}.txt").write_text(text[:2000])
+    return folder
+
+
+def made_dialogues():
+    """800 conversations of four turns, each turn of three to five words."""
+    draw = random.Random(0)
+    for i in range(800):
+        yield f"chitchat/{i}", [f"the {' '.join(draw.choices(WORDS, k=draw.randint(2, 4)))}{'?.'[t % 2]}" for t in range(4)]
+
+
+def one_device(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """make_mesh as it is on a machine with one device."""
+    return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
+def enter_small_world(patch: Callable) -> None:
+    patch(corpus, "dialogues", made_dialogues)
+    patch(train, "make_mesh", one_device)
+
+
+def cache_programs(folder: Path) -> None:
+    """Compiled programs are kept in a folder of the session's, here and in every program it starts."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+
+
+@functools.cache
+def base(folder: Path) -> Path:
+    """The session's folder with the finished pipeline, `text`, and `snapshots/STAGE/MOMENT`: workdirs as a kill leaves them."""
+    cache_programs(folder / "programs")
+    text = made_text(folder / "text")
+    with pytest.MonkeyPatch.context() as patch:
+        enter_small_world(patch.setattr)
+        take_snapshots(patch.setattr, folder / "snapshots")
+        pipeline.run(load(f"{EXPERIMENTS / 'quickstart.py'}:tiny", [f"root={folder / 'run'}", f"corpus={text}"]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The run folder of the finished pipeline. Not to be written to."""
+    return base(tmp_path_factory.getbasetemp() / "runs") / "run"
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """The small world for a test's own runs in this process."""
+    enter_small_world(monkeypatch.setattr)
+
+
+def stage_config(run: Path, stage: str, *overrides: str):
+    """The config of one stage of the finished pipeline."""
+    quickstart = [f"root={run}", f"corpus={run.parent / 'text'}", *(f"{stage}.{override}" for override in overrides)]
+    return load(f"{EXPERIMENTS / 'quickstart.py'}:tiny", quickstart)[stage]
+
+
+def take_snapshots(patch: Callable, folder: Path) -> None:
+    """Copies a stage's workdir before its batches at 1/4 and 3/4 of the way, and just before its last save is complete.
+
+    Files that the saving thread moves away meanwhile are missing in the copy, as they may be after a kill.
+    """
+    fetched, run, finalize = train.fetched, train.train, checkpoint.Item.finalize
+    now = {}
+
+    def snapshot(moment: str) -> None:
+        try:
+            shutil.copytree(now["workdir"], folder / now["stage"] / moment)
+        except shutil.Error:
+            pass
+
+    def noted(config, workdir):
+        now.update(stage=config.stage.name, workdir=workdir.path, steps=config.train.steps)
+        return run(config, workdir)
+
+    def before_a_batch(r, state, i):
+        if i * 4 in (now["steps"], now["steps"] * 3):
+            snapshot(f"batch {i}")
+        return fetched(r, state, i)
+
+    def while_saving(item, directory):
+        saving = Path(directory).parent.name.split(".")[0], Path(directory).name.split(".")[0]
+        if saving == (str(now["steps"]), "params"):
+            snapshot("saving")
+        finalize(item, directory)
+
+    patch(train, "train", noted)
+    patch(train, "fetched", before_a_batch)
+    patch(checkpoint.Item, "finalize", while_saving)
+
+
+def started(module: str, *arguments: str, moment: str = "never") -> subprocess.Popen:
+    """A program in the small world, in a process of its own."""
+    command = [sys.executable, __file__, module, moment, *arguments]
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def without_clock(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+
+
+def saved(workdir: Path) -> dict[str, bytes]:
+    """Every number of the newest checkpoint of a run, as bytes."""
+    parts = {name: checkpoint.restore_params(workdir / "checkpoints", name)[0] for name in ("params", "opt_state", "counts")}
+    leaves = jax.tree_util.tree_leaves_with_path(parts)
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bitwise the same parameters and optimizer, and the same metrics and summary but for the clock."""
+    assert without_clock(read_metrics(one)) == without_clock(read_metrics(other))
+    assert without_clock([json.loads((one / "summary.json").read_text())]) == without_clock(
+        [json.loads((other / "summary.json").read_text())])
+    assert sorted(step.name for step in (one / "checkpoints").iterdir()) == sorted(
+        step.name for step in (other / "checkpoints").iterdir())
+    assert saved(one) == saved(other)
+
+
+def die(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_before_batch(number: int) -> None:
+    fetched = train.fetched
+    train.fetched = lambda r, state, i: die() if i == number else fetched(r, state, i)
+
+
+def die_while_saving(number: int) -> None:
+    """In the saving thread, when an item of the checkpoint `number` is written but not sealed."""
+    finalize = checkpoint.Item.finalize
+
+    def half_way(item, directory):
+        if Path(directory).parent.name.startswith(f"{number}."):
+            die()
+        finalize(item, directory)
+
+    checkpoint.Item.finalize = half_way
+
+
+def die_in_update(number: int) -> None:
+    """On the devices, at the minibatch of that number, counted over the epochs of PPO's updates."""
+    gradient, seen = ppo.gradient, []
+
+    def tick(step):
+        seen.append(step)
+        if len(seen) == number:
+            die()
+
+    def ticking(*args, **options):
+        inner = gradient(*args, **options)
+
+        def update(state, batch):
+            jax.debug.callback(tick, state.step)
+            return inner.update(state, batch)
+
+        return inner._replace(update=update)
+
+    ppo.gradient = ticking
+
+
+MOMENTS = {"batch": die_before_batch, "saving": die_while_saving, "update": die_in_update}
+
+
+if __name__ == "__main__":
+    module, moment, *sys.argv[1:] = sys.argv[1:]
+    enter_small_world(setattr)
+    if moment != "never":
+        name, number = moment.split(":")
+        MOMENTS[name](int(number))
+    console.main(importlib.import_module(module).program)

@@ -1,0 +1,180 @@
+"""Resume = never stopped: whatever a kill leaves, the same command ends in the same bits (correctness.md, rule 13)."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT, TRAINED, assert_same_run, finished, saved, small, stage_config, started
+
+from lm import train
+from lm.console import Interrupted
+from lm.workdir import read_json, read_metrics
+
+__all__ = ["finished", "small"]
+
+
+def moments(stage: str) -> list[str]:
+    return ["batch 1", "batch 3", "saving"] if stage == "ppo" else ["batch 2", "batch 6", "saving"]
+
+
+def at_batch(monkeypatch, number: int, event) -> None:
+    """Has `event()` happen when the loop asks for this batch."""
+    fetched = train.fetched
+    monkeypatch.setattr(train, "fetched", lambda r, state, i: (event() if i == number else None, fetched(r, state, i))[1])
+
+
+@pytest.mark.parametrize("stage, moment", [(stage, moment) for stage in TRAINED for moment in moments(stage)])
+def test_what_a_kill_leaves_continues_to_the_same_bits(finished, small, tmp_path, stage, moment):
+    """Before the first checkpoint, between two (the first still being written), and in the middle of the last save."""
+    killed = shutil.copytree(finished.parent / "snapshots" / stage / moment, tmp_path / stage)
+    assert not (killed / "summary.json").exists()
+    train.run(stage_config(finished, stage), killed)
+    assert_same_run(killed, finished / stage)
+
+
+@pytest.mark.parametrize("stage, moment", [
+    ("pretrain", "batch:1"), ("sft", "saving:4"), ("reward", "batch:6"), ("ppo", "saving:4"),
+])
+def test_sigkill(finished, small, tmp_path, stage, moment):
+    config = f"--config={ROOT}/experiments/{stage}.py:tiny"
+    workdir = tmp_path / stage
+    process = started("lm.train", config, f"--workdir={workdir}", *settings(finished, stage), moment=moment)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (workdir / "summary.json").exists()
+    train.run(stage_config(finished, stage), workdir)
+    assert_same_run(workdir, finished / stage)
+
+
+def settings(run: Path, stage: str) -> list[str]:
+    """The flags that make the config of a stage beside quickstart.py what it is in the finished pipeline."""
+    return {
+        "pretrain": [f"--config.tokenizer={run}/tokenizer", f"--config.data.corpus={run.parent}/text"],
+        "sft": [f"--config.init_from={run}/pretrain"],
+        "reward": [f"--config.init_from={run}/sft", f"--config.data.rankings={run}/rank/rankings.jsonl"],
+        "ppo": [f"--config.init_from={run}/sft", f"--config.data.reward_model={run}/reward"],
+    }[stage]
+
+
+def test_sigkill_in_the_middle_of_an_update_of_ppo(finished, small, tmp_path):
+    """From the checkpoint of step 2 on, in the first minibatch of the second epoch of step 3."""
+    workdir = shutil.copytree(finished.parent / "snapshots" / "ppo" / "saving", tmp_path / "ppo")
+    process = started("lm.train", f"--config={ROOT}/experiments/ppo.py:tiny", f"--workdir={workdir}",
+                      *settings(finished, "ppo"), moment="update:3")
+    out, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert f"continues from step 2 of {workdir}" in out
+    assert read_metrics(workdir)[-1]["step"] == 2
+    train.run(stage_config(finished, "ppo"), workdir)
+    assert_same_run(workdir, finished / "ppo")
+
+
+def test_sigkill_of_the_program_as_it_is(finished, tmp_path):
+    """No small world: `python -m lm.train` on the one device of a laptop, killed at whatever moment 0.2 s later is."""
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+
+    def start(workdir):
+        command = [sys.executable, "-m", "lm.train", f"--config={ROOT}/experiments/pretrain.py:tiny", f"--workdir={workdir}",
+                   *settings(finished, "pretrain")]
+        return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.DEVNULL)
+
+    assert start(tmp_path / "undisturbed").wait(120) == 0
+    process = start(tmp_path / "killed")
+    wait_for(tmp_path / "killed" / "metrics.jsonl", 1, process)
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    assert start(tmp_path / "killed").wait(120) == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "undisturbed")
+
+
+def wait_for(metrics: Path, rows: int, process: subprocess.Popen) -> None:
+    while process.poll() is None and len(read_metrics(metrics)) < rows:
+        time.sleep(0.02)
+    assert process.poll() is None, "it ended before it could be stopped"
+
+
+def test_sigterm_saves_the_step_and_exits_with_143(finished, tmp_path):
+    process = started("lm.train", f"--config={ROOT}/experiments/pretrain.py:tiny", f"--workdir={tmp_path / 'run'}",
+                      *settings(finished, "pretrain"), "--config.train.steps=1000000", "--config.train.log_every=1",
+                      "--config.train.save_every=1000000")
+    wait_for(tmp_path / "run" / "metrics.jsonl", 3, process)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors == "stopped by SIGTERM and saved: the same command continues\n"
+    assert [step.name for step in (tmp_path / "run" / "checkpoints").iterdir()] == [str(read_metrics(tmp_path / "run")[-1]["step"])]
+
+
+@pytest.mark.parametrize("stage, batch", [("pretrain", 5), ("reward", 7), ("ppo", 2)])
+def test_sigterm_continues_to_the_same_bits(finished, small, tmp_path, monkeypatch, stage, batch):
+    """Batch 7 is the reward model's last: then there is nothing left to do but the summary."""
+    workdir = tmp_path / stage
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        at_batch(patch, batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train.run(stage_config(finished, stage), workdir)
+    assert (workdir / "checkpoints" / str(batch + 1)).is_dir()
+    assert not (workdir / "summary.json").exists()
+    train.run(stage_config(finished, stage), workdir)
+    assert saved(workdir) == saved(finished / stage)
+    assert read_json(workdir / "summary.json")["held_out"] == read_json(finished / stage / "summary.json")["held_out"]
+
+
+def test_ctrl_c_continues_to_the_same_bits(finished, small, tmp_path, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        at_batch(patch, 6, interrupt)
+        train.run(stage_config(finished, "sft"), tmp_path / "sft")
+    train.run(stage_config(finished, "sft"), tmp_path / "sft")
+    assert_same_run(tmp_path / "sft", finished / "sft")
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(finished, small, tmp_path, capsys):
+    workdir = shutil.copytree(finished / "sft", tmp_path / "sft")
+    (workdir / "summary.json").unlink()
+    torn = max((workdir / "checkpoints" / "8" / "params").rglob("*"), key=lambda file: file.stat().st_size)
+    os.truncate(torn, torn.stat().st_size // 2)
+    train.run(stage_config(finished, "sft"), workdir)
+    said = capsys.readouterr()
+    assert said.err.startswith(f"warning: checkpoint {workdir}/checkpoints/8 is damaged (params/") and said.err.count("\n") == 1
+    assert f"continues from step 4 of {workdir}" in said.out
+    assert_same_run(workdir, finished / "sft")
+
+
+def test_more_steps_continue_a_finished_run(finished, small, tmp_path, capsys):
+    """PPO's learning rate is constant, so 2 steps and then 2 more are the 4 of the finished run."""
+    train.run(stage_config(finished, "ppo", "train.steps=2"), tmp_path / "ppo")
+    capsys.readouterr()
+    summary = train.run(stage_config(finished, "ppo"), tmp_path / "ppo")
+    said = capsys.readouterr().out
+    for change in ("train.steps: 2 -> 4", "optimizer.total_steps: 8 -> 16"):  # 2 epochs of 2 minibatches a step
+        assert f"{tmp_path / 'ppo'}: config changed since the last start: {change}\n" in said
+    assert summary["steps"] == 4
+    assert saved(tmp_path / "ppo") == saved(finished / "ppo")
+    again = train.run(stage_config(finished, "ppo"), tmp_path / "ppo")
+    assert again == summary  # now it is finished
+
+
+def test_fewer_steps_end_an_unfinished_run(finished, small, tmp_path):
+    """A run of 8 steps, killed after its checkpoint of step 4, is told that 4 are enough: those 4 are scored."""
+    workdir = shutil.copytree(finished.parent / "snapshots" / "pretrain" / "saving", tmp_path / "pretrain")
+    summary = train.run(stage_config(finished, "pretrain", "train.steps=4"), workdir)
+    assert summary["steps"] == 4
+    assert read_metrics(workdir)[-1]["step"] == 4
+    end = read_json(finished / "pretrain" / "summary.json")["held_out"]["loss"]
+    assert end < summary["held_out"]["loss"] < summary["before"]["loss"]
+
+
+def test_the_tokenizer_is_learnt_again_to_the_same_bytes(finished, tmp_path):
+    config = stage_config(finished, "tokenizer")
+    for _ in range(2):
+        train.run(config, tmp_path / "tokenizer")
+        assert (tmp_path / "tokenizer" / "tokenizer.model").read_bytes() == (finished / "tokenizer" / "tokenizer.model").read_bytes()
+        (tmp_path / "tokenizer" / "summary.json").unlink()  # as if killed before it was written

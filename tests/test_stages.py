@@ -1,0 +1,299 @@
+"""Each stage on hand-made batches: what its loss is, by hand and at its limits, and that it learns."""
+
+import functools
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import optim
+from lm.losses import kl_k1
+from lm.returns import whiten
+from lm.rewards.model import scores
+from lm.stages import STAGES, ppo, pretrain, reward, sft
+from lm.types import Preferences, Rollouts
+
+KEY = jax.random.key(0)
+T = 0.7
+V = 31
+
+
+def optimizer(learning_rate=0.01, **options):
+    return optim.make(learning_rate=learning_rate, total_steps=1000, schedule_name="constant", weight_decay=0.0, **options)
+
+
+@pytest.fixture(scope="module")
+def fresh(tiny_model):
+    """A decoder as it is before any training."""
+    return jax.jit(tiny_model.init)(KEY)
+
+
+@pytest.fixture(scope="module")
+def seen(tiny_model, tiny_lm):
+    """Tokens -> the tiny decoder's states f32[B,T,D] and their Scores at temperature 1."""
+    def of(tokens):
+        x = tiny_model.hidden(tiny_lm, tokens.inputs, tokens.positions, tokens.segments)
+        return x, tiny_model.scores(tiny_lm, x, tokens.targets)
+
+    return jax.jit(of)
+
+
+def trained(update, state, batch, steps):
+    """The state after so many steps, batch(i) each, and the last step's metrics as floats."""
+    step = jax.jit(update.update)
+    for i in range(steps):
+        state, metrics = step(state, batch(i))
+    return state, {name: float(m.value()) for name, m in metrics.items()}
+
+
+def test_every_stage_is_listed_by_its_name():
+    assert STAGES == {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
+
+
+# Next-token prediction
+
+
+@pytest.mark.parametrize("stage", [pretrain, sft])
+def test_next_token_loss_is_the_mean_over_weighted_targets(stage, tiny_model, tiny_lm, seen, rows):
+    """Rules 1 and 2: nats per trained target, a target of weight 0 counting for nothing; z-loss beside it."""
+    ids = np.random.default_rng(0).integers(1, V, (3, 7))
+    tokens = rows(ids, [7, 4, 6], start=3)
+    update = stage.make(tiny_model, optimizer(), z_loss=0.1)
+    state = update.init(KEY, {"lm": tiny_lm}, {})
+    found = jax.jit(update.evaluate)(state, tokens)
+    scores = jax.device_get(seen(tokens)[1])
+    by_hand = [-scores.logprobs[b, t - 1] for b, n in enumerate([7, 4, 6]) for t in range(3, n)]  # target t at t - 1
+    assert found["loss"].weight == len(by_hand) == 4 + 1 + 3
+    np.testing.assert_allclose(found["loss"].value(), np.mean(by_hand), rtol=1e-6)
+    np.testing.assert_allclose(found["z_loss"].value(), 0.1 * np.square(scores.log_z)[tokens.weights > 0].mean(), rtol=1e-5)
+
+
+def test_pretraining_learns_a_repeating_sequence(tiny_model, fresh, rows):
+    """Period 5 from every phase: the next token is certain, so the loss goes from log 31 = 3.4 to near 0."""
+    tokens = rows([np.tile([3, 14, 15, 9, 26], 4)[i : i + 14] for i in range(5)], [14] * 5)
+    update = pretrain.make(tiny_model, optimizer(0.02))
+    state = update.init(KEY, {"lm": fresh}, {})
+    start = jax.jit(update.evaluate)(state, tokens)["loss"].value()
+    _, metrics = trained(update, state, lambda i: tokens, 60)
+    assert start > 3 and metrics["loss"] < 0.1
+
+
+def test_sft_learns_replies_and_leaves_prompts_alone(tiny_model, fresh, rows):
+    """Prompts are noise, the reply repeats the prompt's last token and ends with 2; only the reply is trained."""
+    draw = np.random.default_rng(0)
+
+    def batch(i):
+        ids = draw.integers(3, V, (64, 7))
+        return rows(np.concatenate([ids[:, :4], ids[:, 3:4], ids[:, 3:4], np.full((64, 1), 2)], axis=1), [7] * 64, start=4)
+
+    update = sft.make(tiny_model, optimizer(0.02))
+    state, _ = trained(update, update.init(KEY, {"lm": fresh}, {}), batch, 150)
+    replies = batch(0)
+    logprobs = np.asarray(jax.jit(tiny_model.token_logprobs)(state.params["lm"], replies))
+    assert logprobs[replies.weights > 0].mean() > -0.1  # unseen prompts
+    assert logprobs[replies.weights == 0].mean() < -math.log(V - 3)  # no better than not knowing
+
+
+# Reward model
+
+
+def preferences(rows, chosen, rejected, lengths, weights):
+    """Pairs whose weight stands on the chosen row's last real token."""
+    pair = Preferences(rows(chosen, lengths), rows(rejected, lengths))
+    pair.chosen.weights[:] = 0
+    pair.chosen.weights[np.arange(len(weights)), np.asarray(lengths) - 2] = weights
+    return pair
+
+
+@pytest.fixture(scope="module")
+def pairs(rows):
+    """Four pairs: three of one prompt, a third of a prompt each, and the only one of another."""
+    draw = np.random.default_rng(3)
+    return preferences(rows, *draw.integers(1, V, (2, 4, 8)), [8, 5, 6, 8], [1 / 3, 1 / 3, 1 / 3, 1])
+
+
+def headed(tiny_lm):
+    """Parameters whose scalar head does not score everything alike."""
+    return {"lm": tiny_lm, "value": {"score": jnp.asarray(np.random.default_rng(9).normal(size=16), jnp.float32), "offset": jnp.float32(0.3)}}
+
+
+def test_reward_starts_at_log_two(tiny_model, tiny_lm, pairs):
+    """Rule 9: the head is zero, so both sides score 0: loss log 2, accuracy one half."""
+    update = reward.make(tiny_model, optimizer())
+    found = jax.jit(update.evaluate)(update.init(KEY, {"lm": tiny_lm}, {}), pairs)
+    np.testing.assert_allclose(found["loss"].value(), math.log(2), rtol=1e-6)
+    assert found["accuracy"].value() == 0.5 and found["margin"].value() == 0 and found["score"].value() == 0
+
+
+def test_all_pairs_of_a_prompt_weigh_one_prompt(tiny_model, tiny_lm, pairs):
+    """Rule 9: ((l1 + l2 + l3) / 3 + l4) / 2, whatever the number of pairs; a padded pair counts for nothing."""
+    update = reward.make(tiny_model, optimizer())
+    state = update.init(KEY, headed(tiny_lm), {})
+    score = jax.jit(functools.partial(scores, tiny_model, state.params))
+    margin = np.asarray(score(pairs.chosen) - score(pairs.rejected), np.float64)
+    losses = np.log1p(np.exp(-margin))
+    evaluate = jax.jit(update.evaluate)
+    found = evaluate(state, pairs)
+    np.testing.assert_allclose(found["loss"].value(), (losses[:3].mean() + losses[3]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(found["accuracy"].value(), ((margin[:3] > 0).mean() + (margin[3] > 0)) / 2, rtol=1e-6)
+    assert found["pairs"].weight == 4
+    padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), pairs)
+    for name, value in evaluate(state, padded).items():
+        np.testing.assert_allclose(value.value(), found[name].value(), rtol=1e-5, err_msg=name)
+
+
+def test_groups_give_every_prompt_the_weight_one(monkeypatch, rows):
+    """Rankings of three and of two responses: 3 pairs of 1/3 and one of 1, the second group padded with nothing."""
+    monkeypatch.setattr(reward, "answered", lambda prompt, text: prompt + text)
+    monkeypatch.setattr(reward, "rows", lambda _, texts, length: rows(
+        [[*map(ord, text), *[0] * (length + 1 - len(text))] for text in texts], [len(text) for text in texts], start=length + 1))
+    rankings = [SimpleNamespace(prompt="ab", responses=["c", "de", "f"], ranking=[2, 1, 3]),
+                SimpleNamespace(prompt="x", responses=["y", "zz"], ranking=[1, 2])]
+    grouped, count = reward.groups(None, rankings, 4, 3)
+    assert count == 4
+    np.testing.assert_allclose(grouped.chosen.weights.sum(axis=-1), [[1 / 3] * 3, [1, 0, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(grouped.chosen.weights[1, 0], [1, 0, 0, 0])  # "xy" has one input with a target
+    assert [chr(row[1]) + chr(row[2]) if row[2] else chr(row[1]) for row in grouped.chosen.targets[0]] == ["c", "de", "de"]
+    assert not grouped.rejected.segments[1, 1:].any()
+
+
+def test_score_is_read_at_the_last_real_token_by_length(tiny_model, tiny_lm, seen, rows):
+    """Rule 9: never by id. Padding is 0 and so is a real token here; the score is of the prefix, whatever follows."""
+    params = headed(tiny_lm)
+    score = jax.jit(functools.partial(scores, tiny_model, params))
+    tokens = rows([[5, 9, 0, 0, 1], [5, 9, 4, 8, 1], [0, 0, 0, 0, 0]], [4, 5, 1])  # inputs 5 9 0; 5 9 4 8; none
+    every = np.asarray(tiny_model.value(params["value"], seen(tokens)[0]))
+    np.testing.assert_allclose(score(tokens), [every[0, 2], every[1, 3], 0], rtol=1e-6)
+    assert abs(every[0, 2] - every[0, 1]) > 1e-3 and abs(every[0, 2] - every[0, 3]) > 1e-3
+
+
+def test_reward_learns_that_an_answer_holds_a_seven(tiny_model, fresh, rows):
+    """Unseen pairs in the right order: 0.5 at the start, over 0.95 after 100 batches of 32."""
+    draw = np.random.default_rng(0)
+
+    def batch(i):
+        chosen, rejected = draw.integers(8, V, (2, 32, 9))
+        chosen[np.arange(32), draw.integers(0, 8, 32)] = 7
+        return preferences(rows, chosen, rejected, [9] * 32, [1.0] * 32)
+
+    update = reward.make(tiny_model, optimizer(0.01))
+    state = update.init(KEY, {"lm": fresh}, {})
+    state, _ = trained(update, state, batch, 100)
+    assert jax.jit(update.evaluate)(state, batch(0))["accuracy"].value() > 0.95
+
+
+# PPO
+
+
+@pytest.fixture(scope="module")
+def rollouts(tiny_model, tiny_lm):
+    """Eight answers of the tiny model at temperature 0.7 to ragged prompts, with made-up rewards."""
+    draw = np.random.default_rng(0)
+    prompts, lengths = draw.integers(1, V, (8, 5)).astype(np.int32), np.array([5, 3, 1, 4, 5, 2, 5, 3], np.int32)
+    run = jax.jit(functools.partial(ppo.rollout, tiny_model, max_new=6, temperature=T, stop=(3, 5, 11)))
+    tokens, logprobs, completions = run(tiny_lm, prompts, lengths, KEY)
+    assert 0 < completions.stopped.sum() < 8
+    rewards = jnp.asarray(draw.normal(size=8), jnp.float32)
+    return Rollouts(tokens, rewards, {"length": jnp.sum(tokens.weights, axis=1)}, completions.stopped, logprobs)
+
+
+def other(lm):
+    return jax.tree.map(lambda x: 1.1 * x, lm)
+
+
+def test_ppo_starts_where_the_policy_is(tiny_model, tiny_lm, rollouts):
+    """Rules 4 and 6, on real rollouts: ratio 1, nothing clipped, no KL, the sampler's log-probs are the trainer's.
+
+    The head is zero, so advantages before whitening are the returns, and the value loss is 0.5 * mean(returns^2).
+    """
+    update = ppo.make(tiny_model, optimizer(), temperature=T, beta=0.0, lam=1.0)
+    evaluate = jax.jit(update.evaluate)
+    state = update.init(KEY, {"lm": tiny_lm}, {})
+    found = {name: float(m.value()) for name, m in evaluate(state, rollouts).items()}
+    np.testing.assert_allclose(found["ratio"], 1, rtol=1e-6)
+    for name in ("clip_fraction", "kl", "kl_k3", "update_kl", "policy_loss"):
+        np.testing.assert_allclose(found[name], 0, atol=1e-6, err_msg=name)
+    assert found["sampler_gap"] < 1e-5
+    w = rollouts.tokens.weights
+    by_token = np.sum(w * rollouts.rewards[:, None] ** 2) / np.sum(w)
+    np.testing.assert_allclose(found["value_loss"], 0.5 * by_token, rtol=1e-5)
+    np.testing.assert_allclose(found["explained_variance"], 0, atol=1e-6)
+    np.testing.assert_allclose(found["reward"], rollouts.rewards.mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["response_length"], w.sum() / 8, rtol=1e-6)
+    assert found["score/length"] == found["response_length"] and found["stopped"] == rollouts.stopped.mean()
+
+
+def test_another_temperature_trips_the_gate(tiny_model, tiny_lm, rollouts):
+    """Rule 6: drawn at 0.7 and scored at 1.0 is two distributions; the gap is far above its limit."""
+    update = ppo.make(tiny_model, optimizer(), temperature=1.0)
+    found = jax.jit(update.evaluate)(update.init(KEY, {"lm": tiny_lm}, {}), rollouts)
+    assert found["sampler_gap"].value() > 2 * ppo.LIMITS["sampler_gap"]
+
+
+@pytest.fixture(scope="module")
+def annotated(tiny_model, tiny_lm, rollouts):
+    """The rollouts with their signal: a reference that is another network, a value head that is not zero."""
+    state = SimpleNamespace(params=headed(tiny_lm), frozen={"ref": other(tiny_lm)})
+    signal = ppo.signal(tiny_model, beta=0.5, gamma=1.0, lam=1.0, temperature=T)
+    return jax.jit(lambda batch: signal(state, batch))(rollouts)
+
+
+def test_kl_is_counted_in_the_reward(annotated, rollouts):
+    """Rule 4, gamma and lambda 1: the return at t is the answer's reward minus beta times the KL from t to its end."""
+    batch, metrics = annotated
+    w = np.asarray(batch.tokens.weights)
+    kl = np.asarray(kl_k1(batch.old_logprobs, batch.ref_logprobs))
+    to_come = np.cumsum((kl * w)[:, ::-1], axis=1)[:, ::-1]
+    np.testing.assert_allclose(batch.returns, w * (np.asarray(rollouts.rewards)[:, None] - 0.5 * to_come), atol=1e-5)
+    np.testing.assert_allclose(metrics["kl"].value(), (kl * w).sum(axis=1).mean(), rtol=1e-5)
+    assert np.abs(kl[w > 0]).max() > 0.1
+
+
+def test_kl_is_not_counted_in_the_loss_again(annotated, tiny_model, tiny_lm):
+    """Rule 4: whatever the reference says, the annotated batch has the same loss."""
+    batch, _ = annotated
+    loss = ppo.surrogate(tiny_model, clip=0.2, value_clip=0.2, value_coefficient=0.1, temperature=T)
+    run = jax.jit(lambda batch: loss(headed(tiny_lm), {}, batch, KEY)[0])
+    once, again = run(batch), run(batch.replace(ref_logprobs=7 * batch.ref_logprobs - 3))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, once, again))
+
+
+def test_values_returns_and_whitening(annotated, tiny_model, tiny_lm, seen):
+    """Rule 4: V(s_t) where token t is predicted; returns = advantages + values *before* whitening over the batch."""
+    batch, _ = annotated
+    tokens, w = batch.tokens, np.asarray(batch.tokens.weights)
+    values = np.asarray(tiny_model.value(headed(tiny_lm)["value"], seen(tokens)[0])) * w
+    np.testing.assert_allclose(batch.old_values, values, atol=1e-5)
+    np.testing.assert_allclose(batch.advantages, whiten(batch.returns - values, jnp.asarray(w)), atol=1e-4)
+    kept = np.asarray(batch.advantages)[w > 0]
+    np.testing.assert_allclose([kept.mean(), kept.std()], [0, 1], atol=1e-5)
+    assert abs(np.asarray(batch.returns)[w > 0].std() - 1) > 0.05
+
+
+def test_ppo_raises_the_frequency_of_a_rewarded_token(tiny_model, fresh):
+    """Reward: the fraction of an answer's six tokens that are 7. From 1/31 to over 0.6 in 25 batches of 64.
+
+    Each batch takes 2 epochs x 4 minibatches = 8 steps; the KL rises, the reference and the key stay as they were.
+    """
+    update = ppo.make(tiny_model, optimizer(0.01), beta=0.01)
+    state = update.init(KEY, {"lm": fresh}, {})
+    prompts, lengths = np.random.default_rng(0).integers(1, V, (64, 3)), np.full(64, 3)
+
+    @jax.jit
+    def step(state, i):
+        tokens, logprobs, drawn = ppo.rollout(tiny_model, state.params["lm"], jnp.asarray(prompts), jnp.asarray(lengths),
+                                              jax.random.fold_in(jax.random.key(1), i), max_new=6)
+        rewards = jnp.mean(drawn.tokens == 7, axis=1)
+        return update.update(state, Rollouts(tokens, rewards, {}, drawn.stopped, logprobs))
+
+    found = []
+    for i in range(25):
+        state, metrics = step(state, i)
+        found.append(float(metrics["reward"].value()))
+        assert metrics["sampler_gap"].value() < 1e-4
+    assert found[0] < 0.1 and np.mean(found[-3:]) > 0.6, found
+    assert state.step == 25 * 8 and state.key == KEY and metrics["kl"].value() > 1
+    jax.tree.map(np.testing.assert_array_equal, state.frozen["ref"], fresh)
