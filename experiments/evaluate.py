@@ -14,24 +14,24 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arg == "tiny"
     config = ConfigDict()
     config.seed = 0
-    config.models = ConfigDict({
-        "raw": "runs/quickstart/pretrain",
-        "sft": "runs/quickstart/sft",
-        "ppo": "runs/quickstart/ppo",
-    })
-    config.evaluate = ConfigDict({
-        "order": ("raw", "sft", "ppo"),  # each is compared with the one before it
-        "corpus": "stdlib,chitchat",
-        "sources": "chitchat",
-        "turns": 3,
-        "prompts": 32 if tiny else 192,
-        "prompt_length": 32 if tiny else 96,
-        "max_new": 16 if tiny else 48,
-        "temperature": 0.7,
-        "rater": "rule",
-        "held_out": 0.05,
-        "held_out_bytes": 20_000 if tiny else 200_000,
-        "length": 64 if tiny else 256,
-        "rows_at_once": 32 if tiny else 64,
-    })
+    config.models = ConfigDict(
+        {"raw": "runs/quickstart/pretrain", "sft": "runs/quickstart/sft", "ppo": "runs/quickstart/ppo"}
+    )
+    config.evaluate = ConfigDict(
+        {
+            "order": ("raw", "sft", "ppo"),  # each is compared with the one before it
+            "corpus": "stdlib,chitchat",
+            "sources": "chitchat",
+            "turns": 3,
+            "prompts": 32 if tiny else 192,
+            "prompt_length": 32 if tiny else 96,
+            "max_new": 16 if tiny else 48,
+            "temperature": 0.7,
+            "rater": "rule",
+            "held_out": 0.05,
+            "held_out_bytes": 20_000 if tiny else 200_000,
+            "length": 64 if tiny else 256,
+            "rows_at_once": 32 if tiny else 64,
+        }
+    )
     return config.lock()

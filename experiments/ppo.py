@@ -1,6 +1,7 @@
-"""PPO on the SFT model with the learnt reward, a value head on the shared trunk, and the KL to the SFT model in the reward.
+"""PPO on the SFT model: the learnt reward, a value head on the shared trunk, the KL to the SFT model in the reward.
 
-Paper: Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593; Huang et al. 2024, arXiv 2403.17031.
+Paper: Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593.
+Details: Huang et al. 2024, arXiv 2403.17031.
 Command: python -m lm.train --config=experiments/ppo.py --workdir=runs/quickstart/ppo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
 Change first: stage.beta (the price of leaving the SFT model), optimizer.learning_rate, train.steps.
@@ -18,39 +19,47 @@ def get_config(arg: str = "") -> ConfigDict:
     config.tokenizer = ""
     config.init_from = "runs/quickstart/sft"
     config.model = ConfigDict({})
-    config.stage = ConfigDict({
-        "name": "ppo",
-        "beta": 0.1,
-        "clip": 0.2,
-        "value_clip": 0.5,
-        "value_coefficient": 0.5,
-        "gamma": 1.0,
-        "lam": 0.95,
-        "epochs": 2,
-        "minibatch_count": 2 if tiny else 4,
-        "temperature": 1.0,
-    })
-    config.data = ConfigDict({
-        "reward_model": "runs/quickstart/reward",
-        "rater": "rule",  # logged as score/rule; the policy never learns from it
-        "sources": "chitchat",
-        "turns": 3,
-        "prompt_length": 32 if tiny else 64,
-        "max_new": 8 if tiny else 32,
-        "rollouts": 16 if tiny else 64,
-        "temperature": config.stage.get_ref("temperature"),  # one distribution for sampler and losses
-        "cut_penalty": 1.0,
-        "held_out": 0.05,
-        "held_out_rollouts": 16 if tiny else 128,
-    })
+    config.stage = ConfigDict(
+        {
+            "name": "ppo",
+            "beta": 0.1,
+            "clip": 0.2,
+            "value_clip": 0.5,
+            "value_coefficient": 0.5,
+            "gamma": 1.0,
+            "lam": 0.95,
+            "epochs": 2,
+            "minibatch_count": 2 if tiny else 4,
+            "temperature": 1.0,
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "reward_model": "runs/quickstart/reward",
+            "rater": "rule",  # logged as score/rule; the policy never learns from it
+            "sources": "chitchat",
+            "turns": 3,
+            "prompt_length": 32 if tiny else 64,
+            "max_new": 8 if tiny else 32,
+            "rollouts": 16 if tiny else 64,
+            "temperature": config.stage.get_ref("temperature"),  # one distribution for sampler and losses
+            "cut_penalty": 1.0,
+            "held_out": 0.05,
+            "held_out_rollouts": 16 if tiny else 128,
+        }
+    )
     config.train = ConfigDict({"steps": 4 if tiny else 24, "log_every": 1, "save_every": 2 if tiny else 6})
-    config.optimizer = ConfigDict({
-        "learning_rate": 3e-4,
-        "total_steps": config.train.get_ref("steps") * config.stage.get_ref("epochs") * config.stage.get_ref("minibatch_count"),
-        "warmup_steps": 0,
-        "schedule_name": "constant",
-        "weight_decay": 0.0,
-        "eps": 1e-5,
-    })
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 3e-4,
+            "total_steps": config.train.get_ref("steps")
+            * config.stage.get_ref("epochs")
+            * config.stage.get_ref("minibatch_count"),
+            "warmup_steps": 0,
+            "schedule_name": "constant",
+            "weight_decay": 0.0,
+            "eps": 1e-5,
+        }
+    )
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()

@@ -17,29 +17,37 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seed = 0
     config.tokenizer = "runs/quickstart/tokenizer"
     config.init_from = ""
-    config.model = ConfigDict({
-        "layers": 2 if tiny else 4,
-        "width": 32 if tiny else 128,
-        "heads": 2 if tiny else 4,
-        "kv_heads": 1 if tiny else 2,
-        "head_size": 16 if tiny else 32,
-        "hidden": 64 if tiny else 384,
-        "context": 64 if tiny else 256,
-    })
-    config.data = ConfigDict({
-        "corpus": "stdlib,chitchat",
-        "length": 64 if tiny else 256,
-        "batch_size": 8 if tiny else 16,
-        "held_out": 0.05,
-        "held_out_bytes": 20_000 if tiny else 200_000,
-    })
-    config.train = ConfigDict({"steps": 8 if tiny else 450, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50})
-    config.optimizer = ConfigDict({
-        "learning_rate": 3e-3,
-        "total_steps": config.train.get_ref("steps"),
-        "warmup_steps": 2 if tiny else 30,
-        "schedule_name": "cosine",
-    })
+    config.model = ConfigDict(
+        {
+            "layers": 2 if tiny else 4,
+            "width": 32 if tiny else 128,
+            "heads": 2 if tiny else 4,
+            "kv_heads": 1 if tiny else 2,
+            "head_size": 16 if tiny else 32,
+            "hidden": 64 if tiny else 384,
+            "context": 64 if tiny else 256,
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "corpus": "stdlib,chitchat",
+            "length": 64 if tiny else 256,
+            "batch_size": 8 if tiny else 16,
+            "held_out": 0.05,
+            "held_out_bytes": 20_000 if tiny else 200_000,
+        }
+    )
+    config.train = ConfigDict(
+        {"steps": 8 if tiny else 450, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50}
+    )
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 3e-3,
+            "total_steps": config.train.get_ref("steps"),
+            "warmup_steps": 2 if tiny else 30,
+            "schedule_name": "cosine",
+        }
+    )
     config.stage = ConfigDict({"name": "pretrain", "z_loss": 1e-4})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()

@@ -1,7 +1,7 @@
 """From real text to an assistant in ten minutes on two CPU cores: the chain of all stages.
 
-Method: tokenizer, pretraining, SFT, ranking, reward model, PPO, evaluation, report; each stage is the config of the same
-name beside this file.
+Method: tokenizer, pretraining, SFT, ranking, reward model, PPO, evaluation, report; a stage's config lies beside this
+file under its name.
 Command: python -m lm.pipeline --config=experiments/quickstart.py
 The rater that ranks is a published rule (lm.rewards.rule.RULE), so that what PPO learns can be checked by reading.
 Change first: --config.corpus=PATH (your own text for tokenizer and pretraining), --workdir.

@@ -16,17 +16,19 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.init_from = "runs/quickstart/sft"
-    config.rank = ConfigDict({
-        "sources": "chitchat",
-        "turns": 3,
-        "prompts_per_conversation": 1 if tiny else 2,
-        "prompts": 64 if tiny else 2000,
-        "prompt_length": 32 if tiny else 64,
-        "responses": 2,
-        "max_new": 8 if tiny else 32,
-        "temperature": 1.0,
-        "rater": "rule",
-        "held_out": 0.05,
-        "prompts_at_once": 32 if tiny else 128,
-    })
+    config.rank = ConfigDict(
+        {
+            "sources": "chitchat",
+            "turns": 3,
+            "prompts_per_conversation": 1 if tiny else 2,
+            "prompts": 64 if tiny else 2000,
+            "prompt_length": 32 if tiny else 64,
+            "responses": 2,
+            "max_new": 8 if tiny else 32,
+            "temperature": 1.0,
+            "rater": "rule",
+            "held_out": 0.05,
+            "prompts_at_once": 32 if tiny else 128,
+        }
+    )
     return config.lock()

@@ -18,20 +18,26 @@ def get_config(arg: str = "") -> ConfigDict:
     config.tokenizer = ""
     config.init_from = "runs/quickstart/sft"
     config.model = ConfigDict({})
-    config.data = ConfigDict({
-        "rankings": "runs/quickstart/rank/rankings.jsonl",
-        "length": 64 if tiny else 104,
-        "prompts_per_batch": 8 if tiny else 32,
-        "held_out": 0.15,
-    })
-    config.train = ConfigDict({"steps": 8 if tiny else 60, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50})
-    config.optimizer = ConfigDict({
-        "learning_rate": 5e-4,
-        "total_steps": config.train.get_ref("steps"),
-        "warmup_steps": 2 if tiny else 10,
-        "schedule_name": "cosine",
-        "weight_decay": 0.1,
-    })
+    config.data = ConfigDict(
+        {
+            "rankings": "runs/quickstart/rank/rankings.jsonl",
+            "length": 64 if tiny else 104,
+            "prompts_per_batch": 8 if tiny else 32,
+            "held_out": 0.15,
+        }
+    )
+    config.train = ConfigDict(
+        {"steps": 8 if tiny else 60, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50}
+    )
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 5e-4,
+            "total_steps": config.train.get_ref("steps"),
+            "warmup_steps": 2 if tiny else 10,
+            "schedule_name": "cosine",
+            "weight_decay": 0.1,
+        }
+    )
     config.stage = ConfigDict({"name": "reward"})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()

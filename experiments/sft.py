@@ -18,21 +18,27 @@ def get_config(arg: str = "") -> ConfigDict:
     config.tokenizer = ""  # the one init_from was trained with
     config.init_from = "runs/quickstart/pretrain"
     config.model = ConfigDict({})  # sizes come with init_from
-    config.data = ConfigDict({
-        "sources": "chitchat" if tiny else "chitchat,docstrings",
-        "turns": 6,
-        "length": 64 if tiny else 256,
-        "batch_size": 8 if tiny else 16,
-        "held_out": 0.05,
-    })
-    config.train = ConfigDict({"steps": 8 if tiny else 180, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50})
-    config.optimizer = ConfigDict({
-        "learning_rate": 1e-3,
-        "total_steps": config.train.get_ref("steps"),
-        "warmup_steps": 2 if tiny else 10,
-        "schedule_name": "cosine",
-        "weight_decay": 0.0,
-    })
+    config.data = ConfigDict(
+        {
+            "sources": "chitchat" if tiny else "chitchat,docstrings",
+            "turns": 6,
+            "length": 64 if tiny else 256,
+            "batch_size": 8 if tiny else 16,
+            "held_out": 0.05,
+        }
+    )
+    config.train = ConfigDict(
+        {"steps": 8 if tiny else 180, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50}
+    )
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 1e-3,
+            "total_steps": config.train.get_ref("steps"),
+            "warmup_steps": 2 if tiny else 10,
+            "schedule_name": "cosine",
+            "weight_decay": 0.0,
+        }
+    )
     config.stage = ConfigDict({"name": "sft", "z_loss": 1e-4})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()

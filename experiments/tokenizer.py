@@ -14,10 +14,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.stage = ConfigDict({"name": "tokenizer"})
-    config.data = ConfigDict({
-        "corpus": "stdlib,chitchat",
-        "held_out": 0.05,  # of the documents; the same ones are unseen in every stage
-        "vocab_size": 512 if arg == "tiny" else 2048,
-        "max_bytes": 2_000_000 if arg == "tiny" else 12_000_000,
-    })
+    config.data = ConfigDict(
+        {
+            "corpus": "stdlib,chitchat",
+            "held_out": 0.05,  # of the documents; the same ones are unseen in every stage
+            "vocab_size": 512 if arg == "tiny" else 2048,
+            "max_bytes": 2_000_000 if arg == "tiny" else 12_000_000,
+        }
+    )
     return config.lock()

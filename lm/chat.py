@@ -111,8 +111,17 @@ class Chat:
     max_new: tokens an answer may have; None: NEW_TOKENS, or what the context leaves. note: given what is to be told.
     """
 
-    def __init__(self, trained: Trained, note: Callable[[str], None], *, seed: int = 0, max_new: int | None = None,
-                 temperature: float = 0.7, top_k: int = 0, top_p: float = 1.0):
+    def __init__(
+        self,
+        trained: Trained,
+        note: Callable[[str], None],
+        *,
+        seed: int = 0,
+        max_new: int | None = None,
+        temperature: float = 0.7,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ):
         self._context = trained.model.config.context
         self._sampler = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         if not 0 <= seed < 2**32:
@@ -130,8 +139,10 @@ class Chat:
         config = self._trained.model.config
         sampler = ", ".join(f"{name} {value:g}" for name, value in {**self._sampler, "seed": self._seed}.items())
         plain = "" if self._talks else "\nit was only pretrained: it continues your text instead of answering it"
-        return (f"{self._trained.stage} model of {self._trained.path}: {count(specs(config)):,} parameters, "
-                f"context {config.context} tokens; {sampler}{plain}")
+        return (
+            f"{self._trained.stage} model of {self._trained.path}: {count(specs(config)):,} parameters, "
+            f"context {config.context} tokens; {sampler}{plain}"
+        )
 
     def reset(self) -> None:
         """Forgets what was said."""
@@ -150,8 +161,10 @@ class Chat:
         max_new = min(NEW_TOKENS, left) if self._max_new is None else self._max_new
         check(self._trained.model, len(ids), max_new=max_new, **self._sampler)
         if len(kept) <= len(self.messages) and self._talks and not self._told:
-            self._note(f"the conversation has outgrown the context of {self._context} tokens: "
-                       "from now on its oldest exchanges are left out")
+            self._note(
+                f"the conversation has outgrown the context of {self._context} tokens: "
+                "from now on its oldest exchanges are left out"
+            )
             self._told = True
         self.messages = kept
         return self._answered(ids, max_new)
@@ -178,9 +191,9 @@ class Chat:
             for token in self._stream(self._lm, ids, key, max_new=max_new, stop=tokenizer.stops):
                 drawn.append(token)
                 so_far = settled(tokenizer, drawn)
-                yield so_far[len(said):]
+                yield so_far[len(said) :]
                 said = so_far
-            yield printable(tokenizer.decode(drawn))[len(said):]
+            yield printable(tokenizer.decode(drawn))[len(said) :]
         finally:  # also when the answer is cut short
             self.ended = bool(drawn) and drawn[-1] in tokenizer.stops
             self.messages.append({"role": "assistant", "content": printable(tokenizer.decode(drawn))})
@@ -229,8 +242,15 @@ def program(argv: list[str]) -> None:
     trained = load(policy_folder(Path(flags.workdir)), backend=jax.default_backend(), warn=warn)
     if trained.stage == "reward":
         raise UserError(f"{flags.workdir} is a reward model, which scores answers and writes none: name a policy")
-    chat = Chat(trained, note, seed=flags.seed, max_new=flags.max_new_tokens, temperature=flags.temperature,
-                top_k=flags.top_k, top_p=flags.top_p)
+    chat = Chat(
+        trained,
+        note,
+        seed=flags.seed,
+        max_new=flags.max_new_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+    )
     if flags.prompt is not None:
         speak(chat, flags.prompt)
         return

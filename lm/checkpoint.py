@@ -120,8 +120,9 @@ class Checkpoints:
         return None
 
     def _opened(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, cleanup_tmp_directories=True,
-                                               save_root_metadata=False, lightweight_initialize=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep, cleanup_tmp_directories=True, save_root_metadata=False, lightweight_initialize=True
+        )
         return ocp.CheckpointManager(self.directory, options=options)
 
     @contextmanager
@@ -137,13 +138,16 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
             with suppress(OSError):
                 self._manager = self._opened()  # a failed one repeats its error for ever
-            raise UserError(f"cannot save a checkpoint in {self.directory}: {os.strerror(code)}; "
-                            "make room there or choose another --workdir, then start again: "
-                            f"{_resumption(self.steps())}") from error
+            raise UserError(
+                f"cannot save a checkpoint in {self.directory}: {os.strerror(code)}; "
+                "make room there or choose another --workdir, then start again: "
+                f"{_resumption(self.steps())}"
+            ) from error
 
 
-def restore_params(directory: str | Path, name: str = "params", *,
-                   warn: Callable[[str], None] = print) -> tuple[Any, dict[str, Any]]:
+def restore_params(
+    directory: str | Path, name: str = "params", *, warn: Callable[[str], None] = print
+) -> tuple[Any, dict[str, Any]]:
     """(tree[name] as nested dicts of numpy arrays, metadata) of the newest checkpoint whose `name` is whole.
 
     Nothing else of the checkpoint is read: no optimizer state. warn: given one line about every one passed over.
@@ -202,9 +206,14 @@ def _restored(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     target = jax.tree.map(_target, dict(like))
     _refuse_foreign(folder, target)
     item = Item()
-    tree = {name: item.restore(folder / name, args=ItemRestore(
-                item=part, restore_args=ocp.checkpoint_utils.construct_restore_args(part)))
-            if jax.tree.leaves(part) else part for name, part in target.items()}
+    tree = {
+        name: item.restore(
+            folder / name, args=ItemRestore(item=part, restore_args=ocp.checkpoint_utils.construct_restore_args(part))
+        )
+        if jax.tree.leaves(part)
+        else part
+        for name, part in target.items()
+    }
     return jax.tree.map(_typed, tree, dict(like))
 
 
@@ -215,14 +224,18 @@ def _refuse_foreign(folder: Path, target: Mapping[str, Any]) -> None:
     for leaf in [*here, *there]:
         old, new = (side[leaf] if leaf in side else "absent" for side in (there, here))
         if old != new:
-            raise UserError(f"checkpoint {folder} is of another model or optimizer: {leaf} is {old} there and {new} "
-                            "here; use its config, or another --workdir")
+            raise UserError(
+                f"checkpoint {folder} is of another model or optimizer: {leaf} is {old} there and {new} "
+                "here; use its config, or another --workdir"
+            )
 
 
 def _described(tree: Any) -> dict[str, str]:
     """{"params/lm/embed": "float32[256, 64]", ...}"""
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _is_key(leaf: Any) -> bool:

@@ -19,8 +19,14 @@ from ml_collections import ConfigDict
 
 from lm.errors import UserError
 
-EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "text",
-            tuple: "a tuple such as 1,2", list: "a list such as [1,2]"}
+EXPECTED = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    tuple: "a tuple such as 1,2",
+    list: "a list such as [1,2]",
+}
 
 
 def load(path_and_arg: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -77,10 +83,12 @@ def call(function: Callable, options: ConfigDict | Mapping[str, Any], *args: Any
     """
     options = _plain(options)
     label = f"{function.__module__}.{function.__qualname__}"
-    parameters = list(inspect.signature(function).parameters.values())[len(args):]
-    names = [parameter.name for parameter in parameters
-             if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-             and parameter.name not in extra]
+    parameters = list(inspect.signature(function).parameters.values())[len(args) :]
+    names = [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and parameter.name not in extra
+    ]
     for option in options:
         if option not in names:
             raise UserError(f"{name}.{option} is not an option of {label}{_did_you_mean(option, names)}")
@@ -90,8 +98,9 @@ def call(function: Callable, options: ConfigDict | Mapping[str, Any], *args: Any
     return function(*args, **extra, **options)
 
 
-def arguments(argv: Sequence[str], description: str,
-              flags: Mapping[str, Mapping[str, Any]]) -> tuple[argparse.Namespace, ConfigDict]:
+def arguments(
+    argv: Sequence[str], description: str, flags: Mapping[str, Mapping[str, Any]]
+) -> tuple[argparse.Namespace, ConfigDict]:
     """The program's own flags, and the config named by --config=FILE[:ARG] with every --config.KEY=VALUE applied.
 
     flags: name to the keywords of argparse's add_argument, such as {"workdir": dict(required=True, help="...")}.
@@ -196,7 +205,7 @@ def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _did_you_mean(name: str, names: Iterable[str], *, prefix: str = "") -> str:
-    """"; did you mean X?" with the nearest of `names`, or nothing where none is near."""
+    """ "; did you mean X?" with the nearest of `names`, or nothing where none is near."""
     closeness, near = max(((_closeness(name, other), other) for other in names), default=((0.0, 0.0), ""))
     return f"; did you mean {prefix}{near}?" if closeness[0] >= 0.6 else ""
 

@@ -54,7 +54,7 @@ def restarted() -> None:
     """Replaces this process by itself with huge pages for malloc and a cache for compiled programs, unless it has them.
 
     Both are read before the first line of Python runs. XLA's CPU backend allocates and frees its temporary memory at
-    every step; with 2 MB pages that no longer costs a page fault per 4 kB (1.6 times the steps per second at width 128).
+    every step; with 2 MB pages that no longer costs a page fault per 4 kB (1.6 times the steps a second at width 128).
     The compilation cache is JAX's own, in the user's cache folder; an environment that names another is left as it is.
     """
     wanted = {"JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "lm" / "jax")}

@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Bad input: one line that says what, where, and the way out. Programs print it without a traceback and exit non-zero."""
+    """Bad input: one line that says what, where, and the way out. Programs print it, no traceback, and exit 2."""

@@ -20,7 +20,8 @@ from lm import metrics as means
 from lm.answers import Answer, answers
 from lm.config import arguments, call, require, to_dict
 from lm.console import Progress, main, say, table, warn
-from lm.data import batches, chats, corpus as corpora
+from lm.data import batches, chats
+from lm.data import corpus as corpora
 from lm.data.prompts import padded
 from lm.errors import UserError
 from lm.intervals import average, difference, rate, win_rate
@@ -41,7 +42,10 @@ def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
     with open_workdir(path, to_dict(config)) as workdir:
         summary = workdir.summary()
         if summary is None:
-            trained = {name: load(source, backend=jax.default_backend(), warn=warn) for name, source in config.models.to_dict().items()}
+            trained = {
+                name: load(source, backend=jax.default_backend(), warn=warn)
+                for name, source in config.models.to_dict().items()
+            }
             summary = call(evaluate, config.evaluate, workdir, trained, config.seed, name="evaluate")
             workdir.write_summary(summary)
         show(summary)
@@ -88,8 +92,17 @@ def evaluate(
             nats = nats_of(model, pretrain.rows(model.tokenizer, text, length), rows_at_once)
             reply_nats = nats_of(model, sft.rows(model.tokenizer, replies, 6, length)[0], rows_at_once)
             rows = padded([asked(model, c.messages) for c in contexts], [c.messages for c in contexts], prompt_length)
-            given = answers(model.model, model.params["lm"], model.tokenizer, rows, jax.random.key(seed), jit=jax.jit,
-                            rows_at_once=rows_at_once, max_new=max_new, temperature=temperature)
+            given = answers(
+                model.model,
+                model.params["lm"],
+                model.tokenizer,
+                rows,
+                jax.random.key(seed),
+                jit=jax.jit,
+                rows_at_once=rows_at_once,
+                max_new=max_new,
+                temperature=temperature,
+            )
             found[name] = given
             scores[name] = REWARDS[rater](rows.contexts, [answer.text for answer in given])
             told[name] = {
@@ -115,8 +128,10 @@ def nats_of(trained: Trained, rows: Tokens, rows_at_once: int) -> means.Mean:
     """Cross entropy over every weighted token of the rows."""
     loss = next_token(trained.model)
     score = jax.jit(lambda lm, part: loss({"lm": lm}, {}, part, None)[1]["loss"])
-    return sum((jax.device_get(score(trained.params["lm"], part)) for part in batches.every(rows, rows_at_once)),
-               means.Mean(np.float32(0), np.float32(0)))
+    return sum(
+        (jax.device_get(score(trained.params["lm"], part)) for part in batches.every(rows, rows_at_once)),
+        means.Mean(np.float32(0), np.float32(0)),
+    )
 
 
 def shared_prompts(
@@ -159,11 +174,14 @@ def compared(a: str, b: str, scores: Mapping[str, np.ndarray]) -> dict[str, Any]
 
 def write_answers(path: Path, contexts, found: Mapping[str, list[Answer]], scores: Mapping[str, np.ndarray]) -> None:
     lines = [
-        json.dumps({
-            "prompt": context.messages,
-            "answers": {name: given[i]._asdict() for name, given in found.items()},
-            "scores": {name: float(score[i]) for name, score in scores.items()},
-        }, ensure_ascii=False)
+        json.dumps(
+            {
+                "prompt": context.messages,
+                "answers": {name: given[i]._asdict() for name, given in found.items()},
+                "scores": {name: float(score[i]) for name, score in scores.items()},
+            },
+            ensure_ascii=False,
+        )
         for i, context in enumerate(contexts)
     ]
     write_text(path, "\n".join(lines) + "\n")
@@ -171,20 +189,27 @@ def write_answers(path: Path, contexts, found: Mapping[str, list[Answer]], score
 
 def show(summary: Mapping[str, Any]) -> None:
     """The scores as tables on the terminal."""
+
     def pm(estimate):
         return f"{estimate['value']:.3g} ± {estimate['se']:.2g}"
 
-    table(f"{summary['prompts']} unseen prompts; ± is a standard error", ["", *summary["models"]], [
-        ["held-out bits per byte", *(f"{m['bits_per_byte']:.3f}" for m in summary["models"].values())],
-        ["held-out reply loss, nats", *(f"{m['reply_loss']:.3f}" for m in summary["models"].values())],
-        ["rater's score", *(pm(m["score"]) for m in summary["models"].values())],
-        ["ended by itself", *(pm(m["stopped"]) for m in summary["models"].values())],
-        ["tokens an answer", *(pm(m["length"]) for m in summary["models"].values())],
-    ])
+    table(
+        f"{summary['prompts']} unseen prompts; ± is a standard error",
+        ["", *summary["models"]],
+        [
+            ["held-out bits per byte", *(f"{m['bits_per_byte']:.3f}" for m in summary["models"].values())],
+            ["held-out reply loss, nats", *(f"{m['reply_loss']:.3f}" for m in summary["models"].values())],
+            ["rater's score", *(pm(m["score"]) for m in summary["models"].values())],
+            ["ended by itself", *(pm(m["stopped"]) for m in summary["models"].values())],
+            ["tokens an answer", *(pm(m["length"]) for m in summary["models"].values())],
+        ],
+    )
     for c in summary["comparisons"]:
         d, w = c["difference"], c["win_rate"]
-        say(f"{c['a']} over {c['b']}: score {d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], "
-            f"win rate {w['value']:.2f} [{w['low']:.2f}, {w['high']:.2f}] (95 %)")
+        say(
+            f"{c['a']} over {c['b']}: score {d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], "
+            f"win rate {w['value']:.2f} [{w['low']:.2f}, {w['high']:.2f}] (95 %)"
+        )
 
 
 def program(argv: list[str]) -> None:

@@ -36,6 +36,7 @@ def schedule(
 
 def decay_mask(params: Params):
     """True on the matrices that weight decay shrinks: neither norms nor embeddings nor the scalar head."""
+
     def decayed(path, _):
         return not any(part in str(key.key) for key in path for part in NOT_DECAYED)
 
@@ -59,8 +60,13 @@ def make(
 
     The learning rate lives in the optimizer's state, where `update.gradient` finds it to report it.
     """
-    rate = schedule(name=schedule_name, learning_rate=learning_rate, total_steps=total_steps,
-                    warmup_steps=warmup_steps, final_fraction=final_fraction)
+    rate = schedule(
+        name=schedule_name,
+        learning_rate=learning_rate,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        final_fraction=final_fraction,
+    )
 
     def adamw(learning_rate):
         return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)

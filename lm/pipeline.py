@@ -39,8 +39,10 @@ def run(config: ConfigDict) -> Path:
     record["matmul_flops"] = max(record["matmul_flops"], matmul_ceiling())
     write_text(root / PIPELINE, json.dumps(record, indent=2) + "\n")
     page = report.write(root)
-    say(f"\neverything took {sum(record['seconds'].values()):.0f} s ({time.monotonic() - start:.0f} s of them now)\n"
-        f"report: {page}\nchat: python -m lm.chat --workdir={root}")
+    say(
+        f"\neverything took {sum(record['seconds'].values()):.0f} s ({time.monotonic() - start:.0f} s of them now)\n"
+        f"report: {page}\nchat: python -m lm.chat --workdir={root}"
+    )
     return root
 
 
@@ -49,8 +51,10 @@ def taken_up(root: Path, stages: list[str]) -> dict:
     if (root / PIPELINE).exists():
         record = read_json(root / PIPELINE)
         if record["stages"] != stages:
-            raise UserError(f"{root} has stages {', '.join(record['stages'])}, the config {', '.join(stages)}: "
-                            "give another --workdir, or remove this one")
+            raise UserError(
+                f"{root} has stages {', '.join(record['stages'])}, the config {', '.join(stages)}: "
+                "give another --workdir, or remove this one"
+            )
         return record
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -58,7 +62,9 @@ def taken_up(root: Path, stages: list[str]) -> dict:
     except OSError as error:
         raise UserError(f"cannot make the folder {root}: {error.strerror}; give another --workdir") from error
     if foreign:
-        raise UserError(f"{root} is not a pipeline's folder: it holds {min(foreign)} but no {PIPELINE}; give another --workdir")
+        raise UserError(
+            f"{root} is not a pipeline's folder: it holds {min(foreign)} but no {PIPELINE}; give another --workdir"
+        )
     record = {"stages": stages, "seconds": {}, "matmul_flops": matmul_ceiling()}
     write_text(root / PIPELINE, json.dumps(record, indent=2) + "\n")
     return record

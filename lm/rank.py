@@ -7,7 +7,7 @@ Writes WORKDIR/rankings.jsonl, the format that stage `reward` reads (see lm.data
 
 import time
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from ml_collections import ConfigDict
 from lm.answers import answers
 from lm.config import arguments, call, require, to_dict
 from lm.console import Progress, main, say, warn
-from lm.data import chats, corpus as corpora, rankings as records
+from lm.data import chats
+from lm.data import corpus as corpora
+from lm.data import rankings as records
 from lm.data.prompts import fitting, take
 from lm.errors import UserError
 from lm.rewards import REWARDS
@@ -36,8 +38,10 @@ def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
         if summary is None:
             summary = call(rank, config.rank, workdir, config.init_from, config.seed, name="rank")
             workdir.write_summary(summary)
-        say(f"rank: {summary['prompts']} prompts, {summary['decided']} pairs decided, {summary['tied']} tied, "
-            f"{summary['seconds']:.0f} s: {workdir.path / RANKINGS}")
+        say(
+            f"rank: {summary['prompts']} prompts, {summary['decided']} pairs decided, {summary['tied']} tied, "
+            f"{summary['seconds']:.0f} s: {workdir.path / RANKINGS}"
+        )
         return summary
 
 
@@ -58,7 +62,7 @@ def rank(
     held_out: float = 0.02,
     prompts_at_once: int = 128,
 ) -> dict[str, Any]:
-    """Answers of the model in `init_from` to prompts that are not held out, ranked by a reward of lm.rewards.REWARDS."""
+    """Answers of the model in `init_from` to prompts that are not held out, ranked by one of lm.rewards.REWARDS."""
     if rater not in REWARDS:
         raise UserError(f"rank.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
     if responses < 2:
@@ -78,13 +82,28 @@ def rank(
             rows = np.arange(first, min(first + prompts_at_once, len(order)))
             part = take(chosen, np.repeat(rows, responses))
             key = jax.random.fold_in(jax.random.key(seed), first)
-            drawn = answers(trained.model, trained.params["lm"], trained.tokenizer, part, key, jit=jax.jit,
-                            rows_at_once=prompts_at_once * responses, max_new=max_new, temperature=temperature)
+            drawn = answers(
+                trained.model,
+                trained.params["lm"],
+                trained.tokenizer,
+                part,
+                key,
+                jit=jax.jit,
+                rows_at_once=prompts_at_once * responses,
+                max_new=max_new,
+                temperature=temperature,
+            )
             texts = [answer.text for answer in drawn]
             scores = REWARDS[rater](part.contexts, texts).reshape(-1, responses)
             verdicts = [
-                records.Ranking(name_of[id(context)], context, texts[i * responses : (i + 1) * responses], ranks(score),
-                                rater, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+                records.Ranking(
+                    name_of[id(context)],
+                    context,
+                    texts[i * responses : (i + 1) * responses],
+                    ranks(score),
+                    rater,
+                    datetime.now(UTC).isoformat(timespec="seconds"),
+                )
                 for i, (context, score) in enumerate(zip(part.contexts[::responses], scores))
             ]
             records.append(workdir.path / RANKINGS, verdicts)

@@ -36,9 +36,21 @@ SMOOTHING = 10  # a smoothed line is the mean of about a tenth of the points
 
 INK, TRAIN, HELD_OUT = "#7b7b7a", "#3f7fd6", "#d9822b"  # INK gives way to the page's own text colour
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "lm", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-    "grid.color": INK, "grid.alpha": 0.25, "axes.grid": True, "axes.grid.axis": "y", "axes.linewidth": 0.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lm",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.25,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.linewidth": 0.6,
 }
 
 # What each stage did, in the words and numbers of its own summary.
@@ -47,7 +59,7 @@ DONE = {
     "pretrain": "Predicts every next token of {about[documents]:,} documents",
     "sft": "Learns to reply from {about[conversations]:,} conversations",
     "rank": "The SFT model answers {prompts:,} prompts more than once and the rater orders the answers: "
-            "{decided:,} pairs decided, {tied:,} tied",
+    "{decided:,} pairs decided, {tied:,} tied",
     "reward": "Learns the rater's taste from {about[pairs]:,} pairs",
     "ppo": "Improves the SFT model by the learnt taste",
     "evaluate": "Asks every model the same {prompts:,} unseen prompts",
@@ -101,8 +113,9 @@ def write(root: str | Path) -> Path:
     record = read_json(root / PIPELINE)
     run = {name: stage(root / name) for name in record["stages"]}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined,
-                                     trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {f.__name__: f for f in (short, signed, percent, interval, visible)}
     evaluation, verdicts = finished(run, "evaluate"), finished(run, "rank")
     lines = [ran(found, record) for found in run.values() if found.summary]
@@ -146,38 +159,48 @@ def claims(run: Mapping[str, Stage]) -> list[dict[str, str]]:
     found = []
     if pretrain := finished(run, "pretrain"):
         before, after = (pretrain[side]["bits_per_byte"] for side in ("before", "held_out"))
-        found.append({
-            "title": "Pretraining: bits per byte of held-out text", "figure": f"{before:.2f} → {after:.2f}",
-            "note": "before and after; the compressor xz -9 needs "
-                    f"{pretrain['about']['xz_bits_per_byte']:.2f} on the same text",
-        })
+        found.append(
+            {
+                "title": "Pretraining: bits per byte of held-out text",
+                "figure": f"{before:.2f} → {after:.2f}",
+                "note": "before and after; the compressor xz -9 needs "
+                f"{pretrain['about']['xz_bits_per_byte']:.2f} on the same text",
+            }
+        )
     evaluation = finished(run, "evaluate")
     if evaluation and len(evaluation["models"]) > 1:
         names = list(evaluation["models"])[:2]
         sides = [evaluation["models"][name]["stopped"] for name in names]
-        found.append({
-            "title": f"Answers that end by themselves: {' → '.join(names)}",
-            "figure": " → ".join(percent(side["value"]) for side in sides),
-            "note": f"within {evaluation['sampler']['max_new']} tokens, on {evaluation['prompts']:,} unseen prompts; "
-                    f"95\u00a0% intervals {' and '.join(interval(side, 'percent') for side in sides)}",
-        })
+        found.append(
+            {
+                "title": f"Answers that end by themselves: {' → '.join(names)}",
+                "figure": " → ".join(percent(side["value"]) for side in sides),
+                "note": f"within {evaluation['sampler']['max_new']} tokens, on {evaluation['prompts']} unseen prompts; "
+                f"95\u00a0% intervals {' and '.join(interval(side, 'percent') for side in sides)}",
+            }
+        )
     if reward := finished(run, "reward"):
         held_out = reward["held_out"]
-        found.append({
-            "title": "Reward model: accuracy on pairs it never saw",
-            "figure": f"{100 * held_out['accuracy']:.1f} ± {100 * held_out['accuracy_se']:.1f}\u00a0%",
-            "note": f"± one standard error; {reward['about']['held_out_prompts']:,} prompts; a coin gets 50\u00a0%; "
-                    f"correlation of score and length {signed(held_out['length_correlation'])}",
-        })
+        found.append(
+            {
+                "title": "Reward model: accuracy on pairs it never saw",
+                "figure": f"{100 * held_out['accuracy']:.1f} ± {100 * held_out['accuracy_se']:.1f}\u00a0%",
+                "note": f"± one standard error; {reward['about']['held_out_prompts']} prompts; a coin gets 50\u00a0%; "
+                f"correlation of score and length {signed(held_out['length_correlation'])}",
+            }
+        )
     if evaluation and evaluation["comparisons"]:
         last = evaluation["comparisons"][-1]
         gain, wins = last["difference"], last["win_rate"]
         zero = "above zero" if gain["low"] > 0 else "below zero" if gain["high"] < 0 else "which includes zero"
-        found.append({
-            "title": f"{last['a']} over {last['b']} in the rater's score", "figure": signed(gain["value"]),
-            "note": f"95\u00a0% interval {interval(gain, 'signed')}, {zero}; "
-                    f"wins {percent(wins['value'])} {interval(wins, 'percent')} of the prompts, a tie counting half",
-        })
+        found.append(
+            {
+                "title": f"{last['a']} over {last['b']} in the rater's score",
+                "figure": signed(gain["value"]),
+                "note": f"95\u00a0% interval {interval(gain, 'signed')}, {zero}; "
+                f"wins {percent(wins['value'])} {interval(wins, 'percent')} of the prompts, a tie counting half",
+            }
+        )
     return found
 
 
@@ -188,7 +211,7 @@ def ran(stage: Stage, record: Mapping[str, Any]) -> dict[str, Any]:
         "did": DONE[stage.name].format(**stage.summary) if stage.name in DONE else "",
         **dict.fromkeys(("steps", "tokens", "parameters", "model_flops")),
         **stage.summary,
-        **{"seconds": seconds for name, seconds in record["seconds"].items() if name == stage.name},
+        "seconds": record["seconds"][stage.name] if stage.name in record["seconds"] else None,
         "fraction": ceiling_fraction(stage, record["matmul_flops"]),
     }
 
@@ -204,13 +227,17 @@ def ceiling_fraction(stage: Stage, ceiling: float) -> float | None:
 def figures(stage: Stage) -> list[tuple[str, Panel, Markup]]:
     """A curve for each panel of the stage that has a metric; "score/" stands for every metric that begins so."""
     logged = dict.fromkeys(name for row in stage.rows for name in row)
-    return [(stage.name, panel, curve(stage.rows, name, held_out=panel.held_out))
-            for panel in (PANELS[stage.name] if stage.name in PANELS else ()) for name in logged
-            if name == panel.metric or panel.metric.endswith("/") and name.startswith(panel.metric)]
+    return [
+        (stage.name, panel, curve(stage.rows, name, held_out=panel.held_out))
+        for panel in (PANELS[stage.name] if stage.name in PANELS else ())
+        for name in logged
+        if name == panel.metric or panel.metric.endswith("/") and name.startswith(panel.metric)
+    ]
 
 
 def curve(rows: Sequence[Mapping[str, Any]], metric: str, *, held_out: bool = True) -> Markup:
     """A metric over the steps: as logged, smoothed where there are many points, and held out as dots."""
+
     def points(name):
         return np.array([(row["step"], row[name]) for row in rows if name in row], float).reshape(-1, 2).T
 
@@ -239,6 +266,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 def whiskers(models: Mapping[str, Mapping[str, Any]]) -> Markup:
     """The rater's score of each model as a dot with its 95 % interval."""
+
     def draw(axes: Axes):
         scores = [told["score"] for told in models.values()]
         values, low, high = (np.array([score[key] for score in scores]) for key in ("value", "low", "high"))
@@ -268,8 +296,14 @@ def judged(path: Path) -> list[dict[str, Any]]:
         {
             "prompt": ranking.prompt,
             "responses": sorted(
-                ({"rank": rank, "text": text, "why": explain(ranking.prompt, text) if ranking.rater == "rule" else {}}
-                 for rank, text in zip(ranking.ranking, ranking.responses)),
+                (
+                    {
+                        "rank": rank,
+                        "text": text,
+                        "why": explain(ranking.prompt, text) if ranking.rater == "rule" else {},
+                    }
+                    for rank, text in zip(ranking.ranking, ranking.responses)
+                ),
                 key=lambda response: response["rank"],
             ),
         }
@@ -332,7 +366,7 @@ FORMATS = {"plain": "{:.2f}".format, "tenths": "{:.1f}".format, "signed": signed
 
 
 def interval(estimate: Mapping[str, float], style: str = "plain") -> str:
-    """"[4.01, 4.23]", the 95 % interval of an Estimate."""
+    """ "[4.01, 4.23]", the 95 % interval of an Estimate."""
     return f"[{FORMATS[style](estimate['low'])}, {FORMATS[style](estimate['high'])}]"
 
 

@@ -68,7 +68,9 @@ def sample(
     stops = jnp.asarray(tuple(stop), jnp.int32)
     keys = row_keys(key, jnp.arange(B))
     logits, cache = prefill(model, lm, prompts, lengths, capacity=P + max_new)
-    out = Completions(jnp.zeros((B, max_new), jnp.int32), jnp.zeros((B, max_new)), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool))
+    out = Completions(
+        jnp.zeros((B, max_new), jnp.int32), jnp.zeros((B, max_new)), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
+    )
 
     def unfinished(carry):
         t, _, _, out = carry
@@ -100,8 +102,10 @@ def check(model: Model, prompt: int, *, max_new: int, temperature: float, top_k:
     if max_new < 1:
         raise UserError(f"max_new_tokens is {max_new}; it must be at least 1")
     if prompt + max_new > context:
-        raise UserError(f"the prompt has {prompt} tokens and {max_new} more were asked for, but the model's context is "
-                        f"{context}: shorten the prompt or lower max_new_tokens to {max(context - prompt, 0)}")
+        raise UserError(
+            f"the prompt has {prompt} tokens and {max_new} more were asked for, but the model's context is "
+            f"{context}: shorten the prompt or lower max_new_tokens to {max(context - prompt, 0)}"
+        )
     if not 0 <= temperature < math.inf:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or above")
     if top_k < 0 or not 0 < top_p <= 1:

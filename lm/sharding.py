@@ -28,8 +28,10 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     given = [n for n in sizes.values() if n != -1]
     fixed = int(np.prod(given))
     if len(given) < 2 or min(given) < 1 or count % fixed or (len(given) == 3 and fixed != count):
-        raise UserError(f"mesh {sizes} does not fit {count} device(s): the sizes must multiply to {count}; "
-                        "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 to take what is left")
+        raise UserError(
+            f"mesh {sizes} does not fit {count} device(s): the sizes must multiply to {count}; "
+            "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 to take what is left"
+        )
     shape = tuple(count // fixed if n == -1 else n for n in sizes.values())
     return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape))
 
@@ -40,7 +42,9 @@ def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Par
     entries = []
     for axis, size in zip(axes, shape, strict=True):
         names = RULES.get(axis) or ()
-        names = tuple(n for n in ((names,) if isinstance(names, str) else names) if mesh.shape.get(n, 1) > 1 and n not in used)
+        names = tuple(
+            n for n in ((names,) if isinstance(names, str) else names) if mesh.shape.get(n, 1) > 1 and n not in used
+        )
         ways = int(np.prod([mesh.shape[n] for n in names]))
         if not names or size % ways:
             entries.append(None)
@@ -60,7 +64,9 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """Rows of an array over data and fsdp, everything else whole."""
-    return NamedSharding(mesh, partition(("batch",) + (None,) * (len(shape) - 1), shape, mesh) if shape else PartitionSpec())
+    return NamedSharding(
+        mesh, partition(("batch",) + (None,) * (len(shape) - 1), shape, mesh) if shape else PartitionSpec()
+    )
 
 
 def put_batch(batch, mesh: Mesh):

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm import metrics as means, optim, tokenizer as tokenizers
+from lm import metrics as means
+from lm import optim
+from lm import tokenizer as tokenizers
 from lm.checkpoint import Checkpoints
 from lm.config import arguments, call, require, to_dict
 from lm.console import Interrupted, Progress, Writers, main, on_sigterm, say, table, warn
@@ -74,7 +75,9 @@ class Run(NamedTuple):
 def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     """Trains one stage in its workdir, or takes up where it stopped, and returns the summary it leaves there."""
     if "stage" not in config or "name" not in config.stage:
-        raise UserError("the config has no stage.name: is it a config of lm.train? (lm.pipeline runs experiments/quickstart.py)")
+        raise UserError(
+            "the config has no stage.name: is it a config of lm.train? (lm.pipeline runs experiments/quickstart.py)"
+        )
     name = config.stage.name
     if name not in ("tokenizer", *STAGES):
         raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
@@ -85,7 +88,9 @@ def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
             say(f"{path}: config changed since the last start: {difference}")
         summary = workdir.summary()
         if summary is None or "train" in config and summary["steps"] < config.train.steps:
-            summary = train(config, workdir) if name in STAGES else call(fit_tokenizer, config.data, workdir, name="data")
+            summary = (
+                train(config, workdir) if name in STAGES else call(fit_tokenizer, config.data, workdir, name="data")
+            )
             workdir.write_summary(summary)
         report(name, summary)
         return summary
@@ -93,8 +98,10 @@ def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
 
 def report(title: str, summary: Mapping[str, Any]) -> None:
     """What a stage came to, as a table."""
-    flat = {**{f"held-out {k}": v for k, v in summary.get("held_out", {}).items()},
-            **{k: summary[k] for k in ("bytes_per_token", "tokens", "seconds") if k in summary}}
+    flat = {
+        **{f"held-out {k}": v for k, v in summary.get("held_out", {}).items()},
+        **{k: summary[k] for k in ("bytes_per_token", "tokens", "seconds") if k in summary},
+    }
     start = summary.get("before", {})
     rows = [[name, start.get(name.removeprefix("held-out "), ""), value] for name, value in flat.items()]
     table(title, ["", "before", "after"], [[n, f"{b:.4g}" if b != "" else "", f"{v:.4g}"] for n, b, v in rows])
@@ -131,7 +138,9 @@ def prepare(config: ConfigDict, workdir: Workdir) -> Run:
     inherited = dataclasses.asdict(start.shape) if start else {"vocab_size": tokenizer.vocab_size}
     shape = call(Config, {**inherited, **config.model.to_dict()}, name="model")
     if shape.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size is {shape.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces: leave it out")
+        raise UserError(
+            f"model.vocab_size is {shape.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces: leave it out"
+        )
     if start and specs(shape) != specs(start.shape):
         raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
     model = make(shape.on(backend))
@@ -151,7 +160,7 @@ def prepare(config: ConfigDict, workdir: Workdir) -> Run:
 
 
 def agreed_tokenizer(path: str, start) -> Tokenizer:
-    """The tokenizer of config.tokenizer (a file or workdir), of the starting checkpoint, or of both, which must agree."""
+    """The tokenizer of config.tokenizer (a file or workdir), the starting checkpoint's, or both, which must agree."""
     if not path and start is None:
         raise UserError("neither config.tokenizer nor config.init_from is set: one of them must bring the tokenizer")
     if not path:
@@ -159,8 +168,10 @@ def agreed_tokenizer(path: str, start) -> Tokenizer:
     file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
     tokenizer = Tokenizer.load(file)
     if start and start.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{start.path} was trained with tokenizer and template {start.tokenizer.fingerprint[:8]}, but "
-                        f"config.tokenizer {path} is {tokenizer.fingerprint[:8]}: leave config.tokenizer empty")
+        raise UserError(
+            f"{start.path} was trained with tokenizer and template {start.tokenizer.fingerprint[:8]}, but "
+            f"config.tokenizer {path} is {tokenizer.fingerprint[:8]}: leave config.tokenizer empty"
+        )
     return tokenizer
 
 
@@ -170,12 +181,22 @@ def reward_from(path: str, tokenizer: Tokenizer) -> Reward:
     if judge.stage != "reward" or "held_out" not in judge.summary:
         raise UserError(f"{path} is no finished reward model (it is {judge.stage}): train stage reward there first")
     if judge.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{path} was trained with tokenizer and template {judge.tokenizer.fingerprint[:8]}, but this run "
-                        f"has {tokenizer.fingerprint[:8]}: train a reward model from the same tokenizer")
+        raise UserError(
+            f"{path} was trained with tokenizer and template {judge.tokenizer.fingerprint[:8]}, but this run "
+            f"has {tokenizer.fingerprint[:8]}: train a reward model from the same tokenizer"
+        )
     found = judge.summary["held_out"]
     length = judge.summary["about"]["length"]
-    return reward_model(judge.model, judge.params, judge.tokenizer, offset=found["score_mean"],
-                        scale=found["score_deviation"], length=length, rows_at_once=64, jit=jax.jit)
+    return reward_model(
+        judge.model,
+        judge.params,
+        judge.tokenizer,
+        offset=found["score_mean"],
+        scale=found["score_deviation"],
+        length=length,
+        rows_at_once=64,
+        jit=jax.jit,
+    )
 
 
 def initial_state(update: Update, model: Model, seed: int, params, mesh) -> tuple[TrainState, Any]:
@@ -191,12 +212,17 @@ def initial_state(update: Update, model: Model, seed: int, params, mesh) -> tupl
 
 
 def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    """The loop. Batch i depends on (seed, i) and, where it is sampled, on the state: nothing else need be remembered."""
+    """The loop. Batch i depends on (seed, i) and, where it is sampled, on the state: no more need be remembered."""
     schedule = call(Schedule, config.train, name="train")
     with Progress(config.stage.name, schedule.steps) as progress:
         r = prepare(config, workdir)
-        say(f"{config.stage.name}: " + ", ".join(f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
-                                                     for name, value in r.batches.about.items()))
+        say(
+            f"{config.stage.name}: "
+            + ", ".join(
+                f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
+                for name, value in r.batches.about.items()
+            )
+        )
         with Checkpoints(workdir.checkpoints, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
             done, state = resumed(checkpoints, r)
             first = done + 1 if done else 0  # the row to write next: a fresh start is scored before its first step
@@ -244,7 +270,9 @@ def held_out(r: Run, evaluate, state: TrainState) -> dict[str, float]:
         found = jax.device_get(dict(evaluate(state, put_batch(batch, r.mesh))))
         total = found if total is None else means.add(total, found)
     if total is None:
-        raise UserError(f"{r.meta['stage']}: the held-out side holds no whole batch: raise data.held_out, or lower the batch")
+        raise UserError(
+            f"{r.meta['stage']}: the held-out side holds no whole batch: raise data.held_out, or lower the batch"
+        )
     return {f"held_out/{name}": value for name, value in r.stage.summary(total, r.batches.about).items()}
 
 
@@ -260,8 +288,10 @@ def resumed(checkpoints: Checkpoints, r: Run) -> tuple[int, TrainState]:
         return 0, r.state
     done, tree, meta = found
     if meta["fingerprint"] != r.meta["fingerprint"]:
-        raise UserError(f"{checkpoints.directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
-                        f"this run has {r.meta['fingerprint'][:8]}: give another --workdir, or remove this one")
+        raise UserError(
+            f"{checkpoints.directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
+            f"this run has {r.meta['fingerprint'][:8]}: give another --workdir, or remove this one"
+        )
     return done, r.state.replace(params=tree["params"], opt_state=tree["opt_state"], **tree["counts"])
 
 
@@ -269,7 +299,12 @@ class Log:
     """Metrics of the steps since the last line, kept on the devices so that the loop need not wait for them."""
 
     def __init__(self, stage, workdir: Workdir, writers: Writers, progress: Progress):
-        self._stage, self._workdir, self._writers, self._progress = stage.__name__.split(".")[-1], workdir, writers, progress
+        self._stage, self._workdir, self._writers, self._progress = (
+            stage.__name__.split(".")[-1],
+            workdir,
+            writers,
+            progress,
+        )
         self._limits = stage.LIMITS
         self._shown = [prefix + name for prefix in ("", "held_out/") for name in stage.SHOWN]
         rows = read_metrics(workdir.metrics)
@@ -292,8 +327,10 @@ class Log:
         values = means.values(total)
         for name, limit in self._limits.items():
             if values[name] > limit:
-                raise UserError(f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}, over its limit of "
-                                f"{limit}: see LIMITS in lm/stages/{self._stage}.py for what it means")
+                raise UserError(
+                    f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}, over its limit of "
+                    f"{limit}: see LIMITS in lm/stages/{self._stage}.py for what it means"
+                )
         now = time.monotonic()
         tokens = sum(tokens for *_, tokens in fetched)
         self._tokens += tokens
@@ -313,8 +350,10 @@ class Log:
     def _stop_unless_finite(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, number in numbers.items():
             if not math.isfinite(number):
-                raise UserError(f"{self._stage}: {name} is {number} at step {step}; the last good checkpoint stays in "
-                                f"{self._workdir.checkpoints}: lower optimizer.learning_rate and take a new --workdir")
+                raise UserError(
+                    f"{self._stage}: {name} is {number} at step {step}; the last good checkpoint stays in "
+                    f"{self._workdir.checkpoints}: lower optimizer.learning_rate and take a new --workdir"
+                )
 
 
 def summary_of(config: ConfigDict, r: Run, workdir: Workdir) -> dict[str, Any]:

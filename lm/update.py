@@ -34,6 +34,7 @@ def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
     Gradients are summed in float32. A batch of weight 0 gives a zero gradient. Metrics gain `grad_norm` (before
     clipping) and, where the optimizer injects it, `learning_rate`.
     """
+
     def init(key, params, frozen):
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, frozen)
 
@@ -60,7 +61,9 @@ def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = dict(metrics, grad_norm=scalar(optax.tree.norm(grads)))
-        learning_rate = optax.tree.get(opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array))
+        learning_rate = optax.tree.get(
+            opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
+        )
         if learning_rate is not None:
             metrics["learning_rate"] = scalar(learning_rate)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
@@ -72,7 +75,8 @@ def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
 
 
 def split(batch: Batch, count: int) -> Batch:
-    """Leaves [B, ...] as [count, B / count, ...]. Part i takes rows i, i + count, ..., so each still spans every device."""
+    """Leaves [B, ...] as [count, B / count, ...]; part i takes rows i, i + count, ..., so it spans every device."""
+
     def parts(x):
         if x.shape[0] % count:
             raise ValueError(f"a batch of {x.shape[0]} rows cannot be cut into {count} equal parts")
@@ -85,12 +89,15 @@ def summed(function, xs, count: int):
     """Sum of function(*x) over the leading axis of xs; a scan, unless there is only one."""
     if count == 1:
         return function(*jax.tree.map(lambda x: x[0], xs))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *jax.tree.map(lambda x: x[0], xs)))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *jax.tree.map(lambda x: x[0], xs))
+    )
     return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, function(*x)), None), zeros, xs)[0]
 
 
 def annotate(function: Callable[[TrainState, Batch], tuple[Batch, Metrics]], inner: Update) -> Update:
     """`function` completes the batch once (advantages, reference log-probs), noting metrics, before `inner` learns."""
+
     def update(state, batch):
         batch, noted = function(state, batch)
         state, metrics = inner.update(state, batch)
@@ -104,7 +111,8 @@ def annotate(function: Callable[[TrainState, Batch], tuple[Batch, Metrics]], inn
 
 
 def minibatches(inner: Update, *, epochs: int, count: int) -> Update:
-    """`epochs` passes over one batch, each freshly shuffled and cut into `count` minibatches, each an `inner` update."""
+    """`epochs` passes over one batch, each freshly shuffled and cut into `count` minibatches for `inner`."""
+
     def update(state, batch):
         rows = jax.tree.leaves(batch)[0].shape[0]
 
@@ -120,7 +128,8 @@ def minibatches(inner: Update, *, epochs: int, count: int) -> Update:
 
 
 def reference(inner: Update, name: str = "ref") -> Update:
-    """Keeps a frozen *copy* of the starting decoder under `name`: shared buffers would die with the first donated step."""
+    """Keeps a frozen *copy* of the starting decoder as `name`: shared buffers would die with the first donated step."""
+
     def init(key, params, frozen):
         if name not in frozen:
             frozen = {**frozen, name: jax.tree.map(jnp.copy, params["lm"])}
@@ -131,6 +140,7 @@ def reference(inner: Update, name: str = "ref") -> Update:
 
 def value_head(init_value: Callable[[Array], Params], inner: Update) -> Update:
     """Adds the scalar head params["value"] where the starting parameters have none."""
+
     def init(key, params, frozen):
         if "value" not in params:
             params = {**params, "value": init_value(key)}

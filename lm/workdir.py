@@ -1,6 +1,6 @@
 """A run's own folder: config, tokenizer, metrics, summary and checkpoints. What is in it is all that chat needs.
 
-    config.json  tokenizer.model  metrics.jsonl  summary.json  checkpoints/  tensorboard/
+config.json  tokenizer.model  metrics.jsonl  summary.json  checkpoints/  tensorboard/
 """
 
 import dataclasses
@@ -76,8 +76,9 @@ class Workdir:
         write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def open_workdir(path: str | Path, config: Mapping[str, Any], *,
-                 harmless: tuple[str, ...] = ("train", "mesh")) -> Workdir:
+def open_workdir(
+    path: str | Path, config: Mapping[str, Any], *, harmless: tuple[str, ...] = ("train", "mesh")
+) -> Workdir:
     """Creates the folder and writes `config`, or takes up a run that was made with the same config.
 
     config: plain and resolved, as JSON holds it. harmless: the dotted keys below which it may differ from the one that
@@ -120,8 +121,10 @@ def load(path: str | Path, *, backend: str, warn: Callable[[str], None] = print)
     params, meta = restore_params(path / CHECKPOINTS, warn=warn)
     tokenizer = Tokenizer.load(path / TOKENIZER)
     if meta["fingerprint"] != tokenizer.fingerprint:
-        raise UserError(f"{path}: its checkpoint was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
-                        f"{path / TOKENIZER} is {tokenizer.fingerprint[:8]}: restore that file, or train the stage again")
+        raise UserError(
+            f"{path}: its checkpoint was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
+            f"{path / TOKENIZER} is {tokenizer.fingerprint[:8]}: restore that file, or train the stage again"
+        )
     summary = read_json(path / SUMMARY) if (path / SUMMARY).exists() else {}
     shape = Config(**meta["model"])
     return Trained(path, meta["stage"], shape, make(shape.on(backend)), params, tokenizer, summary)
@@ -188,22 +191,32 @@ def _differences_from(path: Path, config: dict[str, Any], harmless: tuple[str, .
     if not (path / CONFIG).exists():
         foreign = {entry.name for entry in path.iterdir()} - {LOCK, CONFIG + TEMPORARY}
         if foreign:
-            raise UserError(f"{path} is not a run's folder: it holds {min(foreign)} but no {CONFIG}; "
-                            "give another --workdir")
+            raise UserError(
+                f"{path} is not a run's folder: it holds {min(foreign)} but no {CONFIG}; give another --workdir"
+            )
         return []
     differences = _differences(read_json(path / CONFIG), config)
-    harmful = [f"{key}: {change}" for key, change in differences.items()
-               if not any(f"{key}.".startswith(f"{prefix}.") for prefix in harmless)]
+    harmful = [
+        f"{key}: {change}"
+        for key, change in differences.items()
+        if not any(f"{key}.".startswith(f"{prefix}.") for prefix in harmless)
+    ]
     if harmful and _begun(path):
         more = f" and {len(harmful) - 3} more" if len(harmful) > 3 else ""
-        raise UserError(f"{path} was made with another config ({', '.join(harmful[:3])}{more}): "
-                        "give another --workdir, or remove this one")
+        raise UserError(
+            f"{path} was made with another config ({', '.join(harmful[:3])}{more}): "
+            "give another --workdir, or remove this one"
+        )
     return [f"{key}: {change}" for key, change in differences.items()]
 
 
 def _begun(path: Path) -> bool:
     """Whether the folder holds any result; if a bad config stopped the run before, the mended one may use it."""
-    made = (entry for entry in path.iterdir() if entry.name not in (LOCK, CONFIG, CONFIG + TEMPORARY, TOKENIZER, TENSORBOARD))
+    made = (
+        entry
+        for entry in path.iterdir()
+        if entry.name not in (LOCK, CONFIG, CONFIG + TEMPORARY, TOKENIZER, TENSORBOARD)
+    )
     return any(any(entry.iterdir()) if entry.is_dir() else entry.stat().st_size for entry in made)
 
 

@@ -15,7 +15,15 @@ from typing import NamedTuple, TypeVar
 from lm.errors import UserError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-UNUSED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings"}  # folders of the stdlib: the last is tables
+UNUSED = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+}  # folders of the stdlib: the last is tables
 
 Named = TypeVar("Named")  # anything with a .name
 
@@ -134,7 +142,11 @@ def modules() -> list[Document]:
     found = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if UNUSED.intersection(name.parts) or name == Path("pydoc_data/topics.py") or name.stem.startswith("_sysconfig"):
+        if (
+            UNUSED.intersection(name.parts)
+            or name == Path("pydoc_data/topics.py")
+            or name.stem.startswith("_sysconfig")
+        ):
             continue
         try:
             with tokenize.open(path) as file:  # heeds a module's own declaration of its encoding

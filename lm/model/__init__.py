@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from lm.types import Array, Params, Tokens
-from lm.model import decoder, params as parameters
+from lm.model import decoder
+from lm.model import params as parameters
 from lm.model.attention import Cache, empty_cache
 from lm.model.config import Config
 from lm.model.decoder import Scores
+from lm.types import Array, Params, Tokens
 
 __all__ = ["Cache", "Config", "Model", "Scores", "make"]
 
@@ -48,8 +49,13 @@ def make(config: Config) -> Model:
         axes={"lm": parameters.axes(specs), "value": parameters.axes(value_specs)},
         hidden=hidden,
         cached=functools.partial(decoder.cached_hidden, config),
-        cache=functools.partial(empty_cache, layers=config.layers, kv_heads=config.kv_heads,
-                                head_size=config.head_size, dtype=jnp.dtype(config.dtype)),
+        cache=functools.partial(
+            empty_cache,
+            layers=config.layers,
+            kv_heads=config.kv_heads,
+            head_size=config.head_size,
+            dtype=jnp.dtype(config.dtype),
+        ),
         logits=functools.partial(decoder.logits, config),
         value=decoder.value,
         scores=scores,

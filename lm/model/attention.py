@@ -65,6 +65,7 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array, *, blocks: i
 
 def empty_cache(*, layers: int, batch: int, capacity: int, kv_heads: int, head_size: int, dtype) -> Cache:
     """A cache of `capacity` slots with nothing in it."""
+
     def zeros():
         return tuple(jnp.zeros((batch, capacity, kv_heads, head_size), dtype) for _ in range(layers))
 

@@ -30,7 +30,9 @@ class Config:
     dtype: str = "auto"  # of the matrix products; parameters, norms, softmax and losses stay float32
     scan: str = "auto"  # "yes": one compiled block for all layers; "no": unrolled
     remat: str = "none"  # what the backward pass recomputes: nothing, each block, or all but matrix products
-    query_blocks: str | int = "auto"  # causal attention in so many static blocks of queries, each with its own keys only
+    query_blocks: str | int = (
+        "auto"  # causal attention in so many static blocks of queries, each with its own keys only
+    )
     loss_chunk: int = 0  # positions a row whose logits exist at a time in the loss; 0: all
 
     def __post_init__(self):
@@ -45,7 +47,11 @@ class Config:
             raise UserError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
         if self.head_size % 2:
             raise UserError(f"model.head_size {self.head_size} is odd; rotary positions turn pairs")
-        for name, allowed in (("remat", REMAT), ("dtype", ("auto", "float32", "bfloat16")), ("scan", ("auto", "yes", "no"))):
+        for name, allowed in (
+            ("remat", REMAT),
+            ("dtype", ("auto", "float32", "bfloat16")),
+            ("scan", ("auto", "yes", "no")),
+        ):
             if getattr(self, name) not in allowed:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
 
@@ -56,5 +62,9 @@ class Config:
         elsewhere scanning keeps compile time flat in depth and matrix units want bfloat16.
         """
         cpu = backend == "cpu"
-        auto = {"dtype": "float32" if cpu else "bfloat16", "scan": "no" if cpu else "yes", "query_blocks": 2 if cpu else 1}
+        auto = {
+            "dtype": "float32" if cpu else "bfloat16",
+            "scan": "no" if cpu else "yes",
+            "query_blocks": 2 if cpu else 1,
+        }
         return dataclasses.replace(self, **{k: v for k, v in auto.items() if getattr(self, k) == "auto"})

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from lm import distribution
-from lm.sharding import shard
-from lm.types import Array, Params
 from lm.model.attention import Cache, cached_attention, causal_attention, rope_angles, rotated
 from lm.model.config import Config
 from lm.model.linear import linear
+from lm.sharding import shard
+from lm.types import Array, Params
 
 
 def rms_norm(x: Array, scale: Array, *, eps: float) -> Array:
@@ -119,6 +119,7 @@ def scores(c: Config, params: Params, x: Array, targets: Array, *, temperature: 
     With `loss_chunk` set, logits exist for that many positions a row at a time and are computed again in the backward
     pass, so f32[B,T,V] never does.
     """
+
     def chunk(x, targets):
         raw = shard(logits(c, params, x), "batch", None, "vocab")
         scaled = distribution.adjusted(raw, temperature=temperature)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm.types import Array, Params
 from lm.model.config import Config
+from lm.types import Array, Params
 
 
 class Spec(NamedTuple):

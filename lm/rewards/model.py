@@ -6,9 +6,9 @@ import numpy as np
 
 from lm.data.rows import pad
 from lm.model import Model
+from lm.rewards import Reward
 from lm.tokenizer import Example, Tokenizer, chat
 from lm.types import Array, Params, Tokens
-from lm.rewards import Reward
 
 
 def scores(model: Model, params: Params, tokens: Tokens) -> Array:
@@ -24,6 +24,7 @@ def rows(tokenizer: Tokenizer, conversations: list[list[dict]], length: int) -> 
 
     A row holds `length` tokens; a longer answer loses its middle, never its end token.
     """
+
     def example(messages):
         ids = chat(tokenizer, messages).ids
         if len(ids) > length:
@@ -39,9 +40,17 @@ def answered(prompt: list[dict], text: str) -> list[dict]:
 
 
 def reward_model(
-    model: Model, params: Params, tokenizer: Tokenizer, *, offset: float, scale: float, length: int, rows_at_once: int, jit
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    offset: float,
+    scale: float,
+    length: int,
+    rows_at_once: int,
+    jit,
 ) -> Reward:
-    """(score - offset) / scale of each answer: centred, and of unit deviation, on the reward model's held-out answers."""
+    """(score - offset) / scale of each answer: centred and of unit deviation on the reward model's held-out answers."""
     run = jit(lambda params, tokens: scores(model, params, tokens))
     params = jax.tree.map(jnp.asarray, params)  # on the device once, not at every call
 

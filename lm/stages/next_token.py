@@ -14,6 +14,7 @@ def next_token(model: Model, *, z_loss: float = 0.0) -> Loss:
     `z_loss` * logsumexp(logits)^2 on the same weighted mean keeps the logits from drifting (Chowdhery et al. 2022,
     sec. 5, arXiv 2204.02311); it is logged apart and is no part of `loss`.
     """
+
     def loss(params, frozen, batch: Tokens, key):
         x = model.hidden(params["lm"], batch.inputs, batch.positions, batch.segments)
         scores = model.scores(params["lm"], x, batch.targets)

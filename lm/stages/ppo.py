@@ -4,7 +4,7 @@ Objective: E[reward(x, y)] - beta * KL(policy, reference), through the clipped s
 learned value head on the shared trunk. Reward of token t: -beta * log(p / p_ref), plus the answer's reward on its last
 token: the KL is counted here and nowhere else. Frozen: "ref", the policy this run starts from. A batch is `Rollouts`,
 drawn by the current policy inside `batches`; `make` annotates it once, then takes `epochs` x `minibatch_count` updates.
-Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593; details: Huang et al. 2024, arXiv 2403.17031.
+Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593; details: Huang et al. 2024, 2403.17031.
 
 Ours differs: old log-probs are the trainer's (the ratio starts at exactly what the trainer computes), and their gap to
 the sampler's is measured and gated; old, new and reference log-probs are all of logits / temperature.
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm.data import batches as rows_to_batches, chats, corpus as corpora
+from lm.data import batches as rows_to_batches
+from lm.data import chats
+from lm.data import corpus as corpora
 from lm.data.prompts import Prompts, fitting, take
 from lm.errors import UserError
 from lm.losses import clipped_surrogate, clipped_value, kl_k1, kl_k3, log_ratio
@@ -24,16 +26,19 @@ from lm.model import Model
 from lm.returns import gae, kl_rewards, whiten
 from lm.rewards import REWARDS
 from lm.sample import check, joined, sample
+from lm.stages.context import Batches, Context
 from lm.types import Rollouts
 from lm.update import Loss, Update, annotate, gradient, minibatches, reference, value_head
-from lm.stages.context import Batches, Context
 
 # Metrics a run must keep below; the loop stops above them. The sampler's and the trainer's log-probs of the same tokens
 # differ by rounding only: 1e-5 in float32, about 1e-2 in bfloat16. More means two different distributions.
 LIMITS = {"sampler_gap": 0.05}
 
 SHOWN = ("reward", "score/rule", "kl", "entropy")  # in the live line
-ROLLOUT, HELD_OUT = 2**30, 2**30 + 1  # roles folded into the key: above every step, which folds itself in for its own draws
+ROLLOUT, HELD_OUT = (
+    2**30,
+    2**30 + 1,
+)  # roles folded into the key: above every step, which folds itself in for its own draws
 
 
 def make(
@@ -52,14 +57,17 @@ def make(
     temperature: float = 1.0,
 ) -> Update:
     """value_head(reference(annotate(signal, minibatches(gradient(surrogate + value)))))."""
-    loss = surrogate(model, clip=clip, value_clip=value_clip, value_coefficient=value_coefficient, temperature=temperature)
+    loss = surrogate(
+        model, clip=clip, value_clip=value_clip, value_coefficient=value_coefficient, temperature=temperature
+    )
     inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
     annotated = annotate(signal(model, beta=beta, gamma=gamma, lam=lam, temperature=temperature), inner)
     return value_head(model.init_value, reference(annotated))
 
 
 def signal(model: Model, *, beta: float, gamma: float, lam: float, temperature: float):
-    """Rollouts completed with old and reference log-probs, values, returns and whitened advantages; and their metrics."""
+    """Completes rollouts with old and reference log-probs, values, returns and whitened advantages; notes metrics."""
+
     def annotate_rollouts(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
         tokens = batch.tokens
         w = tokens.weights
@@ -92,7 +100,8 @@ def signal(model: Model, *, beta: float, gamma: float, lam: float, temperature: 
 
 
 def explained_variance(predicted, returns, weights):
-    """1 - Var(returns - predicted) / Var(returns) over the weighted tokens; 0 for a constant guess, 1 for a perfect one."""
+    """1 - Var(returns - predicted) / Var(returns) over the weighted tokens: a constant guess gives 0, the truth 1."""
+
     def variance(x):
         centre = mean(x, weights).value()
         return mean(jnp.square(x - centre), weights).value()
@@ -102,6 +111,7 @@ def explained_variance(predicted, returns, weights):
 
 def surrogate(model: Model, *, clip: float, value_clip: float, value_coefficient: float, temperature: float) -> Loss:
     """Clipped surrogate plus value_coefficient * clipped value loss, both means over the batch's sampled tokens."""
+
     def loss(params, frozen, batch: Rollouts, key):
         tokens, w = batch.tokens, batch.tokens.weights
         x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
@@ -145,15 +155,22 @@ def batches(
     model, tokenizer = context.model, context.tokenizer
     check(model, prompt_length, max_new=max_new, temperature=temperature, top_k=0, top_p=1.0)
     if temperature == 0:
-        raise UserError("data.temperature is 0: greedy answers do not explore, and their log-probs are all 0; use e.g. 1.0")
+        raise UserError(
+            "data.temperature is 0: greedy answers do not explore, and their log-probs are all 0; use e.g. 1.0"
+        )
     reward = context.reward_from(reward_model)
     raters = {rater: REWARDS[rater]} if rater else {}
-    run = context.jit(lambda lm, prompts, lengths, key: rollout(
-        model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops))
+    run = context.jit(
+        lambda lm, prompts, lengths, key: rollout(
+            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops
+        )
+    )
 
     def drawn(state, chosen: Prompts, key) -> Rollouts:
         tokens, logprobs, completions = run(state.params["lm"], chosen.ids, chosen.lengths, key)
-        texts = [tokenizer.decode(row[:n]) for row, n in zip(np.asarray(completions.tokens), np.asarray(completions.lengths))]
+        texts = [
+            tokenizer.decode(row[:n]) for row, n in zip(np.asarray(completions.tokens), np.asarray(completions.lengths))
+        ]
         stopped = np.asarray(completions.stopped)
         rewards = np.asarray(reward(chosen.contexts, texts), np.float32) - cut_penalty * ~stopped
         scores = {name: np.asarray(function(chosen.contexts, texts), np.float32) for name, function in raters.items()}
@@ -162,7 +179,12 @@ def batches(
     train, unseen = corpora.split(chats.prompts(chats.conversations(sources), turns=turns), held_out)
     (train, skipped), (unseen, _) = (fitting(tokenizer, side, prompt_length) for side in (train, unseen))
     order = rows_to_batches.batches(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
-    about = {"length": prompt_length + max_new - 1, "prompts": len(train.ids), "held_out_prompts": len(unseen.ids), "skipped": skipped}
+    about = {
+        "length": prompt_length + max_new - 1,
+        "prompts": len(train.ids),
+        "held_out_prompts": len(unseen.ids),
+        "skipped": skipped,
+    }
 
     def held_out_batches(state):
         for start in range(0, min(held_out_rollouts, len(unseen.ids)) - rollouts + 1, rollouts):

@@ -11,15 +11,16 @@ from collections.abc import Sequence
 
 import optax
 
-from lm.data import batches as rows_to_batches, corpus as corpora, rows as packing
+from lm.data import batches as rows_to_batches
+from lm.data import corpus as corpora
+from lm.data import rows as packing
 from lm.metrics import Metrics, values
 from lm.model import Model
+from lm.stages.context import Batches, Context
+from lm.stages.next_token import next_token
 from lm.tokenizer import Tokenizer
 from lm.types import Tokens
 from lm.update import Update, gradient
-from lm.stages.context import Batches, Context
-from lm.stages.next_token import next_token
-
 
 SHOWN = ("loss", "bits_per_byte")  # in the live line
 LIMITS: dict[str, float] = {}  # metrics the loop keeps below a bound
@@ -41,7 +42,7 @@ def batches(
     held_out: float = 0.02,
     held_out_bytes: int = 400_000,
 ) -> Batches:
-    """Rows of `length` tokens from `corpus` (see data.corpus); a fraction `held_out` of its documents is never trained on.
+    """Rows of `length` tokens from `corpus` (see data.corpus); a fraction `held_out` of its documents is never trained.
 
     The held-out score uses whole held-out documents up to `held_out_bytes`, in a seeded order.
     """

@@ -14,16 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm.data import batches as rows_to_batches, corpus as corpora, rankings as records
+from lm.data import batches as rows_to_batches
+from lm.data import corpus as corpora
+from lm.data import rankings as records
 from lm.errors import UserError
 from lm.losses import bradley_terry
 from lm.metrics import Metrics, mean, values
 from lm.model import Model
 from lm.rewards.model import answered, rows, scores
+from lm.stages.context import Batches, Context
 from lm.types import Preferences
 from lm.update import Loss, Update, gradient, value_head
-from lm.stages.context import Batches, Context
-
 
 SHOWN = ("loss", "accuracy")  # in the live line
 LIMITS: dict[str, float] = {}  # metrics the loop keeps below a bound
@@ -49,7 +50,13 @@ def pairwise(model: Model) -> Loss:
             "margin": mean(chosen - rejected, weight),
             "pairs": mean(jnp.ones_like(weight), (weight > 0).astype(jnp.float32)),
         }
-        moments = {"score": each, "score_2": each**2, "length": lengths, "length_2": lengths**2, "score_length": each * lengths}
+        moments = {
+            "score": each,
+            "score_2": each**2,
+            "length": lengths,
+            "length_2": lengths**2,
+            "score_length": each * lengths,
+        }
         return loss, metrics | {name: mean(x, real) for name, x in moments.items()}
 
     return loss
@@ -72,7 +79,13 @@ def batches(
         groups(context.tokenizer, side, length, most) for side in (train, unseen)
     )
     batch = rows_to_batches.batches(train_groups, batch_size=prompts_per_batch, seed=context.seed)
-    about = {"length": length, "prompts": len(train), "pairs": train_pairs, "held_out_prompts": len(unseen), "held_out_pairs": unseen_pairs}
+    about = {
+        "length": length,
+        "prompts": len(train),
+        "pairs": train_pairs,
+        "held_out_prompts": len(unseen),
+        "held_out_pairs": unseen_pairs,
+    }
     return Batches(
         lambda state, i: flat(batch(i)),
         lambda state: map(flat, rows_to_batches.every(unseen_groups, prompts_per_batch)),
@@ -81,7 +94,7 @@ def batches(
 
 
 def groups(tokenizer, ranked, length: int, most: int) -> tuple[Preferences, int]:
-    """Preferences with leaves [prompts, most pairs of a prompt, length], short groups padded, and the number of pairs."""
+    """Preferences of leaves [prompts, most pairs of a prompt, length], short groups padded, and the number of pairs."""
     sides: tuple[list, list] = ([], [])
     slots, weights = [], []
     for g, ranking in enumerate(ranked):

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 
 import optax
 
-from lm.data import batches as rows_to_batches, chats, corpus as corpora, rows as packing
+from lm.data import batches as rows_to_batches
+from lm.data import chats
+from lm.data import corpus as corpora
+from lm.data import rows as packing
 from lm.metrics import Metrics, values
 from lm.model import Model
+from lm.stages.context import Batches, Context
+from lm.stages.next_token import next_token
 from lm.tokenizer import Tokenizer, chat
 from lm.types import Tokens
 from lm.update import Update, gradient
-from lm.stages.context import Batches, Context
-from lm.stages.next_token import next_token
-
 
 SHOWN = ("loss",)  # in the live line
 LIMITS: dict[str, float] = {}  # metrics the loop keeps below a bound
