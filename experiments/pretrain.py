@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     config.train = ConfigDict(
-        {"steps": 8 if tiny else 450, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50}
+        {"steps": 8 if tiny else 400, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50}
     )
     config.optimizer = ConfigDict(
         {

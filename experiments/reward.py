@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     config.train = ConfigDict(
-        {"steps": 8 if tiny else 60, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50}
+        {"steps": 8 if tiny else 80, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50}
     )
     config.optimizer = ConfigDict(
         {

@@ -21,14 +21,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = ConfigDict(
         {
             "sources": "chitchat" if tiny else "chitchat,docstrings",
-            "turns": 6,
+            "turns": 4,
             "length": 64 if tiny else 256,
             "batch_size": 8 if tiny else 16,
             "held_out": 0.05,
         }
     )
     config.train = ConfigDict(
-        {"steps": 8 if tiny else 180, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50}
+        {"steps": 8 if tiny else 170, "log_every": 4 if tiny else 10, "save_every": 4 if tiny else 50}
     )
     config.optimizer = ConfigDict(
         {

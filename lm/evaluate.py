@@ -17,11 +17,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm import metrics as means
-from lm.answers import Answer, answers
+from lm.answers import Answer, answerer
 from lm.config import arguments, call, require, to_dict
 from lm.console import Progress, main, say, table, warn
-from lm.data import batches, chats
-from lm.data import corpus as corpora
+from lm.data import batches, chats, corpus as corpora
 from lm.data.prompts import padded
 from lm.errors import UserError
 from lm.intervals import average, difference, rate, win_rate
@@ -61,6 +60,7 @@ def evaluate(
     corpus: str = "stdlib,chitchat",
     sources: str = "chitchat",
     turns: int = 3,
+    reply_turns: int = 4,
     prompts: int = 256,
     prompt_length: int = 64,
     max_new: int = 48,
@@ -81,6 +81,9 @@ def evaluate(
     models = {name: models[name] for name in order}
     if rater not in REWARDS:
         raise UserError(f"evaluate.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
+    for name, value in (("prompts", prompts), ("rows_at_once", rows_at_once)):
+        if value < 1:
+            raise UserError(f"evaluate.{name} is {value}; it must be at least 1")
     start = time.monotonic()
     _, text = corpora.split(corpora.documents(corpus), held_out)
     text = corpora.within(text, held_out_bytes)
@@ -90,20 +93,11 @@ def evaluate(
     with Progress("evaluate", len(models), "model") as progress:
         for i, (name, model) in enumerate(models.items()):
             nats = nats_of(model, pretrain.rows(model.tokenizer, text, length), rows_at_once)
-            reply_nats = nats_of(model, sft.rows(model.tokenizer, replies, 6, length)[0], rows_at_once)
+            reply_nats = nats_of(model, sft.rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once)
             rows = padded([asked(model, c.messages) for c in contexts], [c.messages for c in contexts], prompt_length)
-            given = answers(
-                model.model,
-                model.params["lm"],
-                model.tokenizer,
-                rows,
-                jax.random.key(seed),
-                jit=jax.jit,
-                rows_at_once=rows_at_once,
-                max_new=max_new,
-                temperature=temperature,
-            )
-            found[name] = given
+            sampler = {"rows_at_once": rows_at_once, "max_new": max_new, "temperature": temperature}
+            answers = answerer(model.model, model.params["lm"], model.tokenizer, jit=jax.jit, **sampler)
+            found[name] = given = answers(rows, jax.random.key(seed))
             scores[name] = REWARDS[rater](rows.contexts, [answer.text for answer in given])
             told[name] = {
                 "bits_per_byte": float(nats.total) / math.log(2) / sum(len(d.text.encode()) for d in text),

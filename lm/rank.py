@@ -15,12 +15,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm.answers import answers
+from lm.answers import answerer
 from lm.config import arguments, call, require, to_dict
 from lm.console import Progress, main, say, warn
-from lm.data import chats
-from lm.data import corpus as corpora
-from lm.data import rankings as records
+from lm.data import chats, corpus as corpora, rankings as records
 from lm.data.prompts import fitting, take
 from lm.errors import UserError
 from lm.rewards import REWARDS
@@ -65,8 +63,13 @@ def rank(
     """Answers of the model in `init_from` to prompts that are not held out, ranked by one of lm.rewards.REWARDS."""
     if rater not in REWARDS:
         raise UserError(f"rank.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
-    if responses < 2:
-        raise UserError(f"rank.responses is {responses}; a ranking needs at least 2")
+    for name, value, least in (
+        ("prompts", prompts, 1),
+        ("responses", responses, 2),
+        ("prompts_at_once", prompts_at_once, 1),
+    ):
+        if value < least:
+            raise UserError(f"rank.{name} is {value}; it must be at least {least}")
     start = time.monotonic()
     trained = load(init_from, backend=jax.default_backend(), warn=warn)
     contexts = chats.prompts(chats.conversations(sources), turns=turns, per_conversation=prompts_per_conversation)
@@ -77,23 +80,21 @@ def rank(
     chosen = take(fit, order)
 
     done = ranked_so_far(workdir.path / RANKINGS, prompts_at_once)
+    answers = answerer(
+        trained.model,
+        trained.params["lm"],
+        trained.tokenizer,
+        jit=jax.jit,
+        rows_at_once=prompts_at_once * responses,
+        max_new=max_new,
+        temperature=temperature,
+    )
     with Progress("rank", len(order), "prompt") as progress:
         for first in range(done, len(order), prompts_at_once):
             rows = np.arange(first, min(first + prompts_at_once, len(order)))
             part = take(chosen, np.repeat(rows, responses))
             key = jax.random.fold_in(jax.random.key(seed), first)
-            drawn = answers(
-                trained.model,
-                trained.params["lm"],
-                trained.tokenizer,
-                part,
-                key,
-                jit=jax.jit,
-                rows_at_once=prompts_at_once * responses,
-                max_new=max_new,
-                temperature=temperature,
-            )
-            texts = [answer.text for answer in drawn]
+            texts = [answer.text for answer in answers(part, key)]
             scores = REWARDS[rater](part.contexts, texts).reshape(-1, responses)
             verdicts = [
                 records.Ranking(

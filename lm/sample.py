@@ -86,7 +86,7 @@ def sample(
             tokens=jax.lax.dynamic_update_slice_in_dim(out.tokens, tokens[:, None], t, axis=1),
             logprobs=jax.lax.dynamic_update_slice_in_dim(out.logprobs, logprobs[:, None], t, axis=1),
             lengths=out.lengths + live,
-            stopped=out.stopped | jnp.any(tokens[:, None] == stops, axis=1) & live,
+            stopped=out.stopped | jnp.any(tokens[:, None] == stops, axis=1),
         )
         logits, cache = decode(model, lm, tokens, lengths + t, cache)
         return t + 1, logits, cache, out

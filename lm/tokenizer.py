@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -205,13 +205,23 @@ def chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:
     """`<|bos|>`, then for each message `<|role|>` content `<|end|>`.
 
     Trained as targets: the content of assistant messages and their `<|end|>`, so that answers learn to stop; not role
-    markers, not what others said (correctness.md, rule 2).
+    markers, not what others said.
     """
-    if not messages:
+    return chats(tokenizer, [messages])[0]
+
+
+def chats(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> list[Example]:
+    """`chat` of each; all their contents are encoded in one call."""
+    if not all(conversations):
         raise UserError("a conversation without messages: give at least one {'role', 'content'}")
+    contents = iter(tokenizer.encode_all(_content(message) for messages in conversations for message in messages))
+    return [_example(tokenizer, messages, contents) for messages in conversations]
+
+
+def _example(tokenizer: Tokenizer, messages: Sequence[Message], contents: Iterator[list[int]]) -> Example:
     ids, weights = [tokenizer.bos], [0.0]
-    for message, content in zip(messages, tokenizer.encode_all(_content(m) for m in messages)):
-        trained = float(message["role"] == "assistant")
+    for message in messages:
+        content, trained = next(contents), float(message["role"] == "assistant")
         ids += [tokenizer.roles[message["role"]], *content, tokenizer.end]
         weights += [0.0] + [trained] * (len(content) + 1)
     return Example(np.array(ids, np.int32), np.array(weights, np.float32))
@@ -219,7 +229,13 @@ def chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:
 
 def prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:
     """i32[n]: the conversation so far and the assistant's marker; a prefix of `chat` of the same and any answer."""
-    return np.append(chat(tokenizer, messages).ids, np.int32(tokenizer.roles["assistant"]))
+    return prompts(tokenizer, [messages])[0]
+
+
+def prompts(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
+    """`prompt` of each."""
+    assistant = np.int32(tokenizer.roles["assistant"])
+    return [np.append(example.ids, assistant) for example in chats(tokenizer, conversations)]
 
 
 def _content(message: Message) -> str:

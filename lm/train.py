@@ -19,9 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm import metrics as means
-from lm import optim
-from lm import tokenizer as tokenizers
+from lm import metrics as means, optim, tokenizer as tokenizers
 from lm.checkpoint import Checkpoints
 from lm.config import arguments, call, require, to_dict
 from lm.console import Interrupted, Progress, Writers, main, on_sigterm, say, table, warn

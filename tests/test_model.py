@@ -1,6 +1,7 @@
 """The transformer: against a second one in plain numpy, and against itself computed another way."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +88,8 @@ def numpy_logits(c, lm, tokens):
 @pytest.mark.parametrize("changes", [{}, {"tied": False, "qk_norm": False, "kv_heads": 4}], ids=["tied-gqa-qknorm", "untied-mha"])
 def test_forward_pass_agrees_with_numpy(changes, tiny_model):
     m = variant(tiny_model, **changes)
-    lm = jax.jit(m.init)(jax.random.key(3))
-    lm = jax.tree.map(lambda x: np.asarray(x) + 0.1 * normal(*x.shape), lm)
+    seeds = itertools.count()  # other noise on every leaf: no norm is 1, and no two are alike
+    lm = jax.tree.map(lambda x: np.asarray(x) + 0.1 * normal(*x.shape, seed=next(seeds)), jax.jit(m.init)(jax.random.key(3)))
     x = jax.jit(m.hidden)(lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments)
     assert x.shape == (3, 12, 16)
     logits = jax.jit(m.logits)(lm, x)

@@ -83,7 +83,8 @@ def test_a_row_depends_on_its_own_prompt_and_number_alone(options, sampler):
 
 def test_a_row_ends_with_the_first_of_several_stop_ids(sampler, free):
     """Rule 14: it keeps the stop id and stays as it is; the others go on as if nothing had happened."""
-    stop = (int(free.tokens[0, 2]), int(free.tokens[1, 4]))
+    stop = (int(free.tokens[0, 2]), int(free.tokens[2, 1]))
+    assert 0 not in stop  # which is what a finished row holds
     stopped = sampler(**SETTINGS, stop=stop)
     for row in range(4):
         at = [t for t in range(NEW) if free.tokens[row, t] in stop]
@@ -92,7 +93,7 @@ def test_a_row_ends_with_the_first_of_several_stop_ids(sampler, free):
         np.testing.assert_array_equal(stopped.tokens[row], [*free.tokens[row, :length], *[0] * (NEW - length)])
         np.testing.assert_allclose(stopped.logprobs[row], [*free.logprobs[row, :length], *[0] * (NEW - length)], atol=1e-6)
     ends = {int(stopped.tokens[row, n - 1]) for row, n in enumerate(stopped.lengths) if stopped.stopped[row]}
-    assert ends == set(stop) and not stopped.stopped.all() and len(set(stopped.lengths.tolist())) == 3
+    assert ends == set(stop) and not stopped.stopped.all() and len(set(stopped.lengths.tolist())) >= 3
 
 
 def test_logprobs_are_of_the_distribution_that_was_sampled(free, full, tiny_model, tiny_lm):

@@ -7,7 +7,7 @@ import numpy as np
 
 from lm.data.chats import Conversation
 from lm.errors import UserError
-from lm.tokenizer import Tokenizer, prompt
+from lm.tokenizer import Tokenizer, prompts
 
 
 class Prompts(NamedTuple):
@@ -26,7 +26,8 @@ def padded(rows: Sequence[np.ndarray], contexts: Sequence[list[dict]], length: i
 
 def fitting(tokenizer: Tokenizer, conversations: Sequence[Conversation], length: int) -> tuple[Prompts, int]:
     """The conversations as chat prompts of at most `length` tokens, and how many were longer and left out."""
-    encoded = [(prompt(tokenizer, c.messages), c.messages) for c in conversations]
+    contexts = [conversation.messages for conversation in conversations]
+    encoded = list(zip(prompts(tokenizer, contexts), contexts))
     kept = [(ids, messages) for ids, messages in encoded if len(ids) <= length]
     if not kept:
         raise UserError(f"none of {len(encoded)} prompts has at most {length} tokens; raise prompt_length")

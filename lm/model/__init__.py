@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from lm.model import decoder
-from lm.model import params as parameters
+from lm.model import decoder, params as parameters
 from lm.model.attention import Cache, empty_cache
 from lm.model.config import Config
 from lm.model.decoder import Scores

@@ -7,7 +7,7 @@ import numpy as np
 from lm.data.rows import pad
 from lm.model import Model
 from lm.rewards import Reward
-from lm.tokenizer import Example, Tokenizer, chat
+from lm.tokenizer import Example, Tokenizer, chats
 from lm.types import Array, Params, Tokens
 
 
@@ -25,13 +25,12 @@ def rows(tokenizer: Tokenizer, conversations: list[list[dict]], length: int) -> 
     A row holds `length` tokens; a longer answer loses its middle, never its end token.
     """
 
-    def example(messages):
-        ids = chat(tokenizer, messages).ids
+    def example(ids):
         if len(ids) > length:
             ids = np.concatenate([ids[: length - 1], ids[-1:]])
         return Example(np.append(ids, tokenizer.eos).astype(np.int32), np.zeros(len(ids) + 1, np.float32))
 
-    return pad([example(messages) for messages in conversations], length)
+    return pad([example(chat.ids) for chat in chats(tokenizer, conversations)], length)
 
 
 def answered(prompt: list[dict], text: str) -> list[dict]:

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm.data import batches as rows_to_batches
-from lm.data import chats
-from lm.data import corpus as corpora
+from lm.data import batches as rows_to_batches, chats, corpus as corpora
 from lm.data.prompts import Prompts, fitting, take
 from lm.errors import UserError
 from lm.losses import clipped_surrogate, clipped_value, kl_k1, kl_k3, log_ratio

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 
 import optax
 
-from lm.data import batches as rows_to_batches
-from lm.data import corpus as corpora
-from lm.data import rows as packing
+from lm.data import batches as rows_to_batches, corpus as corpora, rows as packing
 from lm.metrics import Metrics, values
 from lm.model import Model
 from lm.stages.context import Batches, Context

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm.data import batches as rows_to_batches
-from lm.data import corpus as corpora
-from lm.data import rankings as records
+from lm.data import batches as rows_to_batches, corpus as corpora, rankings as records
 from lm.errors import UserError
 from lm.losses import bradley_terry
 from lm.metrics import Metrics, mean, values

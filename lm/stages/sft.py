@@ -9,15 +9,12 @@ from collections.abc import Sequence
 
 import optax
 
-from lm.data import batches as rows_to_batches
-from lm.data import chats
-from lm.data import corpus as corpora
-from lm.data import rows as packing
+from lm.data import batches as rows_to_batches, chats, corpus as corpora, rows as packing
 from lm.metrics import Metrics, values
 from lm.model import Model
 from lm.stages.context import Batches, Context
 from lm.stages.next_token import next_token
-from lm.tokenizer import Tokenizer, chat
+from lm.tokenizer import Tokenizer, chats as templated
 from lm.types import Tokens
 from lm.update import Update, gradient
 
@@ -36,7 +33,7 @@ def batches(
     context: Context,
     *,
     sources: str = "chitchat,docstrings",
-    turns: int = 6,
+    turns: int = 4,
     length: int = 256,
     batch_size: int = 32,
     held_out: float = 0.02,
@@ -66,7 +63,7 @@ def rows(
 ) -> tuple[Tokens, int]:
     """Excerpts packed into rows, and how many were too long for one."""
     excerpts = chats.excerpts(conversations, turns=turns)
-    return packing.pack([chat(tokenizer, excerpt.messages) for excerpt in excerpts], length)
+    return packing.pack(templated(tokenizer, [excerpt.messages for excerpt in excerpts]), length)
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:

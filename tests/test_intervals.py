@@ -1,0 +1,55 @@
+"""Intervals, worked by hand."""
+
+import math
+
+import pytest
+
+from lm.intervals import Z95, average, difference, rate, win_rate
+
+
+def test_average():
+    """Of 1, 2, 3, 4: squares of the deviations sum to 2.25 + 0.25 + 0.25 + 2.25 = 5; se = sqrt(5 / 3 / 4) = 0.645497."""
+    value, se, low, high = average([1, 2, 3, 4])
+    assert value == 2.5
+    assert se == pytest.approx(math.sqrt(5 / 12))
+    assert (low, high) == pytest.approx((2.5 - 1.959964 * 0.645497, 2.5 + 1.959964 * 0.645497), abs=1e-6)
+
+
+def test_one_observation_says_nothing_of_its_error():
+    assert average([3.0]) == (3.0, math.inf, -math.inf, math.inf)
+
+
+def test_wilson():
+    """8 of 10: centre (0.8 + z^2 / 20) / (1 + z^2 / 10) = 0.992073 / 1.384146 = 0.716740,
+    half z sqrt(0.016 + z^2 / 400) / 1.384146 = 1.959964 * sqrt(0.025604) / 1.384146 = 0.226577."""
+    value, se, low, high = rate([True] * 8 + [False] * 2)
+    assert value == 0.8
+    assert se == pytest.approx(math.sqrt(0.016))
+    assert (low, high) == pytest.approx((0.716740 - 0.226577, 0.716740 + 0.226577), abs=2e-6)
+
+
+def test_wilson_at_the_ends():
+    """None of 10: centre = half = z^2 / 20 / (1 + z^2 / 10) = 0.138766, where a normal interval has no width."""
+    end = 2 * Z95**2 / 20 / (1 + Z95**2 / 10)
+    assert end == pytest.approx(0.277533, abs=1e-6)
+    none, every = rate([False] * 10), rate([True] * 10)
+    assert none == pytest.approx((0, 0, 0, end)) and none.low >= 0
+    assert every == pytest.approx((1, 0, 1 - end, 1)) and every.high <= 1
+
+
+def test_a_paired_difference_sees_what_an_unpaired_one_cannot():
+    """a is b + 1 on every prompt: the difference is exactly 1, however much the prompts differ."""
+    assert difference([11, 2, 31], [10, 1, 30]) == (1, 0, 1, 1)
+
+
+def test_difference():
+    """2, 0, -1, 2: mean 0.75; squares of the deviations 1.5625 + 0.5625 + 3.0625 + 1.5625 = 6.75, se = sqrt(6.75 / 3 / 4) = 0.75."""
+    value, se, low, _ = difference([3, 1, 2, 2], [1, 1, 3, 0])
+    assert (value, se) == pytest.approx((0.75, 0.75))
+    assert low == pytest.approx(0.75 - 1.959964 * 0.75)
+
+
+def test_a_tie_is_half_a_win():
+    """Won, tied, lost, won: 1, 1/2, 0, 1: mean 0.625."""
+    assert win_rate([3, 1, 2, 2], [1, 1, 3, 0]).value == 0.625
+    assert win_rate([1, 1], [1, 1]) == (0.5, 0, 0.5, 0.5)

@@ -1,0 +1,159 @@
+"""The loop: what a stage leaves behind, and the same numbers on one device and on a mesh of eight."""
+
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from runs import CLOCK, TRAINED, finished, small, stage_config
+
+from lm import sharding, train
+from lm.checkpoint import restore_params
+from lm.errors import UserError
+from lm.metrics import Mean
+from lm.model.params import flops_per_token
+from lm.stages import ppo, pretrain
+from lm.tokenizer import Tokenizer
+from lm.workdir import load, open_workdir, read_json, read_metrics
+
+__all__ = ["finished", "small"]
+
+
+@pytest.fixture
+def eight(small, monkeypatch):
+    """The small world with the whole mesh."""
+    monkeypatch.setattr(train, "make_mesh", sharding.make_mesh)
+
+
+def assert_close(one, other, stage: str) -> None:
+    """One device's run and a mesh's, which adds up in another order: float32 rounding, 6e-8 of a number at each sum.
+
+    Metrics are held to 1e-4 of their size, or 2e-6 where they are differences of nearly equal numbers. Adam divides a
+    gradient by its own size, so an entry whose gradient is itself rounding may move by a whole learning rate (at most
+    3e-3): parameters are held to 5e-4 everywhere, and to 1e-5 on the mean. The reward model's scores are what such
+    entries of a head that was zero say: their moments are held to 1e-2.
+    """
+    rows, others = ([{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)] for run in (one, other))
+    assert [list(row) for row in rows] == [list(row) for row in others]
+    for row, against in zip(rows, others):
+        for name, value in row.items():
+            of_scores = stage == "reward" and "score" in name
+            assert value == pytest.approx(against[name], rel=1e-2 if of_scores else 1e-4, abs=2e-6), (row["step"], name)
+    params, others = (restore_params(run / "checkpoints")[0] for run in (one, other))
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b), params, others)
+    assert max(gap.max() for gap in jax.tree.leaves(gaps)) < 5e-4
+    assert max(gap.mean() for gap in jax.tree.leaves(gaps)) < 1e-5
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_a_mesh_over_the_data_gives_one_device_s_numbers(finished, eight, tmp_path, stage):
+    summary = train.run(stage_config(finished, stage), tmp_path / stage)
+    assert summary["device"].startswith("8 x ")
+    assert_close(tmp_path / stage, finished / stage, stage)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_a_mesh_of_all_axes_takes_up_what_one_device_began(finished, eight, tmp_path, stage):
+    """The first half of the run is one device's; its checkpoint is restored onto data 2, fsdp 2, tensor 2."""
+    workdir = shutil.copytree(finished.parent / "snapshots" / stage / "saving", tmp_path / stage)
+    train.run(stage_config(finished, stage, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), workdir)
+    assert_close(workdir, finished / stage, stage)
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_what_a_stage_leaves_behind(finished, stage):
+    workdir, config = finished / stage, stage_config(finished, stage)
+    summary, rows = read_json(workdir / "summary.json"), read_metrics(workdir)
+    steps, every = config.train.steps, config.train.log_every
+    assert [row["step"] for row in rows] == [0, *range(every, steps + 1, every), steps]  # scored, logged ..., scored
+    assert [any(name.startswith("held_out/") for name in row) for row in rows] == [True, *[False] * (steps // every), True]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    for name in ("tokens", "seconds"):
+        assert [row[name] for row in rows] == sorted(row[name] for row in rows)
+    assert summary["before"] == {k.removeprefix("held_out/"): v for k, v in rows[0].items() if k.startswith("held_out/")}
+    assert summary["held_out"] == {k.removeprefix("held_out/"): v for k, v in rows[-1].items() if k.startswith("held_out/")}
+    assert summary["tokens"] == rows[-1]["tokens"] > 0
+    passes = config.stage.epochs if stage == "ppo" else 1
+    per_token = flops_per_token(load(workdir, backend="cpu").shape, summary["about"]["length"])
+    assert summary["model_flops"] == passes * per_token * summary["tokens"]
+    assert sorted(folder.name for folder in (workdir / "checkpoints").iterdir()) == [str(steps // 2), str(steps)]
+    assert list((workdir / "tensorboard").iterdir())
+    assert json.loads((workdir / "config.json").read_text())["stage"]["name"] == stage
+    fingerprint = Tokenizer.load(workdir / "tokenizer.model").fingerprint
+    assert fingerprint == summary["fingerprint"] == restore_params(workdir / "checkpoints")[1]["fingerprint"]
+
+
+def test_stages_learn(finished):
+    """Pretraining and SFT lower the held-out loss, from about that of a uniform guess: log 512 = 6.24."""
+    raw, sft = (read_json(finished / stage / "summary.json") for stage in ("pretrain", "sft"))
+    assert raw["before"]["loss"] == pytest.approx(math.log(512), abs=0.5)
+    assert raw["held_out"]["loss"] < raw["before"]["loss"] - 0.2
+    assert sft["held_out"]["loss"] < sft["before"]["loss"] - 0.2
+    reward, policy = (read_json(finished / stage / "summary.json")["before"] for stage in ("reward", "ppo"))
+    assert reward["loss"] == pytest.approx(math.log(2)) and reward["accuracy"] == 0.5  # the head starts at zero
+    assert policy["kl"] == 0 and policy["ratio"] == 1 and policy["clip_fraction"] == 0  # the policy is the reference
+
+
+def test_scores_on_the_way_and_fewer_checkpoints(finished, small, tmp_path):
+    config = stage_config(finished, "pretrain")
+    config.train = {"steps": 5, "save_every": 2, "keep": 1, "log_every": 3, "evaluate_every": 2}
+    train.run(config, tmp_path / "run")
+    rows = [(row["step"], "loss" in row) for row in read_metrics(tmp_path / "run")]
+    # A line of means before every save too, so that a resumed run finds its tokens and seconds there.
+    assert rows == [(0, False), (2, True), (2, False), (3, True), (4, True), (4, False), (5, True), (5, False)]
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
+
+
+@pytest.fixture
+def log(tmp_path):
+    """log(stage) over a fresh workdir, whose lines go nowhere but into metrics.jsonl."""
+    class Nowhere:
+        def write(self, *_):
+            pass
+
+        update = write
+
+    workdirs = []
+
+    def of(stage):
+        workdirs.append(open_workdir(tmp_path / "run", {}))
+        return train.Log(stage, workdirs[-1], Nowhere(), Nowhere())
+
+    yield of
+    for workdir in workdirs:
+        workdir.close()
+
+
+def test_a_line_is_one_mean_over_its_steps(log, tmp_path):
+    """(1 + 5) / (1 + 3) = 1.5, where the mean of the two means 1 and 5 / 3 would be 4 / 3."""
+    lines = log(pretrain)
+    lines.note(1, {"loss": Mean(np.float32(1), np.float32(1))}, 10)
+    lines.note(2, {"loss": Mean(np.float32(5), np.float32(3))}, 20)
+    lines.flush()
+    lines.note(3, {"loss": Mean(np.float32(2), np.float32(1))}, 30)
+    lines.flush()
+    assert [(row["step"], row["loss"], row["tokens"]) for row in read_metrics(tmp_path / "run")] == [(2, 1.5, 30), (3, 2.0, 60)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_first_step_that_is_not_finite_is_named(log, tmp_path, bad):
+    lines = log(pretrain)
+    for step, total in ((4, 1.0), (5, bad), (6, bad)):
+        lines.note(step, {"loss": Mean(np.float32(total), np.float32(1))}, 1)
+    with pytest.raises(UserError, match=f"pretrain: loss is {bad} at step 5; the last good checkpoint stays in .*/checkpoints: lower"):
+        lines.flush()
+    with pytest.raises(UserError, match=f"pretrain: held_out/loss is {bad} at step 8; "):
+        lines.write(8, {"held_out/loss": bad})
+    assert read_metrics(tmp_path / "run") == []
+
+
+def test_a_metric_over_its_limit_stops_the_run(log):
+    lines = log(ppo)
+    gap = ppo.LIMITS["sampler_gap"]
+    lines.note(1, {"sampler_gap": Mean(np.float32(gap * 0.9), np.float32(1))}, 1)
+    lines.flush()
+    lines.note(2, {"sampler_gap": Mean(np.float32(gap * 1.1), np.float32(1))}, 1)
+    with pytest.raises(UserError, match="ppo: sampler_gap is 0.055 by step 2, over its limit of 0.05: see LIMITS in lm/stages/ppo.py"):
+        lines.flush()
