@@ -22,7 +22,7 @@ from lm.config import arguments, call, require, to_dict
 from lm.console import Progress, main, say, table, warn
 from lm.data import batches, chats, corpus as corpora
 from lm.data.prompts import padded
-from lm.errors import UserError
+from lm.errors import UserError, at_least
 from lm.intervals import average, difference, rate, win_rate
 from lm.rewards import REWARDS
 from lm.stages import pretrain, sft
@@ -81,9 +81,7 @@ def evaluate(
     models = {name: models[name] for name in order}
     if rater not in REWARDS:
         raise UserError(f"evaluate.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
-    for name, value in (("prompts", prompts), ("rows_at_once", rows_at_once)):
-        if value < 1:
-            raise UserError(f"evaluate.{name} is {value}; it must be at least 1")
+    at_least(1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once)
     start = time.monotonic()
     _, text = corpora.split(corpora.documents(corpus), held_out)
     text = corpora.within(text, held_out_bytes)

@@ -20,7 +20,7 @@ from lm.config import arguments, call, require, to_dict
 from lm.console import Progress, main, say, warn
 from lm.data import chats, corpus as corpora, rankings as records
 from lm.data.prompts import fitting, take
-from lm.errors import UserError
+from lm.errors import UserError, at_least
 from lm.rewards import REWARDS
 from lm.workdir import Workdir, load, open_workdir, write_text
 
@@ -63,13 +63,9 @@ def rank(
     """Answers of the model in `init_from` to prompts that are not held out, ranked by one of lm.rewards.REWARDS."""
     if rater not in REWARDS:
         raise UserError(f"rank.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
-    for name, value, least in (
-        ("prompts", prompts, 1),
-        ("responses", responses, 2),
-        ("prompts_at_once", prompts_at_once, 1),
-    ):
-        if value < least:
-            raise UserError(f"rank.{name} is {value}; it must be at least {least}")
+    at_least(1, "rank", turns=turns, prompts=prompts, prompts_at_once=prompts_at_once)
+    at_least(2, "rank", responses=responses)
+    at_least(0, "config", seed=seed)
     start = time.monotonic()
     trained = load(init_from, backend=jax.default_backend(), warn=warn)
     contexts = chats.prompts(chats.conversations(sources), turns=turns, per_conversation=prompts_per_conversation)

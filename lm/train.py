@@ -24,7 +24,7 @@ from lm.checkpoint import Checkpoints
 from lm.config import arguments, call, require, to_dict
 from lm.console import Interrupted, Progress, Writers, main, on_sigterm, say, table, warn
 from lm.data import corpus as corpora
-from lm.errors import UserError
+from lm.errors import UserError, at_least
 from lm.model import Config, Model, make
 from lm.model.params import count, flops_per_token, specs
 from lm.rewards import Reward
@@ -52,9 +52,8 @@ class Schedule:
     keep: int = 2  # newest checkpoints that stay
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        at_least(1, "train", steps=self.steps, log_every=self.log_every, save_every=self.save_every, keep=self.keep)
+        at_least(0, "train", evaluate_every=self.evaluate_every)
 
 
 class Run(NamedTuple):
@@ -79,7 +78,8 @@ def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     name = config.stage.name
     if name not in ("tokenizer", *STAGES):
         raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
-    require(config, ("stage", "data") if name == "tokenizer" else SUBTREES, "lm.train")
+    require(config, ("seed", "stage", "data") if name == "tokenizer" else SUBTREES, "lm.train")
+    at_least(0, "config", seed=config.seed)
     # A schedule may be stretched with the run: the change is named, as any is.
     with open_workdir(path, to_dict(config), harmless=("train", "mesh", "optimizer.total_steps")) as workdir:
         for difference in workdir.differences:
@@ -109,6 +109,7 @@ def fit_tokenizer(
     workdir: Workdir, *, corpus: str, held_out: float = 0.02, vocab_size: int = 2048, max_bytes: int = 32_000_000
 ) -> dict[str, Any]:
     """Trains the tokenizer on the documents that are not held out; reports bytes per token on those that are."""
+    at_least(1, "data", vocab_size=vocab_size, max_bytes=max_bytes)
     start = time.monotonic()
     seen, unseen = corpora.split(corpora.documents(corpus), held_out)
     say(f"tokenizer: {len(seen)} documents to learn from, {len(unseen)} held out")

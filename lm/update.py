@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lm.errors import UserError
 from lm.metrics import Mean, Metrics, scalar
 from lm.types import Array, Params, TrainState
 
@@ -79,7 +80,9 @@ def split(batch: Batch, count: int) -> Batch:
 
     def parts(x):
         if x.shape[0] % count:
-            raise ValueError(f"a batch of {x.shape[0]} rows cannot be cut into {count} equal parts")
+            raise UserError(
+                f"a batch of {x.shape[0]} rows cannot be cut into {count} equal parts: change one of the two"
+            )
         return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(parts, batch)

@@ -115,6 +115,8 @@ def load(path: str | Path, *, backend: str, warn: Callable[[str], None] = print)
 
     Raises UserError if the folder holds no checkpoint, or a tokenizer or template other than it was trained with.
     """
+    if not str(path):
+        raise UserError("a workdir's name is empty: give the folder of a trained stage")
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"there is no workdir {path}: train that stage first, or name another")

@@ -17,14 +17,15 @@ from lm.types import Tokens
 
 @pytest.fixture(scope="session")
 def tiny_model() -> model.Model:
-    """Vocabulary 31 (odd on purpose), two query heads a kv head, float32."""
-    config = model.Config(vocab_size=31, layers=2, width=16, heads=4, kv_heads=2, head_size=8, hidden=24, context=64)
+    """Vocabulary 31 (odd on purpose), two query heads a kv head, float32, unrolled: it compiles fastest so."""
+    config = model.Config(vocab_size=31, layers=2, width=16, heads=4, kv_heads=2, head_size=8, hidden=24, context=64,
+                          query_blocks=1)
     return model.make(config.on("cpu"))
 
 
 @pytest.fixture(scope="session")
 def tiny_lm(tiny_model):
-    """Its decoder, every leaf moved off its starting value: a norm's scale of exactly 1 would hide that it is unused."""
+    """Its decoder, every leaf moved off its starting value: a norm of exactly 1 would hide that it is unused."""
     lm = jax.jit(tiny_model.init)(jax.random.key(0))
     leaves, treedef = jax.tree.flatten(lm)
     keys = jax.random.split(jax.random.key(1), len(leaves))

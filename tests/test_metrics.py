@@ -6,7 +6,7 @@ from lm.metrics import Mean, mean, scalar
 
 
 def test_mean_divides_once_at_the_very_end():
-    """Rule 1. One token of loss 4 and three of loss 0: 4 / 4 = 1; the mean of the two means would be (4 + 0) / 2 = 2."""
+    """Rule 1. One token of loss 4 and three of loss 0: 4 / 4 = 1; the mean of the means would be (4 + 0) / 2 = 2."""
     a = mean(jnp.array([4.0]), jnp.ones(1))
     b = mean(jnp.zeros(3), jnp.ones(3))
     assert (a + b).value() == 1.0

@@ -63,7 +63,8 @@ def test_first_step_by_hand():
     Warm-up over 4 steps: rate 0.01 / 4 = 0.0025. matrix: 2 - 0.0025 * (1 + 0.1 * 2) = 1.997; norm: 2 - 0.0025.
     """
     params = {"matrix": jnp.array([2.0]), "norm": jnp.array([2.0])}
-    new, state = stepped(params, {"matrix": jnp.array([0.3]), "norm": jnp.array([0.3])}, warmup_steps=4, weight_decay=0.1)
+    grads = {"matrix": jnp.array([0.3]), "norm": jnp.array([0.3])}
+    new, state = stepped(params, grads, warmup_steps=4, weight_decay=0.1)
     np.testing.assert_allclose([new["matrix"][0], new["norm"][0]], [1.997, 1.9975], rtol=1e-6)
     rate = optax.tree.get(state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array))
     np.testing.assert_allclose(rate, 0.0025, rtol=1e-6)

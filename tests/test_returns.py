@@ -67,6 +67,6 @@ def test_whiten():
     """Rule 4: mean 0 and deviation 1 over the masked tokens of the whole batch, not of each row."""
     x, weights = jnp.array([[1.0, 2, 99], [5, 8, 99]]), jnp.array([[1.0, 1, 0], [1, 1, 0]])
     # mean 4, variance (9 + 4 + 1 + 16) / 4 = 7.5
-    np.testing.assert_allclose(whiten(x, weights), [[-3 / 7.5**0.5, -2 / 7.5**0.5, 0], [1 / 7.5**0.5, 4 / 7.5**0.5, 0]], rtol=1e-5)
+    np.testing.assert_allclose(whiten(x, weights), np.array([[-3, -2, 0], [1, 4, 0]]) / 7.5**0.5, rtol=1e-5)
     np.testing.assert_array_equal(whiten(row(3, 3), row(1, 1)), row(0, 0))  # all alike: nothing to learn, no NaN
     np.testing.assert_array_equal(whiten(row(3, 4), row(0, 0)), row(0, 0))

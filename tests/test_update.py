@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from lm import update
+from lm.errors import UserError
 from lm.metrics import Mean, mean, scalar
 from lm.update import annotate, gradient, minibatches, reference, value_head
 
@@ -91,7 +92,7 @@ def test_nothing_trained_gives_a_zero_gradient(count):
 def test_microbatches_are_cut_column_major():
     """Trap 7: part i takes rows i, i + count, ..., so each part spans every device that holds rows."""
     np.testing.assert_array_equal(update.split(jnp.arange(6), 2), [[0, 2, 4], [1, 3, 5]])
-    with pytest.raises(ValueError, match="6 rows cannot be cut into 4"):
+    with pytest.raises(UserError, match="6 rows cannot be cut into 4"):
         update.split(jnp.arange(6), 4)
 
 
@@ -174,8 +175,10 @@ def orders(*, epochs, count, rows=8):
 def test_no_two_draws_share_a_key(monkeypatch):
     """Rule 12: each shuffle and each microbatch's loss has a key of its own, in every step of two batches."""
     seen = []
-    note = lambda key: jax.debug.callback(lambda k: seen.append(tuple(k.tolist())), jax.random.key_data(key), ordered=True)
     permutation = jax.random.permutation
+
+    def note(key):
+        jax.debug.callback(lambda k: seen.append(tuple(k.tolist())), jax.random.key_data(key), ordered=True)
 
     def loss(params, frozen, batch, key):
         note(key)

@@ -7,7 +7,7 @@ import grain
 import jax
 import numpy as np
 
-from lm.errors import UserError
+from lm.errors import UserError, at_least
 
 Rows = TypeVar("Rows")  # a pytree of arrays with the same leading N
 
@@ -18,6 +18,7 @@ def batches(rows: Rows, *, batch_size: int, seed: int, shuffle: bool = True) -> 
     Epoch follows epoch without a seam, each in a new order; fewer rows than `batch_size` repeat. Grain draws the row
     *numbers* and numpy gathers the rows once: per-row Python would cost more than a small model's step.
     """
+    at_least(1, "data", batch_size=batch_size)
     sizes = {len(leaf) for leaf in jax.tree.leaves(rows)}
     if len(sizes) != 1 or 0 in sizes:
         raise UserError(f"cannot draw batches from {sorted(sizes)} rows: every array needs the same number, at least 1")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from lm.errors import UserError
+from lm.errors import UserError, at_least
 from lm.model import Model
 from lm.rewards import Reward
 from lm.tokenizer import Tokenizer
@@ -20,7 +20,8 @@ class Context(NamedTuple):
     reward_from: Callable[[str], Reward]  # the reward model of a workdir
 
     def admit(self, length: int) -> None:
-        """UserError for rows of more tokens than the model's context."""
+        """UserError for rows of no tokens, or of more than the model's context."""
+        at_least(1, "data", length=length)
         if length > self.model.config.context:
             raise UserError(f"data.length {length} is longer than model.context {self.model.config.context}; lower it")
 

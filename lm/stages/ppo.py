@@ -17,7 +17,7 @@ import optax
 
 from lm.data import batches as rows_to_batches, chats, corpus as corpora
 from lm.data.prompts import Prompts, fitting, take
-from lm.errors import UserError
+from lm.errors import UserError, at_least
 from lm.losses import clipped_surrogate, clipped_value, kl_k1, kl_k3, log_ratio
 from lm.metrics import Metrics, mean, scalar, values
 from lm.model import Model
@@ -55,6 +55,7 @@ def make(
     temperature: float = 1.0,
 ) -> Update:
     """value_head(reference(annotate(signal, minibatches(gradient(surrogate + value)))))."""
+    at_least(1, "stage", epochs=epochs, minibatch_count=minibatch_count)
     loss = surrogate(
         model, clip=clip, value_clip=value_clip, value_coefficient=value_coefficient, temperature=temperature
     )
@@ -156,6 +157,9 @@ def batches(
         raise UserError(
             "data.temperature is 0: greedy answers do not explore, and their log-probs are all 0; use e.g. 1.0"
         )
+    if rater and rater not in REWARDS:
+        raise UserError(f"data.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or leave it empty")
+    at_least(1, "data", turns=turns, rollouts=rollouts, held_out_rollouts=held_out_rollouts)
     reward = context.reward_from(reward_model)
     raters = {rater: REWARDS[rater]} if rater else {}
     run = context.jit(

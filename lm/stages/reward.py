@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from lm.data import batches as rows_to_batches, corpus as corpora, rankings as records
-from lm.errors import UserError
+from lm.errors import UserError, at_least
 from lm.losses import bradley_terry
 from lm.metrics import Metrics, mean, values
 from lm.model import Model
@@ -68,6 +68,7 @@ def batches(
     Rows hold `length` tokens. The file is what human raters, raters by rule and judges alike write.
     """
     context.admit(length)
+    at_least(1, "data", prompts_per_batch=prompts_per_batch)
     ranked = [r for r in records.read(rankings) if records.pairs(r)]
     if not ranked:
         raise UserError(f"{rankings}: no ranking prefers one answer to another; rank more answers, or less alike ones")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import optax
 
 from lm.data import batches as rows_to_batches, chats, corpus as corpora, rows as packing
+from lm.errors import UserError, at_least
 from lm.metrics import Metrics, values
 from lm.model import Model
 from lm.stages.context import Batches, Context
@@ -43,6 +44,9 @@ def batches(
     The same documents are held out as in pretraining; an excerpt longer than a row is skipped and counted.
     """
     context.admit(length)
+    at_least(2, "data", turns=turns)
+    if turns % 2:
+        raise UserError(f"data.turns is {turns}; it must be even, or every other excerpt would open with the assistant")
     train, unseen = corpora.split(chats.conversations(sources), held_out)
     (train_rows, skipped), (unseen_rows, _) = (rows(context.tokenizer, side, turns, length) for side in (train, unseen))
     batch = rows_to_batches.batches(train_rows, batch_size=batch_size, seed=context.seed)
