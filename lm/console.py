@@ -1,5 +1,6 @@
 """What the user sees: one-line errors, a live line per stage, tables, TensorBoard files; how a program is stopped."""
 
+import errno
 import logging
 import os
 import platform
@@ -7,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -41,6 +42,11 @@ def main(program: Callable[[list[str]], None], *, long: bool = False) -> None:
         program(sys.argv[1:])
     except UserError as error:
         _print(f"error: {error}", sys.stderr, RED)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _print(f"error: {error.strerror}: make room, then give the same command again", sys.stderr, RED)
         sys.exit(2)
     except KeyboardInterrupt:
         _print("interrupted: the same command continues from the last checkpoint", sys.stderr)
@@ -186,7 +192,8 @@ class Writers:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._writer.close()
+        with suppress(OSError):  # a full disk: metrics.jsonl has the numbers, and saving tells the user
+            self._writer.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

@@ -102,6 +102,16 @@ def stage_config(run: Path, stage: str, *overrides: str):
     return load(f"{EXPERIMENTS / 'quickstart.py'}:tiny", quickstart)[stage]
 
 
+def settings(run: Path, stage: str) -> list[str]:
+    """The flags that make the config of a stage beside quickstart.py what it is in the finished pipeline."""
+    return {
+        "pretrain": [f"--config.tokenizer={run}/tokenizer", f"--config.data.corpus={run.parent}/text"],
+        "sft": [f"--config.init_from={run}/pretrain"],
+        "reward": [f"--config.init_from={run}/sft", f"--config.data.rankings={run}/rank/rankings.jsonl"],
+        "ppo": [f"--config.init_from={run}/sft", f"--config.data.reward_model={run}/reward"],
+    }[stage]
+
+
 def take_snapshots(patch: Callable, folder: Path) -> None:
     """Copies a stage's workdir before its batches at 1/4 and 3/4 of the way, and just before its last save is complete.
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, TRAINED, assert_same_run, finished, saved, small, stage_config, started
+from runs import ROOT, TRAINED, assert_same_run, finished, saved, settings, small, stage_config, started
 
 from lm import train
 from lm.console import Interrupted
@@ -49,16 +49,6 @@ def test_sigkill(finished, small, tmp_path, stage, moment):
     assert not (workdir / "summary.json").exists()
     train.run(stage_config(finished, stage), workdir)
     assert_same_run(workdir, finished / stage)
-
-
-def settings(run: Path, stage: str) -> list[str]:
-    """The flags that make the config of a stage beside quickstart.py what it is in the finished pipeline."""
-    return {
-        "pretrain": [f"--config.tokenizer={run}/tokenizer", f"--config.data.corpus={run.parent}/text"],
-        "sft": [f"--config.init_from={run}/pretrain"],
-        "reward": [f"--config.init_from={run}/sft", f"--config.data.rankings={run}/rank/rankings.jsonl"],
-        "ppo": [f"--config.init_from={run}/sft", f"--config.data.reward_model={run}/reward"],
-    }[stage]
 
 
 def test_sigkill_in_the_middle_of_an_update_of_ppo(finished, small, tmp_path):
