@@ -36,8 +36,9 @@ def main(program: Callable[[list[str]], None], *, long: bool = False) -> None:
     """
     if long:
         restarted()
-    # Orbax logs every failure with a page of traceback before it raises it; the line we print says it all.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and its tasks log every failure with a page of traceback; the line we print says it all.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         program(sys.argv[1:])
     except UserError as error:

@@ -81,7 +81,9 @@ def evaluate(
     models = {name: models[name] for name in order}
     if rater not in REWARDS:
         raise UserError(f"evaluate.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
-    at_least(1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once)
+    at_least(
+        1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once
+    )
     start = time.monotonic()
     _, text = corpora.split(corpora.documents(corpus), held_out)
     text = corpora.within(text, held_out_bytes)

@@ -4,8 +4,9 @@ import os
 
 # Before jax is imported: its backend reads these once. A test spends its time on compiling, and level 0 halves that.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join([
-    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"])
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+)
 
 import jax
 import numpy as np
@@ -18,8 +19,9 @@ from lm.types import Tokens
 @pytest.fixture(scope="session")
 def tiny_model() -> model.Model:
     """Vocabulary 31 (odd on purpose), two query heads a kv head, float32, unrolled: it compiles fastest so."""
-    config = model.Config(vocab_size=31, layers=2, width=16, heads=4, kv_heads=2, head_size=8, hidden=24, context=64,
-                          query_blocks=1)
+    config = model.Config(
+        vocab_size=31, layers=2, width=16, heads=4, kv_heads=2, head_size=8, hidden=24, context=64, query_blocks=1
+    )
     return model.make(config.on("cpu"))
 
 
@@ -35,6 +37,7 @@ def tiny_lm(tiny_model):
 @pytest.fixture(scope="session")
 def rows():
     """(ids i32[B,n], lengths, start=1) -> Tokens [B,n-1], one segment a row; targets from position `start` on count."""
+
     def of(ids, lengths, *, start=1):
         ids, slots = np.asarray(ids, np.int32), np.arange(np.shape(ids)[1])
         real = slots < np.asarray(lengths)[:, None]

@@ -1,6 +1,6 @@
 """One tiny pipeline, run once a session on made text, and the means to run it again, kill it and compare what it left.
 
-    python tests/runs.py MODULE MOMENT ARGUMENTS...      a program in the same small world, killed at a MOMENT (or "never")
+    python tests/runs.py MODULE MOMENT FLAGS...      a program in the same small world, killed at a MOMENT (or "never")
 
 The small world: short made conversations in the place of the 7,168 real ones, and a mesh of one of the test's eight
 devices, as on a laptop. Everything else is the program itself.
@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from lm import checkpoint, console, pipeline, train
@@ -50,12 +51,17 @@ def made_dialogues():
     """800 conversations of four turns, each turn of three to five words."""
     draw = random.Random(0)
     for i in range(800):
-        yield f"chitchat/{i}", [f"the {' '.join(draw.choices(WORDS, k=draw.randint(2, 4)))}{'?.'[t % 2]}" for t in range(4)]
+        yield (
+            f"chitchat/{i}",
+            [f"the {' '.join(draw.choices(WORDS, k=draw.randint(2, 4)))}{'?.'[t % 2]}" for t in range(4)],
+        )
 
 
 def one_device(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
     """make_mesh as it is on a machine with one device."""
-    return jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return jax.make_mesh(
+        (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
 
 
 def enter_small_world(patch: Callable) -> None:
@@ -69,12 +75,12 @@ def cache_programs(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    compilation_cache.reset_cache()  # it may have settled already that there is none
 
 
 @functools.cache
 def base(folder: Path) -> Path:
-    """The session's folder with the finished pipeline, `text`, and `snapshots/STAGE/MOMENT`: workdirs as a kill leaves them."""
+    """The session's folder: `run`, a finished pipeline; `text`, its corpus; `snapshots/STAGE/MOMENT`, left by kills."""
     cache_programs(folder / "programs")
     text = made_text(folder / "text")
     with pytest.MonkeyPatch.context() as patch:
@@ -149,8 +155,14 @@ def take_snapshots(patch: Callable, folder: Path) -> None:
 def started(module: str, *arguments: str, moment: str = "never") -> subprocess.Popen:
     """A program in the small world, in a process of its own."""
     command = [sys.executable, __file__, module, moment, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def without_clock(rows: list[dict]) -> list[dict]:
@@ -159,7 +171,9 @@ def without_clock(rows: list[dict]) -> list[dict]:
 
 def saved(workdir: Path) -> dict[str, bytes]:
     """Every number of the newest checkpoint of a run, as bytes."""
-    parts = {name: checkpoint.restore_params(workdir / "checkpoints", name)[0] for name in ("params", "opt_state", "counts")}
+    parts = {
+        name: checkpoint.restore_params(workdir / "checkpoints", name)[0] for name in ("params", "opt_state", "counts")
+    }
     leaves = jax.tree_util.tree_leaves_with_path(parts)
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in leaves}
 
@@ -168,9 +182,11 @@ def assert_same_run(one: Path, other: Path) -> None:
     """Bitwise the same parameters and optimizer, and the same metrics and summary but for the clock."""
     assert without_clock(read_metrics(one)) == without_clock(read_metrics(other))
     assert without_clock([json.loads((one / "summary.json").read_text())]) == without_clock(
-        [json.loads((other / "summary.json").read_text())])
+        [json.loads((other / "summary.json").read_text())]
+    )
     assert sorted(step.name for step in (one / "checkpoints").iterdir()) == sorted(
-        step.name for step in (other / "checkpoints").iterdir())
+        step.name for step in (other / "checkpoints").iterdir()
+    )
     assert saved(one) == saved(other)
 
 

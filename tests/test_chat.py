@@ -34,8 +34,9 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def trained_workdir(tokenizer, tmp_path_factory):
     """make(stage) -> a workdir of that stage as lm.train leaves it, of a random model that has hardly a bias."""
-    config = model.Config(vocab_size=tokenizer.vocab_size, layers=2, width=16, heads=2, kv_heads=1, head_size=8,
-                          hidden=24, context=64)
+    config = model.Config(
+        vocab_size=tokenizer.vocab_size, layers=2, width=16, heads=2, kv_heads=1, head_size=8, hidden=24, context=64
+    )
     lm = jax.jit(model.make(config.on("cpu")).init)(jax.random.key(0))
     parent = tmp_path_factory.mktemp("runs")
 
@@ -84,10 +85,10 @@ def scripted(trained: Trained, text: str, note=pytest.fail, **options) -> Chat:
     return talk
 
 
-@pytest.mark.parametrize("lengths, sampler", [
-    ([1, 33], dict(temperature=1.0, top_k=0, top_p=1.0)),
-    ([32], dict(temperature=0.8, top_k=20, top_p=0.9)),
-])
+@pytest.mark.parametrize(
+    "lengths, sampler",
+    [([1, 33], dict(temperature=1.0, top_k=0, top_p=1.0)), ([32], dict(temperature=0.8, top_k=20, top_p=0.9))],
+)
 def test_streamed_tokens_are_those_of_sample(sft, lengths, sampler):
     """Around the edges of a bucket (32), and to the last position of the context (64). One decode step is compiled."""
     stream = streamer(sft.model, **sampler)
@@ -114,8 +115,12 @@ def test_answers_follow_the_conversation(sft):
     """The second answer is sample's to the template of all that was said, drawn with fold_in(key(seed), 1)."""
     talk = Chat(sft, pytest.fail, seed=5, max_new=6, temperature=1.0)
     said = ["".join(talk.answer(text)) for text in ("How are you?", "Why?")]
-    assert talk.messages == [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": said[0]},
-                             {"role": "user", "content": "Why?"}, {"role": "assistant", "content": said[1]}]
+    assert talk.messages == [
+        {"role": "user", "content": "How are you?"},
+        {"role": "assistant", "content": said[0]},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": said[1]},
+    ]
     ids = sampled(sft, prompt(sft.tokenizer, talk.messages[:3]), jax.random.fold_in(jax.random.key(5), 1), max_new=6)
     assert said[1] == printable(sft.tokenizer.decode(ids))
     assert talk.ended == (ids[-1] in sft.tokenizer.stops)
@@ -155,8 +160,9 @@ def test_the_oldest_exchanges_go_and_it_is_said_once(sft):
     for text in ("one", "two", "three", "four"):
         list(talk.answer(text))
         assert len(prompt(sft.tokenizer, talk.messages[:-1])) <= 64 - 40
-    assert notes == ["the conversation has outgrown the context of 64 tokens: "
-                     "from now on its oldest exchanges are left out"]
+    assert notes == [
+        "the conversation has outgrown the context of 64 tokens: from now on its oldest exchanges are left out"
+    ]
     assert talk.messages[-2]["content"] == "four" and talk.messages[0]["role"] == "user"
     talk.reset()
     assert talk.messages == []
@@ -209,8 +215,13 @@ def test_the_last_policy_of_a_pipeline_speaks(trained_workdir, tmp_path):
 
 
 def test_one_answer_end_to_end(trained_workdir, sft):
-    done = run(f"--workdir={trained_workdir('sft')}", "--prompt=How are you?", "--seed=3", "--max_new_tokens=8",
-               "--temperature=1")
+    done = run(
+        f"--workdir={trained_workdir('sft')}",
+        "--prompt=How are you?",
+        "--seed=3",
+        "--max_new_tokens=8",
+        "--temperature=1",
+    )
     ids = prompt(sft.tokenizer, [{"role": "user", "content": "How are you?"}])
     drawn = sampled(sft, ids, jax.random.fold_in(jax.random.key(3), 0), max_new=8)
     assert done.stdout == printable(sft.tokenizer.decode(drawn)) + "\n", done.stderr
@@ -235,12 +246,15 @@ def test_bad_input_is_one_line_and_status_2():
     assert done.stderr == "error: there is no workdir /nowhere/at/all: train that stage first, or name another\n"
 
 
-@pytest.mark.parametrize("flag, line", [
-    ("--prompt=", "the prompt is empty"),
-    ("--top_p=0", "top_k is 0 and top_p 0.0"),
-    ("--temperature=hot", "argument --temperature: invalid float value: 'hot'"),
-    ("--temprature=1", "--temprature is not a flag of this program; did you mean --temperature?"),
-])
+@pytest.mark.parametrize(
+    "flag, line",
+    [
+        ("--prompt=", "the prompt is empty"),
+        ("--top_p=0", "top_k is 0 and top_p 0.0"),
+        ("--temperature=hot", "argument --temperature: invalid float value: 'hot'"),
+        ("--temprature=1", "--temprature is not a flag of this program; did you mean --temperature?"),
+    ],
+)
 def test_bad_flags_name_the_fault(trained_workdir, flag, line):
     with pytest.raises(UserError, match=re.escape(line)):
         chat.program([f"--workdir={trained_workdir('sft')}", "--prompt=hi", flag])

@@ -177,30 +177,18 @@ def test_leftover_of_a_kill_is_no_checkpoint(tmp_path):
 
 
 def test_killed_while_saving_keeps_the_step_before(tmp_path):
-    code = ("import sys, time, jax.numpy as jnp; from lm import checkpoint\n"
-            "def stall(file): print('all but sealed', flush=True); time.sleep(60)\n"
-            "with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:\n"
-            "    checkpoints.save(1, {'params': jnp.arange(3.0)}, {})\n"
-            "    checkpoints.wait()\n"
-            "    checkpoint._sha256 = stall\n"
-            "    checkpoints.save(2, {'params': jnp.arange(4.0)}, {})\n")
+    code = (
+        "import sys, time, jax.numpy as jnp; from lm import checkpoint\n"
+        "def stall(file): print('all but sealed', flush=True); time.sleep(60)\n"
+        "with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:\n"
+        "    checkpoints.save(1, {'params': jnp.arange(3.0)}, {})\n"
+        "    checkpoints.wait()\n"
+        "    checkpoint._sha256 = stall\n"
+        "    checkpoints.save(2, {'params': jnp.arange(4.0)}, {})\n"
+    )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "all but sealed\n"
         process.kill()
-    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
-
-
-def test_killed_while_saving_keeps_the_step_before(tmp_path):
-    code = ("import sys, time, jax.numpy as jnp, numpy as np; from lm.checkpoint import Checkpoints\n"
-            "noise = jnp.asarray(np.random.default_rng(0).standard_normal(4_000_000, np.float32))\n"
-            "with Checkpoints(sys.argv[1]) as checkpoints:\n"
-            "    checkpoints.save(1, {'params': jnp.arange(3.0)}, {})\n"
-            "    checkpoints.wait()\n"
-            "    checkpoints.save(2, {'params': noise}, {})\n"
-            "    print('saving', flush=True); time.sleep(60)\n")
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "saving\n"
-        process.kill()  # the 16 MB of step 2 are under way
     assert sorted(os.listdir(tmp_path)) == ["1", "2.orbax-checkpoint-tmp"]
     with Checkpoints(tmp_path) as checkpoints:
         step, restored, _ = checkpoints.restore({"params": jnp.zeros(3)})

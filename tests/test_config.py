@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from lm import config
 from lm.errors import UserError
 
-FILE = '''
+FILE = """
 from ml_collections import ConfigDict, config_dict
 
 def get_config(arg=""):
@@ -19,7 +19,7 @@ def get_config(arg=""):
     })
     c.data.corpus = c.get_ref("corpus")
     return c.lock()
-'''
+"""
 
 
 @pytest.fixture
@@ -35,24 +35,27 @@ def test_argument_after_the_colon_reaches_get_config(file):
     assert config.load(file).is_locked
 
 
-@pytest.mark.parametrize("override, expected", [
-    ("model.width=128", 128),
-    ("model.tied=false", False),
-    ("model.tied=True", True),
-    ("optimizer.learning_rate=3e-4", 3e-4),
-    ("optimizer.learning_rate=1", 1.0),
-    ("optimizer.betas=(0.8, 1)", (0.8, 1.0)),
-    ("optimizer.betas=0.8,0.9", (0.8, 0.9)),
-    ("data.mixture=['b','c']", ["b", "c"]),
-    ("data.shards=1,2", (1, 2)),
-    ("data.seed=7", 7),
-    ("data.seed=None", None),
-    ("data.filter=3", 3),
-    ("data.filter=short rows", "short rows"),
-    ("corpus=a=b/123", "a=b/123"),
-    ("corpus=123", "123"),
-    ("corpus=None", None),
-])
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("model.width=128", 128),
+        ("model.tied=false", False),
+        ("model.tied=True", True),
+        ("optimizer.learning_rate=3e-4", 3e-4),
+        ("optimizer.learning_rate=1", 1.0),
+        ("optimizer.betas=(0.8, 1)", (0.8, 1.0)),
+        ("optimizer.betas=0.8,0.9", (0.8, 0.9)),
+        ("data.mixture=['b','c']", ["b", "c"]),
+        ("data.shards=1,2", (1, 2)),
+        ("data.seed=7", 7),
+        ("data.seed=None", None),
+        ("data.filter=3", 3),
+        ("data.filter=short rows", "short rows"),
+        ("corpus=a=b/123", "a=b/123"),
+        ("corpus=123", "123"),
+        ("corpus=None", None),
+    ],
+)
 def test_override_takes_the_type_of_what_it_replaces(file, override, expected):
     key = override.partition("=")[0]
     value = config.flatten(config.load(file, [override]).to_dict())[key]
@@ -65,27 +68,38 @@ def test_reference_follows_an_override(file):
     assert config.to_dict(loaded)["data"]["corpus"] == "my.txt"
 
 
-@pytest.mark.parametrize("override, message", [
-    ("optimzer.lr=1", "config.optimzer.lr is not in {file}; did you mean config.optimizer.learning_rate?"),
-    ("optimizer.learning_rat=1", "config.optimizer.learning_rat is not in {file}; "
-                                 "did you mean config.optimizer.learning_rate?"),
-    ("learning_rate=1", "config.learning_rate is not in {file}; did you mean config.optimizer.learning_rate?"),
-    ("optimizer.zzz=1", "config.optimizer.zzz is not in {file}"),
-    ("optimizer=1", "config.optimizer is a group: set its entries, such as config.optimizer.b1"),
-    ("model.width", "config.model.width has no value: write --config.model.width=VALUE"),
-    ("model.width=2.5", "config.model.width=2.5: expected an integer, as in config.model.width=64"),
-    ("model.width=wide", "config.model.width=wide: expected an integer, as in config.model.width=64"),
-    ("model.width=True", "config.model.width=True: expected an integer, as in config.model.width=64"),
-    ("model.width=None", "config.model.width=None: expected an integer, as in config.model.width=64"),
-    ("model.tied=1", "config.model.tied=1: expected true or false, as in config.model.tied=True"),
-    ("optimizer.learning_rate=fast",
-     "config.optimizer.learning_rate=fast: expected a number, as in config.optimizer.learning_rate=0.001"),
-    ("optimizer.betas=0.9",
-     "config.optimizer.betas=0.9: expected a tuple such as 1,2, as in config.optimizer.betas=(0.9, 0.95)"),
-    ("optimizer.betas=0.9,'x'",
-     "config.optimizer.betas=0.9,'x': expected a tuple such as 1,2, as in config.optimizer.betas=(0.9, 0.95)"),
-    ("data.seed=x", "config.data.seed=x: expected an integer, as in config.data.seed=None"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("optimzer.lr=1", "config.optimzer.lr is not in {file}; did you mean config.optimizer.learning_rate?"),
+        (
+            "optimizer.learning_rat=1",
+            "config.optimizer.learning_rat is not in {file}; did you mean config.optimizer.learning_rate?",
+        ),
+        ("learning_rate=1", "config.learning_rate is not in {file}; did you mean config.optimizer.learning_rate?"),
+        ("optimizer.zzz=1", "config.optimizer.zzz is not in {file}"),
+        ("optimizer=1", "config.optimizer is a group: set its entries, such as config.optimizer.b1"),
+        ("model.width", "config.model.width has no value: write --config.model.width=VALUE"),
+        ("model.width=2.5", "config.model.width=2.5: expected an integer, as in config.model.width=64"),
+        ("model.width=wide", "config.model.width=wide: expected an integer, as in config.model.width=64"),
+        ("model.width=True", "config.model.width=True: expected an integer, as in config.model.width=64"),
+        ("model.width=None", "config.model.width=None: expected an integer, as in config.model.width=64"),
+        ("model.tied=1", "config.model.tied=1: expected true or false, as in config.model.tied=True"),
+        (
+            "optimizer.learning_rate=fast",
+            "config.optimizer.learning_rate=fast: expected a number, as in config.optimizer.learning_rate=0.001",
+        ),
+        (
+            "optimizer.betas=0.9",
+            "config.optimizer.betas=0.9: expected a tuple such as 1,2, as in config.optimizer.betas=(0.9, 0.95)",
+        ),
+        (
+            "optimizer.betas=0.9,'x'",
+            "config.optimizer.betas=0.9,'x': expected a tuple such as 1,2, as in config.optimizer.betas=(0.9, 0.95)",
+        ),
+        ("data.seed=x", "config.data.seed=x: expected an integer, as in config.data.seed=None"),
+    ],
+)
 def test_bad_override_is_named(file, override, message):
     with pytest.raises(UserError) as error:
         config.load(file, [override])
@@ -125,13 +139,22 @@ def test_call_passes_options_and_extras():
     assert config.call(make, options, "m", name="optimizer", steps=3) == ("m", None, 0.1, (0.5, 0.6), 3)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"lr": 1.0}, "optimizer.lr is not an option of test_config.make; did you mean learning_rate?"),
-    ({"learning_rate": 1.0, "beta": 1}, "optimizer.beta is not an option of test_config.make; did you mean betas?"),
-    ({"learning_rate": 1.0, "model": 1}, "optimizer.model is not an option of test_config.make"),  # given by position
-    ({"learning_rate": 1.0, "steps": 1}, "optimizer.steps is not an option of test_config.make"),  # given as an extra
-    ({}, "optimizer.learning_rate is missing: test_config.make has no default for it"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"lr": 1.0}, "optimizer.lr is not an option of test_config.make; did you mean learning_rate?"),
+        ({"learning_rate": 1.0, "beta": 1}, "optimizer.beta is not an option of test_config.make; did you mean betas?"),
+        (
+            {"learning_rate": 1.0, "model": 1},
+            "optimizer.model is not an option of test_config.make",
+        ),  # given by position
+        (
+            {"learning_rate": 1.0, "steps": 1},
+            "optimizer.steps is not an option of test_config.make",
+        ),  # given as an extra
+        ({}, "optimizer.learning_rate is missing: test_config.make has no default for it"),
+    ],
+)
 def test_call_names_what_does_not_fit(options, message):
     with pytest.raises(UserError) as error:
         config.call(make, options, "m", name="optimizer", steps=3)
@@ -148,16 +171,24 @@ def test_arguments_reads_flags_and_config(file):
     assert (loaded.model.width, loaded.corpus, loaded.model.tied) == (8, "x.txt", False)
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--workdri=w"], "--workdri is not a flag of this program; did you mean --workdir?"),
-    (["--qqq"], "--qqq is not a flag of this program"),
-    (["--config.model.width"], "--config.model.width has no value: write --config.model.width=VALUE"),
-    (["--config.model.width", "--workdir=w"], "--config.model.width has no value: write --config.model.width=VALUE"),
-    (["--config=x.py"], "the following arguments are required: --workdir; --help lists the flags"),
-    (["--config=x.py", "--workdir=w", "--top_k=many"],
-     "argument --top_k: invalid int value: 'many'; --help lists the flags"),
-    (["--config=x.py", "--workdir=w", "stray"], "unrecognized arguments: stray; --help lists the flags"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--workdri=w"], "--workdri is not a flag of this program; did you mean --workdir?"),
+        (["--qqq"], "--qqq is not a flag of this program"),
+        (["--config.model.width"], "--config.model.width has no value: write --config.model.width=VALUE"),
+        (
+            ["--config.model.width", "--workdir=w"],
+            "--config.model.width has no value: write --config.model.width=VALUE",
+        ),
+        (["--config=x.py"], "the following arguments are required: --workdir; --help lists the flags"),
+        (
+            ["--config=x.py", "--workdir=w", "--top_k=many"],
+            "argument --top_k: invalid int value: 'many'; --help lists the flags",
+        ),
+        (["--config=x.py", "--workdir=w", "stray"], "unrecognized arguments: stray; --help lists the flags"),
+    ],
+)
 def test_bad_arguments_are_named(argv, message):
     with pytest.raises(UserError) as error:
         config.arguments(argv, "train", FLAGS)

@@ -27,13 +27,20 @@ def exit_of(error: BaseException | None) -> int:
     return 0
 
 
-@pytest.mark.parametrize("error, code, line", [
-    (None, 0, ""),
-    (UserError("no corpus x.txt: give --config.corpus=PATH"), 2, "error: no corpus x.txt: give --config.corpus=PATH\n"),
-    (KeyboardInterrupt(), 130, "interrupted: the same command continues from the last checkpoint\n"),
-    (Interrupted(), 143, "stopped by SIGTERM and saved: the same command continues\n"),
-    (SystemExit(7), 7, ""),
-])
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (None, 0, ""),
+        (
+            UserError("no corpus x.txt: give --config.corpus=PATH"),
+            2,
+            "error: no corpus x.txt: give --config.corpus=PATH\n",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted: the same command continues from the last checkpoint\n"),
+        (Interrupted(), 143, "stopped by SIGTERM and saved: the same command continues\n"),
+        (SystemExit(7), 7, ""),
+    ],
+)
 def test_main_exits_with_one_line(capsys, error, code, line):
     assert exit_of(error) == code
     assert capsys.readouterr() == ("", line)
@@ -76,7 +83,8 @@ def test_plain_progress_prints_first_last_and_few_between(capsys, clock):
         "sft step 1/10  loss 3.875  accuracy 0.5  12.3k tokens/s  0:02\n"
         "sft step 4/10  loss 3.5  accuracy 0.5  12.3k tokens/s  0:08, 0:12 left\n"
         "sft step 7/10  loss 3.125  accuracy 0.5  12.3k tokens/s  0:14, 0:06 left\n"
-        "sft step 10/10  loss 2.75  accuracy 0.5  12.3k tokens/s  0:20\n")
+        "sft step 10/10  loss 2.75  accuracy 0.5  12.3k tokens/s  0:20\n"
+    )
 
 
 def test_plain_progress_ends_with_where_it_stopped(capsys, clock):
@@ -120,14 +128,16 @@ def test_table_fits_80_columns_and_loses_nothing(capsys):
 
 
 def test_live_line_on_a_terminal():
-    code = ("from lm import console\n"
-            "def program(argv):\n"
-            "    with console.Progress('sft', 2) as progress:\n"
-            "        progress.update(1, {'loss': 2.5}, 100.0)\n"
-            "        console.say('above the line')\n"
-            "        progress.update(2, {'loss': 1.5}, 100.0)\n"
-            "    raise console.UserError('red')\n"
-            "console.main(program)\n")
+    code = (
+        "from lm import console\n"
+        "def program(argv):\n"
+        "    with console.Progress('sft', 2) as progress:\n"
+        "        progress.update(1, {'loss': 2.5}, 100.0)\n"
+        "        console.say('above the line')\n"
+        "        progress.update(2, {'loss': 1.5}, 100.0)\n"
+        "    raise console.UserError('red')\n"
+        "console.main(program)\n"
+    )
     parent, child = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=child, stderr=child, env=environment)

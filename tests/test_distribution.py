@@ -14,20 +14,23 @@ def probs(logits, **options):
     return jax.nn.softmax(adjusted(jnp.asarray(logits, jnp.float32), **options), axis=-1)
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({}, PROBS),
-    ({"top_k": 4}, PROBS),
-    ({"top_k": 9}, PROBS),  # more than there are: all
-    ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]),  # 0.5 and 0.25 over 0.75
-    ({"top_k": 1}, [0, 1, 0, 0]),
-    ({"top_p": 0.3}, [0, 1, 0, 0]),  # the first alone reaches it
-    ({"top_p": 0.6}, [0, 2 / 3, 0, 1 / 3]),  # 0.5 < 0.6: 0.25 crosses and stays
-    ({"top_p": 0.8}, [0, 5 / 9, 1 / 6, 5 / 18]),  # 0.75 < 0.8: 0.15 crosses and stays; over 0.9
-    ({"top_p": 1e-6}, [0, 1, 0, 0]),  # never empty
-    ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0]),  # top-p is of what top-k left: 2/3 reaches 0.6
-    ({"temperature": 0.5}, [2 / 69, 50 / 69, 4.5 / 69, 12.5 / 69]),  # squares 0.01 0.25 0.0225 0.0625 over 0.345
-    ({"temperature": 0.5, "top_p": 0.74}, [0, 0.8, 0, 0.2]),  # of the sharpened ones: 0.7246 < 0.74; 50 to 12.5
-])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, PROBS),
+        ({"top_k": 4}, PROBS),
+        ({"top_k": 9}, PROBS),  # more than there are: all
+        ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]),  # 0.5 and 0.25 over 0.75
+        ({"top_k": 1}, [0, 1, 0, 0]),
+        ({"top_p": 0.3}, [0, 1, 0, 0]),  # the first alone reaches it
+        ({"top_p": 0.6}, [0, 2 / 3, 0, 1 / 3]),  # 0.5 < 0.6: 0.25 crosses and stays
+        ({"top_p": 0.8}, [0, 5 / 9, 1 / 6, 5 / 18]),  # 0.75 < 0.8: 0.15 crosses and stays; over 0.9
+        ({"top_p": 1e-6}, [0, 1, 0, 0]),  # never empty
+        ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0]),  # top-p is of what top-k left: 2/3 reaches 0.6
+        ({"temperature": 0.5}, [2 / 69, 50 / 69, 4.5 / 69, 12.5 / 69]),  # squares 0.01 0.25 0.0225 0.0625 over 0.345
+        ({"temperature": 0.5, "top_p": 0.74}, [0, 0.8, 0, 0.2]),  # of the sharpened ones: 0.7246 < 0.74; 50 to 12.5
+    ],
+)
 def test_support_and_probabilities_by_hand(options, expected):
     np.testing.assert_allclose(probs(np.log(PROBS), **options), expected, atol=1e-6)
 

@@ -1,21 +1,22 @@
 """Evaluation: the same unseen prompts for every model, and numbers that can be worked out again from what it writes."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from runs import finished, made_dialogues, small, stage_config
 
 from lm import evaluate
-from lm.answers import Answer
+from lm.answers import Answer, answerer
 from lm.data import corpus
 from lm.data.chats import Conversation
+from lm.data.prompts import padded, take
 from lm.errors import UserError
 from lm.rewards import REWARDS
-from lm.tokenizer import Tokenizer
-from lm.workdir import read_json
+from lm.tokenizer import Tokenizer, prompt
+from lm.workdir import load, read_json
 
 __all__ = ["finished", "small"]
 
@@ -89,29 +90,54 @@ def test_a_model_is_asked_as_it_was_trained(finished):
     chat = evaluate.asked(SimpleNamespace(tokenizer=tokenizer, stage="ppo"), messages)
     roles = tokenizer.roles
     assert [int(i) for i in chat if i in (*roles.values(), tokenizer.end)] == [
-        roles["user"], tokenizer.end, roles["assistant"], tokenizer.end, roles["assistant"]]
+        roles["user"],
+        tokenizer.end,
+        roles["assistant"],
+        tokenizer.end,
+        roles["assistant"],
+    ]
+
+
+def test_an_answer_depends_on_its_place_not_on_what_follows(finished):
+    """Five prompts, four at a time, and the first three of them alone: the same answers, each within its limit."""
+    trained = load(finished / "sft", backend="cpu")
+    contexts = [[{"role": "user", "content": text}] for text in ("the name", "the type", "a list", "the form", "test")]
+    rows = padded([prompt(trained.tokenizer, context) for context in contexts], contexts, 16)
+
+    ask = answerer(trained.model, trained.params["lm"], trained.tokenizer, rows_at_once=4, jit=jax.jit, max_new=6)
+    five, three = ask(rows, jax.random.key(0)), ask(take(rows, np.arange(3)), jax.random.key(0))
+    assert five[:3] == three and len(five) == 5
+    assert len(set(five)) == 5  # chunks and rows draw with keys of their own
+    assert all(1 <= answer.length <= 6 and (answer.stopped or answer.length == 6) for answer in five)
 
 
 def test_prompts_fit_every_model(finished):
     """What is short enough for one template may be too long for the other: then nobody is asked."""
     tokenizer = Tokenizer.load(finished / "tokenizer" / "tokenizer.model")
     models = [SimpleNamespace(tokenizer=tokenizer, stage=stage) for stage in ("pretrain", "sft")]
-    contexts = [Conversation(text, [{"role": "user", "content": text}]) for text in ("the name", "the name of the type")]
+    contexts = [
+        Conversation(text, [{"role": "user", "content": text}]) for text in ("the name", "the name of the type")
+    ]
     sizes = [[len(evaluate.asked(model, context.messages)) for context in contexts] for model in models]
     assert sizes[0][0] < sizes[1][0] < sizes[0][1] < sizes[1][1]
     assert evaluate.shared_prompts(models, contexts, sizes[1][1]) == contexts
     assert evaluate.shared_prompts(models[:1], contexts, sizes[0][1]) == contexts
     assert evaluate.shared_prompts(models, contexts, sizes[0][1]) == contexts[:1]
-    with pytest.raises(UserError, match=f"no held-out prompt has at most {sizes[1][0] - 1} tokens; raise evaluate.prompt_length"):
+    with pytest.raises(
+        UserError, match=f"no held-out prompt has at most {sizes[1][0] - 1} tokens; raise evaluate.prompt_length"
+    ):
         evaluate.shared_prompts(models, contexts, sizes[1][0] - 1)
 
 
-@pytest.mark.parametrize("override, message", [
-    ("evaluate.order=('raw','sft')", "evaluate.order raw, sft does not name the models ppo, raw, sft, each once"),
-    ("evaluate.rows_at_once=0", "evaluate.rows_at_once is 0; it must be at least 1"),
-    ("evaluate.rater=rul", "evaluate.rater is 'rul'; choose one of rule"),
-    ("models.ppo=nowhere", "there is no workdir nowhere: train that stage first"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("evaluate.order=('raw','sft')", "evaluate.order raw, sft does not name the models ppo, raw, sft, each once"),
+        ("evaluate.rows_at_once=0", "evaluate.rows_at_once is 0; it must be at least 1"),
+        ("evaluate.rater=rul", "evaluate.rater is 'rul'; choose one of rule"),
+        ("models.ppo=nowhere", "there is no workdir nowhere: train that stage first"),
+    ],
+)
 def test_bad_options(finished, small, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         evaluate.run(stage_config(finished, "evaluate", override), tmp_path / "evaluate")

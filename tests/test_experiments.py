@@ -34,10 +34,18 @@ def checked(name: str, config) -> None:
         functions = {"data": train.fit_tokenizer}
     else:
         stage = STAGES[config.stage.name]
-        functions = {"model": model.Config, "optimizer": optim.make, "stage": stage.make, "data": stage.batches,
-                     "mesh": sharding.make_mesh, "train": train.Schedule}
+        functions = {
+            "model": model.Config,
+            "optimizer": optim.make,
+            "stage": stage.make,
+            "data": stage.batches,
+            "mesh": sharding.make_mesh,
+            "train": train.Schedule,
+        }
     for subtree, function in functions.items():
-        options = {key: value for key, value in config[subtree].to_dict().items() if (subtree, key) != ("stage", "name")}
+        options = {
+            key: value for key, value in config[subtree].to_dict().items() if (subtree, key) != ("stage", "name")
+        }
         if function is model.Config:
             options["vocab_size"] = 1  # lm.train adds the tokenizer's
         given = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
@@ -109,8 +117,9 @@ def test_overrides_reach_whatever_refers_to_them():
     path = str(EXPERIMENTS / "quickstart.py")
     config = load(path, ["root=elsewhere", "corpus=mine", "sft.train.steps=7", "ppo.stage.temperature=0.8"])
     assert config.sft.init_from == "elsewhere/pretrain" and config.ppo.data.reward_model == "elsewhere/reward"
-    assert config.evaluate.models.to_dict() == {name: f"elsewhere/{stage}" for name, stage in (
-        ("raw", "pretrain"), ("sft", "sft"), ("ppo", "ppo"))}
+    assert config.evaluate.models.to_dict() == {
+        name: f"elsewhere/{stage}" for name, stage in (("raw", "pretrain"), ("sft", "sft"), ("ppo", "ppo"))
+    }
     assert config.tokenizer.data.corpus == config.pretrain.data.corpus == config.evaluate.evaluate.corpus == "mine"
     assert config.sft.optimizer.total_steps == 7
     assert config.ppo.data.temperature == 0.8

@@ -56,7 +56,15 @@ def test_the_walk_sees_every_form_of_import(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "LM", tmp_path / "lm")
     file = tmp_path / "lm" / "stages" / "x.py"
     file.parent.mkdir(parents=True)
-    file.write_text("import lm.train\nfrom lm import chat\nfrom . import ppo\nfrom .. import model\nimport jax\n"
-                    "from ..data.rows import pad\ndef f():\n    from lm.stages.sft import make\nfrom os import path")
-    assert set(imported(file)) == {("train",), ("chat",), ("stages", "ppo"), ("model",), ("data", "rows", "pad"),
-                                   ("stages", "sft", "make")}
+    file.write_text(
+        "import lm.train\nfrom lm import chat\nfrom . import ppo\nfrom .. import model\nimport jax\n"
+        "from ..data.rows import pad\ndef f():\n    from lm.stages.sft import make\nfrom os import path"
+    )
+    assert set(imported(file)) == {
+        ("train",),
+        ("chat",),
+        ("stages", "ppo"),
+        ("model",),
+        ("data", "rows", "pad"),
+        ("stages", "sft", "make"),
+    }

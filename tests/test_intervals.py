@@ -8,7 +8,7 @@ from lm.intervals import Z95, average, difference, rate, win_rate
 
 
 def test_average():
-    """Of 1, 2, 3, 4: squares of the deviations sum to 2.25 + 0.25 + 0.25 + 2.25 = 5; se = sqrt(5 / 3 / 4) = 0.645497."""
+    """Of 1, 2, 3, 4: squared deviations sum to 2.25 + 0.25 + 0.25 + 2.25 = 5, so se = sqrt(5 / 3 / 4) = 0.645497."""
     value, se, low, high = average([1, 2, 3, 4])
     assert value == 2.5
     assert se == pytest.approx(math.sqrt(5 / 12))
@@ -43,7 +43,7 @@ def test_a_paired_difference_sees_what_an_unpaired_one_cannot():
 
 
 def test_difference():
-    """2, 0, -1, 2: mean 0.75; squares of the deviations 1.5625 + 0.5625 + 3.0625 + 1.5625 = 6.75, se = sqrt(6.75 / 3 / 4) = 0.75."""
+    """2, 0, -1, 2: mean 0.75; squared deviations 1.5625 + 0.5625 + 3.0625 + 1.5625 = 6.75; sqrt(6.75/3/4) = 0.75."""
     value, se, low, _ = difference([3, 1, 2, 2], [1, 1, 3, 0])
     assert (value, se) == pytest.approx((0.75, 0.75))
     assert low == pytest.approx(0.75 - 1.959964 * 0.75)

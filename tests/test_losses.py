@@ -30,26 +30,32 @@ def test_bradley_terry():
     np.testing.assert_allclose(got, [0.313262, math.log(2), 200.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("ratio, advantage, loss, slope", [
-    (1.0, 2.0, -2.0, -2.0),  # policy = old: -A, and the gradient of -ratio A is -ratio A
-    (1.1, 2.0, -2.2, -2.2),  # inside the clip
-    (1.5, 2.0, -2.4, 0.0),  # min(3.0, 1.2 * 2) = 2.4: past the clip in the direction of gain, no gradient
-    (1.5, -2.0, 3.0, 3.0),  # min(-3.0, -2.4) = -3.0: going the wrong way is never clipped
-    (0.5, 2.0, -1.0, -1.0),  # min(1.0, 0.8 * 2) = 1.0
-    (0.5, -2.0, 1.6, 0.0),  # min(-1.0, 0.8 * -2) = -1.6
-])
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, slope",
+    [
+        (1.0, 2.0, -2.0, -2.0),  # policy = old: -A, and the gradient of -ratio A is -ratio A
+        (1.1, 2.0, -2.2, -2.2),  # inside the clip
+        (1.5, 2.0, -2.4, 0.0),  # min(3.0, 1.2 * 2) = 2.4: past the clip in the direction of gain, no gradient
+        (1.5, -2.0, 3.0, 3.0),  # min(-3.0, -2.4) = -3.0: going the wrong way is never clipped
+        (0.5, 2.0, -1.0, -1.0),  # min(1.0, 0.8 * 2) = 1.0
+        (0.5, -2.0, 1.6, 0.0),  # min(-1.0, 0.8 * -2) = -1.6
+    ],
+)
 def test_clipped_surrogate(ratio, advantage, loss, slope):
     """Rule 4: the clip; d/d logprob of -ratio A is -ratio A, and zero beyond the clip."""
     got = jax.value_and_grad(losses.clipped_surrogate)(jnp.log(ratio) - 3.0, jnp.float32(-3.0), advantage, clip=0.2)
     np.testing.assert_allclose(got, [loss, slope], rtol=1e-5)
 
 
-@pytest.mark.parametrize("value, old, target, loss, slope", [
-    (1.0, 1.0, 2.0, 0.5, -1.0),  # 0.5 * (1 - 2)^2, gradient v - R
-    (1.1, 1.0, 2.0, 0.405, -0.9),  # inside the clip: 0.5 * 0.81
-    (1.5, 1.0, 2.0, 0.32, 0.0),  # max(0.25, (1.2 - 2)^2 = 0.64) / 2: moved enough towards R, no gradient
-    (0.5, 1.0, 2.0, 1.125, -1.5),  # max(2.25, (0.8 - 2)^2 = 1.44) / 2: moved away, full gradient
-])
+@pytest.mark.parametrize(
+    "value, old, target, loss, slope",
+    [
+        (1.0, 1.0, 2.0, 0.5, -1.0),  # 0.5 * (1 - 2)^2, gradient v - R
+        (1.1, 1.0, 2.0, 0.405, -0.9),  # inside the clip: 0.5 * 0.81
+        (1.5, 1.0, 2.0, 0.32, 0.0),  # max(0.25, (1.2 - 2)^2 = 0.64) / 2: moved enough towards R, no gradient
+        (0.5, 1.0, 2.0, 1.125, -1.5),  # max(2.25, (0.8 - 2)^2 = 1.44) / 2: moved away, full gradient
+    ],
+)
 def test_clipped_value(value, old, target, loss, slope):
     """Rule 4: 0.5 * max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2)."""
     got = jax.value_and_grad(losses.clipped_value)(value, old, target, clip=0.2)

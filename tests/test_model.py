@@ -141,6 +141,7 @@ def test_causality_and_isolation_by_gradient(tiny_model, tiny_lm):
 
 def test_padding_has_no_effect_and_gets_none(tiny_model, tiny_lm):
     """Rules 2 and 3: masked by segment, never by id, and no NaN from a row that is all padding."""
+
     def total(lm, tokens):
         logprobs = tiny_model.token_logprobs(lm, tokens)
         return jnp.sum(jnp.where(tokens.weights > 0, logprobs, 0)), logprobs
@@ -150,16 +151,23 @@ def test_padding_has_no_effect_and_gets_none(tiny_model, tiny_lm):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((logprobs, grads)))
     padding = TOKENS.segments == 0
     draw = np.random.default_rng(1)
-    garbage = {name: np.where(padding, draw.integers(0, 31, padding.shape), getattr(TOKENS, name)).astype(np.int32)
-               for name in ("inputs", "targets", "positions")}
+    garbage = {
+        name: np.where(padding, draw.integers(0, 31, padding.shape), getattr(TOKENS, name)).astype(np.int32)
+        for name in ("inputs", "targets", "positions")
+    }
     (same, _), same_grads = both(tiny_lm, dataclasses.replace(TOKENS, **garbage))
     assert value == same
     jax.tree.map(np.testing.assert_array_equal, grads, same_grads)
     # id 0 stands in padding only; in a tied model the softmax reaches its row too, so look at the untied one
     untied = variant(tiny_model, tied=False)
-    inputs = jax.jit(jax.grad(lambda e: jnp.sum(
-        untied.token_logprobs({**tiny_lm, "embedding": e, "head": tiny_lm["embedding"].T}, TOKENS) * TOKENS.weights
-    )))(tiny_lm["embedding"])
+    inputs = jax.jit(
+        jax.grad(
+            lambda e: jnp.sum(
+                untied.token_logprobs({**tiny_lm, "embedding": e, "head": tiny_lm["embedding"].T}, TOKENS)
+                * TOKENS.weights
+            )
+        )
+    )(tiny_lm["embedding"])
     np.testing.assert_array_equal(inputs[0], 0)
     assert np.abs(inputs[D[0]]).max() > 0
 
@@ -167,6 +175,7 @@ def test_padding_has_no_effect_and_gets_none(tiny_model, tiny_lm):
 @pytest.fixture(scope="module")
 def score_and_grad(tiny_model, tiny_lm):
     """Changes of the config -> a scalar of everything a loss may ask of the model, and its gradient."""
+
     def of(**changes):
         m = variant(tiny_model, **changes)
 
@@ -186,11 +195,15 @@ def plain(score_and_grad):
     return score_and_grad()
 
 
-@pytest.mark.parametrize("changes", [
-    {"query_blocks": 4, "remat": "block"},
-    {"scan": "yes", "remat": "dots"},
-    {"loss_chunk": 5},  # 12 = 5 + 5 + 2: the last one is padded
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"query_blocks": 4, "remat": "block"},
+        {"scan": "yes", "remat": "dots"},
+        {"loss_chunk": 5},  # 12 = 5 + 5 + 2: the last one is padded
+    ],
+    ids=str,
+)
 def test_other_ways_to_compute_the_same(changes, score_and_grad, plain):
     """Rule 10 for the chunked loss, to rounding in value and gradient; so for blocks, scan and rematerialisation."""
     value, grads = score_and_grad(**changes)
@@ -200,6 +213,7 @@ def test_other_ways_to_compute_the_same(changes, score_and_grad, plain):
 
 def test_remat_dots_keeps_the_products_and_block_keeps_none(tiny_model, tiny_lm, capsys):
     """Six products a layer are read again by the backward pass: queries, keys, values, attention out, gate, up."""
+
     def products(remat):
         m = variant(tiny_model, remat=remat)
         total = lambda lm: jnp.sum(m.hidden(lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments))
@@ -318,16 +332,19 @@ def test_auto_is_settled_by_the_backend():
     assert chosen.on("cpu") == chosen.on("tpu") == chosen
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"width": 0}, "model.width is 0; it must be at least 1"),
-    ({"heads": 4, "kv_heads": 3}, "model.heads 4 is not a multiple of model.kv_heads 3"),
-    ({"head_size": 7}, "model.head_size 7 is odd"),
-    ({"remat": "all"}, "model.remat is 'all'; choose one of none, block, dots"),
-    ({"dtype": "float16"}, "model.dtype is 'float16'; choose one of auto, float32, bfloat16"),
-    ({"query_blocks": 0}, "model.query_blocks is 0"),
-    ({"query_blocks": "four"}, "model.query_blocks is 'four'"),
-    ({"loss_chunk": -1}, "model.loss_chunk is -1"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"width": 0}, "model.width is 0; it must be at least 1"),
+        ({"heads": 4, "kv_heads": 3}, "model.heads 4 is not a multiple of model.kv_heads 3"),
+        ({"head_size": 7}, "model.head_size 7 is odd"),
+        ({"remat": "all"}, "model.remat is 'all'; choose one of none, block, dots"),
+        ({"dtype": "float16"}, "model.dtype is 'float16'; choose one of auto, float32, bfloat16"),
+        ({"query_blocks": 0}, "model.query_blocks is 0"),
+        ({"query_blocks": "four"}, "model.query_blocks is 'four'"),
+        ({"loss_chunk": -1}, "model.loss_chunk is -1"),
+    ],
+)
 def test_bad_configs(changes, message):
     with pytest.raises(UserError, match=message):
         model.Config(vocab_size=8, **changes)

@@ -13,18 +13,22 @@ RATE = 0.01
 
 
 def rates(name, *steps, total_steps=110, warmup_steps=10, final_fraction=0.1):
-    schedule = optim.schedule(name=name, learning_rate=RATE, total_steps=total_steps, warmup_steps=warmup_steps,
-                              final_fraction=final_fraction)
+    schedule = optim.schedule(
+        name=name, learning_rate=RATE, total_steps=total_steps, warmup_steps=warmup_steps, final_fraction=final_fraction
+    )
     return [float(schedule(step)) / RATE for step in steps]
 
 
-@pytest.mark.parametrize("name, steps, expected", [
-    # warm-up counts from 1: 1/10 at step 0, 2/10 at step 1, the peak at step 9; then 100 steps remain
-    ("constant", [0, 1, 8, 9, 10, 109], [0.1, 0.2, 0.9, 1, 1, 1]),
-    ("linear", [9, 10, 35, 60, 110], [1, 1, 0.775, 0.55, 0.1]),  # 1 - 0.9 * 25/100, 1 - 0.9 * 50/100
-    ("cosine", [9, 10, 60, 110], [1, 1, 0.55, 0.1]),  # halfway cos = 0: 0.1 + 0.9 / 2
-    ("wsd", [9, 10, 89, 90, 100, 110], [1, 1, 1, 1, 0.55, 0.1]),  # the last 20 of 100 fall
-])
+@pytest.mark.parametrize(
+    "name, steps, expected",
+    [
+        # warm-up counts from 1: 1/10 at step 0, 2/10 at step 1, the peak at step 9; then 100 steps remain
+        ("constant", [0, 1, 8, 9, 10, 109], [0.1, 0.2, 0.9, 1, 1, 1]),
+        ("linear", [9, 10, 35, 60, 110], [1, 1, 0.775, 0.55, 0.1]),  # 1 - 0.9 * 25/100, 1 - 0.9 * 50/100
+        ("cosine", [9, 10, 60, 110], [1, 1, 0.55, 0.1]),  # halfway cos = 0: 0.1 + 0.9 / 2
+        ("wsd", [9, 10, 89, 90, 100, 110], [1, 1, 1, 1, 0.55, 0.1]),  # the last 20 of 100 fall
+    ],
+)
 def test_schedules_by_hand(name, steps, expected):
     np.testing.assert_allclose(rates(name, *steps), expected, rtol=1e-5)
 
@@ -45,8 +49,11 @@ def test_decay_mask_names_exactly_the_matrices(tied, tiny_model):
     """Rule 10: no weight decay on norms and embeddings; nor on the scalar head, which starts at zero to stay small."""
     m = model.make(dataclasses.replace(tiny_model.config, tied=tied))
     params = jax.eval_shape(lambda key: {"lm": m.init(key), "value": m.init_value(key)}, jax.random.key(0))
-    decayed = {jax.tree_util.keystr(path, simple=True, separator="/")
-               for path, yes in jax.tree_util.tree_flatten_with_path(optim.decay_mask(params))[0] if yes}
+    decayed = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, yes in jax.tree_util.tree_flatten_with_path(optim.decay_mask(params))[0]
+        if yes
+    }
     matrices = {"query", "key", "value", "attention_out", "gate", "up", "down"}
     assert decayed == {f"lm/layers/{name}" for name in matrices} | (set() if tied else {"lm/head"})
 

@@ -1,4 +1,4 @@
-"""The chain of stages: killed wherever, it ends in the same bits; finished, it does nothing; foreign folders are left alone."""
+"""The chain of stages: killed anywhere, it ends in the same bits; finished, it does nothing more."""
 
 import json
 import signal
@@ -21,6 +21,7 @@ KILLS = {  # by what has appeared in the run folder
     "in the second chunk of rankings": lambda run: (run / "rank" / "rankings.jsonl").exists(),
     "as the reward model's first checkpoint is saved": lambda run: any((run / "reward" / "checkpoints").glob("*")),
     "after a rollout of PPO": lambda run: len(read_metrics(run / "ppo" / "metrics.jsonl")) >= 2,
+    "as the models are compared": lambda run: (run / "evaluate" / "config.json").exists(),
 }
 
 
@@ -28,8 +29,12 @@ KILLS = {  # by what has appeared in the run folder
 def survived(finished, tmp_path_factory) -> Path:
     """The run folder of a pipeline that was killed at every moment of KILLS and started again each time."""
     run = tmp_path_factory.mktemp("killed") / "run"
-    command = ("lm.pipeline", f"--config={EXPERIMENTS / 'quickstart.py'}:tiny", f"--workdir={run}",
-               f"--config.corpus={finished.parent / 'text'}")
+    command = (
+        "lm.pipeline",
+        f"--config={EXPERIMENTS / 'quickstart.py'}:tiny",
+        f"--workdir={run}",
+        f"--config.corpus={finished.parent / 'text'}",
+    )
     for moment in KILLS.values():
         process = started(*command)
         while process.poll() is None and not moment(run):
@@ -52,7 +57,9 @@ def test_a_killed_pipeline_ends_in_the_same_bits(finished, survived, stage):
 def test_a_killed_pipeline_ends_in_the_same_tokenizer_rankings_and_answers(finished, survived):
     one, other = ((run / "tokenizer" / "tokenizer.model").read_bytes() for run in (finished, survived))
     assert one == other
-    one, other = ([r._replace(time="") for r in rankings.read(run / "rank" / "rankings.jsonl")] for run in (finished, survived))
+    one, other = (
+        [r._replace(time="") for r in rankings.read(run / "rank" / "rankings.jsonl")] for run in (finished, survived)
+    )
     assert one == other
     one, other = ((run / "evaluate" / "answers.jsonl").read_bytes() for run in (finished, survived))
     assert one == other
@@ -62,9 +69,13 @@ def test_a_killed_pipeline_ends_in_the_same_tokenizer_rankings_and_answers(finis
 
 def test_a_finished_pipeline_does_nothing_again(survived, small):
     """Only the record, the report, the configs and the locks are written, as at every start."""
+
     def contents():
-        return {path: path.read_bytes() for path in sorted(survived.rglob("*")) if path.is_file()
-                and path.name not in ("pipeline.json", "report.html", ".lock")}
+        return {
+            path: path.read_bytes()
+            for path in sorted(survived.rglob("*"))
+            if path.is_file() and path.name not in ("pipeline.json", "report.html", ".lock")
+        }
 
     before = contents()
     config = load(f"{EXPERIMENTS / 'quickstart.py'}:tiny", [f"root={survived}"])
@@ -77,8 +88,11 @@ def test_a_finished_pipeline_does_nothing_again(survived, small):
 
 def test_the_record(finished):
     record = read_json(finished / "pipeline.json")
-    assert record["stages"] == list(record["seconds"]) == [
-        "tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate"]
+    assert (
+        record["stages"]
+        == list(record["seconds"])
+        == ["tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate"]
+    )
     assert record["matmul_flops"] > 1e8
 
 
@@ -103,7 +117,9 @@ def test_folders_that_are_not_this_pipeline_s(tmp_path, no_measurement):
         pipeline.taken_up(tmp_path / "thesis" / "thesis.tex", ["a"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "pipeline.json").write_text(json.dumps({"stages": ["a", "b"]}))
-    with pytest.raises(UserError, match="run has stages a, b, the config a: give another --workdir, or remove this one"):
+    with pytest.raises(
+        UserError, match="run has stages a, b, the config a: give another --workdir, or remove this one"
+    ):
         pipeline.taken_up(tmp_path / "run", ["a"])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["pipeline.json", "run", "thesis", "thesis.tex"]
 

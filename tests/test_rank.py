@@ -75,13 +75,16 @@ def test_whole_chunks_are_counted_in_lines_of_the_file(tmp_path):
     assert path.read_bytes() == "".join(lines[:2]).encode()
 
 
-@pytest.mark.parametrize("override, message", [
-    ("rater=rul", "rank.rater is 'rul'; choose one of rule"),
-    ("responses=1", "rank.responses is 1; it must be at least 2"),
-    ("prompt_length=2", "prompts has at most 2 tokens; raise prompt_length"),
-    ("prompts_at_once=0", "rank.prompts_at_once is 0; it must be at least 1"),
-    ("max_new=40", "the prompt has 32 tokens and 40 more were asked for, but the model's context is 64"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("rater=rul", "rank.rater is 'rul'; choose one of rule"),
+        ("responses=1", "rank.responses is 1; it must be at least 2"),
+        ("prompt_length=2", "prompts has at most 2 tokens; raise prompt_length"),
+        ("prompts_at_once=0", "rank.prompts_at_once is 0; it must be at least 1"),
+        ("max_new=40", "the prompt has 32 tokens and 40 more were asked for, but the model's context is 64"),
+    ],
+)
 def test_bad_options(finished, small, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         rank.run(stage_config(finished, "rank", f"rank.{override}"), tmp_path / "rank")

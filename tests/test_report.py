@@ -30,8 +30,9 @@ def assistant(text: str) -> dict:
 
 
 def conversations() -> list[chats.Conversation]:
-    return [chats.Conversation(f"made/{name}", [user(f"How are you, {name}?"), assistant("I am fine.")])
-            for name in NAMES]
+    return [
+        chats.Conversation(f"made/{name}", [user(f"How are you, {name}?"), assistant("I am fine.")]) for name in NAMES
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +46,36 @@ def run(tmp_path, tokenizer, monkeypatch) -> Path:
     monkeypatch.setitem(chats.SOURCES, "made", conversations)
     write = lambda name, value: (tmp_path / name).write_text(json.dumps(value))
     write("pipeline.json", {"stages": STAGES, "seconds": dict.fromkeys(STAGES, 60.0), "matmul_flops": 1e9})
-    trained = {"steps": 30, "parameters": 1_234_567, "tokens": 40_000, "model_flops": 8e9, "seconds": 50.0,
-               "tokens_per_second": 250.0}
+    trained = {
+        "steps": 30,
+        "parameters": 1_234_567,
+        "tokens": 40_000,
+        "model_flops": 8e9,
+        "seconds": 50.0,
+        "tokens_per_second": 250.0,
+    }
     before, after = {"loss": 4.0}, {"loss": 2.0}
     summaries = {
         "tokenizer": {"vocab_size": 310, "bytes_per_token": 1.5, "held_out_bytes": 10, "seconds": 1.0},
-        "pretrain": {**trained, "before": {**before, "bits_per_byte": 5.126},
-                     "held_out": {**after, "bits_per_byte": 1.874},
-                     "about": {"documents": 4321, "xz_bits_per_byte": 2.69}},
+        "pretrain": {
+            **trained,
+            "before": {**before, "bits_per_byte": 5.126},
+            "held_out": {**after, "bits_per_byte": 1.874},
+            "about": {"documents": 4321, "xz_bits_per_byte": 2.69},
+        },
         "sft": {**trained, "before": before, "held_out": after, "about": {"conversations": 8}},
         "rank": {"rater": "rule", "prompts": 3, "decided": 2, "tied": 1},
-        "reward": {**trained, "before": before, "about": {"pairs": 2, "held_out_prompts": 213},
-                   "held_out": {"accuracy": 0.8125, "accuracy_se": 0.0267, "length_correlation": -0.11}},
+        "reward": {
+            **trained,
+            "before": before,
+            "about": {"pairs": 2, "held_out_prompts": 213},
+            "held_out": {"accuracy": 0.8125, "accuracy_se": 0.0267, "length_correlation": -0.11},
+        },
         "ppo": {**trained, "before": {}, "held_out": {}, "about": {}},
         "evaluate": {
-            "rater": "rule", "prompts": 78, "sampler": {"max_new": 48, "temperature": 1.0, "seed": 0},
+            "rater": "rule",
+            "prompts": 78,
+            "sampler": {"max_new": 48, "temperature": 1.0, "seed": 0},
             "models": {name: told(score) for name, score in zip(MODELS, (3.0, 4.0, 5.0))},
             "comparisons": [compared("sft", "raw", 1.0), compared("ppo", "sft", 1.25)],
         },
@@ -74,20 +90,38 @@ def run(tmp_path, tokenizer, monkeypatch) -> Path:
     ppo = "reward score/rule kl entropy clip_fraction explained_variance response_length stopped"
     for name, logged in {"pretrain": "loss", "sft": "loss", "reward": "loss accuracy", "ppo": ppo}.items():
         lines = [{"step": 0, "held_out/loss": 4.0, "tokens": 0, "seconds": 1.0}]
-        lines += [{"step": i, **dict.fromkeys(logged.split(), 1 / i), "tokens_per_second": 250.0, "tokens": 1000 * i,
-                   "seconds": 10.0 + 4 * i} for i in range(1, 31)]
+        lines += [
+            {
+                "step": i,
+                **dict.fromkeys(logged.split(), 1 / i),
+                "tokens_per_second": 250.0,
+                "tokens": 1000 * i,
+                "seconds": 10.0 + 4 * i,
+            }
+            for i in range(1, 31)
+        ]
         (tmp_path / name / "metrics.jsonl").write_text(jsonl(lines))
     prompt = [user(f"My dog is {ATTACK}")]
     ranking = {"name": "x", "prompt": prompt, "rater": "rule", "time": "2026-01-01T00:00:00+00:00"}
-    (tmp_path / "rank" / "rankings.jsonl").write_text(jsonl(ranking | verdict for verdict in (
-        {"responses": ["tied one", "tied two"], "ranking": [1, 1]},
-        {"responses": [f"worse {ATTACK}", "Is your dog well?"], "ranking": [2, 1]},
-        {"responses": ["I like your dog.", "no"], "ranking": [1, 2]},
-    )))
-    answers = {name: {"text": f"{name} says \x1b[2J {ATTACK}", "length": 5, "stopped": name != "raw"}
-               for name in MODELS}
-    (tmp_path / "evaluate" / "answers.jsonl").write_text(jsonl(
-        {"prompt": prompt, "answers": answers, "scores": {"raw": 3.0, "sft": 4.0, "ppo": 10.0 + i}} for i in range(9)))
+    (tmp_path / "rank" / "rankings.jsonl").write_text(
+        jsonl(
+            ranking | verdict
+            for verdict in (
+                {"responses": ["tied one", "tied two"], "ranking": [1, 1]},
+                {"responses": [f"worse {ATTACK}", "Is your dog well?"], "ranking": [2, 1]},
+                {"responses": ["I like your dog.", "no"], "ranking": [1, 2]},
+            )
+        )
+    )
+    answers = {
+        name: {"text": f"{name} says \x1b[2J {ATTACK}", "length": 5, "stopped": name != "raw"} for name in MODELS
+    }
+    (tmp_path / "evaluate" / "answers.jsonl").write_text(
+        jsonl(
+            {"prompt": prompt, "answers": answers, "scores": {"raw": 3.0, "sft": 4.0, "ppo": 10.0 + i}}
+            for i in range(9)
+        )
+    )
     return tmp_path
 
 
@@ -100,8 +134,13 @@ def estimate(value: float) -> dict:
 
 
 def told(score: float) -> dict:
-    return {"bits_per_byte": 1.9, "reply_loss": 4.0, "score": estimate(score), "stopped": estimate(score / 5 - 0.2),
-            "length": estimate(20)}
+    return {
+        "bits_per_byte": 1.9,
+        "reply_loss": 4.0,
+        "score": estimate(score),
+        "stopped": estimate(score / 5 - 0.2),
+        "length": estimate(20),
+    }
 
 
 def compared(a: str, b: str, gain: float) -> dict:
@@ -132,9 +171,18 @@ def test_every_section_and_the_claims_as_measured(run):
     page, found = page_of(run)
     assert [attrs["id"] for tag, attrs in found.tags if tag == "h2"] == SECTIONS
     text = found.text.replace("\u00a0", " ")
-    for claim in ("5.13 → 1.87", "xz -9 needs 2.69", "40 % → 60 %", "81.2 ± 2.7 %", "213 prompts",
-                  "score and length −0.11", "ppo over sft", "+1.25",
-                  "95 % interval [+1.05, +1.45], above zero", "wins 70 % [50 %, 90 %]"):
+    for claim in (
+        "5.13 → 1.87",
+        "xz -9 needs 2.69",
+        "40 % → 60 %",
+        "81.2 ± 2.7 %",
+        "213 prompts",
+        "score and length −0.11",
+        "ppo over sft",
+        "+1.25",
+        "95 % interval [+1.05, +1.45], above zero",
+        "wins 70 % [50 %, 90 %]",
+    ):
         assert claim in text, claim
     assert "is not part of this run" not in text and "Not finished" not in text and "Left out" not in text
     assert "4,321 documents" in text and "1.23 M" in text and "420" in text, "what ran, and 7 x 60 s"
@@ -202,8 +250,9 @@ def test_colours_mark_exactly_what_the_assistant_says(tokenizer):
     first, second, padding = report.coloured(tokenizer, rows.pack(examples, 64)[0], 0)
     said = lambda pieces, kind: "".join(piece.text for piece in pieces if piece.kind == kind)
     assert said(first, "trained") == "I am fine.<|end|>Ada<|end|>"
-    assert said(first, "context") == ("<|bos|><|system|>Cy<|end|><|user|>Bo?<|end|><|assistant|>"
-                                      "<|user|>How are you?<|end|><|assistant|>")
+    assert said(first, "context") == (
+        "<|bos|><|system|>Cy<|end|><|user|>Bo?<|end|><|assistant|><|user|>How are you?<|end|><|assistant|>"
+    )
     assert said(second, "trained") == "I am fine.<|end|>"
     assert said(second, "context") == "<|bos|><|user|>Bo?<|end|><|assistant|>"
     used = sum(len(example.ids) - 1 for example in examples)  # n ids are n - 1 pairs of an input and its target

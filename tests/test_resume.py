@@ -25,7 +25,9 @@ def moments(stage: str) -> list[str]:
 def at_batch(monkeypatch, number: int, event) -> None:
     """Has `event()` happen when the loop asks for this batch."""
     fetched = train.fetched
-    monkeypatch.setattr(train, "fetched", lambda r, state, i: (event() if i == number else None, fetched(r, state, i))[1])
+    monkeypatch.setattr(
+        train, "fetched", lambda r, state, i: (event() if i == number else None, fetched(r, state, i))[1]
+    )
 
 
 @pytest.mark.parametrize("stage, moment", [(stage, moment) for stage in TRAINED for moment in moments(stage)])
@@ -37,9 +39,9 @@ def test_what_a_kill_leaves_continues_to_the_same_bits(finished, small, tmp_path
     assert_same_run(killed, finished / stage)
 
 
-@pytest.mark.parametrize("stage, moment", [
-    ("pretrain", "batch:1"), ("sft", "saving:4"), ("reward", "batch:6"), ("ppo", "saving:4"),
-])
+@pytest.mark.parametrize(
+    "stage, moment", [("pretrain", "batch:1"), ("sft", "saving:4"), ("reward", "batch:6"), ("ppo", "saving:4")]
+)
 def test_sigkill(finished, small, tmp_path, stage, moment):
     config = f"--config={ROOT}/experiments/{stage}.py:tiny"
     workdir = tmp_path / stage
@@ -54,8 +56,13 @@ def test_sigkill(finished, small, tmp_path, stage, moment):
 def test_sigkill_in_the_middle_of_an_update_of_ppo(finished, small, tmp_path):
     """From the checkpoint of step 2 on, in the first minibatch of the second epoch of step 3."""
     workdir = shutil.copytree(finished.parent / "snapshots" / "ppo" / "saving", tmp_path / "ppo")
-    process = started("lm.train", f"--config={ROOT}/experiments/ppo.py:tiny", f"--workdir={workdir}",
-                      *settings(finished, "ppo"), moment="update:3")
+    process = started(
+        "lm.train",
+        f"--config={ROOT}/experiments/ppo.py:tiny",
+        f"--workdir={workdir}",
+        *settings(finished, "ppo"),
+        moment="update:3",
+    )
     out, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert f"continues from step 2 of {workdir}" in out
@@ -73,8 +80,14 @@ def test_sigkill_of_the_program_as_it_is(finished, tmp_path):
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
 
     def start(workdir):
-        command = [sys.executable, "-m", "lm.train", f"--config={ROOT}/experiments/pretrain.py:tiny", f"--workdir={workdir}",
-                   *settings(finished, "pretrain")]
+        command = [
+            sys.executable,
+            "-m",
+            "lm.train",
+            f"--config={ROOT}/experiments/pretrain.py:tiny",
+            f"--workdir={workdir}",
+            *settings(finished, "pretrain"),
+        ]
         return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.DEVNULL)
 
     assert start(tmp_path / "undisturbed").wait(120) == 0
@@ -93,15 +106,23 @@ def wait_for(metrics: Path, rows: int, process: subprocess.Popen) -> None:
 
 
 def test_sigterm_saves_the_step_and_exits_with_143(finished, tmp_path):
-    process = started("lm.train", f"--config={ROOT}/experiments/pretrain.py:tiny", f"--workdir={tmp_path / 'run'}",
-                      *settings(finished, "pretrain"), "--config.train.steps=1000000", "--config.train.log_every=1",
-                      "--config.train.save_every=1000000")
+    process = started(
+        "lm.train",
+        f"--config={ROOT}/experiments/pretrain.py:tiny",
+        f"--workdir={tmp_path / 'run'}",
+        *settings(finished, "pretrain"),
+        "--config.train.steps=1000000",
+        "--config.train.log_every=1",
+        "--config.train.save_every=1000000",
+    )
     wait_for(tmp_path / "run" / "metrics.jsonl", 3, process)
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
     assert errors == "stopped by SIGTERM and saved: the same command continues\n"
-    assert [step.name for step in (tmp_path / "run" / "checkpoints").iterdir()] == [str(read_metrics(tmp_path / "run")[-1]["step"])]
+    assert [step.name for step in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        str(read_metrics(tmp_path / "run")[-1]["step"])
+    ]
 
 
 @pytest.mark.parametrize("stage, batch", [("pretrain", 5), ("reward", 7), ("ppo", 2)])
@@ -136,9 +157,26 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(finished, small
     os.truncate(torn, torn.stat().st_size // 2)
     train.run(stage_config(finished, "sft"), workdir)
     said = capsys.readouterr()
-    assert said.err.startswith(f"warning: checkpoint {workdir}/checkpoints/8 is damaged (params/") and said.err.count("\n") == 1
+    assert (
+        said.err.startswith(f"warning: checkpoint {workdir}/checkpoints/8 is damaged (params/")
+        and said.err.count("\n") == 1
+    )
     assert f"continues from step 4 of {workdir}" in said.out
     assert_same_run(workdir, finished / "sft")
+
+
+@pytest.mark.parametrize("moment, first", [("batch 2", 0), ("saving", 5)])
+def test_tensorboard_forgets_only_what_is_written_again(finished, small, tmp_path, monkeypatch, moment, first):
+    """It drops what earlier files say from `purge_step` on; the row of the restored step 4 stays."""
+
+    def writers(path, purge_step):
+        raise RuntimeError(f"purge {purge_step}")
+
+    monkeypatch.setattr(train, "Writers", writers)
+    workdir = shutil.copytree(finished.parent / "snapshots" / "pretrain" / moment, tmp_path / "pretrain")
+    with pytest.raises(RuntimeError, match=f"purge {first}$"):
+        train.run(stage_config(finished, "pretrain"), workdir)
+    assert [row["step"] for row in read_metrics(workdir)] == list(range(0, first, 4))
 
 
 def test_more_steps_continue_a_finished_run(finished, small, tmp_path, capsys):
@@ -169,5 +207,7 @@ def test_the_tokenizer_is_learnt_again_to_the_same_bytes(finished, tmp_path):
     config = stage_config(finished, "tokenizer")
     for _ in range(2):
         train.run(config, tmp_path / "tokenizer")
-        assert (tmp_path / "tokenizer" / "tokenizer.model").read_bytes() == (finished / "tokenizer" / "tokenizer.model").read_bytes()
+        assert (tmp_path / "tokenizer" / "tokenizer.model").read_bytes() == (
+            finished / "tokenizer" / "tokenizer.model"
+        ).read_bytes()
         (tmp_path / "tokenizer" / "summary.json").unlink()  # as if killed before it was written

@@ -134,8 +134,11 @@ def test_joined_by_hand():
     """Rule 2: the weight belongs to the target; the stop token (9) is trained, prompt and padding are not."""
     prompts = jnp.array([[1, 2, 77], [3, 4, 5]])  # 77 is padding: the first prompt has two tokens
     drawn = Completions(
-        tokens=jnp.array([[6, 9], [7, 8]]), logprobs=jnp.array([[-0.1, -0.2], [-0.3, -0.4]]),
-        lengths=jnp.array([2, 2]), stopped=jnp.array([True, False]))
+        tokens=jnp.array([[6, 9], [7, 8]]),
+        logprobs=jnp.array([[-0.1, -0.2], [-0.3, -0.4]]),
+        lengths=jnp.array([2, 2]),
+        stopped=jnp.array([True, False]),
+    )
     tokens, logprobs = joined(prompts, jnp.array([2, 3]), drawn)
     np.testing.assert_array_equal(tokens.inputs, [[1, 2, 6, 9], [3, 4, 5, 7]])
     np.testing.assert_array_equal(tokens.targets, [[2, 6, 9, 0], [4, 5, 7, 8]])
@@ -149,15 +152,18 @@ def test_joined_by_hand():
     np.testing.assert_array_equal(one.segments[0], [1, 1, 0, 0])
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"max_new": 0}, "max_new_tokens is 0"),
-    ({"max_new": 60}, "the prompt has 9 tokens and 60 more .* context is 64: .* lower max_new_tokens to 55"),
-    ({"prompts": PROMPTS[:, :0]}, "the prompt is empty"),
-    ({"temperature": -1.0}, "temperature is -1.0; it must be 0"),
-    ({"top_k": -1}, "top_k is -1"),
-    ({"top_p": 0.0}, "top_p 0.0"),
-    ({"top_p": 1.5}, "top_p 1.5"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"max_new": 0}, "max_new_tokens is 0"),
+        ({"max_new": 60}, "the prompt has 9 tokens and 60 more .* context is 64: .* lower max_new_tokens to 55"),
+        ({"prompts": PROMPTS[:, :0]}, "the prompt is empty"),
+        ({"temperature": -1.0}, "temperature is -1.0; it must be 0"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p 0.0"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+    ],
+)
 def test_bad_requests(changes, message, sampler):
     with pytest.raises(UserError, match=message):
         sampler(**changes)

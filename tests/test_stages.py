@@ -34,6 +34,7 @@ def fresh(tiny_model):
 @pytest.fixture(scope="module")
 def seen(tiny_model, tiny_lm):
     """Tokens -> the tiny decoder's states f32[B,T,D] and their Scores at temperature 1."""
+
     def of(tokens):
         x = tiny_model.hidden(tiny_lm, tokens.inputs, tokens.positions, tokens.segments)
         return x, tiny_model.scores(tiny_lm, x, tokens.targets)
@@ -150,14 +151,17 @@ def test_all_pairs_of_a_prompt_weigh_one_prompt(tiny_model, tiny_lm, pairs):
 
 def test_groups_give_every_prompt_the_weight_one(monkeypatch, rows):
     """Rankings of three and of two responses: 3 pairs of 1/3 and one of 1, the second group padded with nothing."""
+
     def characters(tokenizer, texts, length):
         ids = [[*map(ord, text), *[0] * (length + 1 - len(text))] for text in texts]
         return rows(ids, [len(text) for text in texts], start=length + 1)
 
     monkeypatch.setattr(reward, "answered", lambda prompt, text: prompt + text)
     monkeypatch.setattr(reward, "rows", characters)
-    rankings = [SimpleNamespace(prompt="ab", responses=["c", "de", "f"], ranking=[2, 1, 3]),
-                SimpleNamespace(prompt="x", responses=["y", "zz"], ranking=[1, 2])]
+    rankings = [
+        SimpleNamespace(prompt="ab", responses=["c", "de", "f"], ranking=[2, 1, 3]),
+        SimpleNamespace(prompt="x", responses=["y", "zz"], ranking=[1, 2]),
+    ]
     grouped, count = reward.groups(None, rankings, 4, 3)
     assert count == 4
     np.testing.assert_allclose(grouped.chosen.weights.sum(axis=-1), [[1 / 3] * 3, [1, 0, 0]], rtol=1e-6)
@@ -171,8 +175,8 @@ def test_score_is_read_at_the_last_real_token_by_length(tiny_model, tiny_lm, see
     params = headed(tiny_lm)
     score = jax.jit(functools.partial(scores, tiny_model, params))
     tokens = rows([[5, 9, 0, 0, 1], [5, 9, 4, 8, 1], [0, 0, 0, 0, 0]], [4, 5, 1])  # inputs 5 9 0; 5 9 4 8; none
-    every = np.asarray(tiny_model.value(params["value"], seen(tokens)[0]))
-    np.testing.assert_allclose(score(tokens), [every[0, 2], every[1, 3], 0], rtol=1e-6)
+    every = np.asarray(seen(tokens)[0] @ params["value"]["score"])  # the head's offset, which no pair can see, is out
+    np.testing.assert_allclose(score(tokens), [every[0, 2], every[1, 3], 0], rtol=1e-5)
     assert abs(every[0, 2] - every[0, 1]) > 1e-3 and abs(every[0, 2] - every[0, 3]) > 1e-3
 
 

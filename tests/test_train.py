@@ -7,15 +7,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from runs import CLOCK, TRAINED, finished, small, stage_config
+from runs import CLOCK, TRAINED, finished, made_dialogues, small, stage_config
 
 from lm import sharding, train
 from lm.checkpoint import restore_params
+from lm.data import chats, corpus
 from lm.errors import UserError
 from lm.metrics import Mean
 from lm.model.params import flops_per_token
 from lm.stages import ppo, pretrain
-from lm.tokenizer import Tokenizer
+from lm.tokenizer import Tokenizer, chat, prompt
 from lm.workdir import load, open_workdir, read_json, read_metrics
 
 __all__ = ["finished", "small"]
@@ -27,20 +28,20 @@ def eight(small, monkeypatch):
     monkeypatch.setattr(train, "make_mesh", sharding.make_mesh)
 
 
-def assert_close(one, other, stage: str) -> None:
+def assert_close(one, other) -> None:
     """One device's run and a mesh's, which adds up in another order: float32 rounding, 6e-8 of a number at each sum.
 
     Metrics are held to 1e-4 of their size, or 2e-6 where they are differences of nearly equal numbers. Adam divides a
     gradient by its own size, so an entry whose gradient is itself rounding may move by a whole learning rate (at most
-    3e-3): parameters are held to 5e-4 everywhere, and to 1e-5 on the mean. The reward model's scores are what such
-    entries of a head that was zero say: their moments are held to 1e-2.
+    3e-3): parameters are held to 5e-4 everywhere, and to 1e-5 on the mean.
     """
-    rows, others = ([{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)] for run in (one, other))
+    rows, others = (
+        [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)] for run in (one, other)
+    )
     assert [list(row) for row in rows] == [list(row) for row in others]
     for row, against in zip(rows, others):
         for name, value in row.items():
-            of_scores = stage == "reward" and "score" in name
-            assert value == pytest.approx(against[name], rel=1e-2 if of_scores else 1e-4, abs=2e-6), (row["step"], name)
+            assert value == pytest.approx(against[name], rel=1e-4, abs=2e-6), (row["step"], name)
     params, others = (restore_params(run / "checkpoints")[0] for run in (one, other))
     gaps = jax.tree.map(lambda a, b: np.abs(a - b), params, others)
     assert max(gap.max() for gap in jax.tree.leaves(gaps)) < 5e-4
@@ -51,7 +52,7 @@ def assert_close(one, other, stage: str) -> None:
 def test_a_mesh_over_the_data_gives_one_device_s_numbers(finished, eight, tmp_path, stage):
     summary = train.run(stage_config(finished, stage), tmp_path / stage)
     assert summary["device"].startswith("8 x ")
-    assert_close(tmp_path / stage, finished / stage, stage)
+    assert_close(tmp_path / stage, finished / stage)
 
 
 @pytest.mark.parametrize("stage", TRAINED)
@@ -59,7 +60,7 @@ def test_a_mesh_of_all_axes_takes_up_what_one_device_began(finished, eight, tmp_
     """The first half of the run is one device's; its checkpoint is restored onto data 2, fsdp 2, tensor 2."""
     workdir = shutil.copytree(finished.parent / "snapshots" / stage / "saving", tmp_path / stage)
     train.run(stage_config(finished, stage, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), workdir)
-    assert_close(workdir, finished / stage, stage)
+    assert_close(workdir, finished / stage)
 
 
 @pytest.mark.parametrize("stage", TRAINED)
@@ -68,12 +69,20 @@ def test_what_a_stage_leaves_behind(finished, stage):
     summary, rows = read_json(workdir / "summary.json"), read_metrics(workdir)
     steps, every = config.train.steps, config.train.log_every
     assert [row["step"] for row in rows] == [0, *range(every, steps + 1, every), steps]  # scored, logged ..., scored
-    assert [any(name.startswith("held_out/") for name in row) for row in rows] == [True, *[False] * (steps // every), True]
+    assert [any(name.startswith("held_out/") for name in row) for row in rows] == [
+        True,
+        *[False] * (steps // every),
+        True,
+    ]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     for name in ("tokens", "seconds"):
         assert [row[name] for row in rows] == sorted(row[name] for row in rows)
-    assert summary["before"] == {k.removeprefix("held_out/"): v for k, v in rows[0].items() if k.startswith("held_out/")}
-    assert summary["held_out"] == {k.removeprefix("held_out/"): v for k, v in rows[-1].items() if k.startswith("held_out/")}
+    assert summary["before"] == {
+        k.removeprefix("held_out/"): v for k, v in rows[0].items() if k.startswith("held_out/")
+    }
+    assert summary["held_out"] == {
+        k.removeprefix("held_out/"): v for k, v in rows[-1].items() if k.startswith("held_out/")
+    }
     assert summary["tokens"] == rows[-1]["tokens"] > 0
     passes = config.stage.epochs if stage == "ppo" else 1
     per_token = flops_per_token(load(workdir, backend="cpu").shape, summary["about"]["length"])
@@ -96,6 +105,25 @@ def test_stages_learn(finished):
     assert policy["kl"] == 0 and policy["ratio"] == 1 and policy["clip_fraction"] == 0  # the policy is the reference
 
 
+def test_what_is_too_long_is_skipped_and_counted(finished):
+    """A row of 64 tokens takes excerpts of up to 65, as the last is a target only; a prompt of PPO has 32 at most."""
+    tokenizer = Tokenizer.load(finished / "tokenizer" / "tokenizer.model")
+    said = [
+        chats.Conversation(
+            name, [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        )
+        for name, turns in made_dialogues()
+    ]
+    train_side, _ = corpus.split(said, 0.05)
+    about = read_json(finished / "sft" / "summary.json")["about"]
+    assert about["conversations"] == len(train_side)
+    assert about["skipped"] == sum(len(chat(tokenizer, c.messages).ids) > 65 for c in train_side) > 0
+    contexts, _ = corpus.split(chats.prompts(said, turns=3), 0.05)
+    about = read_json(finished / "ppo" / "summary.json")["about"]
+    assert about["skipped"] == sum(len(prompt(tokenizer, c.messages)) > 32 for c in contexts) > 0
+    assert about["prompts"] == len(contexts) - about["skipped"]
+
+
 def test_scores_on_the_way_and_fewer_checkpoints(finished, small, tmp_path):
     config = stage_config(finished, "pretrain")
     config.train = {"steps": 5, "save_every": 2, "keep": 1, "log_every": 3, "evaluate_every": 2}
@@ -109,6 +137,7 @@ def test_scores_on_the_way_and_fewer_checkpoints(finished, small, tmp_path):
 @pytest.fixture
 def log(tmp_path):
     """log(stage) over a fresh workdir, whose lines go nowhere but into metrics.jsonl."""
+
     class Nowhere:
         def write(self, *_):
             pass
@@ -134,7 +163,10 @@ def test_a_line_is_one_mean_over_its_steps(log, tmp_path):
     lines.flush()
     lines.note(3, {"loss": Mean(np.float32(2), np.float32(1))}, 30)
     lines.flush()
-    assert [(row["step"], row["loss"], row["tokens"]) for row in read_metrics(tmp_path / "run")] == [(2, 1.5, 30), (3, 2.0, 60)]
+    assert [(row["step"], row["loss"], row["tokens"]) for row in read_metrics(tmp_path / "run")] == [
+        (2, 1.5, 30),
+        (3, 2.0, 60),
+    ]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -142,7 +174,9 @@ def test_the_first_step_that_is_not_finite_is_named(log, tmp_path, bad):
     lines = log(pretrain)
     for step, total in ((4, 1.0), (5, bad), (6, bad)):
         lines.note(step, {"loss": Mean(np.float32(total), np.float32(1))}, 1)
-    with pytest.raises(UserError, match=f"pretrain: loss is {bad} at step 5; the last good checkpoint stays in .*/checkpoints: lower"):
+    with pytest.raises(
+        UserError, match=f"pretrain: loss is {bad} at step 5; the last good checkpoint stays in .*/checkpoints: lower"
+    ):
         lines.flush()
     with pytest.raises(UserError, match=f"pretrain: held_out/loss is {bad} at step 8; "):
         lines.write(8, {"held_out/loss": bad})
@@ -155,5 +189,7 @@ def test_a_metric_over_its_limit_stops_the_run(log):
     lines.note(1, {"sampler_gap": Mean(np.float32(gap * 0.9), np.float32(1))}, 1)
     lines.flush()
     lines.note(2, {"sampler_gap": Mean(np.float32(gap * 1.1), np.float32(1))}, 1)
-    with pytest.raises(UserError, match="ppo: sampler_gap is 0.055 by step 2, over its limit of 0.05: see LIMITS in lm/stages/ppo.py"):
+    with pytest.raises(
+        UserError, match="ppo: sampler_gap is 0.055 by step 2, over its limit of 0.05: see LIMITS in lm/stages/ppo.py"
+    ):
         lines.flush()

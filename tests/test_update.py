@@ -51,8 +51,11 @@ def test_microbatches_do_not_change_the_update(loss, seed):
     """Rule 1, two terms with different denominators included (trap 10)."""
     data = batch(seed=seed)
     one, metrics = after(loss, data)
-    exact = jax.grad(lambda w: sum(t.value() for t in jax.tree.leaves(
-        loss({"lm": w}, {}, data, KEY)[0], is_leaf=lambda x: isinstance(x, Mean))))(jnp.array([1.0, 2.0, 3.0]))
+    exact = jax.grad(
+        lambda w: sum(
+            t.value() for t in jax.tree.leaves(loss({"lm": w}, {}, data, KEY)[0], is_leaf=lambda x: isinstance(x, Mean))
+        )
+    )(jnp.array([1.0, 2.0, 3.0]))
     np.testing.assert_allclose(one, jnp.array([1.0, 2.0, 3.0]) - exact, rtol=1e-6)
     for count in (2, 4):
         many, summed = after(loss, data, microbatches=count)
@@ -145,6 +148,7 @@ def test_annotate_runs_once_before_the_inner_update():
 
 def test_minibatches_visit_every_row_once_an_epoch():
     """The gradient of sum_i w_i over a minibatch is 1 on its rows: three epochs leave -3 everywhere, in six updates."""
+
     def loss(params, frozen, batch, key):
         total = Mean(jnp.sum(params["lm"][batch["row"]]), jnp.float32(1))
         return total, {"rows": Mean(jnp.float32(len(batch["row"])), jnp.float32(1))}

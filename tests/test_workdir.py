@@ -40,8 +40,10 @@ def test_other_differences_are_refused_and_change_nothing(tmp_path):
         workdir.append_metrics({"step": 0})
     with pytest.raises(UserError) as error:
         open_workdir(tmp_path, changed(width=16, a=1, b=2, c=3) | {"train": {"steps": 20}})
-    assert str(error.value) == (f"{tmp_path} was made with another config (model.width: 8 -> 16, model.a: absent -> 1, "
-                                "model.b: absent -> 2 and 1 more): give another --workdir, or remove this one")
+    assert str(error.value) == (
+        f"{tmp_path} was made with another config (model.width: 8 -> 16, model.a: absent -> 1, "
+        "model.b: absent -> 2 and 1 more): give another --workdir, or remove this one"
+    )
     open_workdir(tmp_path, CONFIG).close()  # neither the lock nor the new config stayed behind
 
 
@@ -79,8 +81,10 @@ def test_folder_of_a_run_killed_at_once_is_taken_up(tmp_path):
 
 
 def test_second_process_is_refused_until_the_first_is_killed(tmp_path):
-    code = ("import sys, time; from lm.workdir import open_workdir; w = open_workdir(sys.argv[1], {}); "
-            "print('open', flush=True); time.sleep(60)")
+    code = (
+        "import sys, time; from lm.workdir import open_workdir; w = open_workdir(sys.argv[1], {}); "
+        "print('open', flush=True); time.sleep(60)"
+    )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "open\n"
         with pytest.raises(UserError, match=f"{tmp_path} is in use by process {process.pid}: wait for it, or"):
@@ -99,8 +103,11 @@ def test_metrics_are_appended_truncated_and_read(tmp_path):
         assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
         workdir.truncate_metrics(2)
         workdir.append_metrics({"step": 3, "loss": 0.25})
-        assert read_metrics(workdir.metrics) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5},
-                                                 {"step": 3, "loss": 0.25}]
+        assert read_metrics(workdir.metrics) == [
+            {"step": 1, "loss": 1.0},
+            {"step": 2, "loss": 0.5},
+            {"step": 3, "loss": 0.25},
+        ]
 
 
 def test_damaged_metrics_are_named(tmp_path):

@@ -16,7 +16,8 @@ def scores(model: Model, params: Params, tokens: Tokens) -> Array:
     x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
     lengths = jnp.sum(tokens.segments > 0, axis=1)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where(lengths > 0, model.value(params["value"], last), 0.0)
+    head = {**params["value"], "offset": 0.0}  # a difference of scores cannot see it, so only rounding would move it
+    return jnp.where(lengths > 0, model.value(head, last), 0.0)
 
 
 def rows(tokenizer: Tokenizer, conversations: list[list[dict]], length: int) -> Tokens:

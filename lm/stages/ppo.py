@@ -33,10 +33,8 @@ from lm.update import Loss, Update, annotate, gradient, minibatches, reference, 
 LIMITS = {"sampler_gap": 0.05}
 
 SHOWN = ("reward", "score/rule", "kl", "entropy")  # in the live line
-ROLLOUT, HELD_OUT = (
-    2**30,
-    2**30 + 1,
-)  # roles folded into the key: above every step, which folds itself in for its own draws
+# Roles folded into the key, above every step: an update folds its step in, and no two draws may share a key.
+ROLLOUT, HELD_OUT = 2**30, 2**30 + 1
 
 
 def make(
