@@ -24,7 +24,9 @@ def get_config(arg: str = "") -> ConfigDict:
             "rankings": "runs/quickstart/rank/rankings.jsonl",
             "length": 64 if tiny else 104,
             "prompts_per_batch": 8 if tiny else 32,
+            "axes": {"overall": 1.0},  # and its share of the total score; further axes need verdicts that score them
             "held_out": 0.15,
+            "limit": 0,  # verdicts to learn from; 0: all
         }
     )
     config.train = ConfigDict(
@@ -39,6 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "weight_decay": 0.1,
         }
     )
-    config.stage = ConfigDict({"name": "reward"})
+    config.stage = ConfigDict({"name": "reward", "margin": 0.0, "flipped": 0.0, "centring": 0.01})
+    config.stage.axes = config.data.axes  # one dict: what is learnt is what the batches bring
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()

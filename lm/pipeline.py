@@ -2,8 +2,8 @@
 
     python -m lm.pipeline --config=experiments/quickstart.py --workdir=runs/quickstart
 
-The config holds one subtree a stage, in order: what `lm.train` (tokenizer, pretrain, sft, reward, ppo), `lm.rank` or
-`lm.evaluate` would be given. Kill it at any moment and give the same command again: finished stages are passed over,
+The config holds one subtree a stage, in order: what `lm.train` (tokenizer, pretrain, sft, reward, ppo), `lm.verdicts`
+or `lm.evaluate` would be given. Kill it at any moment and give the same command again: finished stages are passed over,
 the interrupted one continues, and the result is bitwise the same.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lm import evaluate, rank, report, train
+from lm import evaluate, report, taste, train, verdicts
 from lm.config import arguments, require
 from lm.console import main, say
 from lm.errors import UserError
@@ -22,7 +22,8 @@ from lm.hardware import matmul_ceiling
 from lm.workdir import PIPELINE, TEMPORARY, read_json, write_text
 
 FLAGS = {"workdir": dict(default=None, metavar="DIR", help="the run folder; default: the config's `root`")}
-PROGRAMS: Mapping[str, Callable] = {"rank": rank.run, "evaluate": evaluate.run}  # every other stage is lm.train's
+PROGRAMS: Mapping[str, Callable] = {"rank": verdicts.run, "evaluate": evaluate.run}  # every other stage is lm.train's
+JUDGES = ("reward", "listwise")  # stages that learn a taste, which is then looked at
 
 
 def run(config: ConfigDict) -> Path:
@@ -35,6 +36,8 @@ def run(config: ConfigDict) -> Path:
         PROGRAMS.get(name, train.run)(config[name], root / name)
         record["seconds"][name] = record["seconds"].get(name, 0) + time.monotonic() - began
         write_text(root / PIPELINE, json.dumps(record, indent=2) + "\n")
+        if "stage" in config[name] and config[name].stage.name in JUDGES:
+            taste.show(taste.measured(root / name))
     # Measured at both ends: what else the machine was doing can only lower it.
     record["matmul_flops"] = max(record["matmul_flops"], matmul_ceiling())
     write_text(root / PIPELINE, json.dumps(record, indent=2) + "\n")

@@ -1,142 +1,198 @@
-"""Rank answers: a model answers prompts several times, a rater orders the answers, and the verdicts become a file.
+"""People rank answers: models answer your prompts, a page shows the answers side by side, verdicts are kept.
 
-    python -m lm.rank --config=experiments/rank.py --workdir=runs/quickstart/rank
+    python -m lm.rank --workdir=runs/people --prompts=prompts.txt --models=runs/quickstart
+    python -m lm.rank --workdir=runs/people --results
 
-Writes WORKDIR/rankings.jsonl, the format that stage `reward` reads (see lm.data.rankings). Continues after a kill.
+WORKDIR/people.db holds answers and verdicts: the same command goes on where it stopped, and without --prompts the page
+shows what is there. Stage `reward` learns from it: --config.data.rankings=WORKDIR/people.db.
 """
 
-import time
-from collections.abc import Mapping
-from datetime import UTC, datetime
+import argparse
+import itertools
+import secrets
+import socket
+import webbrowser
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
+import uvicorn
 
-from lm.answers import answerer
-from lm.config import arguments, call, require, to_dict
-from lm.console import Progress, main, say, warn
-from lm.data import chats, corpus as corpora, rankings as records
-from lm.data.prompts import fitting, take
-from lm.errors import UserError, at_least
-from lm.rewards import REWARDS
-from lm.workdir import Workdir, load, open_workdir, write_text
+from lm.chat import policy_folder
+from lm.config import parsed
+from lm.console import main, on_sigterm, say, table, warn
+from lm.data import rankings as records
+from lm.data.store import Store, read
+from lm.errors import UserError
+from lm.ranking import prompts, results
+from lm.ranking.app import LOOPBACK, admitted, make_app
+from lm.ranking.results import measured
+from lm.ranking.speakers import Speaker, fill
+from lm.workdir import CHECKPOINTS, PIPELINE, load, load_reward, write_text
 
-RANKINGS = "rankings.jsonl"
-FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the rankings go; the same command continues")}
+PEOPLE, RESULTS = "people.db", "results.html"
+TITLE = "Which answer is better?"
+FLAGS = {
+    "workdir": dict(required=True, metavar="DIR", help="where answers and verdicts are kept"),
+    "prompts": dict(metavar="FILE", help='.txt, a prompt a line, or .jsonl: {"prompt": text or messages}'),
+    "models": dict(metavar="DIR,...", help="who answers, also as NAME=DIR; default: the model in --workdir"),
+    "responses": dict(type=int, default=2, help="answers to a prompt, 2 to 5, of the models in turn; default: 2"),
+    "max_new_tokens": dict(type=int, default=48, help="the longest answer; default: 48"),
+    "temperature": dict(type=float, default=1.0, help="0 always takes the likeliest token; default: 1"),
+    "top_k": dict(type=int, default=0, help="sample among the k likeliest tokens only; default: 0, all"),
+    "top_p": dict(type=float, default=1.0, help="among the likeliest whose probability reaches p; default: 1"),
+    "seed": dict(type=int, default=0, help="the same seed gives the same answers; default: 0"),
+    "reward": dict(metavar="DIR,...", help="reward models: what they are least sure of is asked first"),
+    "raters": dict(default="", metavar="NAME,...", help="who may rank; default: anybody"),
+    "host": dict(
+        default=LOOPBACK[0], help="0.0.0.0 admits other machines, by a secret address; default: this one only"
+    ),
+    "port": dict(type=int, default=8000, help="0 takes a free one; default: 8000"),
+    "open": dict(action="store_true", help="open the page in a browser"),
+    "import": dict(dest="source", metavar="FILE", help="add the verdicts of a .jsonl or .db file, and stop"),
+    "export": dict(metavar="FILE", help="write all verdicts as JSON lines, and stop"),
+    "results": dict(action="store_true", help=f"print what the verdicts say, write WORKDIR/{RESULTS}, and stop"),
+}
 
 
-def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
-    """Ranks in a workdir, or takes up where it stopped, and returns the summary it leaves there."""
-    require(config, ("seed", "init_from", "rank"), "lm.rank")
-    with open_workdir(path, to_dict(config)) as workdir:
-        summary = workdir.summary()
-        if summary is None:
-            summary = call(rank, config.rank, workdir, config.init_from, config.seed, name="rank")
-            workdir.write_summary(summary)
-        say(
-            f"rank: {summary['prompts']} prompts, {summary['decided']} pairs decided, {summary['tied']} tied, "
-            f"{summary['seconds']:.0f} s: {workdir.path / RANKINGS}"
-        )
-        return summary
+def speakers(flags: argparse.Namespace) -> list[Speaker]:
+    """The models that answer."""
+    if not 2 <= flags.responses <= 5:
+        raise UserError(f"responses is {flags.responses}; it must be from 2 to 5")
+    sampler = {name: getattr(flags, name) for name in ("seed", "max_new_tokens", "temperature", "top_k", "top_p")}
+    return [
+        Speaker(name, load(folder, backend=jax.default_backend(), warn=warn), **sampler)
+        for name, folder in models(flags).items()
+    ]
 
 
-def rank(
-    workdir: Workdir,
-    init_from: str,
-    seed: int,
-    *,
-    sources: str = "chitchat",
-    turns: int = 3,
-    prompts_per_conversation: int = 1,
-    prompts: int = 1500,
-    prompt_length: int = 64,
-    responses: int = 2,
-    max_new: int = 32,
-    temperature: float = 1.0,
-    rater: str = "rule",
-    held_out: float = 0.02,
-    prompts_at_once: int = 128,
-) -> dict[str, Any]:
-    """Answers of the model in `init_from` to prompts that are not held out, ranked by one of lm.rewards.REWARDS."""
-    if rater not in REWARDS:
-        raise UserError(f"rank.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
-    at_least(1, "rank", turns=turns, prompts=prompts, prompts_at_once=prompts_at_once)
-    at_least(2, "rank", responses=responses)
-    at_least(0, "config", seed=seed)
-    start = time.monotonic()
-    trained = load(init_from, backend=jax.default_backend(), warn=warn)
-    contexts = chats.prompts(chats.conversations(sources), turns=turns, per_conversation=prompts_per_conversation)
-    seen, _ = corpora.split(contexts, held_out)
-    name_of = {id(c.messages): c.name for c in seen}
-    fit, skipped = fitting(trained.tokenizer, seen, prompt_length)
-    order = np.random.default_rng(seed).permutation(len(fit.ids))[:prompts]
-    chosen = take(fit, order)
+def models(flags: argparse.Namespace) -> dict[str, Path]:
+    """The workdir of each model that answers, by name; a pipeline's folder means its last policy."""
+    if not flags.models and not any((Path(flags.workdir) / name).exists() for name in (PIPELINE, CHECKPOINTS)):
+        raise UserError(f"there is no model in {flags.workdir}: name those that answer, --models=DIR,DIR")
+    found: dict[str, Path] = {}
+    for part in (flags.models or flags.workdir).split(","):
+        name, _, path = part.strip().rpartition("=")
+        if not path:
+            raise UserError(f"--models={flags.models} names no folder: give those of trained models")
+        folder = policy_folder(Path(path))
+        name = name or folder.resolve().name
+        if name in found:
+            raise UserError(f"two models are called {name}: tell them apart, --models=NAME=DIR,NAME=DIR")
+        found[name] = folder
+    return found
 
-    done = ranked_so_far(workdir.path / RANKINGS, prompts_at_once)
-    answers = answerer(
-        trained.model,
-        trained.params["lm"],
-        trained.tokenizer,
-        jit=jax.jit,
-        rows_at_once=prompts_at_once * responses,
-        max_new=max_new,
-        temperature=temperature,
+
+def prioritise(store: Store, paths: str) -> None:
+    """What the reward models are least sure of, or disagree on, is asked first."""
+    judges = [
+        load_reward(path.strip(), backend=jax.default_backend(), centred=False, jit=jax.jit, warn=warn)[1]
+        for path in paths.split(",")
+    ]
+    items = store.items()
+    examples = [item.prompt for item in items for _ in item.responses]
+    texts = [text for item in items for text in item.responses]
+    scores = np.stack([judge(examples, texts) for judge in judges])
+    ends = np.cumsum([len(item.responses) for item in items])
+    store.prioritise({item.id: doubt(each) for item, each in zip(items, np.split(scores, ends[:-1], axis=1))})
+
+
+def doubt(scores: np.ndarray) -> float:
+    """The mean over pairs of responses of p (1 - p), with p the mean over models of sigmoid(score difference).
+
+    scores: f[models, responses]. p (1 - p) of the mean is the mean of p (1 - p) plus the variance of p, so this counts
+    both how unsure each model is and how far they disagree.
+    """
+    pairs = itertools.combinations(scores.T, 2)
+    p = np.array([np.mean(1 / (1 + np.exp(b - a))) for a, b in pairs])
+    return float(np.mean(p * (1 - p)))
+
+
+def serve(store: Store, flags: argparse.Namespace, raters: Sequence[str], listening: socket.socket) -> None:
+    """Shows the page until ctrl-C or SIGTERM."""
+    local = flags.host in LOOPBACK
+    token = "" if local else secrets.token_urlsafe()
+    app = make_app(store, title=TITLE, raters=raters, token=token, hosts=LOOPBACK if local else ())
+    name = socket.gethostname() if flags.host in ("0.0.0.0", "::") else flags.host
+    base = f"http://{f'[{name}]' if ':' in name else name}:{listening.getsockname()[1]}/"
+    secret = f"?token={token}" if token else ""
+    say(f"rank at {base}{secret} ({len(store.items())} items; ctrl-C stops)")
+    say(f"results: {base}results{secret}")
+    say(f"verdicts are kept in {store.path}; to learn from them:")
+    say(
+        f"  python -m lm.train --config=experiments/reward.py --workdir={store.path.parent / 'reward'} "
+        f"--config.init_from=DIR --config.data.rankings={store.path}"
     )
-    with Progress("rank", len(order), "prompt") as progress:
-        for first in range(done, len(order), prompts_at_once):
-            rows = np.arange(first, min(first + prompts_at_once, len(order)))
-            part = take(chosen, np.repeat(rows, responses))
-            key = jax.random.fold_in(jax.random.key(seed), first)
-            texts = [answer.text for answer in answers(part, key)]
-            scores = REWARDS[rater](part.contexts, texts).reshape(-1, responses)
-            verdicts = [
-                records.Ranking(
-                    name_of[id(context)],
-                    context,
-                    texts[i * responses : (i + 1) * responses],
-                    ranks(score),
-                    rater,
-                    datetime.now(UTC).isoformat(timespec="seconds"),
-                )
-                for i, (context, score) in enumerate(zip(part.contexts[::responses], scores))
-            ]
-            records.append(workdir.path / RANKINGS, verdicts)
-            progress.update(int(rows[-1]) + 1, {"score": float(scores.mean())})
-    found = records.read(workdir.path / RANKINGS)
-    decided = sum(len(records.pairs(r)) for r in found)
-    return {
-        "stage": "rank",
-        "rater": rater,
-        "prompts": len(found),
-        "skipped": skipped,
-        "decided": decided,
-        "tied": len(found) * responses * (responses - 1) // 2 - decided,
-        "seconds": time.monotonic() - start,
-    }
+    if flags.open:
+        webbrowser.open(base + secret)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=3))
+    with on_sigterm(), suppress(KeyboardInterrupt):  # the server stops by itself, then raises the signal again
+        server.run(sockets=[listening])
+    say(f"stopped: {len(store.rankings())} verdicts in {store.path}")
 
 
-def ranks(scores: np.ndarray) -> list[int]:
-    """1 for the best; equal scores share a rank."""
-    return [1 + int(np.sum(scores > score)) for score in scores]
+def listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot serve at {host}:{port} ({error}): give another --port, 0 for a free one") from error
 
 
-def ranked_so_far(path: Path, at_once: int) -> int:
-    """How many prompts whole chunks in the file cover; what a kill left of a torn chunk is cut off."""
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().split(b"\n")[:-1]  # bytes: a kill may tear a character, an answer may hold U+2028
-    whole = len(lines) // at_once * at_once
-    write_text(path, b"".join(line + b"\n" for line in lines[:whole]).decode())
-    return whole
+def export(store: Store, path: Path) -> None:
+    """Writes every verdict to a new file."""
+    if path.exists():
+        raise UserError(f"{path} exists: name a new file to export to")
+    rankings = store.rankings()
+    write_text(path, "".join(f"{records.line(ranking)}\n" for ranking in rankings))
+    say(f"{len(rankings)} verdicts exported to {path}")
+
+
+def show_results(store: Store) -> None:
+    rankings = store.rankings()
+    found = results.results(rankings)
+    counts = [
+        [r.name, r.verdicts, r.ties, r.bad, r.skipped, "–" if r.seconds is None else r.seconds] for r in found.raters
+    ]
+    table("", ("rater", "verdicts", "ties", "both bad", "skipped", "median seconds"), counts)
+    biases = [[r.name, measured(r.first, "percent"), measured(r.reliability, "percent")] for r in found.raters]
+    table("", ("rater", "first shown preferred", "with the majority"), biases)
+    strengths = [[model.name, model.responses, measured(model.strength, "signed")] for model in found.models]
+    table("", ("model", "answers", "log-strength"), strengths)
+    say(f"Krippendorff's alpha: {measured(found.alpha, 'signed')}")
+    write_text(store.path.parent / RESULTS, results.page(rankings, title=TITLE))
+    say(f"results: {store.path.parent / RESULTS}")
 
 
 def program(argv: list[str]) -> None:
-    flags, config = arguments(argv, __doc__, FLAGS)
-    run(config, flags.workdir)
+    flags = parsed(argv, __doc__, FLAGS)
+    path = Path(flags.workdir) / PEOPLE
+    if not (path.exists() or flags.prompts or flags.source):
+        raise UserError(f"there is no {path} yet: give --prompts=FILE to have them answered, or --import=FILE")
+    stops = flags.source or flags.export or flags.results
+    # Whatever is wrong with these shows before a database is made or a model asked.
+    raters = [admitted(name.strip(), ()) for name in flags.raters.split(",")] if flags.raters else []
+    asked = prompts.read(flags.prompts, warn) if flags.prompts else []
+    answering = speakers(flags) if asked else []
+    brought = read(flags.source) if flags.source else []
+    with nullcontext() if stops else listen(flags.host, flags.port) as listening, Store(path) as store:
+        if flags.source:
+            added, there = store.merge(brought)
+            say(f"{added} verdicts imported into {path}, {there} were there already")
+        if asked:
+            fill(store, answering, asked, count=flags.responses, seed=flags.seed)
+        if flags.export:
+            export(store, Path(flags.export))
+        if flags.results:
+            show_results(store)
+        if not stops:
+            if not store.items():
+                raise UserError(f"there is nothing to rank in {path}: give --prompts=FILE, or --import=FILE")
+            if flags.reward:
+                prioritise(store, flags.reward)
+            serve(store, flags, raters, listening)
 
 
 if __name__ == "__main__":
-    main(program, long=True)
+    main(program)

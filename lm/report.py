@@ -6,23 +6,22 @@ Writes WORKDIR/report.html: self-contained, without scripts. Stages that have no
 """
 
 import inspect
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from lm import taste
 from lm.config import parsed
 from lm.console import main, say
 from lm.data import chats, corpus, rankings, rows
 from lm.errors import UserError
+from lm.intervals import Estimate
+from lm.pages import HELD_OUT, TRAIN, interval, percent, signed, svg, templates, whiskers
 from lm.rewards.rule import CRITERIA, RULE, explain
 from lm.stages import sft
 from lm.tokenizer import Tokenizer, chat
@@ -33,25 +32,6 @@ PAGE = "report.html"
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the folder of a pipeline's run")}
 SHOWN_ANSWERS, SHOWN_RANKINGS, PACKED = 8, 2, 12  # answers and rankings shown; excerpts packed into rows to show one
 SMOOTHING = 10  # a smoothed line is the mean of about a tenth of the points
-
-INK, TRAIN, HELD_OUT = "#7b7b7a", "#3f7fd6", "#d9822b"  # INK gives way to the page's own text colour
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "lm",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
-    "grid.alpha": 0.25,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.linewidth": 0.6,
-}
 
 # What each stage did, in the words and numbers of its own summary.
 DONE = {
@@ -84,6 +64,9 @@ PANELS: Mapping[str, Sequence[Panel]] = {
     ),
     "ppo": (
         Panel("reward", "Reward", "The reward model's score of an answer: what the policy is trained to raise."),
+        Panel(
+            "reward/", "A part of the reward", "One of the rewards whose weighted sum the policy is trained to raise."
+        ),
         Panel("score/", "The rater's own score", "The policy never sees it; it judges the learnt reward."),
         Panel("kl", "KL to the SFT model", "How far the policy has moved, in nats an answer; moving costs reward."),
         Panel("entropy", "Entropy", "How undecided the policy is, in nats a token; near 0 it says one thing only."),
@@ -112,14 +95,12 @@ def write(root: str | Path) -> Path:
     root = Path(root)
     record = read_json(root / PIPELINE)
     run = {name: stage(root / name) for name in record["stages"]}
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {f.__name__: f for f in (short, signed, percent, interval, visible)}
+    template = templates().get_template("report.html.jinja")
     evaluation, verdicts = finished(run, "evaluate"), finished(run, "rank")
+    numbers = root / "reward" / taste.NUMBERS
+    tasted = read_json(numbers) if finished(run, "reward") and numbers.exists() else {}
     lines = [ran(found, record) for found in run.values() if found.summary]
-    page = environment.get_template("report.html.jinja").render(
+    page = template.render(
         root=root,
         claims=claims(run),
         missing=[name for name, found in run.items() if not found.summary],
@@ -130,11 +111,13 @@ def write(root: str | Path) -> Path:
         curves=[figure for found in run.values() if found.summary for figure in figures(found)],
         evaluation=evaluation,
         models={name: run["evaluate"].config["models"][name] for name in evaluation["models"]} if evaluation else {},
-        whiskers=whiskers(evaluation["models"]) if evaluation else "",
+        whiskers=scores(evaluation["models"]) if evaluation else "",
         rule=RULE,
         criteria={name: weight for name, (weight, _) in CRITERIA.items()},
         rater=verdicts["rater"] if verdicts else "",
         rankings=judged(root / "rank" / "rankings.jsonl") if verdicts else [],
+        taste=tasted,
+        tasted=taste.figures(tasted) if tasted else [],
         answers=read_metrics(root / "evaluate" / "answers.jsonl")[:SHOWN_ANSWERS] if evaluation else [],
         row=shown_row(root / "sft", run["sft"].config) if finished(run, "sft") else None,
         configs={name: json.dumps(found.config, indent=2) for name, found in run.items()},
@@ -264,29 +247,10 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
 
 
-def whiskers(models: Mapping[str, Mapping[str, Any]]) -> Markup:
+def scores(models: Mapping[str, Mapping[str, Any]]) -> Markup:
     """The rater's score of each model as a dot with its 95 % interval."""
-
-    def draw(axes: Axes):
-        scores = [told["score"] for told in models.values()]
-        values, low, high = (np.array([score[key] for score in scores]) for key in ("value", "low", "high"))
-        axes.errorbar(values, range(len(values)), xerr=[values - low, high - values], fmt="o", color=TRAIN, capsize=3)
-        axes.set_yticks(range(len(values)), list(models))
-        axes.set_ylim(len(values) - 0.5, -0.5)
-        axes.set_xlabel("the rater's score, with its 95 % interval")
-        axes.grid(axis="x", color=INK, alpha=0.25)
-
-    return svg(draw, width=4.4, height=0.75 + 0.32 * len(models))
-
-
-def svg(draw, *, width: float, height: float) -> Markup:
-    """What `draw(axes)` draws, as an element for the page; width and height in inches."""
-    with rc_context(STYLE):
-        figure, file = Figure((width, height), layout="constrained"), io.StringIO()
-        draw(figure.subplots())
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    return Markup(file.getvalue()[file.getvalue().index("<svg") :].replace(INK, "currentColor"))
+    found = {name: Estimate(**told["score"]) for name, told in models.items()}
+    return whiskers(found, "the rater's score, with its 95 % interval")
 
 
 def judged(path: Path) -> list[dict[str, Any]]:
@@ -336,38 +300,6 @@ def coloured(tokenizer: Tokenizer, tokens: Tokens, row: int) -> list[list[Piece]
         found.append([Piece(text, kind) for text, kind in zip(tokenizer.pieces(ids), kinds)])
     padding = int(np.sum(segments == 0))
     return [*found, [Piece("·", "padding")] * padding] if padding else found
-
-
-def visible(text: str) -> str:
-    """`text` with the control characters that HTML has no place for as their pictures; newline and tab stay."""
-    pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-    return text.translate({**pictures, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
-
-
-def short(number: float | None) -> str:
-    """1234567 to "1.23 M"; a dash for None."""
-    if number is None:
-        return "–"
-    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g} {letter}"
-    return f"{number:.3g}"
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.0f}\u00a0%"
-
-
-def signed(number: float) -> str:
-    return f"{number:+.2f}".replace("-", "−")
-
-
-FORMATS = {"plain": "{:.2f}".format, "tenths": "{:.1f}".format, "signed": signed, "percent": percent}
-
-
-def interval(estimate: Mapping[str, float], style: str = "plain") -> str:
-    """ "[4.01, 4.23]", the 95 % interval of an Estimate."""
-    return f"[{FORMATS[style](estimate['low'])}, {FORMATS[style](estimate['high'])}]"
 
 
 def program(argv: list[str]) -> None:

@@ -28,14 +28,14 @@ from lm.errors import UserError, at_least
 from lm.model import Config, Model, make
 from lm.model.params import count, flops_per_token, specs
 from lm.rewards import Reward
-from lm.rewards.model import reward_model
+from lm.rewards.model import ensemble
 from lm.sharding import make_mesh, put_batch, state_shardings
 from lm.stages import STAGES
 from lm.stages.context import Batches, Context
 from lm.tokenizer import Tokenizer
 from lm.types import Tokens, TrainState
 from lm.update import Update
-from lm.workdir import Workdir, load, open_workdir, read_metrics
+from lm.workdir import Workdir, load, load_reward, open_workdir, read_metrics
 
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the run's own folder; the same command continues it")}
 SUBTREES = ("seed", "tokenizer", "init_from", "model", "optimizer", "stage", "data", "mesh", "train")
@@ -147,7 +147,8 @@ def prepare(config: ConfigDict, workdir: Workdir) -> Run:
     optimizer = call(optim.make, config.optimizer, name="optimizer")
     options = {key: value for key, value in config.stage.to_dict().items() if key != "name"}
     update = call(stage.make, options, model, optimizer, name="stage")
-    context = Context(model, tokenizer, config.seed, jax.jit, lambda path: reward_from(path, tokenizer))
+    lent = lambda paths, pessimism: reward_from(paths, tokenizer, pessimism)
+    context = Context(model, tokenizer, config.seed, jax.jit, lent)
     batches = call(stage.batches, config.data, context, name="data")
 
     mesh = call(make_mesh, config.mesh, name="mesh")
@@ -174,28 +175,21 @@ def agreed_tokenizer(path: str, start) -> Tokenizer:
     return tokenizer
 
 
-def reward_from(path: str, tokenizer: Tokenizer) -> Reward:
-    """The reward model of a finished workdir, centred and scaled by its held-out answers."""
-    judge = load(path, backend=jax.default_backend(), warn=warn)
-    if judge.stage != "reward" or "held_out" not in judge.summary:
-        raise UserError(f"{path} is no finished reward model (it is {judge.stage}): train stage reward there first")
+def reward_from(paths: str, tokenizer: Tokenizer, pessimism: float) -> Reward:
+    """The reward model of a finished workdir, or the ensemble of several, whose names are separated by commas."""
+    members = [one_reward(path.strip(), tokenizer) for path in paths.split(",")]
+    return ensemble(members, pessimism=pessimism) if len(members) > 1 else members[0]
+
+
+def one_reward(path: str, tokenizer: Tokenizer) -> Reward:
+    """The reward model of a finished workdir that shares our tokenizer, centred."""
+    judge, reward = load_reward(path, backend=jax.default_backend(), centred=True, jit=jax.jit, warn=warn)
     if judge.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{path} was trained with tokenizer and template {judge.tokenizer.fingerprint[:8]}, but this run "
             f"has {tokenizer.fingerprint[:8]}: train a reward model from the same tokenizer"
         )
-    found = judge.summary["held_out"]
-    length = judge.summary["about"]["length"]
-    return reward_model(
-        judge.model,
-        judge.params,
-        judge.tokenizer,
-        offset=found["score_mean"],
-        scale=found["score_deviation"],
-        length=length,
-        rows_at_once=64,
-        jit=jax.jit,
-    )
+    return reward
 
 
 def initial_state(update: Update, model: Model, seed: int, params, mesh) -> tuple[TrainState, Any]:

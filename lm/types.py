@@ -38,11 +38,14 @@ class Tokens:
 
 
 @struct.dataclass
-class Preferences:
-    """Pairs of answers to one prompt; row i of `chosen` was preferred to row i of `rejected`."""
+class Ranked:
+    """Answers to each of P prompts, up to K of them, and a rater's ranks on each of A axes.
 
-    chosen: Tokens
-    rejected: Tokens
+    Grouped, so that a cut by prompts (microbatches, devices) never parts the answers that a rank compares.
+    """
+
+    tokens: Tokens  # leaves [P,K,T]; weights are unused: an answer is scored whole
+    ranks: Array  # i32[P,K,A]  1 is best, equal is a tie; 0: no such answer, or not judged on this axis
 
 
 @struct.dataclass
@@ -51,7 +54,7 @@ class Rollouts:
 
     tokens: Tokens  # weights are 1 on sampled tokens only
     rewards: Array  # f32[B]
-    scores: Mapping[str, Array]  # f32[B] each: logged beside the reward, never learned from
+    scores: Mapping[str, Array]  # f32[B] each: parts of the reward and other raters' scores, logged by these names
     stopped: Array  # bool[B]  ended by themselves, not by the limit
     sampler_logprobs: Array  # f32[B,T]  what the sampler said while it drew
     old_logprobs: Array | None = None  # f32[B,T]  the trainer's, of the same policy

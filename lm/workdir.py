@@ -15,6 +15,9 @@ from typing import Any, NamedTuple, TextIO
 from lm.checkpoint import restore_params
 from lm.errors import UserError
 from lm.model import Config, Model, make
+from lm.rewards import Reward
+from lm.rewards.model import reward_model
+from lm.stages.ranked import ONE_AXIS, in_order
 from lm.tokenizer import Tokenizer
 from lm.types import Params
 
@@ -130,6 +133,33 @@ def load(path: str | Path, *, backend: str, warn: Callable[[str], None] = print)
     summary = read_json(path / SUMMARY) if (path / SUMMARY).exists() else {}
     shape = Config(**meta["model"])
     return Trained(path, meta["stage"], shape, make(shape.on(backend)), params, tokenizer, summary)
+
+
+def load_reward(
+    path: str | Path, *, backend: str, centred: bool, jit, warn: Callable[[str], None] = print
+) -> tuple[Trained, Reward]:
+    """A finished reward model, and its total score as a reward: the weighted sum of its axes.
+
+    centred: less the mean and over the deviation of its held-out answers; else as learnt, so that differences of scores
+    are the logits of preferring one answer to another. UserError for any other workdir.
+    """
+    trained = load(path, backend=backend, warn=warn)
+    found = trained.summary["held_out"] if "held_out" in trained.summary else {}
+    if "value" not in trained.params or "score_mean" not in found:
+        raise UserError(f"{path} is no finished reward model (it is {trained.stage}): train stage reward there first")
+    data = read_json(trained.path / CONFIG)["data"]
+    reward = reward_model(
+        trained.model,
+        trained.params,
+        trained.tokenizer,
+        weights=list(in_order(data["axes"] if "axes" in data else ONE_AXIS).values()),
+        offset=found["score_mean"] if centred else 0.0,
+        scale=found["score_deviation"] if centred else 1.0,
+        length=trained.summary["about"]["length"],
+        rows_at_once=64,
+        jit=jit,
+    )
+    return trained, reward
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

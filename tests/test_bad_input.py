@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import EXPERIMENTS, ROOT, finished, saved, settings, small, stage_config
 
-from lm import checkpoint, console, evaluate, pipeline, rank, sharding, tokenizer, train
+from lm import checkpoint, console, evaluate, pipeline, sharding, tokenizer, train, verdicts
 from lm.checkpoint import restore_params
 from lm.workdir import load, open_workdir, read_json, read_metrics
 
@@ -76,7 +76,7 @@ def config_file(folder: Path, name: str, change: str) -> str:
         (
             "pretrain",
             "stage.name=pretrian",
-            "stage.name is 'pretrian'; choose one of tokenizer, pretrain, sft, reward, ppo",
+            "stage.name is 'pretrian'; choose one of tokenizer, pretrain, sft, reward, listwise, ppo",
         ),
         ("pretrain", "optimizer.schedule_name=cosin", "is 'cosin'; choose one of constant, linear, cosine, wsd"),
         ("pretrain", "optimizer.warmup_steps=8", "optimizer.warmup_steps 8 is not below optimizer.total_steps 8"),
@@ -114,8 +114,11 @@ def config_file(folder: Path, name: str, change: str) -> str:
             "data.reward_model={finished}/../snapshots/reward/saving",
             "saving is no finished reward model (it is reward)",
         ),
+        ("reward", "stage.flipped=0.5", "stage.flipped is 0.5; it must be in [0, 0.5)"),
+        ("reward", "data.limit=-1", "data.limit is -1; it must be at least 0"),
+        ("ppo", "data.rewards.model=0", "data.rewards gives no reward a weight: there is nothing to learn"),
         ("ppo", "data.reward_model=", "a workdir's name is empty: give the folder of a trained stage"),
-        ("ppo", "data.rater=rul", "data.rater is 'rul'; choose one of rule, or leave it empty"),
+        ("ppo", "data.rater=rul", "data.rater is 'rul'; choose one of rule, toxicity, "),
         ("ppo", "data.rollouts=15", "a batch of 15 rows cannot be cut into 2 equal parts"),
         (
             "ppo",
@@ -148,6 +151,7 @@ def test_a_mended_config_may_take_the_folder_of_the_bad_one(refused, stage, tmp_
         ("config.optimizer.lr = 1e-3", "optimizer.lr is not an option of lm.optim.make; did you mean learning_rate?"),
         ("config.data.lenght = 64", "data.lenght is not an option of lm.stages.pretrain.batches; did you mean length?"),
         ("config.model.vocab_size = 100", "model.vocab_size is 100, but the tokenizer has 512 pieces: leave it out"),
+        ("config.stage.name = 'ppo'", "stage.z_loss is not an option of lm.stages.ppo.make"),
         ("del config.mesh", "the config has no `mesh`: is it a config of lm.train?"),
         ("del config.optimizer.total_steps", "optimizer.total_steps is missing: lm.optim.make has no default for it"),
     ],
@@ -155,6 +159,18 @@ def test_a_mended_config_may_take_the_folder_of_the_bad_one(refused, stage, tmp_
 def test_a_config_of_one_s_own(refused, stage, tmp_path, change, message):
     flags = stage("pretrain")[1:]
     assert refused(train, config_file(tmp_path, "pretrain", change), *flags) == message
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("ppo", "config.data.rewards = {'modle': 1.0}", "data.rewards.modle is no reward; choose among model, rule, "),
+        ("reward", "config.data.axes = {'clear': 1.0}", "axes are clear: overall, the ranking itself, must be among "),
+        ("reward", "config.data.axes.clear = 1.0", "no verdict scores the axis 'clear' of data.axes: leave it out"),
+    ],
+)
+def test_rewards_and_axes_that_are_not_there(refused, stage, tmp_path, name, change, message):
+    assert message in refused(train, config_file(tmp_path, name, change), *stage(name)[1:])
 
 
 def test_sizes_come_with_init_from(refused, stage, finished, tmp_path):
@@ -192,7 +208,7 @@ def test_flags(refused, flags, message):
             "the config has no stage.name: is it a config of lm.train? (lm.pipeline runs experiments/quickstart.py)",
         ),
         (pipeline, "sft", "the config has no `stages`: is it a config of lm.pipeline? (lm.train runs a single stage)"),
-        (rank, "sft", "the config has no `rank`: is it a config of lm.rank?"),
+        (verdicts, "sft", "the config has no `rank`: is it a config of lm.verdicts?"),
         (evaluate, "rank", "the config has no `models`: is it a config of lm.evaluate?"),
     ],
 )

@@ -345,7 +345,7 @@ def test_pairs_are_the_strict_preferences():
         ({"prompt": [{"role": "bot", "content": "x"}]}, "prompt is not a list of messages"),
         ({"rater": None}, "rater is None, not text"),
         ({"time": "noon"}, "noon"),
-        ({"extra": 1}, "exactly the keys name, prompt"),
+        ({"extra": 1}, "with the keys name, prompt"),
     ],
 )
 def test_rankings_name_line_and_fault(tmp_path, change, fault):

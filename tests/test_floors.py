@@ -10,16 +10,19 @@ LM = Path(__file__).parent.parent / "lm"
 FLOORS = {
     -1: "errors",
     0: "types metrics losses returns distribution sharding intervals",
+    0.5: "agreement",
     1: "model optim tokenizer checkpoint hardware",
     1.5: "data",
     2: "update sample rewards",
     3: "stages answers",
-    4: "config console workdir",
-    5: "train rank evaluate report",
+    4: "config console workdir pages",
+    5: "train verdicts evaluate taste ranking",
+    5.5: "report",
     6: "pipeline chat",
+    7: "rank judge",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
-NO_STAGE = {"__init__", "context", "next_token"}  # files of lm/stages that are not stages
+NO_STAGE = {"__init__", "context", "next_token", "ranked"}  # files of lm/stages that are not stages
 FILES = sorted(LM.rglob("*.py"))
 
 

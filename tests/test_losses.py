@@ -30,6 +30,44 @@ def test_bradley_terry():
     np.testing.assert_allclose(got, [0.313262, math.log(2), 200.0], rtol=1e-6)
 
 
+def test_bradley_terry_with_a_margin_and_wrong_verdicts():
+    # d = 2 - 1 - 0.5 = 0.5; sigmoid 0.622459; 0.9 * 0.622459 + 0.1 * 0.377541 = 0.597967; -log = 0.514219
+    got = losses.bradley_terry(jnp.array([2.0]), jnp.array([1.0]), margin=0.5, flipped=0.1)
+    np.testing.assert_allclose(got, [0.514219], rtol=1e-5)
+    # however far on the wrong side the scores are, a verdict that may be wrong costs -log 0.1 and pulls no more
+    far = lambda x: losses.bradley_terry(x, 0.0, flipped=0.1)
+    np.testing.assert_allclose(far(-50.0), -math.log(0.1), rtol=1e-6)
+    assert abs(jax.grad(far)(-50.0)) < 1e-6 and jax.grad(lambda x: losses.bradley_terry(x, 0.0))(-50.0) == -1
+
+
+RANKS = jnp.array([[2, 1, 3, 0]])
+SCORES = jnp.array([[0.5, 1.0, -0.5, 9.0]])
+
+
+def test_plackett_luce():
+    # best is 1: log(1 + e^-0.5 + e^-1.5) = 0.604126; then 0 before 2: log(1 + e^-1) = 0.313262; the last has no choice
+    got = losses.plackett_luce(SCORES, RANKS)
+    np.testing.assert_allclose(got, [[0.313262, 0.604126, 0.0, 0.0]], rtol=1e-4)
+    assert jax.grad(lambda s: losses.plackett_luce(s, RANKS).sum())(SCORES)[0, 3] == 0  # no such answer
+
+
+def test_plackett_luce_is_a_distribution_over_orders():
+    orders = [[1, 2, 3], [1, 3, 2], [2, 1, 3], [2, 3, 1], [3, 1, 2], [3, 2, 1]]
+    scores = jnp.tile(SCORES[:, :3], (6, 1))
+    each = jnp.exp(-losses.plackett_luce(scores, jnp.array(orders)).sum(axis=1))
+    np.testing.assert_allclose(each.sum(), 1, rtol=1e-6)
+
+
+def test_plackett_luce_of_two_is_bradley_terry():
+    got = losses.plackett_luce(jnp.array([[0.3, 1.1], [0.3, 1.1]]), jnp.array([[1, 2], [2, 1]])).sum(axis=1)
+    np.testing.assert_allclose(got, losses.bradley_terry(jnp.array([0.3, 1.1]), jnp.array([1.1, 0.3])), rtol=1e-6)
+
+
+def test_plackett_luce_of_a_tie_compares_its_members_with_the_worse_only():
+    got = losses.plackett_luce(SCORES[:, :3], jnp.array([[1, 1, 2]]))
+    np.testing.assert_allclose(got, [[math.log(1 + math.exp(-1.0)), math.log(1 + math.exp(-1.5)), 0]], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "ratio, advantage, loss, slope",
     [

@@ -1,91 +1,216 @@
-"""Ranking: the file a reward model learns from, and that a kill costs nothing but the chunk it falls in."""
+"""The program that has people rank: who answers, that it goes on where it stopped, one line for bad input."""
 
-import json
-import shutil
+import os
+import re
+import signal
+import socket
 
+import jax
 import numpy as np
 import pytest
-from runs import finished, small, stage_config
+import uvicorn
+from runs import finished, small
+from test_bad_input import refused
 
 from lm import rank
-from lm.data import corpus, rankings
+from lm.console import Interrupted
+from lm.data.store import Store, Verdict, read
 from lm.errors import UserError
-from lm.rewards import REWARDS
-from lm.workdir import read_json
+from lm.ranking import speakers
+from lm.workdir import load, load_reward
 
-__all__ = ["finished", "small"]
+__all__ = ["finished", "refused", "small"]
 
-FILE = "rankings.jsonl"
-
-
-def verdicts(workdir) -> list[rankings.Ranking]:
-    """All but the time, in which two runs may differ."""
-    return [ranking._replace(time="") for ranking in rankings.read(workdir / FILE)]
+TWO = [{"content": "is it so?", "role": "user"}, {"content": "it is", "role": "assistant"}]
+QUESTIONS = [f"the {word} is what?" for word in "object class type value name method list string number".split()]
 
 
-def test_ranks():
-    assert rank.ranks(np.array([3.0, 5.0, 5.0, 1.0])) == [3, 1, 1, 4]  # equal scores share a rank, and it is used up
-    assert rank.ranks(np.array([2.0, 2.0])) == [1, 1]
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch):
+    """The server stops as soon as it would serve; answers are drawn four prompts at a time."""
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: [each.close() for each in sockets])
+    monkeypatch.setattr(speakers, "AT_ONCE", 4)
 
 
-def test_the_file(finished):
-    """64 prompts that nobody holds out, none twice; two answers to each, in the order that the rule's scores say."""
-    found = verdicts(finished / "rank")
-    assert len(found) == 64
-    assert len({json.dumps(ranking.prompt) for ranking in found}) == 64
-    for ranking in found:
-        assert not corpus.held_out(ranking.name, 0.05)
-        assert ranking.prompt[-1]["role"] == "user" and len(ranking.responses) == 2 and ranking.rater == "rule"
-        a, b = REWARDS["rule"]([ranking.prompt] * 2, ranking.responses)
-        assert ranking.ranking == ([1, 1] if a == b else [1, 2] if a > b else [2, 1])
-    ties = sum(ranking.ranking == [1, 1] for ranking in found)
-    assert 0 < ties < 64  # so the counts below can be wrong
-    summary = read_json(finished / "rank" / "summary.json")
-    assert (summary["prompts"], summary["decided"], summary["tied"]) == (64, 64 - ties, ties)
+@pytest.fixture
+def asking(finished, tmp_path):
+    """The flags that have the SFT and the PPO model of the finished pipeline answer QUESTIONS."""
+    (tmp_path / "prompts.txt").write_text("\n".join(QUESTIONS))
+    models = f"--models={finished}/sft,after={finished}/ppo"
+    return [f"--prompts={tmp_path / 'prompts.txt'}", models, "--max_new_tokens=6", "--port=0"]
 
 
-def test_two_runs_give_the_same_answers(finished, small, tmp_path):
-    rank.run(stage_config(finished, "rank"), tmp_path / "rank")
-    assert verdicts(tmp_path / "rank") == verdicts(finished / "rank")
+def items(workdir):
+    with Store(workdir / "people.db") as store:
+        return store.items()
 
 
-def test_a_kill_costs_no_more_than_its_chunk(finished, small, tmp_path):
-    """The first chunk of 32 prompts is whole, the second was torn in its fifth line."""
-    workdir = shutil.copytree(finished / "rank", tmp_path / "rank")
-    (workdir / "summary.json").unlink()
-    lines = (workdir / FILE).read_text().splitlines(keepends=True)
-    (workdir / FILE).write_text("".join(lines[:36]) + lines[36][:20])
-    summary = rank.run(stage_config(finished, "rank"), workdir)
-    assert (workdir / FILE).read_text().splitlines(keepends=True)[:32] == lines[:32]  # their times too: they were kept
-    assert verdicts(workdir) == verdicts(finished / "rank")
-    assert {**summary, "seconds": 0} == {**read_json(finished / "rank" / "summary.json"), "seconds": 0}
+def run(workdir, *flags) -> None:
+    rank.program([f"--workdir={workdir}", *map(str, flags)])
 
 
-def test_whole_chunks_are_counted_in_lines_of_the_file(tmp_path):
-    """An answer may hold what Python takes for the end of a line, and a kill may tear a character in two."""
-    path = tmp_path / FILE
-    assert rank.ranked_so_far(path, 2) == 0
-    lines = [json.dumps({"response": text}, ensure_ascii=False) + "\n" for text in ("a", "b\u2028c\x85", "d", "é")]
-    whole = "".join(lines).encode()
-    path.write_bytes(whole + '{"response": "é'.encode()[:-1])
-    assert rank.ranked_so_far(path, 2) == 4
-    assert path.read_bytes() == whole
-    path.write_bytes(whole[:-3])
-    assert rank.ranked_so_far(path, 2) == 2
-    assert path.read_bytes() == "".join(lines[:2]).encode()
+def test_models_answer_in_turn(asking, finished, tmp_path, capsys):
+    run(tmp_path / "w", *asking, "--responses=3", "--seed=7")
+    found = items(tmp_path / "w")
+    assert [item.prompt[0]["content"] for item in found] == QUESTIONS
+    sampler = {"seed": 7, "max_new_tokens": 6, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    fingerprints = {
+        name: speakers.fingerprint(load(finished / stage, backend="cpu").params)
+        for name, stage in (("sft", "sft"), ("after", "ppo"))
+    }
+    for i, item in enumerate(found):
+        assert len(set(item.responses)) == 3
+        assert [source["model"] for source in item.sources] == [("sft", "after")[(i + j) % 2] for j in range(3)]
+        assert all(source["sampler"] == sampler for source in item.sources)
+        assert all(source["fingerprint"] == fingerprints[source["model"]] for source in item.sources)
+    said = capsys.readouterr().out
+    assert re.search(r"rank at http://127\.0\.0\.1:\d+/ \(9 items; ctrl-C stops\)", said)
+    assert f"--config.data.rankings={tmp_path}/w/people.db" in said and "stopped: 0 verdicts in" in said
+
+
+def test_the_same_command_goes_on(asking, tmp_path, monkeypatch, capsys):
+    """Stopped after four prompts it comes to the answers of a run that was not; then there is nothing left to do."""
+    run(tmp_path / "whole", *asking)
+    add = Store.add
+
+    def stopped_after(store, new):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return add(store, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "add", stopped_after)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "cut", *asking)
+    assert len(items(tmp_path / "cut")) == 4
+    capsys.readouterr()
+    run(tmp_path / "cut", *asking)
+    assert "answers: 5 prompts were answered, 4 had been before" in capsys.readouterr().out
+    assert items(tmp_path / "cut") == items(tmp_path / "whole")
+    monkeypatch.setattr(Store, "add", pytest.fail)
+    run(tmp_path / "cut", *asking)
+    assert "answers: 0 prompts were answered, 9 had been before" in capsys.readouterr().out
+    run(tmp_path / "cut", "--port=0")
+
+
+def test_another_seed_adds_other_answers(asking, tmp_path):
+    run(tmp_path, *asking)
+    run(tmp_path, *asking, "--seed=1")
+    found = items(tmp_path)
+    assert len(found) == 18 and [item.prompt for item in found[:9]] == [item.prompt for item in found[9:]]
+
+
+def test_answers_that_are_alike_are_left_out(asking, finished, tmp_path, capsys):
+    flags = [asking[0], f"--models={finished}/sft", *asking[2:], "--temperature=0"]
+    with pytest.raises(UserError, match="there is nothing to rank in .*people.db: give --prompts=FILE"):
+        run(tmp_path / "w", *flags)
+    said = capsys.readouterr().err
+    assert "9 answers were left out, since 3 attempts gave none but what was there, and so 9 prompts" in said
+    run(tmp_path / "w", *asking, "--temperature=0", "--responses=4")
+    assert all(2 <= len(item.responses) == len(set(item.responses)) for item in items(tmp_path / "w"))
+
+
+def test_doubt_by_hand():
+    """One model: p = sigmoid(log 3) = 3/4, so 3/16. Two that say 3/4 and 1/4: p = 1/2, so 1/4: 3/16 and the variance
+    1/16. Three responses: the mean over their pairs."""
+    log3 = np.log(3)
+    assert rank.doubt(np.array([[log3, 0.0]])) == pytest.approx(3 / 16)
+    assert rank.doubt(np.array([[log3, 0.0], [0.0, log3]])) == pytest.approx(1 / 4)
+    assert rank.doubt(np.array([[log3, 0.0, 0.0]])) == pytest.approx((3 / 16 + 3 / 16 + 1 / 4) / 3)
+
+
+def test_what_a_reward_model_is_least_sure_of_comes_first(asking, finished, tmp_path):
+    run(tmp_path, *asking, f"--reward={finished}/reward,{finished}/reward")
+    _, judge = load_reward(finished / "reward", backend="cpu", centred=False, jit=jax.jit)
+    with Store(tmp_path / "people.db") as store:
+        gaps = [abs(float(np.diff(judge([item.prompt] * 2, item.responses))[0])) for item in store.unjudged("ann")]
+    assert len(gaps) == 9 and gaps == sorted(gaps) and gaps[0] < gaps[-1]
+
+
+def test_import_export_and_results(asking, tmp_path, capsys):
+    run(tmp_path / "w", *asking)
+    with Store(tmp_path / "w" / "people.db") as store:
+        for item in store.items():
+            for rater in ("ann", "ben"):
+                store.record(Verdict(f"{rater} {item.id}", item.id, rater, [1, 2], seconds=1.5))
+    capsys.readouterr()
+    run(tmp_path / "w", f"--export={tmp_path / 'out.jsonl'}", "--results")
+    said = capsys.readouterr().out
+    assert "18 verdicts exported to" in said and "Krippendorff's alpha" in said and "log-strength" in said
+    assert "What the raters say" in (tmp_path / "w" / "results.html").read_text()
+    for source in (tmp_path / "out.jsonl", tmp_path / "w" / "people.db"):
+        run(tmp_path / "new", f"--import={source}")
+    said = capsys.readouterr().out
+    assert "18 verdicts imported into" in said and ", 0 were there already" in said
+    assert "0 verdicts imported into" in said and ", 18 were there already" in said
+    assert read(tmp_path / "new" / "people.db") == read(tmp_path / "out.jsonl")
+
+
+def test_other_machines_come_by_a_secret_address(asking, tmp_path, capsys):
+    run(tmp_path, *asking, "--host=0.0.0.0")
+    addresses = re.findall(r"(http://\S+)", capsys.readouterr().out)
+    assert all(re.fullmatch(rf"http://{socket.gethostname()}:\d+/(results)?\?token=[\w-]{{43}}", a) for a in addresses)
+    assert len(addresses) == 2
 
 
 @pytest.mark.parametrize(
-    "override, message",
+    "flags, message",
     [
-        ("rater=rul", "rank.rater is 'rul'; choose one of rule"),
-        ("responses=1", "rank.responses is 1; it must be at least 2"),
-        ("prompt_length=2", "prompts has at most 2 tokens; raise prompt_length"),
-        ("prompts_at_once=0", "rank.prompts_at_once is 0; it must be at least 1"),
-        ("max_new=40", "the prompt has 32 tokens and 40 more were asked for, but the model's context is 64"),
+        (["--workdir={tmp}/w"], "there is no {tmp}/w/people.db yet: give --prompts=FILE to have them answered, or"),
+        (["--workdir={tmp}/w", "--results"], "there is no {tmp}/w/people.db yet"),
+        (
+            ["--workdir={tmp}/w", "--prompts={tmp}/no.txt"],
+            "no prompts at {tmp}/no.txt (No such file or directory): give",
+        ),
+        (["--workdir={tmp}/w", "--prompts={tmp}/p.pdf"], "{tmp}/p.pdf: give prompts as a .txt file, one a line, or as"),
+        (["--workdir={tmp}/w", "--prompts={tmp}/empty.txt"], "no prompt in {tmp}/empty.txt: it is empty"),
+        (
+            ["--workdir={tmp}/w", "--prompts={tmp}/p.txt"],
+            "there is no model in {tmp}/w: name those that answer, --models",
+        ),
+        (["--models={tmp}/none"], "there is no workdir {tmp}/none: train that stage first, or name another"),
+        (["--models={run}/reward"], "{run}/reward is a reward model, which scores answers and writes none"),
+        (["--models={run}/sft,{run}/sft"], "two models are called sft: tell them apart, --models=NAME=DIR,NAME=DIR"),
+        (["--models="], "there is no model in {tmp}/w"),
+        (["--models=x="], "--models=x= names no folder: give those of trained models"),
+        (["--models={run}", "--responses=1"], "responses is 1; it must be from 2 to 5"),
+        (["--models={run}", "--responses=6"], "responses is 6; it must be from 2 to 5"),
+        (["--models={run}", "--max_new_tokens=0"], "max_new_tokens is 0; it must be at least 1"),
+        (
+            ["--models={run}", "--max_new_tokens=62"],
+            "no prompt leaves room for an answer: shorten them, or lower --max_n",
+        ),
+        (["--models={run}", "--temperature=-1"], "temperature is -1"),
+        (["--models={run}", "--top_p=0"], "top_k is 0 and top_p 0.0"),
+        (["--models={run}", "--seed=-1"], "seed is -1; it must be from 0 to 4294967295"),
+        (["--models={run}", "--port=70000"], "cannot serve at 127.0.0.1:70000"),
+        (["--models={run}", "--port={taken}"], "cannot serve at 127.0.0.1:{taken} ("),
+        (["--models={run}", "--host=nowhere.invalid"], "cannot serve at nowhere.invalid:8000 ("),
+        (["--models={run}", "--raters=ann,,ben"], "rater is '': a name has 1 to 64 printable characters"),
+        (
+            ["--models={run}", "--reward={run}/sft"],
+            "{run}/sft is no finished reward model (it is sft): train stage reward",
+        ),
+        (["--workdir={tmp}/w", "--import={tmp}/p.txt"], "{tmp}/p.txt:1: not JSON"),
+        (["--workdir={tmp}/w", "--import={tmp}/none"], "no rankings at {tmp}/none"),
+        (["--workdir={tmp}/old", "--export={tmp}/p.txt"], "{tmp}/p.txt exists: name a new file to export to"),
+        (["--workdir={tmp}/w", "--promts=x"], "--promts is not a flag of this program; did you mean --prompts?"),
+        (["--workdir={tmp}/p.txt", "--import={tmp}/rankings.jsonl"], "cannot write {tmp}/p.txt/people.db"),
     ],
 )
-def test_bad_options(finished, small, tmp_path, override, message):
-    with pytest.raises(UserError, match=message):
-        rank.run(stage_config(finished, "rank", f"rank.{override}"), tmp_path / "rank")
-    assert not (tmp_path / "rank" / "summary.json").exists()
+def test_bad_input(refused, finished, tmp_path, flags, message):
+    (tmp_path / "p.txt").write_text("is it?\n")
+    (tmp_path / "p.pdf").write_text("is it?\n")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "rankings.jsonl").write_text("")
+    Store(tmp_path / "old" / "people.db").close()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        names = {"tmp": tmp_path, "run": finished, "taken": taken.getsockname()[1]}
+        if "workdir" not in flags[0]:
+            flags = [
+                "--workdir={tmp}/w",
+                "--prompts={tmp}/p.txt",
+                *flags,
+                *["--max_new_tokens=6"] * ("max" not in flags[-1]),
+            ]
+        said = refused(rank, *(flag.format(**names) for flag in flags))
+    assert message.format(**names) in said

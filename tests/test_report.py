@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm import report
+from lm import pages, report
 from lm.data import chats, rows
 from lm.errors import UserError
 from lm.rewards.rule import CRITERIA, RULE
@@ -17,7 +17,7 @@ from lm.tokenizer import Tokenizer, chat, train
 ATTACK = '<script>alert("x")</script><img src=http://evil.example/x.png onerror=1>'
 STAGES = ["tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate"]
 MODELS = ("raw", "sft", "ppo")
-SECTIONS = ["ran", "curves", "evaluation", "rater", "answers", "row", "configs"]
+SECTIONS = ["ran", "curves", "evaluation", "rater", "taste", "answers", "row", "configs"]
 NAMES = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
 
 
@@ -84,6 +84,9 @@ def run(tmp_path, tokenizer, monkeypatch) -> Path:
         (tmp_path / name).mkdir()
         write(f"{name}/summary.json", {"stage": name, **summary})
         write(f"{name}/config.json", {"stage": {"name": name}, "note": ATTACK})
+    taste = {"accuracy": estimate(0.81), "longer": estimate(0.5), "length_correlation": -0.11, "answers": [[0.5, 9]]}
+    group = {"apart": 1, "last": False, "pairs": 9, "said": 0.7, **estimate(0.8)}
+    write("reward/taste.json", {**taste, "apart": [group], "calibration": [group]})
     write("sft/config.json", {"data": {"sources": "made,docstrings", "length": 64, "held_out": 0.2}})
     write("evaluate/config.json", {"models": {name: f"run/{name}" for name in ("ppo", "raw", "sft")}})
     tokenizer.save(tmp_path / "sft" / "tokenizer.model")
@@ -187,7 +190,7 @@ def test_every_section_and_the_claims_as_measured(run):
     assert "is not part of this run" not in text and "Not finished" not in text and "Left out" not in text
     assert "4,321 documents" in text and "1.23 M" in text and "420" in text, "what ran, and 7 x 60 s"
     assert page.count("<td>5\u00a0%</td>") == 3, "of the ceiling: pretrain, sft and reward, never ppo"
-    assert page.count("<figure><strong>") == 1 + 1 + 2 + 8
+    assert page.count("<figure><strong>") == 1 + 1 + 2 + 8 + 3
     assert RULE in text and all(name in text for name in CRITERIA)
     assert "tied one" not in text and text.index("Is your dog well?") < text.index("worse"), "decided ones, best first"
     assert text.count("score 4 · ended by itself") == text.count("score 3 · cut off") == 8
@@ -211,7 +214,7 @@ def test_nothing_is_loaded(run):
     assert links and all(value.startswith("#") for value in links), "only the marks inside the pictures"
     assert not [tag for tag, _ in found.tags if tag in ("link", "iframe", "object", "embed", "base")]
     assert not re.search(r"@import|url\((?!#)", page)
-    assert report.INK not in page and "currentColor" in page
+    assert pages.INK not in page and "currentColor" in page
 
 
 @pytest.mark.parametrize("missing", STAGES)
@@ -221,8 +224,8 @@ def test_a_stage_that_has_not_finished_is_left_out_with_a_word(run, missing):
     assert [attrs["id"] for tag, attrs in found.tags if tag == "h2"] == SECTIONS
     assert f"Not finished: {missing}." in found.text
     words = found.text.count(f"Stage {missing} is not part of this run, or has not finished.")
-    assert words == {"sft": 1, "rank": 1, "evaluate": 2}.get(missing, 0)
-    assert page.count("<figure><strong>") == 12 - {"pretrain": 1, "sft": 1, "reward": 2, "ppo": 8}.get(missing, 0)
+    assert words == {"sft": 1, "rank": 1, "reward": 1, "evaluate": 2}.get(missing, 0)
+    assert page.count("<figure><strong>") == 15 - {"pretrain": 1, "sft": 1, "reward": 5, "ppo": 8}.get(missing, 0)
 
 
 def test_a_run_that_has_just_begun(tmp_path):
@@ -282,9 +285,3 @@ def test_ceiling_fraction():
     assert report.ceiling_fraction(report.Stage("sft", {}, [], summary), 1e9) == pytest.approx(0.05)
     assert report.ceiling_fraction(report.Stage("ppo", {}, [], summary), 1e9) is None
     assert report.ceiling_fraction(report.Stage("tokenizer", {}, [], {"tokens": 7}), 1e9) is None
-
-
-def test_numbers():
-    assert [report.short(n) for n in (None, 0, 7, 999, 1049984, 17.4e12)] == "–;0;7;999;1.05 M;17.4 T".split(";")
-    assert report.interval({"low": -0.204, "high": 1.5}, "signed") == "[−0.20, +1.50]"
-    assert report.visible("a\tb\n\x00\x7f\x9b") == "a\tb\n␀␡\ufffd"

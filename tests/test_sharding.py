@@ -13,7 +13,7 @@ from lm import model, optim
 from lm.errors import UserError
 from lm.sharding import make_mesh, partition, put_batch, shard, state_shardings
 from lm.stages import ppo, pretrain, reward, sft
-from lm.types import Preferences, Rollouts
+from lm.types import Ranked, Rollouts
 
 ROWS = 16  # so that two minibatches or microbatches still have a row for each of eight devices
 
@@ -90,12 +90,13 @@ def batch_of(stage, rows, seed):
         return Rollouts(
             tokens,
             draw.normal(size=ROWS).astype(np.float32),
-            {"rule": np.ones(ROWS, np.float32)},
+            {"score/rule": np.ones(ROWS, np.float32)},
             np.ones(ROWS, bool),
             -np.ones((ROWS, 8), np.float32),
         )
     if stage is reward:
-        return Preferences(tokens, tokens_of(rows, seed + 100))
+        pairs = jax.tree.map(lambda a, b: np.stack([a, b], axis=1), tokens, tokens_of(rows, seed + 100))
+        return Ranked(pairs, np.tile(np.array([[1], [2]], np.int32), (ROWS, 1, 1)))
     return tokens
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from lm import optim
-from lm.losses import kl_k1
+from lm.losses import bradley_terry, kl_k1
+from lm.metrics import Mean
 from lm.returns import whiten
 from lm.rewards.model import scores
-from lm.stages import STAGES, ppo, pretrain, reward, sft
-from lm.types import Preferences, Rollouts
+from lm.stages import STAGES, listwise, ppo, pretrain, ranked as ranking, reward, sft
+from lm.types import Ranked, Rollouts
 
 KEY = jax.random.key(0)
 T = 0.7
@@ -51,7 +52,7 @@ def trained(update, state, batch, steps):
 
 
 def test_every_stage_is_listed_by_its_name():
-    assert STAGES == {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
+    assert STAGES == {"pretrain": pretrain, "sft": sft, "reward": reward, "listwise": listwise, "ppo": ppo}
 
 
 # Next-token prediction
@@ -103,93 +104,172 @@ def test_sft_learns_replies_and_leaves_prompts_alone(tiny_model, fresh, rows):
 # Reward model
 
 
-def preferences(rows, chosen, rejected, lengths, weights):
-    """Pairs whose weight stands on the chosen row's last real token."""
-    pair = Preferences(rows(chosen, lengths), rows(rejected, lengths))
-    pair.chosen.weights[:] = 0
-    pair.chosen.weights[np.arange(len(weights)), np.asarray(lengths) - 2] = weights
-    return pair
+def ranked(rows, ids, lengths, ranks):
+    """Ranked answers: ids i32[P,K,n], lengths [P,K], ranks [P,K] or [P,K,A]."""
+    P, K, n = np.shape(ids)
+    tokens = rows(np.reshape(ids, (P * K, n)), np.reshape(lengths, -1))
+    ranks = np.asarray(ranks, np.int32).reshape(P, K, -1)
+    return Ranked(jax.tree.map(lambda x: x.reshape(P, K, n - 1), tokens), ranks)
 
 
 @pytest.fixture(scope="module")
-def pairs(rows):
-    """Four pairs: three of one prompt, a third of a prompt each, and the only one of another."""
+def verdicts(rows):
+    """Three answers to a prompt, all ordered, and two to another, of which the first is better."""
     draw = np.random.default_rng(3)
-    return preferences(rows, *draw.integers(1, V, (2, 4, 8)), [8, 5, 6, 8], [1 / 3, 1 / 3, 1 / 3, 1])
+    return ranked(rows, draw.integers(1, V, (2, 3, 8)), [[8, 5, 6], [8, 7, 1]], [[2, 1, 3], [1, 2, 0]])
 
 
-def headed(tiny_lm):
-    """Parameters whose scalar head does not score everything alike."""
-    score = np.random.default_rng(9).normal(size=16)
-    return {"lm": tiny_lm, "value": {"score": jnp.asarray(score, jnp.float32), "offset": jnp.float32(0.3)}}
+def headed(tiny_lm, axes=()):
+    """Parameters whose scalar head, or heads, do not score everything alike."""
+    score = np.random.default_rng(9).normal(size=(16, *axes))
+    return {"lm": tiny_lm, "value": {"score": jnp.asarray(score, jnp.float32), "offset": jnp.full(axes, 0.3)}}
 
 
-def test_reward_starts_at_log_two(tiny_model, tiny_lm, pairs):
-    """Rule 9: the head is zero, so both sides score 0: loss log 2, accuracy one half."""
-    update = reward.make(tiny_model, optimizer())
+@pytest.fixture(scope="module")
+def by_hand(tiny_model, tiny_lm, verdicts):
+    """The scores f64[P,K] that `headed` with one axis gives the verdicts' answers."""
+    found = jax.jit(functools.partial(ranking.answer_scores, tiny_model))(headed(tiny_lm, (1,)), verdicts.tokens)
+    return np.asarray(found, np.float64)[..., 0]
+
+
+BETTER = [(0, 1, 0), (0, 1, 2), (0, 0, 2), (1, 0, 1)]  # (prompt, better, worse) of the four pairs in `verdicts`
+
+
+def per_prompt(values):
+    """The mean over prompts of the mean over their pairs: three of the first, one of the second."""
+    return (np.mean(values[:3]) + values[3]) / 2
+
+
+@pytest.mark.parametrize("stage", [reward, listwise])
+def test_reward_starts_at_log_two(stage, tiny_model, tiny_lm, rows):
+    """Rule 9: the heads are zero, so all score 0: log 2 a pair, accuracy one half."""
+    pairs = ranked(rows, np.ones((4, 2, 5)), [[5, 4]] * 4, [[1, 2]] * 4)
+    update = stage.make(tiny_model, optimizer())
     found = jax.jit(update.evaluate)(update.init(KEY, {"lm": tiny_lm}, {}), pairs)
     np.testing.assert_allclose(found["loss"].value(), math.log(2), rtol=1e-6)
     assert found["accuracy"].value() == 0.5 and found["margin"].value() == 0 and found["score"].value() == 0
 
 
-def test_all_pairs_of_a_prompt_weigh_one_prompt(tiny_model, tiny_lm, pairs):
-    """Rule 9: ((l1 + l2 + l3) / 3 + l4) / 2, whatever the number of pairs; a padded pair counts for nothing."""
+def test_all_pairs_of_a_prompt_weigh_one_prompt(tiny_model, tiny_lm, verdicts, by_hand):
+    """Rule 9: ((l1 + l2 + l3) / 3 + l4) / 2, whatever the number of pairs; a padded prompt counts for nothing."""
     update = reward.make(tiny_model, optimizer())
-    state = update.init(KEY, headed(tiny_lm), {})
-    score = jax.jit(functools.partial(scores, tiny_model, state.params))
-    margin = np.asarray(score(pairs.chosen) - score(pairs.rejected), np.float64)
-    losses = np.log1p(np.exp(-margin))
+    state = update.init(KEY, headed(tiny_lm, (1,)), {})
+    lead = np.array([by_hand[p, i] - by_hand[p, j] for p, i, j in BETTER])
     evaluate = jax.jit(update.evaluate)
-    found = evaluate(state, pairs)
-    np.testing.assert_allclose(found["loss"].value(), (losses[:3].mean() + losses[3]) / 2, rtol=1e-5)
-    np.testing.assert_allclose(found["accuracy"].value(), ((margin[:3] > 0).mean() + (margin[3] > 0)) / 2, rtol=1e-6)
-    assert found["pairs"].weight == 4
-    padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), pairs)
+    found = evaluate(state, verdicts)
+    np.testing.assert_allclose(found["loss"].value(), per_prompt(np.log1p(np.exp(-lead))), rtol=1e-5)
+    np.testing.assert_allclose(found["accuracy"].value(), per_prompt(lead > 0), rtol=1e-6)
+    np.testing.assert_allclose(found["margin"].value(), per_prompt(lead), rtol=1e-5)
+    padded = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), verdicts)
     for name, value in evaluate(state, padded).items():
         np.testing.assert_allclose(value.value(), found[name].value(), rtol=1e-5, err_msg=name)
 
 
-def test_groups_give_every_prompt_the_weight_one(monkeypatch, rows):
-    """Rankings of three and of two responses: 3 pairs of 1/3 and one of 1, the second group padded with nothing."""
+def test_margin_and_flipped_verdicts(tiny_model, tiny_lm, verdicts, by_hand):
+    """A margin is asked per rank of distance: 2 - 1, 3 - 1, 3 - 2 and 2 - 1; a share of verdicts may be wrong."""
+    update = reward.make(tiny_model, optimizer(), margin=0.5, flipped=0.1)
+    found = jax.jit(update.evaluate)(update.init(KEY, headed(tiny_lm, (1,)), {}), verdicts)
+    lead = np.array([by_hand[p, i] - by_hand[p, j] for p, i, j in BETTER]) - 0.5 * np.array([1, 2, 1, 1])
+    right = 1 / (1 + np.exp(-lead))
+    np.testing.assert_allclose(found["loss"].value(), per_prompt(-np.log(0.9 * right + 0.1 * (1 - right))), rtol=1e-5)
+
+
+def test_listwise_is_the_likelihood_of_the_order(tiny_model, tiny_lm, verdicts, by_hand):
+    """Order 1, 0, 2 of the first prompt: two choices; the second prompt: one. Each prompt counts once."""
+    update = listwise.make(tiny_model, optimizer())
+    found = jax.jit(update.evaluate)(update.init(KEY, headed(tiny_lm, (1,)), {}), verdicts)
+    s, t = np.exp(by_hand)
+    first = -np.log(s[1] / s.sum() * s[0] / (s[0] + s[2])) / 2
+    np.testing.assert_allclose(found["loss"].value(), (first - np.log(t[0] / (t[0] + t[1]))) / 2, rtol=1e-5)
+
+
+def test_axes_have_heads_of_their_own(tiny_model, tiny_lm, rows):
+    """Two axes that disagree: each head's loss is of its own ranks, and both are summed."""
+    ids = np.random.default_rng(4).integers(1, V, (3, 2, 6))
+    ranks = np.stack([[[1, 2]] * 3, [[2, 1], [0, 0], [1, 1]]], axis=-1)  # the second axis decides the first prompt only
+    batch = ranked(rows, ids, [[6, 5]] * 3, ranks)
+    params = headed(tiny_lm, (2,))
+    s = np.asarray(ranking.answer_scores(tiny_model, params, batch.tokens), np.float64)
+    loss = ranking.rank_loss(
+        tiny_model, lambda s, ranks: bradley_terry(s[:, 0], s[:, 1]), axes=("overall", "clear"), centring=0.0
+    )
+    terms, metrics = loss(params, {}, batch, KEY)
+    assert metrics["loss"].weight == 3 and metrics["loss/clear"].weight == 1
+    np.testing.assert_allclose(metrics["accuracy/clear"].value(), s[0, 1, 1] > s[0, 0, 1])
+    np.testing.assert_allclose(metrics["margin"].value(), np.mean(s[:, 0, 0] - s[:, 1, 0]), rtol=1e-5)
+    assert terms["clear"].value() == metrics["loss/clear"].value() != metrics["loss"].value()
+
+
+def test_centring_is_the_mean_square_of_a_pair_s_sum(tiny_model, tiny_lm, verdicts, by_hand):
+    loss = ranking.rank_loss(tiny_model, lambda s, ranks: s[:, 0], axes=("overall",), centring=0.01)
+    terms, _ = loss(headed(tiny_lm, (1,)), {}, verdicts, KEY)
+    sums = np.array([by_hand[p, i] + by_hand[p, j] for p, i, j in BETTER])
+    np.testing.assert_allclose(terms["overall centring"].value(), 0.01 * per_prompt(sums**2), rtol=1e-5)
+
+
+def test_measures_by_margin_and_of_calibration(verdicts):
+    """Leads of the four pairs: 0.2, 2.2, 2 and -1; said 0.55, 0.90, 0.88 and 0.73; the last is wrong."""
+    total = jnp.array([[2.0, 2.2, 0.0], [0.0, 1.0, 0.0]])
+    found = {name: (float(m.total), float(m.weight)) for name, m in ranking.measures(total, verdicts).items()}
+    assert found["apart 1"] == (2, 3) and found["apart 2"] == (1, 1) and found["apart 3"] == (0, 0)
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    for low, lead, was_right in ((0.5, 0.2, 1), (0.9, 2.2, 1), (0.8, 2.0, 1), (0.7, 1.0, 0)):
+        np.testing.assert_allclose(found[f"said {low}"], (sigmoid(lead), 1), rtol=1e-5)
+        assert found[f"true {low}"] == (was_right, 1)
+    about = {"held_out_prompts": 2}
+    metrics = ranking.measures(total, verdicts) | {"accuracy": Mean(jnp.float32(1), jnp.float32(2))}
+    told = ranking.summary(metrics, about)
+    gaps = [1 - sigmoid(0.2), 1 - sigmoid(2.2), 1 - sigmoid(2.0), sigmoid(1.0)]
+    np.testing.assert_allclose(told["calibration_error"], np.mean(gaps), rtol=1e-5)
+    assert "apart 3" not in told and "said 0.6" not in told  # nothing was seen there
+    lengths = np.asarray(jnp.sum(verdicts.tokens.segments > 0, axis=-1), float)
+    real = lengths > 0
+    np.testing.assert_allclose(
+        told["length_correlation"], np.corrcoef(np.asarray(total)[real], lengths[real])[0, 1], rtol=1e-4
+    )
+
+
+def test_answers_are_grouped_by_verdict(monkeypatch, rows):
+    """Rankings of three and of two responses, the second padded with nothing; an axis is ranked where it was scored."""
 
     def characters(tokenizer, texts, length):
         ids = [[*map(ord, text), *[0] * (length + 1 - len(text))] for text in texts]
         return rows(ids, [len(text) for text in texts], start=length + 1)
 
-    monkeypatch.setattr(reward, "answered", lambda prompt, text: prompt + text)
-    monkeypatch.setattr(reward, "rows", characters)
+    monkeypatch.setattr(ranking, "answered", lambda prompt, text: prompt + text)
+    monkeypatch.setattr(ranking, "rows", characters)
     rankings = [
-        SimpleNamespace(prompt="ab", responses=["c", "de", "f"], ranking=[2, 1, 3]),
-        SimpleNamespace(prompt="x", responses=["y", "zz"], ranking=[1, 2]),
+        SimpleNamespace(prompt="ab", responses=["c", "de", "f"], ranking=[2, 1, 3], axes={"clear": [5, None, 4]}),
+        SimpleNamespace(prompt="x", responses=["y", "zz"], ranking=[1, 2], axes={}),
     ]
-    grouped, count = reward.groups(None, rankings, 4, 3)
-    assert count == 4
-    np.testing.assert_allclose(grouped.chosen.weights.sum(axis=-1), [[1 / 3] * 3, [1, 0, 0]], rtol=1e-6)
-    np.testing.assert_array_equal(grouped.chosen.weights[1, 0], [1, 0, 0, 0])  # "xy" has one input with a target
-    assert [bytes(row[row > 0].tolist()) for row in grouped.chosen.targets[0]] == [b"bc", b"bde", b"bde"]
-    assert not grouped.rejected.segments[1, 1:].any()
+    found = ranking.grouped(None, rankings, ("overall", "clear"), 4, 3)
+    np.testing.assert_array_equal(found.ranks[..., 0], [[2, 1, 3], [1, 2, 0]])
+    np.testing.assert_array_equal(found.ranks[..., 1], [[6, 0, 7], [0, 0, 0]])
+    assert [bytes(row[row > 0].tolist()) for row in found.tokens.targets[0]] == [b"bc", b"bde", b"bf"]
+    assert not found.tokens.segments[1, 2].any()
 
 
 def test_score_is_read_at_the_last_real_token_by_length(tiny_model, tiny_lm, seen, rows):
     """Rule 9: never by id. Padding is 0 and so is a real token here; the score is of the prefix, whatever follows."""
-    params = headed(tiny_lm)
+    params = headed(tiny_lm, (1,))
     score = jax.jit(functools.partial(scores, tiny_model, params))
     tokens = rows([[5, 9, 0, 0, 1], [5, 9, 4, 8, 1], [0, 0, 0, 0, 0]], [4, 5, 1])  # inputs 5 9 0; 5 9 4 8; none
-    every = np.asarray(seen(tokens)[0] @ params["value"]["score"])  # the head's offset, which no pair can see, is out
-    np.testing.assert_allclose(score(tokens), [every[0, 2], every[1, 3], 0], rtol=1e-5)
+    every = np.asarray(tiny_model.value(params["value"], seen(tokens)[0]))[..., 0]
+    np.testing.assert_allclose(score(tokens)[:, 0], [every[0, 2], every[1, 3], 0], rtol=1e-5)
     assert abs(every[0, 2] - every[0, 1]) > 1e-3 and abs(every[0, 2] - every[0, 3]) > 1e-3
 
 
-def test_reward_learns_that_an_answer_holds_a_seven(tiny_model, fresh, rows):
+@pytest.mark.parametrize("stage", [reward, listwise])
+def test_reward_learns_that_an_answer_holds_a_seven(stage, tiny_model, fresh, rows):
     """Unseen pairs in the right order: 0.5 at the start, over 0.95 after 100 batches of 32."""
     draw = np.random.default_rng(0)
 
     def batch(i):
-        chosen, rejected = draw.integers(8, V, (2, 32, 9))
-        chosen[np.arange(32), draw.integers(0, 8, 32)] = 7
-        return preferences(rows, chosen, rejected, [9] * 32, [1.0] * 32)
+        ids = draw.integers(8, V, (32, 2, 9))
+        ids[np.arange(32), 0, draw.integers(0, 8, 32)] = 7
+        return ranked(rows, ids, np.full((32, 2), 9), [[1, 2]] * 32)
 
-    update = reward.make(tiny_model, optimizer(0.01))
+    update = stage.make(tiny_model, optimizer(0.01))
     state = update.init(KEY, {"lm": fresh}, {})
     state, _ = trained(update, state, batch, 100)
     assert jax.jit(update.evaluate)(state, batch(0))["accuracy"].value() > 0.95
@@ -207,7 +287,7 @@ def rollouts(tiny_model, tiny_lm):
     tokens, logprobs, completions = run(tiny_lm, prompts, lengths, KEY)
     assert 0 < completions.stopped.sum() < 8
     rewards = jnp.asarray(draw.normal(size=8), jnp.float32)
-    return Rollouts(tokens, rewards, {"length": jnp.sum(tokens.weights, axis=1)}, completions.stopped, logprobs)
+    return Rollouts(tokens, rewards, {"score/length": jnp.sum(tokens.weights, axis=1)}, completions.stopped, logprobs)
 
 
 def other(lm):

@@ -8,7 +8,7 @@ import logging
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -164,25 +164,34 @@ def chitchat() -> list[Document]:
 
 
 def dialogues() -> Iterator[tuple[str, list[str]]]:
-    """(name, turns) of each conversation of `chitchat-dataset` (MIT) in which somebody replied; speakers alternate.
+    """(name, turns) of each conversation of `chitchat-dataset` (MIT) in which somebody replied; speakers alternate."""
+    for key, conversation in chitchat_dataset().items():
+        turns = [text for _, text in turns_of(conversation)]
+        if len(turns) >= 2:
+            yield f"chitchat/{key}", turns
 
-    Published cleaning, all of it: runs of whitespace become a space, empty messages go, consecutive messages of one
-    speaker are joined by a space (people split a sentence over messages as often as not).
-    """
+
+def chitchat_dataset() -> dict[str, dict]:
+    """The package's JSON: {key: {"prompt", "messages", "ratings", "start"}}."""
     spec = importlib.util.find_spec("chitchat_dataset")
     if spec is None:
         raise UserError("the chitchat corpus is not installed: pip install chitchat-dataset==0.9.0")
     path = Path(next(iter(spec.submodule_search_locations))) / "dataset.json"
     try:
-        dataset = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: pip install --force-reinstall chitchat-dataset==0.9.0") from error
-    for key, conversation in dataset.items():
-        messages = [(m["sender"], " ".join(m["text"].split())) for group in conversation["messages"] for m in group]
-        spoken = itertools.groupby((m for m in messages if m[1]), key=lambda message: message[0])
-        turns = [" ".join(text for _, text in group) for _, group in spoken]
-        if len(turns) >= 2:
-            yield f"chitchat/{key}", turns
+
+
+def turns_of(conversation: Mapping) -> list[tuple[str, str]]:
+    """(speaker, text) of each turn.
+
+    Published cleaning, all of it: runs of whitespace become a space, empty messages go, consecutive messages of one
+    speaker are joined by a space (people split a sentence over messages as often as not).
+    """
+    messages = [(m["sender"], " ".join(m["text"].split())) for group in conversation["messages"] for m in group]
+    spoken = itertools.groupby((m for m in messages if m[1]), key=lambda message: message[0])
+    return [(speaker, " ".join(text for _, text in group)) for speaker, group in spoken]
 
 
 BUILT_IN = {"stdlib": stdlib, "chitchat": chitchat}

@@ -1,30 +1,46 @@
-"""A rater's verdicts, human or rule: one JSON object a line.
+"""A rater's verdicts, whoever the rater is, a person, a rule or a model: one JSON object a line.
 
     {"name": "chitchat/...", "prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."],
      "ranking": [2, 1], "rater": "rule", "time": "2024-05-01T12:00:00+00:00"}
 
 `ranking[i]` is the rank of `responses[i]`: 1 is best, equal ranks are a tie. `name` says what the prompt was taken
-from, so that its verdicts are held out with it.
+from, so that its verdicts are held out with it. What else is known of a verdict may follow: see `Ranking`.
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lm.errors import UserError
 from lm.tokenizer import ROLES
 
+AXES = ("helpful", "clear", "safe", "follows the instruction", "conversational")  # our page asks for 1 to 5 on each
+HIGHEST = 10  # score on any axis that is accepted
+FLAGS = ("toxic", "dangerous", "low quality")
+VERDICTS = ("ranked", "both bad", "skipped")
+
 
 class Ranking(NamedTuple):
+    """One verdict. The first six fields are in every record, the others where they are known."""
+
     name: str
     prompt: list[dict]  # messages
     responses: list[str]
     ranking: list[int]  # of each response; 1 is best, equal is a tie
     rater: str
     time: str  # ISO 8601
+    verdict: str = "ranked"  # one of VERDICTS; "both bad" and "skipped" rank all responses alike
+    axes: Mapping[str, Sequence[int | None]] = {}  # a score of each response, 1 is poor; None: not scored
+    flags: Sequence[Sequence[str]] = ()  # of each response
+    sources: Sequence[Mapping[str, Any]] = ()  # of each response: {"model", "fingerprint", "sampler"}
+    shown: Sequence[int] = ()  # the responses in the order in which the rater saw them
+    seconds: float | None = None  # from showing to verdict
+
+
+REQUIRED = tuple(field for field in Ranking._fields if field not in Ranking._field_defaults)
 
 
 def read(path: str | Path) -> list[Ranking]:
@@ -39,7 +55,7 @@ def read(path: str | Path) -> list[Ranking]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(_ranking(json.loads(line)))
+                found.append(checked(json.loads(line)))
             except ValueError as error:
                 fault = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
                 raise UserError(f"{path}:{number}: {fault}; mend or remove the line") from error
@@ -48,12 +64,19 @@ def read(path: str | Path) -> list[Ranking]:
 
 def append(path: str | Path, rankings: Iterable[Ranking]) -> None:
     """Adds verdicts to a file and returns when they are on disk."""
-    lines = [json.dumps(_ranking(r._asdict())._asdict(), ensure_ascii=False) + "\n" for r in rankings]
+    text = "".join(f"{line(ranking)}\n" for ranking in rankings)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(lines))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def line(ranking: Ranking) -> str:
+    """The verdict as JSON, without the fields of which nothing is known. ValueError for one that cannot be."""
+    record = checked(ranking._asdict())._asdict()
+    known = {name: value for name, value in record.items() if name in REQUIRED or value != _default(name)}
+    return json.dumps(known, ensure_ascii=False)
 
 
 def pairs(ranking: Ranking) -> list[tuple[int, int]]:
@@ -62,10 +85,14 @@ def pairs(ranking: Ranking) -> list[tuple[int, int]]:
     return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
 
 
-def _ranking(record: dict) -> Ranking:
+def checked(record: Any) -> Ranking:
     """The verdict in a JSON object; ValueError says what is wrong with it."""
-    if not isinstance(record, dict) or set(record) != set(Ranking._fields):
-        raise ValueError(f"not an object with exactly the keys {', '.join(Ranking._fields)}")
+    keys = set(record) if isinstance(record, dict) else set()
+    if not set(REQUIRED) <= keys <= set(Ranking._fields):
+        raise ValueError(
+            f"not an object with the keys {', '.join(REQUIRED)} and, of the others, "
+            f"only {', '.join(Ranking._field_defaults)}"
+        )
     ranking = Ranking(**record)
     for field in ("name", "rater", "time"):
         if not isinstance(record[field], str):
@@ -74,12 +101,44 @@ def _ranking(record: dict) -> Ranking:
         raise ValueError("prompt is not a list of messages {'role', 'content'}")
     if not isinstance(ranking.responses, list) or not all(isinstance(text, str) for text in ranking.responses):
         raise ValueError("responses is not a list of texts")
+    _check_ranks(ranking)
+    _check_details(ranking)
+    datetime.fromisoformat(ranking.time)
+    return ranking
+
+
+def _check_ranks(ranking: Ranking) -> None:
     if not isinstance(ranking.ranking, list) or len(ranking.ranking) != len(ranking.responses):
         raise ValueError(f"ranking {ranking.ranking!r} gives no rank to each of {len(ranking.responses)} texts")
     if not all(type(rank) is int and rank >= 1 for rank in ranking.ranking):
         raise ValueError(f"ranking {ranking.ranking!r} holds something other than whole numbers from 1")
-    datetime.fromisoformat(ranking.time)
-    return ranking
+    if ranking.verdict not in VERDICTS:
+        raise ValueError(f"verdict is {ranking.verdict!r}, not one of {', '.join(VERDICTS)}")
+    if ranking.verdict != "ranked" and len(set(ranking.ranking)) > 1:
+        raise ValueError(f"a verdict {ranking.verdict!r} cannot prefer one response: ranking {ranking.ranking!r}")
+
+
+def _check_details(ranking: Ranking) -> None:
+    count = len(ranking.responses)
+    if not isinstance(ranking.axes, dict):
+        raise ValueError(f"axes is {ranking.axes!r}, not an object of scores")
+    for axis, scores in ranking.axes.items():
+        if len(scores) != count or not all(s is None or type(s) is int and 1 <= s <= HIGHEST for s in scores):
+            raise ValueError(
+                f"axes[{axis!r}] is {scores!r}, not a number from 1 to {HIGHEST}, or null, for each response"
+            )
+    if ranking.flags and not (len(ranking.flags) == count and all(set(flags) <= set(FLAGS) for flags in ranking.flags)):
+        raise ValueError(f"flags is {ranking.flags!r}, not a list of {', '.join(FLAGS)} for each response")
+    if ranking.sources and len(ranking.sources) != count:
+        raise ValueError(f"sources names {len(ranking.sources)} models of {count} responses")
+    if ranking.shown and sorted(ranking.shown) != list(range(count)):
+        raise ValueError(f"shown is {ranking.shown!r}, not an order of {count} responses")
+    if ranking.seconds is not None and not (isinstance(ranking.seconds, (int, float)) and ranking.seconds >= 0):
+        raise ValueError(f"seconds is {ranking.seconds!r}, not a time")
+
+
+def _default(field: str) -> Any:
+    return Ranking._field_defaults[field]
 
 
 def _is_message(message: object) -> bool:

@@ -1,5 +1,7 @@
 """A reward model as a reward: a transformer with a scalar head, read at the last real token."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,18 +14,17 @@ from lm.types import Array, Params, Tokens
 
 
 def scores(model: Model, params: Params, tokens: Tokens) -> Array:
-    """f32[B]: the scalar head at each row's last real token, found by length; 0 for a row that is all padding."""
+    """f32[B,A]: each axis' head at each row's last real token, found by length; 0 for a row that is all padding."""
     x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
     lengths = jnp.sum(tokens.segments > 0, axis=1)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    head = {**params["value"], "offset": 0.0}  # a difference of scores cannot see it, so only rounding would move it
-    return jnp.where(lengths > 0, model.value(head, last), 0.0)
+    return jnp.where(lengths[:, None] > 0, model.value(params["value"], last), 0.0)
 
 
 def rows(tokenizer: Tokenizer, conversations: list[list[dict]], length: int) -> Tokens:
     """One conversation a row, its closing end token among the inputs: that is where it is scored.
 
-    A row holds `length` tokens; a longer answer loses its middle, never its end token.
+    A row holds `length` tokens; a longer answer loses what stands before its end token, never that token.
     """
 
     def example(ids):
@@ -44,14 +45,18 @@ def reward_model(
     params: Params,
     tokenizer: Tokenizer,
     *,
+    weights: Sequence[float],
     offset: float,
     scale: float,
     length: int,
     rows_at_once: int,
     jit,
 ) -> Reward:
-    """(score - offset) / scale of each answer: centred and of unit deviation on the reward model's held-out answers."""
-    run = jit(lambda params, tokens: scores(model, params, tokens))
+    """(score - offset) / scale of each answer, the score being the sum of weights[a] * axis a.
+
+    With the moments of the reward model's held-out answers: centred, and of unit deviation.
+    """
+    run = jit(lambda params, tokens: scores(model, params, tokens) @ jnp.asarray(weights))
     params = jax.tree.map(jnp.asarray, params)  # on the device once, not at every call
 
     def reward(examples, texts):
@@ -63,5 +68,18 @@ def reward_model(
             part = jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0))), part)
             parts.append(np.asarray(run(params, part))[: rows_at_once - missing])
         return (np.concatenate(parts) - offset) / scale
+
+    return reward
+
+
+def ensemble(members: Sequence[Reward], *, pessimism: float) -> Reward:
+    """Mean of the members' rewards minus `pessimism` times their standard deviation, where they disagree.
+
+    Coste et al. 2023, "uncertainty-weighted optimization", arXiv 2310.02743 (theirs subtracts the variance).
+    """
+
+    def reward(examples, texts):
+        each = np.stack([member(examples, texts) for member in members])
+        return each.mean(axis=0) - pessimism * each.std(axis=0)
 
     return reward

@@ -46,21 +46,21 @@ def on_topic(message: str, answer: str) -> float:
 
 def curious(message: str, answer: str) -> float:
     """Asks something back: a question mark after at least two words."""
-    return float(any(s.endswith("?") and len(_words(s)) >= 2 for s in _sentences(answer)))
+    return float(any(s.endswith("?") and len(words(s)) >= 2 for s in _sentences(answer)))
 
 
 def fresh(message: str, answer: str) -> float:
     """No word three times in a row, no three words twice, no sentence twice."""
-    words = _words(answer)
-    trigrams = list(zip(words, words[1:], words[2:]))
-    sentences = [tuple(_words(sentence)) for sentence in _sentences(answer)]
+    said = words(answer)
+    trigrams = list(zip(said, said[1:], said[2:]))
+    sentences = [tuple(words(sentence)) for sentence in _sentences(answer)]
     tripled = any(a == b == c for a, b, c in trigrams)
     return float(not tripled and len(set(trigrams)) == len(trigrams) and len(set(sentences)) == len(sentences))
 
 
 def sized(message: str, answer: str) -> float:
     """3 to 40 words."""
-    return float(3 <= len(_words(answer)) <= 40)
+    return float(3 <= len(words(answer)) <= 40)
 
 
 def clean(message: str, answer: str) -> float:
@@ -70,7 +70,7 @@ def clean(message: str, answer: str) -> float:
 
 def rude(message: str, answer: str) -> float:
     """Holds a word of RUDE."""
-    return float(not RUDE.isdisjoint(_words(answer)))
+    return float(not RUDE.isdisjoint(words(answer)))
 
 
 Criterion = Callable[[str, str], float]  # (the user's last message, the answer) -> 0 or 1
@@ -101,17 +101,18 @@ def explain(prompt: Sequence[Mapping[str, str]], text: str) -> dict[str, float]:
 _CLEAN = re.compile(r"(?!.*[^\w\s]{4})(?:[^\W_]|[ .,;:!?'’\"“”()%$&/+-])+")
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """Lower-case words of letters and digits, apostrophes inside them kept."""
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("’", "'"))
 
 
 def _sentences(text: str) -> list[str]:
     """Cut after a run of . ! ? that a space or the end follows; what has no word is no sentence."""
-    return [sentence for sentence in re.split(r"(?<=[.!?])\s+", text.strip()) if _words(sentence)]
+    return [sentence for sentence in re.split(r"(?<=[.!?])\s+", text.strip()) if words(sentence)]
 
 
 def _content(text: str) -> set[str]:
-    return {_stem(word) for word in _words(text) if word not in STOP and len(word) > 2}
+    return {_stem(word) for word in words(text) if word not in STOP and len(word) > 2}
 
 
 def _stem(word: str) -> str:

@@ -1,5 +1,5 @@
 """Every way of training, by name. A stage exports make, batches, summary, SHOWN and LIMITS."""
 
-from lm.stages import ppo, pretrain, reward, sft
+from lm.stages import listwise, ppo, pretrain, reward, sft
 
-STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
+STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "listwise": listwise, "ppo": ppo}

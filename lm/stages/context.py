@@ -17,7 +17,7 @@ class Context(NamedTuple):
     tokenizer: Tokenizer
     seed: int
     jit: Callable[..., Callable]  # jax.jit in a program, the identity where one wants to step through
-    reward_from: Callable[[str], Reward]  # the reward model of a workdir
+    reward_from: Callable[[str, float], Reward]  # (workdirs, pessimism): a reward model, or an ensemble of several
 
     def admit(self, length: int) -> None:
         """UserError for rows of no tokens, or of more than the model's context."""

@@ -10,6 +10,8 @@ Ours differs: old log-probs are the trainer's (the ratio starts at exactly what 
 the sampler's is measured and gated; old, new and reference log-probs are all of logits / temperature.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ from lm.losses import clipped_surrogate, clipped_value, kl_k1, kl_k3, log_ratio
 from lm.metrics import Metrics, mean, scalar, values
 from lm.model import Model
 from lm.returns import gae, kl_rewards, whiten
-from lm.rewards import REWARDS
+from lm.rewards import REWARDS, Reward, weighed
 from lm.sample import check, joined, sample
 from lm.stages.context import Batches, Context
 from lm.types import Rollouts
@@ -33,6 +35,8 @@ from lm.update import Loss, Update, annotate, gradient, minibatches, reference, 
 LIMITS = {"sampler_gap": 0.05}
 
 SHOWN = ("reward", "score/rule", "kl", "entropy")  # in the live line
+MODEL = "model"  # the name of the learnt reward among `rewards`
+MODEL_ALONE: Mapping[str, float] = {MODEL: 1.0}
 # Roles folded into the key, above every step: an update folds its step in, and no two draws may share a key.
 ROLLOUT, HELD_OUT = 2**30, 2**30 + 1
 
@@ -84,7 +88,7 @@ def signal(model: Model, *, beta: float, gamma: float, lam: float, temperature: 
             "kl": jnp.sum(kl_k1(old, ref), axis=1),
             "response_length": jnp.sum(w, axis=1),
             "stopped": batch.stopped.astype(jnp.float32),
-            **{f"score/{name}": score for name, score in batch.scores.items()},
+            **batch.scores,
         }
         metrics = {name: mean(value, rows) for name, value in per_row.items()}
         metrics["kl_k3"] = mean(kl_k3(old, ref), w)
@@ -133,6 +137,8 @@ def batches(
     context: Context,
     *,
     reward_model: str,
+    rewards: Mapping[str, float] = MODEL_ALONE,
+    pessimism: float = 0.0,
     rater: str = "",
     sources: str = "chitchat",
     turns: int = 3,
@@ -144,10 +150,13 @@ def batches(
     held_out: float = 0.02,
     held_out_rollouts: int = 128,
 ) -> Batches:
-    """Answers sampled by the current policy to prompts from `sources`, scored by the reward model of a workdir.
+    """Answers sampled by the current policy to prompts from `sources`, and what they are worth.
 
-    `rater` names a reward whose score is logged but never learned from. An answer that the limit cut off loses
-    `cut_penalty` of its reward. Prompts longer than `prompt_length` tokens are skipped and counted.
+    The reward is a sum of `rewards`, by name and weight: "model" is the reward model of the workdir `reward_model` (of
+    several, with commas between them: their mean less `pessimism` standard deviations), the others are lm.rewards';
+    where there are several, each is logged as reward/NAME. `rater` names one that is logged as score/NAME but never
+    learned from. An answer that the limit cut off loses `cut_penalty`. Prompts longer than `prompt_length` tokens are
+    skipped and counted.
     """
     model, tokenizer = context.model, context.tokenizer
     check(model, prompt_length, max_new=max_new, temperature=temperature, top_k=0, top_p=1.0)
@@ -158,8 +167,8 @@ def batches(
     if rater and rater not in REWARDS:
         raise UserError(f"data.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or leave it empty")
     at_least(1, "data", turns=turns, rollouts=rollouts, held_out_rollouts=held_out_rollouts)
-    reward = context.reward_from(reward_model)
-    raters = {rater: REWARDS[rater]} if rater else {}
+    worth = weighed(reward_parts(context, rewards, reward_model, pessimism))
+    watched = weighed({rater: (0.0, REWARDS[rater])} if rater else {})
     run = context.jit(
         lambda lm, prompts, lengths, key: rollout(
             model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops
@@ -172,9 +181,11 @@ def batches(
             tokenizer.decode(row[:n]) for row, n in zip(np.asarray(completions.tokens), np.asarray(completions.lengths))
         ]
         stopped = np.asarray(completions.stopped)
-        rewards = np.asarray(reward(chosen.contexts, texts), np.float32) - cut_penalty * ~stopped
-        scores = {name: np.asarray(function(chosen.contexts, texts), np.float32) for name, function in raters.items()}
-        return Rollouts(tokens, rewards.astype(np.float32), scores, stopped, logprobs)
+        total, parts = worth(chosen.contexts, texts)
+        _, seen = watched(chosen.contexts, texts)
+        scores = {f"reward/{name}": part for name, part in parts.items() if len(parts) > 1}
+        scores |= {f"score/{name}": score for name, score in seen.items()}
+        return Rollouts(tokens, np.float32(total - cut_penalty * ~stopped), scores, stopped, logprobs)
 
     train, unseen = corpora.split(chats.prompts(chats.conversations(sources), turns=turns), held_out)
     (train, skipped), (unseen, _) = (fitting(tokenizer, side, prompt_length) for side in (train, unseen))
@@ -195,6 +206,22 @@ def batches(
         return drawn(state, take(train, order(i)), jax.random.fold_in(jax.random.fold_in(state.key, ROLLOUT), i))
 
     return Batches(train_batch, held_out_batches, about)
+
+
+def reward_parts(
+    context: Context, rewards: Mapping[str, float], reward_model: str, pessimism: float
+) -> dict[str, tuple[float, Reward]]:
+    """Weight and function of each reward whose weight is not 0. UserError for a name that is none."""
+    for name in rewards:
+        if name != MODEL and name not in REWARDS:
+            raise UserError(f"data.rewards.{name} is no reward; choose among {MODEL}, {', '.join(REWARDS)}")
+    if not any(rewards.values()):
+        raise UserError(f"data.rewards gives no reward a weight: there is nothing to learn; set e.g. {MODEL} to 1.0")
+    return {
+        name: (weight, context.reward_from(reward_model, pessimism) if name == MODEL else REWARDS[name])
+        for name, weight in rewards.items()
+        if weight
+    }
 
 
 def rollout(model: Model, lm, prompts, lengths, key, **options):

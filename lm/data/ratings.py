@@ -1,0 +1,73 @@
+"""Real people's ratings as rankings: the conversations of `chitchat-dataset` (MIT), rated by who took part.
+
+Of 7,168 conversations 5,988 carry three ratings from 1 to 10: witty, interesting, upbeat. In 3,705 of them somebody
+replied; those are ranked here. The data do not say which of the two rated; we take the one who spoke first. 36 % are
+rated 5, 5, 5, which is also what a form left alone would say, so this is a noisy taste.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from lm.data import corpus
+from lm.data.rankings import Ranking
+
+RATED = ("witty", "interesting", "upbeat")
+BUCKETS = 20  # raters fall into so many groups by hash; a ranking compares conversations of one group only
+MOST = 4  # conversations in a ranking
+BEST = 10  # of each rating
+
+
+class Rated(NamedTuple):
+    key: str
+    opener: str  # the question that both were given
+    first: str  # who spoke first
+    turns: list[str]
+    ratings: dict[str, int]  # each of RATED, 1 to 10
+
+
+def chitchat() -> list[Ranking]:
+    """Rankings of up to MOST conversations each, all from the same opener and from raters of one bucket.
+
+    The prompt is the opener, a response is a conversation, a line a turn. Overall the sum of the three ratings decides:
+    ranks are 1 for 30 points, 2 for 29, and so on, so they tell by how much, too. A ranking bears its bucket's name:
+    whoever is held out is unseen with all that he rated.
+    """
+    cells = defaultdict(list)
+    for rated in _rated():
+        bucket = int.from_bytes(hashlib.sha256(rated.first.encode()).digest()[:8], "big") % BUCKETS
+        cells[rated.opener, bucket].append(rated)
+    return [
+        _ranking(opener, bucket, cell[i : i + MOST])
+        for (opener, bucket), cell in sorted(cells.items())
+        for i in range(0, len(cell) - 1, MOST)
+    ]
+
+
+BUILT_IN = {"chitchat": chitchat}
+
+
+def _ranking(opener: str, bucket: int, rated: list[Rated]) -> Ranking:
+    sums = [sum(one.ratings.values()) for one in rated]
+    return Ranking(
+        name=f"chitchat/raters/{bucket}",
+        prompt=[{"role": "user", "content": opener}],
+        responses=["\n".join(f"- {turn}" for turn in one.turns) for one in rated],
+        ranking=[BEST * len(RATED) + 1 - total for total in sums],
+        rater=f"raters {bucket}",
+        time=datetime(2018, 4, 18, tzinfo=UTC).isoformat(),  # when the Chit-Chat Challenge began
+        axes={axis: [one.ratings[axis] for one in rated] for axis in RATED},
+    )
+
+
+def _rated() -> Iterator[Rated]:
+    """The rated conversations in which somebody replied, in an order drawn from their keys."""
+    found = []
+    for key, conversation in corpus.chitchat_dataset().items():
+        turns = corpus.turns_of(conversation)
+        if len(turns) >= 2 and "ratings" in conversation:
+            said = [text for _, text in turns]
+            found.append(Rated(key, conversation["prompt"], turns[0][0], said, conversation["ratings"]))
+    yield from sorted(found, key=lambda rated: hashlib.sha256(rated.key.encode()).digest())

@@ -1,0 +1,106 @@
+"""What our HTML pages share: templates and their filters, how numbers look, figures as SVG."""
+
+import io
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lm.intervals import Estimate
+
+INK, TRAIN, HELD_OUT = "#7b7b7a", "#3f7fd6", "#d9822b"  # INK gives way to the page's own text colour
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lm",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.25,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.linewidth": 0.6,
+}
+DRAWING = threading.Lock()  # the settings above are matplotlib's own while a figure is drawn
+
+
+def templates() -> jinja2.Environment:
+    """The templates of this package, with the filters below. A missing value is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {f.__name__: f for f in (short, signed, percent, interval, visible)}
+    return environment
+
+
+def whiskers(estimates: Mapping[str, Estimate], label: str, *, centre: float | None = None) -> Markup:
+    """Each estimate as a dot with its 95 % interval; `centre` gets a line."""
+
+    def draw(axes: Axes):
+        values, low, high = np.array([(e.value, e.low, e.high) for e in estimates.values()]).T
+        axes.errorbar(values, range(len(values)), xerr=[values - low, high - values], fmt="o", color=TRAIN, capsize=3)
+        axes.set_yticks(range(len(values)), list(estimates))
+        axes.set_ylim(len(values) - 0.5, -0.5)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", color=INK, alpha=0.25)
+        if centre is not None:
+            axes.axvline(centre, color=INK, linewidth=0.8, linestyle="--")
+
+    return svg(draw, width=4.4, height=0.75 + 0.32 * len(estimates))
+
+
+def svg(draw: Callable[[Axes], None], *, width: float, height: float) -> Markup:
+    """What `draw(axes)` draws, as an element for the page; width and height in inches."""
+    with DRAWING, rc_context(STYLE):
+        figure, file = Figure((width, height), layout="constrained"), io.StringIO()
+        draw(figure.subplots())
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    return Markup(file.getvalue()[file.getvalue().index("<svg") :].replace(INK, "currentColor"))
+
+
+def visible(text: str) -> str:
+    """`text` with the control characters that HTML has no place for as their pictures; newline and tab stay."""
+    pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+    return text.translate({**pictures, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
+
+
+def short(number: float | None) -> str:
+    """1234567 to "1.23 M"; a dash for None."""
+    if number is None:
+        return "–"
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {letter}"
+    return f"{number:.3g}"
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.0f}\u00a0%"
+
+
+def signed(number: float) -> str:
+    return f"{number:+.2f}".replace("-", "−")
+
+
+FORMATS = {"plain": "{:.2f}".format, "tenths": "{:.1f}".format, "signed": signed, "percent": percent}
+
+
+def interval(estimate: Mapping[str, float], style: str = "plain") -> str:
+    """ "[4.01, 4.23]", the 95 % interval of an Estimate."""
+    return f"[{FORMATS[style](estimate['low'])}, {FORMATS[style](estimate['high'])}]"

@@ -1,0 +1,275 @@
+"""What the verdicts say: of the models that answered, of the raters, and of how far the raters agree.
+
+A skipped item says nothing. A unit of agreement is a pair of responses of an item: 1 if the first is better, -1 if the
+second is, 0 for a tie; "both bad" is a tie.
+"""
+
+import itertools
+import json
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+from lm.agreement import NOTHING, bootstrap, cohen_kappa, krippendorff_alpha, reliability, strengths
+from lm.data.rankings import AXES, FLAGS, Ranking
+from lm.intervals import Estimate, average, rate
+from lm.pages import FORMATS, INK, interval, percent, signed, svg, templates, whiskers
+
+SHARED = 10  # pairs that two raters must have in common before their kappa is told
+CONTESTED = 5  # items shown
+COLOURS = ("#3f7fd6", "#d9822b", "#2f8a4b", "#a356b8", "#c0483c", "#7b8a2f")  # of raters, in their order
+
+
+class Rater(NamedTuple):
+    name: str
+    verdicts: int
+    seconds: float | None  # the median
+    ties: int  # verdicts in which two responses share a rank, "both bad" apart
+    bad: int
+    skipped: int
+    first: Estimate  # how often the response shown first is the one preferred
+    chance: float  # and how often it would be without a bias
+    reliability: Estimate  # how often this rater agrees with the majority of the others
+
+
+class Model(NamedTuple):
+    name: str
+    responses: int  # judged ones
+    strength: Estimate  # Bradley-Terry, logarithmic; nan for one that met no other
+    axes: dict[str, Estimate]
+    flags: dict[str, int]
+
+
+class Contested(NamedTuple):
+    disagreement: float  # the share of pairs of raters that disagree, over the item's pairs of responses
+    item: Ranking
+    ranks: dict[str, list[int]]  # of each rater
+
+
+class Results(NamedTuple):
+    judged: list[Ranking]  # not skipped; the last verdict of a rater on an item
+    items: int
+    raters: list[Rater]
+    alpha: Estimate
+    kappas: dict[tuple[str, str], float]
+    models: list[Model]  # the strongest first
+    contested: list[Contested]
+
+
+def results(rankings: Sequence[Ranking]) -> Results:
+    """Everything the page tells of these verdicts."""
+    last = {(identity(ranking), ranking.rater): ranking for ranking in rankings}
+    judged = [ranking for ranking in last.values() if ranking.verdict != "skipped"]
+    names = list(dict.fromkeys(ranking.rater for ranking in last.values()))
+    units, ratings = votes(judged, names)
+    shared = ratings[:, np.sum(~np.isnan(ratings), axis=0) >= 2]
+    reliable = dict(zip(names, reliability(ratings)))
+    return Results(
+        judged,
+        len({identity(ranking) for ranking in judged}),
+        [rater(name, [r for r in last.values() if r.rater == name], reliable[name]) for name in names],
+        bootstrap(krippendorff_alpha, shared),
+        kappas(names, ratings),
+        models(judged),
+        contested(judged, units, ratings),
+    )
+
+
+def identity(ranking: Ranking) -> str:
+    """What makes two verdicts ones of the same item."""
+    return json.dumps([ranking.prompt, ranking.responses])
+
+
+def votes(judged: Sequence[Ranking], raters: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The item of each unit, and f64[raters, units]: -1, 0 or 1, nan where a rater has not judged the item."""
+    columns: dict[tuple[str, int, int], dict[str, float]] = defaultdict(dict)
+    for ranking in judged:
+        for i, j in pairs(ranking):
+            columns[identity(ranking), i, j][ranking.rater] = np.sign(ranking.ranking[j] - ranking.ranking[i])
+    rows = [[column.get(rater, np.nan) for column in columns.values()] for rater in raters]
+    return [item for item, _, _ in columns], np.array(rows, np.float64).reshape(len(raters), len(columns))
+
+
+def pairs(ranking: Ranking) -> Iterator[tuple[int, int]]:
+    return itertools.combinations(range(len(ranking.responses)), 2)
+
+
+def rater(name: str, verdicts: Sequence[Ranking], reliable: Estimate) -> Rater:
+    kinds = Counter(ranking.verdict for ranking in verdicts)
+    ranked = [ranking for ranking in verdicts if ranking.verdict == "ranked"]
+    seconds = [ranking.seconds for ranking in verdicts if ranking.seconds is not None]
+    return Rater(
+        name,
+        len(verdicts),
+        statistics.median(seconds) if seconds else None,
+        sum(len(set(ranking.ranking)) < len(ranking.ranking) for ranking in ranked),
+        kinds["both bad"],
+        kinds["skipped"],
+        *place_bias(verdicts),
+        reliable,
+    )
+
+
+def place_bias(verdicts: Sequence[Ranking]) -> tuple[Estimate, float]:
+    """How often the response shown first is the one preferred, and how often it would be without a bias."""
+    decided = [r for r in verdicts if r.shown and r.ranking.count(min(r.ranking)) == 1]  # with one best response
+    if not decided:
+        return NOTHING, np.nan
+    first = [r.ranking[r.shown[0]] == min(r.ranking) for r in decided]
+    return rate(first), float(np.mean([1 / len(r.ranking) for r in decided]))
+
+
+def kappas(names: Sequence[str], ratings: np.ndarray) -> dict[tuple[str, str], float]:
+    """Cohen's kappa of every two raters that share SHARED pairs of responses."""
+    rows = dict(zip(names, ratings))
+    return {
+        (a, b): cohen_kappa(rows[a], rows[b])
+        for a, b in itertools.combinations(names, 2)
+        if np.sum(~np.isnan(rows[a]) & ~np.isnan(rows[b])) >= SHARED
+    }
+
+
+def models(judged: Sequence[Ranking]) -> list[Model]:
+    """What was said of the responses of each model, the strongest model first."""
+    responses: Counter[str] = Counter()
+    axes: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    flags: dict[str, Counter[str]] = defaultdict(Counter)
+    games = []
+    for ranking in judged:
+        names = [source["model"] for source in ranking.sources if "model" in source]
+        if len(names) < len(ranking.responses):
+            continue  # nobody knows who answered
+        responses.update(names)
+        for i, j in pairs(ranking):
+            if names[i] != names[j]:
+                games.append((names[i], names[j], (1 + np.sign(ranking.ranking[j] - ranking.ranking[i])) / 2))
+        for axis, scores in ranking.axes.items():
+            for name, score in zip(names, scores):
+                if score is not None:
+                    axes[name][axis].append(score)
+        for name, raised in zip(names, ranking.flags):
+            flags[name].update(raised)
+    strong = strengths(games)
+    found = [
+        Model(
+            name,
+            count,
+            strong[name] if name in strong else NOTHING,
+            {axis: average(axes[name][axis]) if axes[name][axis] else NOTHING for axis in AXES},
+            {flag: flags[name][flag] for flag in FLAGS},
+        )
+        for name, count in responses.items()
+    ]
+    return sorted(found, key=lambda model: np.nan_to_num(model.strength.value), reverse=True)
+
+
+def contested(judged: Sequence[Ranking], units: Sequence[str], ratings: np.ndarray) -> list[Contested]:
+    """The items of which the raters disagree most, of those that two have judged."""
+    said: dict[str, list[Ranking]] = defaultdict(list)
+    for ranking in judged:
+        said[identity(ranking)].append(ranking)
+    shares: dict[str, list[float]] = defaultdict(list)
+    for item, column in zip(units, ratings.T):
+        given = column[~np.isnan(column)]
+        if len(given) >= 2:
+            shares[item].append(float(np.mean([a != b for a, b in itertools.combinations(given, 2)])))
+    found = [
+        Contested(statistics.mean(each), said[item][0], {ranking.rater: ranking.ranking for ranking in said[item]})
+        for item, each in shares.items()
+        if any(each)
+    ]
+    return sorted(found, key=lambda item: item.disagreement, reverse=True)[:CONTESTED]
+
+
+def page(rankings: Sequence[Ranking], *, title: str) -> str:
+    """The results as one self-contained HTML page without scripts."""
+    found = results(rankings)
+    environment = templates()
+    environment.filters["measured"] = measured
+    compared = {model.name: model.strength for model in found.models if np.isfinite(model.strength.value)}
+    reliable = {r.name: r.reliability for r in found.raters if np.isfinite(r.reliability.value)}
+    return environment.get_template("ranking/results.html.jinja").render(
+        title=title,
+        found=found,
+        claims=claims(found),
+        strengths=whiskers(compared, "log-strength, with its 95 % interval", centre=0) if compared else "",
+        reliability=whiskers(reliable, "agreement with the majority of the others") if reliable else "",
+        over_time=over_time(rankings) if rankings else "",
+        axes=AXES,
+        flags=FLAGS,
+        scored=any(model.axes[axis] is not NOTHING for model in found.models for axis in AXES),
+        flagged=any(any(model.flags.values()) for model in found.models),
+        shared=SHARED,
+    )
+
+
+def claims(found: Results) -> list[dict[str, str]]:
+    """The headline: how much was judged, how fast, how far it agrees, and whether the order of showing mattered."""
+    seconds = [ranking.seconds for ranking in found.judged if ranking.seconds is not None]
+    first, chance = place_bias(found.judged)
+    best = found.models[0] if found.models and np.isfinite(found.models[0].strength.value) else None
+    return [
+        {
+            "title": "Verdicts",
+            "figure": f"{len(found.judged):,}",
+            "note": f"on {found.items:,} items, by {len(found.raters)} raters"
+            + (f"; {statistics.median(seconds):.1f} s in the median" if seconds else ""),
+        },
+        {
+            "title": "Strongest model",
+            "figure": best.name if best else "–",
+            "note": f"log-strength {measured(best.strength, 'signed')}" if best else "no two models were compared",
+        },
+        {
+            "title": "Krippendorff's alpha",
+            "figure": signed(found.alpha.value) if np.isfinite(found.alpha.value) else "–",
+            "note": f"95 % interval {interval(found.alpha._asdict(), 'signed')}; 1: full agreement, 0: by chance"
+            if np.isfinite(found.alpha.value)
+            else "no two raters have judged enough of the same items",
+        },
+        {
+            "title": "First shown preferred",
+            "figure": percent(first.value) if np.isfinite(first.value) else "–",
+            "note": f"95 % interval {interval(first._asdict(), 'percent')}; {percent(chance)} without a bias"
+            if np.isfinite(first.value)
+            else "no verdict has one best answer",
+        },
+    ]
+
+
+def measured(estimate: Estimate, style: str = "plain") -> str:
+    """ "0.62 [0.51, 0.72]"; a dash where nothing was observed."""
+    if not np.isfinite(estimate.value):
+        return "–"
+    spread = f" {interval(estimate._asdict(), style)}" if np.isfinite(estimate.se) else ""
+    return FORMATS[style](estimate.value) + spread
+
+
+def over_time(rankings: Sequence[Ranking]) -> Markup:
+    """How many verdicts each rater had given by when."""
+
+    def draw(axes: Axes):
+        given: dict[str, list[datetime]] = defaultdict(list)
+        for ranking in rankings:
+            given[ranking.rater].append(datetime.fromisoformat(ranking.time).astimezone(UTC))
+        for (name, times), colour in zip(given.items(), itertools.cycle(COLOURS)):
+            times.sort()
+            axes.step(times, range(1, len(times) + 1), where="post", color=colour, linewidth=1.6, label=name)
+            axes.plot(times[-1:], [len(times)], "o", color=colour, markersize=4)
+        first, last = min(times[0] for times in given.values()), max(times[-1] for times in given.values())
+        margin = max((last - first) / 20, timedelta(seconds=1))
+        axes.set_xlim(first - margin, last + margin)
+        locator = AutoDateLocator(minticks=3, maxticks=6)
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        axes.set_ylabel("verdicts")
+        axes.legend(frameon=False, labelcolor=INK)
+
+    return svg(draw, width=4.4, height=2.4)

@@ -1,0 +1,239 @@
+"""Ranked answers: the batches, the heads and the measures that every way of learning a reward model shares."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lm.data import batches as rows_to_batches, corpus as corpora, rankings as records, ratings, store
+from lm.errors import UserError, at_least
+from lm.losses import preferred
+from lm.metrics import Mean, Metrics, mean, values
+from lm.model import Model
+from lm.rewards.model import answered, rows, scores
+from lm.stages.context import Batches, Context
+from lm.tokenizer import Tokenizer
+from lm.types import Array, Ranked, Tokens
+from lm.update import Loss, Update, gradient, value_head
+
+OVERALL = "overall"  # the axis that `ranking` itself is
+ONE_AXIS: Mapping[str, float] = {OVERALL: 1.0}  # an axis and what it counts in the total score
+APART = (1, 2, 3)  # ranks between two answers, the last one and more: accuracy by the rater's margin
+EDGES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the calibration's bins: what the model gives the answer it prefers
+
+# (scores f32[P,K], ranks i32[P,K]) -> loss f32[P], the mean over what the rater decided there
+Objective = Callable[[Array, Array], Array]
+
+
+def learner(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    *,
+    axes: Mapping[str, float],
+    centring: float,
+    microbatches: int,
+) -> Update:
+    """value_head(gradient(objective of every axis + centring)), which also measures itself on held-out batches."""
+    axes = in_order(axes)
+    loss = rank_loss(model, objective, axes=axes, centring=centring)
+    update = value_head(lambda key: heads(model, key, len(axes)), gradient(loss, optimizer, microbatches=microbatches))
+
+    def evaluate(state, batch: Ranked) -> Metrics:
+        total = answer_scores(model, state.params, batch.tokens) @ jnp.array(list(axes.values()))
+        return {**update.evaluate(state, batch), **measures(total, batch)}
+
+    return update._replace(evaluate=evaluate)
+
+
+def in_order(axes: Mapping[str, float]) -> dict[str, float]:
+    """The axes with OVERALL in front, as heads and ranks are numbered: a config keeps its entries by the alphabet."""
+    if OVERALL not in axes:
+        raise UserError(f"axes are {', '.join(axes) or 'empty'}: {OVERALL}, the ranking itself, must be among them")
+    return {OVERALL: axes[OVERALL], **axes}
+
+
+def heads(model: Model, key: Array, count: int):
+    """The scalar head once for each axis, all zero: score f32[D,A], offset f32[A]."""
+    return jax.tree.map(lambda x: jnp.zeros((*x.shape, count)), model.init_value(key))
+
+
+def answer_scores(model: Model, params, tokens: Tokens) -> Array:
+    """f32[P,K,A] of answers whose leaves are [P,K,T]."""
+    P, K, T = tokens.inputs.shape
+    found = scores(model, params, jax.tree.map(lambda x: x.reshape(P * K, T), tokens))
+    return found.reshape(P, K, -1)
+
+
+def rank_loss(model: Model, objective: Objective, *, axes: Iterable[str], centring: float) -> Loss:
+    """The sum of each axis' objective, a mean over the prompts that it decides, plus `centring` times the mean of
+    (r_i + r_j)^2 over the compared pairs, which keeps scores near 0 (Eisenstein et al. 2023, arXiv 2312.09244)."""
+
+    def loss(params, frozen, batch: Ranked, key):
+        # A difference cannot see the offset: left in, rounding alone would move it. Centring does see it.
+        head = params["value"]
+        bare = {**params, "value": {**head, "offset": jnp.zeros_like(head["offset"])}}
+        found = answer_scores(model, bare, batch.tokens)
+        terms, metrics = {}, {}
+        for a, axis in enumerate(axes):
+            s, ranks = found[..., a], batch.ranks[..., a]
+            better = preferred(ranks).astype(jnp.float32)
+            decided = jnp.any(better > 0, axis=(1, 2)).astype(jnp.float32)
+            over_pairs = lambda x, better=better: jnp.sum(x * better, (1, 2)) / jnp.maximum(jnp.sum(better, (1, 2)), 1)
+            lead = s[:, :, None] - s[:, None, :]
+            both = s[:, :, None] + s[:, None, :] + 2 * head["offset"][a]
+            ordered = mean(objective(s, ranks), decided)
+            terms[axis] = ordered
+            terms[f"{axis} centring"] = centring * mean(over_pairs(jnp.square(both)), decided)
+            name = "" if axis == OVERALL else f"/{axis}"
+            metrics |= {
+                f"loss{name}": ordered,
+                f"accuracy{name}": mean(over_pairs(right(lead)), decided),
+                f"margin{name}": mean(over_pairs(lead), decided),
+            }
+        return terms, metrics
+
+    return loss
+
+
+def right(lead: Array) -> Array:
+    """1 where the preferred answer leads, one half where neither does."""
+    return (lead > 0) + 0.5 * (lead == 0)
+
+
+def measures(total: Array, batch: Ranked) -> Metrics:
+    """What is worth knowing of total scores f32[P,K]: accuracy by the rater's margin, calibration, moments, and how
+    often the longer answer is the better one."""
+    ranks = batch.ranks[..., 0]
+    lead = total[:, :, None] - total[:, None, :]
+    better = preferred(ranks).astype(jnp.float32)
+    apart = jnp.minimum(ranks[:, None, :] - ranks[:, :, None], APART[-1])
+    found = {f"apart {n}": mean(right(lead), better * (apart == n)) for n in APART}
+    sure = jax.nn.sigmoid(jnp.abs(lead))
+    for low, high in zip(EDGES, (*EDGES[1:], math.inf)):
+        inside = better * (sure >= low) * (sure < high)
+        found |= {f"said {low}": mean(sure, inside), f"true {low}": mean(right(lead), inside)}
+    lengths = jnp.sum(batch.tokens.segments > 0, axis=-1).astype(jnp.float32)
+    found["longer"] = mean(right(lengths[:, :, None] - lengths[:, None, :]), better)
+    real = (lengths > 0).astype(jnp.float32)
+    moments = {
+        "score": total,
+        "score_2": total**2,
+        "length": lengths,
+        "length_2": lengths**2,
+        "score_length": total * lengths,
+    }
+    return found | {name: mean(x, real) for name, x in moments.items()}
+
+
+def batches(
+    context: Context,
+    *,
+    rankings: str,
+    axes: Mapping[str, float] = ONE_AXIS,
+    length: int = 128,
+    prompts_per_batch: int = 32,
+    held_out: float = 0.15,
+    limit: int = 0,
+) -> Batches:
+    """Ranked answers, split by prompt (by rater where the data name him), `length` tokens a row.
+
+    `rankings` is a file or database of verdicts (see data.rankings, data.store), or "chitchat" (data.ratings).
+    `axes` names what is learnt, "overall" among them, and what each counts in the total score; one that counts 0 still
+    shapes the trunk. All answers of a verdict are in one batch. `limit` > 0 trains on that many verdicts only.
+    """
+    context.admit(length)
+    at_least(1, "data", prompts_per_batch=prompts_per_batch)
+    at_least(0, "data", limit=limit)
+    axes = in_order(axes)
+    train, unseen, undecided = sides(rankings, held_out)
+    if limit:
+        order = np.random.default_rng(context.seed).permutation(len(train))[:limit]
+        train = [train[i] for i in sorted(order)]
+    missing = [axis for axis in axes if axis != OVERALL and not any(axis in r.axes for r in train)]
+    if missing:
+        raise UserError(f"{rankings}: no verdict scores the axis {missing[0]!r} of data.axes: leave it out")
+    most = max(len(r.responses) for r in [*train, *unseen])
+    train_rows, unseen_rows = (grouped(context.tokenizer, side, tuple(axes), length, most) for side in (train, unseen))
+    batch = rows_to_batches.batches(train_rows, batch_size=prompts_per_batch, seed=context.seed)
+    about = {
+        "length": length,
+        "prompts": len(train),
+        "pairs": sum(len(records.pairs(r)) for r in train),
+        "held_out_prompts": len(unseen),
+        "held_out_pairs": sum(len(records.pairs(r)) for r in unseen),
+        "undecided": undecided,
+    }
+    held_out_batches = lambda state: rows_to_batches.every(unseen_rows, prompts_per_batch)
+    return Batches(lambda state, i: batch(i), held_out_batches, about)
+
+
+def sides(rankings: str, held_out: float) -> tuple[list[records.Ranking], list[records.Ranking], int]:
+    """The verdicts to learn from, the held-out ones, and how many prefer no answer to another and are left out."""
+    everything = ratings.BUILT_IN[rankings]() if rankings in ratings.BUILT_IN else store.read(rankings)
+    ranked = [r for r in everything if records.pairs(r)]
+    if not ranked:
+        raise UserError(f"{rankings}: no ranking prefers one answer to another; rank more answers, or less alike ones")
+    return *corpora.split(ranked, held_out), len(everything) - len(ranked)
+
+
+def grouped(
+    tokenizer: Tokenizer, rankings: Sequence[records.Ranking], axes: Sequence[str], length: int, most: int
+) -> Ranked:
+    """Leaves [verdicts, `most` answers, ...]; a verdict on fewer answers is padded with rows of nothing, ranked 0."""
+    answers = [answered(r.prompt, text) for r in rankings for text in r.responses]
+    slots = [v * most + i for v, r in enumerate(rankings) for i in range(len(r.responses))]
+
+    def place(x):
+        out = np.zeros((len(rankings) * most, *x.shape[1:]), x.dtype)
+        out[slots] = x
+        return out.reshape(len(rankings), most, *x.shape[1:])
+
+    ranks = [[axis_ranks(r, axis) for axis in axes] for r in rankings]
+    flat = np.array(
+        [[of_axis[i] for of_axis in verdict] for verdict in ranks for i in range(len(verdict[0]))], np.int32
+    )
+    return Ranked(jax.tree.map(place, rows(tokenizer, answers, length)), place(flat))
+
+
+def axis_ranks(ranking: records.Ranking, axis: str) -> list[int]:
+    """The rank of each response on an axis: as given, or turned from scores; 0 where it was not scored."""
+    if axis == OVERALL:
+        return list(ranking.ranking)
+    scored = ranking.axes[axis] if axis in ranking.axes else [None] * len(ranking.responses)
+    return [0 if score is None else records.HIGHEST + 1 - score for score in scored]
+
+
+def summary(metrics: Metrics, about) -> dict[str, float]:
+    """Held-out accuracy with its standard error, by margin and by axis; calibration; the total score's mean and
+    deviation, its correlation with length.
+
+    The standard error counts prompts, not pairs: pairs of one prompt are not independent. What was never seen (a bin
+    without pairs) is left out.
+    """
+    seen = {name: m for name, m in metrics.items() if float(m.weight) > 0}
+    found = values(seen)
+    moments = {name: found.pop(name) for name in ("score", "score_2", "length", "length_2", "score_length")}
+    deviation = math.sqrt(max(moments["score_2"] - moments["score"] ** 2, 1e-12))
+    spread = math.sqrt(max(moments["length_2"] - moments["length"] ** 2, 1e-12))
+    accuracy, prompts = found["accuracy"], about["held_out_prompts"]
+    covariance = moments["score_length"] - moments["score"] * moments["length"]
+    return {
+        **found,
+        "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / prompts),
+        "calibration_error": calibration_error(seen),
+        "score_mean": moments["score"],
+        "score_deviation": deviation,
+        "length_correlation": covariance / (deviation * spread),
+    }
+
+
+def calibration_error(metrics: Mapping[str, Mean]) -> float:
+    """Mean over pairs of |what was said - how often it was true|, bin by bin (Guo et al. 2017, arXiv 1706.04599)."""
+    bins = [low for low in EDGES if f"said {low}" in metrics]
+    weights = [float(metrics[f"said {low}"].weight) for low in bins]
+    gaps = [abs(float(metrics[f"said {low}"].value() - metrics[f"true {low}"].value())) for low in bins]
+    return float(np.average(gaps, weights=weights))

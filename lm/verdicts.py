@@ -1,0 +1,142 @@
+"""Rank answers: a model answers prompts several times, a rater orders the answers, and the verdicts become a file.
+
+    python -m lm.verdicts --config=experiments/rank.py --workdir=runs/quickstart/rank
+
+Writes WORKDIR/rankings.jsonl, the format that stage `reward` reads (see lm.data.rankings). Continues after a kill.
+"""
+
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm.answers import answerer
+from lm.config import arguments, call, require, to_dict
+from lm.console import Progress, main, say, warn
+from lm.data import chats, corpus as corpora, rankings as records
+from lm.data.prompts import fitting, take
+from lm.errors import UserError, at_least
+from lm.rewards import REWARDS
+from lm.workdir import Workdir, load, open_workdir, write_text
+
+RANKINGS = "rankings.jsonl"
+FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the rankings go; the same command continues")}
+
+
+def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
+    """Ranks in a workdir, or takes up where it stopped, and returns the summary it leaves there."""
+    require(config, ("seed", "init_from", "rank"), "lm.verdicts")
+    with open_workdir(path, to_dict(config)) as workdir:
+        summary = workdir.summary()
+        if summary is None:
+            summary = call(rank, config.rank, workdir, config.init_from, config.seed, name="rank")
+            workdir.write_summary(summary)
+        say(
+            f"rank: {summary['prompts']} prompts, {summary['decided']} pairs decided, {summary['tied']} tied, "
+            f"{summary['seconds']:.0f} s: {workdir.path / RANKINGS}"
+        )
+        return summary
+
+
+def rank(
+    workdir: Workdir,
+    init_from: str,
+    seed: int,
+    *,
+    sources: str = "chitchat",
+    turns: int = 3,
+    prompts_per_conversation: int = 1,
+    prompts: int = 1500,
+    prompt_length: int = 64,
+    responses: int = 2,
+    max_new: int = 32,
+    temperature: float = 1.0,
+    rater: str = "rule",
+    held_out: float = 0.02,
+    prompts_at_once: int = 128,
+) -> dict[str, Any]:
+    """Answers of the model in `init_from` to prompts that are not held out, ranked by one of lm.rewards.REWARDS."""
+    if rater not in REWARDS:
+        raise UserError(f"rank.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
+    at_least(1, "rank", turns=turns, prompts=prompts, prompts_at_once=prompts_at_once)
+    at_least(2, "rank", responses=responses)
+    at_least(0, "config", seed=seed)
+    start = time.monotonic()
+    trained = load(init_from, backend=jax.default_backend(), warn=warn)
+    contexts = chats.prompts(chats.conversations(sources), turns=turns, per_conversation=prompts_per_conversation)
+    seen, _ = corpora.split(contexts, held_out)
+    name_of = {id(c.messages): c.name for c in seen}
+    fit, skipped = fitting(trained.tokenizer, seen, prompt_length)
+    order = np.random.default_rng(seed).permutation(len(fit.ids))[:prompts]
+    chosen = take(fit, order)
+
+    done = ranked_so_far(workdir.path / RANKINGS, prompts_at_once)
+    answers = answerer(
+        trained.model,
+        trained.params["lm"],
+        trained.tokenizer,
+        jit=jax.jit,
+        rows_at_once=prompts_at_once * responses,
+        max_new=max_new,
+        temperature=temperature,
+    )
+    with Progress("rank", len(order), "prompt") as progress:
+        for first in range(done, len(order), prompts_at_once):
+            rows = np.arange(first, min(first + prompts_at_once, len(order)))
+            part = take(chosen, np.repeat(rows, responses))
+            key = jax.random.fold_in(jax.random.key(seed), first)
+            texts = [answer.text for answer in answers(part, key)]
+            scores = REWARDS[rater](part.contexts, texts).reshape(-1, responses)
+            verdicts = [
+                records.Ranking(
+                    name_of[id(context)],
+                    context,
+                    texts[i * responses : (i + 1) * responses],
+                    ranks(score),
+                    rater,
+                    datetime.now(UTC).isoformat(timespec="seconds"),
+                )
+                for i, (context, score) in enumerate(zip(part.contexts[::responses], scores))
+            ]
+            records.append(workdir.path / RANKINGS, verdicts)
+            progress.update(int(rows[-1]) + 1, {"score": float(scores.mean())})
+    found = records.read(workdir.path / RANKINGS)
+    decided = sum(len(records.pairs(r)) for r in found)
+    return {
+        "stage": "rank",
+        "rater": rater,
+        "prompts": len(found),
+        "skipped": skipped,
+        "decided": decided,
+        "tied": len(found) * responses * (responses - 1) // 2 - decided,
+        "seconds": time.monotonic() - start,
+    }
+
+
+def ranks(scores: np.ndarray) -> list[int]:
+    """1 for the best; equal scores share a rank."""
+    return [1 + int(np.sum(scores > score)) for score in scores]
+
+
+def ranked_so_far(path: Path, at_once: int) -> int:
+    """How many prompts whole chunks in the file cover; what a kill left of a torn chunk is cut off."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().split(b"\n")[:-1]  # bytes: a kill may tear a character, an answer may hold U+2028
+    whole = len(lines) // at_once * at_once
+    write_text(path, b"".join(line + b"\n" for line in lines[:whole]).decode())
+    return whole
+
+
+def program(argv: list[str]) -> None:
+    flags, config = arguments(argv, __doc__, FLAGS)
+    run(config, flags.workdir)
+
+
+if __name__ == "__main__":
+    main(program, long=True)

@@ -1,0 +1,134 @@
+"""Every notebook runs from top to bottom in time, and says again what it says in the repository.
+
+    python tests/test_notebooks.py      runs them all and keeps their new outputs
+
+Cells tagged "reproduced" must print the same words and nearly the same numbers; other machines round differently, and
+what is sampled may then go another way, so that of the other cells only what the text concludes is held.
+"""
+
+import ast
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LIMIT = 240  # seconds: two minutes are promised, of two cores that do nothing else
+LARGEST = 300_000  # bytes of a notebook with its outputs
+TOLERANCE = 0.02  # of a number in a reproduced cell
+# What the text of a notebook concludes, as Python after its last cell.
+CONCLUSIONS = {
+    "05_rank_reward_ppo": """
+assert found["accuracy"]["low"] > 0.5, found["accuracy"]
+assert gain.low > 0.5 and wins.low > 0.6, (gain, wins)
+before, after = ({name: numbers[i] for name, *numbers in means} for i in range(2))
+assert all(after[name] > before[name] + 0.3 for name in ("ends properly", "asks something back")), means
+assert max(before["on topic"], after["on topic"]) < 0.1, means
+"""
+}
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+TIMED = re.compile(r"\b\d+:\d\d\b|\bseconds\b")  # in a line that depends on the machine's speed
+EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def executed(path: Path, conclusions: str = "") -> NotebookNode:
+    """The notebook as it comes out of a new kernel in a temporary folder, on one CPU device as on a laptop."""
+    notebook = nbformat.read(path, as_version=4)
+    if conclusions:
+        notebook.cells.append(nbformat.v4.new_code_cell(conclusions))
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:
+        environment["TMPDIR"] = folder
+        there = {"metadata": {"path": folder}}
+        client = NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources=there, record_timing=False)
+        return client.execute(env=environment)
+
+
+def code(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def reproduced(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in code(notebook) if "reproduced" in cell.metadata.get("tags", ())]
+
+
+def parsed(cell: NotebookNode) -> ast.Module:
+    """The Python of a cell; the notebook's own commands count as nothing."""
+    return ast.parse(re.sub(r"^(\s*)[!%].*", r"\1pass", cell.source, flags=re.MULTILINE))
+
+
+def printed(cell: NotebookNode) -> tuple[str, list[float]]:
+    """What a cell prints and shows: the words, with # for a number and without the clock, and the numbers."""
+    texts = [output.text if "text" in output else output.data["text/plain"] for output in cell.outputs]
+    lines = [line for text in texts for line in text.splitlines() if not TIMED.search(line)]
+    text = re.sub(r"[\s─]+", " ", "\n".join(lines))  # columns are as wide as their numbers are long
+    return NUMBER.sub("#", text), [float(number) for number in NUMBER.findall(text)]
+
+
+def defined() -> set[str]:
+    """The names of all functions and classes of lm."""
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "lm").rglob("*.py")]
+    return {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_the_comparison_sees_words_and_numbers_but_no_clock():
+    def told(text):
+        return printed(NotebookNode(outputs=[NotebookNode(output_type="stream", text=text)]))
+
+    assert told("sft step 10/100  loss 5.7  0:12\nloss  4.94\n ──── \nseconds 9\n") == ("loss # ", [4.94])
+    assert told("loss 4.94") != told("gain 4.94") and told("a -1e-3")[1] == [-0.001]
+
+
+def test_there_are_notebooks_and_conclusions_of_these_only():
+    assert {path.stem for path in NOTEBOOKS} >= CONCLUSIONS.keys() and NOTEBOOKS
+
+
+@EACH
+def test_form(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    install, imports, *_ = code(notebook)
+    assert 10 <= len(notebook.cells) <= 25
+    assert notebook.cells[0].source.startswith("# ")
+    assert "google.colab" in install.source and "pip install" in install.source and not install.outputs
+    assert all(isinstance(node, ast.Import | ast.ImportFrom) for node in parsed(imports).body)
+    anew = {
+        node.name
+        for cell in code(notebook)
+        for node in ast.walk(parsed(cell))
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    assert not anew & defined(), "call lm's own"
+
+
+@EACH
+def test_is_kept_with_its_outputs(path):
+    cells = code(nbformat.read(path, as_version=4))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run it from top to bottom"
+    assert reproduced(nbformat.read(path, as_version=4))
+    assert any("image/png" in output.get("data", ()) for cell in cells for output in cell.outputs), "a figure teaches"
+    assert path.stat().st_size < LARGEST
+
+
+@EACH
+def test_runs_in_time_and_says_the_same(path):
+    start = time.monotonic()
+    now = executed(path, CONCLUSIONS.get(path.stem, ""))
+    assert time.monotonic() - start < LIMIT
+    for cell, kept in zip(reproduced(now), reproduced(nbformat.read(path, as_version=4)), strict=True):
+        (words, numbers), (kept_words, kept_numbers) = printed(cell), printed(kept)
+        assert words == kept_words
+        assert numbers == pytest.approx(kept_numbers, rel=TOLERANCE)
+
+
+if __name__ == "__main__":
+    for path in NOTEBOOKS:
+        nbformat.write(executed(path), path)

@@ -1,0 +1,96 @@
+"""Ranking: the file a reward model learns from, and that a kill costs nothing but the chunk it falls in."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from runs import finished, small, stage_config
+
+from lm import verdicts
+from lm.data import corpus, rankings
+from lm.errors import UserError
+from lm.rewards import REWARDS
+from lm.workdir import read_json
+
+__all__ = ["finished", "small"]
+
+FILE = "rankings.jsonl"
+
+
+def told(workdir) -> list[rankings.Ranking]:
+    """All but the time, in which two runs may differ."""
+    return [ranking._replace(time="") for ranking in rankings.read(workdir / FILE)]
+
+
+def test_ranks():
+    assert verdicts.ranks(np.array([3.0, 5.0, 5.0, 1.0])) == [
+        3,
+        1,
+        1,
+        4,
+    ]  # equal scores share a rank, and it is used up
+    assert verdicts.ranks(np.array([2.0, 2.0])) == [1, 1]
+
+
+def test_the_file(finished):
+    """64 prompts that nobody holds out, none twice; two answers to each, in the order that the rule's scores say."""
+    found = told(finished / "rank")
+    assert len(found) == 64
+    assert len({json.dumps(ranking.prompt) for ranking in found}) == 64
+    for ranking in found:
+        assert not corpus.held_out(ranking.name, 0.05)
+        assert ranking.prompt[-1]["role"] == "user" and len(ranking.responses) == 2 and ranking.rater == "rule"
+        a, b = REWARDS["rule"]([ranking.prompt] * 2, ranking.responses)
+        assert ranking.ranking == ([1, 1] if a == b else [1, 2] if a > b else [2, 1])
+    ties = sum(ranking.ranking == [1, 1] for ranking in found)
+    assert 0 < ties < 64  # so the counts below can be wrong
+    summary = read_json(finished / "rank" / "summary.json")
+    assert (summary["prompts"], summary["decided"], summary["tied"]) == (64, 64 - ties, ties)
+
+
+def test_two_runs_give_the_same_answers(finished, small, tmp_path):
+    verdicts.run(stage_config(finished, "rank"), tmp_path / "rank")
+    assert told(tmp_path / "rank") == told(finished / "rank")
+
+
+def test_a_kill_costs_no_more_than_its_chunk(finished, small, tmp_path):
+    """The first chunk of 32 prompts is whole, the second was torn in its fifth line."""
+    workdir = shutil.copytree(finished / "rank", tmp_path / "rank")
+    (workdir / "summary.json").unlink()
+    lines = (workdir / FILE).read_text().splitlines(keepends=True)
+    (workdir / FILE).write_text("".join(lines[:36]) + lines[36][:20])
+    summary = verdicts.run(stage_config(finished, "rank"), workdir)
+    assert (workdir / FILE).read_text().splitlines(keepends=True)[:32] == lines[:32]  # their times too: they were kept
+    assert told(workdir) == told(finished / "rank")
+    assert {**summary, "seconds": 0} == {**read_json(finished / "rank" / "summary.json"), "seconds": 0}
+
+
+def test_whole_chunks_are_counted_in_lines_of_the_file(tmp_path):
+    """An answer may hold what Python takes for the end of a line, and a kill may tear a character in two."""
+    path = tmp_path / FILE
+    assert verdicts.ranked_so_far(path, 2) == 0
+    lines = [json.dumps({"response": text}, ensure_ascii=False) + "\n" for text in ("a", "b\u2028c\x85", "d", "é")]
+    whole = "".join(lines).encode()
+    path.write_bytes(whole + '{"response": "é'.encode()[:-1])
+    assert verdicts.ranked_so_far(path, 2) == 4
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:-3])
+    assert verdicts.ranked_so_far(path, 2) == 2
+    assert path.read_bytes() == "".join(lines[:2]).encode()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("rater=rul", "rank.rater is 'rul'; choose one of rule"),
+        ("responses=1", "rank.responses is 1; it must be at least 2"),
+        ("prompt_length=2", "prompts has at most 2 tokens; raise prompt_length"),
+        ("prompts_at_once=0", "rank.prompts_at_once is 0; it must be at least 1"),
+        ("max_new=40", "the prompt has 32 tokens and 40 more were asked for, but the model's context is 64"),
+    ],
+)
+def test_bad_options(finished, small, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        verdicts.run(stage_config(finished, "rank", f"rank.{override}"), tmp_path / "rank")
+    assert not (tmp_path / "rank" / "summary.json").exists()
