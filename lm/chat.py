@@ -25,6 +25,7 @@ from lm.errors import UserError
 from lm.model import Model
 from lm.model.params import count, specs
 from lm.sample import check, decode, draw, prefill, row_keys
+from lm.stages import JUDGES
 from lm.tokenizer import Message, Tokenizer, prompt
 from lm.workdir import CHECKPOINTS, CONFIG, PIPELINE, Trained, load, read_json
 
@@ -47,7 +48,7 @@ def policy_folder(path: Path) -> Path:
         return path
     for name in reversed(read_json(path / PIPELINE)["stages"]):
         saved = any(step.name.isdigit() for step in (path / name / CHECKPOINTS).glob("*"))
-        if saved and read_json(path / name / CONFIG)["stage"]["name"] != "reward":
+        if saved and read_json(path / name / CONFIG)["stage"]["name"] not in JUDGES:
             return path / name
     raise UserError(f"{path} holds no trained model yet: let lm.pipeline come to the first checkpoint of pretrain")
 
@@ -240,7 +241,7 @@ def program(argv: list[str]) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # whatever bytes or characters the terminal does not know
     trained = load(policy_folder(Path(flags.workdir)), backend=jax.default_backend(), warn=warn)
-    if trained.stage == "reward":
+    if trained.stage in JUDGES:
         raise UserError(f"{flags.workdir} is a reward model, which scores answers and writes none: name a policy")
     chat = Chat(
         trained,

@@ -28,16 +28,16 @@ from lm.config import parsed
 from lm.console import Progress, main, say, table, warn
 from lm.data import rankings as records
 from lm.data.rankings import Ranking
-from lm.data.store import Item, Store, Verdict
+from lm.data.store import PEOPLE, Item, Store, Verdict
 from lm.errors import UserError
 from lm.intervals import Estimate
 from lm.ranking.results import votes
 from lm.rewards import REWARDS, Reward
 from lm.rewards.judge import RUBRIC, Choice, Judge, by_endpoint, by_model, consistency, position_bias, questions, wins
+from lm.stages import JUDGES
 from lm.verdicts import ranks
 from lm.workdir import load, write_text
 
-PEOPLE = "people.db"
 FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help=f"the folder whose {PEOPLE} holds the items"),
     "judge": dict(required=True, metavar="DIR|URL|RULE", help=f"a policy, an endpoint, or {', '.join(REWARDS)}"),
@@ -73,7 +73,7 @@ def rater(judge: str, model: str | None, rubric: str | None) -> tuple[str, Opini
         asked = by_endpoint(judge, model, text, api_key=os.environ.get("OPENAI_API_KEY"))
         return f"judge {model}{suffix}", by_pairs(asked)
     trained = load(policy_folder(Path(judge)), backend=jax.default_backend(), warn=warn)
-    if trained.stage == "reward":
+    if trained.stage in JUDGES:
         raise UserError(f"{judge} is a reward model, which reads no rubric and writes no answer: name a policy")
     name = "/".join(trained.path.resolve().parts[-2:])
     policy = by_model(trained.model, trained.params["lm"], trained.tokenizer, text, jit=jax.jit)

@@ -19,11 +19,11 @@ from lm.config import arguments, require
 from lm.console import main, say
 from lm.errors import UserError
 from lm.hardware import matmul_ceiling
+from lm.stages import JUDGES
 from lm.workdir import PIPELINE, TEMPORARY, read_json, write_text
 
 FLAGS = {"workdir": dict(default=None, metavar="DIR", help="the run folder; default: the config's `root`")}
 PROGRAMS: Mapping[str, Callable] = {"rank": verdicts.run, "evaluate": evaluate.run}  # every other stage is lm.train's
-JUDGES = ("reward", "listwise")  # stages that learn a taste, which is then looked at
 
 
 def run(config: ConfigDict) -> Path:

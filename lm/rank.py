@@ -24,7 +24,7 @@ from lm.chat import policy_folder
 from lm.config import parsed
 from lm.console import main, on_sigterm, say, table, warn
 from lm.data import rankings as records
-from lm.data.store import Store, read
+from lm.data.store import PEOPLE, Store, read
 from lm.errors import UserError
 from lm.ranking import prompts, results
 from lm.ranking.app import LOOPBACK, admitted, make_app
@@ -32,7 +32,7 @@ from lm.ranking.results import measured
 from lm.ranking.speakers import Speaker, fill
 from lm.workdir import CHECKPOINTS, PIPELINE, load, load_reward, write_text
 
-PEOPLE, RESULTS = "people.db", "results.html"
+RESULTS = "results.html"
 TITLE = "Which answer is better?"
 FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help="where answers and verdicts are kept"),
@@ -127,7 +127,10 @@ def serve(store: Store, flags: argparse.Namespace, raters: Sequence[str], listen
     )
     if flags.open:
         webbrowser.open(base + secret)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=3))
+    # log_config: uvicorn's own closes the handlers of other libraries, and stderr with them.
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, log_level="warning", lifespan="off", timeout_graceful_shutdown=3)
+    )
     with on_sigterm(), suppress(KeyboardInterrupt):  # the server stops by itself, then raises the signal again
         server.run(sockets=[listening])
     say(f"stopped: {len(store.rankings())} verdicts in {store.path}")

@@ -25,7 +25,7 @@ from lm.data.rankings import Ranking
 from lm.errors import UserError
 from lm.intervals import Estimate, average, rate
 from lm.pages import HELD_OUT, INK, TRAIN, svg, templates
-from lm.stages import ranked
+from lm.stages import JUDGES, ranked
 from lm.workdir import CONFIG, Trained, load, read_json, write_text
 
 PAGE, NUMBERS = "taste.html", "taste.json"
@@ -48,7 +48,7 @@ def measured(path: str | Path) -> dict[str, Any]:
     """Judges the held-out answers of a reward model's workdir; writes what it found there and returns it."""
     path = Path(path)
     trained = load(path, backend=jax.default_backend(), warn=warn)
-    if "value" not in trained.params or trained.stage == "ppo":
+    if trained.stage not in JUDGES:
         raise UserError(f"{path} is no reward model (it is {trained.stage}): train stage reward, and name its workdir")
     options = read_json(path / CONFIG)["data"]
     axes = ranked.in_order(options["axes"])

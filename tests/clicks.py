@@ -90,6 +90,7 @@ def program(argv: list[str]) -> None:
         f"--config.init_from={quickstart / 'sft'}",
         f"--config.data.rankings={workdir / 'people.db'}",
         "--config.data.prompts_per_batch=16",
+        "--config.data.held_out=0.3",
         f"--config.stage.flipped={flags.noise}",
     )
     run("lm.taste", f"--workdir={workdir / 'reward'}")

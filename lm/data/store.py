@@ -18,6 +18,7 @@ from lm.data import rankings as records
 from lm.data.rankings import Ranking
 from lm.errors import UserError
 
+PEOPLE = "people.db"  # its name in a workdir
 MAGIC = b"SQLite format 3\0"  # the first bytes of every SQLite file
 APPLICATION, VERSION = 0x6C6D7261, 1  # "lmra" says that such a file is ours, the version of which schema
 PATIENCE = 10.0  # seconds to wait for another process that is writing

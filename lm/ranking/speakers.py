@@ -15,6 +15,7 @@ from lm.data.prompts import padded, take
 from lm.data.store import Store
 from lm.errors import UserError
 from lm.sample import check
+from lm.stages import JUDGES
 from lm.tokenizer import prompts as encoded
 from lm.types import Array
 from lm.workdir import Trained
@@ -27,7 +28,7 @@ class Speaker:
     """A trained model that answers, and what is recorded with its answers."""
 
     def __init__(self, name: str, trained: Trained, *, seed: int, max_new_tokens: int, **sampler: Any):
-        if trained.stage == "reward":
+        if trained.stage in JUDGES:
             raise UserError(f"{trained.path} is a reward model, which scores answers and writes none: name a policy")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")

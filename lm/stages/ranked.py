@@ -82,21 +82,26 @@ def rank_loss(model: Model, objective: Objective, *, axes: Iterable[str], centri
             s, ranks = found[..., a], batch.ranks[..., a]
             better = preferred(ranks).astype(jnp.float32)
             decided = jnp.any(better > 0, axis=(1, 2)).astype(jnp.float32)
-            over_pairs = lambda x, better=better: jnp.sum(x * better, (1, 2)) / jnp.maximum(jnp.sum(better, (1, 2)), 1)
             lead = s[:, :, None] - s[:, None, :]
             both = s[:, :, None] + s[:, None, :] + 2 * head["offset"][a]
             ordered = mean(objective(s, ranks), decided)
             terms[axis] = ordered
-            terms[f"{axis} centring"] = centring * mean(over_pairs(jnp.square(both)), decided)
+            terms[f"{axis} centring"] = centring * per_prompt(jnp.square(both), better)
             name = "" if axis == OVERALL else f"/{axis}"
             metrics |= {
                 f"loss{name}": ordered,
-                f"accuracy{name}": mean(over_pairs(right(lead)), decided),
-                f"margin{name}": mean(over_pairs(lead), decided),
+                f"accuracy{name}": per_prompt(right(lead), better),
+                f"margin{name}": per_prompt(lead, better),
             }
         return terms, metrics
 
     return loss
+
+
+def per_prompt(x: Array, better: Array) -> Mean:
+    """The mean over prompts of the mean of x f32[P,K,K] over the pairs that count, f32[P,K,K] 1 or 0."""
+    pairs = jnp.sum(better, axis=(1, 2))
+    return mean(jnp.sum(x * better, axis=(1, 2)) / jnp.maximum(pairs, 1), (pairs > 0).astype(jnp.float32))
 
 
 def right(lead: Array) -> Array:
@@ -117,7 +122,7 @@ def measures(total: Array, batch: Ranked) -> Metrics:
         inside = better * (sure >= low) * (sure < high)
         found |= {f"said {low}": mean(sure, inside), f"true {low}": mean(right(lead), inside)}
     lengths = jnp.sum(batch.tokens.segments > 0, axis=-1).astype(jnp.float32)
-    found["longer"] = mean(right(lengths[:, :, None] - lengths[:, None, :]), better)
+    found["longer"] = per_prompt(right(lengths[:, :, None] - lengths[:, None, :]), better)
     real = (lengths > 0).astype(jnp.float32)
     moments = {
         "score": total,
