@@ -55,13 +55,15 @@ class Panel(NamedTuple):
 
 
 LOSS = Panel("loss", "Loss", "Surprise at the next token, in nats; lower is better.")
+JUDGING = (
+    Panel("loss", "Loss", "−log of the probability given to the rater's verdict; a coin flip costs 0.69."),
+    Panel("accuracy", "Accuracy on pairs", "How often the answer that the rater preferred gets the higher score."),
+)
 PANELS: Mapping[str, Sequence[Panel]] = {
     "pretrain": (LOSS,),
     "sft": (LOSS._replace(note="Surprise at the tokens of replies, in nats; what others say is not counted."),),
-    "reward": (
-        Panel("loss", "Loss", "−log of the probability given to the rater's verdict; a coin flip costs 0.69."),
-        Panel("accuracy", "Accuracy on pairs", "How often the answer that the rater preferred gets the higher score."),
-    ),
+    "reward": JUDGING,
+    "listwise": JUDGING,
     "ppo": (
         Panel("reward", "Reward", "The reward model's score of an answer: what the policy is trained to raise."),
         Panel(

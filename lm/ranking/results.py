@@ -219,7 +219,7 @@ def claims(found: Results) -> list[dict[str, str]]:
         {
             "title": "Verdicts",
             "figure": f"{len(found.judged):,}",
-            "note": f"on {found.items:,} items, by {len(found.raters)} raters"
+            "note": f"on {found.items:,} items, by {len(found.raters)} rater{'s' * (len(found.raters) != 1)}"
             + (f"; {statistics.median(seconds):.1f} s in the median" if seconds else ""),
         },
         {
