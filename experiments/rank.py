@@ -3,7 +3,7 @@
 Paper: Stiennon et al. 2020, sec. 3.3, arXiv 2009.01325 (comparisons of the policy's own samples).
 Command: python -m lm.verdicts --config=experiments/rank.py --workdir=runs/quickstart/rank
 Needs: runs/quickstart/sft. Writes rankings.jsonl, the file that stage reward reads and human raters will write.
-Expect: 1,635 pairs decided and 965 tied, in 40 s on 2 cores of an AMD EPYC (Zen 3).
+Expect: 1,635 pairs decided and 965 tied, in 26 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: rank.prompts, rank.responses (answers ranked per prompt).
 """
 
