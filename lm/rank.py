@@ -122,7 +122,7 @@ def serve(store: Store, flags: argparse.Namespace, raters: Sequence[str], listen
     say(f"results: {base}results{secret}")
     say(f"verdicts are kept in {store.path}; to learn from them:")
     say(
-        f"  python -m lm.train --config=experiments/reward.py --workdir={store.path.parent / 'reward'} "
+        f"  python -m lm.train --config=experiments/reward.py --workdir={store.path.parent / 'people_reward'} "
         f"--config.init_from=DIR --config.data.rankings={store.path}"
     )
     if flags.open:
