@@ -24,6 +24,7 @@ from lm.data import batches
 from lm.data.rankings import Ranking
 from lm.errors import UserError
 from lm.intervals import Estimate, average, rate
+from lm.losses import preferred
 from lm.pages import HELD_OUT, INK, TRAIN, svg, templates
 from lm.stages import JUDGES, ranked
 from lm.workdir import CONFIG, Trained, load, read_json, write_text
@@ -92,10 +93,9 @@ def scored(
 
 def preferences(ranks: np.ndarray, scores: np.ndarray) -> list[Pair]:
     """Every strict preference in ranks [V,K], with the lead in scores [V,K]."""
-    better = (ranks[:, :, None] > 0) & (ranks[:, :, None] < ranks[:, None, :])
     return [
         Pair(int(v), int(i), int(j), int(ranks[v, j] - ranks[v, i]), float(scores[v, i] - scores[v, j]))
-        for v, i, j in zip(*np.nonzero(better))
+        for v, i, j in zip(*np.nonzero(np.asarray(preferred(ranks))))
     ]
 
 
