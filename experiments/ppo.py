@@ -24,9 +24,15 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "name": "ppo",
             "beta": 0.1,
+            "kl_target": 0.0,  # nats an answer; above 0, beta adapts to hold the KL there
             "clip": 0.2,
+            "dual_clip": 0.0,
             "value_clip": 0.5,
             "value_coefficient": 0.5,
+            "text_coefficient": 0.0,  # above 0: PPO-ptx, on the text of data.corpus
+            "entropy_bonus": 0.0,
+            "correction": 0.0,  # above 0: the cap of p_trainer / p_sampler that weighs each token
+            "refresh": 0,  # batches after which the reference becomes the policy; 0: never
             "gamma": 1.0,
             "lam": 0.95,
             "epochs": 2,
@@ -46,6 +52,14 @@ def get_config(arg: str = "") -> ConfigDict:
             "prompt_length": 32 if tiny else 64,
             "max_new": 8 if tiny else 32,
             "rollouts": 16 if tiny else 64,
+            "group": 1,  # answers to each prompt
+            "overlong_buffer": 0,  # tokens before max_new in which an answer begins to pay for its length
+            "resample": 0,  # rounds of further prompts in place of those whose answers are all worth the same
+            "environment": "",  # what replies to an answer, e.g. calculator (see experiments/tools.py)
+            "exchanges": 2,
+            "reply_length": 16,
+            "corpus": "",
+            "text_length": 64 if tiny else 128,
             "temperature": config.stage.get_ref("temperature"),  # one distribution for sampler and losses
             "cut_penalty": 1.0,
             "held_out": 0.05,

@@ -8,10 +8,9 @@ Expect: 412 s on 2 cores of an AMD EPYC (Zen 4); the README has the table.
 Change first: --config.corpus=PATH (your own text for tokenizer and pretraining), --workdir.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from lm.config import beside
 
 STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate")
 
@@ -22,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict({"root": "runs/quickstart", "corpus": "stdlib,chitchat", "stages": STAGES})
     root, corpus = config.get_ref("root"), config.get_ref("corpus")
     for name in STAGES:
-        config[name] = beside(name).get_config(arg).unlock()
+        config[name] = beside(__file__, name).get_config(arg).unlock()
 
     config.tokenizer.data.corpus = corpus
     config.pretrain.data.corpus = corpus
@@ -36,11 +35,3 @@ def get_config(arg: str = "") -> ConfigDict:
     config.ppo.data.reward_model = root + "/reward"
     config.evaluate.models = ConfigDict({"raw": root + "/pretrain", "sft": root + "/sft", "ppo": root + "/ppo"})
     return config.lock()
-
-
-def beside(name: str):
-    """The config module `name` in this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -146,15 +146,15 @@ class Checkpoints:
 
 
 def restore_params(
-    directory: str | Path, name: str = "params", *, warn: Callable[[str], None] = print
+    directory: str | Path, name: str = "params", *, step: int | None = None, warn: Callable[[str], None] = print
 ) -> tuple[Any, dict[str, Any]]:
     """(tree[name] as nested dicts of numpy arrays, metadata) of the newest checkpoint whose `name` is whole.
 
-    Nothing else of the checkpoint is read: no optimizer state. warn: given one line about every one passed over.
-    Raises UserError if there is no such checkpoint.
+    Nothing else of the checkpoint is read: no optimizer state. step: no other than that of this step will do. warn:
+    given one line about every one passed over. Raises UserError if there is no such checkpoint.
     """
     directory = Path(directory).absolute()
-    steps = _steps(directory)
+    steps = [each for each in _steps(directory) if step in (None, each)]
     for step in reversed(steps):
         folder = directory / str(step)
         if damage := _damage(folder, only=name):
@@ -164,6 +164,7 @@ def restore_params(
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item.metadata(folder / name).tree)
         return item.restore(folder / name, args=ItemRestore(restore_args=as_numpy)), _meta(folder)[META]
     found = f"{len(steps)} checkpoints, none of them whole with {name}" if steps else "no checkpoint"
+    found += "" if step is None else f" of step {step}"
     raise UserError(f"{directory} holds {found}: train that stage first, or give the folder of another run")
 
 

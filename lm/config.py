@@ -56,6 +56,14 @@ def load(path_and_arg: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config.lock()
 
 
+def beside(file: str, name: str):
+    """The config module `name` in the folder of `file`, which is no package: for configs that build on another."""
+    spec = importlib.util.spec_from_file_location(name, Path(file).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """`config` with every reference resolved, as JSON holds it: tuples become lists."""
     return json.loads(json.dumps(_plain(config)))

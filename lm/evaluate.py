@@ -20,12 +20,12 @@ from lm import metrics as means
 from lm.answers import Answer, answerer
 from lm.config import arguments, call, require, to_dict
 from lm.console import Progress, main, say, table, warn
-from lm.data import batches, chats, corpus as corpora
+from lm.data import batches, chats, corpus as corpora, rows as packing
 from lm.data.prompts import padded
 from lm.errors import UserError, at_least
 from lm.intervals import average, difference, rate, win_rate
 from lm.rewards import REWARDS
-from lm.stages import pretrain, sft
+from lm.stages import sft
 from lm.stages.next_token import next_token
 from lm.tokenizer import prompt
 from lm.types import Tokens
@@ -92,7 +92,7 @@ def evaluate(
     scores, found, told = {}, {}, {}
     with Progress("evaluate", len(models), "model") as progress:
         for i, (name, model) in enumerate(models.items()):
-            nats = nats_of(model, pretrain.rows(model.tokenizer, text, length), rows_at_once)
+            nats = nats_of(model, packing.documents(model.tokenizer, [d.text for d in text], length), rows_at_once)
             reply_nats = nats_of(model, sft.rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once)
             rows = padded([asked(model, c.messages) for c in contexts], [c.messages for c in contexts], prompt_length)
             sampler = {"rows_at_once": rows_at_once, "max_new": max_new, "temperature": temperature}

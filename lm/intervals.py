@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 Z95 = 1.959964  # two-sided 95 % of a normal
 
@@ -40,3 +41,20 @@ def win_rate(a: Sequence[float], b: Sequence[float]) -> Estimate:
     """How often a beats b on the same prompt, a tie counting half."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return average((a > b) + 0.5 * (a == b))
+
+
+def crossed(values: np.ndarray) -> Estimate:
+    """Mean of f[S,U] over S independent runs and U units, both of them samples: other seeds, other prompts.
+
+    se^2 = var(means of the runs) / S + var(means of the units) / U. The interval's half widths, Student's with S - 1
+    and with U - 1 degrees of freedom, add in quadrature: three runs that differ say little of a fourth, and then it is
+    wide. What varies with run *and* unit is counted in both terms, so it errs to the wide side: it holds the truth in
+    95 to 99 % of simulated cases (tests/test_intervals.py). Of a single run nothing is known but its units.
+    """
+    x = np.asarray(values, np.float64)
+    sides = [x.mean(axis=1 - axis) for axis, n in enumerate(x.shape) if n > 1]
+    if not sides:
+        return average(x[0])
+    errors = [float(side.std(ddof=1) / math.sqrt(len(side))) for side in sides]
+    reach = math.hypot(*(stdtrit(len(side) - 1, 0.975) * error for side, error in zip(sides, errors)))
+    return Estimate(float(x.mean()), math.hypot(*errors), float(x.mean()) - reach, float(x.mean()) + reach)

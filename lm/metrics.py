@@ -38,6 +38,26 @@ def mean(values: jax.Array, weights: jax.Array) -> Mean:
     return Mean(jnp.sum(jnp.where(weights > 0, values * weights, 0.0)), jnp.sum(weights))
 
 
+def row_mean(values: jax.Array, weights: jax.Array) -> Mean:
+    """The mean over rows of each row's own weighted mean, [B,T]: a token of a long row counts less; empty rows do not.
+
+    GRPO as published (Shao et al. 2024, eq. 3, arXiv 2402.03300).
+    """
+    sizes = jnp.sum(weights, axis=1)
+    sums = jnp.sum(jnp.where(weights > 0, values * weights, 0.0), axis=1)
+    return mean(sums / jnp.maximum(sizes, 1.0), (sizes > 0).astype(jnp.float32))
+
+
+def row_sum(values: jax.Array, weights: jax.Array, *, length: float = 1.0) -> Mean:
+    """The mean over rows of each row's weighted sum, over a constant `length`: every token counts alike, in any row.
+
+    Dr. GRPO (Liu et al. 2025, arXiv 2503.20783) divides by the longest answer allowed.
+    """
+    sizes = jnp.sum(weights, axis=1)
+    sums = jnp.sum(jnp.where(weights > 0, values * weights, 0.0), axis=1)
+    return mean(sums / length, (sizes > 0).astype(jnp.float32))
+
+
 def scalar(value: jax.Array) -> Mean:
     """One observation of weight 1."""
     return Mean(jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32))

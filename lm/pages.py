@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from lm.intervals import Estimate
 
 INK, TRAIN, HELD_OUT = "#7b7b7a", "#3f7fd6", "#d9822b"  # INK gives way to the page's own text colour
+COLOURS = ("#3f7fd6", "#d9822b", "#2f8a4b", "#a356b8", "#c0483c", "#7b8a2f")  # of whatever is told apart, in its order
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lm",
@@ -64,14 +65,27 @@ def whiskers(estimates: Mapping[str, Estimate], label: str, *, centre: float | N
     return svg(draw, width=4.4, height=0.75 + 0.32 * len(estimates))
 
 
-def svg(draw: Callable[[Axes], None], *, width: float, height: float) -> Markup:
-    """What `draw(axes)` draws, as an element for the page; width and height in inches."""
+def svg(draw: Callable, *, width: float, height: float, **subplots) -> Markup:
+    """What `draw(axes)` draws, as an element for the page; width and height in inches.
+
+    `subplots` are the options of Figure.subplots (nrows, ncols, ...), whose axes `draw` is given.
+    """
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    text = _saved(draw, (width, height), subplots, format="svg", transparent=True, metadata=nothing).decode()
+    return Markup(text[text.index("<svg") :].replace(INK, "currentColor"))
+
+
+def png(draw: Callable, *, width: float, height: float, **subplots) -> bytes:
+    """The same as a picture on white, for where there is no page."""
+    return _saved(draw, (width, height), subplots, format="png", facecolor="white", dpi=150)
+
+
+def _saved(draw: Callable, size: tuple[float, float], subplots: Mapping, **options) -> bytes:
     with DRAWING, rc_context(STYLE):
-        figure, file = Figure((width, height), layout="constrained"), io.StringIO()
-        draw(figure.subplots())
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
-    return Markup(file.getvalue()[file.getvalue().index("<svg") :].replace(INK, "currentColor"))
+        figure, file = Figure(size, layout="constrained"), io.BytesIO()
+        draw(figure.subplots(**subplots))
+        figure.savefig(file, **options)
+    return file.getvalue()
 
 
 def visible(text: str) -> str:

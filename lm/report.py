@@ -26,11 +26,12 @@ from lm.rewards.rule import CRITERIA, RULE, explain
 from lm.stages import sft
 from lm.tokenizer import Tokenizer, chat
 from lm.types import Tokens
-from lm.workdir import CONFIG, PIPELINE, SUMMARY, TOKENIZER, read_json, read_metrics, write_text
+from lm.workdir import CONFIG, PIPELINE, ROLLOUTS, SUMMARY, TOKENIZER, read_json, read_metrics, write_text
 
 PAGE = "report.html"
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the folder of a pipeline's run")}
 SHOWN_ANSWERS, SHOWN_RANKINGS, PACKED = 8, 2, 12  # answers and rankings shown; excerpts packed into rows to show one
+SHOWN_ROLLOUTS = 4  # answers of a policy shown from the first batch that was logged, and as many from the last
 SMOOTHING = 10  # a smoothed line is the mean of about a tenth of the points
 
 # What each stage did, in the words and numbers of its own summary.
@@ -121,6 +122,7 @@ def write(root: str | Path) -> Path:
         taste=tasted,
         tasted=taste.figures(tasted) if tasted else [],
         answers=read_metrics(root / "evaluate" / "answers.jsonl")[:SHOWN_ANSWERS] if evaluation else [],
+        rollouts={name: said(root / name) for name, found in run.items() if found.summary},
         row=shown_row(root / "sft", run["sft"].config) if finished(run, "sft") else None,
         configs={name: json.dumps(found.config, indent=2) for name, found in run.items()},
     )
@@ -275,6 +277,13 @@ def judged(path: Path) -> list[dict[str, Any]]:
         }
         for ranking in decided[:SHOWN_RANKINGS]
     ]
+
+
+def said(path: Path) -> list[dict[str, Any]]:
+    """The first rows of the first and of the last batch in a stage's rollouts.jsonl; none if it samples nothing."""
+    logged = read_metrics(path / ROLLOUTS)
+    steps = dict.fromkeys(row["step"] for row in (logged[:1] + logged[-1:]))
+    return [row for step in steps for row in [row for row in logged if row["step"] == step][:SHOWN_ROLLOUTS]]
 
 
 def shown_row(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:

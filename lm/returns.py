@@ -1,7 +1,9 @@
-"""From rewards to the learning signal: token rewards, generalised advantage estimation, whitening."""
+"""From rewards to the learning signal: token rewards, advantages by GAE or within a group, whitening, shaping."""
 
 import jax
 import jax.numpy as jnp
+
+from lm.errors import UserError
 
 Array = jax.Array
 
@@ -49,3 +51,51 @@ def whiten(x: Array, weights: Array, *, eps: float = 1e-8) -> Array:
     centred = x - jnp.sum(x * weights) / count
     variance = jnp.sum(jnp.square(centred) * weights) / count
     return jnp.where(weights > 0, centred * jax.lax.rsqrt(variance + eps), 0.0)
+
+
+def grouped(rewards: Array, group: int) -> Array:
+    """rewards f32[B] as [prompts, group]. UserError for a group of one: it has nothing to be compared with."""
+    if group < 2:
+        raise UserError(f"data.group is {group}: this stage compares answers to one prompt; give it at least 2")
+    return rewards.reshape(-1, group)
+
+
+def centred(rewards: Array, group: int) -> Array:
+    """f32[B]: a reward less the mean of its group (Liu et al. 2025, Dr. GRPO, arXiv 2503.20783).
+
+    Its own reward is part of that mean, which shrinks the expected gradient by (group - 1) / group, and no more.
+    """
+    r = grouped(rewards, group)
+    alike = jnp.max(r, axis=1, keepdims=True) == jnp.min(r, axis=1, keepdims=True)  # exactly 0, whatever the rounding
+    return jnp.where(alike, 0.0, r - jnp.mean(r, axis=1, keepdims=True)).reshape(-1)
+
+
+def standardised(rewards: Array, group: int, *, eps: float = 1e-4) -> Array:
+    """f32[B]: a reward less its group's mean, over its group's standard deviation (of a sample, group - 1) plus eps.
+
+    Shao et al. 2024 (GRPO), sec. 4.1.2, arXiv 2402.03300; eps as in TRL. Dividing by a deviation that depends on the
+    sample is a bias: prompts that are nearly always or nearly never solved weigh more.
+    """
+    deviation = jnp.std(grouped(rewards, group), axis=1, ddof=1)
+    return centred(rewards, group) / (jnp.repeat(deviation, group) + eps)
+
+
+def leave_one_out(rewards: Array, group: int) -> Array:
+    """f32[B]: a reward less the mean of the *others* of its group: a baseline that does not depend on it, so no bias.
+
+    Ahmadian et al. 2024 (RLOO), eq. 8, arXiv 2402.14740.
+    """
+    return centred(rewards, group) * (group / (group - 1))
+
+
+def to_go(rewards: Array, weights: Array) -> Array:
+    """f32[B,T]: the sum of a row's rewards from t to its end, where the weight is positive."""
+    return jnp.where(weights > 0, jnp.cumsum((rewards * (weights > 0))[:, ::-1], axis=1)[:, ::-1], 0.0)
+
+
+def overlong(lengths: Array, *, limit: int, buffer: int) -> Array:
+    """f32[B] from 0 to -1: 0 up to limit - buffer tokens, then linear, -1 at `limit`.
+
+    Yu et al. 2025 (DAPO), eq. 13, arXiv 2503.14476.
+    """
+    return -jnp.clip((lengths - (limit - buffer)) / max(buffer, 1), 0.0, 1.0)

@@ -24,7 +24,7 @@ from lm.data import batches
 from lm.data.rankings import Ranking
 from lm.errors import UserError
 from lm.intervals import Estimate, average, rate
-from lm.losses import preferred
+from lm.losses.ranking import preferred
 from lm.pages import HELD_OUT, INK, TRAIN, svg, templates
 from lm.stages import JUDGES, ranked
 from lm.workdir import CONFIG, Trained, load, read_json, write_text

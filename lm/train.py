@@ -30,12 +30,12 @@ from lm.model.params import count, flops_per_token, specs
 from lm.rewards import Reward
 from lm.rewards.model import ensemble
 from lm.sharding import make_mesh, put_batch, state_shardings
-from lm.stages import STAGES
+from lm.stages import JUDGES, STAGES, TAUGHT
 from lm.stages.context import Batches, Context
 from lm.tokenizer import Tokenizer
 from lm.types import Tokens, TrainState
 from lm.update import Update
-from lm.workdir import Workdir, load, load_reward, open_workdir, read_metrics
+from lm.workdir import Trained, Workdir, load, load_reward, open_workdir, read_metrics
 
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the run's own folder; the same command continues it")}
 SUBTREES = ("seed", "tokenizer", "init_from", "model", "optimizer", "stage", "data", "mesh", "train")
@@ -50,10 +50,11 @@ class Schedule:
     evaluate_every: int = 0  # held-out score; 0: at the start and the end only
     save_every: int = 100
     keep: int = 2  # newest checkpoints that stay
+    samples: int = 16  # rows of a sampled batch that rollouts.jsonl shows, at the start and at every save
 
     def __post_init__(self):
         at_least(1, "train", steps=self.steps, log_every=self.log_every, save_every=self.save_every, keep=self.keep)
-        at_least(0, "train", evaluate_every=self.evaluate_every)
+        at_least(0, "train", evaluate_every=self.evaluate_every, samples=self.samples)
 
 
 class Run(NamedTuple):
@@ -146,13 +147,17 @@ def prepare(config: ConfigDict, workdir: Workdir) -> Run:
 
     optimizer = call(optim.make, config.optimizer, name="optimizer")
     options = {key: value for key, value in config.stage.to_dict().items() if key != "name"}
+    teachers = {}
+    if name in TAUGHT and "teacher" in options:
+        teachers["teacher"] = teacher_from(options["teacher"], tokenizer)
+        options["teacher"] = teachers["teacher"].model
     update = call(stage.make, options, model, optimizer, name="stage")
     lent = lambda paths, pessimism: reward_from(paths, tokenizer, pessimism)
     context = Context(model, tokenizer, config.seed, jax.jit, lent)
     batches = call(stage.batches, config.data, context, name="data")
 
     mesh = call(make_mesh, config.mesh, name="mesh")
-    state, shardings = initial_state(update, model, config.seed, start.params if start else None, mesh)
+    state, shardings = initial_state(update, model, config.seed, start.params if start else None, teachers, mesh)
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
     passes = options["epochs"] if "epochs" in options else 1  # over each batch
     flops = passes * flops_per_token(model.config, batches.about["length"])
@@ -192,16 +197,41 @@ def one_reward(path: str, tokenizer: Tokenizer) -> Reward:
     return reward
 
 
-def initial_state(update: Update, model: Model, seed: int, params, mesh) -> tuple[TrainState, Any]:
-    """The starting state, each leaf created where its sharding wants it, and those shardings."""
+def teacher_from(path: str, tokenizer: Tokenizer) -> Trained:
+    """What a workdir has learnt, for a student that shares its tokenizer."""
+    teacher = load(path, backend=jax.default_backend(), warn=warn)
+    if teacher.stage in JUDGES:
+        raise UserError(f"stage.teacher {path} is a reward model, which scores answers and writes none: name a policy")
+    if teacher.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"stage.teacher {path} was trained with tokenizer and template {teacher.tokenizer.fingerprint[:8]}, but "
+            f"this run has {tokenizer.fingerprint[:8]}, and a teacher with another vocabulary cannot be followed token "
+            "by token: take a student with the teacher's tokenizer, or another teacher"
+        )
+    return teacher
+
+
+def initial_state(
+    update: Update, model: Model, seed: int, params, teachers: Mapping[str, Trained], mesh
+) -> tuple[TrainState, Any]:
+    """The starting state, each leaf created where its sharding wants it, and those shardings.
+
+    `teachers` go to state.frozen by their names; they may be of another shape than the model.
+    """
     init_key, key = jax.random.split(jax.random.key(seed))
 
-    def init(params):
-        return update.init(key, params or {"lm": model.init(init_key)}, {})
+    def init(params, frozen):
+        return update.init(key, params or {"lm": model.init(init_key)}, frozen)
 
+    given = params, {name: teacher.params["lm"] for name, teacher in teachers.items()}
     with jax.set_mesh(mesh):
-        shardings = state_shardings(mesh, jax.eval_shape(init, params), model.axes)
-        return jax.jit(init, out_shardings=shardings)(params), shardings
+        shapes = jax.eval_shape(init, *given)
+        shardings = state_shardings(mesh, shapes, model.axes)
+        theirs = {
+            name: state_shardings(mesh, shapes.frozen[name], teacher.model.axes) for name, teacher in teachers.items()
+        }
+        shardings = shardings.replace(frozen={**shardings.frozen, **theirs})
+        return jax.jit(init, out_shardings=shardings)(*given), shardings
 
 
 def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
@@ -219,7 +249,7 @@ def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
         with Checkpoints(workdir.checkpoints, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
             done, state = resumed(checkpoints, r)
             first = done + 1 if done else 0  # the row to write next: a fresh start is scored before its first step
-            workdir.truncate_metrics(first - 1)
+            workdir.truncate(first - 1)
             if done:
                 say(f"{config.stage.name}: continues from step {done} of {workdir.path}")
             step = jax.jit(r.update.update, donate_argnums=0, out_shardings=(r.shardings, None))
@@ -228,8 +258,12 @@ def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
                 log = Log(r.stage, workdir, writers, progress)
                 if not log.scored and (not done or done >= schedule.steps):  # of a run cut short by fewer steps, too
                     log.write(done, held_out(r, evaluate, state))
+                    if not done:
+                        stop_unless_fresh(r, workdir)
                 for i in range(done, schedule.steps):
                     batch, tokens = fetched(r, state, i)
+                    if r.batches.table and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
+                        workdir.append_rollouts(i + 1, r.batches.table(state, batch, schedule.samples))
                     state, metrics = step(state, batch)
                     log.note(i + 1, metrics, tokens)
                     last, stop = i + 1 == schedule.steps, stopping()
@@ -269,9 +303,28 @@ def held_out(r: Run, evaluate, state: TrainState) -> dict[str, float]:
     return {f"held_out/{name}": value for name, value in r.stage.summary(total, r.batches.about).items()}
 
 
+def stop_unless_fresh(r: Run, workdir: Workdir) -> None:
+    """UserError unless the held-out metrics of stage.START are what they must be before the first step: a policy that
+    is still its own reference has ratio 1 and no KL, and preferences cost log 2."""
+    row = read_metrics(workdir.metrics)[-1]
+    for name, (value, tolerance) in r.stage.START.items():
+        found = row[f"held_out/{name}"]
+        if not abs(found - value) <= tolerance:
+            raise UserError(
+                f"{r.meta['stage']}: held-out {name} is {found:.4g} before the first step; it must be {value:.4g} "
+                f"within {tolerance}: policy and reference, or sampler and trainer, are not the same distribution "
+                f"(see START of the stage); look at {workdir.metrics}"
+            )
+
+
 def saved(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds: all but the frozen networks, which every start builds again."""
-    return {"params": state.params, "opt_state": state.opt_state, "counts": {"step": state.step, "key": state.key}}
+    return {
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "counts": {"step": state.step, "key": state.key},
+        "memory": state.memory,
+    }
 
 
 def resumed(checkpoints: Checkpoints, r: Run) -> tuple[int, TrainState]:
@@ -285,7 +338,22 @@ def resumed(checkpoints: Checkpoints, r: Run) -> tuple[int, TrainState]:
             f"{checkpoints.directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
             f"this run has {r.meta['fingerprint'][:8]}: give another --workdir, or remove this one"
         )
-    return done, r.state.replace(params=tree["params"], opt_state=tree["opt_state"], **tree["counts"])
+    kept = {name: tree[name] for name in ("params", "opt_state", "memory")}
+    return done, r.state.replace(**kept, **tree["counts"])
+
+
+# Metrics at or above a level that say something is amiss, though nothing is lost: said once.
+ADVICE: Mapping[str, tuple[float, str]] = {
+    "equal_groups": (
+        1.0,
+        "in every group all answers got the same reward, so nothing is learnt from them: raise data.temperature or "
+        "data.group, or take a reward that tells answers apart",
+    ),
+    "empty": (
+        0.5,
+        "over half of the answers are empty: see rollouts.jsonl; raise stage.beta, or penalise data.rewards",
+    ),
+}
 
 
 class Log:
@@ -305,6 +373,7 @@ class Log:
         self.scored = bool(rows) and any(name.startswith("held_out/") for name in rows[-1])  # where this run takes up
         self._start = self._flushed = time.monotonic()
         self._pending: list[tuple[int, Mapping[str, Any], int]] = []
+        self._advised: set[str] = set()
 
     def note(self, step: int, metrics, tokens: int) -> None:
         self._pending.append((step, metrics, tokens))
@@ -324,6 +393,10 @@ class Log:
                     f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}, over its limit of "
                     f"{limit}: see LIMITS in lm/stages/{self._stage}.py for what it means"
                 )
+        for name, (level, advice) in ADVICE.items():
+            if name in values and values[name] >= level and name not in self._advised:
+                self._advised.add(name)
+                warn(f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}: {advice}")
         now = time.monotonic()
         tokens = sum(tokens for *_, tokens in fetched)
         self._tokens += tokens

@@ -20,6 +20,8 @@ class TrainState:
     opt_state: optax.OptState  # moments and counts: all optimizer memory lives here
     key: Array  # typed PRNG key, never advanced: fold_in(key, step)
     frozen: Mapping[str, Params]  # {"ref": ...}: read by losses, never differentiated, not saved again
+    memory: Mapping[str, Any] = struct.field(default_factory=dict)  # what a method itself remembers, saved: a KL
+    # coefficient that adapts {"beta": f32[]}, a reference that is renewed {"ref": ...}
 
 
 @struct.dataclass
@@ -44,13 +46,18 @@ class Ranked:
     Grouped, so that a cut by prompts (microbatches, devices) never parts the answers that a rank compares.
     """
 
-    tokens: Tokens  # leaves [P,K,T]; weights are unused: an answer is scored whole
+    tokens: Tokens  # leaves [P,K,T]; weights are 1 on an answer's own tokens where a policy learns from it
     ranks: Array  # i32[P,K,A]  1 is best, equal is a tie; 0: no such answer, or not judged on this axis
+    mismatched: Tokens | None = None  # leaves [P,T]: the prompt with an answer to another one (KTO's baseline)
+    baseline: Array | None = None  # f32[P]  once annotated
 
 
 @struct.dataclass
 class Rollouts:
-    """Sampled answers with what is known of them. Fields that are None have not been annotated yet."""
+    """Sampled answers with what is known of them. Fields that are None have not been annotated yet.
+
+    The answers to one prompt are adjacent: B = prompts * group.
+    """
 
     tokens: Tokens  # weights are 1 on sampled tokens only
     rewards: Array  # f32[B]
@@ -62,6 +69,8 @@ class Rollouts:
     old_values: Array | None = None  # f32[B,T]  V(s_t) at the position that predicts token t
     advantages: Array | None = None  # f32[B,T]
     returns: Array | None = None  # f32[B,T]
+    text: Tokens | None = None  # [B,T']: rows of pretraining text to be learnt from along the way (PPO-ptx)
+    group: int = struct.field(pytree_node=False, default=1)  # answers to each prompt
 
 
 @struct.dataclass

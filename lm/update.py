@@ -115,6 +115,8 @@ def annotate(function: Callable[[TrainState, Batch], tuple[Batch, Metrics]], inn
 
 def minibatches(inner: Update, *, epochs: int, count: int) -> Update:
     """`epochs` passes over one batch, each freshly shuffled and cut into `count` minibatches for `inner`."""
+    if epochs == count == 1:
+        return inner
 
     def update(state, batch):
         rows = jax.tree.leaves(batch)[0].shape[0]
@@ -139,6 +141,52 @@ def reference(inner: Update, name: str = "ref") -> Update:
         return inner.init(key, params, frozen)
 
     return inner._replace(init=init)
+
+
+def renewed(inner: Update, *, every: int, name: str = "ref") -> Update:
+    """`reference`, which becomes a copy of the current decoder after each `every` optimizer updates; 0: never.
+
+    A reference that moves is part of what the run remembers, so it lies in state.memory and is saved.
+    Gorbatovski et al. 2024 (TR-DPO, hard updates), arXiv 2404.09656.
+    """
+    if every == 0:
+        return reference(inner, name)
+
+    def init(key, params, frozen):
+        start = frozen[name] if name in frozen else params["lm"]
+        state = inner.init(key, params, {k: v for k, v in frozen.items() if k != name})
+        return state.replace(memory={**state.memory, name: jax.tree.map(jnp.copy, start)})
+
+    def update(state, batch):
+        state, metrics = inner.update(state, batch)
+        due = state.step % every == 0
+        ref = jax.tree.map(lambda new, old: jnp.where(due, new, old), state.params["lm"], state.memory[name])
+        return state.replace(memory={**state.memory, name: ref}), metrics
+
+    return Update(init, update, inner.evaluate)
+
+
+def frozen_net(state: TrainState, name: str = "ref") -> Params:
+    """The frozen network of this name, wherever it lies."""
+    return state.memory[name] if name in state.memory else state.frozen[name]
+
+
+def mix(**losses: tuple[float, Loss]) -> Loss:
+    """The sum of several losses of one batch, each with its coefficient. Every term keeps its own denominator.
+
+    PPO-ptx is mix(ppo=(1.0, surrogate), text=(coefficient, next-token loss)): Ouyang et al. 2022, eq. 2,
+    arXiv 2203.02155.
+    """
+
+    def loss(params, frozen, batch, key):
+        terms, metrics = {}, {}
+        for name, (coefficient, part) in losses.items():
+            found, noted = part(params, frozen, batch, key)
+            terms[name] = jax.tree.map(lambda term: coefficient * term, found, is_leaf=_is_mean)
+            metrics |= noted
+        return terms, metrics
+
+    return loss
 
 
 def value_head(init_value: Callable[[Array], Params], inner: Update) -> Update:

@@ -19,10 +19,10 @@ from lm.answers import answerer
 from lm.config import arguments, call, require, to_dict
 from lm.console import Progress, main, say, warn
 from lm.data import chats, corpus as corpora, rankings as records
-from lm.data.prompts import fitting, take
+from lm.data.prompts import Prompts, fitting, take
 from lm.errors import UserError, at_least
-from lm.rewards import REWARDS
-from lm.workdir import Workdir, load, open_workdir, write_text
+from lm.rewards import REWARDS, Reward
+from lm.workdir import Workdir, load, load_reward, open_workdir, write_text
 
 RANKINGS = "rankings.jsonl"
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the rankings go; the same command continues")}
@@ -57,23 +57,32 @@ def rank(
     max_new: int = 32,
     temperature: float = 1.0,
     rater: str = "rule",
+    cut_penalty: float = 0.0,
     held_out: float = 0.02,
+    held_out_prompts: int = 0,
     prompts_at_once: int = 128,
 ) -> dict[str, Any]:
-    """Answers of the model in `init_from` to prompts that are not held out, ranked by one of lm.rewards.REWARDS."""
-    if rater not in REWARDS:
-        raise UserError(f"rank.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
+    """Answers of the model in `init_from` to prompts that are not held out, ranked by `rater`: one of
+    lm.rewards.REWARDS, or the workdir of a reward model.
+
+    An answer that the limit cut off loses `cut_penalty` first, as in RL. `held_out_prompts` of those that are held out
+    follow, for a stage that measures itself on them.
+    """
     at_least(1, "rank", turns=turns, prompts=prompts, prompts_at_once=prompts_at_once)
     at_least(2, "rank", responses=responses)
+    at_least(0, "rank", held_out_prompts=held_out_prompts)
     at_least(0, "config", seed=seed)
+    judge = judge_named(rater)
     start = time.monotonic()
     trained = load(init_from, backend=jax.default_backend(), warn=warn)
     contexts = chats.prompts(chats.conversations(sources), turns=turns, per_conversation=prompts_per_conversation)
-    seen, _ = corpora.split(contexts, held_out)
-    name_of = {id(c.messages): c.name for c in seen}
+    seen, unseen = corpora.split(contexts, held_out)
+    name_of = {id(c.messages): c.name for c in contexts}
     fit, skipped = fitting(trained.tokenizer, seen, prompt_length)
-    order = np.random.default_rng(seed).permutation(len(fit.ids))[:prompts]
-    chosen = take(fit, order)
+    chosen = take(fit, np.random.default_rng(seed).permutation(len(fit.ids))[:prompts])
+    if held_out_prompts:
+        more, _ = fitting(trained.tokenizer, unseen, prompt_length)
+        chosen = both(chosen, take(more, np.random.default_rng(seed).permutation(len(more.ids))[:held_out_prompts]))
 
     done = ranked_so_far(workdir.path / RANKINGS, prompts_at_once)
     answers = answerer(
@@ -85,13 +94,14 @@ def rank(
         max_new=max_new,
         temperature=temperature,
     )
-    with Progress("rank", len(order), "prompt") as progress:
-        for first in range(done, len(order), prompts_at_once):
-            rows = np.arange(first, min(first + prompts_at_once, len(order)))
+    with Progress("rank", len(chosen.ids), "prompt") as progress:
+        for first in range(done, len(chosen.ids), prompts_at_once):
+            rows = np.arange(first, min(first + prompts_at_once, len(chosen.ids)))
             part = take(chosen, np.repeat(rows, responses))
             key = jax.random.fold_in(jax.random.key(seed), first)
-            texts = [answer.text for answer in answers(part, key)]
-            scores = REWARDS[rater](part.contexts, texts).reshape(-1, responses)
+            given = answers(part, key)
+            texts, cut = [answer.text for answer in given], np.array([not answer.stopped for answer in given])
+            scores = (judge(part.contexts, texts) - cut_penalty * cut).reshape(-1, responses)
             verdicts = [
                 records.Ranking(
                     name_of[id(context)],
@@ -116,6 +126,20 @@ def rank(
         "tied": len(found) * responses * (responses - 1) // 2 - decided,
         "seconds": time.monotonic() - start,
     }
+
+
+def judge_named(rater: str) -> Reward:
+    """One of lm.rewards.REWARDS, or the reward model of a workdir."""
+    if rater in REWARDS:
+        return REWARDS[rater]
+    if not Path(rater).is_dir():
+        raise UserError(f"rank.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or a reward model's workdir")
+    return load_reward(rater, backend=jax.default_backend(), centred=True, jit=jax.jit, warn=warn)[1]
+
+
+def both(a: Prompts, b: Prompts) -> Prompts:
+    """The prompts of one after those of the other."""
+    return Prompts(np.concatenate([a.ids, b.ids]), np.concatenate([a.lengths, b.lengths]), [*a.contexts, *b.contexts])
 
 
 def ranks(scores: np.ndarray) -> list[int]:

@@ -1,13 +1,13 @@
 """A run's own folder: config, tokenizer, metrics, summary and checkpoints. What is in it is all that chat needs.
 
-config.json  tokenizer.model  metrics.jsonl  summary.json  checkpoints/  tensorboard/
+config.json  tokenizer.model  metrics.jsonl  rollouts.jsonl  summary.json  checkpoints/  tensorboard/
 """
 
 import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -24,6 +24,7 @@ from lm.types import Params
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 METRICS = "metrics.jsonl"
+ROLLOUTS = "rollouts.jsonl"  # answers that a policy gave while it learnt, for people to read
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 PIPELINE = "pipeline.json"  # of a folder that holds the workdirs of several stages: their names, their seconds
@@ -73,10 +74,19 @@ class Workdir:
         with _writing(self.metrics), self.metrics.open("a") as stream:
             stream.write(json.dumps(dict(row)) + "\n")
 
-    def truncate_metrics(self, step: int) -> None:
+    def append_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds sampled answers of one step to rollouts.jsonl."""
+        text = "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        path = self.path / ROLLOUTS
+        with _writing(path), path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+
+    def truncate(self, step: int) -> None:
         """Drops the rows after `step`, which a run resumed from there writes again, and a last line torn by a kill."""
-        rows = [row for row in read_metrics(self.metrics) if row["step"] <= step]
-        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        for path in (self.metrics, self.path / ROLLOUTS):
+            if path.exists():
+                rows = [row for row in read_metrics(path) if row["step"] <= step]
+                write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def open_workdir(
@@ -113,8 +123,10 @@ class Trained(NamedTuple):
     summary: Mapping[str, Any]  # empty while the run is not finished
 
 
-def load(path: str | Path, *, backend: str, warn: Callable[[str], None] = print) -> Trained:
+def load(path: str | Path, *, backend: str, step: int | None = None, warn: Callable[[str], None] = print) -> Trained:
     """The newest whole checkpoint of a run, with its model set up for a backend ("cpu", "gpu", "tpu").
+
+    step: the checkpoint of that step instead.
 
     Raises UserError if the folder holds no checkpoint, or a tokenizer or template other than it was trained with.
     """
@@ -123,7 +135,7 @@ def load(path: str | Path, *, backend: str, warn: Callable[[str], None] = print)
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"there is no workdir {path}: train that stage first, or name another")
-    params, meta = restore_params(path / CHECKPOINTS, warn=warn)
+    params, meta = restore_params(path / CHECKPOINTS, step=step, warn=warn)
     tokenizer = Tokenizer.load(path / TOKENIZER)
     if meta["fingerprint"] != tokenizer.fingerprint:
         raise UserError(

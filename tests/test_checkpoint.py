@@ -222,6 +222,13 @@ def test_restore_params_reads_no_optimizer_state(tmp_path):
     assert restore_params(tmp_path)[1] == {"step": 1}
 
 
+def test_restore_params_of_a_step(tmp_path):
+    saved(tmp_path, 1, 2)
+    assert bits(restore_params(tmp_path, step=1)[0]) == bits(tree(1)["params"])
+    with pytest.raises(UserError, match="holds no checkpoint of step 3: train that stage first"):
+        restore_params(tmp_path, step=3)
+
+
 def test_restore_params_without_checkpoint_says_where(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}/none holds no checkpoint"):
         restore_params(tmp_path / "none")

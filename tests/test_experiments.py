@@ -5,9 +5,10 @@ import inspect
 import re
 
 import pytest
+from ml_collections import ConfigDict
 from runs import EXPERIMENTS, TRAINED, finished
 
-from lm import evaluate, model, optim, sharding, train, verdicts
+from lm import contest, evaluate, model, optim, overoptimisation, sharding, train, unseen, verdicts
 from lm.config import arguments, load
 from lm.errors import UserError
 from lm.stages import STAGES
@@ -17,6 +18,7 @@ __all__ = ["finished"]
 
 FILES = sorted(path.stem for path in EXPERIMENTS.glob("*.py"))
 EACH = pytest.mark.parametrize("name", FILES)
+OF_MANY = {"contest": contest.examined, "overoptimisation": overoptimisation.Lab}  # and what their `evaluate` goes to
 BOTH = pytest.mark.parametrize("variant", ["", ":tiny"])
 
 
@@ -24,9 +26,25 @@ def config_of(name: str, variant: str = ""):
     return load(f"{EXPERIMENTS / name}.py{variant}")
 
 
+def parts(name: str, config) -> dict:
+    """The configs that a config holds, by the experiment that each is one of."""
+    if name == "quickstart":
+        return {stage: config[stage] for stage in config.stages}
+    if name not in OF_MANY:
+        return {}
+    trained = {key: part for key, part in config.items() if isinstance(part, ConfigDict) and "stage" in part}
+    return {"rank": config.verdicts, **trained}
+
+
 def checked(name: str, config) -> None:
-    """TypeError unless each subtree of a stage's config is keyword arguments of the function it goes to."""
-    if name == "rank":
+    """TypeError unless each subtree of a config is keyword arguments of the function it goes to, or such a config."""
+    for part, inside in parts(name, config).items():
+        checked(part, inside)
+    if name == "quickstart":
+        functions = {}
+    elif name in OF_MANY:
+        functions = {"prompts": unseen.asked, "evaluate": OF_MANY[name]}
+    elif name == "rank":
         functions = {"rank": verdicts.rank}
     elif name == "evaluate":
         functions = {"evaluate": evaluate.evaluate}
@@ -64,11 +82,13 @@ def test_the_check_can_fail():
 def test_loads_locked_with_options_that_exist(name, variant):
     config = config_of(name, variant)
     assert config.is_locked
-    if name == "quickstart":
-        for stage in config.stages:
-            checked(stage, config[stage])
-    else:
-        checked(name, config)
+    checked(name, config)
+
+
+def test_the_contest_s_methods_are_all_checked():
+    assert set(parts("contest", config_of("contest"))) > {"rank", "ppo", "grpo", "rloo", "dpo", "best_of_n"}
+    assert set(parts("overoptimisation", config_of("overoptimisation"))) == {"rank", "reward", "ppo"}
+    checked("contest", config_of("contest", ":tuning"))
 
 
 @EACH

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import metrics
-from lm.metrics import Mean, mean, scalar
+from lm.metrics import Mean, mean, row_mean, row_sum, scalar
 
 
 def test_mean_divides_once_at_the_very_end():
@@ -28,6 +28,20 @@ def test_weight_zero_equals_deleting_the_token():
 
 def test_nothing_counted_is_zero_not_nan():
     assert mean(jnp.array([jnp.nan]), jnp.zeros(1)).value() == 0.0
+
+
+def test_three_averages_of_tokens_in_rows():
+    """Rule 5. Rows of 1 and of 3 tokens, and an empty one that counts for nothing: values 4; 1, 2, 3.
+
+    Tokens: (4 + 6) / 4 = 2.5. Rows: (4 + 2) / 2 = 3. Sums over a constant of 3: (4/3 + 6/3) / 2 = 5/3.
+    """
+    values = jnp.array([[4.0, jnp.nan, 9.0], [1.0, 2.0, 3.0], [9.0, 9.0, 9.0]])
+    weights = jnp.array([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    assert mean(values, weights).value() == 2.5
+    assert row_mean(values, weights).value() == 3.0
+    np.testing.assert_allclose(row_sum(values, weights, length=3).value(), 5 / 3, rtol=1e-6)
+    halves = [row_mean(values[rows], weights[rows]) for rows in (slice(0, 1), slice(1, 3))]
+    assert (halves[0] + halves[1]).value() == 3.0  # cut into microbatches and summed
 
 
 def test_add_and_values():

@@ -1,7 +1,20 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from lm.returns import gae, kl_rewards, last_token, whiten
+from lm.errors import UserError
+from lm.returns import (
+    centred,
+    gae,
+    grouped,
+    kl_rewards,
+    last_token,
+    leave_one_out,
+    overlong,
+    standardised,
+    to_go,
+    whiten,
+)
 
 
 def row(*values):
@@ -70,3 +83,37 @@ def test_whiten():
     np.testing.assert_allclose(whiten(x, weights), np.array([[-3, -2, 0], [1, 4, 0]]) / 7.5**0.5, rtol=1e-5)
     np.testing.assert_array_equal(whiten(row(3, 3), row(1, 1)), row(0, 0))  # all alike: nothing to learn, no NaN
     np.testing.assert_array_equal(whiten(row(3, 4), row(0, 0)), row(0, 0))
+
+
+REWARDS = jnp.array([1.0, 2.0, 6.0, 0.1, 0.1, 0.1])  # two groups of three, the second all alike
+
+
+def test_advantages_within_a_group():
+    # mean 3: -2, -1, 3; sample variance (4 + 1 + 9) / 2 = 7; the mean of the others is 4, 3.5, 1.5
+    np.testing.assert_allclose(centred(REWARDS, 3), [-2, -1, 3, 0, 0, 0], rtol=1e-6)
+    root = np.sqrt(7) + 1e-4
+    np.testing.assert_allclose(standardised(REWARDS, 3), [-2 / root, -1 / root, 3 / root, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(leave_one_out(REWARDS, 3), [1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", [centred, standardised, leave_one_out])
+def test_equal_rewards_give_exactly_nothing(advantage):
+    """Rule 5. The mean of three float32 0.1 is not 0.1; over a deviation of 0 + 1e-4 that would be 7e-5."""
+    for value in (0.1, 1 / 3, 1e6 + 0.1, -7.7):
+        np.testing.assert_array_equal(advantage(jnp.full(6, value, jnp.float32), 3), np.zeros(6))
+
+
+def test_a_group_of_one_has_nothing_to_compare():
+    with pytest.raises(UserError, match="data.group is 1: this stage compares answers to one prompt; give it at least"):
+        grouped(REWARDS, 1)
+
+
+def test_rewards_to_go_under_the_mask():
+    # the gap of weight 0 is stepped over and gets nothing
+    np.testing.assert_allclose(to_go(row(1, 2, 9, 4), row(1, 1, 0, 1)), row(7, 6, 0, 4))
+
+
+def test_overlong_answers_pay_towards_the_limit():
+    # limit 10, buffer 4: free up to 6, then a quarter a token, -1 at the limit
+    lengths = jnp.array([0, 6, 7, 9, 10, 12])
+    np.testing.assert_allclose(overlong(lengths, limit=10, buffer=4), [0, 0, -0.25, -0.75, -1, -1])

@@ -2,19 +2,22 @@
 
 import functools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_floors import NO_STAGE
 
 from lm import optim
-from lm.losses import bradley_terry, kl_k1
+from lm.losses.policy import kl_k1
+from lm.losses.ranking import bradley_terry
 from lm.metrics import Mean
 from lm.returns import whiten
 from lm.rewards.model import scores
-from lm.stages import STAGES, listwise, ppo, pretrain, ranked as ranking, reward, sft
+from lm.stages import STAGES, listwise, policy, ppo, pretrain, ranked as ranking, reward, rollouts as sampling, sft
 from lm.types import Ranked, Rollouts
 
 KEY = jax.random.key(0)
@@ -51,8 +54,12 @@ def trained(update, state, batch, steps):
     return state, {name: float(m.value()) for name, m in metrics.items()}
 
 
-def test_every_stage_is_listed_by_its_name():
-    assert STAGES == {"pretrain": pretrain, "sft": sft, "reward": reward, "listwise": listwise, "ppo": ppo}
+def test_every_stage_is_listed_by_its_name_and_whole():
+    for name, stage in STAGES.items():
+        assert stage.__name__ == f"lm.stages.{name}"
+        assert {"make", "batches", "summary", "SHOWN", "LIMITS", "START"} <= set(vars(stage))
+    files = {path.stem for path in Path(pretrain.__file__).parent.glob("*.py")}
+    assert files - NO_STAGE == set(STAGES)
 
 
 # Next-token prediction
@@ -283,7 +290,7 @@ def rollouts(tiny_model, tiny_lm):
     """Eight answers of the tiny model at temperature 0.7 to ragged prompts, with made-up rewards."""
     draw = np.random.default_rng(0)
     prompts, lengths = draw.integers(1, V, (8, 5)).astype(np.int32), np.array([5, 3, 1, 4, 5, 2, 5, 3], np.int32)
-    run = jax.jit(functools.partial(ppo.rollout, tiny_model, max_new=6, temperature=T, stop=(3, 5, 11)))
+    run = jax.jit(functools.partial(sampling.rollout, tiny_model, max_new=6, temperature=T, stop=(3, 5, 11)))
     tokens, logprobs, completions = run(tiny_lm, prompts, lengths, KEY)
     assert 0 < completions.stopped.sum() < 8
     rewards = jnp.asarray(draw.normal(size=8), jnp.float32)
@@ -319,14 +326,15 @@ def test_ppo_starts_where_the_policy_is(tiny_model, tiny_lm, rollouts):
 def test_another_temperature_would_trip_the_gate(rollouts, seen):
     """Rule 6: drawn at 0.7 and scored at 1.0 is two distributions; the gap is far above its limit."""
     gap = np.abs(seen(rollouts.tokens)[1].logprobs - rollouts.sampler_logprobs)
-    assert np.average(gap, weights=rollouts.tokens.weights) > 2 * ppo.LIMITS["sampler_gap"]
+    assert np.average(gap, weights=rollouts.tokens.weights) > 2 * policy.LIMITS["sampler_gap"]
 
 
 @pytest.fixture(scope="module")
 def annotated(tiny_model, tiny_lm, rollouts):
     """The rollouts with their signal: a reference that is another network, a value head that is not zero."""
-    state = SimpleNamespace(params=headed(tiny_lm), frozen={"ref": other(tiny_lm)})
-    signal = ppo.signal(tiny_model, beta=0.5, gamma=1.0, lam=1.0, temperature=T)
+    memory = {"beta": jnp.float32(0.5)}
+    state = SimpleNamespace(params=headed(tiny_lm), frozen={"ref": other(tiny_lm)}, memory=memory)
+    signal = ppo.signal(tiny_model, gamma=1.0, lam=1.0, whitened=True, correction=0.0, temperature=T)
     return jax.jit(lambda batch: signal(state, batch))(rollouts)
 
 
@@ -344,7 +352,8 @@ def test_kl_is_counted_in_the_reward(annotated, rollouts):
 def test_kl_is_not_counted_in_the_loss_again(annotated, tiny_model, tiny_lm):
     """Rule 4: whatever the reference says, the annotated batch has the same loss."""
     batch, _ = annotated
-    loss = ppo.surrogate(tiny_model, clip=0.2, value_clip=0.2, value_coefficient=0.1, temperature=T)
+    options = {"clip": 0.2, "dual_clip": 0.0, "value_clip": 0.2, "value_coefficient": 0.1, "entropy_bonus": 0.0}
+    loss = ppo.surrogate(tiny_model, **options, temperature=T)
     run = jax.jit(lambda batch: loss(headed(tiny_lm), {}, batch, KEY)[0])
     once, again = run(batch), run(batch.replace(ref_logprobs=7 * batch.ref_logprobs - 3))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, once, again))
@@ -374,7 +383,7 @@ def test_ppo_raises_the_frequency_of_a_rewarded_token(tiny_model, fresh):
     @jax.jit
     def step(state, i):
         key = jax.random.fold_in(jax.random.key(1), i)
-        tokens, logprobs, drawn = ppo.rollout(tiny_model, state.params["lm"], prompts, lengths, key, max_new=6)
+        tokens, logprobs, drawn = sampling.rollout(tiny_model, state.params["lm"], prompts, lengths, key, max_new=6)
         rewards = jnp.mean(drawn.tokens == 7, axis=1)
         return update.update(state, Rollouts(tokens, rewards, {}, drawn.stopped, logprobs))
 

@@ -9,7 +9,7 @@ import pytest
 from lm import update
 from lm.errors import UserError
 from lm.metrics import Mean, mean, scalar
-from lm.update import annotate, gradient, minibatches, reference, value_head
+from lm.update import annotate, frozen_net, gradient, minibatches, mix, reference, renewed, value_head
 
 KEY = jax.random.key(0)
 SGD = optax.sgd(1.0)  # parameters move by minus the gradient
@@ -242,3 +242,42 @@ def test_value_head_is_added_where_there_is_none():
     assert set(u.init(KEY, {"lm": jnp.ones(3)}, {}).params) == {"lm", "value"}
     given = {"lm": jnp.ones(3), "value": {"score": jnp.ones(3)}}
     np.testing.assert_array_equal(u.init(KEY, given, {}).params["value"]["score"], [1, 1, 1])
+
+
+def shrink(params, frozen, batch, key):
+    """Mean of (x . w)^2 over other weights than `squares` has."""
+    term = mean(jnp.square(batch["x"] @ params["lm"]), batch["other"])
+    return {"shrink": term}, {"small": term}
+
+
+def test_mix_keeps_every_denominator():
+    """Trap 10: the sum of two losses, each divided by its own weight, whatever the microbatches."""
+    mixed = mix(fit=(1.0, squares), small=(0.3, shrink))
+    expected, metrics = after(two_terms, batch())
+    for count in (1, 2, 4):
+        found, noted = after(mixed, batch(), microbatches=count)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(noted["loss"].value(), metrics["loss"].value(), rtol=1e-6)
+        np.testing.assert_allclose(0.3 * noted["small"].value(), metrics["small"].value(), rtol=1e-6)
+
+
+def test_a_renewed_reference_follows_the_policy_on_schedule():
+    u = renewed(gradient(squares, SGD), every=2)
+    start = np.array([1.0, 2.0, 3.0], np.float32)
+    state = u.init(jax.random.key(1), {"lm": jnp.asarray(start)}, {})
+    assert "ref" not in state.frozen  # what changes is remembered, and saved
+    seen = []
+    for _ in range(4):
+        state, _ = jax.jit(u.update, donate_argnums=0)(state, batch())
+        seen.append((np.asarray(state.params["lm"]), np.asarray(frozen_net(state))))
+    np.testing.assert_array_equal(seen[0][1], start)
+    for now, kept in ((seen[1][0], seen[1][1]), (seen[1][0], seen[2][1]), (seen[3][0], seen[3][1])):
+        np.testing.assert_array_equal(kept, now)
+
+
+def test_a_reference_that_is_never_renewed_is_frozen():
+    u = renewed(gradient(squares, SGD), every=0)
+    state = u.init(KEY, {"lm": jnp.array([1.0, 2.0, 3.0])}, {})
+    assert not state.memory
+    state, _ = u.update(state, batch())
+    np.testing.assert_array_equal(frozen_net(state), [1, 2, 3])

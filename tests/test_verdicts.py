@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from runs import finished, small, stage_config
@@ -11,7 +12,7 @@ from lm import verdicts
 from lm.data import corpus, rankings
 from lm.errors import UserError
 from lm.rewards import REWARDS
-from lm.workdir import read_json
+from lm.workdir import load_reward, read_json
 
 __all__ = ["finished", "small"]
 
@@ -80,10 +81,30 @@ def test_whole_chunks_are_counted_in_lines_of_the_file(tmp_path):
     assert path.read_bytes() == "".join(lines[:2]).encode()
 
 
+def test_a_reward_model_ranks_and_held_out_prompts_follow(finished, small, tmp_path):
+    """Answers as before, but their order is the model's; the last ones are to prompts of held-out conversations."""
+    options = (f"rank.rater={finished}/reward", "rank.prompts=32")
+    config = stage_config(finished, "rank", *options).unlock()
+    config.rank.held_out_prompts, config.rank.cut_penalty = 8, 100.0
+    verdicts.run(config, tmp_path / "rank")
+    found, before = told(tmp_path / "rank"), told(finished / "rank")
+    assert [r.responses for r in found[:32]] == [r.responses for r in before[:32]]
+    assert [corpus.held_out(r.name, 0.05) for r in found] == [False] * 32 + [True] * 8
+    _, reward = load_reward(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
+    agree, told_apart = 0, 0
+    for ranking in found:
+        assert ranking.rater == f"{finished}/reward"
+        a, b = reward([ranking.prompt] * 2, ranking.responses)
+        agree += (ranking.ranking[0] < ranking.ranking[1]) == bool(a > b)
+        told_apart += a != b
+    assert told_apart / 2 < agree < len(found)  # but for those that the limit cut off: they lose 100 points
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
         ("rater=rul", "rank.rater is 'rul'; choose one of rule"),
+        ("rater=.", "is no finished reward model|holds no checkpoint"),
         ("responses=1", "rank.responses is 1; it must be at least 2"),
         ("prompt_length=2", "prompts has at most 2 tokens; raise prompt_length"),
         ("prompts_at_once=0", "rank.prompts_at_once is 0; it must be at least 1"),

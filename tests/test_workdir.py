@@ -101,7 +101,7 @@ def test_metrics_are_appended_truncated_and_read(tmp_path):
         with workdir.metrics.open("a") as stream:
             stream.write('{"step": 2, "lo')  # killed while writing
         assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
-        workdir.truncate_metrics(2)
+        workdir.truncate(2)
         workdir.append_metrics({"step": 3, "loss": 0.25})
         assert read_metrics(workdir.metrics) == [
             {"step": 1, "loss": 1.0},

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from lm.calculator import computed
 from lm.data import corpus
 from lm.errors import UserError
 
@@ -19,6 +20,7 @@ QUESTIONS = (
     "Describe {} in one sentence.",
     "Can you explain {} to me?",
 )
+ARITHMETIC = ("What is {}?", "How much is {}?", "Please compute {}.", "Tell me what {} is.")
 _SENTENCE = re.compile(r"[A-Z][\w'-]* .*?[\w)'\"\]](?<!\bie|\beg|\bvs)(?<!\be\.g|\bi\.e)(?<!\betc)\.(?=\s|$)")
 _UNSAID = re.compile(r">>>|->|--|[{}<>|]|generated")  # signatures, markup, the notes of code generators
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -55,7 +57,23 @@ def docstrings() -> list[Conversation]:
     return found
 
 
-SOURCES = {"chitchat": chitchat, "docstrings": docstrings}
+def arithmetic() -> list[Conversation]:
+    """6,000 made sums, differences and products, each worked out by the calculator of lm.environments.
+
+    The assistant asks for calc(...), the tool replies with the number, the assistant says it.
+    """
+    found = []
+    for i in range(6000):
+        operator = "+-*"[_draw(f"operator {i}", 3)]
+        a, b = (_draw(f"{side} {i}", 20 if operator == "*" else 100) for side in "ab")
+        question = ARITHMETIC[_draw(f"question {i}", len(ARITHMETIC))].format(f"{a} {operator} {b}")
+        value = str(computed(f"{a} {operator} {b}"))
+        turns = ("user", question), ("assistant", f"calc({a} {operator} {b})"), ("tool", value), ("assistant", value)
+        found.append(Conversation(f"arithmetic/{i}", [{"role": role, "content": text} for role, text in turns]))
+    return found
+
+
+SOURCES = {"chitchat": chitchat, "docstrings": docstrings, "arithmetic": arithmetic}
 
 
 def conversations(sources: str) -> list[Conversation]:

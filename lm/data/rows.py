@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lm.errors import UserError
-from lm.tokenizer import Example
+from lm.tokenizer import Example, Tokenizer
 from lm.types import Tokens
 
 
@@ -40,6 +40,11 @@ def stream(ids: Sequence[Sequence[int]], length: int) -> Tokens:
         positions=_folded(at - np.maximum(begin, row), length, np.int32),
         segments=_folded(document[:-1] - document[row] + 1, length, np.int32),
     )
+
+
+def documents(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tokens:
+    """Texts, each between bos and eos, as `stream` lays them."""
+    return stream([[tokenizer.bos, *ids, tokenizer.eos] for ids in tokenizer.encode_all(texts)], length)
 
 
 def pack(examples: Sequence[Example], length: int) -> tuple[Tokens, int]:

@@ -1,7 +1,8 @@
 """The forward pass: tokens to hidden states, hidden states to logits, log-probabilities and values."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,26 @@ def value(head: Params, x: Array) -> Array:
     return x.astype(jnp.float32) @ head["score"] + head["offset"]
 
 
+def chunked(function: Callable[..., Any], *arrays: Array, size: int) -> Any:
+    """function(*arrays), a tree of [B,T,...], for arrays [B,T,...]: `size` positions a row at a time, or 0 for all.
+
+    What `function` makes on the way exists for so many positions only and is made again in the backward pass, so
+    logits f32[B,T,V] never do. It must treat every position alike: the last piece is filled up with zeros.
+    """
+    B, T = arrays[0].shape[:2]
+    if not 0 < size < T:
+        return function(*arrays)
+    count = -(-T // size)
+    pad = count * size - T
+
+    def pieces(a):
+        a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
+        return a.reshape(B, count, size, *a.shape[2:]).swapaxes(0, 1)
+
+    parts = jax.lax.map(lambda part: jax.checkpoint(function)(*part), tuple(map(pieces, arrays)))
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, count * size, *a.shape[3:])[:, :T], parts)
+
+
 class Scores(NamedTuple):
     """What a loss wants to know of each target, f32[B,T] each."""
 
@@ -116,8 +137,7 @@ class Scores(NamedTuple):
 def scores(c: Config, params: Params, x: Array, targets: Array, *, temperature: float = 1.0) -> Scores:
     """Scores of targets i32[B,T] under softmax(logits / temperature), from states f[B,T,D].
 
-    With `loss_chunk` set, logits exist for that many positions a row at a time and are computed again in the backward
-    pass, so f32[B,T,V] never does.
+    With `loss_chunk` set, logits exist for that many positions a row at a time (see `chunked`).
     """
 
     def chunk(x, targets):
@@ -129,13 +149,4 @@ def scores(c: Config, params: Params, x: Array, targets: Array, *, temperature: 
         unscaled = log_z if temperature == 1 else jax.nn.logsumexp(raw, axis=-1)
         return Scores(logprobs, entropy, unscaled)
 
-    B, T = targets.shape
-    size = c.loss_chunk
-    if not 0 < size < T:
-        return chunk(x, targets)
-    count = -(-T // size)
-    pad = count * size - T
-    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0))).reshape(B, count, size, -1).swapaxes(0, 1)
-    targets = jnp.pad(targets, ((0, 0), (0, pad))).reshape(B, count, size).swapaxes(0, 1)
-    parts = jax.lax.map(lambda part: jax.checkpoint(chunk)(*part), (x, targets))
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, count * size)[:, :T], parts)
+    return chunked(chunk, x, targets, size=c.loss_chunk)

@@ -20,11 +20,10 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from lm.agreement import NOTHING, bootstrap, cohen_kappa, krippendorff_alpha, reliability, strengths
 from lm.data.rankings import AXES, FLAGS, Ranking
 from lm.intervals import Estimate, average, rate
-from lm.pages import FORMATS, INK, interval, percent, signed, svg, templates, whiskers
+from lm.pages import COLOURS, FORMATS, INK, interval, percent, signed, svg, templates, whiskers
 
 SHARED = 10  # pairs that two raters must have in common before their kappa is told
 CONTESTED = 5  # items shown
-COLOURS = ("#3f7fd6", "#d9822b", "#2f8a4b", "#a356b8", "#c0483c", "#7b8a2f")  # of raters, in their order
 
 
 class Rater(NamedTuple):

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from lm.errors import UserError
+from lm.rewards.arithmetic import arithmetic
 from lm.rewards.penalties import form, length, refusal, repetition, toxicity
 from lm.rewards.rule import rule
 
@@ -17,6 +19,7 @@ REWARDS: Mapping[str, Reward] = {
     "repetition": repetition,
     "refusal": refusal,
     "form": form,
+    "arithmetic": arithmetic,
 }
 
 
@@ -24,7 +27,28 @@ def weighed(parts: Mapping[str, tuple[float, Reward]]) -> Callable[..., tuple[np
     """(examples, texts) -> the weighted sum f32[B] of the parts, and each part as it is."""
 
     def total(examples, texts):
-        each = {name: np.asarray(reward(examples, texts), np.float32) for name, (_, reward) in parts.items()}
+        each = {name: checked(name, reward, examples, texts) for name, (_, reward) in parts.items()}
         return sum(weight * each[name] for name, (weight, _) in parts.items()), each
 
     return total
+
+
+def checked(name: str, reward: Reward, examples, texts) -> np.ndarray:
+    """What the reward says, f32[B]. UserError names a reward that raises, miscounts, or says what is no number."""
+    way_out = "mend it; the same command continues from the last checkpoint"
+    try:
+        found = np.asarray(reward(examples, texts), np.float32)
+    except UserError:
+        raise
+    except Exception as error:
+        fault = f"raised {type(error).__name__} ({error}) on {len(texts)} answers, the first {texts[0]!r:.80}"
+        raise UserError(f"reward {name} {fault}: {way_out}") from error
+    if found.shape != (len(texts),):
+        raise UserError(
+            f"reward {name} gave shape {found.shape} for {len(texts)} answers, not one number each: {way_out}"
+        )
+    wrong = np.flatnonzero(~np.isfinite(found))
+    if len(wrong):
+        fault = f"{found[wrong[0]]} for {len(wrong)} of {len(texts)} answers, the first {texts[wrong[0]]!r:.80}"
+        raise UserError(f"reward {name} is {fault}: {way_out}")
+    return found

@@ -32,3 +32,5 @@ class Batches(NamedTuple):
     train: Callable[[TrainState, int], Batch]
     held_out: Callable[[TrainState], Iterator[Batch]]  # every held-out row once
     about: Mapping[str, Any]  # what was prepared: rows, tokens, bytes, skipped, ...
+    # (state, batch, rows) -> the first rows of a sampled batch, for people to read; None where nothing is sampled
+    table: Callable[[TrainState, Batch, int], Iterator[dict[str, Any]]] | None = None

@@ -11,15 +11,16 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import optax
 
-from lm.losses import plackett_luce, preferred
+from lm.losses.ranking import plackett_luce, preferred
 from lm.model import Model
 from lm.stages.ranked import ONE_AXIS, batches, learner, summary
 from lm.update import Update
 
-__all__ = ["LIMITS", "SHOWN", "batches", "make", "summary"]
+__all__ = ["LIMITS", "SHOWN", "START", "batches", "make", "summary"]
 
 SHOWN = ("loss", "accuracy")  # in the live line
 LIMITS: dict[str, float] = {}  # metrics the loop keeps below a bound
+START: dict[str, tuple[float, float]] = {}  # held-out metrics before the first step: (value, tolerance)
 
 
 def make(

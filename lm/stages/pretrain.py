@@ -7,7 +7,6 @@ Radford et al. 2019; packing as Krell et al. 2021, arXiv 2107.02027.
 
 import lzma
 import math
-from collections.abc import Sequence
 
 import optax
 
@@ -16,12 +15,11 @@ from lm.metrics import Metrics, values
 from lm.model import Model
 from lm.stages.context import Batches, Context
 from lm.stages.next_token import next_token
-from lm.tokenizer import Tokenizer
-from lm.types import Tokens
 from lm.update import Update, gradient
 
 SHOWN = ("loss", "bits_per_byte")  # in the live line
 LIMITS: dict[str, float] = {}  # metrics the loop keeps below a bound
+START: dict[str, tuple[float, float]] = {}  # held-out metrics before the first step: (value, tolerance)
 
 
 def make(
@@ -47,7 +45,9 @@ def batches(
     context.admit(length)
     train, unseen = corpora.split(corpora.documents(corpus), held_out)
     unseen = corpora.within(unseen, held_out_bytes)
-    train_rows, unseen_rows = (rows(context.tokenizer, side, length) for side in (train, unseen))
+    train_rows, unseen_rows = (
+        packing.documents(context.tokenizer, [document.text for document in side], length) for side in (train, unseen)
+    )
     batch = rows_to_batches.batches(train_rows, batch_size=batch_size, seed=context.seed)
     about = {
         "length": length,
@@ -59,12 +59,6 @@ def batches(
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
     }
     return Batches(lambda state, i: batch(i), lambda state: rows_to_batches.every(unseen_rows, batch_size), about)
-
-
-def rows(tokenizer: Tokenizer, documents: Sequence[corpora.Document], length: int) -> Tokens:
-    """Documents, each between bos and eos, laid end to end and cut into rows."""
-    encoded = tokenizer.encode_all([document.text for document in documents])
-    return packing.stream([[tokenizer.bos, *ids, tokenizer.eos] for ids in encoded], length)
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:

@@ -10,7 +10,7 @@ import optax
 
 from lm.data import batches as rows_to_batches, corpus as corpora, rankings as records, ratings, store
 from lm.errors import UserError, at_least
-from lm.losses import preferred
+from lm.losses.ranking import preferred
 from lm.metrics import Mean, Metrics, mean, values
 from lm.model import Model
 from lm.rewards.model import answered, rows, scores
@@ -155,9 +155,7 @@ def batches(
     at_least(0, "data", limit=limit)
     axes = in_order(axes)
     train, unseen, undecided = sides(rankings, held_out)
-    if limit:
-        order = np.random.default_rng(context.seed).permutation(len(train))[:limit]
-        train = [train[i] for i in sorted(order)]
+    train = limited(train, limit, context.seed)
     missing = [axis for axis in axes if axis != OVERALL and not any(axis in r.axes for r in train)]
     if missing:
         raise UserError(f"{rankings}: no verdict scores the axis {missing[0]!r} of data.axes: leave it out")
@@ -183,6 +181,12 @@ def sides(rankings: str, held_out: float) -> tuple[list[records.Ranking], list[r
     if not ranked:
         raise UserError(f"{rankings}: no ranking prefers one answer to another; rank more answers, or less alike ones")
     return *corpora.split(ranked, held_out), len(everything) - len(ranked)
+
+
+def limited(rankings: Sequence[records.Ranking], limit: int, seed: int) -> list[records.Ranking]:
+    """`limit` of the verdicts, drawn by the seed and left in their order; 0: all of them."""
+    order = np.random.default_rng(seed).permutation(len(rankings))[: limit or None]
+    return [rankings[i] for i in sorted(order)]
 
 
 def grouped(

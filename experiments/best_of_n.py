@@ -1,0 +1,20 @@
+"""Best-of-n fine-tuning: of eight answers to a prompt the best one is learnt, as if it were a human's.
+
+Paper: Touvron et al. 2023, sec. 3.2.3, arXiv 2307.09288; Dong et al. 2023, arXiv 2304.06767.
+Command: python -m lm.train --config=experiments/best_of_n.py --workdir=runs/best_of_n
+Needs: runs/quickstart/sft and runs/quickstart/reward.
+Expect: EXPECT
+Change first: data.group, optimizer.learning_rate.
+"""
+
+from ml_collections import ConfigDict
+
+from lm.config import beside
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    config = beside(__file__, "grpo").get_config(arg).unlock()
+    shared = ("entropy_bonus", "refresh", "epochs", "minibatch_count", "temperature")
+    config.stage = ConfigDict({"name": "best_of_n", **{name: config.stage.get_ref(name) for name in shared}})
+    return config.lock()

@@ -1,0 +1,72 @@
+"""The contest: PPO, GRPO, RLOO, DPO and best-of-n from one SFT model, one reward model, one budget, three seeds.
+
+Method: every method gets 1,536 answers, scored by the same reward model, and learns from each twice. PPO, GRPO, RLOO
+and best-of-n sample them as they go; DPO gets 768 pairs of answers of the SFT model, ranked by that reward model.
+Paper: those of experiments/ppo.py, grpo.py, rloo.py, dpo.py, best_of_n.py, whose settings are taken but for those here.
+Command: python -m lm.contest --config=experiments/contest.py --workdir=runs/contest
+Needs: runs/quickstart/sft and runs/quickstart/reward.
+Expect:
+Change first: methods, seeds, rollouts.
+"""
+
+from ml_collections import ConfigDict
+
+from lm.config import beside
+
+METHODS = ("ppo", "grpo", "rloo", "dpo", "best_of_n")  # who takes part
+OTHERS = ("dr_grpo", "gspo", "cispo", "reinforce_pp", "ipo", "kto", "simpo", "orpo")  # --config.methods="('ppo','kto')"
+PASSES = 2  # over every answer
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "", "tiny", or "tuning": one seed, on conversations that the contest itself neither learns nor judges."""
+    assert arg in ("", "tiny", "tuning"), "choose nothing or tiny, or tuning"
+    tiny, tuning = arg == "tiny", arg == "tuning"
+    config = ConfigDict(
+        {
+            "init_from": "runs/quickstart/sft",
+            "reward_model": "runs/quickstart/reward",
+            "rollouts": 64 if tiny else 1536,  # answers that each method learns from
+            "seeds": (0, 1) if tiny else (100,) if tuning else (0, 1, 2),
+            "methods": METHODS,
+        }
+    )
+    start, judge, rollouts = (config.get_ref(name) for name in ("init_from", "reward_model", "rollouts"))
+    config.prompts = ConfigDict(
+        {
+            "sources": "chitchat",
+            "turns": 3,
+            "conversations": 16 if tiny else 0,
+            "prompts_per_conversation": 1 if tiny else 3,
+            "prompt_length": 32 if tiny else 64,
+            "held_out": 0.1 if tuning else 0.05,
+            "after": 0.05 if tuning else 0.0,
+        }
+    )
+    config.evaluate = ConfigDict(
+        {"rater": "rule", "max_new": 8 if tiny else 32, "temperature": 1.0, "rows_at_once": 16 if tiny else 128}
+    )
+
+    for name in (*METHODS, *OTHERS):
+        config[name] = method = beside(__file__, name).get_config("tiny" if tiny else "").unlock()
+        method.init_from = start
+        method.data.held_out = config.prompts.get_ref("held_out")
+        steps = method.train.get_ref("steps")
+        if "rollouts" in method.data:
+            method.data.reward_model = judge
+            method.data.held_out_rollouts = 16 if tiny else 64
+            method.stage.epochs = PASSES
+            steps.set(rollouts // method.data.get_ref("rollouts"))
+        else:
+            steps.set(rollouts // 2 * PASSES // method.data.get_ref("prompts_per_batch"))
+
+    config.verdicts = beside(__file__, "rank").get_config("tiny" if tiny else "").unlock()
+    config.verdicts.init_from = start
+    rank = config.verdicts.rank
+    rank.rater = judge
+    rank.responses = 2
+    rank.prompts = rollouts // 2
+    rank.cut_penalty = config.ppo.data.get_ref("cut_penalty")
+    rank.held_out = config.prompts.get_ref("held_out")
+    rank.held_out_prompts = 16 if tiny else 64
+    return config.lock()

@@ -1,0 +1,24 @@
+"""DAPO: clip-higher, dynamic sampling, token mean, a price on answers near the limit; no KL.
+
+Paper: Yu et al. 2025, arXiv 2503.14476.
+Command: python -m lm.train --config=experiments/dapo.py --workdir=runs/dapo
+Needs: runs/quickstart/sft and runs/quickstart/reward.
+Expect: EXPECT
+Change first: stage.high, data.resample, data.overlong_buffer.
+"""
+
+from ml_collections import ConfigDict
+
+from lm.config import beside
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    config = beside(__file__, "grpo").get_config(arg).unlock()
+    shared = ("entropy_bonus", "correction", "refresh", "epochs", "minibatch_count", "temperature")
+    config.stage = ConfigDict(
+        {"name": "dapo", "low": 0.2, "high": 0.28, **{name: config.stage.get_ref(name) for name in shared}}
+    )
+    config.data.resample = 2
+    config.data.overlong_buffer = 2 if arg == "tiny" else 8
+    return config.lock()

@@ -1,0 +1,51 @@
+"""On-policy distillation: a small student writes, and at each word learns what the PPO policy would have said there.
+
+Paper: Agarwal et al. 2023, arXiv 2306.13649.
+Command: python -m lm.train --config=experiments/gkd.py --workdir=runs/quickstart/gkd
+Needs: runs/quickstart/distill, the student, and runs/quickstart/ppo, the teacher, which is five times its size.
+Expect: TODO
+Change first: data.on_policy, stage.beta (0 forward KL ... 1 reverse KL), stage.teacher, optimizer.learning_rate.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    assert arg in ("", "tiny"), "choose nothing or tiny"
+    tiny = arg == "tiny"
+    config = ConfigDict()
+    config.seed = 0
+    config.tokenizer = ""
+    config.init_from = "runs/quickstart/distill"
+    config.model = ConfigDict({})
+    config.stage = ConfigDict({"name": "gkd", "teacher": "runs/quickstart/ppo", "beta": 1.0, "temperature": 1.0})
+    config.data = ConfigDict(
+        {
+            "sources": "chitchat",
+            "turns": 3,
+            "prompt_length": 32 if tiny else 64,
+            "max_new": 8 if tiny else 32,
+            "rollouts": 8 if tiny else 64,
+            "on_policy": 1.0,  # the share of batches that the student writes; the others are people's conversations
+            "temperature": config.stage.get_ref("temperature"),  # one distribution for sampler and divergence
+            "length": 64 if tiny else 256,
+            "batch_size": 8 if tiny else 16,
+            "held_out": 0.05,
+            "held_out_rollouts": 8 if tiny else 64,
+        }
+    )
+    config.train = ConfigDict(
+        {"steps": 4 if tiny else 100, "log_every": 2 if tiny else 10, "save_every": 2 if tiny else 50}
+    )
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 1e-3,
+            "total_steps": config.train.get_ref("steps"),
+            "warmup_steps": 1 if tiny else 10,
+            "schedule_name": "cosine",
+            "weight_decay": 0.0,
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    return config.lock()

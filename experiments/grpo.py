@@ -1,0 +1,34 @@
+"""GRPO on the SFT model: eight answers a prompt, each judged against the others; no value network.
+
+Paper: Shao et al. 2024, arXiv 2402.03300.
+Command: python -m lm.train --config=experiments/grpo.py --workdir=runs/grpo
+Needs: runs/quickstart/sft and runs/quickstart/reward.
+Expect: EXPECT
+Change first: stage.beta, data.group, optimizer.learning_rate.
+"""
+
+from ml_collections import ConfigDict
+
+from lm.config import beside
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    config = beside(__file__, "ppo").get_config(arg).unlock()
+    config.stage = ConfigDict(
+        {
+            "name": "grpo",
+            "beta": 0.04,  # price of k3 to the reference, in the loss
+            "clip": 0.2,
+            "entropy_bonus": 0.0,
+            "correction": 0.0,  # above 0: the cap of p_trainer / p_sampler that weighs each token
+            "refresh": 0,  # batches after which the reference becomes the policy; 0: never
+            "epochs": 1,
+            "minibatch_count": 2 if arg == "tiny" else 4,
+            "temperature": config.data.get_ref("temperature"),
+        }
+    )
+    config.data.group = 8
+    steps = config.train.get_ref("steps") * config.stage.get_ref("epochs")
+    config.optimizer.total_steps = steps * config.stage.get_ref("minibatch_count")
+    return config.lock()

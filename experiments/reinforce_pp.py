@@ -1,0 +1,23 @@
+"""REINFORCE++: one answer a prompt, the batch as baseline, the KL in the reward.
+
+Paper: Hu 2025, arXiv 2501.03262.
+Command: python -m lm.train --config=experiments/reinforce_pp.py --workdir=runs/reinforce_pp
+Needs: runs/quickstart/sft and runs/quickstart/reward.
+Expect: EXPECT
+Change first: stage.beta, optimizer.learning_rate.
+"""
+
+from ml_collections import ConfigDict
+
+from lm.config import beside
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    config = beside(__file__, "grpo").get_config(arg).unlock()
+    shared = ("entropy_bonus", "correction", "refresh", "epochs", "minibatch_count", "temperature")
+    config.stage = ConfigDict(
+        {"name": "reinforce_pp", "beta": 0.1, "clip": 0.2, **{name: config.stage.get_ref(name) for name in shared}}
+    )
+    config.data.group = 1
+    return config.lock()

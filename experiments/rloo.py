@@ -1,0 +1,22 @@
+"""RLOO: REINFORCE with the other answers' mean as baseline, the KL in the reward; unbiased.
+
+Paper: Ahmadian et al. 2024, arXiv 2402.14740.
+Command: python -m lm.train --config=experiments/rloo.py --workdir=runs/rloo
+Needs: runs/quickstart/sft and runs/quickstart/reward.
+Expect: EXPECT
+Change first: stage.beta, data.group, optimizer.learning_rate.
+"""
+
+from ml_collections import ConfigDict
+
+from lm.config import beside
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    config = beside(__file__, "grpo").get_config(arg).unlock()
+    shared = ("entropy_bonus", "correction", "refresh", "epochs", "minibatch_count", "temperature")
+    config.stage = ConfigDict(
+        {"name": "rloo", "beta": 0.1, "clip": 0.2, **{name: config.stage.get_ref(name) for name in shared}}
+    )
+    return config.lock()

@@ -1,0 +1,243 @@
+"""Rollouts: their rewards checked, groups refilled, conversations with an environment masked, tables for people."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import EXPERIMENTS, finished, small
+
+from lm import train
+from lm.calculator import computed
+from lm.config import load
+from lm.data.prompts import padded
+from lm.environments import calculator
+from lm.errors import UserError
+from lm.rewards import weighed
+from lm.rewards.arithmetic import arithmetic
+from lm.stages.rollouts import alike, conversations, refilled, table
+from lm.tokenizer import Tokenizer, prompt
+from lm.types import Completions, Rollouts, Tokens
+from lm.workdir import read_metrics
+
+__all__ = ["finished", "small"]
+KEY = jax.random.key(0)
+
+
+# Rewards that go wrong
+
+
+def raising(examples, texts):
+    raise ZeroDivisionError("division by zero")
+
+
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (
+            raising,
+            r"reward mine raised ZeroDivisionError \(division by zero\) on 2 answers, the first 'a': mend it; the",
+        ),
+        (lambda e, t: np.zeros(3), r"reward mine gave shape \(3,\) for 2 answers, not one number each: mend it"),
+        (lambda e, t: np.array([0.0, np.nan]), r"reward mine is nan for 1 of 2 answers, the first 'b': mend it"),
+        (lambda e, t: np.array([np.inf, 0.0]), r"reward mine is inf for 1 of 2 answers, the first 'a': mend it"),
+    ],
+)
+def test_a_reward_that_fails_is_named(reward, message):
+    with pytest.raises(UserError, match=message):
+        weighed({"mine": (1.0, reward)})([[], []], ["a", "b"])
+
+
+def test_rewards_add_up_by_weight():
+    total, parts = weighed({"a": (2.0, lambda e, t: [1, 2]), "b": (-0.5, lambda e, t: [4, 0])})([[], []], ["x", "y"])
+    np.testing.assert_allclose(total, [0, 4])
+    np.testing.assert_allclose(parts["b"], [4, 0])
+
+
+# Dynamic sampling
+
+
+def rewarded(*rewards, mark=0) -> Rollouts:
+    rows = np.full((len(rewards), 3), mark, np.int32)
+    tokens = Tokens(rows, rows, np.ones((len(rewards), 3), np.float32), rows, rows)
+    return Rollouts(tokens, np.float32(rewards), {}, np.ones(len(rewards), bool), np.zeros((len(rewards), 3)), group=2)
+
+
+def test_groups_of_equal_rewards_are_replaced_by_such_as_differ():
+    batch = refilled(rewarded(1, 1, 0, 2, 3, 3, 5, 5), rewarded(7, 7, 8, 9, 4, 4, 1, 2, mark=6))
+    np.testing.assert_array_equal(batch.rewards, [8, 9, 0, 2, 1, 2, 5, 5])  # the fourth found no more to take
+    np.testing.assert_array_equal(batch.tokens.inputs[:, 0], [6, 6, 0, 0, 6, 6, 0, 0])
+    np.testing.assert_array_equal(alike(batch), [False, False, False, True])
+
+
+# An environment
+
+
+def test_the_calculator():
+    asked = ["calc(2 + 3)", "so calc(4*5) it is", "no call", "calc(2**9)", "calc(999999 * 999999)", "calc(open('x'))"]
+    assert calculator([[]] * 6, asked) == ["5", "20", None, "error", "error", None]
+    assert computed("(2 - 10) * 3") == "-24" and computed("1/2") == "error" and computed("7" * 200) == "error"
+
+
+def test_an_answer_to_a_sum_is_verified():
+    example = [{"role": "user", "content": "What is 12 - 15?"}, {"role": "assistant", "content": "calc(12 - 15)"}]
+    got = arithmetic([example] * 5, ["-3", "It is -3.", "3", "", "-3 or 4"])
+    np.testing.assert_array_equal(got, [1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(arithmetic([[{"role": "user", "content": "Hello there"}]], ["5"]), [0])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(finished):
+    return Tokenizer.load(finished / "tokenizer" / "tokenizer.model")
+
+
+def test_what_an_environment_says_is_context(tokenizer):
+    """Rule 2. Two prompts: one calls the tool and answers, one answers at once; only what was sampled has weight."""
+    asked = [[{"role": "user", "content": "What is 2 + 3?"}], [{"role": "user", "content": "What is 4 - 1?"}]]
+    said = {(0, 0): "calc(2 + 3)", (0, 1): "5", (1, 0): "3"}  # (row, exchange)
+    turn = iter(range(2))
+
+    def sampled(lm, ids, lengths, key):
+        exchange = next(turn)
+        tokens, logprobs = np.zeros((2, 12), np.int32), np.zeros((2, 12), np.float32)
+        count = np.zeros(2, np.int32)
+        for row in range(2):
+            if (row, exchange) in said:
+                answer = [*tokenizer.encode(said[row, exchange]), tokenizer.end]
+                tokens[row, : len(answer)], count[row] = answer, len(answer)
+                logprobs[row, : len(answer)] = -1 - exchange - 0.01 * np.arange(len(answer))
+        return None, None, Completions(tokens, logprobs, count, np.ones(2, bool))
+
+    rows = padded([prompt(tokenizer, messages) for messages in asked], asked, 24)
+    drawn = conversations(sampled, tokenizer, calculator, exchanges=2, max_new=12, reply_length=8)(None, rows, KEY)
+    assert drawn.tokens.inputs.shape == (2, 24 + 2 * 12 + 8 - 1) == drawn.logprobs.shape
+    trained = [tokenizer.pieces(drawn.tokens.targets[b][drawn.tokens.weights[b] > 0]) for b in range(2)]
+    assert "".join(trained[0]) == "calc(2 + 3)<|end|>5<|end|>" and "".join(trained[1]) == "3<|end|>"
+    whole = "".join(tokenizer.pieces(drawn.tokens.targets[0][drawn.tokens.segments[0] > 0]))
+    assert "<|assistant|>calc(2 + 3)<|end|><|tool|>5<|end|><|assistant|>5<|end|>" in whole
+    first = len(tokenizer.encode("calc(2 + 3)")) + 1
+    at = np.flatnonzero(drawn.tokens.weights[0])
+    np.testing.assert_allclose(
+        drawn.logprobs[0, at[[0, first - 1, first]]], [-1, -1 - 0.01 * (first - 1), -2], rtol=1e-6
+    )
+    assert not drawn.logprobs[0][drawn.tokens.weights[0] == 0].any()
+    assert drawn.texts == ["5", "3"] and [len(c) for c in drawn.contexts] == [3, 1]
+    assert drawn.contexts[0][-1] == {"role": "tool", "content": "5"}
+    np.testing.assert_array_equal(drawn.lengths, [first + len(tokenizer.encode("5")) + 1, len(trained[1])])
+    assert drawn.stopped.all()
+
+
+def test_an_answer_that_was_cut_off_ends_its_conversation(tokenizer):
+    asked = [[{"role": "user", "content": "What is 2 + 3?"}]]
+
+    def sampled(lm, ids, lengths, key):
+        answer = np.array([tokenizer.encode("calc(2 + 3) ")], np.int32)
+        return None, None, Completions(answer, np.zeros(answer.shape), np.array([answer.shape[1]]), np.zeros(1, bool))
+
+    rows = padded([prompt(tokenizer, asked[0])], asked, 24)
+    drawn = conversations(sampled, tokenizer, calculator, exchanges=3, max_new=16, reply_length=8)(None, rows, KEY)
+    assert not drawn.stopped[0] and drawn.contexts == asked and drawn.texts[0].startswith("calc(2 + 3)")
+
+
+# Tables
+
+
+def test_the_table_shows_prompt_response_rewards_and_kl(tokenizer, tiny_model):
+    ids = np.array(
+        [*prompt(tokenizer, [{"role": "user", "content": "hi"}]), *tokenizer.encode("a list"), tokenizer.end]
+    )
+    answer = len(tokenizer.encode("a list")) + 1
+    padding = np.zeros(3, np.int32)  # the model's vocabulary is not used: log-probs are made up below
+    row = np.concatenate([ids, padding]).astype(np.int32)[None]
+    real = (np.arange(row.shape[1] - 1) < len(ids) - 1)[None]
+    weights = (real & (np.arange(row.shape[1] - 1) >= len(ids) - 1 - answer)).astype(np.float32)
+    tokens = Tokens(row[:, :-1], row[:, 1:], weights, real.astype(np.int32), real.astype(np.int32))
+    sampler = -1.0 * weights
+    batch = Rollouts(tokens, np.float32([2.5]), {"score/rule": np.float32([4])}, np.array([True]), sampler)
+    model = tiny_model._replace(token_logprobs=lambda ref, tokens, temperature: jnp.full(tokens.inputs.shape, -1.5))
+    context = SimpleNamespace(model=model, tokenizer=tokenizer, jit=jax.jit)
+    shown = list(table(context, 1.0)(SimpleNamespace(memory={}, frozen={"ref": {}}), batch, 4))
+    assert shown == [
+        {
+            "prompt": "<|bos|><|user|>hi<|end|><|assistant|>",
+            "response": "a list<|end|>",
+            "reward": 2.5,
+            "score/rule": 4.0,
+            "kl": 0.5 * answer,
+            "tokens": answer,
+            "stopped": True,
+        }
+    ]
+
+
+# Whole runs of tiny configs
+
+
+def tiny(finished, name, *overrides):
+    paths = [f"init_from={finished}/sft", f"data.reward_model={finished}/reward"]
+    return load(f"{EXPERIMENTS / name}.py:tiny", [*paths, "train.log_every=1", "train.save_every=1", *overrides])
+
+
+CASES = {
+    "ppo that remembers": ("ppo", "stage.kl_target=0.5", "stage.refresh=2", "stage.text_coefficient=0.1"),
+    "grpo that refreshes": ("grpo", "stage.refresh=2", "stage.epochs=2"),
+    "dapo that samples again": ("dapo", "data.resample=1"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_equals_never_stopped(finished, small, tmp_path, case):
+    """Rule 13, bitwise: sampler keys, a KL coefficient that adapts, a reference that moves, rows that were shown."""
+    name, *overrides = CASES[case]
+    if name == "ppo":
+        overrides += [f"data.corpus={finished.parent}/text", "data.text_length=24"]
+    straight, parted = tmp_path / "straight", tmp_path / "parted"
+    train.run(tiny(finished, name, *overrides, "train.steps=4"), straight)
+    train.run(tiny(finished, name, *overrides, "train.steps=2"), parted)
+    (parted / "summary.json").unlink()
+    train.run(tiny(finished, name, *overrides, "train.steps=4"), parted)
+    assert (parted / "rollouts.jsonl").read_text() == (straight / "rollouts.jsonl").read_text()
+    assert {row["step"] for row in read_metrics(straight / "rollouts.jsonl")} == {1, 2, 3, 4}
+    last = [read_metrics(run)[-1] for run in (straight, parted)]
+    for name in last[0]:
+        if name not in ("seconds", "tokens_per_second"):
+            assert last[0][name] == last[1][name], name
+
+
+def test_a_run_that_does_not_start_where_its_policy_is_stops(finished, small, tmp_path, monkeypatch):
+    """Rule 6, in the training loop itself: a reference that is another network is not what a run may start from."""
+    prepare = train.prepare
+
+    def tampered(config, workdir):
+        r = prepare(config, workdir)
+        ref = jax.tree.map(lambda x: 1.5 * x, r.state.frozen["ref"])
+        return r._replace(state=r.state.replace(frozen={"ref": ref}))
+
+    monkeypatch.setattr(train, "prepare", tampered)
+    with pytest.raises(UserError, match=r"grpo: held-out kl is .* before the first step; it must be 0 within 0.05"):
+        train.run(tiny(finished, "grpo"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "name, override, message",
+    [
+        ("grpo", "data.group=1", "data.group is 1: this stage compares answers to one prompt; give it at least 2"),
+        ("grpo", "data.group=5", "data.rollouts 16 is no multiple of data.group 5"),
+        ("grpo", "data.environment=moon", "data.environment is 'moon'; choose one of calculator, or leave it empty"),
+        ("grpo", "stage.refresh=-1", "stage.refresh is -1"),
+        ("ppo", "stage.text_coefficient=0.5", "stage.text_coefficient needs text to learn from: set data.corpus"),
+    ],
+)
+def test_options_that_cannot_work_say_so(finished, small, tmp_path, name, override, message):
+    with pytest.raises(UserError, match=message):
+        train.run(tiny(finished, name, override), tmp_path / "run")
+
+
+def test_equal_rewards_in_every_group_are_said_once_and_lose_nothing(finished, small, tmp_path, capsys):
+    """No answer of this model is ever toxic: the run ends, the policy is where it was, one line says why."""
+    overrides = ("data.rewards.model=0.0", "data.cut_penalty=0.0", "data.rewards.toxicity=1.0", "stage.beta=0.0")
+    summary = train.run(tiny(finished, "grpo", *overrides), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert said.count("equal_groups is 1 by step 1: in every group all answers got the same reward") == 1
+    assert summary["held_out"]["equal_groups"] == 1 and summary["held_out"]["kl"] == 0
