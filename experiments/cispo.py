@@ -3,7 +3,7 @@
 Paper: MiniMax 2025, arXiv 2506.13585.
 Command: python -m lm.train --config=experiments/cispo.py --workdir=runs/cispo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
-Expect: EXPECT
+Expect: not measured at this size yet; tests/test_policy.py sees it learn, lm.certify says what it estimates.
 Change first: stage.high, optimizer.learning_rate.
 """
 

@@ -60,6 +60,11 @@ def get_config(arg: str = "") -> ConfigDict:
         else:
             steps.set(rollouts // 2 * PASSES // method.data.get_ref("prompts_per_batch"))
 
+    # Where one of four settings of learning rate and beta did better than what the method's own config has.
+    config.rloo.stage.beta = 0.05
+    config.dpo.stage.beta = 0.3
+    config.best_of_n.optimizer.learning_rate = 6e-5
+
     config.verdicts = beside(__file__, "rank").get_config("tiny" if tiny else "").unlock()
     config.verdicts.init_from = start
     rank = config.verdicts.rank

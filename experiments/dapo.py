@@ -3,7 +3,7 @@
 Paper: Yu et al. 2025, arXiv 2503.14476.
 Command: python -m lm.train --config=experiments/dapo.py --workdir=runs/dapo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
-Expect: EXPECT
+Expect: not measured at this size yet; tests/test_policy.py sees it learn, lm.certify says what it estimates.
 Change first: stage.high, data.resample, data.overlong_buffer.
 """
 

@@ -3,7 +3,7 @@
 Paper: Liu et al. 2025, arXiv 2503.20783.
 Command: python -m lm.train --config=experiments/dr_grpo.py --workdir=runs/dr_grpo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
-Expect: EXPECT
+Expect: not measured at this size yet; tests/test_policy.py sees it learn, lm.certify says what it estimates.
 Change first: data.group, optimizer.learning_rate.
 """
 

@@ -3,7 +3,7 @@
 Paper: Zheng et al. 2025, arXiv 2507.18071.
 Command: python -m lm.train --config=experiments/gspo.py --workdir=runs/gspo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
-Expect: EXPECT
+Expect: not measured at this size yet; tests/test_policy.py sees it learn, lm.certify says what it estimates.
 Change first: stage.low, stage.high, optimizer.learning_rate.
 """
 

@@ -3,7 +3,7 @@
 Paper: Guo et al. 2024, arXiv 2402.04792.
 Command: python -m lm.train --config=experiments/online_dpo.py --workdir=runs/online_dpo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
-Expect: EXPECT
+Expect: not measured at this size yet; tests/test_policy.py sees it learn, lm.certify says what it estimates.
 Change first: stage.beta, data.group, optimizer.learning_rate.
 """
 

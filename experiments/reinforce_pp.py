@@ -3,7 +3,7 @@
 Paper: Hu 2025, arXiv 2501.03262.
 Command: python -m lm.train --config=experiments/reinforce_pp.py --workdir=runs/reinforce_pp
 Needs: runs/quickstart/sft and runs/quickstart/reward.
-Expect: EXPECT
+Expect: not measured at this size yet; tests/test_policy.py sees it learn, lm.certify says what it estimates.
 Change first: stage.beta, optimizer.learning_rate.
 """
 

@@ -3,6 +3,7 @@ answers."""
 
 import ast
 import operator
+import warnings
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 LARGEST = 10**9  # a number above it is an error: a policy may ask for anything
@@ -14,7 +15,8 @@ def computed(expression: str) -> str:
     try:
         if len(expression) > LONGEST:
             raise ValueError(expression)
-        return str(_value(ast.parse(expression.strip(), mode="eval").body))
+        with warnings.catch_warnings(action="ignore"):  # of "4or 2", which is Python, barely
+            return str(_value(ast.parse(expression.strip(), mode="eval").body))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return "error"
 

@@ -23,7 +23,7 @@ from lm.errors import UserError
 from lm.intervals import Estimate
 from lm.pages import HELD_OUT, TRAIN, interval, percent, signed, svg, templates, whiskers
 from lm.rewards.rule import CRITERIA, RULE, explain
-from lm.stages import sft
+from lm.stages import JUDGES, SAMPLERS, TAUGHT, sft
 from lm.tokenizer import Tokenizer, chat
 from lm.types import Tokens
 from lm.workdir import CONFIG, PIPELINE, ROLLOUTS, SUMMARY, TOKENIZER, read_json, read_metrics, write_text
@@ -45,7 +45,8 @@ DONE = {
     "ppo": "Improves the SFT model by the learnt taste",
     "evaluate": "Asks every model the same {prompts:,} unseen prompts",
 }
-SAMPLED = {"ppo"}  # stages whose batches are sampled: their model FLOPs leave out most of the work
+# Stages whose batches are sampled: their model FLOPs leave out most of the work.
+SAMPLED = {*SAMPLERS, "gkd"}
 
 
 class Panel(NamedTuple):
@@ -60,24 +61,36 @@ JUDGING = (
     Panel("loss", "Loss", "−log of the probability given to the rater's verdict; a coin flip costs 0.69."),
     Panel("accuracy", "Accuracy on pairs", "How often the answer that the rater preferred gets the higher score."),
 )
+LEARNING = (
+    Panel("reward", "Reward", "What an answer is worth to the policy: what it is trained to raise."),
+    Panel("reward/", "A part of the reward", "One of the rewards whose weighted sum the policy is trained to raise."),
+    Panel("score/", "The rater's own score", "The policy never sees it; it judges the learnt reward."),
+    Panel("kl", "KL to the starting model", "How far the policy has moved, in nats an answer; moving costs reward."),
+    Panel("entropy", "Entropy", "How undecided the policy is, in nats a token; near 0 it says one thing only."),
+    Panel("clip_fraction", "Clip fraction", "Share of tokens that an update moved beyond the clip.", False),
+    Panel("explained_variance", "Explained variance", "How much of the returns the value head foresees; 1: all."),
+    Panel("equal_groups", "Groups alike", "Share of prompts whose answers are all worth the same: they teach nothing."),
+    Panel("response_length", "Tokens an answer", "A reward may come to favour long answers, or short ones."),
+    Panel("stopped", "Ended by itself", "Share of answers; the rest were cut off by the limit."),
+)
+PREFERRING = (
+    Panel("loss", "Loss", "What the verdicts cost the policy; lower is better."),
+    Panel("accuracy", "Accuracy on pairs", "How often the policy's own reward prefers what the rater preferred."),
+    Panel("margin", "Margin", "By how much, in units of that reward."),
+    Panel("chosen_logprob", "Log-probability of the preferred", "Falling: the policy leaves both answers behind."),
+)
+FOLLOWING = (
+    Panel("divergence", "Divergence from the teacher", "In nats a token, on what people wrote."),
+    Panel("own_divergence", "The same, on its own words", "On answers that the student sampled."),
+    LOSS,
+)
 PANELS: Mapping[str, Sequence[Panel]] = {
     "pretrain": (LOSS,),
     "sft": (LOSS._replace(note="Surprise at the tokens of replies, in nats; what others say is not counted."),),
-    "reward": JUDGING,
-    "listwise": JUDGING,
-    "ppo": (
-        Panel("reward", "Reward", "The reward model's score of an answer: what the policy is trained to raise."),
-        Panel(
-            "reward/", "A part of the reward", "One of the rewards whose weighted sum the policy is trained to raise."
-        ),
-        Panel("score/", "The rater's own score", "The policy never sees it; it judges the learnt reward."),
-        Panel("kl", "KL to the SFT model", "How far the policy has moved, in nats an answer; moving costs reward."),
-        Panel("entropy", "Entropy", "How undecided the policy is, in nats a token; near 0 it says one thing only."),
-        Panel("clip_fraction", "Clip fraction", "Share of tokens that an update moved beyond the clip.", False),
-        Panel("explained_variance", "Explained variance", "How much of the returns the value head foresees; 1: all."),
-        Panel("response_length", "Tokens an answer", "A reward may come to favour long answers, or short ones."),
-        Panel("stopped", "Ended by itself", "Share of answers; the rest were cut off by the limit."),
-    ),
+    **dict.fromkeys(JUDGES, JUDGING),
+    **dict.fromkeys(("dpo", "ipo", "kto", "orpo", "simpo"), PREFERRING),
+    **dict.fromkeys(TAUGHT, FOLLOWING),
+    **dict.fromkeys(SAMPLERS, LEARNING),
 }
 
 
@@ -86,6 +99,11 @@ class Stage(NamedTuple):
     config: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]  # of metrics.jsonl
     summary: Mapping[str, Any]  # empty while it has not finished
+
+    @property
+    def method(self) -> str:
+        """The stage it trained; a program that trains nothing goes by its own name."""
+        return self.config["stage"]["name"] if "stage" in self.config else self.name
 
 
 class Piece(NamedTuple):
@@ -206,7 +224,7 @@ def ran(stage: Stage, record: Mapping[str, Any]) -> dict[str, Any]:
 def ceiling_fraction(stage: Stage, ceiling: float) -> float | None:
     """Model FLOPs a token, times the median tokens a second, over `ceiling` FLOP/s; None where that says nothing."""
     summary = stage.summary
-    if stage.name in SAMPLED or not {"model_flops", "tokens", "tokens_per_second"} <= set(summary):
+    if stage.method in SAMPLED or not {"model_flops", "tokens", "tokens_per_second"} <= set(summary):
         return None
     return summary["model_flops"] / summary["tokens"] * summary["tokens_per_second"] / ceiling
 
@@ -216,7 +234,7 @@ def figures(stage: Stage) -> list[tuple[str, Panel, Markup]]:
     logged = dict.fromkeys(name for row in stage.rows for name in row)
     return [
         (stage.name, panel, curve(stage.rows, name, held_out=panel.held_out))
-        for panel in (PANELS[stage.name] if stage.name in PANELS else ())
+        for panel in (PANELS[stage.method] if stage.method in PANELS else ())
         for name in logged
         if name == panel.metric or panel.metric.endswith("/") and name.startswith(panel.metric)
     ]

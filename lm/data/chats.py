@@ -58,14 +58,14 @@ def docstrings() -> list[Conversation]:
 
 
 def arithmetic() -> list[Conversation]:
-    """6,000 made sums, differences and products, each worked out by the calculator of lm.environments.
+    """6,000 made sums, differences and products of digits, each worked out by the calculator of lm.environments.
 
     The assistant asks for calc(...), the tool replies with the number, the assistant says it.
     """
     found = []
     for i in range(6000):
         operator = "+-*"[_draw(f"operator {i}", 3)]
-        a, b = (_draw(f"{side} {i}", 20 if operator == "*" else 100) for side in "ab")
+        a, b = (_draw(f"{side} {i}", 10) for side in "ab")
         question = ARITHMETIC[_draw(f"question {i}", len(ARITHMETIC))].format(f"{a} {operator} {b}")
         value = str(computed(f"{a} {operator} {b}"))
         turns = ("user", question), ("assistant", f"calc({a} {operator} {b})"), ("tool", value), ("assistant", value)

@@ -49,3 +49,5 @@ STAGES = {
 }
 JUDGES = ("reward", "listwise")  # those that leave a reward model: it scores answers and writes none
 TAUGHT = ("distill", "gkd")  # those whose option `teacher` is a workdir: lm.train puts its network into `frozen`
+# Those that learn from answers which the policy samples itself, and a reward.
+SAMPLERS = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "best_of_n", "online_dpo")

@@ -1,0 +1,33 @@
+"""A policy learns to use a tool: it asks a calculator, reads the reply, and says the number; GRPO over two exchanges.
+
+What the calculator says is context, never trained; the verifier looks at the last answer only.
+Paper: Shao et al. 2024, arXiv 2402.03300; masking the tool's tokens: Jin et al. 2025 (Search-R1), arXiv 2503.09516.
+Command: python -m lm.train --config=experiments/tools.py --workdir=runs/tools/grpo
+Needs: runs/tools/sft, from python -m lm.train --config=experiments/sft.py --workdir=runs/tools/sft
+--config.data.sources=arithmetic --config.train.steps=60 --config.optimizer.total_steps=60
+Expect: EXPECT
+Change first: optimizer.learning_rate, train.steps, data.exchanges.
+"""
+
+from ml_collections import ConfigDict
+
+from lm.config import beside
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    config = beside(__file__, "grpo").get_config(arg).unlock()
+    tiny = arg == "tiny"
+    config.init_from = "runs/tools/sft"
+    config.stage.beta = 0.04
+    config.data.sources = "arithmetic"
+    config.data.environment = "calculator"
+    config.data.rewards = ConfigDict({"arithmetic": 1.0})
+    config.data.rater = ""
+    config.data.turns = 1
+    config.data.prompt_length = 24
+    config.data.max_new = 8 if tiny else 16
+    config.data.reply_length = 12
+    config.data.cut_penalty = 0.0
+    config.train.steps = 4 if tiny else 20
+    return config.lock()
