@@ -4,7 +4,9 @@ Paper: Agarwal et al. 2023, arXiv 2306.13649.
 Command: python -m lm.train --config=experiments/gkd.py --workdir=runs/quickstart/gkd
 Needs: runs/quickstart/distill, the student, and runs/quickstart/ppo, the teacher, which is five times its size.
 Expect: divergence on its own words from 0.88 to 0.22 nats a token, agreement from 0.31 to 0.83, in 215 s on 2 shared
-cores of an AMD EPYC.
+cores of an AMD EPYC (Zen 4). It sees no reward, yet the rater's score of its answers goes from 4.50 to 5.56 (+-0.07;
+PPO itself: 5.59). People's conversations alone (data.on_policy=0.0) give 0.24 and 5.66: so small a student gains
+nothing but a closer fit from writing itself.
 Change first: data.on_policy, stage.beta (0 forward KL ... 1 reverse KL), stage.teacher, optimizer.learning_rate.
 """
 

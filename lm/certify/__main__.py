@@ -1,4 +1,5 @@
-"""Is our gradient the gradient of what we say we optimise? Exactly, for every loss, where every batch can be enumerated.
+"""Is our gradient the gradient of what we say we optimise? Exactly, for every loss, where every batch can be
+enumerated.
 
     python -m lm.certify
     python -m lm.certify --policy=tabular --json=certificates.json
@@ -11,7 +12,7 @@ to be biased shows its bias, and each cause of it alone.
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from lm.certify import given, sampled
@@ -43,18 +44,16 @@ STILL: Mapping[str, Callable[[Nets], Iterator[Certificate]]] = {
     "Reward models at the optimum": given.judges,
 }
 LEGEND = f"""\
-=       claims to be unbiased: within {AGREES:g} of its objective's gradient, or it is marked !
-~       known to be biased: "off by" is what is left at the best scale, the sine of the angle
-exact   norm of the objective's gradient, summed over all answers
-off by  |mean of ours - exact| / |exact|; at an optimum |mean of ours| / its size in one batch
-noise   answers a batch at which the noise of the mean is as large as the mean
-p policy, q reference, t teacher, r reward, r' and d log(p/q) of an answer and between two,
-P chance of a verdict. "per token": over the next token, the prefixes as they were drawn."""
+p the policy that learns, q its reference, t a teacher, r the reward, d a lead in
+log(p/q) of one answer over another, r' that of a mismatched one, P how often it
+is preferred; "per token": of the next token, after prefixes as they were drawn.
 
-
-def certified(sections: Iterable[Callable[[Nets], Iterator[Certificate]]], nets: Nets) -> list[list[Measured]]:
-    """Every certificate of every section."""
-    return [[measured(certificate) for certificate in section(nets)] for section in sections]
+=       unbiased: within {AGREES:g} of the gradient of its objective; else marked !
+~       biased, as its file says: "off by" is what is left at the best scale
+exact   norm of the gradient of the objective, summed over all answers
+off by  |mean of ours - exact| / |exact|; where all should be still, |mean of ours|
+        over its root mean square in one batch
+noise   answers in a batch whose noise is as large as the mean of ours"""
 
 
 def show(title: str, found: list[Measured]) -> None:

@@ -1,7 +1,8 @@
 """Certificates of the losses that learn from what was given: verdicts on answers, texts, a teacher's distribution.
 
-The verdicts: every pair of answers to a prompt, met as often as another sampler writes both, decided either way as often
-as a Bradley-Terry rater would. A policy or reward model from whose own rewards the verdicts come must be left alone.
+The verdicts: every pair of answers to a prompt, met as often as another sampler writes both, decided either way as
+often as a Bradley-Terry rater would. A policy or reward model from whose own rewards the verdicts come must be left
+alone.
 """
 
 import functools
@@ -97,7 +98,8 @@ def preferences(nets: Nets) -> Iterator[Certificate]:
 
 
 def prospects(w: World, beta: float = 2.0) -> Iterator[Certificate]:
-    """KTO: the better answer of a pair is desirable, the other is not; an answer to the other prompt is the baseline."""
+    """KTO: the better answer of a pair is desirable, the other is not; an answer to the other prompt is the
+    baseline."""
     wins = sigmoid(leads(w.rewards))
     Y, X, pairs = len(w.answers), len(PROMPTS), verdicts(w, wins)
     other = chances(w, w.nets.sampler)[::-1]  # the chance of each answer to the other prompt
@@ -131,7 +133,8 @@ def prospects(w: World, beta: float = 2.0) -> Iterator[Certificate]:
 
 
 def optima(nets: Nets) -> Iterator[Certificate]:
-    """With r = β log(p/q) the policy is q exp(r/β) / Z: the best there is for the rater's rewards at that price of KL."""
+    """With r = β log(p/q) the policy is q exp(r/β) / Z: the best there is for the rater's rewards at that price of
+    KL."""
     w, small = ragged(nets), short(nets)
     h, make = ratios(w), functools.partial(dpo.make, nets.model, RECORDED)
     wins = sigmoid(BETA * leads(h))
@@ -167,7 +170,7 @@ def judges(nets: Nets) -> Iterator[Certificate]:
     yield still("reward, rankings of 4", update=make(reward), draws=rankings(w, scores))
     yield still("listwise, rankings of 4", update=make(listwise), draws=rankings(w, scores))
     yield still("reward, a tenth flipped", update=make(reward), draws=verdicts(w, turned(wins)), biased=True)
-    yield still("  told so", update=make(reward, flipped=FLIPPED), draws=verdicts(w, turned(wins)))
+    yield still("  flipped = 0.1", update=make(reward, flipped=FLIPPED), draws=verdicts(w, turned(wins)))
 
 
 def teachers(nets: Nets) -> Iterator[Certificate]:

@@ -79,7 +79,10 @@ def on_rows(w: World, x: Array) -> Array:
     return jnp.asarray(out)
 
 
-def recipe(advantages=within_group(leave_one_out), average=row_sum, **options) -> Recipe:
+LEAVE_ONE_OUT = within_group(leave_one_out)
+
+
+def recipe(advantages=LEAVE_ONE_OUT, average=row_sum, **options) -> Recipe:
     """RLOO without KL, but for what is given: parts of the stages, put together one by one."""
     return Recipe(advantages, clipped(0.2, 0.2), average, band=(0.2, 0.2), **options)
 
@@ -103,12 +106,12 @@ def first_update(nets: Nets) -> Iterator[Certificate]:
     draws, plain, priced = rollouts(w), sought(w), sought(w, beta=BETA)
     learn = functools.partial(policy.learner, model, RECORDED)
     loo = rloo.make(model, RECORDED, beta=BETA)
-    yield claim(w, "REINFORCE, no baseline", REWARD, plain, learn(recipe(bare)), draws)
+    yield claim(w, "REINFORCE", REWARD, plain, learn(recipe(bare)), draws)
     yield claim(w, "KL in rewards to go", PRICED, priced, learn(recipe(rewards_to_go)), draws)
     yield claim(w, "RLOO", PRICED, priced, loo, draws)
     cool = {"temperature": 0.7}
     update = rloo.make(model, RECORDED, beta=BETA, **cool)
-    yield claim(w, "RLOO, temperature 0.7", PRICED, sought(w, beta=BETA, **cool), update, rollouts(w, **cool), **cool)
+    yield claim(w, "RLOO, T = 0.7", PRICED, sought(w, beta=BETA, **cool), update, rollouts(w, **cool), **cool)
     small_priced = sought(small, beta=BETA)
     yield claim(small, "RLOO, groups of 4", PRICED, small_priced, loo, rollouts(small, group=4))
     yield claim(small, "RLOO, 2 prompts", PRICED, small_priced, loo, rollouts(small, mixes=TOGETHER))
@@ -121,9 +124,9 @@ def first_update(nets: Nets) -> Iterator[Certificate]:
     level = even(nets)
     best = best_of_n.make(model, RECORDED)
     target = imitated(level, best_of(level, 2))
-    yield claim(level, "best-of-2, 2 tokens each", "½ E best log p", target, best, rollouts(level), scale=1 / 2)
+    yield claim(level, "best-of-2, 2 tokens", "½ E best log p", target, best, rollouts(level), scale=1 / 2)
     p, log_q = chances(w, nets.policy), total(w, says(w, nets.reference))
-    won = p[:, :, None] * p[:, None, :] * (leads(w.rewards) > 0)
+    won = 2 * p[:, :, None] * p[:, None, :] * (leads(w.rewards) > 0) / len(PROMPTS)  # drawn in either order
     online = paired(w, won, lambda said: total(w, said) - log_q, lambda h: jnp.logaddexp(0.0, -BETA * leads(h)))
     yield claim(w, "online DPO", "E -log σ(β d)", online, online_dpo.make(model, RECORDED, beta=BETA), draws)
 
@@ -185,9 +188,9 @@ def actor_critic(nets: Nets) -> Iterator[Certificate]:
     half = functools.partial(claim, w, objective=f"½ ({PRICED})", loss=sought(w, beta=BETA), draws=draws, scale=1 / 2)
     yield half("PPO, bare", update=make())
     yield half("  wrong head, λ 1", update=make(), heads=wrong)
-    yield half("  true head, λ 0.5", update=make(lam=0.5), heads=right)
-    yield half("  no head, λ 0.95", update=make(lam=0.95), biased=True)
-    yield half("  wrong head, λ 0.95", update=make(lam=0.95), heads=wrong, biased=True)
+    yield half("  true head, λ .5", update=make(lam=0.5), heads=right)
+    yield half("  no head, λ .95", update=make(lam=0.95), biased=True)
+    yield half("  wrong head, λ .95", update=make(lam=0.95), heads=wrong, biased=True)
     yield half("  whitened", update=make(whitened=True), biased=True)
     loss = sought(uneven, beta=BETA)
     yield claim(uneven, "  its token mean", PRICED, loss, make(), rollouts(uneven), biased=True)
@@ -197,7 +200,7 @@ def actor_critic(nets: Nets) -> Iterator[Certificate]:
     written[0, 0] = written[1, 5] = 1 / 2  # rows 0 and 21, of two tokens each; `imitated` is a mean over two prompts
     of_both = lambda said: sought(w, beta=BETA)(said) / 2 + 0.5 * imitated(w, written)(said)
     ptx = make(text_coefficient=0.5)
-    yield claim(w, "  PPO-ptx, with text", "both terms", of_both, ptx, with_text)
+    yield claim(w, "  with text (ptx)", "both terms", of_both, ptx, with_text)
     found = claim(w, "PPO's value head", "¼ E (V - v)²", None, make(value_coefficient=1.0), draws, heads=wrong)
     yield found._replace(exact=value_gradient(w), part="value")
 
@@ -276,4 +279,4 @@ def larger_batches(nets: Nets) -> Iterator[Certificate]:
     for draws in (two, four):
         yield claim(w, f"whitening, {draws.rows} answers", PRICED, priced, white, draws, biased=True)
     for draws in (one, two, four):
-        yield claim(w, f"token mean, {draws.rows} answers", REWARD, plain, tokens, draws, biased=True)
+        yield claim(w, f"token mean, {draws.rows} answer{'s' * (draws.rows > 1)}", REWARD, plain, tokens, draws, biased=True)
