@@ -5,7 +5,10 @@ and best-of-n sample them as they go; DPO gets 768 pairs of answers of the SFT m
 Paper: those of experiments/ppo.py, grpo.py, rloo.py, dpo.py, best_of_n.py, whose settings are taken but for those here.
 Command: python -m lm.contest --config=experiments/contest.py --workdir=runs/contest
 Needs: runs/quickstart/sft and runs/quickstart/reward.
-Expect:
+Expect: over SFT by the rule GRPO +1.66 [1.53, 1.79], best-of-n +1.51 [1.32, 1.69], RLOO +1.44 [1.31, 1.58], PPO +1.41
+[1.09, 1.73], DPO +0.91 [0.81, 1.01], on 367 prompts; 36 minutes on two busy cores of an AMD EPYC.
+Tuned: four settings of learning rate and beta each, by the rule's score of seed 100 on the conversations of variant
+`tuning`, on which the contest does not judge; PPO's and GRPO's own settings were the best of theirs.
 Change first: methods, seeds, rollouts.
 """
 
@@ -19,7 +22,9 @@ PASSES = 2  # over every answer
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "", "tiny", or "tuning": one seed, on conversations that the contest itself neither learns nor judges."""
+    """`arg`: "", "tiny", or "tuning": another seed, judged on conversations that the contest does not judge on.
+
+    What is tuned does not learn from those either, but the SFT and the reward model did."""
     assert arg in ("", "tiny", "tuning"), "choose nothing or tiny, or tuning"
     tiny, tuning = arg == "tiny", arg == "tuning"
     config = ConfigDict(

@@ -5,7 +5,7 @@ learn from 50, 500 and 5,000 of its verdicts; best-of-n and PPO, with no price o
 Paper: Gao, Schulman and Hilton 2022, arXiv 2210.10760; ensembles: Coste et al. 2023, arXiv 2310.02743.
 Command: python -m lm.overoptimisation --config=experiments/overoptimisation.py --workdir=runs/overoptimisation
 Needs: runs/quickstart/sft.
-Expect:
+Expect: not measured at this size yet.
 Change first: sizes, pessimism, ppo.train.steps, ppo.optimizer.learning_rate.
 """
 
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.verdicts.init_from = start
     config.verdicts.rank.update(shared)
     config.verdicts.rank.prompts_per_conversation = 1 if tiny else 6
-    config.verdicts.rank.prompts = 96 if tiny else 9600
+    config.verdicts.rank.prompts = 96 if tiny else 10_000
     config.verdicts.rank.max_new = config.evaluate.get_ref("max_new")
 
     config.reward = beside(__file__, "reward").get_config(arg).unlock()
@@ -70,7 +70,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.ppo.data.cut_penalty = 0.0  # the proxy alone is climbed
     config.ppo.data.held_out_rollouts = 16 if tiny else 64  # the lab asks prompts of its own
     config.ppo.stage.beta = 0.0
+    config.ppo.optimizer.learning_rate = 1e-4
     config.ppo.train.steps = 4 if tiny else 60
-    config.ppo.train.save_every = 2 if tiny else 5
+    config.ppo.train.save_every = 2 if tiny else 4
     config.ppo.train.keep = config.ppo.train.get_ref("steps") // config.ppo.train.get_ref("save_every")  # all of them
     return config.lock()

@@ -4,8 +4,9 @@ What the calculator says is context, never trained; the verifier looks at the la
 Paper: Shao et al. 2024, arXiv 2402.03300; masking the tool's tokens: Jin et al. 2025 (Search-R1), arXiv 2503.09516.
 Command: python -m lm.train --config=experiments/tools.py --workdir=runs/tools/grpo
 Needs: runs/tools/sft, from python -m lm.train --config=experiments/sft.py --workdir=runs/tools/sft
---config.data.sources=arithmetic --config.train.steps=60 --config.optimizer.total_steps=60
-Expect: EXPECT
+--config.data.sources=arithmetic --config.data.length=64 --config.train.steps=65 --config.optimizer.total_steps=65
+--config.optimizer.learning_rate=1e-3 --config.init_from=runs/quickstart/pretrain
+Expect: held-out sums that are right from 0.26 to 0.34 at a KL of 4.0 nats, in 8 minutes on busy cores of an AMD EPYC.
 Change first: optimizer.learning_rate, train.steps, data.exchanges.
 """
 
@@ -29,5 +30,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.max_new = 8 if tiny else 16
     config.data.reply_length = 12
     config.data.cut_penalty = 0.0
-    config.train.steps = 4 if tiny else 20
+    config.train.steps = 4 if tiny else 56
+    config.optimizer.learning_rate = 5e-4
     return config.lock()

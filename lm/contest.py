@@ -317,7 +317,7 @@ def show(summary: Mapping[str, Any]) -> None:
                 signed(one["gain"]["value"]) if "gain" in one else "",
                 interval(one["gain"], "signed") if "gain" in one else "",
                 signed(one["proxy"]["value"]),
-                f"{one['kl']['value']:.2f}",
+                f"{one['kl']['value']:z.2f}",
                 f"{one['tokens']['value']:.1f}",
                 f"{one['stopped']['value']:.2f}",
             ]

@@ -88,8 +88,8 @@ def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
         lab = call(Lab, config.evaluate, root, start, questions, config.seed, name="evaluate")
         say(f"\nverdicts: {root / 'verdicts'}")
         verdicts.run(config.verdicts, root / "verdicts")
-        for size, steps in zip(config.sizes, config.reward_steps):
-            file = chosen(root, size, config.reward.data.held_out)
+        files = [chosen(root, size, config.reward.data.held_out) for size in config.sizes]
+        for size, steps, file in zip(config.sizes, config.reward_steps, files):
             for member in range(config.members):
                 say(f"\nproxy {member} from {size:,} verdicts: {proxy_path(root, size, member)}")
                 proxy = config.reward.copy_and_resolve_references()

@@ -109,10 +109,10 @@ def percent(fraction: float) -> str:
 
 
 def signed(number: float) -> str:
-    return f"{number:+.2f}".replace("-", "−")
+    return f"{number:+z.2f}".replace("-", "−")
 
 
-FORMATS = {"plain": "{:.2f}".format, "tenths": "{:.1f}".format, "signed": signed, "percent": percent}
+FORMATS = {"plain": "{:z.2f}".format, "tenths": "{:z.1f}".format, "signed": signed, "percent": percent}
 
 
 def interval(estimate: Mapping[str, float], style: str = "plain") -> str:
