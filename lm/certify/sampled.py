@@ -279,4 +279,5 @@ def larger_batches(nets: Nets) -> Iterator[Certificate]:
     for draws in (two, four):
         yield claim(w, f"whitening, {draws.rows} answers", PRICED, priced, white, draws, biased=True)
     for draws in (one, two, four):
-        yield claim(w, f"token mean, {draws.rows} answer{'s' * (draws.rows > 1)}", REWARD, plain, tokens, draws, biased=True)
+        name = f"token mean, {draws.rows} answer{'s' * (draws.rows > 1)}"
+        yield claim(w, name, REWARD, plain, tokens, draws, biased=True)
