@@ -27,7 +27,7 @@ from lm.errors import UserError, at_least
 from lm.hardware import matmul_ceiling
 from lm.model.params import matmul_count
 from lm.stages import grpo
-from lm.stages.rollouts import rollout
+from lm.stages.answering import rollout
 from lm.types import Rollouts
 
 FLAGS = {

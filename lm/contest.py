@@ -134,7 +134,7 @@ def entered(config: ConfigDict, name: str) -> Entry:
     if stage in JUDGES or not learns_from or name in (START, VERDICTS):
         raise UserError(f"{name} (stage {stage}) trains no policy from rewards or rankings: it cannot take part")
     if "resample" in config[name].data and config[name].data.resample:
-        raise UserError(f"{name}.data.resample draws answers that no metric counts, beyond the budget: set it to 0")
+        raise UserError(f"{name}.data.resample draws answers beyond the budget: set it to 0")
     return Entry(config[name], learns_from)
 
 

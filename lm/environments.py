@@ -1,4 +1,4 @@
-"""An environment replies to what a policy says: a tool that computes, a partner who goes on.
+"""An environment replies to what a policy says, as a tool does.
 
 (contexts, answers) -> replies: contexts[i] are the messages so far, answers[i] the policy's last one; a reply of None
 ends that conversation, and the answer stands as its last.

@@ -8,7 +8,6 @@ mesh (lm.sharding.make_mesh) and train (`Schedule` here).
 """
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from lm.config import arguments, call, require, to_dict
 from lm.console import Interrupted, Progress, Writers, main, on_sigterm, say, table, warn
 from lm.data import corpus as corpora
 from lm.errors import UserError, at_least
+from lm.log import Log
 from lm.model import Config, Model, make
 from lm.model.params import count, flops_per_token, specs
 from lm.rewards import Reward
@@ -257,9 +257,10 @@ def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
             with on_sigterm() as stopping, Writers(workdir.path, purge_step=first) as writers:
                 log = Log(r.stage, workdir, writers, progress)
                 if not log.scored and (not done or done >= schedule.steps):  # of a run cut short by fewer steps, too
-                    log.write(done, held_out(r, evaluate, state))
+                    before = held_out(r, evaluate, state)
+                    log.write(done, before)
                     if not done:
-                        stop_unless_fresh(r, workdir)
+                        stop_unless_fresh(r, before)
                 for i in range(done, schedule.steps):
                     batch, tokens = fetched(r, state, i)
                     if r.batches.table and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
@@ -303,17 +304,16 @@ def held_out(r: Run, evaluate, state: TrainState) -> dict[str, float]:
     return {f"held_out/{name}": value for name, value in r.stage.summary(total, r.batches.about).items()}
 
 
-def stop_unless_fresh(r: Run, workdir: Workdir) -> None:
-    """UserError unless the held-out metrics of stage.START are what they must be before the first step: a policy that
-    is still its own reference has ratio 1 and no KL, and preferences cost log 2."""
-    row = read_metrics(workdir.metrics)[-1]
+def stop_unless_fresh(r: Run, before: Mapping[str, float]) -> None:
+    """UserError unless the held-out metrics `before` the first step are what stage.START says they must be: a policy
+    that is still its own reference has ratio 1 and no KL, and preferences cost log 2."""
     for name, (value, tolerance) in r.stage.START.items():
-        found = row[f"held_out/{name}"]
+        found = before[f"held_out/{name}"]
         if not abs(found - value) <= tolerance:
             raise UserError(
                 f"{r.meta['stage']}: held-out {name} is {found:.4g} before the first step; it must be {value:.4g} "
                 f"within {tolerance}: policy and reference, or sampler and trainer, are not the same distribution "
-                f"(see START of the stage); look at {workdir.metrics}"
+                f"(see START in lm/stages/{r.meta['stage']}.py)"
             )
 
 
@@ -340,86 +340,6 @@ def resumed(checkpoints: Checkpoints, r: Run) -> tuple[int, TrainState]:
         )
     kept = {name: tree[name] for name in ("params", "opt_state", "memory")}
     return done, r.state.replace(**kept, **tree["counts"])
-
-
-# Metrics at or above a level that say something is amiss, though nothing is lost: said once.
-ADVICE: Mapping[str, tuple[float, str]] = {
-    "equal_groups": (
-        1.0,
-        "in every group all answers got the same reward, so nothing is learnt from them: raise data.temperature or "
-        "data.group, or take a reward that tells answers apart",
-    ),
-    "empty": (
-        0.5,
-        "over half of the answers are empty: see rollouts.jsonl; raise stage.beta, or penalise data.rewards",
-    ),
-}
-
-
-class Log:
-    """Metrics of the steps since the last line, kept on the devices so that the loop need not wait for them."""
-
-    def __init__(self, stage, workdir: Workdir, writers: Writers, progress: Progress):
-        self._stage, self._workdir, self._writers, self._progress = (
-            stage.__name__.split(".")[-1],
-            workdir,
-            writers,
-            progress,
-        )
-        self._limits = stage.LIMITS
-        self._shown = [prefix + name for prefix in ("", "held_out/") for name in stage.SHOWN]
-        rows = read_metrics(workdir.metrics)
-        self._tokens, self._before = (rows[-1]["tokens"], rows[-1]["seconds"]) if rows else (0, 0.0)
-        self.scored = bool(rows) and any(name.startswith("held_out/") for name in rows[-1])  # where this run takes up
-        self._start = self._flushed = time.monotonic()
-        self._pending: list[tuple[int, Mapping[str, Any], int]] = []
-        self._advised: set[str] = set()
-
-    def note(self, step: int, metrics, tokens: int) -> None:
-        self._pending.append((step, metrics, tokens))
-
-    def flush(self) -> None:
-        """One line of means over the noted steps. Raises UserError at the first that is not finite, or over a limit."""
-        fetched = [(step, jax.device_get(dict(metrics)), tokens) for step, metrics, tokens in self._pending]
-        self._pending = []
-        total = None
-        for step, found, _ in fetched:
-            self._stop_unless_finite(step, {name: float(m.total) for name, m in found.items()})
-            total = found if total is None else means.add(total, found)
-        values = means.values(total)
-        for name, limit in self._limits.items():
-            if values[name] > limit:
-                raise UserError(
-                    f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}, over its limit of "
-                    f"{limit}: see LIMITS in lm/stages/{self._stage}.py for what it means"
-                )
-        for name, (level, advice) in ADVICE.items():
-            if name in values and values[name] >= level and name not in self._advised:
-                self._advised.add(name)
-                warn(f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}: {advice}")
-        now = time.monotonic()
-        tokens = sum(tokens for *_, tokens in fetched)
-        self._tokens += tokens
-        values["tokens_per_second"] = tokens / (now - self._flushed)
-        self._flushed = now
-        self.write(fetched[-1][0], values)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line to metrics.jsonl, TensorBoard and the terminal. Raises UserError if a value is not finite."""
-        self._stop_unless_finite(step, values)
-        clock = {"tokens": self._tokens, "seconds": self._before + time.monotonic() - self._start}
-        self._workdir.append_metrics({"step": step, **values, **clock})
-        self._writers.write(step, values)
-        shown = {name: values[name] for name in self._shown if name in values}
-        self._progress.update(step, shown, values.get("tokens_per_second"))
-
-    def _stop_unless_finite(self, step: int, numbers: Mapping[str, float]) -> None:
-        for name, number in numbers.items():
-            if not math.isfinite(number):
-                raise UserError(
-                    f"{self._stage}: {name} is {number} at step {step}; the last good checkpoint stays in "
-                    f"{self._workdir.checkpoints}: lower optimizer.learning_rate and take a new --workdir"
-                )
 
 
 def summary_of(config: ConfigDict, r: Run, workdir: Workdir) -> dict[str, Any]:

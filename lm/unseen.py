@@ -15,7 +15,7 @@ import numpy as np
 from lm.data import chats, corpus as corpora
 from lm.data.prompts import Prompts, fitting, take
 from lm.errors import UserError, at_least
-from lm.stages.rollouts import answers, rollout
+from lm.stages.answering import answers, rollout
 from lm.tokenizer import Tokenizer
 from lm.types import Array, Params
 from lm.workdir import Trained

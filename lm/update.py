@@ -146,8 +146,8 @@ def reference(inner: Update, name: str = "ref") -> Update:
 def renewed(inner: Update, *, every: int, name: str = "ref") -> Update:
     """`reference`, which becomes a copy of the current decoder after each `every` optimizer updates; 0: never.
 
-    A reference that moves is part of what the run remembers, so it lies in state.memory and is saved.
-    Gorbatovski et al. 2024 (TR-DPO, hard updates), arXiv 2404.09656.
+    A reference that moves is part of what the run remembers, so it lies in state.memory and is saved; `inner` is lent
+    it as if it were frozen. Gorbatovski et al. 2024 (TR-DPO, hard updates), arXiv 2404.09656.
     """
     if every == 0:
         return reference(inner, name)
@@ -158,17 +158,22 @@ def renewed(inner: Update, *, every: int, name: str = "ref") -> Update:
         return state.replace(memory={**state.memory, name: jax.tree.map(jnp.copy, start)})
 
     def update(state, batch):
-        state, metrics = inner.update(state, batch)
-        due = state.step % every == 0
-        ref = jax.tree.map(lambda new, old: jnp.where(due, new, old), state.params["lm"], state.memory[name])
-        return state.replace(memory={**state.memory, name: ref}), metrics
+        after, metrics = inner.update(lent(state, name), batch)
+        due = after.step % every == 0
+        ref = jax.tree.map(lambda new, old: jnp.where(due, new, old), after.params["lm"], state.memory[name])
+        return after.replace(frozen=state.frozen, memory={**after.memory, name: ref}), metrics
 
-    return Update(init, update, inner.evaluate)
+    def evaluate(state, batch):
+        return inner.evaluate(lent(state, name), batch)
+
+    return Update(init, update, evaluate)
 
 
-def frozen_net(state: TrainState, name: str = "ref") -> Params:
-    """The frozen network of this name, wherever it lies."""
-    return state.memory[name] if name in state.memory else state.frozen[name]
+def lent(state: TrainState, name: str = "ref") -> TrainState:
+    """The state with its renewed network among the frozen ones, where every loss looks for it."""
+    if name not in state.memory:
+        return state
+    return state.replace(frozen={**state.frozen, name: state.memory[name]})
 
 
 def mix(**losses: tuple[float, Loss]) -> Loss:

@@ -6,7 +6,7 @@ Writes WORKDIR/rankings.jsonl, the format that stage `reward` reads (see lm.data
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lm.data import chats, corpus as corpora, rankings as records
 from lm.data.prompts import Prompts, fitting, take
 from lm.errors import UserError, at_least
 from lm.rewards import REWARDS, Reward
+from lm.tokenizer import Tokenizer
 from lm.workdir import Workdir, load, load_reward, open_workdir, write_text
 
 RANKINGS = "rankings.jsonl"
@@ -78,11 +79,9 @@ def rank(
     contexts = chats.prompts(chats.conversations(sources), turns=turns, per_conversation=prompts_per_conversation)
     seen, unseen = corpora.split(contexts, held_out)
     name_of = {id(c.messages): c.name for c in contexts}
-    fit, skipped = fitting(trained.tokenizer, seen, prompt_length)
-    chosen = take(fit, np.random.default_rng(seed).permutation(len(fit.ids))[:prompts])
+    chosen, skipped = drawn(trained.tokenizer, seen, prompt_length, prompts, seed)
     if held_out_prompts:
-        more, _ = fitting(trained.tokenizer, unseen, prompt_length)
-        chosen = both(chosen, take(more, np.random.default_rng(seed).permutation(len(more.ids))[:held_out_prompts]))
+        chosen = both(chosen, drawn(trained.tokenizer, unseen, prompt_length, held_out_prompts, seed)[0])
 
     done = ranked_so_far(workdir.path / RANKINGS, prompts_at_once)
     answers = answerer(
@@ -102,18 +101,8 @@ def rank(
             given = answers(part, key)
             texts, cut = [answer.text for answer in given], np.array([not answer.stopped for answer in given])
             scores = (judge(part.contexts, texts) - cut_penalty * cut).reshape(-1, responses)
-            verdicts = [
-                records.Ranking(
-                    name_of[id(context)],
-                    context,
-                    texts[i * responses : (i + 1) * responses],
-                    ranks(score),
-                    rater,
-                    datetime.now(UTC).isoformat(timespec="seconds"),
-                )
-                for i, (context, score) in enumerate(zip(part.contexts[::responses], scores))
-            ]
-            records.append(workdir.path / RANKINGS, verdicts)
+            names = [name_of[id(context)] for context in part.contexts[::responses]]
+            records.append(workdir.path / RANKINGS, judged(names, part.contexts[::responses], texts, scores, rater))
             progress.update(int(rows[-1]) + 1, {"score": float(scores.mean())})
     found = records.read(workdir.path / RANKINGS)
     decided = sum(len(records.pairs(r)) for r in found)
@@ -126,6 +115,26 @@ def rank(
         "tied": len(found) * responses * (responses - 1) // 2 - decided,
         "seconds": time.monotonic() - start,
     }
+
+
+def drawn(
+    tokenizer: Tokenizer, contexts: Sequence[chats.Conversation], length: int, count: int, seed: int
+) -> tuple[Prompts, int]:
+    """`count` of the contexts that fit, drawn by `seed`, and how many did not fit."""
+    fit, skipped = fitting(tokenizer, contexts, length)
+    return take(fit, np.random.default_rng(seed).permutation(len(fit.ids))[:count]), skipped
+
+
+def judged(
+    names: Sequence[str], contexts: Sequence[list[dict]], texts: Sequence[str], scores: np.ndarray, rater: str
+) -> list[records.Ranking]:
+    """A verdict on the answers to each context: `texts` hold them one context after another, `scores` are [contexts,
+    answers]."""
+    count, now = scores.shape[1], datetime.now(UTC).isoformat(timespec="seconds")
+    return [
+        records.Ranking(name, context, list(texts[i * count : (i + 1) * count]), ranks(scores[i]), rater, now)
+        for i, (name, context) in enumerate(zip(names, contexts))
+    ]
 
 
 def judge_named(rater: str) -> Reward:

@@ -1,6 +1,7 @@
 """Certificates (rule 16): each holds, each known bias is there, and an update that is wrong is caught."""
 
 import functools
+import itertools
 
 import jax.numpy as jnp
 import pytest
@@ -65,3 +66,9 @@ def test_an_unbiased_update_that_is_said_to_be_biased_is_caught(table):
 def test_numbers_cannot_be_written_where_there_is_no_folder(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         program.program([f"--json={tmp_path}/none/x.json"])
+
+
+def test_a_small_transformer_is_certified_too():
+    """REINFORCE without baseline, the KL in the reward, and RLOO, through the real model."""
+    found = [measured(c) for c in itertools.islice(sampled.first_update(POLICIES["transformer"]()), 3)]
+    assert [m.name for m in found][-1] == "RLOO" and all(m.holds and m.off < AGREES for m in found)

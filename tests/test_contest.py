@@ -222,7 +222,7 @@ def test_schedules_are_as_long_as_their_runs(finished):
 def test_a_stage_whose_answers_cannot_be_counted_is_refused(finished):
     config = contest_config(finished, "methods=('rloo',)").unlock()
     config.rloo.data.resample = 1
-    with pytest.raises(UserError, match="rloo.data.resample draws answers that no metric counts"):
+    with pytest.raises(UserError, match="rloo.data.resample draws answers beyond the budget: set it to 0"):
         contest.checked(config)
 
 

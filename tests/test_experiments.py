@@ -8,9 +8,10 @@ import pytest
 from ml_collections import ConfigDict
 from runs import EXPERIMENTS, TRAINED, finished
 
-from lm import contest, evaluate, model, optim, overoptimisation, sharding, train, unseen, verdicts
+from lm import contest, evaluate, model, optim, sharding, train, unseen, verdicts
 from lm.config import arguments, load
 from lm.errors import UserError
+from lm.lab import climbs
 from lm.stages import STAGES
 from lm.workdir import read_json
 
@@ -18,7 +19,7 @@ __all__ = ["finished"]
 
 FILES = sorted(path.stem for path in EXPERIMENTS.glob("*.py"))
 EACH = pytest.mark.parametrize("name", FILES)
-OF_MANY = {"contest": contest.examined, "overoptimisation": overoptimisation.Lab}  # and what their `evaluate` goes to
+OF_MANY = {"contest": contest.examined, "overoptimisation": climbs.Lab}  # and what their `evaluate` goes to
 BOTH = pytest.mark.parametrize("variant", ["", ":tiny"])
 
 

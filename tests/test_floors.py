@@ -16,8 +16,9 @@ FLOORS = {
     2: "update sample rewards environments",
     3: "stages answers",
     4: "config console workdir pages",
+    4.5: "log",
     5: "train verdicts evaluate taste ranking unseen certify bench",
-    5.5: "report",
+    5.5: "report lab",
     6: "pipeline chat contest overoptimisation",
     7: "rank judge",
 }
@@ -29,6 +30,7 @@ NO_STAGE = {
     "ranked",
     "policy",
     "rollouts",
+    "answering",
     "preference",
     "distillation",
     "conversations",

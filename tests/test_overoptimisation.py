@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, enter_small_world, finished
 
-from lm import overoptimisation as lab, train
+from lm import overoptimisation, train
 from lm.config import load
 from lm.data import corpus, rankings
 from lm.errors import UserError
 from lm.intervals import average
+from lm.lab import climbs, curves, page
 from lm.rewards import REWARDS
 from lm.workdir import read_json
 
@@ -31,7 +32,7 @@ def by_enumeration(values, by, n) -> float:
 
 def test_best_of_n_by_hand():
     """Of 3 answers with proxies 1, 2, 3 and gold 10, 20, 60, two are drawn: {1,2} gives 20, the other two pairs 60."""
-    assert lab.best_of(np.array([[10.0, 20.0, 60.0]]), np.array([[1.0, 2.0, 3.0]]), 2) == pytest.approx([140 / 3])
+    assert curves.best_of(np.array([[10.0, 20.0, 60.0]]), np.array([[1.0, 2.0, 3.0]]), 2) == pytest.approx([140 / 3])
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -39,7 +40,7 @@ def test_best_of_n_is_the_mean_over_every_choice(n):
     """Of 7 answers, with ties by the proxy and without."""
     draw = np.random.default_rng(0)
     values, by = draw.normal(size=(2, 7)), np.array([draw.normal(size=7), [1.0, 3.0, 2.0, 3.0, 1.0, 3.0, 2.0]])
-    found = lab.best_of(values, by, n)
+    found = curves.best_of(values, by, n)
     assert found == pytest.approx([by_enumeration(*pair, n) for pair in zip(values, by)])
     if n == 1:
         assert found == pytest.approx(values.mean(axis=1))
@@ -47,32 +48,32 @@ def test_best_of_n_is_the_mean_over_every_choice(n):
 
 def test_best_of_n_of_a_large_pool_is_finite():
     by = np.random.default_rng(0).normal(size=(2, 1000))
-    assert lab.best_of(by, by, 1000) == pytest.approx(by.max(axis=1))
-    assert np.all(np.diff([lab.best_of(by, by, n) for n in (1, 10, 100, 500)], axis=0) > 0)
+    assert curves.best_of(by, by, 1000) == pytest.approx(by.max(axis=1))
+    assert np.all(np.diff([curves.best_of(by, by, n) for n in (1, 10, 100, 500)], axis=0) > 0)
 
 
 def test_the_kl_of_best_of_n():
     """log 2 - 1/2 and log 4 - 3/4; nothing for n = 1. The n go up to the pool, each once."""
-    assert lab.best_of_n_kl(np.array([1, 2, 4])) == pytest.approx([0, 0.193147, 0.636294], abs=1e-6)
-    found = lab.counts(16)
+    assert curves.best_of_n_kl(np.array([1, 2, 4])) == pytest.approx([0, 0.193147, 0.636294], abs=1e-6)
+    found = curves.counts(16)
     assert found[0] == 1 and found[-1] == 16 and found == sorted(set(found))
 
 
-@pytest.mark.parametrize("form, d", [(lab.BEST_OF_N, np.linspace(0, 2, 9)), (lab.PPO, np.linspace(0, 6, 9))])
+@pytest.mark.parametrize("form, d", [(curves.BEST_OF_N, np.linspace(0, 2, 9)), (curves.PPO, np.linspace(0, 6, 9))])
 def test_a_fit_recovers_what_made_the_curve(form, d):
     """alpha 1.5, beta 0.4; at d = 0 there is nothing to learn, and log 0 harms nobody."""
-    made = d * (1.5 - 0.4 * d) if form == lab.BEST_OF_N else d * (1.5 - 0.4 * np.log(np.maximum(d, 1e-9)))
-    assert lab.fitted(form, d, made) == pytest.approx([1.5, 0.4])
-    peak = lab.PEAKS[form](1.5, 0.4)
-    assert peak == pytest.approx({lab.BEST_OF_N: 1.5 / 0.8, lab.PPO: math.exp(1.5 / 0.4 - 1)}[form])
-    value = lambda x: np.array([1.5, 0.4]) @ lab.FORMS[form](np.array([x]))
+    made = d * (1.5 - 0.4 * d) if form == curves.BEST_OF_N else d * (1.5 - 0.4 * np.log(np.maximum(d, 1e-9)))
+    assert curves.fitted(form, d, made) == pytest.approx([1.5, 0.4])
+    peak = curves.PEAKS[form](1.5, 0.4)
+    assert peak == pytest.approx({curves.BEST_OF_N: 1.5 / 0.8, curves.PPO: math.exp(1.5 / 0.4 - 1)}[form])
+    value = lambda x: np.array([1.5, 0.4]) @ curves.FORMS[form](np.array([x]))
     assert value(peak) > value(0.99 * peak) and value(peak) > value(1.01 * peak)
 
 
-def curve(gold, kl=None, method=lab.PPO, members=1) -> lab.Curve:
+def curve(gold, kl=None, method=curves.PPO, members=1) -> curves.Curve:
     gold = np.asarray(gold, float)
     kl = np.repeat(np.linspace(0.5, 9, len(gold))[:, None], gold.shape[1], axis=1) if kl is None else kl
-    return lab.Curve(method, 50, members, list(range(len(gold))), kl, gold, 2 * gold)
+    return curves.Curve(method, 50, members, list(range(len(gold))), kl, gold, 2 * gold)
 
 
 def noisy(d, *, alpha: float, beta: float, prompts: int = 200, deviation: float = 1.0) -> np.ndarray:
@@ -82,23 +83,23 @@ def noisy(d, *, alpha: float, beta: float, prompts: int = 200, deviation: float 
 
 def test_coefficients_come_with_intervals_that_hold_the_truth():
     d = np.sqrt(np.linspace(0.5, 9, 12))
-    found = lab.coefficients(curve(gold := noisy(d, alpha=1.0, beta=0.5)), gold)
+    found = curves.coefficients(curve(gold := noisy(d, alpha=1.0, beta=0.5)), gold)
     for name, truth in (("alpha", 1.0), ("beta", 0.5)):
         told = found[name]
         assert told["low"] < truth < told["high"] and told["low"] < told["value"] < told["high"]
         assert told["high"] - told["low"] < 0.5
     assert found["peak"] == pytest.approx(math.exp(found["alpha"]["value"] / found["beta"]["value"] - 1))
-    rising = lab.coefficients(curve(gold := noisy(d, alpha=1.0, beta=-0.5)), gold)
+    rising = curves.coefficients(curve(gold := noisy(d, alpha=1.0, beta=-0.5)), gold)
     assert rising["peak"] is None  # it has none
 
 
 def test_a_fall_is_seen_where_there_is_one():
     d = np.sqrt(np.linspace(0.5, 9, 12))
-    falls = lab.fall(curve(noisy(d, alpha=1.0, beta=0.9)))
+    falls = curves.fall(curve(noisy(d, alpha=1.0, beta=0.9)))
     assert falls.high < 0
-    flat = lab.fall(curve(noisy(d, alpha=0.0, beta=0.0)))
+    flat = curves.fall(curve(noisy(d, alpha=0.0, beta=0.0)))
     assert flat.low < 0 < flat.high
-    rises = lab.fall(curve(noisy(d, alpha=1.0, beta=0.0, deviation=0.1)))
+    rises = curves.fall(curve(noisy(d, alpha=1.0, beta=0.0, deviation=0.1)))
     assert (rises.value, rises.low, rises.high) == (0, 0, 0)
 
 
@@ -110,18 +111,18 @@ def test_choosing_the_luckiest_station_costs_nothing():
         gold = draw.normal(size=(30, 60))
         best = gold[np.argmax(gold.mean(axis=1))]
         naive += average(gold[-1] - best).high < 0
-        found += lab.fall(curve(gold)).high < 0
+        found += curves.fall(curve(gold)).high < 0
     assert naive > 40 and found < 15
 
 
 def test_deviations_are_within_prompts():
     """Two prompts whose answers vary by 1 around means far apart: (variance 2 + 2) / 2, not that of the means."""
-    assert lab.deviation(np.array([[-1.0, 1.0], [99.0, 101.0]])) == pytest.approx(math.sqrt(2))
+    assert curves.deviation(np.array([[-1.0, 1.0], [99.0, 101.0]])) == pytest.approx(math.sqrt(2))
 
 
 def test_an_ensemble_is_that_of_the_rewards():
     """Mean less half a deviation: 2 - 0.5 and 5 - 0."""
-    assert lab.together(np.array([[1.0, 5.0], [3.0, 5.0]]), 0.5).tolist() == [1.5, 5.0]
+    assert climbs.together(np.array([[1.0, 5.0], [3.0, 5.0]]), 0.5).tolist() == [1.5, 5.0]
 
 
 def lab_config(run, *overrides):
@@ -143,10 +144,10 @@ def root(finished, tmp_path_factory):
 
         patch.setattr(train, "run", stopped)
         with pytest.raises(KeyboardInterrupt):
-            lab.run(lab_config(finished), path)
+            overoptimisation.run(lab_config(finished), path)
         shutil.copytree(path, path.with_name("before"))
         patch.setattr(train, "run", run)
-        lab.run(lab_config(finished), path)
+        overoptimisation.run(lab_config(finished), path)
     return path
 
 
@@ -190,38 +191,38 @@ def test_the_pool_is_scored_by_the_rule_and_by_every_proxy(root, summary):
 
 def test_every_climb_has_its_curve(root, summary):
     named = {(c["method"], c["members"]): c for c in summary["curves"]}
-    assert set(named) == {(method, members) for method in (lab.BEST_OF_N, lab.PPO) for members in (1, 2)}
+    assert set(named) == {(method, members) for method in (curves.BEST_OF_N, curves.PPO) for members in (1, 2)}
     for (method, _), told in named.items():
-        assert told["stations"] == (lab.counts(8) if method == lab.BEST_OF_N else [2, 4])
+        assert told["stations"] == (curves.counts(8) if method == curves.BEST_OF_N else [2, 4])
         assert len(told["distance"]) == len(told["gold"]) == len(told["proxy"]) == len(told["stations"])
-    start = named[lab.BEST_OF_N, 1]
+    start = named[curves.BEST_OF_N, 1]
     assert start["distance"][0] < 2e-3 and start["gold"][0]["value"] == pytest.approx(0, abs=1e-9)
     assert all(b["value"] >= a["value"] for a, b in itertools.pairwise(start["proxy"]))  # it takes the proxy's best
     measured = [read_json(root / "ppo" / "8" / f"measured-{step}.json") for step in (2, 4)]
-    assert named[lab.PPO, 1]["distance"] == pytest.approx(
+    assert named[curves.PPO, 1]["distance"] == pytest.approx(
         [math.sqrt(max(np.mean(each["kl"]), 1e-6)) for each in measured]
     )
 
 
 def test_the_page_and_the_pictures(root, summary):
-    page = (root / "overoptimisation.html").read_text()
-    assert page.count("<svg") == 1 and "<script" not in page
+    text = (root / "overoptimisation.html").read_text()
+    assert text.count("<svg") == 1 and "<script" not in text
     assert (root / "overoptimisation.svg").read_text().startswith("<svg")
     assert (root / "overoptimisation.png").read_bytes().startswith(b"\x89PNG")
-    assert all(f"<td>{told['name']}</td>" in page for told in summary["curves"])
+    assert all(f"<td>{told['name']}</td>" in text for told in summary["curves"])
 
 
 def test_sentences_say_what_was_seen():
     down, up = {"value": -0.5, "low": -0.8, "high": -0.2}, {"value": 0.0, "low": 0.0, "high": 0.0}
     noise = {"value": -0.1, "low": -0.3, "high": 0.1}
-    told = dict(distance=[1.0, 2.0, 3.0], gold=[{"value": value} for value in (0.2, 1.0, 0.5)])
-    curves = [
-        {**told, "name": "a", "highest": 1, "fall": down, "turns": True},
-        {**told, "name": "b", "highest": 1, "fall": noise, "turns": False},
-        {**told, "name": "c", "highest": 2, "fall": up, "turns": False},
+    each = dict(distance=[1.0, 2.0, 3.0], gold=[{"value": value} for value in (0.2, 1.0, 0.5)])
+    told = [
+        {**each, "name": "a", "highest": 1, "fall": down, "turns": True},
+        {**each, "name": "b", "highest": 1, "fall": noise, "turns": False},
+        {**each, "name": "c", "highest": 2, "fall": up, "turns": False},
     ]
-    one = {"method": lab.PPO, "verdicts": 50, **down}
-    assert lab.sentences({"curves": curves, "ensembles": [one, {**one, **noise}]})[:5] == [
+    one = {"method": curves.PPO, "verdicts": 50, **down}
+    assert page.sentences({"curves": told, "ensembles": [one, {**one, **noise}]})[:5] == [
         "a: gold +0.50 at the end (distance 3.0), highest +1.00 at 2.0: it turns down, by −0.50 [−0.80, −0.20].",
         "b: gold +0.50 at the end (distance 3.0), highest +1.00 at 2.0: whether it turns down is inside the noise "
         "(−0.10 [−0.30, +0.10]).",
@@ -248,9 +249,9 @@ def test_sentences_say_what_was_seen():
 )
 def test_bad_input_is_refused_before_anything_is_made(finished, tmp_path, monkeypatch, override, message):
     enter_small_world(monkeypatch.setattr)
-    monkeypatch.setattr(lab.verdicts, "run", lambda *_: pytest.fail("ranked"))
+    monkeypatch.setattr(overoptimisation.verdicts, "run", lambda *_: pytest.fail("ranked"))
     with pytest.raises(UserError, match=message):
-        lab.run(lab_config(finished, override), tmp_path / "lab")
+        overoptimisation.run(lab_config(finished, override), tmp_path / "lab")
 
 
 def test_prompts_that_somebody_learns_from_are_refused(finished):
@@ -258,9 +259,9 @@ def test_prompts_that_somebody_learns_from_are_refused(finished):
     del config.ppo.data.held_out  # in our config it follows prompts.held_out
     config.ppo.data.held_out = 0.1
     with pytest.raises(UserError, match="ppo.data.held_out is 0.1, prompts.held_out 0.05: they must be the same"):
-        lab.check(config)
+        overoptimisation.check(config)
 
 
 def test_too_few_verdicts_are_told(root, finished):
     with pytest.raises(UserError, match="the gold rater decided only .* pairs to learn from, sizes asks for 1,000"):
-        lab.chosen(root, 1000, 0.15)
+        climbs.chosen(root, 1000, 0.15)

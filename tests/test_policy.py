@@ -11,7 +11,7 @@ from lm import model, optim
 from lm.errors import UserError
 from lm.returns import leave_one_out, standardised
 from lm.stages import best_of_n, cispo, dapo, dr_grpo, grpo, gspo, policy, ppo, reinforce_pp, rloo
-from lm.stages.rollouts import rollout
+from lm.stages.answering import rollout
 from lm.types import Rollouts
 
 KEY = jax.random.key(0)

@@ -11,12 +11,14 @@ from runs import EXPERIMENTS, finished, small
 from lm import train
 from lm.calculator import computed
 from lm.config import load
+from lm.data import corpus as corpora, rows as packing
 from lm.data.prompts import padded
 from lm.environments import calculator
 from lm.errors import UserError
 from lm.rewards import weighed
 from lm.rewards.arithmetic import arithmetic
-from lm.stages.rollouts import alike, conversations, refilled, table
+from lm.stages.answering import conversations
+from lm.stages.rollouts import alike, refilled, table, text_batches
 from lm.tokenizer import Tokenizer, prompt
 from lm.types import Completions, Rollouts, Tokens
 from lm.workdir import read_metrics
@@ -140,6 +142,21 @@ def test_an_answer_that_was_cut_off_ends_its_conversation(tokenizer):
     assert not drawn.stopped[0] and drawn.contexts == asked and drawn.texts[0].startswith("calc(2 + 3)")
 
 
+# Text beside rollouts
+
+
+def test_text_that_is_held_out_is_never_trained(finished, tokenizer):
+    """PPO-ptx measures itself on documents that pretraining did not see either."""
+    context = SimpleNamespace(tokenizer=tokenizer, seed=0, admit=lambda length: None)
+    corpus = str(finished.parent / "text")
+    train_text, unseen_text = text_batches(context, corpus, 16, 8, 0.2)
+    _, unseen = corpora.split(corpora.documents(corpus), 0.2)
+    all_unseen = {row.tobytes() for row in packing.documents(tokenizer, [d.text for d in unseen], 16).inputs}
+    assert all(row.tobytes() in all_unseen for row in unseen_text(0).inputs)
+    assert not any(row.tobytes() in all_unseen for i in range(4) for row in train_text(i).inputs)
+    assert [text(0) for text in text_batches(context, "", 16, 8, 0.2)] == [None, None]
+
+
 # Tables
 
 
@@ -199,6 +216,9 @@ def test_resumed_equals_never_stopped(finished, small, tmp_path, case):
     train.run(tiny(finished, name, *overrides, "train.steps=4"), parted)
     assert (parted / "rollouts.jsonl").read_text() == (straight / "rollouts.jsonl").read_text()
     assert {row["step"] for row in read_metrics(straight / "rollouts.jsonl")} == {1, 2, 3, 4}
+    logged = read_metrics(straight)
+    if name == "dapo":
+        assert {row["rounds"] for row in logged if "rounds" in row} <= {1, 2} and "rounds" in logged[1]
     last = [read_metrics(run)[-1] for run in (straight, parted)]
     for name in last[0]:
         if name not in ("seconds", "tokens_per_second"):

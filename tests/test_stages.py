@@ -17,7 +17,7 @@ from lm.losses.ranking import bradley_terry
 from lm.metrics import Mean
 from lm.returns import whiten
 from lm.rewards.model import scores
-from lm.stages import STAGES, listwise, policy, ppo, pretrain, ranked as ranking, reward, rollouts as sampling, sft
+from lm.stages import STAGES, answering as sampling, listwise, policy, ppo, pretrain, ranked as ranking, reward, sft
 from lm.types import Ranked, Rollouts
 
 KEY = jax.random.key(0)

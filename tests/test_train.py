@@ -13,6 +13,7 @@ from lm import sharding, train
 from lm.checkpoint import restore_params
 from lm.data import chats, corpus
 from lm.errors import UserError
+from lm.log import Log
 from lm.metrics import Mean
 from lm.model.params import flops_per_token
 from lm.stages import ppo, pretrain
@@ -160,7 +161,7 @@ def log(tmp_path):
 
     def of(stage):
         workdirs.append(open_workdir(tmp_path / "run", {}))
-        return train.Log(stage, workdirs[-1], Nowhere(), Nowhere())
+        return Log(stage, workdirs[-1], Nowhere(), Nowhere())
 
     yield of
     for workdir in workdirs:

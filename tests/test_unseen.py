@@ -12,7 +12,7 @@ from lm import unseen
 from lm.data import corpus
 from lm.data.prompts import take
 from lm.errors import UserError
-from lm.stages.rollouts import rollout
+from lm.stages.answering import rollout
 from lm.workdir import load
 
 __all__ = ["finished"]

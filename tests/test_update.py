@@ -9,7 +9,7 @@ import pytest
 from lm import update
 from lm.errors import UserError
 from lm.metrics import Mean, mean, scalar
-from lm.update import annotate, frozen_net, gradient, minibatches, mix, reference, renewed, value_head
+from lm.update import annotate, gradient, lent, minibatches, mix, reference, renewed, value_head
 
 KEY = jax.random.key(0)
 SGD = optax.sgd(1.0)  # parameters move by minus the gradient
@@ -269,7 +269,7 @@ def test_a_renewed_reference_follows_the_policy_on_schedule():
     seen = []
     for _ in range(4):
         state, _ = jax.jit(u.update, donate_argnums=0)(state, batch())
-        seen.append((np.asarray(state.params["lm"]), np.asarray(frozen_net(state))))
+        seen.append((np.asarray(state.params["lm"]), np.asarray(lent(state).frozen["ref"])))
     np.testing.assert_array_equal(seen[0][1], start)
     for now, kept in ((seen[1][0], seen[1][1]), (seen[1][0], seen[2][1]), (seen[3][0], seen[3][1])):
         np.testing.assert_array_equal(kept, now)
@@ -280,4 +280,4 @@ def test_a_reference_that_is_never_renewed_is_frozen():
     state = u.init(KEY, {"lm": jnp.array([1.0, 2.0, 3.0])}, {})
     assert not state.memory
     state, _ = u.update(state, batch())
-    np.testing.assert_array_equal(frozen_net(state), [1, 2, 3])
+    np.testing.assert_array_equal(lent(state).frozen["ref"], [1, 2, 3])

@@ -19,8 +19,8 @@ import optax
 from lm.errors import UserError
 from lm.losses.preference import dpo
 from lm.model import Model
-from lm.stages.preference import answer_logprobs, batches, measures, over_pairs, referenced, summary
-from lm.update import Update, gradient
+from lm.stages.preference import answer_logprobs, batches, measures, over_pairs, summary
+from lm.update import Update, gradient, renewed
 
 __all__ = ["LIMITS", "SHOWN", "START", "batches", "make", "summary"]
 
@@ -39,7 +39,7 @@ def make(
     refresh: int = 0,
     microbatches: int = 1,
 ) -> Update:
-    """referenced(gradient(dpo)): `smoothing` is the share of verdicts expected to be wrong, `refresh` the number of
+    """renewed(gradient(dpo)): `smoothing` is the share of verdicts expected to be wrong, `refresh` the number of
     updates after which the reference becomes the policy of that moment (0: it stays)."""
     if not 0 <= smoothing < 0.5:
         raise UserError(f"stage.smoothing is {smoothing}; it must be in [0, 0.5): at one half verdicts say nothing")
@@ -50,4 +50,4 @@ def make(
         each = over_pairs(functools.partial(dpo, smoothing=smoothing), rewards, batch.ranks)
         return each, measures(each, rewards, logprobs, batch.ranks)
 
-    return referenced(gradient(loss, optimizer, microbatches=microbatches), refresh=refresh)
+    return renewed(gradient(loss, optimizer, microbatches=microbatches), every=refresh)

@@ -24,9 +24,10 @@ from lm.errors import UserError, at_least
 from lm.metrics import Metrics, values
 from lm.model import Model
 from lm.stages import conversations
+from lm.stages.answering import rollout
 from lm.stages.context import Batches, Context
 from lm.stages.distillation import comparison, taught
-from lm.stages.rollouts import HELD_OUT, ROLLOUT, checked, rollout
+from lm.stages.rollouts import HELD_OUT, ROLLOUT, checked
 from lm.types import Array, Tokens
 from lm.update import Update, gradient
 

@@ -17,8 +17,8 @@ import optax
 from lm.errors import UserError
 from lm.losses.preference import ipo
 from lm.model import Model
-from lm.stages.preference import answer_lengths, answer_logprobs, batches, measures, over_pairs, referenced, summary
-from lm.update import Update, gradient
+from lm.stages.preference import answer_lengths, answer_logprobs, batches, measures, over_pairs, summary
+from lm.update import Update, gradient, renewed
 
 __all__ = ["LIMITS", "SHOWN", "START", "batches", "make", "summary"]
 
@@ -31,7 +31,7 @@ START: Mapping[str, tuple[float, float]] = {"margin": (0.0, 1e-3)}
 def make(
     model: Model, optimizer: optax.GradientTransformation, *, beta: float = 0.5, refresh: int = 0, microbatches: int = 1
 ) -> Update:
-    """referenced(gradient(ipo)): `refresh` is the number of updates after which the reference becomes the policy of
+    """renewed(gradient(ipo)): `refresh` is the number of updates after which the reference becomes the policy of
     that moment (0: it stays)."""
     if beta <= 0:
         raise UserError(f"stage.beta is {beta}; it must be above 0: the lead asked for is 1 / (2 beta)")
@@ -42,4 +42,4 @@ def make(
         each = over_pairs(functools.partial(ipo, beta=beta), ratios, batch.ranks)
         return each, measures(each, beta * ratios, logprobs, batch.ranks)
 
-    return referenced(gradient(loss, optimizer, microbatches=microbatches), refresh=refresh)
+    return renewed(gradient(loss, optimizer, microbatches=microbatches), every=refresh)

@@ -28,10 +28,10 @@ from lm.metrics import Metrics, mean, scalar
 from lm.model import Model
 from lm.stages import preference
 from lm.stages.context import Batches, Context
-from lm.stages.preference import NOTHING, Verdict, answer_logprobs, measures, referenced, summary
+from lm.stages.preference import NOTHING, Verdict, answer_logprobs, measures, summary
 from lm.tokenizer import Example
 from lm.types import Array, Ranked
-from lm.update import Update, annotate, gradient
+from lm.update import Update, annotate, gradient, renewed
 
 __all__ = ["LIMITS", "SHOWN", "START", "batches", "make", "summary"]
 
@@ -51,7 +51,7 @@ def make(
     refresh: int = 0,
     microbatches: int = 1,
 ) -> Update:
-    """referenced(annotate(baseline, gradient(kto))).
+    """renewed(annotate(baseline, gradient(kto))).
 
     The weights are lambda_D and lambda_U: where one label is rarer, weigh it up until both count about alike. `refresh`
     is the number of updates after which the reference becomes the policy of that moment (0: it stays).
@@ -67,7 +67,7 @@ def make(
         return value, measures(value, beta * ratios, logprobs, batch.ranks)
 
     inner = gradient(loss, optimizer, microbatches=microbatches)
-    return referenced(annotate(functools.partial(reference_point, model), inner), refresh=refresh)
+    return renewed(annotate(functools.partial(reference_point, model), inner), every=refresh)
 
 
 def reference_point(model: Model, state, batch: Ranked) -> tuple[Ranked, Metrics]:

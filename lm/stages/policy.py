@@ -19,7 +19,7 @@ from lm.metrics import Mean, Metrics, mean, values
 from lm.model import Model
 from lm.returns import grouped
 from lm.types import Array, Rollouts, TrainState
-from lm.update import Loss, Update, annotate, frozen_net, gradient, minibatches, renewed
+from lm.update import Loss, Update, annotate, gradient, minibatches, renewed
 
 Advantages = Callable[[Rollouts], Array]  # rollouts with old and reference log-probs -> f32[B,T]
 Objective = Callable[[Array, Rollouts], Array]  # (log-probs f32[B,T], annotated rollouts) -> loss f32[B,T]
@@ -127,7 +127,7 @@ def scored(
     x = model.hidden(state.params["lm"], tokens.inputs, tokens.positions, tokens.segments)
     scores = model.scores(state.params["lm"], x, tokens.targets, temperature=temperature)
     old = scores.logprobs * w
-    ref = model.token_logprobs(frozen_net(state), tokens, temperature=temperature) * w
+    ref = model.token_logprobs(state.frozen["ref"], tokens, temperature=temperature) * w
     lengths = jnp.sum(w, axis=1)
     per_row = {
         "reward": batch.rewards,

@@ -23,7 +23,6 @@ from lm.stages.context import Batches, Context
 from lm.stages.ranked import limited, per_prompt, right, sides
 from lm.tokenizer import Example, Tokenizer, prompts
 from lm.types import Array, Params, Ranked, Tokens
-from lm.update import Update, frozen_net, renewed
 
 NOTHING = Example(np.zeros(1, np.int32), np.zeros(1, np.float32))  # a row of it is all padding
 
@@ -85,23 +84,6 @@ def measures(loss: Mean, rewards: Array, logprobs: Array, ranks: Array) -> Metri
         "chosen_logprob": of_chosen(logprobs),
         "rejected_logprob": of_rejected(logprobs),
     }
-
-
-def referenced(inner: Update, *, refresh: int) -> Update:
-    """`inner` with frozen["ref"]: the decoder it starts from or, with `refresh` > 0, as it was at the last multiple of
-    so many updates (see update.renewed), which `inner` is lent as if it were frozen."""
-
-    def lent(state):
-        return state.replace(frozen={**state.frozen, "ref": frozen_net(state)})
-
-    def update(state, batch):
-        after, metrics = inner.update(lent(state), batch)
-        return after.replace(frozen=state.frozen), metrics
-
-    def evaluate(state, batch):
-        return inner.evaluate(lent(state), batch)
-
-    return renewed(Update(inner.init, update, evaluate), every=refresh)
 
 
 def grouped(verdicts: Sequence[Verdict], length: int, most: int) -> Ranked:

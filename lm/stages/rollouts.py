@@ -1,40 +1,28 @@
-"""Rollouts: the current policy answers prompts, rewards say what the answers are worth, a table shows them to
-people."""
+"""Rollouts: the current policy answers prompts, rewards say what answers are worth, a table shows them to people."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from lm.data import batches as rows_to_batches, chats, corpus as corpora, rows as packing
 from lm.data.prompts import Prompts, fitting, take
-from lm.environments import ENVIRONMENTS, Environment
+from lm.environments import ENVIRONMENTS
 from lm.errors import UserError, at_least
 from lm.model import Model
 from lm.returns import overlong
 from lm.rewards import REWARDS, Reward, weighed
-from lm.sample import check, joined, sample
+from lm.sample import check
+from lm.stages.answering import MARKERS, Answer, Drawn, answers, conversations, rollout
 from lm.stages.context import Batches, Context
-from lm.tokenizer import Example, Tokenizer
 from lm.types import Rollouts, Tokens, TrainState
-from lm.update import frozen_net
+from lm.update import lent
 
 MODEL = "model"  # the name of the learnt reward among `rewards`
 MODEL_ALONE: Mapping[str, float] = {MODEL: 1.0}
 # Roles folded into the key, above every step: an update folds its step in, and no two draws may share a key.
 ROLLOUT, HELD_OUT = 2**30, 2**30 + 1
-
-
-class Drawn(NamedTuple):
-    """Answers as they were sampled, before anything is known of their worth."""
-
-    tokens: Tokens  # [B,T]
-    logprobs: np.ndarray  # f32[B,T]  the sampler's
-    contexts: Sequence[list[dict]]  # the messages before each last answer
-    texts: Sequence[str]  # the last answers
-    stopped: np.ndarray  # bool[B]
-    lengths: np.ndarray  # i32[B]  sampled tokens
 
 
 def batches(
@@ -80,57 +68,46 @@ def batches(
     checked(model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=group)
     at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts, exchanges=exchanges)
     at_least(0, "data", resample=resample, overlong_buffer=overlong_buffer)
-    if rater and rater not in REWARDS:
-        raise UserError(f"data.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or leave it empty")
-    worth = weighed(reward_parts(context, rewards, reward_model, pessimism))
-    watched = weighed({rater: (0.0, REWARDS[rater])} if rater else {})
-    sampled = context.jit(
-        lambda lm, prompts, lengths, key: rollout(
-            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops
-        )
-    )
-    answer = answers(sampled, tokenizer)
-    length = prompt_length + max_new - 1
+    length, longest = prompt_length + max_new - 1, max_new  # tokens of a row, and sampled ones in it
     if environment:
-        world = environment_named(environment)
-        answer = conversations(sampled, tokenizer, world, exchanges, max_new, reply_length)
-        length += (exchanges - 1) * (max_new + reply_length)
+        length, longest = length + (exchanges - 1) * (max_new + reply_length), exchanges * max_new
         context.admit(length)
+    answer = answering(
+        context, environment, exchanges=exchanges, reply_length=reply_length, max_new=max_new, temperature=temperature
+    )
+    worth = judging(context, rewards, reward_model, pessimism, rater)
 
-    def drawn(state, chosen: Prompts, key) -> Rollouts:
-        rows = take(chosen, np.repeat(np.arange(len(chosen.ids)), group))
+    def drawn(state, prompts: Prompts, role: int, number: int) -> Rollouts:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, role), number)
+        rows = take(prompts, np.repeat(np.arange(len(prompts.ids)), group))
         found = answer(state.params["lm"], rows, key)
-        total, parts = worth(found.contexts, found.texts)
-        _, seen = watched(found.contexts, found.texts)
-        scores = {f"reward/{name}": part for name, part in parts.items() if len(parts) > 1}
-        scores |= {f"score/{name}": score for name, score in seen.items()}
+        total, scores = worth(found)
         total = total - cut_penalty * ~found.stopped
         if overlong_buffer:
-            total = total + np.asarray(overlong(found.lengths, limit=max_new, buffer=overlong_buffer))
+            total = total + np.asarray(overlong(found.lengths, limit=longest, buffer=overlong_buffer))
         return Rollouts(found.tokens, np.float32(total), scores, found.stopped, found.logprobs, group=group)
 
     train, unseen = corpora.split(chats.prompts(chats.conversations(sources), turns=turns), held_out)
     (train, skipped), (unseen, _) = (fitting(tokenizer, side, prompt_length) for side in (train, unseen))
     prompts = rollouts // group
     order = rows_to_batches.batches(np.arange(len(train.ids)), batch_size=prompts, seed=context.seed)
-    text = text_batches(context, corpus, text_length, rollouts, held_out) if corpus else None
+    text, unseen_text = text_batches(context, corpus, text_length, rollouts, held_out)
     about = {"length": length, "prompts": len(train.ids), "held_out_prompts": len(unseen.ids), "skipped": skipped}
 
     def held_out_batches(state):
         for start in range(0, min(held_out_rollouts // group, len(unseen.ids)) - prompts + 1, prompts):
-            key = jax.random.fold_in(jax.random.fold_in(state.key, HELD_OUT), start)
-            batch = drawn(state, take(unseen, np.arange(start, start + prompts)), key)
-            yield batch.replace(text=text(0)) if text else batch
+            part = take(unseen, np.arange(start, start + prompts))
+            yield drawn(state, part, HELD_OUT, start).replace(text=unseen_text(start // prompts))
 
     def train_batch(state, i):
-        key = jax.random.fold_in(jax.random.fold_in(state.key, ROLLOUT), i)
-        batch = drawn(state, take(train, order(i * (resample + 1))), key)
-        for again in range(1, resample + 1):
-            if not alike(batch).any():
-                break
-            further = drawn(state, take(train, order(i * (resample + 1) + again)), jax.random.fold_in(key, again))
-            batch = refilled(batch, further)
-        return batch.replace(text=text(i)) if text else batch
+        first = i * (resample + 1)  # every round has prompts and keys of its own
+        batch, rounds = drawn(state, take(train, order(first)), ROLLOUT, first), 1
+        while rounds <= resample and alike(batch).any():
+            number = first + rounds
+            batch, rounds = refilled(batch, drawn(state, take(train, order(number)), ROLLOUT, number)), rounds + 1
+        if resample:
+            batch = batch.replace(scores={**batch.scores, "rounds": np.full(rollouts, rounds, np.float32)})
+        return batch.replace(text=text(i))
 
     return Batches(train_batch, held_out_batches, about, table(context, temperature))
 
@@ -147,6 +124,44 @@ def checked(model: Model, prompt: int, *, max_new: int, temperature: float, roll
         raise UserError(f"data.rollouts {rollouts} is no multiple of data.group {group}: change one of the two")
 
 
+def answering(
+    context: Context, environment: str, *, exchanges: int, reply_length: int, max_new: int, temperature: float
+) -> Answer:
+    """How the policy answers: once or, with the environment of this name, in exchanges."""
+    model, tokenizer = context.model, context.tokenizer
+    sampled = context.jit(
+        lambda lm, prompts, lengths, key: rollout(
+            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops
+        )
+    )
+    if not environment:
+        return answers(sampled, tokenizer)
+    if environment not in ENVIRONMENTS:
+        raise UserError(
+            f"data.environment is {environment!r}; choose one of {', '.join(ENVIRONMENTS)}, or leave it empty"
+        )
+    at_least(MARKERS + 1, "data", reply_length=reply_length)
+    return conversations(sampled, tokenizer, ENVIRONMENTS[environment], exchanges, max_new, reply_length)
+
+
+def judging(
+    context: Context, rewards: Mapping[str, float], reward_model: str, pessimism: float, rater: str
+) -> Callable[[Drawn], tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Answers -> their reward f32[B], and what is logged beside it: its parts where there are several, the rater's."""
+    if rater and rater not in REWARDS:
+        raise UserError(f"data.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or leave it empty")
+    worth = weighed(reward_parts(context, rewards, reward_model, pessimism))
+    watched = weighed({rater: (0.0, REWARDS[rater])} if rater else {})
+
+    def judged(found: Drawn):
+        total, parts = worth(found.contexts, found.texts)
+        _, seen = watched(found.contexts, found.texts)
+        scores = {f"reward/{name}": part for name, part in parts.items() if len(parts) > 1}
+        return total, scores | {f"score/{name}": score for name, score in seen.items()}
+
+    return judged
+
+
 def reward_parts(
     context: Context, rewards: Mapping[str, float], reward_model: str, pessimism: float
 ) -> dict[str, tuple[float, Reward]]:
@@ -161,104 +176,6 @@ def reward_parts(
         for name, weight in rewards.items()
         if weight
     }
-
-
-def environment_named(name: str) -> Environment:
-    if name not in ENVIRONMENTS:
-        raise UserError(f"data.environment is {name!r}; choose one of {', '.join(ENVIRONMENTS)}, or leave it empty")
-    return ENVIRONMENTS[name]
-
-
-def rollout(model: Model, lm, prompts, lengths, key, **options):
-    """Rows of prompt and answer (`Tokens`), the sampler's log-probs on them, and the bare completions."""
-    completions = sample(model, lm, prompts, lengths, key, **options)
-    return *joined(prompts, lengths, completions), completions
-
-
-Answer = Callable[[Any, Prompts, Any], Drawn]  # (lm, prompts, key) -> one answer to each
-
-
-def answers(sampled, tokenizer: Tokenizer) -> Answer:
-    """One answer to each prompt."""
-
-    def answer(lm, rows: Prompts, key) -> Drawn:
-        tokens, logprobs, completions = sampled(lm, rows.ids, rows.lengths, key)
-        lengths = np.asarray(completions.lengths)
-        texts = [tokenizer.decode(row[:n]) for row, n in zip(np.asarray(completions.tokens), lengths)]
-        return Drawn(tokens, logprobs, rows.contexts, texts, np.asarray(completions.stopped), lengths)
-
-    return answer
-
-
-def conversations(
-    sampled, tokenizer: Tokenizer, environment: Environment, exchanges: int, max_new: int, reply_length: int
-) -> Answer:
-    """Up to `exchanges` answers a row, the environment's replies between them, which weigh nothing.
-
-    A row ends where the environment has nothing to say or where an answer was cut off by the limit; its `context` then
-    holds all but the last answer.
-    """
-
-    def answer(lm, rows: Prompts, key) -> Drawn:
-        told = [Told(list(ids[:n]), [0.0] * n, list(c)) for ids, n, c in zip(rows.ids, rows.lengths, rows.contexts)]
-        open_rows = list(range(len(told)))
-        for exchange in range(exchanges):
-            width = rows.ids.shape[1] + exchange * (max_new + reply_length)
-            ids, lengths = np.zeros((len(told), width), np.int32), np.ones(len(told), np.int32)
-            for b in open_rows:  # a closed row is sampled too, of nothing, so that every shape stays
-                ids[b, : len(told[b].ids)], lengths[b] = told[b].ids, len(told[b].ids)
-            _, _, drawn = jax.device_get(sampled(lm, ids, lengths, jax.random.fold_in(key, exchange)))
-            for b in open_rows:
-                n = int(drawn.lengths[b])
-                told[b].hear(drawn.tokens[b, :n], drawn.logprobs[b, :n], bool(drawn.stopped[b]), tokenizer)
-            open_rows = [b for b in open_rows if told[b].stopped]
-            if exchange + 1 < exchanges:
-                replies = environment([told[b].messages for b in open_rows], [told[b].text for b in open_rows])
-                replied = [(b, reply) for b, reply in zip(open_rows, replies, strict=True) if reply is not None]
-                for b, reply in replied:
-                    told[b].reply(reply, tokenizer, reply_length)
-                open_rows = [b for b, _ in replied]
-            if not open_rows:
-                break
-        length = rows.ids.shape[1] + exchanges * max_new + (exchanges - 1) * reply_length - 1
-        examples = [Example(np.array(t.ids, np.int32), np.array(t.weights, np.float32)) for t in told]
-        logprobs = np.zeros((len(told), length), np.float32)
-        for b, t in enumerate(told):
-            logprobs[b, np.flatnonzero(t.weights) - 1] = t.logprobs
-        return Drawn(
-            packing.pad(examples, length),
-            logprobs,
-            [t.messages for t in told],
-            [t.text for t in told],
-            np.array([t.stopped for t in told]),
-            np.array([sum(map(bool, t.weights)) for t in told], np.int32),
-        )
-
-    return answer
-
-
-class Told:
-    """A row of a conversation with an environment, while it grows."""
-
-    def __init__(self, ids: list[int], weights: list[float], messages: list[dict]):
-        self.ids, self.weights, self.messages = ids, weights, messages
-        self.logprobs: list[float] = []  # of the sampled tokens
-        self.text, self.stopped = "", False
-
-    def hear(self, ids, logprobs, stopped: bool, tokenizer: Tokenizer) -> None:
-        """An answer of the policy."""
-        self.ids += ids.tolist()
-        self.weights += [1.0] * len(ids)
-        self.logprobs += logprobs.tolist()
-        self.text, self.stopped = tokenizer.decode(ids), stopped
-
-    def reply(self, text: str, tokenizer: Tokenizer, limit: int) -> None:
-        """A message of the environment, cut to `limit` tokens with its markers, and the marker of the next answer."""
-        content = tokenizer.encode(text)[: limit - 3]
-        ids = [tokenizer.roles["tool"], *content, tokenizer.end, tokenizer.roles["assistant"]]
-        self.ids += ids
-        self.weights += [0.0] * len(ids)
-        self.messages += [{"role": "assistant", "content": self.text}, {"role": "tool", "content": text}]
 
 
 def alike(batch: Rollouts) -> np.ndarray:
@@ -280,15 +197,23 @@ def refilled(batch: Rollouts, further: Rollouts) -> Rollouts:
     return jax.tree.map(replaced, batch, further)
 
 
-def text_batches(context: Context, corpus: str, length: int, rows: int, held_out: float) -> Callable[[int], Tokens]:
-    """i -> that many rows of text, as in pretraining; none of its held-out documents."""
+Text = Callable[[int], Tokens | None]
+
+
+def text_batches(context: Context, corpus: str, length: int, rows: int, held_out: float) -> tuple[Text, Text]:
+    """i -> that many rows of text, for training and held out, split as in pretraining; None without a corpus."""
+    if not corpus:
+        return (lambda i: None), (lambda i: None)
     context.admit(length)
-    seen, _ = corpora.split(corpora.documents(corpus), held_out)
-    return rows_to_batches.batches(
-        packing.documents(context.tokenizer, [document.text for document in seen], length),
-        batch_size=rows,
-        seed=context.seed,
+    train, unseen = (
+        rows_to_batches.batches(
+            packing.documents(context.tokenizer, [document.text for document in side], length),
+            batch_size=rows,
+            seed=context.seed,
+        )
+        for side in corpora.split(corpora.documents(corpus), held_out)
     )
+    return train, unseen
 
 
 def table(context: Context, temperature: float) -> Callable[[TrainState, Rollouts, int], Iterator[dict[str, Any]]]:
@@ -300,7 +225,7 @@ def table(context: Context, temperature: float) -> Callable[[TrainState, Rollout
     def shown(state: TrainState, batch: Rollouts, rows: int) -> Iterator[dict[str, Any]]:
         part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text=None)))
         w = part.tokens.weights
-        ref = np.asarray(logprobs(frozen_net(state), part.tokens))
+        ref = np.asarray(logprobs(lent(state).frozen["ref"], part.tokens))
         for b in range(len(w)):
             trained = w[b] > 0
             first, *_, last = np.flatnonzero(trained).repeat(2)

@@ -1,0 +1,1 @@
+"""The over-optimisation lab: what lm.overoptimisation measures, fits and draws."""

@@ -1,0 +1,189 @@
+"""The measurements: proxies learn from the gold rater's verdicts, and best-of-n and PPO climb them while it watches."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm import train, verdicts
+from lm.console import Progress, say, warn
+from lm.data import rankings as records
+from lm.data.corpus import held_out
+from lm.errors import UserError, at_least
+from lm.lab.curves import BEST_OF_N, PPO, Curve, best_of, best_of_n_kl, counts, deviation
+from lm.rewards import REWARDS, Reward
+from lm.rewards.model import ensemble
+from lm.unseen import Asked, answerer
+from lm.workdir import Trained, load, load_reward, read_json, write_text
+
+POOL = 2**30 + 3  # role folded into the key, beside those of lm.stages.rollouts and lm.contest
+
+
+def chosen(root: Path, size: int, fraction: float) -> Path:
+    """The file of the first `size` verdicts that decide something, and of all the held-out ones. A small size is part
+    of a larger one, and the members of an ensemble learn from the same."""
+    path = root / "verdicts" / f"rankings-{size}.jsonl"
+    if not path.exists():
+        decided = [r for r in records.read(root / "verdicts" / verdicts.RANKINGS) if records.pairs(r)]
+        unseen = [r for r in decided if held_out(r.name, fraction)]
+        seen = [r for r in decided if not held_out(r.name, fraction)]
+        if len(seen) < size:
+            raise UserError(
+                f"the gold rater decided only {len(seen):,} pairs to learn from, sizes asks for {size:,}: "
+                "raise verdicts.rank.prompts, or lower sizes"
+            )
+        write_text(path, "".join(f"{records.line(ranking)}\n" for ranking in seen[:size] + unseen))
+    return path
+
+
+def proxy_path(root: Path, size: int, member: int) -> Path:
+    return root / "reward" / str(size) / str(member)
+
+
+class Lab:
+    """What every measurement shares: the start, the prompts, the sampler, the gold rater."""
+
+    def __init__(
+        self,
+        root: Path,
+        start: Trained,
+        questions: Asked,
+        seed: int,
+        *,
+        rater: str = "rule",
+        samples: int = 128,
+        draws: int = 2,
+        max_new: int = 24,
+        temperature: float = 1.0,
+        rows_at_once: int = 128,
+    ):
+        """`samples`: answers a prompt in the pool of best-of-n; `draws`: answers a prompt of each policy of PPO."""
+        at_least(2, "evaluate", samples=samples)
+        at_least(1, "evaluate", draws=draws)
+        self.root, self.start, self.samples, self._draws = root, start, samples, draws
+        self.contexts = questions.prompts.contexts
+        self._prompts, self._key, self._gold = questions.prompts, jax.random.key(seed), REWARDS[rater]
+        self._ask = answerer(start, max_new=max_new, temperature=temperature, rows_at_once=rows_at_once)
+
+    def pool(self) -> tuple[list[list[str]], np.ndarray]:
+        """Texts [N][P] of the start's answers and their gold scores f32[N,P]; kept in pool.jsonl."""
+        path, lm = self.root / "pool.jsonl", self.start.params["lm"]
+        if not path.exists():
+            lines = []
+            with Progress("pool", self.samples, "answer") as progress:
+                for i in range(self.samples):
+                    key = jax.random.fold_in(jax.random.fold_in(self._key, POOL), i)
+                    texts = self._ask(lm, self._prompts, key).texts
+                    gold = self._gold(self.contexts, texts)
+                    lines.append(json.dumps({"texts": texts, "gold": gold.tolist()}, ensure_ascii=False) + "\n")
+                    progress.update(i + 1, {"gold": float(gold.mean())})
+            write_text(path, "".join(lines))
+        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        return [row["texts"] for row in rows], np.array([row["gold"] for row in rows])
+
+    def measured(self, policy: Trained, proxy: Reward, station: int) -> dict[str, list[float]]:
+        """KL, gold and proxy score of each prompt's answers by a policy, their means over the draws."""
+        found = []
+        for draw in range(self._draws):
+            key = jax.random.fold_in(jax.random.fold_in(self._key, station), draw)
+            given = self._ask(policy.params["lm"], self._prompts, key)
+            found.append((given.kl, self._gold(self.contexts, given.texts), proxy(self.contexts, given.texts)))
+        means = np.mean(np.array(found, np.float64), axis=0)
+        return dict(zip(("kl", "gold", "proxy"), means.tolist()))
+
+
+def pool(lab: Lab, config: ConfigDict) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Gold scores f64[P,N] of the pool, and those of every proxy f64[members,P,N] by its number of verdicts."""
+    texts, gold = lab.pool()
+    contexts, flat = list(lab.contexts) * len(texts), [text for row in texts for text in row]
+    proxies = {}
+    for size, member in itertools.product(config.sizes, range(config.members)):
+        path = lab.root / "pool" / f"{size}-{member}.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            proxy = reward_of(proxy_path(lab.root, size, member))
+            write_text(path, json.dumps(proxy(contexts, flat).tolist()))
+            say(f"pool: {len(flat):,} answers scored by proxy {member} from {size:,} verdicts")
+        scores = np.array(json.loads(path.read_text())).reshape(len(texts), -1).T
+        proxies.setdefault(size, []).append(scores)
+    return gold.T, {size: np.array(scores) for size, scores in proxies.items()}
+
+
+def reward_of(path: Path) -> Reward:
+    return load_reward(path, backend=jax.default_backend(), centred=True, jit=jax.jit, warn=warn)[1]
+
+
+def together(scores: np.ndarray, pessimism: float) -> np.ndarray:
+    """What an ensemble says where its members say scores [members, ...]."""
+    return ensemble([lambda *_, said=said: said for said in scores], pessimism=pessimism)(None, None)
+
+
+def best_of_n_curves(lab: Lab, gold: np.ndarray, proxies: Mapping[int, np.ndarray], config: ConfigDict) -> list[Curve]:
+    """Of every number of verdicts, a single proxy (the mean of what each member alone chooses), and the ensemble."""
+    stations = counts(lab.samples)
+    kl = np.repeat(best_of_n_kl(np.array(stations))[:, None], len(gold), axis=1)
+
+    def gain(values, by):
+        each = np.array([best_of(values, by, n) for n in stations])
+        return (each - values.mean(axis=1)) / deviation(values)
+
+    curves = []
+    for size, members in proxies.items():
+        single = [
+            np.mean([gain(values, by) for values, by in pairs], axis=0)
+            for pairs in ([(gold, by) for by in members], [(by, by) for by in members])
+        ]
+        curves.append(Curve(BEST_OF_N, size, 1, stations, kl, *single))
+        if len(members) > 1:
+            by = together(members, config.pessimism)
+            curves.append(Curve(BEST_OF_N, size, len(members), stations, kl, gain(gold, by), gain(by, by)))
+    return curves
+
+
+def ppo_path(root: Path, size: int, members: int) -> Path:
+    return root / "ppo" / (str(size) if members == 1 else f"{size}x{members}")
+
+
+def climb(config: ConfigDict, root: Path, size: int, members: int) -> None:
+    """Trains PPO on the first proxy, or on the ensemble, and keeps the policy of every `save_every`."""
+    policy = config.ppo.copy_and_resolve_references()
+    policy.data.reward_model = ",".join(str(proxy_path(root, size, member)) for member in range(members))
+    policy.data.pessimism = config.pessimism
+    say(f"\nppo, {size:,} verdicts, {members} proxies: {ppo_path(root, size, members)}")
+    train.run(policy, ppo_path(root, size, members))
+
+
+def ppo_curve(
+    lab: Lab, config: ConfigDict, gold: np.ndarray, proxies: Mapping[int, np.ndarray], size: int, members: int
+) -> Curve:
+    """Every saved policy of one run, asked the prompts of the pool."""
+    path, stations = ppo_path(lab.root, size, members), config.ppo.train
+    stations = list(range(stations.save_every, stations.steps + 1, stations.save_every))
+    paths = [proxy_path(lab.root, size, member) for member in range(members)]
+    proxy = reward_of(paths[0])
+    if members > 1:
+        proxy = ensemble([reward_of(each) for each in paths], pessimism=config.pessimism)
+    found = []
+    with Progress("measured", len(stations), "policy") as progress:
+        for i, station in enumerate(stations):
+            file = path / f"measured-{station}.json"
+            if not file.exists():
+                policy = load(path, backend=jax.default_backend(), step=station, warn=warn)
+                write_text(file, json.dumps(lab.measured(policy, proxy, station)))
+            found.append(read_json(file))
+            progress.update(i + 1, {name: float(np.mean(values)) for name, values in found[-1].items()})
+    kl, said, claimed = (np.array([each[column] for each in found]) for column in ("kl", "gold", "proxy"))
+    before = together(proxies[size][:members], config.pessimism) if members > 1 else proxies[size][0]
+    return Curve(
+        PPO,
+        size,
+        members,
+        stations,
+        kl,
+        (said - gold.mean(axis=1)) / deviation(gold),
+        (claimed - before.mean(axis=1)) / deviation(before),
+    )
