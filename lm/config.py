@@ -36,15 +36,7 @@ def load(path_and_arg: str, overrides: Sequence[str] = ()) -> ConfigDict:
     a field that others refer to changes them all. Raises UserError for a file, argument, key or value that will not do.
     """
     path, _, arg = path_and_arg.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"there is no config file {path}: give --config=experiments/NAME.py")
-    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
-    if spec is None:
-        raise UserError(f"{path} is not a Python file: give --config=experiments/NAME.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if "get_config" not in vars(module):
-        raise UserError(f"{path} has no get_config(arg) that returns a ConfigDict")
+    module = module_of(path)
     try:
         config = module.get_config(arg)
     except Exception as error:
@@ -54,6 +46,20 @@ def load(path_and_arg: str, overrides: Sequence[str] = ()) -> ConfigDict:
     for override in overrides:
         _apply(config, override, path)
     return config.lock()
+
+
+def module_of(path: str):
+    """The Python file of a config, which is no package. UserError where there is none, or no get_config in it."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no config file {path}: give --config=experiments/NAME.py")
+    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+    if spec is None:
+        raise UserError(f"{path} is not a Python file: give --config=experiments/NAME.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if "get_config" not in vars(module):
+        raise UserError(f"{path} has no get_config(arg) that returns a ConfigDict")
+    return module
 
 
 def beside(file: str, name: str):
@@ -114,7 +120,7 @@ def arguments(
     flags: name to the keywords of argparse's add_argument, such as {"workdir": dict(required=True, help="...")}.
     """
     config_flag = dict(required=True, metavar="FILE[:ARG]", help="the config; --config.KEY=VALUE changes an entry")
-    overrides, rest = _overrides(argv)
+    overrides, rest = overrides_in(argv)
     namespace = parsed(rest, description, {"config": config_flag, **flags})
     return namespace, load(namespace.config, overrides)
 
@@ -137,7 +143,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
-def _overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def overrides_in(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Splits argv into the KEY=VALUE of every --config.KEY=VALUE or --config.KEY VALUE, and all the rest."""
     overrides, rest = [], []
     remaining = list(argv)

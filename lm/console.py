@@ -104,14 +104,19 @@ def warn(text: str) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Prints a table: numbers to the right, floats with four significant digits."""
+    terminal().print(grid(title, columns, rows))
+
+
+def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """The table itself, for what is drawn again and again."""
     rows = [list(row) for row in rows]
-    grid = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column, cells in zip(columns, zip(*rows) if rows else [()] * len(columns), strict=True):
         numeric = all(isinstance(cell, (int, float)) for cell in cells)
-        grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
-    _console().print(grid)
+        drawn.add_row(*(Text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
+    return drawn
 
 
 class Progress:
@@ -127,7 +132,7 @@ class Progress:
         self._last: tuple[int, Mapping[str, float], float | None] | None = None
         self._printed = -interval  # since the start; the first line is due at once
         self._unprinted = False
-        console = _console()
+        console = terminal()
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> "Progress":
@@ -201,9 +206,10 @@ class Writers:
             self._writer.add_scalar(name, value, step)
 
 
-def _console() -> Console:
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=WIDTH)
+def terminal() -> Console:
+    """Where tables and live lines go; of a fixed width where there is no terminal to ask."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)
 
 
 def _print(text: str, stream: TextIO, color: str = "") -> None:

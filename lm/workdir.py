@@ -215,6 +215,16 @@ def _writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror}; make room there or give another --workdir") from error
 
 
+def free(lock: Path) -> bool:
+    """Whether nobody holds this lock file."""
+    with lock.open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 def _locked(path: Path) -> TextIO:
     """The lock file, locked as long as it is open: the kernel unlocks it even when the process is killed."""
     lock = (path / LOCK).open("a+")

@@ -19,8 +19,8 @@ FLOORS = {
     4.5: "log",
     5: "train verdicts evaluate taste ranking unseen certify bench",
     5.5: "report lab",
-    6: "pipeline chat contest overoptimisation",
-    7: "rank judge",
+    6: "pipeline chat contest overoptimisation sweeps",
+    7: "rank judge sweep",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 NO_STAGE = {

@@ -1,0 +1,252 @@
+"""A sweep: one config with many settings and seeds, each trial a process, remembered in a study that others join.
+
+    python -m lm.sweep --config=experiments/width_sweep.py --workdir=runs/widths --seeds=3
+    python -m lm.sweep --config=experiments/sft.py --workdir=runs/sft --grid optimizer.learning_rate=3e-4,1e-3 --seeds=3
+    python -m lm.sweep --config=experiments/pretrain.py --workdir=runs/tpe --search=tpe --trials=20 --pruner=median \\
+        --space optimizer.learning_rate=log:1e-4:3e-2 model.width=64,128
+
+Without --grid and --search it runs what the file's sweep() returns. The study lies in WORKDIR/study.db, or at
+--storage, a database URL at which any number of machines join with the same command. Give it again after a kill:
+finished trials are not repeated, others go on. WORKDIR/trials holds the runs; `python -m lm.compare WORKDIR` compares
+them.
+"""
+
+import json
+import shlex
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm.config import overrides_in, parsed, to_dict
+from lm.console import Interrupted, main, on_sigterm, say, table, warn
+from lm.errors import UserError, at_least
+from lm.sweeps import space as spaces
+from lm.sweeps.board import Board, as_table, counted, settings
+from lm.sweeps.launch import LAUNCHERS, shares
+from lm.sweeps.runs import TRIALS, Goal, Running
+from lm.sweeps.space import Source, Trial
+from lm.sweeps.study import PRUNERS, SAMPLERS, Study, Told
+from lm.workdir import CONFIG, write_text
+
+SWEEP = "sweep.json"  # what the sweep varies and by what it judges
+POLL = 0.5  # seconds between two looks at the running trials
+SEARCHES = (*SAMPLERS, "grid")
+FLAGS = {
+    "config": dict(required=True, metavar="FILE[:ARG]", help="what is varied; --config.KEY=VALUE changes every trial"),
+    "workdir": dict(required=True, metavar="DIR", help="the sweep's folder; the same command continues, or joins"),
+    "grid": dict(nargs="+", metavar="KEY=V1,V2", help="every combination of these values"),
+    "search": dict(
+        choices=SEARCHES, help="draw trials from --space: Optuna's TPE or at random; grid: every combination"
+    ),
+    "space": dict(nargs="+", metavar="KEY=LOW:HIGH", help="or KEY=log:LOW:HIGH, or KEY=V1,V2"),
+    "trials": dict(type=int, metavar="N", help="trials that a search draws"),
+    "seeds": dict(type=int, default=1, metavar="N", help="runs of every setting, with seeds 0 to N-1 (default 1)"),
+    "metric": dict(
+        default="", metavar="NAME", help="judges a trial by its last value; default: held-out, the stage's own"
+    ),
+    "direction": dict(default="", choices=("minimize", "maximize"), help="default: by the metric's name"),
+    "pruner": dict(default="none", choices=list(PRUNERS), help="stops hopeless trials by what they log (default none)"),
+    "storage": dict(default="", metavar="URL", help="the study's database; default: sqlite in WORKDIR"),
+    "study": dict(default="", metavar="NAME", help="its name there; default: WORKDIR's"),
+    "jobs": dict(type=int, metavar="N", help="trials at once here; default: one for each accelerator, one on a CPU"),
+    "launcher": dict(default="local", choices=("local", *LAUNCHERS), help="where workers run (default local)"),
+    "workers": dict(type=int, default=1, metavar="N", help="workers that a launcher starts (default 1)"),
+    "options": dict(nargs="+", default=[], metavar="KEY=VALUE", help="of the launcher, e.g. timeout_min=60 num_gpus=1"),
+    "retry_failed": dict(action="store_true", help="run failed trials again"),
+    "dry_run": dict(action="store_true", help="print the trials and stop"),
+}
+
+
+def program(argv: list[str]) -> None:
+    overrides, rest = overrides_in(argv)
+    flags = parsed(rest, __doc__, FLAGS)
+    source = Source(flags.config, tuple(overrides))
+    goal = Goal.of(source.config({}), flags.metric, flags.direction)
+    trials, space = what(flags, source)
+    if flags.dry_run:
+        show_plan(trials, space)
+        return
+    root = folder(flags, source, goal)
+    with opened(flags, root, goal) as study:
+        study.enter(plan(flags, source, goal, trials, space), trials)
+        if flags.retry_failed:
+            study.retry_failed()
+        keys = swept(trials, space)
+        if flags.launcher == "local":
+            work(study, source, goal, root, space, shares(flags.jobs), Board(study, keys))
+        else:
+            watch(launched(flags, argv, root), Board(study, keys))
+        told = study.told()
+    show(told, goal, root, keys)
+    if not any(one.state in ("complete", "waiting", "running") for one in told):
+        raise UserError(f"no trial was completed: see {root / TRIALS}; the first: {told[0].error or told[0].state}")
+
+
+def what(flags: Namespace, source: Source) -> tuple[list[Trial], Mapping[str, Any]]:
+    """The trials, and the space from which a sampler draws their overrides (empty where they are known)."""
+    at_least(1, "lm.sweep", seeds=flags.seeds, workers=flags.workers)
+    seeds, space = range(flags.seeds), {}
+    if flags.search and flags.grid:
+        raise UserError("--grid and --search: give one of the two")
+    if flags.search and not flags.space:
+        raise UserError(f"--search={flags.search} needs --space, such as --space optimizer.learning_rate=log:1e-4:1e-2")
+    if flags.space and not flags.search:
+        raise UserError("--space needs --search=tpe, random or grid")
+    if flags.search in SAMPLERS:
+        if flags.trials is None:
+            raise UserError(f"--search={flags.search} needs --trials=N")
+        at_least(1, "lm.sweep", trials=flags.trials)
+        return spaces.searched(flags.trials, seeds), spaces.of_space(flags.space, source)
+    points = spaces.of_grid(flags.space or flags.grid) if flags.space or flags.grid else spaces.of_module(source)
+    if not points:
+        raise UserError(f"{flags.config}: sweep() returns nothing to try")
+    for point in points:
+        spaces.typed(source, point)
+    return spaces.planned(points, seeds), space
+
+
+def folder(flags: Namespace, source: Source, goal: Goal) -> Path:
+    """The sweep's folder, made and marked. UserError for one that is something else's."""
+    root = Path(flags.workdir)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        foreign = {entry.name for entry in root.iterdir()} - {"workers"}
+        if foreign and not (root / SWEEP).exists():
+            raise UserError(
+                f"{root} is not a sweep's folder: it holds {min(foreign)} but no {SWEEP}; give another --workdir"
+            )
+        for name in (TRIALS, "workers"):
+            (root / name).mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {root}: {error.strerror}; give another --workdir") from error
+    if not (root / SWEEP).exists():
+        write_text(root / SWEEP, json.dumps({**goal._asdict(), "name": flags.config}, indent=2) + "\n")
+        write_text(root / CONFIG, json.dumps(to_dict(source.config({})), indent=2) + "\n")
+    return root
+
+
+def opened(flags: Namespace, root: Path, goal: Goal) -> Study:
+    url = flags.storage or f"sqlite:///{(root / 'study.db').resolve()}"
+    name = flags.study or root.resolve().name
+    sampler = flags.search if flags.search in SAMPLERS else "random"
+    return Study(root, url, name, direction=goal.direction, sampler=sampler, pruner=flags.pruner, seed=0)
+
+
+def plan(flags: Namespace, source: Source, goal: Goal, trials: Sequence[Trial], space: Mapping[str, Any]) -> dict:
+    """All that must be the same for whoever joins."""
+    return {
+        "config": to_dict(source.config({})),
+        "metric": goal.metric,
+        "direction": goal.direction,
+        "pruner": flags.pruner,
+        "search": flags.search or "",
+        "space": {key: str(distribution) for key, distribution in space.items()},
+        "trials": [[trial.number, trial.overrides, list(trial.seeds)] for trial in trials],
+    }
+
+
+def work(
+    study: Study,
+    source: Source,
+    goal: Goal,
+    root: Path,
+    space: Mapping[str, Any],
+    devices: Sequence[dict],
+    board: Board,
+) -> None:
+    """Runs waiting trials, one on each share of the devices, until none waits. Stopped, it gives them back."""
+    running: dict[int, Running] = {}
+    with on_sigterm() as stopping, board:
+        try:
+            while True:
+                for slot in sorted(set(range(len(devices))) - set(running)):
+                    claim = study.claim(space)
+                    if claim is None:
+                        break
+                    running[slot] = Running(claim, source, goal, root, devices[slot])
+                board.update()
+                if not running:
+                    return
+                time.sleep(POLL)
+                for slot in [slot for slot, each in running.items() if each.poll()]:
+                    del running[slot]
+                    board.update(now=True)
+                if stopping():
+                    raise Interrupted
+        finally:
+            for each in running.values():
+                each.give_up()
+
+
+def launched(flags: Namespace, argv: Sequence[str], root: Path) -> Callable[[], int]:
+    """Starts workers elsewhere, each with this command but for what concerns the launcher."""
+    if not flags.storage:
+        warn("--launcher without --storage: SQLite on a network disk is not safe; name a PostgreSQL URL")
+    options = dict(option.partition("=")[::2] for option in flags.options)
+    own, dropped = [], False
+    for argument in argv:
+        if argument.startswith("--"):
+            dropped = argument.split("=")[0] in ("--launcher", "--workers", "--options", "--retry_failed")
+        if not dropped:
+            own.append(argument)
+    say(f"{flags.workers} workers by {flags.launcher}: python -m lm.sweep {shlex.join(own)}")
+    return LAUNCHERS[flags.launcher](own, flags.workers, root, options)
+
+
+def watch(left: Callable[[], int], board: Board) -> None:
+    """Shows the study until every worker is over."""
+    with board:
+        while left():
+            board.update()
+            time.sleep(POLL)
+        board.update(now=True)
+
+
+def show_plan(trials: Sequence[Trial], space: Mapping[str, Any]) -> None:
+    """What would be run."""
+    if space:
+        table(
+            f"{len(trials)} trials to draw",
+            ["", "from"],
+            [[key, str(distribution)] for key, distribution in space.items()],
+        )
+        return
+    keys = swept(trials, space)
+    table(
+        f"{len(trials)} trials",
+        ["trial", "seed", *keys],
+        [[trial.number, *trial.seeds, *(trial.overrides.get(key, "") for key in keys)] for trial in trials],
+    )
+
+
+def swept(trials: Sequence[Trial], space: Mapping[str, Any]) -> list[str]:
+    """The keys that differ from trial to trial."""
+    return list(space or dict.fromkeys(key for trial in trials for key in trial.overrides))
+
+
+def show(told: Sequence[Told], goal: Goal, root: Path, keys: Sequence[str]) -> None:
+    """The trials, the best first; those that failed with their errors."""
+    sign = 1 if goal.direction == "minimize" else -1
+    done = [one for one in told if one.state == "complete"]
+    best, rest = sorted(done, key=lambda one: sign * one.value), [one for one in told if one not in done]
+    say(f"\n{counted(told)}; {goal.metric}, {'low' if goal.direction == 'minimize' else 'high'} is good")
+    table("", *as_table([*best, *rest], keys))
+    for one in told:
+        if one.state == "failed":
+            say(f"trial {one.number} failed: {one.error}")
+    means = {settings(one.overrides): mean_of(done, one.overrides) for one in best}
+    if means:
+        name, value = min(means.items(), key=lambda item: sign * item[1])
+        say(f"best on average: {name}: {goal.metric} {value:.4g}")
+    say(f"runs: {root / TRIALS}\ncompare: python -m lm.compare {root}")
+
+
+def mean_of(told: Sequence[Told], overrides: Mapping[str, str]) -> float:
+    return statistics.mean(one.value for one in told if one.overrides == overrides)
+
+
+if __name__ == "__main__":
+    main(program)

@@ -1,0 +1,205 @@
+"""A trial as a process of its own: started, watched, stopped when it is hopeless, and what came of it.
+
+A process of its own, because a trial that runs out of memory then takes nothing else with it. Each run has its workdir
+and its log in FOLDER/trials; what came of it is written beside them, for people and for lm.compare.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from lm.config import flatten, to_dict
+from lm.errors import UserError
+from lm.stages import STAGES
+from lm.sweeps.space import SEED, Source, typed
+from lm.sweeps.study import Claim
+from lm.workdir import LOCK, free, read_metrics, write_text
+
+TRIALS = "trials"
+PATIENCE = 120  # seconds a stopped run has to save itself
+HELD_OUT = "held_out/"
+MAXIMISED = {"reward", "accuracy", "margin", "rule", "stopped", "model"}  # last parts of names that should be high
+MEMORY = ("RESOURCE_EXHAUSTED", "MemoryError", "std::bad_alloc", "Out of memory", "out of memory")
+
+
+class Goal(NamedTuple):
+    """How a config is run, and by which of its numbers a trial is judged."""
+
+    module: str  # the program
+    part: str  # the folder, within the trial's, in which the number is logged; "" for itself
+    metric: str  # its last value judges a trial
+    watched: str  # the values by which a hopeless trial is found out: the metric, or what training logs of it
+    direction: str
+
+    @classmethod
+    def of(cls, config: ConfigDict, metric: str, direction: str) -> "Goal":
+        """metric: "" for the first that the stage shows; "STAGE:METRIC" names a stage of a pipeline."""
+        part, colon, name = metric.rpartition(":")
+        if "stages" in config:
+            trained = [stage for stage in config.stages if "stage" in config[stage]]
+            part = part or trained[-1]
+            if part not in trained:
+                raise UserError(
+                    f"--metric {metric}: {part} is no stage of the config; choose among {', '.join(trained)}"
+                )
+            module, stage = "lm.pipeline", config[part]
+        elif "stage" in config and not colon:
+            module, stage = "lm.train", config
+        elif colon:
+            raise UserError(f"--metric {metric}: the config is of a single stage; write {name}")
+        else:
+            raise UserError(
+                "lm.sweep varies configs of lm.train and lm.pipeline, and this is neither: see its `Command:`"
+            )
+        if stage.stage.name not in STAGES:
+            raise UserError(f"stage {stage.stage.name} logs nothing to compare: sweep one of {', '.join(STAGES)}")
+        name = name or HELD_OUT + STAGES[stage.stage.name].SHOWN[0]
+        often = "evaluate_every" in stage.train and stage.train.evaluate_every
+        watched = name if often else name.removeprefix(HELD_OUT)
+        highest = name.split("/")[-1] in MAXIMISED
+        return cls(module, part, name, watched, direction or ("maximize" if highest else "minimize"))
+
+
+class Running:
+    """A claimed trial while it runs: its seeds one after another, each a process."""
+
+    def __init__(self, claim: Claim, source: Source, goal: Goal, root: Path, devices: Mapping[str, str]):
+        self.claim, self._source, self._goal, self._root, self._devices = claim, source, goal, root, devices
+        self._left, self._values, self._spent = list(claim.trial.seeds), [], 0.0
+        self._reported = -1
+        self._next()
+
+    def poll(self) -> bool:
+        """Looks after the trial; True once it is over and the study knows what came of it.
+
+        Raises UserError if the run went well but did not log the metric: then no other trial will.
+        """
+        self.claim.beat()
+        code = self._process.poll()
+        if code is None:
+            if self._hopeless():
+                self._stop()
+                self._over("pruned", self._latest(), None)
+                self.claim.pruned(self._latest(), self._spent)
+                return True
+            return False
+        if code:
+            error = fault(self._log.read_text(errors="replace"), code)
+            self._over("failed", None, error)
+            self.claim.failed(error, self._spent)
+            return True
+        self._hopeless()  # reports the last values; it is too late to prune
+        self._values.append(self._final())
+        self._over("complete", self._values[-1], None)
+        if self._left:
+            self._next()
+            return False
+        self.claim.complete(sum(self._values) / len(self._values), self._spent)
+        return True
+
+    def give_up(self) -> None:
+        """Stops the process, which saves itself, and lets the trial wait for another worker."""
+        self._stop()
+        self.claim.released()
+
+    def _next(self) -> None:
+        self._seed = self._left.pop(0)
+        name = f"{self.claim.trial.number:04}" + (f"-{self._seed}" if len(self.claim.trial.seeds) > 1 else "")
+        self.workdir = self._root / TRIALS / name
+        self._log = self._root / TRIALS / f"{name}.log"
+        wait_for(self.workdir)
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command(self._source, self._goal.module, self.claim.trial.overrides, self._seed, self.workdir),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._devices},
+            )
+        self._started = time.monotonic()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return read_metrics(self.workdir / self._goal.part) if (self.workdir / self._goal.part).is_dir() else []
+
+    def _hopeless(self) -> bool:
+        """Reports what the first seed has newly logged to the study; whether its pruner gives the trial up."""
+        if self._values:
+            return False
+        new = [row for row in self._rows() if self._goal.watched in row and row["step"] > self._reported]
+        for row in new:
+            self._reported = row["step"]
+            if self.claim.report(row["step"], row[self._goal.watched]):
+                return True
+        return False
+
+    def _latest(self) -> float:
+        return [row[self._goal.watched] for row in self._rows() if self._goal.watched in row][-1]
+
+    def _final(self) -> float:
+        rows = self._rows()
+        found = [row[self._goal.metric] for row in rows if self._goal.metric in row]
+        if not found:
+            known = sorted({name for row in rows for name in row} - {"step", "seconds", "tokens", "tokens_per_second"})
+            raise UserError(
+                f"{self.workdir} logged no {self._goal.metric}: give --metric, one of {', '.join(known) or 'nothing'}"
+            )
+        return float(found[-1])
+
+    def _stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _over(self, state: str, value: float | None, error: str | None) -> None:
+        """Writes what came of the run that just ended beside its workdir."""
+        seconds = time.monotonic() - self._started
+        self._spent += seconds
+        told = {
+            "number": self.claim.trial.number,
+            "overrides": typed(self._source, self.claim.trial.overrides),
+            "seed": self._seed,
+            "state": state,
+            "value": value,
+            "error": error,
+            "seconds": seconds,
+            "workdir": str(Path(self.workdir.name) / self._goal.part),
+        }
+        write_text(self.workdir.with_name(f"{self.workdir.name}.json"), json.dumps(told, indent=2) + "\n")
+
+
+def command(source: Source, module: str, overrides: Mapping[str, str], seed: int, workdir: Path) -> list[str]:
+    """The command line of one run: every seed of the config becomes `seed`."""
+    seeds = [key for key in flatten(to_dict(source.config(overrides))) if key.split(".")[-1] == SEED]
+    changes = [*source.overrides, *(f"{k}={v}" for k, v in overrides.items()), *(f"{key}={seed}" for key in seeds)]
+    flags = [f"--config={source.name}", f"--workdir={workdir}", *(f"--config.{change}" for change in changes)]
+    return [sys.executable, "-m", "lm.sweeps.child", module, *flags]
+
+
+def fault(log: str, code: int) -> str:
+    """One line that says why a run ended with `code`: its own error, the signal that ended it, or its last line."""
+    lines = [line.strip() for line in log.split("\n") if line.strip()]
+    if code == -signal.SIGKILL:
+        return "killed (signal 9), as the system does when memory runs out: a smaller batch or model, or fewer --jobs"
+    if code < 0:
+        return f"ended by signal {-code}"
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    last = (errors or lines or [f"ended with status {code}"])[-1][:300]
+    return f"out of memory: {last}" if any(word in log for word in MEMORY) else last
+
+
+def wait_for(workdir: Path) -> None:
+    """Returns when no run holds the workdir: one whose worker was killed may still be saving itself."""
+    started = time.monotonic()
+    while not all(map(free, workdir.glob(f"**/{LOCK}"))) and time.monotonic() - started < PATIENCE:
+        time.sleep(0.2)

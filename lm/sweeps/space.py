@@ -1,0 +1,152 @@
+"""What a sweep tries: lists of overrides, from a config's sweep(), from --grid, or drawn by a sampler from --space.
+
+An override is text, as on the command line: {"optimizer.learning_rate": "3e-4"}. A config's `sweep()` builds its list
+of them with `axis`, `product`, `zipped` and +:
+
+    def sweep(arg: str = ""):
+        return product(axis("model.width", 32, 64), axis("optimizer.learning_rate", 1e-3, 3e-3))
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import optuna
+from ml_collections import ConfigDict
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from lm.config import flatten, load, module_of, to_dict
+from lm.errors import UserError
+
+Overrides = Mapping[str, Any]  # dotted key -> value, or its text
+SEED = "seed"
+
+
+class Source(NamedTuple):
+    """The config that a sweep varies: a file with its argument, and what the command line changes in every trial."""
+
+    name: str  # FILE[:ARG]
+    overrides: tuple[str, ...] = ()
+
+    def config(self, overrides: Overrides) -> ConfigDict:
+        return load(self.name, [*self.overrides, *(f"{key}={text}" for key, text in overrides.items())])
+
+
+class Trial(NamedTuple):
+    """One thing to try."""
+
+    number: int
+    overrides: dict[str, str] | None  # None: a sampler chooses them
+    seeds: tuple[int, ...]  # a run each
+
+
+def axis(key: str, *values: Any) -> list[dict[str, Any]]:
+    """One override for each value."""
+    return [{key: value} for value in values]
+
+
+def product(*sweeps: Sequence[Overrides]) -> list[dict[str, Any]]:
+    """Every choice of one entry from each sweep, merged; the last sweep varies fastest."""
+    return [_merged(chosen) for chosen in itertools.product(*sweeps)]
+
+
+def zipped(*sweeps: Sequence[Overrides]) -> list[dict[str, Any]]:
+    """The first entries merged, the second, and so on; all sweeps must be of one length."""
+    return [_merged(chosen) for chosen in zip(*sweeps, strict=True)]
+
+
+def _merged(chosen: Sequence[Overrides]) -> dict[str, Any]:
+    return {key: value for one in chosen for key, value in one.items()}
+
+
+def of_module(source: Source) -> list[dict[str, str]]:
+    """What the `sweep(arg)` beside get_config returns, as texts."""
+    path, _, arg = source.name.partition(":")
+    module = module_of(path)
+    if "sweep" not in vars(module):
+        raise UserError(f"{path} has no sweep(): give --grid KEY=V1,V2 or --search=tpe --space KEY=LOW:HIGH")
+    return [{key: str(value) for key, value in overrides.items()} for overrides in module.sweep(arg)]
+
+
+def of_grid(texts: Sequence[str]) -> list[dict[str, str]]:
+    """ "KEY=V1,V2,..." each -> every combination."""
+    axes = [axis(key, *_parts(values, ",")) for key, values in (_entry(text, "--grid") for text in texts)]
+    return product(*axes)
+
+
+def of_space(texts: Sequence[str], source: Source) -> dict[str, BaseDistribution]:
+    """What a sampler draws from: "KEY=LOW:HIGH", "KEY=log:LOW:HIGH" or "KEY=V1,V2,...", by key.
+
+    A range is of integers where the config holds one. Raises UserError for a key or value that the config refuses.
+    """
+    space = {}
+    for key, text in (_entry(text, "--space") for text in texts):
+        bounds = _parts(text.removeprefix("log:"), ":")
+        if len(bounds) == 2:
+            low, high = (typed(source, {key: bound})[key] for bound in bounds)
+            log = text.startswith("log:")
+            if isinstance(low, bool) or not isinstance(low, (int, float)):
+                raise UserError(f"--space {key}={text}: config.{key} is no number; list its values: {key}=V1,V2")
+            if not low < high or log and low <= 0:
+                above = "0 < LOW < HIGH" if log else "LOW < HIGH"
+                raise UserError(f"--space {key}={text}: give {above}")
+            whole = isinstance(low, int)
+            space[key] = IntDistribution(low, high, log=log) if whole else FloatDistribution(low, high, log=log)
+        elif len(bounds) == 1 and not text.startswith("log:"):
+            choices = _parts(text, ",")
+            for choice in choices:
+                typed(source, {key: choice})
+            space[key] = CategoricalDistribution(choices)
+        else:
+            raise UserError(f"--space {key}={text}: write {key}=LOW:HIGH, {key}=log:LOW:HIGH or {key}=V1,V2")
+    return space
+
+
+def drawn(trial: optuna.Trial, space: Mapping[str, BaseDistribution]) -> dict[str, str]:
+    """The overrides that the study's sampler chooses for a trial."""
+    texts = {}
+    for key, distribution in space.items():
+        if isinstance(distribution, CategoricalDistribution):
+            texts[key] = trial.suggest_categorical(key, distribution.choices)
+        else:
+            suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+            texts[key] = repr(suggest(key, distribution.low, distribution.high, log=distribution.log))
+    return texts
+
+
+def typed(source: Source, overrides: Mapping[str, str]) -> dict[str, Any]:
+    """The values of `overrides` as the config holds them. Raises UserError for what `lm.config` refuses."""
+    flat = flatten(to_dict(source.config(overrides)))
+    return {key: flat[key] for key in overrides}
+
+
+def planned(points: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> list[Trial]:
+    """A trial for every point and seed."""
+    return [Trial(i, dict(point), (seed,)) for i, (point, seed) in enumerate(itertools.product(points, seeds))]
+
+
+def searched(count: int, seeds: Sequence[int]) -> list[Trial]:
+    """Trials whose overrides a sampler will choose, each run with every seed."""
+    return [Trial(i, None, tuple(seeds)) for i in range(count)]
+
+
+def _entry(text: str, flag: str) -> tuple[str, str]:
+    key, equals, values = text.partition("=")
+    key = key.removeprefix("config.")
+    if not equals or not key or not values.strip(","):
+        raise UserError(f"{flag} {text}: write KEY=V1,V2, such as optimizer.learning_rate=1e-3,3e-3")
+    if key == SEED:
+        raise UserError(f"{flag} {text}: seeds are given by --seeds=N")
+    return key, values
+
+
+def _parts(text: str, separator: str) -> list[str]:
+    """Cut at separators outside brackets: "(1,2),(3,4)" has two parts at ","."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == separator and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
