@@ -13,7 +13,7 @@ def adjusted(logits: Array, *, temperature: float = 1.0, top_k: int = 0, top_p: 
     tokens whose probability reaches `top_p`, which keeps the token that crosses it (Holtzman et al. 2020,
     arXiv 1904.09751). Temperature 0 leaves only the first largest token.
     """
-    if temperature == 0:
+    if known(temperature, 0):
         best = jnp.argmax(logits, axis=-1, keepdims=True)
         return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
     logits = logits.astype(jnp.float32) / temperature
@@ -28,6 +28,11 @@ def adjusted(logits: Array, *, temperature: float = 1.0, top_k: int = 0, top_p: 
         threshold = jnp.take_along_axis(descending, jnp.maximum(kept - 1, 0), axis=-1)
         logits = jnp.where(logits >= threshold, logits, -jnp.inf)
     return logits
+
+
+def known(temperature: float | Array, value: float) -> bool:
+    """Whether a temperature is `value` for certain. A traced one may be anything above 0."""
+    return not isinstance(temperature, Array) and temperature == value
 
 
 def picked(x: Array, ids: Array) -> Array:

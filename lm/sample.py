@@ -106,7 +106,7 @@ def check(model: Model, prompt: int, *, max_new: int, temperature: float, top_k:
             f"the prompt has {prompt} tokens and {max_new} more were asked for, but the model's context is "
             f"{context}: shorten the prompt or lower max_new_tokens to {max(context - prompt, 0)}"
         )
-    if not 0 <= temperature < math.inf:
+    if not isinstance(temperature, Array) and not 0 <= temperature < math.inf:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or above")
     if top_k < 0 or not 0 < top_p <= 1:
         raise UserError(f"top_k is {top_k} and top_p {top_p}; top_k must be 0 (all) or above, top_p in (0, 1]")

@@ -146,7 +146,7 @@ def scores(c: Config, params: Params, x: Array, targets: Array, *, temperature: 
         log_z = jax.nn.logsumexp(scaled, axis=-1)
         logprobs = distribution.picked(scaled, targets) - log_z
         entropy = log_z - jnp.sum(jnp.exp(scaled - log_z[..., None]) * scaled, axis=-1)
-        unscaled = log_z if temperature == 1 else jax.nn.logsumexp(raw, axis=-1)
+        unscaled = log_z if distribution.known(temperature, 1) else jax.nn.logsumexp(raw, axis=-1)
         return Scores(logprobs, entropy, unscaled)
 
     return chunked(chunk, x, targets, size=c.loss_chunk)

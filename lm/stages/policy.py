@@ -45,7 +45,7 @@ class Recipe(NamedTuple):
     objective: Objective
     average: Average
     band: tuple[float, float]  # the clip below and above 1, for the metric `clip_fraction`
-    kl_in_loss: float = 0.0  # coefficient of k3 to the reference, averaged like the objective
+    kl_in_loss: float | None = None  # coefficient of k3 to the reference, averaged like the objective; None: no k3
     ratio: Objective = of_tokens  # what is clipped
 
 
@@ -161,7 +161,7 @@ def surrogate(model: Model, recipe: Recipe, *, entropy_bonus: float, temperature
         x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
         scores = model.scores(params["lm"], x, tokens.targets, temperature=temperature)
         terms = {"policy": recipe.average(recipe.objective(scores.logprobs, batch), w)}
-        if recipe.kl_in_loss:
+        if recipe.kl_in_loss is not None:
             terms["kl"] = recipe.kl_in_loss * recipe.average(kl_k3(scores.logprobs, batch.ref_logprobs), w)
         if entropy_bonus:
             terms["entropy"] = -entropy_bonus * mean(scores.entropy, w)
