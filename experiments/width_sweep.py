@@ -1,0 +1,37 @@
+"""Learning rate by width, three seeds each: where the best rate lies, and whether it moves with the width.
+
+Method: pretraining as in experiments/pretrain.py, two layers, short rows, 120 steps.
+Command: python -m lm.sweep --config=experiments/width_sweep.py --workdir=runs/width_sweep --seeds=3
+Needs: runs/quickstart/tokenizer (experiments/tokenizer.py).
+Expect: not measured yet.
+Change first: the axes of sweep(), train.steps.
+"""
+
+from ml_collections import ConfigDict
+
+from lm.config import beside
+from lm.sweeps.space import axis, product
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    config = beside(__file__, "pretrain").get_config(arg).unlock()
+    if arg != "tiny":
+        config.model.layers = 2
+        config.model.context = config.data.length = 128
+        config.train.steps = 120
+        config.train.save_every = 120
+        config.optimizer.warmup_steps = 12
+    width = config.model.get_ref("width")
+    config.model.head_size = 16
+    config.model.heads = width // 16
+    config.model.kv_heads = width // 16
+    config.model.hidden = width * 3
+    return config.lock()
+
+
+def sweep(arg: str = "") -> list[dict]:
+    """The settings that `lm.sweep` tries."""
+    rates = (3e-3, 1e-2) if arg == "tiny" else (1e-3, 3e-3, 1e-2, 3e-2)
+    widths = (16, 32) if arg == "tiny" else (32, 64, 128)
+    return product(axis("model.width", *widths), axis("optimizer.learning_rate", *rates))

@@ -1,0 +1,213 @@
+"""Several runs of one program as one: each in a thread, the functions that they compile called together under vmap.
+
+    group = Together(3)
+    results = group.run(lambda member: train(configs[member], jit=group.jit))
+
+Whoever calls a compiled function waits until all others wait too; then the calls of the same function are stacked and
+made as one. No run needs to know: it gets back its own part. Members may part ways (another number of batches, an
+error, an early end): whoever waits at the same function goes on together, and the places of the others are filled with
+copies. The program is always of the same shape, so what a member computes does not depend on who computes beside it.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import CodeType, MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Stacked:
+    """An array f[members, ...] on the device, and, once asked for, on the host."""
+
+    def __init__(self, array: jax.Array):
+        self.array = array
+        self._host: np.ndarray | None = None
+
+    def host(self) -> np.ndarray:
+        if self._host is None:
+            self._host = np.asarray(self.array)
+        return self._host
+
+
+class Part:
+    """A member's part of a stacked array, left where it is."""
+
+    sharding = None  # one device
+
+    def __init__(self, stacked: Stacked, member: int):
+        self.stacked, self.member = stacked, member
+        self.shape, self.dtype = stacked.array.shape[1:], stacked.array.dtype
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self.stacked.host()[self.member], dtype)
+
+
+def real(tree: Any) -> Any:
+    """`tree` with every `Part` as an array of its own."""
+    return jax.tree.map(lambda leaf: leaf.stacked.array[leaf.member] if isinstance(leaf, Part) else leaf, tree)
+
+
+class Together:
+    """`count` members that compute together."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.stopped = threading.Event()  # for members to look at: whoever waits for them has been interrupted
+        self._turn = threading.Condition()
+        self._alive: set[int] = set()
+        self._programs: dict[tuple[CodeType, int], Program] = {}
+        self._compiled: Counter = Counter()  # how often a member has compiled a piece of code
+        self._made: dict[Hashable, Future] = {}
+        self._member = threading.local()
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """work(member) of every member, each in a thread; an exception in the place of a result is what it raised."""
+        self._alive = set(range(self.count))
+
+        def alone(member: int) -> Any:
+            self._member.number = member
+            try:
+                return work(member)
+            except Exception as error:
+                return error
+            finally:
+                with self._turn:
+                    self._alive.discard(member)
+                    self._go_on()
+
+        with ThreadPoolExecutor(self.count) as threads:
+            futures = [threads.submit(alone, member) for member in range(self.count)]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:  # ctrl-C, while this waits
+                self.stopped.set()
+                raise
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """make(), by the first member that asks for this key; the others wait for what it made."""
+        with self._turn:
+            mine = key not in self._made
+            if mine:
+                self._made[key] = Future()
+            future = self._made[key]
+        if mine:
+            try:
+                future.set_result(make())
+            except Exception as error:
+                future.set_exception(error)
+        return future.result()
+
+    def jit(
+        self, function: Callable, *, given: Mapping[str, Any] = NOTHING, lazily: bool = False, **options
+    ) -> Callable:
+        """As jax.jit; the n-th function that a member compiles of a piece of code is the n-th of every other.
+
+        given: numbers in which members may differ, arguments by name of every call, traced where they do. lazily:
+        leaves of what it returns are `Part`s, else arrays of the host. options: donate_argnums, of jax.jit.
+        """
+        with self._turn:
+            count = self._member.number, function.__code__
+            key = function.__code__, self._compiled[count]
+            self._compiled[count] += 1
+            if key not in self._programs:
+                self._programs[key] = Program(function, self.count, lazily=lazily, **options)
+            program = self._programs[key]
+        return lambda *args: self._called(program, (dict(given), *args))
+
+    def _called(self, program: "Program", args: tuple) -> Any:
+        member = self._member.number
+        with self._turn:
+            program.waiting[member] = args
+            self._go_on()
+            while member not in program.results:
+                self._turn.wait()
+            result = program.results.pop(member)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _go_on(self) -> None:
+        """Makes the calls of one function, if everybody who is alive waits."""
+        programs = self._programs.values()
+        waiting = sum(len(program.waiting) for program in programs)
+        if not self._alive or waiting < len(self._alive) or any(program.results for program in programs):
+            return
+        program = max(programs, key=lambda program: len(program.waiting))
+        program.call()
+        self._turn.notify_all()
+
+
+class Program:
+    """One function, compiled once for all members."""
+
+    def __init__(self, function: Callable, count: int, *, lazily: bool, donate_argnums: tuple[int, ...] = ()):
+        self._function, self._count, self._lazily = function, count, lazily
+        self._donated = tuple(1 + number for number in donate_argnums)  # the first argument is what members are given
+        self._jitted: dict[Any, Callable] = {}  # by which leaves are stacked
+        self.waiting: dict[int, tuple] = {}
+        self.results: dict[int, Any] = {}
+
+    def call(self) -> None:
+        """Makes the calls that wait and shares out what they return."""
+        waiting, self.waiting = self.waiting, {}
+        try:
+            first = min(waiting)
+            calls = [waiting[member] if member in waiting else waiting[first] for member in range(self._count)]
+            leaves, trees = zip(*(jax.tree.flatten(call) for call in calls))
+            stacked, axes = zip(*map(stack, zip(*leaves)))
+            out = self._program(trees[0], axes)(*jax.tree.unflatten(trees[0], stacked))
+            self.results = parts(out, waiting, lazily=self._lazily)
+        except Exception as error:
+            self.results = dict.fromkeys(waiting, error)
+
+    def _program(self, tree: Any, axes: Sequence[int | None]) -> Callable:
+        key = tree, axes
+        if key not in self._jitted:
+            function = jax.vmap(
+                lambda given, *args: self._function(*args, **given),
+                in_axes=jax.tree.unflatten(tree, axes),
+                axis_size=self._count,
+            )
+            self._jitted[key] = jax.jit(function, donate_argnums=self._donated)
+        return self._jitted[key]
+
+
+def stack(leaves: Sequence[Any]) -> tuple[Any, int | None]:
+    """The members' leaves as one array [members, ...] and its axis 0; or the one leaf that all share, and None."""
+    first = leaves[0]
+    if all(leaf is first for leaf in leaves):
+        return real(first), None
+    if all(isinstance(leaf, Part) and leaf.stacked is leaves[0].stacked for leaf in leaves):
+        if [leaf.member for leaf in leaves] == list(range(len(leaves))):
+            return first.stacked.array, 0
+    if isinstance(first, (int, float)) and all(type(leaf) is type(first) and leaf == first for leaf in leaves):
+        return first, None
+    arrays = [real(leaf) for leaf in leaves]
+    if any(isinstance(array, jax.Array) for array in arrays):
+        return jnp.stack(arrays), 0
+    return np.stack(arrays), 0
+
+
+def parts(out: Any, members: Iterable[int], *, lazily: bool) -> dict[int, Any]:
+    """What each member gets of the stacked results: `Part`s, or arrays of the host. Keys are always arrays."""
+
+    def lazy(leaf: jax.Array) -> Callable[[int], Any]:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return lambda member: leaf[member]
+        stacked = Stacked(leaf)
+        return lambda member: Part(stacked, member)
+
+    def eager(leaf: jax.Array) -> Callable[[int], Any]:
+        host = np.asarray(leaf)
+        return lambda member: host[member]
+
+    leaves, tree = jax.tree.flatten(out)
+    takers = [(lazy if lazily else eager)(leaf) for leaf in leaves]
+    return {member: jax.tree.unflatten(tree, [take(member) for take in takers]) for member in members}
