@@ -17,8 +17,8 @@ FLOORS = {
     3: "stages answers",
     4: "config console workdir pages",
     4.5: "log",
-    5: "train verdicts evaluate taste ranking unseen certify bench",
-    5.5: "report lab",
+    5: "train verdicts evaluate taste ranking unseen certify bench comparison",
+    5.5: "report lab compare",
     6: "pipeline chat contest overoptimisation",
     7: "rank judge",
 }
