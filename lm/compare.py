@@ -63,7 +63,7 @@ def run(
         each,
         reference.name,
         baseline is None,
-        contrasts(each, reference, direction, confidence=confidence),
+        contrasts(each, reference, direction, chosen=baseline is None, confidence=confidence),
         found.absent,
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
 from lm.comparison.importance import geometric, numeric
 from lm.comparison.reading import Run
@@ -51,7 +52,7 @@ def means(found: Sequence[Measured], metric: str) -> Markup:
 
 
 def curves(found: Sequence[Measured], metric: str, clock: str) -> Markup | None:
-    """The metric over "step", "tokens" or "seconds": means over seeds with their bands. None where no line has two points.
+    """Means over seeds, with bands, over "step", "tokens" or "seconds". None where no line has two points.
 
     The band is the 95 % interval of the mean; with FEW seeds each seed is a thin line instead.
     """
@@ -78,6 +79,7 @@ def curves(found: Sequence[Measured], metric: str, clock: str) -> Markup | None:
         axes.set_xlabel(clock, labelpad=1)
         axes.ticklabel_format(useOffset=False)
         axes.locator_params(nbins=5)
+        axes.xaxis.set_major_formatter(EngFormatter(sep="\u00a0"))
 
     return svg(draw, width=3.9, height=2.5)
 
@@ -179,7 +181,9 @@ def heat(found: Sequence[Measured], x: str, y: str, direction: str) -> Markup:
             shade = better[one.name]
             axes.fill([at[0] - 0.49, at[0] + 0.49, at[0] + 0.49, at[0] - 0.49], [at[1] - 0.47] * 2 + [at[1] + 0.47] * 2,
                       color=SHADES(0.95 - 0.85 * shade), linewidth=0)  # fmt: skip
-            axes.text(*at, f"{one.mean.value:.4g}", ha="center", va="center", color="white" if shade > 0.5 else "black")
+            axes.text(
+                *at, f"{one.mean.value:#.4g}", ha="center", va="center", color="white" if shade > 0.5 else "black"
+            )
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_xlim(-0.5, len(columns) - 0.5)
@@ -207,10 +211,11 @@ def parallel(found: Sequence[Measured], parameters: Sequence[str], metric: str, 
         for i, (_, marks) in enumerate(columns):
             axes.axvline(i, color=INK, linewidth=0.8)
             for height, text in marks.items():
-                axes.annotate(text, (i, height), (4, 0), textcoords="offset points", va="center", fontsize=8)
+                away = dict(xytext=(-4, 0), ha="right") if i == 0 else dict(xytext=(4, 6))
+                axes.annotate(text, (i, height), textcoords="offset points", va="center", fontsize=8, **away)
         axes.set_xticks(range(len(columns)), [*short.values(), metric])
         axes.set_yticks([])
-        axes.set_xlim(-0.1, len(columns) - 0.6)
+        axes.set_xlim(-0.35, len(columns) - 0.6)
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.grid(visible=False)
 

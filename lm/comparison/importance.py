@@ -33,11 +33,15 @@ def importance(
                 value=value,
             )
         )
-    quantile = min(0.5, max(SHARE, BEST / len(values)))
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=good(len(values)) / len(values))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what may change in Optuna
         return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def good(runs: int) -> int:
+    """How many of so many runs count as good."""
+    return max(min(BEST, runs // 2), round(SHARE * runs))
 
 
 def axis(column: Sequence[Any]) -> tuple[list[Any], Any]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from lm.comparison import figures
-from lm.comparison.importance import BEST, LEAST, SHARE, importance
+from lm.comparison.importance import LEAST, good, importance
 from lm.comparison.settings import NOTHING, shortened, shown
 from lm.comparison.statistics import FEW, MINIMIZE, NOISE, UNJUDGED, Measured
 from lm.comparison.telling import (
@@ -25,6 +25,7 @@ from lm.comparison.telling import (
 from lm.pages import COLOURS, templates
 
 HELD_OUT = "held_out/"
+CLOCKS = ("step", "tokens", "seconds")
 CELLS = 12  # values of a parameter that a heat map or a table of configs has room for
 
 
@@ -73,16 +74,12 @@ def render(told: Comparison, folders: Sequence[Path]) -> str:
 
 def curves(told: Comparison) -> list[Figure]:
     """The metric over steps, tokens and seconds, and what training logged of it over steps."""
-    logged = [(told.metric, clock) for clock in ("step", "tokens", "seconds")]
+    logged = [(told.metric, clock) for clock in CLOCKS]
     trained = told.metric.removeprefix(HELD_OUT)
     if trained != told.metric and all(any(trained in line for line in run.rows) for run in told.runs):
         logged.append((trained, "step"))
     drawn = [(metric, clock, figures.curves(told.found, metric, clock)) for metric, clock in logged]
-    return [
-        Figure(f"{metric} over {clock}s".replace("ss", "s").replace("tokenss", "tokens"), picture, "")
-        for metric, clock, picture in drawn
-        if picture
-    ]
+    return [Figure(f"{metric} over {clock}", picture, "") for metric, clock, picture in drawn if picture]
 
 
 def important(told: Comparison) -> dict[str, Any]:
@@ -95,8 +92,7 @@ def important(told: Comparison) -> dict[str, Any]:
     setting = [one.setting.config for one in told.found for _ in one.values]
     values = [value for one in told.found for value in one.values.values()]
     shares = importance(setting, values, parameters, told.direction)
-    good = max(min(BEST, len(values) // 2), round(SHARE * len(values)))
-    return {"picture": figures.shares(shares), "good": good, "runs": len(values)}
+    return {"picture": figures.shares(shares), "good": good(len(values)), "runs": len(values)}
 
 
 def swept(told: Comparison) -> list[Figure]:

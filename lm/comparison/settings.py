@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from lm.comparison.reading import Run, written
 
 NOTHING = "–"  # where a config has no such key
+STAGE = "stage.name"
 CODE = "code"  # the key under which the code is part of a setting, where the same config was run by several versions
 NAMED = 4  # keys that a name holds, unless it takes more to tell the settings apart
 
@@ -39,7 +40,7 @@ def settings(runs: Sequence[Run], *, ignore: Iterable[str] = ()) -> Settings:
     dropped = set()
     for first, *others in repeated(runs, configs):
         dropped |= {run.path for run in others}
-        notes += [f"{run.path} repeats {first.path}, setting and seed, and is left out" for run in others]
+        notes += [f"{run.path} repeats {first.path}, setting and seed, and is left out." for run in others]
     groups: dict[str, tuple[Mapping[str, Any], list[Run]]] = {}
     for config, run in zip(configs, runs):
         if run.path not in dropped:
@@ -48,16 +49,16 @@ def settings(runs: Sequence[Run], *, ignore: Iterable[str] = ()) -> Settings:
     differing = different([config for config, _ in found])
     causes = [key for run in runs for key in run.given] + [CODE] * by_code
     parameters = telling([config for config, _ in found], differing, list(dict.fromkeys(causes)))
-    names = named([config for config, _ in found], parameters, found[0][1][0].stage)
+    told = telling_names([config for config, _ in found], parameters)
+    names = named([config for config, _ in found], told, found[0][1][0].stage)
     grouped = [
         Setting(name, config, sorted(members, key=lambda run: run.seed))
         for name, (config, members) in zip(names, found)
     ]
-    notes += [
-        f"runs of one setting differ in {', '.join(keys)}, which the comparison sets aside"
-        for keys in [within(grouped)]
-        if keys
-    ]
+    if aside := within(grouped):
+        notes.append(f"Runs of one setting differ in {', '.join(aside)}, which the comparison sets aside.")
+    if len(told) < len(parameters):
+        notes.append(f"The settings differ in {len(parameters)} keys, of which their names tell {len(told)}.")
     return Settings(grouped, parameters, differing, notes)
 
 
@@ -109,22 +110,30 @@ def telling(configs: Sequence[Mapping[str, Any]], differing: Sequence[str], caus
         return len(pairs) == len(set(values))
 
     found = [*causes, *(key for key in differing if key not in causes and not (causes and follows(key)))]
-    return sorted(found, key=lambda key: key != "stage.name")
+    return sorted(found, key=lambda key: key != STAGE)
 
 
-def named(configs: Sequence[Mapping[str, Any]], parameters: Sequence[str], stage: str) -> list[str]:
-    """ "learning_rate=0.001, width=64" for each; a single setting is called by its stage.
-
-    Keys beyond NAMED are counted, not named, but for those without which two settings would have one name.
-    """
-    if not parameters:
-        return [stage for _ in configs]
-    told = list(parameters) if len(parameters) <= NAMED else shared(configs, parameters)[:NAMED]
-    while len({tuple(value_of(config, key) for key in told) for config in configs}) < len(configs):
+def telling_names(configs: Sequence[Mapping[str, Any]], parameters: Sequence[str]) -> list[str]:
+    """The parameters that names are made of: all, or where they are more than NAMED as few as tell the settings apart,
+    but the stage alone if it does."""
+    if len(parameters) <= NAMED:
+        return list(parameters)
+    alone = parameters[0] == STAGE and apart(configs, parameters[:1])
+    told = list(parameters[:1]) if alone else shared(configs, parameters)[:NAMED]
+    while not apart(configs, told):
         told.append(next(key for key in parameters if key not in told))
-    short = shortened(parameters)
-    more = f" and {len(parameters) - len(told)} more" if len(told) < len(parameters) else ""
-    return [", ".join(f"{short[key]}={shown(config, key)}" for key in told) + more for config in configs]
+    return told
+
+
+def apart(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bool:
+    """Whether no two configs have the same values of these keys."""
+    return len({tuple(value_of(config, key) for key in keys) for config in configs}) == len(configs)
+
+
+def named(configs: Sequence[Mapping[str, Any]], told: Sequence[str], stage: str) -> list[str]:
+    """ "learning_rate=0.001, width=64" for each; a single setting is called by its stage."""
+    short = shortened(told)
+    return [", ".join(f"{short[key]}={shown(config, key)}" for key in told) or stage for config in configs]
 
 
 def shared(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
@@ -138,7 +147,7 @@ def shown(config: Mapping[str, Any], key: str) -> str:
 
 def shortened(keys: Sequence[str]) -> dict[str, str]:
     """Each key by its last part, where no other has the same, else whole."""
-    last = [key.rpartition(".")[2] for key in keys]
+    last = ["stage" if key == STAGE else key.rpartition(".")[2] for key in keys]
     return {key: part if last.count(part) == 1 else key for key, part in zip(keys, last)}
 
 

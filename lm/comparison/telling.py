@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lm.comparison.reading import UNRECORDED, Absent, Run
 from lm.comparison.settings import Settings, different, shortened, shown
-from lm.comparison.statistics import BETTER, FEW, MINIMIZE, NOISE, UNJUDGED, Contrast, Measured
+from lm.comparison.statistics import BETTER, MINIMIZE, NOISE, UNJUDGED, Contrast, Measured, family
 from lm.console import say, table
 from lm.intervals import Estimate
 
@@ -40,11 +40,13 @@ class Comparison(NamedTuple):
 
 
 def number(value: float) -> str:
-    return f"{value:.4g}".replace("-", "−")
+    """Four significant digits, zeros at the end included."""
+    return f"{value:#.4g}".rstrip(".").replace("-", "−")
 
 
 def change(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "−")
+    """Three, with the sign."""
+    return f"{value:+#.3g}".rstrip(".").replace("-", "−")
 
 
 def bracket(estimate: Estimate, form=number) -> str:
@@ -86,7 +88,7 @@ def sentences(told: Comparison) -> list[str]:
     if said and told.chosen and told.tested:
         said.append(
             f"{told.reference} was taken as the reference because its mean is the best here, which flatters it: on new "
-            "seeds it would do a little worse. Name a reference beforehand with --baseline."
+            "seeds it would do a little worse. A reference named beforehand (--baseline) has narrower intervals."
         )
     return said
 
@@ -181,20 +183,34 @@ def clipped(text: str) -> str:
 
 def row(told: Comparison, one: Measured) -> dict[str, Any]:
     """A setting as the tables show it."""
-    contrast = told.contrasts[one.name] if one.name in told.contrasts else None
-    judged = contrast is not None and contrast.verdict != UNJUDGED
-    return {
-        "name": one.name,
-        "seeds": len(one.values),
-        "mean": number(one.mean.value),
-        "interval": spread(one),
-        "difference": change(contrast.difference.value) if contrast else "",
-        "range": bracket(contrast.difference, change) if judged else "",
-        "p": f"{contrast.p:.2g}" if judged and contrast.p >= 0.001 else "< 0.001" if judged else "",
-        "effect": change(contrast.effect) if judged and contrast.effect is not None else "",
-        "n": f"{contrast.n}{' paired' if contrast.paired else ''}" if contrast else "",
-        "verdict": contrast.verdict if contrast else "the reference" if told.contrasts else "",
-    }
+    measured = {"name": one.name, "seeds": len(one.values), "mean": number(one.mean.value), "interval": spread(one)}
+    told_of_it = dict.fromkeys(("difference", "range", "p", "over", "effect"), "")
+    if one.name not in told.contrasts:
+        return {**measured, **told_of_it, "verdict": "the reference" if told.contrasts else ""}
+    contrast = told.contrasts[one.name]
+    told_of_it |= {"difference": change(contrast.difference.value), "verdict": contrast.verdict}
+    if contrast.verdict != UNJUDGED:
+        told_of_it |= {
+            "range": bracket(contrast.difference, change),
+            "p": probability(contrast.p).removeprefix("p ").removeprefix("= "),
+            "over": f"{contrast.n} pairs" if contrast.paired else f"{seeds(contrast.n)}, unpaired",
+            "effect": "" if contrast.effect is None else change(contrast.effect),
+        }
+    return {**measured, **told_of_it}
+
+
+def corrected(told: Comparison) -> str:
+    """For how many comparisons p and intervals are corrected."""
+    tests = len(told.tested)
+    counted = family(tests, told.chosen)
+    if counted == 1:
+        return "One comparison."
+    if counted == tests:
+        return f"{tests} comparisons; their p and intervals are corrected for that number (Holm)."
+    return (
+        f"{tests} comparisons with the best of {tests + 1}; their p and intervals are corrected for all {counted} pairs "
+        "(Holm), as any setting might have been the best."
+    )
 
 
 def show(told: Comparison) -> None:
@@ -208,8 +224,6 @@ def show(told: Comparison) -> None:
         [[line["name"], line["seeds"], f"{line['mean']} {line['interval']}", line["verdict"]] for line in lines],
     )
     if told.tested:
-        count = len(told.tested)
-        many = f"{count} comparisons, p and intervals corrected for that number (Holm)"
-        say(f"{many if count > 1 else 'One comparison'}; intervals are {percent}, over seeds.")
+        say(f"{corrected(told)} Intervals are {percent}, over seeds.")
     for text in sentences(told):
         say(text)
