@@ -21,7 +21,8 @@ from lm.pages import COLOURS, INK, svg
 SHADES = colormaps["viridis"]
 POINTS = 150  # of a line, at most
 PANELS = 4  # of one figure, at most
-SETTLED = 0.2  # of a run: what comes before does not set the vertical range of its curve
+SETTLED = 0.2  # of a run: what comes before does not set the vertical range of its curve, if it has DENSE points
+DENSE = 6
 
 
 def coloured(found: Sequence[Measured]) -> dict[str, str]:
@@ -66,7 +67,8 @@ def curves(found: Sequence[Measured], metric: str, clock: str) -> Markup | None:
         for name, members in reversed(lines.items()):  # the best on top
             style = dict(color=colours[name], alpha=0.45 if colours[name] == INK else 1)
             x, y = together(members)
-            tail += [y[:, x >= SETTLED * x[-1]].ravel()] if len(x) else []
+            late = x >= SETTLED * x[-1] if len(x) >= DENSE else x >= 0
+            tail.append(y[:, late].ravel())
             axes.plot(x, y.mean(axis=0), linewidth=1.6, **style)
             if len(y) > FEW and colours[name] != INK:
                 low, high = np.array([student(column)[2:] for column in y.T]).T

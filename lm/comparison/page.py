@@ -14,6 +14,7 @@ from lm.comparison.telling import (
     Comparison,
     codes,
     configs,
+    corrected,
     given,
     number,
     of_setting,
@@ -53,6 +54,7 @@ def render(told: Comparison, folders: Sequence[Path]) -> str:
             unjudged=len(told.of(UNJUDGED)),
             warnings=warnings(told),
             sentences=sentences(told),
+            corrected=corrected(told),
             rows=[row(told, one) for one in told.found],
             means=figures.means(told.found, told.metric),
             curves=curves(told),
@@ -60,6 +62,7 @@ def render(told: Comparison, folders: Sequence[Path]) -> str:
             some=len(told.found) > len(COLOURS),
             few=FEW,
             parameters=parameters,
+            found_few=len(told.found) < len(parameters) + 2,
             swept=swept(told),
             importance=important(told),
             configs=configs(told),
@@ -98,7 +101,7 @@ def important(told: Comparison) -> dict[str, Any]:
 def swept(told: Comparison) -> list[Figure]:
     """What the parameters that differ do to the metric."""
     found, parameters = told.found, told.settings.parameters
-    if len(found) < 3 or not parameters:
+    if len(found) < len(parameters) + 2:
         return []
     drawn = []
     short = shortened(parameters)

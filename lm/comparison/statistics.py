@@ -134,10 +134,10 @@ def hedges(freedom: float) -> float:
 
 
 def family(tests: int, chosen: bool) -> int:
-    """How many comparisons to correct for: the tests, or every pair of settings if any of them might have been the best.
+    """How many comparisons to correct for: the tests, or every pair of settings where any might have been the best.
 
-    With nine equal settings of three seeds, corrected for 8 only, the best would differ from one of the others in 8 % of
-    cases and not in 5; with 20 settings of five seeds, in 14 %.
+    With nine equal settings of three seeds, corrected for 8 only, the best would differ from one of the others in 8 %
+    of cases and not in 5; with 20 settings of five seeds, in 14 %.
     """
     return tests * (tests + 1) // 2 if chosen else tests
 

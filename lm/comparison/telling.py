@@ -208,8 +208,8 @@ def corrected(told: Comparison) -> str:
     if counted == tests:
         return f"{tests} comparisons; their p and intervals are corrected for that number (Holm)."
     return (
-        f"{tests} comparisons with the best of {tests + 1}; their p and intervals are corrected for all {counted} pairs "
-        "(Holm), as any setting might have been the best."
+        f"{tests} comparisons with the best of {tests + 1}; their p and intervals are corrected for all {counted} "
+        "pairs (Holm), as any setting might have been the best."
     )
 
 
