@@ -57,16 +57,15 @@ def curves(found: Sequence[Measured], metric: str, clock: str) -> Markup | None:
 
     The band is the 95 % interval of the mean; with FEW seeds each seed is a thin line instead.
     """
-    lines = {one.name: [line(run, metric, clock) for run in one.setting.runs] for one in found}
-    colours = coloured(found)
-    if not any(len(each[0]) > 1 for each in lines.values()):
+    every = {one.name: together([line(run, metric, clock) for run in one.setting.runs]) for one in found}
+    lines, colours = {name: (x, y) for name, (x, y) in every.items() if len(x)}, coloured(found)
+    if not any(len(x) > 1 for x, _ in lines.values()):
         return None
 
     def draw(axes: Axes):
         tail = []
-        for name, members in reversed(lines.items()):  # the best on top
+        for name, (x, y) in reversed(lines.items()):  # the best on top
             style = dict(color=colours[name], alpha=0.45 if colours[name] == INK else 1)
-            x, y = together(members)
             late = x >= SETTLED * x[-1] if len(x) >= DENSE else x >= 0
             tail.append(y[:, late].ravel())
             axes.plot(x, y.mean(axis=0), linewidth=1.6, **style)

@@ -62,7 +62,7 @@ def render(told: Comparison, folders: Sequence[Path]) -> str:
             some=len(told.found) > len(COLOURS),
             few=FEW,
             parameters=parameters,
-            found_few=len(told.found) < len(parameters) + 2,
+            found_few=len(told.found) <= len(parameters),
             swept=swept(told),
             importance=important(told),
             configs=configs(told),
@@ -101,7 +101,7 @@ def important(told: Comparison) -> dict[str, Any]:
 def swept(told: Comparison) -> list[Figure]:
     """What the parameters that differ do to the metric."""
     found, parameters = told.found, told.settings.parameters
-    if len(found) < len(parameters) + 2:
+    if len(found) <= len(parameters) or not parameters:
         return []
     drawn = []
     short = shortened(parameters)

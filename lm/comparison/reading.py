@@ -13,6 +13,7 @@ from lm.workdir import CONFIG, METRICS, SUMMARY, read_json, read_metrics
 RECORD = "record.json"  # of a run: by what code each of its starts was made
 SWEEP, TRIALS, TRIAL = "sweep.json", "trials", "trial.json"
 UNRECORDED = "not recorded"
+NEEDED = ("seed", "stage.name", "train.steps")  # in a config
 COMPLETE, UNFINISHED, RUNNING = "complete", "unfinished", "running"
 
 
@@ -116,15 +117,18 @@ def lone(folder: Path) -> Run | Absent:
         inside = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
         hint = f"; those in it are {', '.join(map(str, inside[:3]))}{', ...' if len(inside) > 3 else ''}"
         raise UserError(f"{folder} holds no run{hint if inside else f': there is no {CONFIG} of lm.train in it'}")
-    return run(folder, {})
+    return trial(folder) if (folder / TRIAL).exists() else run(folder, {})
 
 
 def run(path: Path, given: Mapping[str, Any]) -> Run | Absent:
     """A workdir of lm.train; Absent unless it has come to its end."""
     config, rows = flatten(read_json(path / CONFIG)), read_metrics(path)
+    for key in NEEDED:
+        if key not in config:
+            raise UserError(f"{path} has no {key} in its {CONFIG}, so it logs no metrics: name runs of lm.train")
     if any(not isinstance(row, Mapping) or "step" not in row for row in rows):
         raise UserError(f"{path / METRICS} has a line without a step: move {path} away, or name another run")
-    steps = config["train.steps"] if "train.steps" in config else 0
+    steps = config["train.steps"]
     done = read_json(path / SUMMARY)["steps"] if (path / SUMMARY).exists() else None
     if done is None or done < steps or not rows:
         return Absent(path, given, UNFINISHED, f"{rows[-1]['step'] if rows else 0} of {steps} steps are done")

@@ -11,6 +11,7 @@ from lm.comparison.settings import Setting
 from lm.intervals import Estimate, p_value, student, welch, welch_freedom
 
 FEW = 2  # seeds, or fewer, from which noise cannot be judged
+ROUNDING = 1e-6  # of a value: no more than the rounding of float32, so no spread
 MINIMIZE, MAXIMIZE = "minimize", "maximize"
 BETTER, WORSE, NOISE, UNJUDGED = "better", "worse", "inside the noise", "cannot be judged"
 
@@ -116,7 +117,9 @@ class Sides(NamedTuple):
         else:
             freedom = len(self.a) + len(self.b) - 2
             deviation = math.sqrt(sum(((x - x.mean()) ** 2).sum() for x in (self.a, self.b)) / freedom)
-        return float(hedges(freedom) * (self.a.mean() - self.b.mean()) / deviation) if deviation else None
+        if deviation <= ROUNDING * max(np.abs(self.a).max(), np.abs(self.b).max()):
+            return None
+        return float(hedges(freedom) * (self.a.mean() - self.b.mean()) / deviation)
 
 
 def pairing(one: Measured, reference: Measured) -> Sides:
