@@ -154,6 +154,10 @@ def test_different_code_and_packages_are_warned_of(tmp_path):
     assert "2222222 + changes" in " ".join(warnings(compare.run([*old, *new])))
 
 
+def test_a_number_is_the_same_with_and_without_a_point(tmp_path):
+    assert len(compare.run([made(tmp_path / "a", init_from=1.0), made(tmp_path / "b", seed=1, init_from=1)]).found) == 1
+
+
 def test_the_last_value_counts(tmp_path):
     assert compare.run([made(tmp_path / "a", 3.5)]).found[0].mean.value == 3.5  # and not 5.5 or 4.5, logged before
 
@@ -267,8 +271,8 @@ def test_a_difference_that_no_seed_changes():
 
 
 def test_sentences(tmp_path):
-    """b - a: mean -1, se 0.01 / sqrt(3); of two tests the smaller p is doubled, so its interval is that of 97.5 %, whose
-    quantile of two degrees of freedom is 6.2053: 1 +- 0.0358. c - a: mean 1/60, deviation 0.10408, 4.3027 x 0.06009."""
+    """b - a: mean -1, se 0.01 / sqrt(3); of two tests the smaller p is doubled, so its interval is that of 97.5 %, with
+    quantile 6.2053 (two degrees of freedom): 1 +- 0.0358. c - a: mean 1/60, deviation 0.10408, 4.3027 x 0.06009."""
     a = group(tmp_path, "a", [4.0, 4.1, 4.2])
     b = group(tmp_path, "b", [3.0, 3.11, 3.19], init_from="b")
     c = group(tmp_path, "c", [4.05, 4.0, 4.3], init_from="c")
@@ -347,6 +351,18 @@ def test_keys_that_cannot_be_told_apart_are_not_drawn(tmp_path):
     told = compare.run([made(tmp_path / "a"), made(tmp_path / "b", model__width=128, model__hidden=384)])
     html = page.render(told, [])
     assert "2 keys differ, between 2 settings only" in html and "Parallel coordinates" not in html
+
+
+def test_a_random_search_is_drawn_parameter_by_parameter(tmp_path):
+    """Twelve settings of three parameters; their rates differ in the seventh digit, so that names need more than three."""
+    draw = np.random.default_rng(0).uniform
+    for n in range(12):
+        rate, width = 0.001 + 1e-9 * n, draw()
+        made(tmp_path / str(n), draw(), optimizer__learning_rate=rate, model__width=width, init_from="ab"[n % 2])
+    told = compare.run(sorted(path for path in tmp_path.iterdir()))
+    assert len(set(names(told.found))) == 12
+    html = page.render(told, [])
+    assert "over each parameter by itself" in html and "one line for each" not in html and "PED-ANOVA" in html
 
 
 def test_curves_are_means_at_common_steps():
@@ -441,6 +457,7 @@ def test_torn_files_are_named(tmp_path, file):
 
 def test_a_trial_of_a_sweep_that_still_runs(sweep):
     root = sweep(smooth)
+    assert names(compare.run([root / "trials" / n for n in ("0000", "0003")]).found)[0].endswith("width=128")
     (root / "trials" / "0003" / "trial.json").unlink()
     (gone,) = compare.run([root]).absent
     assert (gone.path.name, gone.state) == ("0003", "running")

@@ -20,7 +20,8 @@ from lm.pages import COLOURS, INK, svg
 
 SHADES = colormaps["viridis"]
 POINTS = 150  # of a line, at most
-PANELS = 4  # of one figure, at most
+PANELS = 4  # of one figure of lines, at most
+ABREAST = 4  # panels beside each other
 SETTLED = 0.2  # of a run: what comes before does not set the vertical range of its curve, if it has DENSE points
 DENSE = 6
 
@@ -169,6 +170,32 @@ def ticks(axes: Axes, values: Sequence[float]) -> None:
     if len(few) <= 8:
         axes.set_xticks(few, [f"{value:g}" for value in few])
         axes.minorticks_off()
+
+
+def slices(found: Sequence[Measured], parameters: Sequence[str], metric: str) -> Markup:
+    """The mean of every setting over each parameter by itself, a dot each: where there are too many for lines."""
+    short, style = shortened(parameters), dict(color=COLOURS[0], markersize=4, alpha=0.7)
+    means = [one.mean.value for one in found]
+
+    def draw(grid):
+        for axes, key in zip(grid.flat, parameters):
+            column = [one.setting.config[key] if key in one.setting.config else None for one in found]
+            if numeric(column):
+                axes.plot(column, means, "o", **style)
+                axes.set_xscale("log" if geometric(column) else "linear")
+            else:
+                texts = ordered({shown(one.setting.config, key) for one in found})
+                axes.plot([texts.index(shown(one.setting.config, key)) for one in found], means, "o", **style)
+                axes.set_xticks(range(len(texts)), texts)
+                axes.set_xlim(-0.5, len(texts) - 0.5)
+            axes.set_xlabel(short[key])
+        for axes in grid.flat[len(parameters) :]:
+            axes.set_axis_off()
+        grid[0, 0].set_ylabel(metric)
+
+    rows = math.ceil(len(parameters) / ABREAST)
+    size = dict(nrows=rows, ncols=min(ABREAST, len(parameters)))
+    return svg(draw, width=2.6 * size["ncols"] + 0.6, height=2.5 * rows, sharey=True, squeeze=False, **size)
 
 
 def heat(found: Sequence[Measured], x: str, y: str, direction: str) -> Markup:

@@ -11,6 +11,7 @@ from lm.comparison.importance import LEAST, good, importance
 from lm.comparison.settings import NOTHING, shortened, shown
 from lm.comparison.statistics import FEW, MINIMIZE, NOISE, UNJUDGED, Measured
 from lm.comparison.telling import (
+    ROWS,
     Comparison,
     codes,
     configs,
@@ -34,6 +35,7 @@ class Figure(NamedTuple):
     title: str
     picture: Markup
     caption: str
+    wide: bool = False
 
 
 def render(told: Comparison, folders: Sequence[Path]) -> str:
@@ -56,7 +58,8 @@ def render(told: Comparison, folders: Sequence[Path]) -> str:
             sentences=sentences(told),
             corrected=corrected(told),
             rows=[row(told, one) for one in told.found],
-            means=figures.means(told.found, told.metric),
+            means=figures.means(told.found[:ROWS], told.metric),
+            most=ROWS,
             curves=curves(told),
             colours=figures.coloured(told.found),
             some=len(told.found) > len(COLOURS),
@@ -116,6 +119,15 @@ def swept(told: Comparison) -> list[Figure]:
                 f"Dots are means over seeds; {interval}.",
             )
         )
+    elif len(parameters) > 1:
+        drawn.append(
+            Figure(
+                f"{told.metric} over each parameter by itself",
+                figures.slices(found, parameters, told.metric),
+                "A dot is a setting; the other parameters differ from dot to dot.",
+                wide=True,
+            )
+        )
     if len(parameters) == 2 and all(values(found, key) <= CELLS for key in parameters):
         x, y = (roles[0], roles[1]) if roles else parameters
         drawn.append(
@@ -132,6 +144,7 @@ def swept(told: Comparison) -> list[Figure]:
                 figures.parallel(found, parameters, told.metric, told.direction),
                 "Parallel coordinates: each line is a setting, which crosses every axis at its value. "
                 "The better, the darker, by rank.",
+                wide=len(parameters) > 2,
             )
         )
     return drawn

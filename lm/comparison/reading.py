@@ -155,8 +155,8 @@ def version(path: Path, start: Mapping[str, Any]) -> str:
     return f"{revision} + changes {hashlib.sha256((path / start['diff']).read_bytes()).hexdigest()[:6]}"
 
 
-def written(value: Any) -> str:
-    """A config's value as people write it."""
+def written(value: Any, digits: int = 6) -> str:
+    """A config's value as people write it; `digits` of a float count."""
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.{digits}g}"
     return value if isinstance(value, str) else json.dumps(value)

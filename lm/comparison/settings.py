@@ -10,6 +10,7 @@ from lm.comparison.reading import Run, written
 NOTHING = "–"  # where a config has no such key
 STAGE = "stage.name"
 CODE = "code"  # the key under which the code is part of a setting, where the same config was run by several versions
+DIGITS = (3, 6, 17)  # of a float in a name: as few as tell the settings apart; 17 tell any
 NAMED = 4  # keys that a name holds, unless it takes more to tell the settings apart
 
 
@@ -66,7 +67,12 @@ def comparable(run: Run, runs: Sequence[Run], ignore: Sequence[str]) -> dict[str
     """The config of a run by which it is grouped."""
     kept = {key: value for key, value in run.config.items() if not any(f"{key}.".startswith(f"{i}.") for i in ignore)}
     differ = {key for key in kept if any(key in r.config and r.config[key] != kept[key] for r in runs)}
-    return {key: near(value, run.path) if key in differ else value for key, value in kept.items()}
+    return {key: alike(near(value, run.path) if key in differ else value) for key, value in kept.items()}
+
+
+def alike(value: Any) -> Any:
+    """1.0 as 1: no other setting."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def near(value: Any, path: Path) -> Any:
@@ -131,9 +137,15 @@ def apart(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bool:
 
 
 def named(configs: Sequence[Mapping[str, Any]], told: Sequence[str], stage: str) -> list[str]:
-    """ "learning_rate=0.001, width=64" for each; a single setting is called by its stage."""
+    """ "learning_rate=0.001, width=64" for each, all different; a single setting is called by its stage."""
+    if not told:
+        return [stage for _ in configs]
     short = shortened(told)
-    return [", ".join(f"{short[key]}={shown(config, key)}" for key in told) or stage for config in configs]
+    for digits in DIGITS:
+        names = [", ".join(f"{short[key]}={shown(config, key, digits)}" for key in told) for config in configs]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def shared(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
@@ -141,8 +153,8 @@ def shared(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[st
     return [key for key in keys if all(key in config for config in configs)] or list(keys)
 
 
-def shown(config: Mapping[str, Any], key: str) -> str:
-    return written(config[key]) if key in config else NOTHING
+def shown(config: Mapping[str, Any], key: str, digits: int = 6) -> str:
+    return written(config[key], digits) if key in config else NOTHING
 
 
 def shortened(keys: Sequence[str]) -> dict[str, str]:

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm.comparison.reading import UNRECORDED, Absent, Run
-from lm.comparison.settings import Settings, different, shortened, shown
+from lm.comparison.settings import NOTHING, Settings, different, shortened, shown
 from lm.comparison.statistics import BETTER, MINIMIZE, NOISE, UNJUDGED, Contrast, Measured, family
 from lm.console import say, table
 from lm.intervals import Estimate
 
 SHOWN = 60  # characters of a value in a table
+ROWS = 20  # settings that the terminal and the figures show
+FEW_NAMES = 4  # settings that a sentence names
 
 
 class Comparison(NamedTuple):
@@ -79,8 +81,10 @@ def sentences(told: Comparison) -> list[str]:
         ]
     said = [sentence(contrast) for contrast in told.contrasts.values() if contrast.verdict != UNJUDGED]
     if unjudged := told.of(UNJUDGED):
-        names = ", ".join(f"{one.name} ({change(one.difference.value)}, {seeds(one.n)})" for one in unjudged[:6])
-        rest = f" and {len(unjudged) - 6} more" if len(unjudged) > 6 else ""
+        names = "; ".join(
+            f"{one.name} ({change(one.difference.value)}, {seeds(one.n)})" for one in unjudged[:FEW_NAMES]
+        )
+        rest = f"; and {len(unjudged) - FEW_NAMES} more" if len(unjudged) > FEW_NAMES else ""
         said.append(
             f"Against {told.reference} the noise cannot be judged, for want of three seeds on both sides: "
             f"{names}{rest}. Such a difference may be chance, however large it looks."
@@ -162,19 +166,18 @@ def configs(told: Comparison) -> list[list[str]]:
 
 
 def codes(told: Comparison) -> list[list[str]]:
-    """A row for each setting: its name, the code of its runs, and their package versions."""
-    return [
-        [one.name, *(" | ".join(dict.fromkeys(texts)) or "–" for texts in (labels, versions))]
-        for one in told.found
-        for labels in [[run.code.label for run in one.setting.runs]]
-        for versions in [
-            [
-                ", ".join(f"{name} {version}" for name, version in run.code.versions.items())
-                for run in one.setting.runs
-                if run.code.versions
-            ]
-        ]
-    ]
+    """A row for each code that runs were made by: the code, its package versions, the settings, and how many runs."""
+    made: dict[tuple[str, str], list[str]] = {}
+    for one in told.found:
+        for run in one.setting.runs:
+            versions = ", ".join(f"{name} {version}" for name, version in run.code.versions.items())
+            made.setdefault((run.code.label, versions or NOTHING), []).append(one.name)
+    rows = []
+    for (label, versions), names in made.items():
+        distinct = list(dict.fromkeys(names))
+        who = "all settings" if len(distinct) == len(told.found) else "; ".join(distinct)
+        rows.append([label, versions, who, str(len(names))])
+    return rows
 
 
 def clipped(text: str) -> str:
@@ -221,8 +224,10 @@ def show(told: Comparison) -> None:
     table(
         f"{told.metric} ({better} is better)",
         ["", "seeds", f"mean [{percent}]", ""],
-        [[line["name"], line["seeds"], f"{line['mean']} {line['interval']}", line["verdict"]] for line in lines],
+        [[line["name"], line["seeds"], f"{line['mean']} {line['interval']}", line["verdict"]] for line in lines[:ROWS]],
     )
+    if len(lines) > ROWS:
+        say(f"These are the best {ROWS} of {len(lines)}; the page has all.")
     if told.tested:
         say(f"{corrected(told)} Intervals are {percent}, over seeds.")
     for text in sentences(told):
