@@ -24,7 +24,7 @@ from lm.workdir import write_text
 PAGE = "compare.html"
 METRIC = "held_out/loss"  # unless a sweep says what it was for
 # Metrics of which more is better, by their last part, or the first where it ends in "/"; of any other, less is.
-LARGER = ("accuracy", "reward", "margin", "score/", "tokens_per_second")
+LARGER = ("accuracy", "reward", "margin", "stopped", "score/", "tokens_per_second")
 POSITIONAL = {"folders": dict(nargs="*", metavar="D", help="the workdir of a run, or the folder of a sweep")}
 FLAGS = {
     "metric": dict(metavar="NAME", help=f"as metrics.jsonl names it; default: the sweep's, else {METRIC}"),

@@ -78,8 +78,9 @@ def sweep(tmp_path):
                 "value": number,
                 "error": "loss is nan at step 7" if result == "failed" else None,
                 "seconds": 1.0,
+                "workdir": path.name,
             }
-            (path / "trial.json").write_text(json.dumps(told))
+            (root / "trials" / f"{i:04}.json").write_text(json.dumps(told))
         (root / "sweep.json").write_text(json.dumps({"metric": metric, "direction": direction}))
         return root
 
@@ -333,6 +334,20 @@ def test_the_direction_of_a_metric_by_its_name():
         assert compare.aim(metric, Found([], [], {})) == direction
 
 
+def test_a_sweep_of_pipelines_is_judged_by_one_stage_and_told_by_all(tmp_path):
+    """The rate of pretraining is in no config of SFT, but tells its settings apart; paths of each trial do not."""
+    for i, (rate, width, seed) in enumerate(itertools.product((0.1, 0.2), (64, 128), (0, 1))):
+        root = tmp_path / "trials" / f"{i:04}"
+        made(root / "sft", rate, seed=seed, model__width=width, init_from=f"{root}/pretrain")
+        overrides = {"pretrain.optimizer.learning_rate": rate, "sft.model.width": width}
+        told = {"overrides": overrides, "state": "complete", "error": None, "workdir": f"{root.name}/sft"}
+        root.with_name(f"{root.name}.json").write_text(json.dumps(told))
+    (tmp_path / "sweep.json").write_text('{"metric": "held_out/loss", "direction": "minimize"}')
+    told = compare.run([tmp_path])
+    assert names(told.found)[::3] == ["learning_rate=0.1, width=64", "learning_rate=0.2, width=128"]
+    assert [list(one.values) for one in told.found] == [[0, 1]] * 4
+
+
 def test_the_page_holds_everything_and_needs_nothing(sweep, capsys):
     root = sweep(smooth)
     compare.program(["--output", str(root / "page.html"), str(root), "--confidence=0.9"])
@@ -354,7 +369,7 @@ def test_keys_that_cannot_be_told_apart_are_not_drawn(tmp_path):
 
 
 def test_a_random_search_is_drawn_parameter_by_parameter(tmp_path):
-    """Twelve settings of three parameters; their rates differ in the seventh digit, so that names need more than three."""
+    """Twelve settings of three parameters; their rates differ in the seventh digit, so names need more than three."""
     draw = np.random.default_rng(0).uniform
     for n in range(12):
         rate, width = 0.001 + 1e-9 * n, draw()
@@ -458,7 +473,7 @@ def test_torn_files_are_named(tmp_path, file):
 def test_a_trial_of_a_sweep_that_still_runs(sweep):
     root = sweep(smooth)
     assert names(compare.run([root / "trials" / n for n in ("0000", "0003")]).found)[0].endswith("width=128")
-    (root / "trials" / "0003" / "trial.json").unlink()
+    (root / "trials" / "0003.json").unlink()
     (gone,) = compare.run([root]).absent
     assert (gone.path.name, gone.state) == ("0003", "running")
 

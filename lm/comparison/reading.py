@@ -11,7 +11,7 @@ from lm.errors import UserError
 from lm.workdir import CONFIG, METRICS, SUMMARY, read_json, read_metrics
 
 RECORD = "record.json"  # of a run: by what code each of its starts was made
-SWEEP, TRIALS, TRIAL = "sweep.json", "trials", "trial.json"
+SWEEP, TRIALS = "sweep.json", "trials"  # trials/NAME is the workdir of a run, trials/NAME.json what came of it
 UNRECORDED = "not recorded"
 NEEDED = ("seed", "stage.name", "train.steps")  # in a config
 COMPLETE, UNFINISHED, RUNNING = "complete", "unfinished", "running"
@@ -91,22 +91,27 @@ def read(folders: Iterable[str | Path]) -> Found:
 
 def trials(folder: Path) -> list[Run | Absent]:
     """The trials of a sweep, in their order."""
-    found = sorted(path for path in (folder / TRIALS).glob("*") if path.is_dir())
-    if not found:
+    inside = sorted((folder / TRIALS).glob("*"))
+    names = dict.fromkeys(path.stem for path in inside if path.is_dir() or path.suffix == ".json")
+    if not names:
         raise UserError(
             f"{folder} is a sweep without a trial: start it with python -m lm.sweep, or name another folder"
         )
-    return [trial(path) for path in found]
+    return [trial(folder / TRIALS / name) for name in names]
 
 
 def trial(path: Path) -> Run | Absent:
-    if not (path / TRIAL).exists():
-        return Absent(path, {}, RUNNING, f"there is no {TRIAL} yet")
-    told = read_json(path / TRIAL)
-    given = {key: value for key, value in told["overrides"].items() if key != "seed"}
+    """A run of a sweep; of a pipeline the stage that is judged, though what other stages were given counts too."""
+    record = path.with_name(f"{path.name}.json")
+    if not record.exists():
+        return Absent(path, {}, RUNNING, f"there is no {record.name} beside it yet")
+    told = read_json(record)
+    workdir = path.parent / told["workdir"]
+    stage = f"{workdir.name}." if workdir != path else ""
+    given = {key.removeprefix(stage): value for key, value in told["overrides"].items() if key != "seed"}
     if told["state"] != COMPLETE:
-        return Absent(path, given, told["state"], told["error"] or "stopped early by the sweep")
-    return run(path, given)
+        return Absent(workdir, given, told["state"], told["error"] or "stopped early by the sweep")
+    return run(workdir, given)
 
 
 def lone(folder: Path) -> Run | Absent:
@@ -117,12 +122,13 @@ def lone(folder: Path) -> Run | Absent:
         inside = sorted(path.parent for path in folder.glob(f"*/{METRICS}"))
         hint = f"; those in it are {', '.join(map(str, inside[:3]))}{', ...' if len(inside) > 3 else ''}"
         raise UserError(f"{folder} holds no run{hint if inside else f': there is no {CONFIG} of lm.train in it'}")
-    return trial(folder) if (folder / TRIAL).exists() else run(folder, {})
+    of_sweep = folder.parent.name == TRIALS and (folder.parent.parent / SWEEP).exists()
+    return trial(folder) if of_sweep else run(folder, {})
 
 
 def run(path: Path, given: Mapping[str, Any]) -> Run | Absent:
-    """A workdir of lm.train; Absent unless it has come to its end."""
-    config, rows = flatten(read_json(path / CONFIG)), read_metrics(path)
+    """A workdir of lm.train; Absent unless it has come to its end. What was `given` outside its config joins it."""
+    config, rows = {**given, **flatten(read_json(path / CONFIG))}, read_metrics(path)
     for key in NEEDED:
         if key not in config:
             raise UserError(f"{path} has no {key} in its {CONFIG}, so it logs no metrics: name runs of lm.train")
