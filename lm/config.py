@@ -12,7 +12,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
@@ -125,17 +125,27 @@ def arguments(
     return namespace, load(namespace.config, overrides)
 
 
-def parsed(argv: Sequence[str], description: str, flags: Mapping[str, Mapping[str, Any]]) -> argparse.Namespace:
-    """The flags of a program without a config. Raises UserError where argparse would exit, naming the near flag."""
+def parsed(
+    argv: Sequence[str],
+    description: str,
+    flags: Mapping[str, Mapping[str, Any]],
+    positional: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> argparse.Namespace:
+    """The flags of a program without a config. Raises UserError where argparse would exit, naming the near flag.
+
+    positional: what is given without a flag, in any place among the flags, by name like these.
+    """
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, keywords in flags.items():
         parser.add_argument(f"--{name}", **keywords)
+    for name, keywords in positional.items():
+        parser.add_argument(name, **keywords)
     for argument in argv:
         flag = argument.partition("=")[0]
         if flag.startswith("--") and flag.removeprefix("--") not in [*flags, "help", ""]:
             near = _did_you_mean(flag, [f"--{name}" for name in flags])
             raise UserError(f"{flag} is not a flag of this program{near}")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 class _Parser(argparse.ArgumentParser):

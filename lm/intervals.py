@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 Z95 = 1.959964  # two-sided 95 % of a normal
 
@@ -58,3 +58,41 @@ def crossed(values: np.ndarray) -> Estimate:
     errors = [float(side.std(ddof=1) / math.sqrt(len(side))) for side in sides]
     reach = math.hypot(*(stdtrit(len(side) - 1, 0.975) * error for side, error in zip(sides, errors)))
     return Estimate(float(x.mean()), math.hypot(*errors), float(x.mean()) - reach, float(x.mean()) + reach)
+
+
+def student(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:
+    """Mean of a few independent, roughly normal observations, such as runs of several seeds; Student's interval.
+
+    Where one observation or none is left to tell the spread from, the interval is infinite.
+    """
+    value, se, *_ = average(values)
+    return within(value, se, len(values) - 1, confidence)
+
+
+def welch(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95) -> Estimate:
+    """Difference of the means of two independent samples whose spreads may differ (Welch 1947)."""
+    (one, error, *_), (other, other_error, *_) = average(a), average(b)
+    return within(one - other, math.hypot(error, other_error), welch_freedom(a, b), confidence)
+
+
+def welch_freedom(a: Sequence[float], b: Sequence[float]) -> float:
+    """Degrees of freedom by Welch and Satterthwaite; 0 where a side has one observation, the most if neither varies."""
+    if min(len(a), len(b)) < 2:
+        return 0
+    shares = [average(side).se ** 2 for side in (a, b)]
+    if not any(shares):
+        return len(a) + len(b) - 2
+    return sum(shares) ** 2 / sum(share**2 / (len(side) - 1) for share, side in zip(shares, (a, b)))
+
+
+def p_value(estimate: Estimate, freedom: float) -> float:
+    """Two-sided: how often as much is seen by chance if the truth is 0. 1 where nothing is known."""
+    if freedom <= 0 or estimate.value == 0:
+        return 1.0
+    return float(2 * stdtr(freedom, -abs(estimate.value) / estimate.se)) if estimate.se else 0.0
+
+
+def within(value: float, se: float, freedom: float, confidence: float) -> Estimate:
+    """A value and its Student interval, infinite without a degree of freedom."""
+    reach = float(stdtrit(freedom, (1 + confidence) / 2)) * se if freedom > 0 else math.inf
+    return Estimate(value, se, value - reach, value + reach)

@@ -20,18 +20,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm.comparison.reading import SWEEP, TRIALS
+from lm.comparison.statistics import MAXIMIZE, MINIMIZE
 from lm.config import overrides_in, parsed, to_dict
 from lm.console import Interrupted, main, on_sigterm, say, table, warn
 from lm.errors import UserError, at_least
 from lm.sweeps import space as spaces
 from lm.sweeps.board import Board, as_table, counted, settings
 from lm.sweeps.launch import LAUNCHERS, shares
-from lm.sweeps.runs import TRIALS, Goal, Running
+from lm.sweeps.runs import Goal, Running
 from lm.sweeps.space import Source, Trial
 from lm.sweeps.study import PRUNERS, SAMPLERS, Study, Told
 from lm.workdir import CONFIG, write_text
 
-SWEEP = "sweep.json"  # what the sweep varies and by what it judges
 POLL = 0.5  # seconds between two looks at the running trials
 SEARCHES = (*SAMPLERS, "grid")
 FLAGS = {
@@ -47,7 +48,7 @@ FLAGS = {
     "metric": dict(
         default="", metavar="NAME", help="judges a trial by its last value; default: held-out, the stage's own"
     ),
-    "direction": dict(default="", choices=("minimize", "maximize"), help="default: by the metric's name"),
+    "direction": dict(default="", choices=(MINIMIZE, MAXIMIZE), help="default: by the metric's name"),
     "pruner": dict(default="none", choices=list(PRUNERS), help="stops hopeless trials by what they log (default none)"),
     "storage": dict(default="", metavar="URL", help="the study's database; default: sqlite in WORKDIR"),
     "study": dict(default="", metavar="NAME", help="its name there; default: WORKDIR's"),
@@ -229,7 +230,7 @@ def swept(trials: Sequence[Trial], space: Mapping[str, Any]) -> list[str]:
 
 def show(told: Sequence[Told], goal: Goal, root: Path, keys: Sequence[str]) -> None:
     """The trials, the best first; those that failed with their errors."""
-    sign = 1 if goal.direction == "minimize" else -1
+    sign = 1 if goal.direction == MINIMIZE else -1
     done = [one for one in told if one.state == "complete"]
     best, rest = sorted(done, key=lambda one: sign * one.value), [one for one in told if one not in done]
     say(f"\n{counted(told)}; {goal.metric}, {'low' if goal.direction == 'minimize' else 'high'} is good")

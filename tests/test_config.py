@@ -195,5 +195,10 @@ def test_bad_arguments_are_named(argv, message):
     assert str(error.value) == message
 
 
+def test_what_has_no_flag_may_stand_among_flags():
+    flags = config.parsed(["a", "--top_k=5", "b"], "chat", FLAGS | {"workdir": {}}, {"folders": dict(nargs="*")})
+    assert flags.folders == ["a", "b"] and flags.top_k == 5
+
+
 def test_parsed_needs_no_config():
     assert config.parsed(["--workdir=w", "--top_k=5"], "chat", FLAGS).top_k == 5

@@ -9,7 +9,7 @@ LM = Path(__file__).parent.parent / "lm"
 # Rewards score rows that the data room lays out, so data stands half a floor below.
 FLOORS = {
     -1: "errors calculator",
-    0: "types metrics losses returns distribution sharding intervals",
+    0: "types metrics losses returns distribution sharding intervals together",
     0.5: "agreement",
     1: "model optim tokenizer checkpoint hardware",
     1.5: "data",
@@ -17,8 +17,8 @@ FLOORS = {
     3: "stages answers",
     4: "config console workdir pages",
     4.5: "log",
-    5: "train verdicts evaluate taste ranking unseen certify bench",
-    5.5: "report lab",
+    5: "train verdicts evaluate taste ranking unseen certify bench comparison",
+    5.5: "report lab compare",
     6: "pipeline chat contest overoptimisation sweeps",
     7: "rank judge sweep",
 }

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from lm.intervals import Z95, average, crossed, difference, rate, win_rate
+from lm.intervals import Z95, average, crossed, difference, p_value, rate, student, welch, welch_freedom, win_rate
 
 
 def test_average():
@@ -91,3 +92,45 @@ def test_an_average_of_runs_alone_would_not():
         _, _, low, high = average((draw(size=(3, 1)) + draw(size=(3, 100))).ravel())
         held += low < 0 < high
     assert held / 300 < 0.5
+
+
+def test_student():
+    """1, 2, 3: se = 1 / sqrt(3); the quantiles of two degrees of freedom are 4.302653, and 2.919986 for 90 %."""
+    value, se, low, high = student([1, 2, 3])
+    assert (value, se) == (2, pytest.approx(1 / math.sqrt(3)))
+    assert (2 - low, high - 2) == pytest.approx([4.302653 / math.sqrt(3)] * 2, rel=1e-6)
+    assert student([1, 2, 3], confidence=0.9).high == pytest.approx(2 + 2.919986 / math.sqrt(3), rel=1e-6)
+    assert student([3.0]) == average([3.0])
+
+
+def test_welch_and_its_p_are_scipys():
+    a, b = [1.0, 2.0, 4.0], [0.5, 0.6, 0.4, 0.9, 0.2]
+    theirs = stats.ttest_ind(a, b, equal_var=False)
+    assert welch_freedom(a, b) == pytest.approx(theirs.df)
+    assert (welch(a, b).low, welch(a, b).high) == pytest.approx(tuple(theirs.confidence_interval()))
+    assert p_value(welch(a, b), welch_freedom(a, b)) == pytest.approx(theirs.pvalue)
+    assert p_value(student(a), 2) == pytest.approx(stats.ttest_1samp(a, 0).pvalue)
+
+
+def test_what_is_known_of_too_few():
+    assert welch([1.0], [2.0, 3.0])[2:] == (-math.inf, math.inf) and p_value(welch([1.0], [2.0, 3.0]), 0) == 1
+    assert welch([2, 2], [1, 1]) == (1, 0, 1, 1) and p_value(welch([2, 2], [1, 1]), 2) == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_student_covers_the_truth_and_a_normal_interval_would_not(n):
+    """4,000 draws of n observations of mean 0: 95 % hold 0, give or take 1; normal intervals of three hold 81 %."""
+    draws, held, normal = np.random.default_rng(n).normal(size=(4000, n)), 0, 0
+    for x in draws:
+        held += student(x).low < 0 < student(x).high
+        normal += average(x).low < 0 < average(x).high
+    assert 0.94 < held / 4000 < 0.96 and normal / 4000 < 0.9
+
+
+def test_welch_covers_the_truth():
+    """Three observations against six that vary three times as much, 3,000 times: about 95 % hold 0."""
+    draw, held = np.random.default_rng(0).normal, 0
+    for _ in range(3000):
+        _, _, low, high = welch(draw(size=3), 3 * draw(size=6))
+        held += low < 0 < high
+    assert 0.935 < held / 3000 < 0.965

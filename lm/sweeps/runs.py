@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from lm.comparison.reading import TRIALS
+from lm.comparison.statistics import by_name
 from lm.config import flatten, to_dict
 from lm.errors import UserError
 from lm.stages import STAGES
@@ -23,10 +25,8 @@ from lm.sweeps.space import SEED, Source, typed
 from lm.sweeps.study import Claim
 from lm.workdir import LOCK, free, read_metrics, write_text
 
-TRIALS = "trials"
 PATIENCE = 120  # seconds a stopped run has to save itself
 HELD_OUT = "held_out/"
-MAXIMISED = {"reward", "accuracy", "margin", "rule", "stopped", "model"}  # last parts of names that should be high
 MEMORY = ("RESOURCE_EXHAUSTED", "MemoryError", "std::bad_alloc", "Out of memory", "out of memory")
 
 
@@ -64,8 +64,7 @@ class Goal(NamedTuple):
         name = name or HELD_OUT + STAGES[stage.stage.name].SHOWN[0]
         often = "evaluate_every" in stage.train and stage.train.evaluate_every
         watched = name if often else name.removeprefix(HELD_OUT)
-        highest = name.split("/")[-1] in MAXIMISED
-        return cls(module, part, name, watched, direction or ("maximize" if highest else "minimize"))
+        return cls(module, part, name, watched, direction or by_name(name))
 
 
 class Running:

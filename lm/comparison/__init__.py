@@ -1,0 +1,1 @@
+"""Runs and sweeps compared: read, grouped into settings, tested, drawn and told."""
