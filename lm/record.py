@@ -5,6 +5,7 @@ differed from it and the file that holds the difference, versions, host, devices
 """
 
 import json
+import os
 import platform
 import shlex
 import socket
@@ -65,6 +66,7 @@ def machine() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
+        "cores": os.cpu_count(),
     }
 
 

@@ -27,7 +27,7 @@ from lm.runpage import Stage, figures, said, stage
 from lm.stages import sft
 from lm.tokenizer import Tokenizer, chat
 from lm.types import Tokens
-from lm.workdir import PAGE, PIPELINE, TOKENIZER, read_json, read_metrics, write_text
+from lm.workdir import CONFIG, PAGE, PIPELINE, TOKENIZER, read_json, read_metrics, write_text
 
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the folder of a pipeline, or of one stage")}
 SHOWN_ANSWERS, SHOWN_RANKINGS, PACKED = 8, 2, 12  # answers and rankings shown; excerpts packed into rows to show one
@@ -56,9 +56,7 @@ def write(root: str | Path) -> Path:
     if (root / PIPELINE).exists():
         return write_pipeline(root)
     if "stage" not in stage(root).config:
-        raise UserError(
-            f"{root} is no run of lm.pipeline or lm.train: it holds neither {PIPELINE} nor a stage's config"
-        )
+        raise UserError(f"{root} is no run of lm.pipeline or lm.train: it holds no {PIPELINE}, nor a stage's {CONFIG}")
     return runpage.write(root)
 
 

@@ -90,7 +90,7 @@ def write(path: str | Path) -> Path:
             scores=compared(found.summary),
             costs=costs(found.summary, starts),
             phases=spans(found.summary),
-            curves=figures(found),
+            curves=figures(found._replace(name="")),  # on its own page it needs no name
             rollouts=said(path),
             starts=starts,
             config=json.dumps(found.config, indent=2),

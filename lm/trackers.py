@@ -1,7 +1,8 @@
 """Where metrics go beside TensorBoard, when asked: Weights & Biases, MLflow. A run that continues continues there too.
 
 Where they send to is their own business: WANDB_PROJECT, WANDB_MODE=offline, MLFLOW_TRACKING_URI,
-MLFLOW_EXPERIMENT_NAME. The id that each gave the run is kept in the workdir.
+MLFLOW_EXPERIMENT_NAME. The id that each gave the run is kept in the workdir. For a tracking server the package
+mlflow-skinny is enough.
 """
 
 import json
@@ -44,7 +45,6 @@ def mlflow(package, path: Path, config: Mapping[str, Any], id: str | None) -> Tr
 
 
 OPENING = {"wandb": wandb, "mlflow": mlflow}
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # what pip installs
 
 
 def named(text: str) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def named(text: str) -> dict[str, Any]:
         try:
             found[name] = import_module(name)
         except ImportError:
-            raise UserError(f"--log={name} needs a package that is not here: pip install {PACKAGES[name]}") from None
+            raise UserError(f"--log={name} needs a package that is not here: pip install {name}") from None
     return found
 
 

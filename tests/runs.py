@@ -24,7 +24,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
-from lm import checkpoint, console, pipeline, record, train
+from lm import checkpoint, console, pipeline, record, runpage, train
 from lm.config import load
 from lm.data import corpus
 from lm.phases import PHASES
@@ -102,8 +102,9 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small(monkeypatch) -> None:
-    """The small world for a test's own runs in this process."""
+    """The small world for a test's own runs in this process. They draw no page of their own."""
     enter_small_world(monkeypatch.setattr)
+    monkeypatch.setattr(runpage, "write", lambda path: path)
 
 
 def stage_config(run: Path, stage: str, *overrides: str):
