@@ -25,6 +25,7 @@ class Trace:
     def __init__(self, wanted: range, folder: Path):
         self._wanted, self._folder = wanted, folder
         self._open: ExitStack | None = None
+        self._begun = False
 
     def __enter__(self) -> "Trace":
         return self
@@ -32,6 +33,8 @@ class Trace:
     def __exit__(self, *exception) -> None:
         if self._open:
             self._write()
+        if self._wanted and not self._begun:
+            warn(f"--profile={self._wanted[0]}:{self._wanted[-1]}: this process took none of these steps")
 
     def begin(self, step: int) -> None:
         """Before the first thing that is done for a step. A run that continues within the range traces its rest."""
@@ -41,7 +44,7 @@ class Trace:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # else every call of a Python function is an event, a million a second
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
-            self._open = ExitStack()
+            self._open, self._begun = ExitStack(), True
         self._open.enter_context(jax.profiler.StepTraceAnnotation("step", step_num=step))
 
     def end(self, step: int, results) -> None:

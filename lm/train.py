@@ -107,6 +107,8 @@ def run(config: ConfigDict, path: str | Path, *, log: str = "", profile: str = "
                 summary = call(fit_tokenizer, config.data, workdir, name="data")
             workdir.write_summary(summary)
             runpage.write(workdir.path)
+        elif packages or traced:
+            say(f"{path} has finished: there is nothing to log or to trace")
         report(name, summary)
         return summary
 

@@ -14,7 +14,7 @@ def line(step, tokens, data, update, **more):
 
 
 def test_utilisation():
-    """Three lines, a score between. First interval: 100 tokens in 1 + 9 s, compiling. Then 100 in 0.5 + 1.5 s and 300 in
+    """Three lines, a score between. First 100 tokens in 1 + 9 s, compiling; then 100 in 0.5 + 1.5 s and 300 in
     1 + 2 s: rates 50 and 100 tokens a second, median 75; times 4 FLOPs over 1000 FLOP/s: 0.3."""
     means = {"tokens_per_second": 1.0}
     rows = [

@@ -40,6 +40,8 @@ def test_a_run_traces_its_steps(finished, small, tmp_path, capsys):
     assert len(events(tmp_path / "run" / "profile", "data")) == len(events(tmp_path / "run" / "profile", "update")) == 2
     assert events(tmp_path / "run" / "profile", "PjitFunction(update)")
     assert f"profile: {tmp_path}/run/profile/" in capsys.readouterr().out
+    train.run(stage_config(finished, "pretrain"), tmp_path / "run", profile="3:4")
+    assert f"{tmp_path / 'run'} has finished: there is nothing to log or to trace\n" in capsys.readouterr().out
 
 
 def test_an_error_within_ends_the_trace_and_keeps_it(tmp_path):
@@ -54,7 +56,7 @@ def test_an_error_within_ends_the_trace_and_keeps_it(tmp_path):
         trace.end(1, jnp.ones(1))
 
 
-def test_steps_outside_the_range_are_not_traced(tmp_path, monkeypatch):
+def test_steps_outside_the_range_are_not_traced(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise AssertionError
 
@@ -65,6 +67,7 @@ def test_steps_outside_the_range_are_not_traced(tmp_path, monkeypatch):
         trace.begin(6)
         trace.end(6, None)
     assert not (tmp_path / "profile").exists()
+    assert capsys.readouterr().err == "warning: --profile=5:5: this process took none of these steps\n"
 
 
 def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys):
