@@ -184,15 +184,17 @@ class Progress:
 
 
 class Writers:
-    """Scalars as TensorBoard files under WORKDIR/tensorboard.
+    """Scalars as TensorBoard files under WORKDIR/tensorboard, and to whatever trackers there are.
 
     purge_step: TensorBoard forgets what an earlier process wrote from this step on; a resumed run writes it again.
+    trackers: of lm.trackers. One that fails is told of and left behind: training goes on.
     """
 
-    def __init__(self, workdir: str | Path, purge_step: int = 0):
+    def __init__(self, workdir: str | Path, purge_step: int = 0, trackers: Sequence[Any] = ()):
         from tensorboardX import SummaryWriter  # here, as only training needs it
 
         self._writer = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=purge_step)
+        self._trackers = list(trackers)
 
     def __enter__(self) -> "Writers":
         return self
@@ -200,10 +202,20 @@ class Writers:
     def __exit__(self, *exception) -> None:
         with suppress(OSError):  # a full disk: metrics.jsonl has the numbers, and saving tells the user
             self._writer.close()
+        self._each(lambda tracker: tracker.close())
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        self._each(lambda tracker: tracker.write(step, metrics))
+
+    def _each(self, action: Callable[[Any], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                action(tracker)
+            except Exception as error:  # theirs may be anything: a lost network, a full disk, a bug
+                self._trackers.remove(tracker)
+                warn(f"{tracker.name} gets no more metrics ({type(error).__name__}: {error}); metrics.jsonl has them")
 
 
 def terminal() -> Console:

@@ -28,6 +28,7 @@ from lm.console import main, say, table, warn
 from lm.data import rankings as records
 from lm.errors import UserError, at_least
 from lm.evaluate import ANSWERS
+from lm.inherited import reward_from
 from lm.intervals import crossed
 from lm.pages import COLOURS, INK, interval, signed, svg, templates
 from lm.rewards import REWARDS, Reward
@@ -65,7 +66,7 @@ def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     entries, started = checked(config), time.monotonic()
     with open_workdir(path, to_dict(config), harmless=("seeds", "methods")) as workdir:
         start = load(config.init_from, backend=jax.default_backend(), warn=warn)
-        proxy = train.reward_from(config.reward_model, start.tokenizer, 0.0)
+        proxy = reward_from(config.reward_model, start.tokenizer, 0.0)
         questions = call(asked, config.prompts, start.tokenizer, name="prompts")
         answers = call(examined, config.evaluate, start, questions, proxy, name="evaluate")
         for seed, (name, entry) in itertools.product(config.seeds, entries.items()):

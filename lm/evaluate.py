@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm import metrics as means
+from lm import metrics as means, record
 from lm.answers import Answer, answerer
 from lm.config import arguments, call, require, to_dict
 from lm.console import Progress, main, say, table, warn
@@ -41,6 +41,7 @@ def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
     with open_workdir(path, to_dict(config)) as workdir:
         summary = workdir.summary()
         if summary is None:
+            record.note(workdir.path, seed=config.seed)
             trained = {
                 name: load(source, backend=jax.default_backend(), warn=warn)
                 for name, source in config.models.to_dict().items()

@@ -10,6 +10,7 @@ import jax
 from lm import metrics as means
 from lm.console import Progress, Writers, warn
 from lm.errors import UserError
+from lm.phases import OTHER, PHASES, Phases
 from lm.workdir import Workdir, read_metrics
 
 # Metrics at or above a level that say something is amiss, though nothing is lost: said once.
@@ -29,7 +30,7 @@ ADVICE: Mapping[str, tuple[float, str]] = {
 class Log:
     """Metrics of the steps since the last line, kept on the devices so that the loop need not wait for them."""
 
-    def __init__(self, stage, workdir: Workdir, writers: Writers, progress: Progress):
+    def __init__(self, stage, workdir: Workdir, writers: Writers, progress: Progress, phases: Phases):
         self._stage, self._workdir, self._writers, self._progress = (
             stage.__name__.split(".")[-1],
             workdir,
@@ -39,9 +40,10 @@ class Log:
         self._limits = stage.LIMITS
         self._shown = [prefix + name for prefix in ("", "held_out/") for name in stage.SHOWN]
         rows = read_metrics(workdir.metrics)
-        self._tokens, self._before = (rows[-1]["tokens"], rows[-1]["seconds"]) if rows else (0, 0.0)
+        self._tokens = rows[-1]["tokens"] if rows else 0
+        self._phases, self._before = phases, by_phase(rows[-1]) if rows else dict.fromkeys((*PHASES, OTHER), 0.0)
         self.scored = bool(rows) and any(name.startswith("held_out/") for name in rows[-1])  # where this run takes up
-        self._start = self._flushed = time.monotonic()
+        self._flushed = time.monotonic()
         self._pending: list[tuple[int, Mapping[str, Any], int]] = []
         self._advised: set[str] = set()
 
@@ -50,7 +52,8 @@ class Log:
 
     def flush(self) -> None:
         """One line of means over the noted steps. Raises UserError at the first that is not finite, or over a limit."""
-        fetched = [(step, jax.device_get(dict(metrics)), tokens) for step, metrics, tokens in self._pending]
+        with self._phases("update"):  # this waits for the devices
+            fetched = [(step, jax.device_get(dict(metrics)), tokens) for step, metrics, tokens in self._pending]
         self._pending = []
         total = None
         for step, found, _ in fetched:
@@ -74,10 +77,16 @@ class Log:
         self._flushed = now
         self.write(fetched[-1][0], values)
 
+    def seconds(self) -> dict[str, float]:
+        """Spent on each phase until now, by every process that had a part in the run."""
+        return {name: spent + self._before[name] for name, spent in self._phases.seconds().items()}
+
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line to metrics.jsonl, TensorBoard and the terminal. Raises UserError if a value is not finite."""
         self._stop_unless_finite(step, values)
-        clock = {"tokens": self._tokens, "seconds": self._before + time.monotonic() - self._start}
+        spent = self.seconds()
+        clock = {"tokens": self._tokens, "seconds": sum(spent.values())}
+        clock |= {f"seconds/{phase}": spent[phase] for phase in PHASES}
         self._workdir.append_metrics({"step": step, **values, **clock})
         self._writers.write(step, values)
         shown = {name: values[name] for name in self._shown if name in values}
@@ -90,3 +99,9 @@ class Log:
                     f"{self._stage}: {name} is {number} at step {step}; the last good checkpoint stays in "
                     f"{self._workdir.checkpoints}: lower optimizer.learning_rate and take a new --workdir"
                 )
+
+
+def by_phase(row: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each phase as a row of metrics.jsonl tells them; "other" is what is left of all seconds."""
+    known = {phase: row[f"seconds/{phase}"] if f"seconds/{phase}" in row else 0.0 for phase in PHASES}
+    return {**known, OTHER: row["seconds"] - sum(known.values())}

@@ -18,7 +18,6 @@ from lm import evaluate, report, taste, train, verdicts
 from lm.config import arguments, require
 from lm.console import main, say
 from lm.errors import UserError
-from lm.hardware import matmul_ceiling
 from lm.stages import JUDGES
 from lm.workdir import PIPELINE, TEMPORARY, read_json, write_text
 
@@ -38,9 +37,6 @@ def run(config: ConfigDict) -> Path:
         write_text(root / PIPELINE, json.dumps(record, indent=2) + "\n")
         if "stage" in config[name] and config[name].stage.name in JUDGES:
             taste.show(taste.measured(root / name))
-    # Measured at both ends: what else the machine was doing can only lower it.
-    record["matmul_flops"] = max(record["matmul_flops"], matmul_ceiling())
-    write_text(root / PIPELINE, json.dumps(record, indent=2) + "\n")
     page = report.write(root)
     say(
         f"\neverything took {sum(record['seconds'].values()):.0f} s ({time.monotonic() - start:.0f} s of them now)\n"
@@ -50,7 +46,7 @@ def run(config: ConfigDict) -> Path:
 
 
 def taken_up(root: Path, stages: list[str]) -> dict:
-    """The record of the run in this folder: its stages, the seconds each took, this machine's ceiling."""
+    """The record of the run in this folder: its stages and the seconds each took."""
     if (root / PIPELINE).exists():
         record = read_json(root / PIPELINE)
         if record["stages"] != stages:
@@ -68,7 +64,7 @@ def taken_up(root: Path, stages: list[str]) -> dict:
         raise UserError(
             f"{root} is not a pipeline's folder: it holds {min(foreign)} but no {PIPELINE}; give another --workdir"
         )
-    record = {"stages": stages, "seconds": {}, "matmul_flops": matmul_ceiling()}
+    record = {"stages": stages, "seconds": {}}
     write_text(root / PIPELINE, json.dumps(record, indent=2) + "\n")
     return record
 

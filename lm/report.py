@@ -1,38 +1,36 @@
-"""One page that shows what a pipeline's run came to, made from the files in its folder.
+"""One page that shows what a run came to, made from the files in its folder: a pipeline's, or a single stage's.
 
     python -m lm.report --workdir=runs/quickstart
 
-Writes WORKDIR/report.html: self-contained, without scripts. Stages that have not finished are left out with a word.
+Writes WORKDIR/report.html: self-contained, without scripts. Stages that have not finished are left out with a word. A
+stage's own page is lm.runpage's; the rest of this file is about pipelines.
 """
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.axes import Axes
 
-from lm import taste
+from lm import runpage, taste
 from lm.config import parsed
 from lm.console import main, say
 from lm.data import chats, corpus, rankings, rows
 from lm.errors import UserError
 from lm.intervals import Estimate
-from lm.pages import HELD_OUT, TRAIN, interval, percent, signed, svg, templates, whiskers
+from lm.pages import interval, percent, signed, templates, whiskers
 from lm.rewards.rule import CRITERIA, RULE, explain
-from lm.stages import JUDGES, SAMPLERS, TAUGHT, sft
+from lm.runpage import Stage, figures, said, stage
+from lm.stages import sft
 from lm.tokenizer import Tokenizer, chat
 from lm.types import Tokens
-from lm.workdir import CONFIG, PIPELINE, ROLLOUTS, SUMMARY, TOKENIZER, read_json, read_metrics, write_text
+from lm.workdir import CONFIG, PAGE, PIPELINE, TOKENIZER, read_json, read_metrics, write_text
 
-PAGE = "report.html"
-FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the folder of a pipeline's run")}
+FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the folder of a pipeline, or of one stage")}
 SHOWN_ANSWERS, SHOWN_RANKINGS, PACKED = 8, 2, 12  # answers and rankings shown; excerpts packed into rows to show one
-SHOWN_ROLLOUTS = 4  # answers of a policy shown from the first batch that was logged, and as many from the last
-SMOOTHING = 10  # a smoothed line is the mean of about a tenth of the points
 
 # What each stage did, in the words and numbers of its own summary.
 DONE = {
@@ -45,65 +43,6 @@ DONE = {
     "ppo": "Improves the SFT model by the learnt taste",
     "evaluate": "Asks every model the same {prompts:,} unseen prompts",
 }
-# Stages whose batches are sampled: their model FLOPs leave out most of the work.
-SAMPLED = {*SAMPLERS, "gkd"}
-
-
-class Panel(NamedTuple):
-    metric: str
-    title: str
-    note: str
-    held_out: bool = True  # whether its held-out value means anything
-
-
-LOSS = Panel("loss", "Loss", "Surprise at the next token, in nats; lower is better.")
-JUDGING = (
-    Panel("loss", "Loss", "−log of the probability given to the rater's verdict; a coin flip costs 0.69."),
-    Panel("accuracy", "Accuracy on pairs", "How often the answer that the rater preferred gets the higher score."),
-)
-LEARNING = (
-    Panel("reward", "Reward", "What an answer is worth to the policy: what it is trained to raise."),
-    Panel("reward/", "A part of the reward", "One of the rewards whose weighted sum the policy is trained to raise."),
-    Panel("score/", "The rater's own score", "The policy never sees it; it judges the learnt reward."),
-    Panel("kl", "KL to the starting model", "How far the policy has moved, in nats an answer; moving costs reward."),
-    Panel("entropy", "Entropy", "How undecided the policy is, in nats a token; near 0 it says one thing only."),
-    Panel("clip_fraction", "Clip fraction", "Share of tokens that an update moved beyond the clip.", False),
-    Panel("explained_variance", "Explained variance", "How much of the returns the value head foresees; 1: all."),
-    Panel("equal_groups", "Groups alike", "Share of prompts whose answers are all worth the same: they teach nothing."),
-    Panel("response_length", "Tokens an answer", "A reward may come to favour long answers, or short ones."),
-    Panel("stopped", "Ended by itself", "Share of answers; the rest were cut off by the limit."),
-)
-PREFERRING = (
-    Panel("loss", "Loss", "What the verdicts cost the policy; lower is better."),
-    Panel("accuracy", "Accuracy on pairs", "How often the policy's own reward prefers what the rater preferred."),
-    Panel("margin", "Margin", "By how much, in units of that reward."),
-    Panel("chosen_logprob", "Log-probability of the preferred", "Falling: the policy leaves both answers behind."),
-)
-FOLLOWING = (
-    Panel("divergence", "Divergence from the teacher", "In nats a token, on what people wrote."),
-    Panel("own_divergence", "The same, on its own words", "On answers that the student sampled."),
-    LOSS,
-)
-PANELS: Mapping[str, Sequence[Panel]] = {
-    "pretrain": (LOSS,),
-    "sft": (LOSS._replace(note="Surprise at the tokens of replies, in nats; what others say is not counted."),),
-    **dict.fromkeys(JUDGES, JUDGING),
-    **dict.fromkeys(("dpo", "ipo", "kto", "orpo", "simpo"), PREFERRING),
-    **dict.fromkeys(TAUGHT, FOLLOWING),
-    **dict.fromkeys(SAMPLERS, LEARNING),
-}
-
-
-class Stage(NamedTuple):
-    name: str
-    config: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]  # of metrics.jsonl
-    summary: Mapping[str, Any]  # empty while it has not finished
-
-    @property
-    def method(self) -> str:
-        """The stage it trained; a program that trains nothing goes by its own name."""
-        return self.config["stage"]["name"] if "stage" in self.config else self.name
 
 
 class Piece(NamedTuple):
@@ -112,8 +51,17 @@ class Piece(NamedTuple):
 
 
 def write(root: str | Path) -> Path:
-    """Writes the page of the run in `root` and returns its path."""
+    """Writes the page of the run in `root` and returns its path. UserError for any other folder."""
     root = Path(root)
+    if (root / PIPELINE).exists():
+        return write_pipeline(root)
+    if "stage" not in stage(root).config:
+        raise UserError(f"{root} is no run of lm.pipeline or lm.train: it holds no {PIPELINE}, nor a stage's {CONFIG}")
+    return runpage.write(root)
+
+
+def write_pipeline(root: Path) -> Path:
+    """The page of all stages."""
     record = read_json(root / PIPELINE)
     run = {name: stage(root / name) for name in record["stages"]}
     template = templates().get_template("report.html.jinja")
@@ -126,9 +74,8 @@ def write(root: str | Path) -> Path:
         claims=claims(run),
         missing=[name for name, found in run.items() if not found.summary],
         ran=lines,
-        crowded=any(line["fraction"] and line["fraction"] > 1 for line in lines),
+        crowded=any(line["mfu"] and line["mfu"] > 1 for line in lines),
         seconds=sum(record["seconds"].values()),
-        ceiling=record["matmul_flops"],
         curves=[figure for found in run.values() if found.summary for figure in figures(found)],
         evaluation=evaluation,
         models={name: run["evaluate"].config["models"][name] for name in evaluation["models"]} if evaluation else {},
@@ -146,12 +93,6 @@ def write(root: str | Path) -> Path:
     )
     write_text(root / PAGE, page)
     return root / PAGE
-
-
-def stage(path: Path) -> Stage:
-    """What a workdir tells; all of it empty where there is none."""
-    config, summary = (read_json(path / file) if (path / file).exists() else {} for file in (CONFIG, SUMMARY))
-    return Stage(path.name, config, read_metrics(path), summary)
 
 
 def finished(run: Mapping[str, Stage], name: str) -> Mapping[str, Any]:
@@ -214,59 +155,10 @@ def ran(stage: Stage, record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": stage.name,
         "did": DONE[stage.name].format(**stage.summary) if stage.name in DONE else "",
-        **dict.fromkeys(("steps", "tokens", "parameters", "model_flops")),
+        **dict.fromkeys(("steps", "tokens", "parameters", "model_flops", "mfu")),
         **stage.summary,
         "seconds": record["seconds"][stage.name] if stage.name in record["seconds"] else None,
-        "fraction": ceiling_fraction(stage, record["matmul_flops"]),
     }
-
-
-def ceiling_fraction(stage: Stage, ceiling: float) -> float | None:
-    """Model FLOPs a token, times the median tokens a second, over `ceiling` FLOP/s; None where that says nothing."""
-    summary = stage.summary
-    if stage.method in SAMPLED or not {"model_flops", "tokens", "tokens_per_second"} <= set(summary):
-        return None
-    return summary["model_flops"] / summary["tokens"] * summary["tokens_per_second"] / ceiling
-
-
-def figures(stage: Stage) -> list[tuple[str, Panel, Markup]]:
-    """A curve for each panel of the stage that has a metric; "score/" stands for every metric that begins so."""
-    logged = dict.fromkeys(name for row in stage.rows for name in row)
-    return [
-        (stage.name, panel, curve(stage.rows, name, held_out=panel.held_out))
-        for panel in (PANELS[stage.method] if stage.method in PANELS else ())
-        for name in logged
-        if name == panel.metric or panel.metric.endswith("/") and name.startswith(panel.metric)
-    ]
-
-
-def curve(rows: Sequence[Mapping[str, Any]], metric: str, *, held_out: bool = True) -> Markup:
-    """A metric over the steps: as logged, smoothed where there are many points, and held out as dots."""
-
-    def points(name):
-        return np.array([(row["step"], row[name]) for row in rows if name in row], float).reshape(-1, 2).T
-
-    def draw(axes: Axes):
-        steps, values = points(metric)
-        dense = len(values) >= 2 * SMOOTHING
-        axes.plot(steps, values, color=TRAIN, alpha=0.5 if dense else 1, linewidth=0.8 if dense else 1.6)
-        if dense:
-            axes.plot(steps, smoothed(values), color=TRAIN, linewidth=1.8)
-        if held_out:
-            axes.plot(*points(f"held_out/{metric}"), "o", color=HELD_OUT, markersize=4.5, zorder=3)
-        axes.set_xlabel("step", labelpad=1)
-        axes.ticklabel_format(useOffset=False)
-        axes.locator_params(nbins=5)
-        axes.margins(y=0.12)
-
-    return svg(draw, width=3.0, height=1.9)
-
-
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred means over a tenth of the values; fewer near the ends, so that both ends stay where they are."""
-    half = len(values) // (2 * SMOOTHING)
-    reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
-    return np.array([values[i - r : i + r + 1].mean() for i, r in enumerate(reach)])
 
 
 def scores(models: Mapping[str, Mapping[str, Any]]) -> Markup:
@@ -295,13 +187,6 @@ def judged(path: Path) -> list[dict[str, Any]]:
         }
         for ranking in decided[:SHOWN_RANKINGS]
     ]
-
-
-def said(path: Path) -> list[dict[str, Any]]:
-    """The first rows of the first and of the last batch in a stage's rollouts.jsonl; none if it samples nothing."""
-    logged = read_metrics(path / ROLLOUTS)
-    steps = dict.fromkeys(row["step"] for row in (logged[:1] + logged[-1:]))
-    return [row for step in steps for row in [row for row in logged if row["step"] == step][:SHOWN_ROLLOUTS]]
 
 
 def shown_row(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
     python -m lm.train --config=experiments/pretrain.py --workdir=runs/pretrain --config.optimizer.learning_rate=1e-3
 
-Give the same command again to continue. Every subtree of the config is the keyword arguments of one function:
-model (lm.model.Config), optimizer (lm.optim.make), stage (make of lm.stages.NAME), data (batches of the same),
-mesh (lm.sharding.make_mesh) and train (`Schedule` here).
+Give the same command again to continue. --log=wandb,mlflow sends metrics there too; --profile=10:13 traces the steps
+from 10 to 13, counted as in metrics.jsonl, into WORKDIR/profile, for ui.perfetto.dev.
+
+Every subtree of the config is the keyword arguments of one function: model (lm.model.Config), optimizer
+(lm.optim.make), stage (make of lm.stages.NAME), data (batches of the same), mesh (lm.sharding.make_mesh) and train
+(`Schedule` here).
 """
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,26 +20,30 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm import metrics as means, optim, tokenizer as tokenizers
+from lm import metrics as means, optim, record, runpage, tokenizer as tokenizers, trace, trackers as tracking
 from lm.checkpoint import Checkpoints
 from lm.config import arguments, call, require, to_dict
 from lm.console import Interrupted, Progress, Writers, main, on_sigterm, say, table, warn
 from lm.data import corpus as corpora
 from lm.errors import UserError, at_least
+from lm.inherited import agreed_tokenizer, reward_from, teacher_from
 from lm.log import Log
 from lm.model import Config, Model, make
 from lm.model.params import count, flops_per_token, specs
-from lm.rewards import Reward
-from lm.rewards.model import ensemble
+from lm.phases import Phases
 from lm.sharding import make_mesh, put_batch, state_shardings
-from lm.stages import JUDGES, STAGES, TAUGHT
+from lm.stages import STAGES, TAUGHT
 from lm.stages.context import Batches, Context
-from lm.tokenizer import Tokenizer
+from lm.summary import summed_up
 from lm.types import Tokens, TrainState
 from lm.update import Update
-from lm.workdir import Trained, Workdir, load, load_reward, open_workdir, read_metrics
+from lm.workdir import PROFILE, Trained, Workdir, load, open_workdir, read_metrics
 
-FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the run's own folder; the same command continues it")}
+FLAGS = {
+    "workdir": dict(required=True, metavar="DIR", help="the run's own folder; the same command continues it"),
+    "log": dict(default="", metavar="NAMES", help="wandb, mlflow or both, with a comma: where metrics go too"),
+    "profile": dict(default="", metavar="FIRST:LAST", help="the steps to trace into WORKDIR/profile"),
+}
 SUBTREES = ("seed", "tokenizer", "init_from", "model", "optimizer", "stage", "data", "mesh", "train")
 
 
@@ -68,10 +74,14 @@ class Run(NamedTuple):
     state: TrainState  # as it starts: resuming replaces all of it but the frozen networks
     meta: Mapping[str, Any]  # what a checkpoint says of itself
     flops_per_token: float  # model FLOPs of learning from one token of a batch; sampling and scoring not counted
+    phases: Phases
 
 
-def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
-    """Trains one stage in its workdir, or takes up where it stopped, and returns the summary it leaves there."""
+def run(config: ConfigDict, path: str | Path, *, log: str = "", profile: str = "") -> dict[str, Any]:
+    """Trains one stage in its workdir, or takes up where it stopped, and returns the summary it leaves there.
+
+    log: trackers, as --log names them. profile: a range of steps, as --profile does.
+    """
     if "stage" not in config or "name" not in config.stage:
         raise UserError(
             "the config has no stage.name: is it a config of lm.train? (lm.pipeline runs experiments/quickstart.py)"
@@ -81,16 +91,24 @@ def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
         raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
     require(config, ("seed", "stage", "data") if name == "tokenizer" else SUBTREES, "lm.train")
     at_least(0, "config", seed=config.seed)
+    packages, traced = tracking.named(log), trace.steps(profile) if profile else range(0)
+    if name == "tokenizer" and (packages or traced):
+        raise UserError("stage tokenizer takes no steps: leave --log and --profile out")
     # A schedule may be stretched with the run: the change is named, as any is.
     with open_workdir(path, to_dict(config), harmless=("train", "mesh", "optimizer.total_steps")) as workdir:
         for difference in workdir.differences:
             say(f"{path}: config changed since the last start: {difference}")
         summary = workdir.summary()
         if summary is None or "train" in config and summary["steps"] < config.train.steps:
-            summary = (
-                train(config, workdir) if name in STAGES else call(fit_tokenizer, config.data, workdir, name="data")
-            )
+            if name in STAGES:
+                summary = train(config, workdir, packages=packages, traced=traced)
+            else:
+                record.note(workdir.path, seed=config.seed)
+                summary = call(fit_tokenizer, config.data, workdir, name="data")
             workdir.write_summary(summary)
+            runpage.write(workdir.path)
+        elif packages or traced:
+            say(f"{path} has finished: there is nothing to log or to trace")
         report(name, summary)
         return summary
 
@@ -128,7 +146,7 @@ def fit_tokenizer(
     }
 
 
-def prepare(config: ConfigDict, workdir: Workdir) -> Run:
+def prepare(config: ConfigDict, workdir: Workdir, phases: Phases) -> Run:
     """From a config to a Run: tokenizer, model, optimizer, stage, batches, mesh, starting state."""
     name, backend = config.stage.name, jax.default_backend()
     stage = STAGES[name]
@@ -153,62 +171,16 @@ def prepare(config: ConfigDict, workdir: Workdir) -> Run:
         options["teacher"] = teachers["teacher"].model
     update = call(stage.make, options, model, optimizer, name="stage")
     lent = lambda paths, pessimism: reward_from(paths, tokenizer, pessimism)
-    context = Context(model, tokenizer, config.seed, jax.jit, lent)
-    batches = call(stage.batches, config.data, context, name="data")
+    context = Context(model, tokenizer, config.seed, jax.jit, lent, phases)
+    with phases("data"):
+        batches = call(stage.batches, config.data, context, name="data")
 
     mesh = call(make_mesh, config.mesh, name="mesh")
     state, shardings = initial_state(update, model, config.seed, start.params if start else None, teachers, mesh)
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
     passes = options["epochs"] if "epochs" in options else 1  # over each batch
     flops = passes * flops_per_token(model.config, batches.about["length"])
-    return Run(stage, update, batches, mesh, shardings, state, meta, flops)
-
-
-def agreed_tokenizer(path: str, start) -> Tokenizer:
-    """The tokenizer of config.tokenizer (a file or workdir), the starting checkpoint's, or both, which must agree."""
-    if not path and start is None:
-        raise UserError("neither config.tokenizer nor config.init_from is set: one of them must bring the tokenizer")
-    if not path:
-        return start.tokenizer
-    file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
-    tokenizer = Tokenizer.load(file)
-    if start and start.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"{start.path} was trained with tokenizer and template {start.tokenizer.fingerprint[:8]}, but "
-            f"config.tokenizer {path} is {tokenizer.fingerprint[:8]}: leave config.tokenizer empty"
-        )
-    return tokenizer
-
-
-def reward_from(paths: str, tokenizer: Tokenizer, pessimism: float) -> Reward:
-    """The reward model of a finished workdir, or the ensemble of several, whose names are separated by commas."""
-    members = [one_reward(path.strip(), tokenizer) for path in paths.split(",")]
-    return ensemble(members, pessimism=pessimism) if len(members) > 1 else members[0]
-
-
-def one_reward(path: str, tokenizer: Tokenizer) -> Reward:
-    """The reward model of a finished workdir that shares our tokenizer, centred."""
-    judge, reward = load_reward(path, backend=jax.default_backend(), centred=True, jit=jax.jit, warn=warn)
-    if judge.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"{path} was trained with tokenizer and template {judge.tokenizer.fingerprint[:8]}, but this run "
-            f"has {tokenizer.fingerprint[:8]}: train a reward model from the same tokenizer"
-        )
-    return reward
-
-
-def teacher_from(path: str, tokenizer: Tokenizer) -> Trained:
-    """What a workdir has learnt, for a student that shares its tokenizer."""
-    teacher = load(path, backend=jax.default_backend(), warn=warn)
-    if teacher.stage in JUDGES:
-        raise UserError(f"stage.teacher {path} is a reward model, which scores answers and writes none: name a policy")
-    if teacher.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"stage.teacher {path} was trained with tokenizer and template {teacher.tokenizer.fingerprint[:8]}, but "
-            f"this run has {tokenizer.fingerprint[:8]}, and a teacher with another vocabulary cannot be followed token "
-            "by token: take a student with the teacher's tokenizer, or another teacher"
-        )
-    return teacher
+    return Run(stage, update, batches, mesh, shardings, state, meta, flops, phases)
 
 
 def initial_state(
@@ -234,18 +206,16 @@ def initial_state(
         return jax.jit(init, out_shardings=shardings)(*given), shardings
 
 
-def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
-    """The loop. Batch i depends on (seed, i) and, where it is sampled, on the state: no more need be remembered."""
-    schedule = call(Schedule, config.train, name="train")
+def train(config: ConfigDict, workdir: Workdir, *, packages: Mapping[str, Any], traced: range) -> dict[str, Any]:
+    """The loop. Batch i depends on (seed, i) and, where it is sampled, on the state: no more need be remembered.
+
+    packages: of the trackers (lm.trackers.named). traced: steps to profile.
+    """
+    schedule, phases = call(Schedule, config.train, name="train"), Phases()
     with Progress(config.stage.name, schedule.steps) as progress:
-        r = prepare(config, workdir)
-        say(
-            f"{config.stage.name}: "
-            + ", ".join(
-                f"{name} {value:,.4g}" if isinstance(value, float) else f"{name} {value:,}"
-                for name, value in r.batches.about.items()
-            )
-        )
+        r = prepare(config, workdir, phases)
+        introduce(config.stage.name, r.batches.about)
+        start = record.note(workdir.path, seed=config.seed)
         with Checkpoints(workdir.checkpoints, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
             done, state = resumed(checkpoints, r)
             first = done + 1 if done else 0  # the row to write next: a fresh start is scored before its first step
@@ -254,18 +224,27 @@ def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
                 say(f"{config.stage.name}: continues from step {done} of {workdir.path}")
             step = jax.jit(r.update.update, donate_argnums=0, out_shardings=(r.shardings, None))
             evaluate = jax.jit(r.update.evaluate)
-            with on_sigterm() as stopping, Writers(workdir.path, purge_step=first) as writers:
-                log = Log(r.stage, workdir, writers, progress)
+            trackers = tracking.opened(packages, workdir.path, to_dict(config))
+            with (
+                on_sigterm() as stopping,
+                Writers(workdir.path, purge_step=first, trackers=trackers) as writers,
+                trace.Trace(traced, workdir.path / PROFILE) as profile,
+            ):
+                log = Log(r.stage, workdir, writers, progress, phases)
                 if not log.scored and (not done or done >= schedule.steps):  # of a run cut short by fewer steps, too
                     before = held_out(r, evaluate, state)
                     log.write(done, before)
                     if not done:
                         stop_unless_fresh(r, before)
                 for i in range(done, schedule.steps):
+                    profile.begin(i + 1)
                     batch, tokens = fetched(r, state, i)
                     if r.batches.table and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
-                        workdir.append_rollouts(i + 1, r.batches.table(state, batch, schedule.samples))
-                    state, metrics = step(state, batch)
+                        with phases("save"):
+                            workdir.append_rollouts(i + 1, r.batches.table(state, batch, schedule.samples))
+                    with phases("update"):
+                        state, metrics = step(state, batch)
+                    profile.end(i + 1, metrics)
                     log.note(i + 1, metrics, tokens)
                     last, stop = i + 1 == schedule.steps, stopping()
                     due = (i + 1) % schedule.save_every == 0 or last or stop
@@ -274,29 +253,41 @@ def train(config: ConfigDict, workdir: Workdir) -> dict[str, Any]:
                     if last or schedule.evaluate_every and (i + 1) % schedule.evaluate_every == 0:
                         log.write(i + 1, held_out(r, evaluate, state))
                     if due:
-                        checkpoints.save(i + 1, saved(state), r.meta)
+                        with phases("save"):
+                            checkpoints.save(i + 1, saved(state), r.meta)
                     if stop:
                         break
-                checkpoints.wait()
+                with phases("save"):
+                    checkpoints.wait()
                 if stopping():
                     raise Interrupted
-    return summary_of(config, r, workdir)
+    return summary_of(config, r, workdir, log.seconds(), start["peak"]["flops_per_second"])
+
+
+def introduce(name: str, about: Mapping[str, Any]) -> None:
+    """One line: what a stage has prepared."""
+    numbers = (f"{key} {n:,.4g}" if isinstance(n, float) else f"{key} {n:,}" for key, n in about.items())
+    say(f"{name}: {', '.join(numbers)}")
 
 
 def fetched(r: Run, state: TrainState, i: int):
     """Batch i on the devices, and how many real tokens it holds."""
-    batch = r.batches.train(state, i)
-    rows = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, Tokens))
-    tokens = sum(int(np.sum(np.asarray(x.segments) > 0)) for x in rows if isinstance(x, Tokens))
-    return put_batch(batch, r.mesh), tokens
+    with r.phases("data"):
+        batch = r.batches.train(state, i)
+        rows = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, Tokens))
+        tokens = sum(int(np.sum(np.asarray(x.segments) > 0)) for x in rows if isinstance(x, Tokens))
+        return put_batch(batch, r.mesh), tokens
 
 
 def held_out(r: Run, evaluate, state: TrainState) -> dict[str, float]:
     """The stage's summary of its metrics over every held-out batch, as "held_out/NAME"."""
+    with r.phases("update"):
+        jax.block_until_ready(state.params)  # what the devices still have to do is not the evaluation's
     total = None
-    for batch in r.batches.held_out(state):
-        found = jax.device_get(dict(evaluate(state, put_batch(batch, r.mesh))))
-        total = found if total is None else means.add(total, found)
+    with r.phases("eval"):
+        for batch in r.batches.held_out(state):
+            found = jax.device_get(dict(evaluate(state, put_batch(batch, r.mesh))))
+            total = found if total is None else means.add(total, found)
     if total is None:
         raise UserError(
             f"{r.meta['stage']}: the held-out side holds no whole batch: raise data.held_out, or lower the batch"
@@ -342,31 +333,22 @@ def resumed(checkpoints: Checkpoints, r: Run) -> tuple[int, TrainState]:
     return done, r.state.replace(**kept, **tree["counts"])
 
 
-def summary_of(config: ConfigDict, r: Run, workdir: Workdir) -> dict[str, Any]:
+def summary_of(
+    config: ConfigDict, r: Run, workdir: Workdir, seconds: Mapping[str, float], peak: float | None
+) -> dict[str, Any]:
     """What a finished stage leaves behind: held-out scores before and after, size, tokens, FLOPs, seconds."""
-    rows = read_metrics(workdir.metrics)
-    scored = [{k.removeprefix("held_out/"): v for k, v in row.items() if k.startswith("held_out/")} for row in rows]
-    scored = [row for row in scored if row]
-    rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     return {
         "stage": config.stage.name,
-        "steps": rows[-1]["step"],
         "parameters": count(specs(Config(**r.meta["model"]))),
-        "tokens": rows[-1]["tokens"],
-        "seconds": rows[-1]["seconds"],
-        "tokens_per_second": statistics.median(rates[1:] or rates),  # the first interval holds compilation
-        "model_flops": r.flops_per_token * rows[-1]["tokens"],
-        "before": scored[0],
-        "held_out": scored[-1],
+        **summed_up(read_metrics(workdir.metrics), flops_per_token=r.flops_per_token, seconds=seconds, peak=peak),
         "about": dict(r.batches.about),
         "fingerprint": r.meta["fingerprint"],
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 
 
 def program(argv: list[str]) -> None:
     flags, config = arguments(argv, __doc__, FLAGS)
-    run(config, flags.workdir)
+    run(config, flags.workdir, log=flags.log, profile=flags.profile)
 
 
 if __name__ == "__main__":

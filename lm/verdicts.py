@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from lm import record
 from lm.answers import answerer
 from lm.config import arguments, call, require, to_dict
 from lm.console import Progress, main, say, warn
@@ -35,6 +36,7 @@ def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
     with open_workdir(path, to_dict(config)) as workdir:
         summary = workdir.summary()
         if summary is None:
+            record.note(workdir.path, seed=config.seed)
             summary = call(rank, config.rank, workdir, config.init_from, config.seed, name="rank")
             workdir.write_summary(summary)
         say(

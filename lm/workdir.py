@@ -1,6 +1,7 @@
 """A run's own folder: config, tokenizer, metrics, summary and checkpoints. What is in it is all that chat needs.
 
 config.json  tokenizer.model  metrics.jsonl  rollouts.jsonl  summary.json  checkpoints/  tensorboard/
+record.json  code-N.diff  report.html; when asked for: profile/  trackers.json
 """
 
 import dataclasses
@@ -29,6 +30,10 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 PIPELINE = "pipeline.json"  # of a folder that holds the workdirs of several stages: their names, their seconds
 TENSORBOARD = "tensorboard"
+RECORD = "record.json"  # where its numbers come from: see lm.record
+TRACKERS = "trackers.json"  # the ids that W&B and MLflow gave the run
+PROFILE = "profile"
+PAGE = "report.html"
 LOCK = ".lock"
 TEMPORARY = ".tmp"
 
@@ -187,8 +192,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"{file} is not JSON lines ({error}): move it away") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that must be there."""
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The starts in a run's record.json, the oldest first; none if it has not been started."""
+    return read_json(path / RECORD) if (path / RECORD).exists() else []
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds that must be there."""
     try:
         return json.loads(path.read_text())
     except OSError as error:
@@ -269,7 +279,8 @@ def _begun(path: Path) -> bool:
     made = (
         entry
         for entry in path.iterdir()
-        if entry.name not in (LOCK, CONFIG, CONFIG + TEMPORARY, TOKENIZER, TENSORBOARD)
+        if entry.name not in (LOCK, CONFIG, CONFIG + TEMPORARY, TOKENIZER, TENSORBOARD, RECORD, TRACKERS)
+        and entry.suffix != ".diff"
     )
     return any(any(entry.iterdir()) if entry.is_dir() else entry.stat().st_size for entry in made)
 

@@ -3,7 +3,7 @@
     python tests/runs.py MODULE MOMENT FLAGS...      a program in the same small world, killed at a MOMENT (or "never")
 
 The small world: short made conversations in the place of the 7,168 real ones, and a mesh of one of the test's eight
-devices, as on a laptop. Everything else is the program itself.
+devices, as on a laptop; the machine's peak is not measured. Everything else is the program itself.
 """
 
 import functools
@@ -24,16 +24,19 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
-from lm import checkpoint, console, pipeline, train
+from lm import checkpoint, console, pipeline, record, runpage, train
 from lm.config import load
 from lm.data import corpus
+from lm.phases import PHASES
 from lm.stages import ppo
 from lm.workdir import read_metrics
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
 TRAINED = ("pretrain", "sft", "reward", "ppo")
-CLOCK = {"seconds", "tokens_per_second"}  # in a row of metrics: all that two equal runs may differ in
+# In a row of metrics and in a summary: all that two equal runs may differ in.
+CLOCK = {"seconds", "tokens_per_second", "seconds_by_phase", "mfu", "peak_memory_bytes"}
+CLOCK |= {f"seconds/{phase}" for phase in PHASES}
 WORDS = "object class type value name method list string number call form body text time test code line item".split()
 
 
@@ -67,6 +70,7 @@ def one_device(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.shardin
 def enter_small_world(patch: Callable) -> None:
     patch(corpus, "dialogues", made_dialogues)
     patch(train, "make_mesh", one_device)
+    patch(record, "peak_flops", lambda: (1e10, "made up, as measuring takes time"))
 
 
 def cache_programs(folder: Path) -> None:
@@ -98,8 +102,9 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small(monkeypatch) -> None:
-    """The small world for a test's own runs in this process."""
+    """The small world for a test's own runs in this process. They draw no page of their own."""
     enter_small_world(monkeypatch.setattr)
+    monkeypatch.setattr(runpage, "write", lambda path: path)
 
 
 def stage_config(run: Path, stage: str, *overrides: str):
@@ -132,9 +137,9 @@ def take_snapshots(patch: Callable, folder: Path) -> None:
         except shutil.Error:
             pass
 
-    def noted(config, workdir):
+    def noted(config, workdir, **options):
         now.update(stage=config.stage.name, workdir=workdir.path, steps=config.train.steps)
-        return run(config, workdir)
+        return run(config, workdir, **options)
 
     def before_a_batch(r, state, i):
         if i * 4 in (now["steps"], now["steps"] * 3):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import EXPERIMENTS, ROOT, finished, saved, settings, small, stage_config
 
-from lm import checkpoint, console, evaluate, pipeline, sharding, tokenizer, train, verdicts
+from lm import checkpoint, console, evaluate, inherited, pipeline, sharding, tokenizer, train, verdicts
 from lm.checkpoint import restore_params
 from lm.workdir import load, open_workdir, read_json, read_metrics
 
@@ -292,7 +292,9 @@ def test_a_tokenizer_beside_init_from_must_agree(refused, stage, finished, other
     said = refused(train, *stage("sft", f"tokenizer={other}"))
     assert said.startswith(f"{finished}/pretrain was trained with tokenizer and template ")
     assert said.endswith(": leave config.tokenizer empty")
-    train.agreed_tokenizer(f"{finished}/tokenizer", load(finished / "pretrain", backend="cpu"))  # the same one will do
+    inherited.agreed_tokenizer(
+        f"{finished}/tokenizer", load(finished / "pretrain", backend="cpu")
+    )  # the same one will do
 
 
 def test_init_from_with_another_tokenizer(refused, stage, finished, other, tmp_path):

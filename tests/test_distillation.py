@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, assert_same_run, cache_programs, made_dialogues, small
 
-from lm import model as models, optim, sharding, tokenizer, train
+from lm import inherited, model as models, optim, sharding, tokenizer, train
 from lm.checkpoint import Checkpoints
 from lm.config import load
 from lm.errors import UserError
@@ -400,7 +400,7 @@ def test_a_teacher_that_is_not_named(small, config, tmp_path):
 def test_a_teacher_of_another_shape_lies_on_the_mesh_like_any_network(speech, teacher):
     """Its leaves, the untied head that the student lacks included, are split by their own logical axes."""
     student = net(speech, width=16)
-    trained = train.teacher_from(str(teacher), speech)
+    trained = inherited.teacher_from(str(teacher), speech)
     update = distill.make(student, optimizer(), teacher=trained.model)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     state, shardings = train.initial_state(update, student, 0, None, {"teacher": trained}, mesh)

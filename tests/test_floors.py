@@ -15,10 +15,10 @@ FLOORS = {
     1.5: "data",
     2: "update sample rewards environments",
     3: "stages answers",
-    4: "config console workdir pages",
-    4.5: "log",
+    4: "config console workdir pages phases host",
+    4.5: "log record trackers trace inherited summary runpage",
     5: "train verdicts evaluate taste ranking unseen certify bench comparison",
-    5.5: "report lab compare",
+    5.5: "report lab compare vectorised",
     6: "pipeline chat contest overoptimisation sweeps",
     7: "rank judge sweep",
 }

@@ -68,7 +68,7 @@ def test_a_killed_pipeline_ends_in_the_same_tokenizer_rankings_and_answers(finis
 
 
 def test_a_finished_pipeline_does_nothing_again(survived, small):
-    """Only the record, the report, the configs and the locks are written, as at every start."""
+    """Only the pipeline's record and report, the configs and the locks are written, as at every start."""
 
     def contents():
         return {
@@ -93,22 +93,16 @@ def test_the_record(finished):
         == list(record["seconds"])
         == ["tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate"]
     )
-    assert record["matmul_flops"] > 1e8
 
 
-@pytest.fixture
-def no_measurement(monkeypatch):
-    monkeypatch.setattr(pipeline, "matmul_ceiling", lambda: 1.0)
-
-
-def test_a_kill_as_the_record_is_written_is_no_foreign_folder(tmp_path, no_measurement):
+def test_a_kill_as_the_record_is_written_is_no_foreign_folder(tmp_path):
     (tmp_path / "pipeline.json.tmp").write_text('{"stag')
     record = pipeline.taken_up(tmp_path, ["a", "b"])
-    assert record == read_json(tmp_path / "pipeline.json") == {"stages": ["a", "b"], "seconds": {}, "matmul_flops": 1.0}
+    assert record == read_json(tmp_path / "pipeline.json") == {"stages": ["a", "b"], "seconds": {}}
     assert pipeline.taken_up(tmp_path, ["a", "b"]) == record
 
 
-def test_folders_that_are_not_this_pipeline_s(tmp_path, no_measurement):
+def test_folders_that_are_not_this_pipeline_s(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="thesis is not a pipeline's folder: it holds thesis.tex but no pipeline.json"):

@@ -5,7 +5,6 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from lm import pages, report
@@ -18,6 +17,7 @@ ATTACK = '<script>alert("x")</script><img src=http://evil.example/x.png onerror=
 STAGES = ["tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate"]
 MODELS = ("raw", "sft", "ppo")
 SECTIONS = ["ran", "curves", "evaluation", "rater", "taste", "answers", "row", "configs"]
+BUSY = "the machine was busy with something else while its peak was measured"
 NAMES = ("Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal")
 
 
@@ -45,15 +45,8 @@ def run(tmp_path, tokenizer, monkeypatch) -> Path:
     """A finished run folder, written by hand."""
     monkeypatch.setitem(chats.SOURCES, "made", conversations)
     write = lambda name, value: (tmp_path / name).write_text(json.dumps(value))
-    write("pipeline.json", {"stages": STAGES, "seconds": dict.fromkeys(STAGES, 60.0), "matmul_flops": 1e9})
-    trained = {
-        "steps": 30,
-        "parameters": 1_234_567,
-        "tokens": 40_000,
-        "model_flops": 8e9,
-        "seconds": 50.0,
-        "tokens_per_second": 250.0,
-    }
+    write("pipeline.json", {"stages": STAGES, "seconds": dict.fromkeys(STAGES, 60.0)})
+    trained = {"steps": 30, "parameters": 1_234_567, "tokens": 40_000, "model_flops": 8e9, "seconds": 50.0, "mfu": 0.05}
     before, after = {"loss": 4.0}, {"loss": 2.0}
     summaries = {
         "tokenizer": {"vocab_size": 310, "bytes_per_token": 1.5, "held_out_bytes": 10, "seconds": 1.0},
@@ -189,7 +182,8 @@ def test_every_section_and_the_claims_as_measured(run):
         assert claim in text, claim
     assert "is not part of this run" not in text and "Not finished" not in text and "Left out" not in text
     assert "4,321 documents" in text and "1.23 M" in text and "420" in text, "what ran, and 7 x 60 s"
-    assert page.count("<td>5\u00a0%</td>") == 3, "of the ceiling: pretrain, sft and reward, never ppo"
+    assert BUSY not in text
+    assert page.count("<td>5\u00a0%</td>") == 4, "the MFU of pretrain, sft, reward and ppo"
     assert page.count("<figure><strong>") == 1 + 1 + 2 + 8 + 3
     assert RULE in text and all(name in text for name in CRITERIA)
     assert "tied one" not in text and text.index("Is your dog well?") < text.index("worse"), "decided ones, best first"
@@ -229,13 +223,15 @@ def test_a_stage_that_has_not_finished_is_left_out_with_a_word(run, missing):
 
 
 def test_a_run_that_has_just_begun(tmp_path):
-    (tmp_path / "pipeline.json").write_text(json.dumps({"stages": STAGES, "seconds": {}, "matmul_flops": 1e9}))
+    (tmp_path / "pipeline.json").write_text(json.dumps({"stages": STAGES, "seconds": {}}))
     _, found = page_of(tmp_path)
     assert f"Not finished: {', '.join(STAGES)}." in found.text and "No stage that trains has finished." in found.text
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(UserError, match="cannot read .*pipeline.json"):
+    with pytest.raises(
+        UserError, match="no run of lm.pipeline or lm.train: it holds no pipeline.json, nor a stage's config"
+    ):
         report.program([f"--workdir={tmp_path}"])
     assert list(tmp_path.iterdir()) == []
 
@@ -270,18 +266,15 @@ def test_the_row_on_the_page(run, tokenizer):
     assert '<span class="padding">·</span>' in page
 
 
-def test_smoothed():
-    """40 values: means over 2 on either side, over fewer at the ends. A lone 5 at the tenth spreads to 1 over five."""
-    values = np.zeros(40)
-    values[10] = 5
-    assert report.smoothed(values)[8:13].tolist() == [1] * 5 and report.smoothed(values).sum() == pytest.approx(5)
-    line = np.arange(40.0)
-    np.testing.assert_allclose(report.smoothed(line), line)
+def test_a_single_stage_gets_its_own_page(run, capsys):
+    report.program([f"--workdir={run / 'pretrain'}"])
+    assert capsys.readouterr().out == f"report: {run / 'pretrain' / 'report.html'}\n"
+    assert "<h1>pretrain</h1>" in (run / "pretrain" / "report.html").read_text()
+    with pytest.raises(UserError, match="evaluate is no run of lm.pipeline or lm.train: .* nor a stage's config.json"):
+        report.write(run / "evaluate")
 
 
-def test_ceiling_fraction():
-    """8e9 FLOPs over 40,000 tokens are 2e5 a token; 250 tokens a second make 5e7 FLOP/s: 5 % of 1e9."""
-    summary = {"model_flops": 8e9, "tokens": 40_000, "tokens_per_second": 250.0}
-    assert report.ceiling_fraction(report.Stage("sft", {}, [], summary), 1e9) == pytest.approx(0.05)
-    assert report.ceiling_fraction(report.Stage("ppo", {}, [], summary), 1e9) is None
-    assert report.ceiling_fraction(report.Stage("tokenizer", {}, [], {"tokens": 7}), 1e9) is None
+def test_an_mfu_over_one_is_explained(run):
+    summary = json.loads((run / "sft" / "summary.json").read_text())
+    (run / "sft" / "summary.json").write_text(json.dumps(summary | {"mfu": 1.2}))
+    assert BUSY in page_of(run)[1].text

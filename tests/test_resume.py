@@ -169,7 +169,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(finished, small
 def test_tensorboard_forgets_only_what_is_written_again(finished, small, tmp_path, monkeypatch, moment, first):
     """It drops what earlier files say from `purge_step` on; the row of the restored step 4 stays."""
 
-    def writers(path, purge_step):
+    def writers(path, purge_step, trackers):
         raise RuntimeError(f"purge {purge_step}")
 
     monkeypatch.setattr(train, "Writers", writers)

@@ -16,6 +16,7 @@ from lm.errors import UserError
 from lm.log import Log
 from lm.metrics import Mean
 from lm.model.params import flops_per_token
+from lm.phases import Phases
 from lm.stages import ppo, pretrain
 from lm.tokenizer import Tokenizer, chat, prompt
 from lm.workdir import load, open_workdir, read_json, read_metrics
@@ -161,7 +162,7 @@ def log(tmp_path):
 
     def of(stage):
         workdirs.append(open_workdir(tmp_path / "run", {}))
-        return Log(stage, workdirs[-1], Nowhere(), Nowhere())
+        return Log(stage, workdirs[-1], Nowhere(), Nowhere(), Phases())
 
     yield of
     for workdir in workdirs:

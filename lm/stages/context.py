@@ -1,7 +1,10 @@
 """What a program lends a stage to make its batches from, and what it gets back."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
+
+import jax
 
 from lm.errors import UserError, at_least
 from lm.model import Model
@@ -18,6 +21,16 @@ class Context(NamedTuple):
     seed: int
     jit: Callable[..., Callable]  # jax.jit in a program, the identity where one wants to step through
     reward_from: Callable[[str, float], Reward]  # (workdirs, pessimism): a reward model, or an ensemble of several
+    # whose seconds they are: "rollout", "reward" or "update"; a program that measures none gives nothing
+    phase: Callable[[str], AbstractContextManager] = nullcontext
+
+    @contextmanager
+    def sampling(self, state: TrainState) -> Iterator[None]:
+        """Phase "rollout", once the update that gives `state` is over: the devices' time until then is the update's."""
+        with self.phase("update"):
+            jax.block_until_ready(state.params)
+        with self.phase("rollout"):
+            yield
 
     def admit(self, length: int) -> None:
         """UserError for rows of no tokens, or of more than the model's context."""

@@ -112,7 +112,8 @@ def batches(
 
     def drawn(state, prompts: Prompts, role: int, i: int) -> Tokens:
         key = jax.random.fold_in(jax.random.fold_in(state.key, role), i)
-        return run(state.params["lm"], prompts.ids, prompts.lengths, key)
+        with context.sampling(state):
+            return jax.block_until_ready(run(state.params["lm"], prompts.ids, prompts.lengths, key))
 
     def train_batch(state, i):
         coin = jax.random.fold_in(jax.random.fold_in(state.key, COIN), i)

@@ -80,8 +80,10 @@ def batches(
     def drawn(state, prompts: Prompts, role: int, number: int) -> Rollouts:
         key = jax.random.fold_in(jax.random.fold_in(state.key, role), number)
         rows = take(prompts, np.repeat(np.arange(len(prompts.ids)), group))
-        found = answer(state.params["lm"], rows, key)
-        total, scores = worth(found)
+        with context.sampling(state):
+            found = answer(state.params["lm"], rows, key)
+        with context.phase("reward"):
+            total, scores = worth(found)
         total = total - cut_penalty * ~found.stopped
         if overlong_buffer:
             total = total + np.asarray(overlong(found.lengths, limit=longest, buffer=overlong_buffer))

@@ -1,0 +1,60 @@
+"""What a run takes from the workdirs of others: its tokenizer, its reward models, its teacher. All must share ids."""
+
+from pathlib import Path
+
+import jax
+
+from lm.console import warn
+from lm.errors import UserError
+from lm.rewards import Reward
+from lm.rewards.model import ensemble
+from lm.stages import JUDGES
+from lm.tokenizer import Tokenizer
+from lm.workdir import Trained, load, load_reward
+
+
+def agreed_tokenizer(path: str, start) -> Tokenizer:
+    """The tokenizer of config.tokenizer (a file or workdir), the starting checkpoint's, or both, which must agree."""
+    if not path and start is None:
+        raise UserError("neither config.tokenizer nor config.init_from is set: one of them must bring the tokenizer")
+    if not path:
+        return start.tokenizer
+    file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+    tokenizer = Tokenizer.load(file)
+    if start and start.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{start.path} was trained with tokenizer and template {start.tokenizer.fingerprint[:8]}, but "
+            f"config.tokenizer {path} is {tokenizer.fingerprint[:8]}: leave config.tokenizer empty"
+        )
+    return tokenizer
+
+
+def reward_from(paths: str, tokenizer: Tokenizer, pessimism: float) -> Reward:
+    """The reward model of a finished workdir, or the ensemble of several, whose names are separated by commas."""
+    members = [one_reward(path.strip(), tokenizer) for path in paths.split(",")]
+    return ensemble(members, pessimism=pessimism) if len(members) > 1 else members[0]
+
+
+def one_reward(path: str, tokenizer: Tokenizer) -> Reward:
+    """The reward model of a finished workdir that shares our tokenizer, centred."""
+    judge, reward = load_reward(path, backend=jax.default_backend(), centred=True, jit=jax.jit, warn=warn)
+    if judge.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{path} was trained with tokenizer and template {judge.tokenizer.fingerprint[:8]}, but this run "
+            f"has {tokenizer.fingerprint[:8]}: train a reward model from the same tokenizer"
+        )
+    return reward
+
+
+def teacher_from(path: str, tokenizer: Tokenizer) -> Trained:
+    """What a workdir has learnt, for a student that shares its tokenizer."""
+    teacher = load(path, backend=jax.default_backend(), warn=warn)
+    if teacher.stage in JUDGES:
+        raise UserError(f"stage.teacher {path} is a reward model, which scores answers and writes none: name a policy")
+    if teacher.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"stage.teacher {path} was trained with tokenizer and template {teacher.tokenizer.fingerprint[:8]}, but "
+            f"this run has {tokenizer.fingerprint[:8]}, and a teacher with another vocabulary cannot be followed token "
+            "by token: take a student with the teacher's tokenizer, or another teacher"
+        )
+    return teacher

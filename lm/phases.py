@@ -1,0 +1,44 @@
+"""Where the seconds of a run go: data, rollout, reward, update, eval, save, and what is none of them."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+PHASES = ("data", "rollout", "reward", "update", "eval", "save")
+OTHER = "other"  # start-up, logging, whatever no phase claims
+
+
+class Phases:
+    """A clock with one hand: `with phases("data"):` gives the seconds within to `data`.
+
+    Phases nest, and time belongs to the innermost: a rollout within data, or within eval, is a rollout. So the parts
+    add up to the time since the clock was made. Compilation counts for the phase that waits for it. What devices do
+    meanwhile is not seen: to count their work, wait for it within its phase. In a profile each phase is a span.
+    """
+
+    def __init__(self):
+        self._seconds = dict.fromkeys((*PHASES, OTHER), 0.0)
+        self._open, self._since = [OTHER], time.monotonic()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._turn()
+        self._open.append(name)
+        try:
+            with jax.profiler.TraceAnnotation(name):
+                yield
+        finally:
+            self._turn()
+            self._open.pop()
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase until now, "other" last."""
+        self._turn()
+        return dict(self._seconds)
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        self._seconds[self._open[-1]] += now - self._since
+        self._since = now

@@ -1,0 +1,101 @@
+"""Seconds by phase: a clock that is set by hand, the way a run's phases add up, what waits for devices."""
+
+import time
+from contextlib import contextmanager
+
+import jax.numpy as jnp
+import pytest
+from runs import finished, small, stage_config
+
+from lm import train
+from lm.log import by_phase
+from lm.phases import OTHER, PHASES, Phases
+from lm.stages.context import Context
+from lm.types import TrainState
+from lm.workdir import read_json, read_metrics
+
+__all__ = ["finished", "small"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def passing(seconds):
+        now[0] += seconds
+
+    return passing
+
+
+def test_time_belongs_to_the_innermost_phase(clock):
+    """1 before, data 2 + 8 around a rollout of 4, 16 after; an error within gives its 32 to update all the same."""
+    phases = Phases()
+    clock(1)
+    with phases("data"):
+        clock(2)
+        with phases("rollout"):
+            clock(4)
+        clock(8)
+    clock(16)
+    with pytest.raises(KeyError), phases("update"):
+        clock(32)
+        raise KeyError
+    assert phases.seconds() == {**dict.fromkeys(PHASES, 0), "data": 10, "rollout": 4, "update": 32, OTHER: 17}
+    assert list(phases.seconds()) == [*PHASES, OTHER]
+
+
+def test_an_open_phase_is_counted_until_now(clock):
+    phases = Phases()
+    with phases("save"):
+        clock(3)
+        assert phases.seconds()["save"] == 3
+        clock(2)
+    assert phases.seconds()["save"] == 5
+
+
+def test_what_no_phase_claims_is_the_rest_of_the_seconds():
+    row = {"seconds": 10.0, "seconds/data": 1.0, "seconds/update": 6.0, "loss": 3.0}
+    assert by_phase(row) == {**dict.fromkeys(PHASES, 0.0), "data": 1.0, "update": 6.0, OTHER: 3.0}
+
+
+def test_sampling_waits_for_the_update_first():
+    """The clock's hand stands on update while the parameters are waited for, on rollout within."""
+    hands = []
+
+    @contextmanager
+    def phase(name):
+        hands.append(f"+{name}")
+        yield
+        hands.append(f"-{name}")
+
+    state = TrainState(step=0, params=jnp.ones(1), opt_state=(), key=None, frozen={})
+    with Context(None, None, 0, None, None, phase).sampling(state):
+        hands.append("drawn")
+    assert hands == ["+update", "-update", "+rollout", "drawn", "-rollout"]
+    with Context(None, None, 0, None, None).sampling(state):  # nobody measures
+        pass
+
+
+@pytest.mark.parametrize("stage, busy", [("pretrain", "data update eval save"), ("ppo", " ".join(PHASES))])
+def test_phases_of_a_run(finished, stage, busy):
+    summary, rows = read_json(finished / stage / "summary.json"), read_metrics(finished / stage)
+    spent = summary["seconds_by_phase"]
+    assert list(spent) == [*PHASES, OTHER]
+    assert {name for name in PHASES if spent[name] > 0} == set(busy.split())
+    assert sum(spent.values()) == pytest.approx(summary["seconds"])
+    for name in PHASES:
+        column = [row[f"seconds/{name}"] for row in rows]
+        assert column == sorted(column) and column[-1] <= spent[name]
+    assert all(by_phase(row)[OTHER] > 0 for row in rows)
+
+
+def test_a_resumed_run_goes_on_counting(finished, small, tmp_path):
+    """Every phase begins where the first two steps left it, and gains by the third, save for the scores at its end."""
+    train.run(stage_config(finished, "ppo", "train.steps=2"), tmp_path / "ppo")
+    before = by_phase(read_metrics(tmp_path / "ppo")[-1])
+    summary = train.run(stage_config(finished, "ppo", "train.steps=3"), tmp_path / "ppo")
+    added = by_phase(next(row for row in read_metrics(tmp_path / "ppo") if row["step"] == 3))
+    for name, seconds in before.items():
+        assert seconds < added[name] or name == "eval" and seconds == added[name], name
+        assert seconds < summary["seconds_by_phase"][name], name
