@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,13 @@ from lm.errors import UserError
 
 WIDTH = 80  # columns, where there is no terminal to ask
 RED, YELLOW = "31", "33"
+
+
+class Thread(threading.local):
+    muted = False  # whether `say` and `table` are silent
+
+
+THREAD = Thread()
 
 
 class Interrupted(Exception):
@@ -92,9 +100,20 @@ def on_sigterm() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, previous)
 
 
+@contextmanager
+def muted() -> Iterator[None]:
+    """This thread says nothing but warnings: several runs that go on together would say the same."""
+    THREAD.muted = True
+    try:
+        yield
+    finally:
+        THREAD.muted = False
+
+
 def say(text: str) -> None:
     """One line on stdout, above the live line if there is one."""
-    _print(text, sys.stdout)
+    if not THREAD.muted:
+        _print(text, sys.stdout)
 
 
 def warn(text: str) -> None:
@@ -104,7 +123,8 @@ def warn(text: str) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Prints a table: numbers to the right, floats with four significant digits."""
-    terminal().print(grid(title, columns, rows))
+    if not THREAD.muted:
+        terminal().print(grid(title, columns, rows))
 
 
 def grid(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
@@ -133,7 +153,11 @@ class Progress:
         self._printed = -interval  # since the start; the first line is due at once
         self._unprinted = False
         console = terminal()
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._live = (
+            Live(console=console, refresh_per_second=4, transient=True)
+            if console.is_terminal and not THREAD.muted
+            else None
+        )
 
     def __enter__(self) -> "Progress":
         if self._live:

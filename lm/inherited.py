@@ -29,15 +29,15 @@ def agreed_tokenizer(path: str, start) -> Tokenizer:
     return tokenizer
 
 
-def reward_from(paths: str, tokenizer: Tokenizer, pessimism: float) -> Reward:
+def reward_from(paths: str, tokenizer: Tokenizer, pessimism: float, *, jit=jax.jit) -> Reward:
     """The reward model of a finished workdir, or the ensemble of several, whose names are separated by commas."""
-    members = [one_reward(path.strip(), tokenizer) for path in paths.split(",")]
+    members = [one_reward(path.strip(), tokenizer, jit) for path in paths.split(",")]
     return ensemble(members, pessimism=pessimism) if len(members) > 1 else members[0]
 
 
-def one_reward(path: str, tokenizer: Tokenizer) -> Reward:
+def one_reward(path: str, tokenizer: Tokenizer, jit) -> Reward:
     """The reward model of a finished workdir that shares our tokenizer, centred."""
-    judge, reward = load_reward(path, backend=jax.default_backend(), centred=True, jit=jax.jit, warn=warn)
+    judge, reward = load_reward(path, backend=jax.default_backend(), centred=True, jit=jit, warn=warn)
     if judge.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{path} was trained with tokenizer and template {judge.tokenizer.fingerprint[:8]}, but this run "

@@ -11,16 +11,16 @@ copies. The program is always of the same shape, so what a member computes does 
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import CodeType, MappingProxyType
+from types import CodeType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+from lm.errors import UserError
 
 
 class Stacked:
@@ -91,7 +91,7 @@ class Together:
                 raise
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """make(), by the first member that asks for this key; the others wait for what it made."""
+        """make(), by the first member that asks for this key; the others wait. It may compile, but must not compute."""
         with self._turn:
             mine = key not in self._made
             if mine:
@@ -104,22 +104,23 @@ class Together:
                 future.set_exception(error)
         return future.result()
 
-    def jit(
-        self, function: Callable, *, given: Mapping[str, Any] = NOTHING, lazily: bool = False, **options
-    ) -> Callable:
+    def jit(self, function: Callable, *, donate_argnums: int | tuple[int, ...] = (), out_shardings=None) -> Callable:
         """As jax.jit; the n-th function that a member compiles of a piece of code is the n-th of every other.
 
-        given: numbers in which members may differ, arguments by name of every call, traced where they do. lazily:
-        leaves of what it returns are `Part`s, else arrays of the host. options: donate_argnums, of jax.jit.
+        Numbers in which members differ must be arguments: one member's function is compiled for all. With
+        out_shardings (which is not looked at: there is one device) leaves of what it returns are `Part`s, else arrays
+        of the host. Raises UserError if members compile code that has other numbers in it.
         """
         with self._turn:
-            count = self._member.number, function.__code__
-            key = function.__code__, self._compiled[count]
-            self._compiled[count] += 1
+            member = self._member.number, function.__code__
+            key = function.__code__, self._compiled[member]
+            self._compiled[member] += 1
             if key not in self._programs:
-                self._programs[key] = Program(function, self.count, lazily=lazily, **options)
+                donated = donate_argnums if isinstance(donate_argnums, tuple) else (donate_argnums,)
+                self._programs[key] = Program(function, self.count, donated, lazily=out_shardings is not None)
             program = self._programs[key]
-        return lambda *args: self._called(program, (dict(given), *args))
+        program.admit(function)
+        return lambda *args: self._called(program, args)
 
     def _called(self, program: "Program", args: tuple) -> Any:
         member = self._member.number
@@ -147,12 +148,21 @@ class Together:
 class Program:
     """One function, compiled once for all members."""
 
-    def __init__(self, function: Callable, count: int, *, lazily: bool, donate_argnums: tuple[int, ...] = ()):
-        self._function, self._count, self._lazily = function, count, lazily
-        self._donated = tuple(1 + number for number in donate_argnums)  # the first argument is what members are given
+    def __init__(self, function: Callable, count: int, donated: tuple[int, ...], *, lazily: bool):
+        self._function, self._count, self._donated, self._lazily = function, count, donated, lazily
         self._jitted: dict[Any, Callable] = {}  # by which leaves are stacked
+        self._axes: dict[Any, tuple[int | None, ...]] = {}  # which those are, of calls of a structure
         self.waiting: dict[int, tuple] = {}
         self.results: dict[int, Any] = {}
+
+    def admit(self, function: Callable) -> None:
+        """UserError if `function`, of the same code, is bound to other numbers or words."""
+        for (name, ours), theirs in zip(bound(self._function).items(), bound(function).values(), strict=True):
+            if ours != theirs:
+                raise UserError(
+                    f"runs that compute together cannot differ in {name} ({ours} and {theirs}), which is compiled into "
+                    f"{function.__qualname__}: sweep it without --vectorised"
+                )
 
     def call(self) -> None:
         """Makes the calls that wait and shares out what they return."""
@@ -161,7 +171,12 @@ class Program:
             first = min(waiting)
             calls = [waiting[member] if member in waiting else waiting[first] for member in range(self._count)]
             leaves, trees = zip(*(jax.tree.flatten(call) for call in calls))
-            stacked, axes = zip(*map(stack, zip(*leaves)))
+            columns = list(zip(*leaves))
+            # Copies in the places of members that are not here look like something that all share.
+            whole = len(waiting) == self._count or trees[0] not in self._axes
+            axes = tuple(map(axis, columns)) if whole else self._axes[trees[0]]
+            self._axes[trees[0]] = axes
+            stacked = [real(column[0]) if one is None else stack(column) for column, one in zip(columns, axes)]
             out = self._program(trees[0], axes)(*jax.tree.unflatten(trees[0], stacked))
             self.results = parts(out, waiting, lazily=self._lazily)
         except Exception as error:
@@ -170,29 +185,33 @@ class Program:
     def _program(self, tree: Any, axes: Sequence[int | None]) -> Callable:
         key = tree, axes
         if key not in self._jitted:
-            function = jax.vmap(
-                lambda given, *args: self._function(*args, **given),
-                in_axes=jax.tree.unflatten(tree, axes),
-                axis_size=self._count,
-            )
+            function = jax.vmap(self._function, in_axes=jax.tree.unflatten(tree, axes), axis_size=self._count)
             self._jitted[key] = jax.jit(function, donate_argnums=self._donated)
         return self._jitted[key]
 
 
-def stack(leaves: Sequence[Any]) -> tuple[Any, int | None]:
-    """The members' leaves as one array [members, ...] and its axis 0; or the one leaf that all share, and None."""
+def bound(function: Callable) -> dict[str, Any]:
+    """The numbers and words of a function's closure, by name; None for anything else there."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or ())
+    contents = {name: cell.cell_contents for name, cell in cells}
+    return {name: x if type(x) in (bool, int, float, str) else None for name, x in contents.items()}
+
+
+def axis(leaves: Sequence[Any]) -> int | None:
+    """0 where the members' leaves must be stacked; None for one that all of them share."""
     first = leaves[0]
-    if all(leaf is first for leaf in leaves):
-        return real(first), None
+    number = type(first) in (int, float) and all(type(leaf) is type(first) and leaf == first for leaf in leaves)
+    return None if number or all(leaf is first for leaf in leaves) else 0
+
+
+def stack(leaves: Sequence[Any]) -> Any:
+    """The members' leaves as one array [members, ...]."""
+    first = leaves[0]
     if all(isinstance(leaf, Part) and leaf.stacked is leaves[0].stacked for leaf in leaves):
         if [leaf.member for leaf in leaves] == list(range(len(leaves))):
-            return first.stacked.array, 0
-    if isinstance(first, (int, float)) and all(type(leaf) is type(first) and leaf == first for leaf in leaves):
-        return first, None
+            return first.stacked.array
     arrays = [real(leaf) for leaf in leaves]
-    if any(isinstance(array, jax.Array) for array in arrays):
-        return jnp.stack(arrays), 0
-    return np.stack(arrays), 0
+    return (jnp if any(isinstance(array, jax.Array) for array in arrays) else np).stack(arrays)
 
 
 def parts(out: Any, members: Iterable[int], *, lazily: bool) -> dict[int, Any]:

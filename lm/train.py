@@ -11,8 +11,11 @@ Every subtree of the config is the keyword arguments of one function: model (lm.
 """
 
 import dataclasses
+import functools
+import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +26,10 @@ from ml_collections import ConfigDict
 from lm import metrics as means, optim, record, runpage, tokenizer as tokenizers, trace, trackers as tracking
 from lm.checkpoint import Checkpoints
 from lm.config import arguments, call, require, to_dict
-from lm.console import Interrupted, Progress, Writers, main, on_sigterm, say, table, warn
+from lm.console import Interrupted, Progress, Writers, main, say, table, warn
 from lm.data import corpus as corpora
 from lm.errors import UserError, at_least
+from lm.host import ALONE, Host
 from lm.inherited import agreed_tokenizer, reward_from, teacher_from
 from lm.log import Log
 from lm.model import Config, Model, make
@@ -63,11 +67,15 @@ class Schedule:
         at_least(0, "train", evaluate_every=self.evaluate_every, samples=self.samples)
 
 
+# The stage's update, with some of the config's numbers, by dotted key, replaced by others.
+Build = Callable[[Mapping[str, Any]], Update]
+
+
 class Run(NamedTuple):
     """Everything the loop works with, put together from a config."""
 
     stage: Any  # the module
-    update: Update
+    build: Build
     batches: Batches
     mesh: jax.sharding.Mesh
     shardings: Any  # of the TrainState
@@ -77,7 +85,9 @@ class Run(NamedTuple):
     phases: Phases
 
 
-def run(config: ConfigDict, path: str | Path, *, log: str = "", profile: str = "") -> dict[str, Any]:
+def run(
+    config: ConfigDict, path: str | Path, *, log: str = "", profile: str = "", host: Host = ALONE
+) -> dict[str, Any]:
     """Trains one stage in its workdir, or takes up where it stopped, and returns the summary it leaves there.
 
     log: trackers, as --log names them. profile: a range of steps, as --profile does.
@@ -101,7 +111,7 @@ def run(config: ConfigDict, path: str | Path, *, log: str = "", profile: str = "
         summary = workdir.summary()
         if summary is None or "train" in config and summary["steps"] < config.train.steps:
             if name in STAGES:
-                summary = train(config, workdir, packages=packages, traced=traced)
+                summary = train(config, workdir, packages=packages, traced=traced, host=host)
             else:
                 record.note(workdir.path, seed=config.seed)
                 summary = call(fit_tokenizer, config.data, workdir, name="data")
@@ -146,11 +156,13 @@ def fit_tokenizer(
     }
 
 
-def prepare(config: ConfigDict, workdir: Workdir, phases: Phases) -> Run:
+def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) -> Run:
     """From a config to a Run: tokenizer, model, optimizer, stage, batches, mesh, starting state."""
     name, backend = config.stage.name, jax.default_backend()
     stage = STAGES[name]
-    start = load(config.init_from, backend=backend, warn=warn) if config.init_from else None
+    start = host.once(
+        config.init_from, lambda: load(config.init_from, backend=backend, warn=warn) if config.init_from else None
+    )
     tokenizer = agreed_tokenizer(config.tokenizer, start)
     tokenizer.save(workdir.tokenizer)
     inherited = dataclasses.asdict(start.shape) if start else {"vocab_size": tokenizer.vocab_size}
@@ -163,28 +175,43 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases) -> Run:
         raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
     model = make(shape.on(backend))
 
-    optimizer = call(optim.make, config.optimizer, name="optimizer")
-    options = {key: value for key, value in config.stage.to_dict().items() if key != "name"}
     teachers = {}
-    if name in TAUGHT and "teacher" in options:
-        teachers["teacher"] = teacher_from(options["teacher"], tokenizer)
-        options["teacher"] = teachers["teacher"].model
-    update = call(stage.make, options, model, optimizer, name="stage")
-    lent = lambda paths, pessimism: reward_from(paths, tokenizer, pessimism)
-    context = Context(model, tokenizer, config.seed, jax.jit, lent, phases)
-    with phases("data"):
-        batches = call(stage.batches, config.data, context, name="data")
+    if name in TAUGHT and "teacher" in config.stage:
+        teachers["teacher"] = teacher_from(config.stage.teacher, tokenizer)
+    build = functools.partial(built, config, model, teachers)
 
-    mesh = call(make_mesh, config.mesh, name="mesh")
-    state, shardings = initial_state(update, model, config.seed, start.params if start else None, teachers, mesh)
+    def lent(paths, pessimism):
+        return host.once((paths, pessimism), lambda: reward_from(paths, tokenizer, pessimism, jit=host.jit))
+
+    context = Context(model, tokenizer, config.seed, host.jit, lent, phases if host.timed else nullcontext)
+    data = json.dumps([config.seed, to_dict(config.data)])
+    with phases("data"):
+        batches = host.once(data, lambda: call(stage.batches, config.data, context, name="data"))
+
+    mesh = call(host.mesh or make_mesh, config.mesh, name="mesh")
+    params = start.params if start else None
+    state, shardings = initial_state(build, model, config.seed, params, teachers, mesh, host)
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
-    passes = options["epochs"] if "epochs" in options else 1  # over each batch
+    passes = config.stage.epochs if "epochs" in config.stage else 1  # over each batch
     flops = passes * flops_per_token(model.config, batches.about["length"])
-    return Run(stage, update, batches, mesh, shardings, state, meta, flops, phases)
+    return Run(stage, build, batches, mesh, shardings, state, meta, flops, phases)
+
+
+def built(config: ConfigDict, model: Model, teachers: Mapping[str, Trained], scalars: Mapping[str, Any]) -> Update:
+    """The stage's update with the config's optimizer; `scalars`, by dotted key, in the place of its own numbers."""
+
+    def options(subtree: str) -> dict[str, Any]:
+        own = {key.removeprefix(f"{subtree}."): v for key, v in scalars.items() if key.startswith(f"{subtree}.")}
+        return {**config[subtree].to_dict(), **own}
+
+    optimizer = call(optim.make, options("optimizer"), name="optimizer")
+    networks = {name: teacher.model for name, teacher in teachers.items()}
+    stage = {key: value for key, value in {**options("stage"), **networks}.items() if key != "name"}
+    return call(STAGES[config.stage.name].make, stage, model, optimizer, name="stage")
 
 
 def initial_state(
-    update: Update, model: Model, seed: int, params, teachers: Mapping[str, Trained], mesh
+    build: Build, model: Model, seed: int, params, teachers: Mapping[str, Trained], mesh, host: Host
 ) -> tuple[TrainState, Any]:
     """The starting state, each leaf created where its sharding wants it, and those shardings.
 
@@ -192,10 +219,16 @@ def initial_state(
     """
     init_key, key = jax.random.split(jax.random.key(seed))
 
-    def init(params, frozen):
-        return update.init(key, params or {"lm": model.init(init_key)}, frozen)
+    def init(scalars, init_key, key, params, frozen):
+        return build(scalars).init(key, params or {"lm": model.init(init_key)}, frozen)
 
-    given = params, {name: teacher.params["lm"] for name, teacher in teachers.items()}
+    given = (
+        dict(host.scalars),
+        init_key,
+        key,
+        params,
+        {name: teacher.params["lm"] for name, teacher in teachers.items()},
+    )
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init, *given)
         shardings = state_shardings(mesh, shapes, model.axes)
@@ -203,30 +236,32 @@ def initial_state(
             name: state_shardings(mesh, shapes.frozen[name], teacher.model.axes) for name, teacher in teachers.items()
         }
         shardings = shardings.replace(frozen={**shardings.frozen, **theirs})
-        return jax.jit(init, out_shardings=shardings)(*given), shardings
+        return host.jit(init, out_shardings=shardings)(*given), shardings
 
 
-def train(config: ConfigDict, workdir: Workdir, *, packages: Mapping[str, Any], traced: range) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: Workdir, *, packages: Mapping[str, Any], traced: range, host: Host
+) -> dict[str, Any]:
     """The loop. Batch i depends on (seed, i) and, where it is sampled, on the state: no more need be remembered.
 
-    packages: of the trackers (lm.trackers.named). traced: steps to profile.
+    packages: of the trackers (lm.trackers.named). traced: steps to profile. host: the process that it runs in.
     """
     schedule, phases = call(Schedule, config.train, name="train"), Phases()
     with Progress(config.stage.name, schedule.steps) as progress:
-        r = prepare(config, workdir, phases)
+        r = prepare(config, workdir, phases, host)
         introduce(config.stage.name, r.batches.about)
         start = record.note(workdir.path, seed=config.seed)
         with Checkpoints(workdir.checkpoints, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
-            done, state = resumed(checkpoints, r)
+            with host.turn(checkpoints):
+                done, state = resumed(checkpoints, r)
             first = done + 1 if done else 0  # the row to write next: a fresh start is scored before its first step
             workdir.truncate(first - 1)
             if done:
                 say(f"{config.stage.name}: continues from step {done} of {workdir.path}")
-            step = jax.jit(r.update.update, donate_argnums=0, out_shardings=(r.shardings, None))
-            evaluate = jax.jit(r.update.evaluate)
+            step, evaluate = programs(r, host)
             trackers = tracking.opened(packages, workdir.path, to_dict(config))
             with (
-                on_sigterm() as stopping,
+                host.stopping() as stopping,
                 Writers(workdir.path, purge_step=first, trackers=trackers) as writers,
                 trace.Trace(traced, workdir.path / PROFILE) as profile,
             ):
@@ -253,8 +288,8 @@ def train(config: ConfigDict, workdir: Workdir, *, packages: Mapping[str, Any], 
                     if last or schedule.evaluate_every and (i + 1) % schedule.evaluate_every == 0:
                         log.write(i + 1, held_out(r, evaluate, state))
                     if due:
-                        with phases("save"):
-                            checkpoints.save(i + 1, saved(state), r.meta)
+                        with phases("save"), host.turn(checkpoints):
+                            checkpoints.save(i + 1, host.real(saved(state)), r.meta)
                     if stop:
                         break
                 with phases("save"):
@@ -262,6 +297,17 @@ def train(config: ConfigDict, workdir: Workdir, *, packages: Mapping[str, Any], 
                 if stopping():
                     raise Interrupted
     return summary_of(config, r, workdir, log.seconds(), start["peak"]["flops_per_second"])
+
+
+def programs(r: Run, host: Host) -> tuple[Callable, Callable]:
+    """The compiled (state, batch) -> (state, metrics) and -> metrics."""
+    step = host.jit(
+        lambda scalars, state, batch: r.build(scalars).update(state, batch),
+        donate_argnums=1,
+        out_shardings=(r.shardings, None),
+    )
+    evaluate = host.jit(lambda scalars, state, batch: r.build(scalars).evaluate(state, batch))
+    return functools.partial(step, dict(host.scalars)), functools.partial(evaluate, dict(host.scalars))
 
 
 def introduce(name: str, about: Mapping[str, Any]) -> None:

@@ -105,7 +105,7 @@ def batches(
         )
     order = rows_to_batches.batches(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
     run = context.jit(
-        lambda lm, prompts, lengths, key: rollout(
+        lambda lm, prompts, lengths, key, temperature: rollout(
             model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops
         )[0]
     )
@@ -113,7 +113,7 @@ def batches(
     def drawn(state, prompts: Prompts, role: int, i: int) -> Tokens:
         key = jax.random.fold_in(jax.random.fold_in(state.key, role), i)
         with context.sampling(state):
-            return jax.block_until_ready(run(state.params["lm"], prompts.ids, prompts.lengths, key))
+            return jax.block_until_ready(run(state.params["lm"], prompts.ids, prompts.lengths, key, temperature))
 
     def train_batch(state, i):
         coin = jax.random.fold_in(jax.random.fold_in(state.key, COIN), i)

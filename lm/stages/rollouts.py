@@ -131,11 +131,12 @@ def answering(
 ) -> Answer:
     """How the policy answers: once or, with the environment of this name, in exchanges."""
     model, tokenizer = context.model, context.tokenizer
-    sampled = context.jit(
-        lambda lm, prompts, lengths, key: rollout(
+    compiled = context.jit(
+        lambda lm, prompts, lengths, key, temperature: rollout(
             model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops
         )
     )
+    sampled = lambda *args: compiled(*args, temperature)
     if not environment:
         return answers(sampled, tokenizer)
     if environment not in ENVIRONMENTS:
@@ -222,12 +223,12 @@ def table(context: Context, temperature: float) -> Callable[[TrainState, Rollout
     """(state, batch, rows) -> the first rows of a batch for people: prompt, response, each reward, KL to the
     reference."""
     model, tokenizer = context.model, context.tokenizer
-    logprobs = context.jit(lambda ref, tokens: model.token_logprobs(ref, tokens, temperature=temperature))
+    logprobs = context.jit(lambda ref, tokens, temperature: model.token_logprobs(ref, tokens, temperature=temperature))
 
     def shown(state: TrainState, batch: Rollouts, rows: int) -> Iterator[dict[str, Any]]:
         part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text=None)))
         w = part.tokens.weights
-        ref = np.asarray(logprobs(lent(state).frozen["ref"], part.tokens))
+        ref = np.asarray(logprobs(lent(state).frozen["ref"], part.tokens, temperature))
         for b in range(len(w)):
             trained = w[b] > 0
             first, *_, last = np.flatnonzero(trained).repeat(2)
