@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 # Peak dense bfloat16 FLOP/s of one device, by how JAX's device_kind begins; the first that fits counts. NVIDIA's
 # sheets give the double, "with sparsity". Sources: H100, H200 and A100 Tensor Core GPU datasheets, nvidia.com;
-# "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e", docs.cloud.google.com/tpu/docs.
+# "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e", docs.cloud.google.com/tpu/docs; v4i ("v4 lite"): Jouppi et al. 2021.
 PEAKS: Mapping[str, float] = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
@@ -54,7 +54,7 @@ def peak_flops() -> tuple[float | None, str]:
     if device.platform == "cpu":
         return matmul_ceiling(), "the fastest float32 matrix product measured on this machine"
     for kind, flops in PEAKS.items():
-        if device.device_kind.startswith(kind):
+        if device.device_kind.startswith(kind) and "MIG" not in device.device_kind:  # a slice of a GPU has less
             return jax.device_count() * flops, f"the maker's dense bfloat16 figure for {kind}"
     return None, f"no figure is known for {device.device_kind}"
 

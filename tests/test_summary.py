@@ -72,9 +72,10 @@ def test_peaks_of_accelerators_add_up(monkeypatch, kind, flops):
     assert hardware.peak_flops()[0] == 2 * flops
 
 
-def test_nobody_knows_an_abacus(monkeypatch):
-    devices(monkeypatch, SimpleNamespace(platform="gpu", device_kind="abacus"))
-    assert hardware.peak_flops() == (None, "no figure is known for abacus")
+@pytest.mark.parametrize("kind", ["abacus", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"])
+def test_nobody_knows_an_abacus_or_a_slice(monkeypatch, kind):
+    devices(monkeypatch, SimpleNamespace(platform="gpu", device_kind=kind))
+    assert hardware.peak_flops() == (None, f"no figure is known for {kind}")
 
 
 def test_a_cpu_is_measured_once_however_many_devices_share_it(monkeypatch):

@@ -51,6 +51,8 @@ def test_a_folder_without_results_takes_a_mended_config(tmp_path):
     open_workdir(tmp_path, CONFIG).close()
     for unfinished in ("checkpoints", "tensorboard"):
         (tmp_path / unfinished).mkdir()
+    for begun in ("record.json", "code-0.diff", "trackers.json"):
+        (tmp_path / begun).write_text("{}")
     with open_workdir(tmp_path, changed(width=16)) as workdir:
         assert workdir.differences == ["model.width: 8 -> 16"]
     assert read_json(tmp_path / "config.json")["model"]["width"] == 16
