@@ -23,6 +23,7 @@ from lm.checkpoint import Checkpoints
 from lm.config import arguments, call, require, to_dict
 from lm.console import Interrupted, Progress, Writers, main, on_sigterm, say, table, warn
 from lm.data import corpus as corpora
+from lm.data.batches import Ramp
 from lm.errors import UserError, at_least
 from lm.log import Log
 from lm.model import Config, Model, make
@@ -155,6 +156,8 @@ def prepare(config: ConfigDict, workdir: Workdir) -> Run:
     lent = lambda paths, pessimism: reward_from(paths, tokenizer, pessimism)
     context = Context(model, tokenizer, config.seed, jax.jit, lent)
     batches = call(stage.batches, config.data, context, name="data")
+    if "ramp" in config.data and "microbatches" in options:
+        stop_unless_cut(config.data.ramp, options["microbatches"])
 
     mesh = call(make_mesh, config.mesh, name="mesh")
     state, shardings = initial_state(update, model, config.seed, start.params if start else None, teachers, mesh)
@@ -162,6 +165,16 @@ def prepare(config: ConfigDict, workdir: Workdir) -> Run:
     passes = options["epochs"] if "epochs" in options else 1  # over each batch
     flops = passes * flops_per_token(model.config, batches.about["length"])
     return Run(stage, update, batches, mesh, shardings, state, meta, flops)
+
+
+def stop_unless_cut(ramp: Ramp, microbatches: int) -> None:
+    """UserError, before the first step rather than at its own, for a batch that the microbatches cannot cut."""
+    for step, rows in ramp:
+        if rows % microbatches:
+            raise UserError(
+                f"data.ramp has {rows} rows before step {step}, which cannot be cut into {microbatches} equal parts: "
+                "change them, or stage.microbatches"
+            )
 
 
 def agreed_tokenizer(path: str, start) -> Tokenizer:
@@ -292,7 +305,8 @@ def fetched(r: Run, state: TrainState, i: int):
 
 
 def held_out(r: Run, evaluate, state: TrainState) -> dict[str, float]:
-    """The stage's summary of its metrics over every held-out batch, as "held_out/NAME"."""
+    """The stage's summary of its metrics over every held-out batch, as "held_out/NAME"; of averaged weights, if any."""
+    state = state.replace(params=optim.average(state.opt_state) or state.params)
     total = None
     for batch in r.batches.held_out(state):
         found = jax.device_get(dict(evaluate(state, put_batch(batch, r.mesh))))
@@ -318,10 +332,15 @@ def stop_unless_fresh(r: Run, before: Mapping[str, float]) -> None:
 
 
 def saved(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds: all but the frozen networks, which every start builds again."""
+    """What a checkpoint holds: all but the frozen networks, which every start builds again.
+
+    "params" is for whoever loads the run: averaged weights where there are any; then "live" are those being trained.
+    """
+    average = optim.average(state.opt_state)
     return {
-        "params": state.params,
-        "opt_state": state.opt_state,
+        "params": average or state.params,
+        "live": state.params if average else {},
+        "opt_state": optim.with_average(state.opt_state, {}),
         "counts": {"step": state.step, "key": state.key},
         "memory": state.memory,
     }
@@ -338,8 +357,9 @@ def resumed(checkpoints: Checkpoints, r: Run) -> tuple[int, TrainState]:
             f"{checkpoints.directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
             f"this run has {r.meta['fingerprint'][:8]}: give another --workdir, or remove this one"
         )
-    kept = {name: tree[name] for name in ("params", "opt_state", "memory")}
-    return done, r.state.replace(**kept, **tree["counts"])
+    opt_state = optim.with_average(tree["opt_state"], tree["params"])
+    params = tree["live"] or tree["params"]
+    return done, r.state.replace(params=params, opt_state=opt_state, memory=tree["memory"], **tree["counts"])
 
 
 def summary_of(config: ConfigDict, r: Run, workdir: Workdir) -> dict[str, Any]:
