@@ -23,7 +23,7 @@ from lm.checkpoint import Checkpoints
 from lm.config import arguments, call, require, to_dict
 from lm.console import Interrupted, Progress, Writers, main, on_sigterm, say, table, warn
 from lm.data import corpus as corpora
-from lm.data.batches import Ramp
+from lm.data.batches import stop_unless_cut
 from lm.errors import UserError, at_least
 from lm.log import Log
 from lm.model import Config, Model, make
@@ -165,16 +165,6 @@ def prepare(config: ConfigDict, workdir: Workdir) -> Run:
     passes = options["epochs"] if "epochs" in options else 1  # over each batch
     flops = passes * flops_per_token(model.config, batches.about["length"])
     return Run(stage, update, batches, mesh, shardings, state, meta, flops)
-
-
-def stop_unless_cut(ramp: Ramp, microbatches: int) -> None:
-    """UserError, before the first step rather than at its own, for a batch that the microbatches cannot cut."""
-    for step, rows in ramp:
-        if rows % microbatches:
-            raise UserError(
-                f"data.ramp has {rows} rows before step {step}, which cannot be cut into {microbatches} equal parts: "
-                "change them, or stage.microbatches"
-            )
 
 
 def agreed_tokenizer(path: str, start) -> Tokenizer:

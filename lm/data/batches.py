@@ -59,6 +59,16 @@ def check_ramp(ramp: Ramp) -> None:
         at_least(1, "data.ramp", rows=rows)
 
 
+def stop_unless_cut(ramp: Ramp, microbatches: int) -> None:
+    """UserError, before the first step rather than at its own, for a batch that the microbatches cannot cut."""
+    for step, rows in ramp:
+        if rows % microbatches:
+            raise UserError(
+                f"data.ramp has {rows} rows before step {step}, which cannot be cut into {microbatches} equal parts: "
+                "change them, or stage.microbatches"
+            )
+
+
 def every(rows: Rows, batch_size: int) -> Iterator[Rows]:
     """All rows once, in order; the last batch is filled up with zeros, which weigh nothing."""
     count = len(jax.tree.leaves(rows)[0])
