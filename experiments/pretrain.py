@@ -4,7 +4,7 @@ Paper: Radford et al. 2019 (GPT-2); the block of Touvron et al. 2023, arXiv 2302
 Command: python -m lm.train --config=experiments/pretrain.py --workdir=runs/quickstart/pretrain
 Needs: runs/quickstart/tokenizer (experiments/tokenizer.py).
 Expect: held-out bits per byte from 3.86 to 2.02 (xz -9: 2.55) in 162 s on 2 cores of an AMD EPYC (Zen 4).
-Change first: optimizer.learning_rate, train.steps (optimizer.total_steps follows), model.width.
+Change first: optimizer.learning_rate and name, train.steps (optimizer.total_steps follows), model.width.
 """
 
 from ml_collections import ConfigDict
@@ -34,6 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "corpus": "stdlib,chitchat",
             "length": 64 if tiny else 256,
             "batch_size": 8 if tiny else 16,
+            "ramp": (),
             "held_out": 0.05,
             "held_out_bytes": 20_000 if tiny else 200_000,
         }
@@ -43,12 +44,17 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         {
+            "name": "adamw",
             "learning_rate": 3e-3,
             "total_steps": config.train.get_ref("steps"),
             "warmup_steps": 2 if tiny else 30,
             "schedule_name": "cosine",
+            "final_fraction": 0.1,
+            "weight_decay": 0.1,
+            "clip_norm": 1.0,
+            "ema_decay": 0.0,
         }
     )
-    config.stage = ConfigDict({"name": "pretrain", "z_loss": 1e-4})
+    config.stage = ConfigDict({"name": "pretrain", "z_loss": 1e-4, "microbatches": 1})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()

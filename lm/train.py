@@ -28,6 +28,7 @@ from lm.checkpoint import Checkpoints
 from lm.config import arguments, call, require, to_dict
 from lm.console import Interrupted, Progress, Writers, main, say, table, warn
 from lm.data import corpus as corpora
+from lm.data.batches import stop_unless_cut
 from lm.errors import UserError, at_least
 from lm.host import ALONE, Host
 from lm.inherited import agreed_tokenizer, reward_from, teacher_from
@@ -179,6 +180,8 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     if name in TAUGHT and "teacher" in config.stage:
         teachers["teacher"] = teacher_from(config.stage.teacher, tokenizer)
     build = functools.partial(built, config, model, teachers)
+    if "ramp" in config.data and "microbatches" in config.stage:
+        stop_unless_cut(config.data.ramp, config.stage.microbatches)
 
     def lent(paths, pessimism):
         return host.once((paths, pessimism), lambda: reward_from(paths, tokenizer, pessimism, jit=host.jit))
@@ -326,9 +329,10 @@ def fetched(r: Run, state: TrainState, i: int):
 
 
 def held_out(r: Run, evaluate, state: TrainState) -> dict[str, float]:
-    """The stage's summary of its metrics over every held-out batch, as "held_out/NAME"."""
+    """The stage's summary of its metrics over every held-out batch, as "held_out/NAME"; of averaged weights, if any."""
     with r.phases("update"):
         jax.block_until_ready(state.params)  # what the devices still have to do is not the evaluation's
+    state = state.replace(params=optim.average(state.opt_state) or state.params)
     total = None
     with r.phases("eval"):
         for batch in r.batches.held_out(state):
@@ -355,10 +359,15 @@ def stop_unless_fresh(r: Run, before: Mapping[str, float]) -> None:
 
 
 def saved(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds: all but the frozen networks, which every start builds again."""
+    """What a checkpoint holds: all but the frozen networks, which every start builds again.
+
+    "params" is for whoever loads the run: averaged weights where there are any; then "live" are those being trained.
+    """
+    average = optim.average(state.opt_state)
     return {
-        "params": state.params,
-        "opt_state": state.opt_state,
+        "params": average or state.params,
+        "live": state.params if average else {},
+        "opt_state": optim.with_average(state.opt_state, {}),
         "counts": {"step": state.step, "key": state.key},
         "memory": state.memory,
     }
@@ -375,8 +384,9 @@ def resumed(checkpoints: Checkpoints, r: Run) -> tuple[int, TrainState]:
             f"{checkpoints.directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
             f"this run has {r.meta['fingerprint'][:8]}: give another --workdir, or remove this one"
         )
-    kept = {name: tree[name] for name in ("params", "opt_state", "memory")}
-    return done, r.state.replace(**kept, **tree["counts"])
+    opt_state = optim.with_average(tree["opt_state"], tree["params"])
+    params = tree["live"] or tree["params"]
+    return done, r.state.replace(params=params, opt_state=opt_state, memory=tree["memory"], **tree["counts"])
 
 
 def summary_of(

@@ -33,7 +33,7 @@ def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
     """One optimizer step on the gradient of sum over terms of total / weight, both summed over all microbatches.
 
     Gradients are summed in float32. A batch of weight 0 gives a zero gradient. Metrics gain `grad_norm` (before
-    clipping) and, where the optimizer injects it, `learning_rate`.
+    clipping), where the optimizer injects it `learning_rate`, and of several microbatches their `noise_scale`.
     """
 
     def init(key, params, frozen):
@@ -56,12 +56,17 @@ def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         total = summed(weights, parts, microbatches)
 
         def grads_of(part, key):
-            return jax.grad(objective, has_aux=True)(state.params, state.frozen, part, key, total)
+            grads, metrics = jax.grad(objective, has_aux=True)(state.params, state.frozen, part, key, total)
+            return grads, metrics, optax.tree.norm(grads, squared=True)
 
-        grads, metrics = summed(grads_of, parts, microbatches)
+        grads, metrics, squares = summed(grads_of, parts, microbatches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = dict(metrics, grad_norm=scalar(optax.tree.norm(grads)))
+        square = optax.tree.norm(grads, squared=True)
+        metrics = dict(metrics, grad_norm=scalar(jnp.sqrt(square)))
+        if microbatches > 1:
+            rows = jax.tree.leaves(batch)[0].shape[0]
+            metrics["noise_scale"] = noise_scale(squares, square, rows=rows, count=microbatches)
         learning_rate = optax.tree.get(
             opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
         )
@@ -73,6 +78,21 @@ def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         return loss(state.params, state.frozen, batch, jax.random.fold_in(state.key, state.step))[1]
 
     return Update(init, update, evaluate)
+
+
+def noise_scale(squares: Array, square: Array, *, rows: int, count: int) -> Mean:
+    """S / |G|^2, in rows: of a batch of so many, the noise of the gradient is as large as the gradient itself.
+
+    squares: the sum of |g|^2 over the `count` microbatches' parts g of the gradient; square: |sum of g|^2; rows: of the
+    whole batch. S, the trace of one row's covariance, and |G|^2, of the true gradient, are unbiased one by one, and may
+    be negative: sum both over many steps before they are divided.
+    McCandlish et al. 2018, app. A.1, arXiv 1812.06162. Rows are taken to be independent, and count times a part to be a
+    microbatch's own gradient, as if all weighed alike: where rows differ in weight, that adds to the noise, by the
+    squared coefficient of variation of a row's weight.
+    """
+    small = count * squares  # the mean over microbatches of |count g|^2
+    noise = rows * (small - square) / (count - 1)
+    return Mean(noise, (count * square - small) / (count - 1))
 
 
 def split(batch: Batch, count: int) -> Batch:

@@ -123,7 +123,7 @@ class Trained(NamedTuple):
     stage: str
     shape: Config  # as it was trained, every "auto" still open
     model: Model
-    params: Params  # numpy: {"lm": ...} or {"lm": ..., "value": ...}
+    params: Params  # numpy: {"lm": ...} or {"lm": ..., "value": ...}; averaged, where optimizer.ema_decay asked for it
     tokenizer: Tokenizer
     summary: Mapping[str, Any]  # empty while the run is not finished
 

@@ -82,6 +82,13 @@ def config_file(folder: Path, name: str, change: str) -> str:
         ("pretrain", "optimizer.warmup_steps=8", "optimizer.warmup_steps 8 is not below optimizer.total_steps 8"),
         ("pretrain", "data.length=65", "data.length 65 is longer than model.context 64; lower it"),
         ("pretrain", "data.batch_size=0", "data.batch_size is 0; it must be at least 1"),
+        (
+            "pretrain",
+            "data.ramp=4,2",
+            "data.ramp is (4, 2); it must be pairs of a step and the rows of a batch before it",
+        ),
+        ("pretrain", "optimizer.name=adam", "optimizer.name is 'adam'; choose one of adamw, lion, adafactor, muon"),
+        ("pretrain", "optimizer.ema_decay=1", "optimizer.ema_decay is 1.0; it must be from 0"),
         ("pretrain", "data.held_out=0", "of 79 documents none is held out at 0: raise the fraction"),
         ("pretrain", "seed=-1", "config.seed is -1; it must be at least 0"),
         (
@@ -149,6 +156,12 @@ def test_a_mended_config_may_take_the_folder_of_the_bad_one(refused, stage, tmp_
     "change, message",
     [
         ("config.optimizer.lr = 1e-3", "optimizer.lr is not an option of lm.optim.make; did you mean learning_rate?"),
+        ("config.optimizer.beta = 0.9", "optimizer.beta is not an option of adamw, which has b1, b2, eps"),
+        (
+            "config.data.ramp, config.stage.microbatches = ((2, 4), (4, 6)), 4",
+            "data.ramp has 6 rows before step 4, which cannot be cut into 4 equal parts: change them, or "
+            "stage.microbatches",
+        ),
         ("config.data.lenght = 64", "data.lenght is not an option of lm.stages.pretrain.batches; did you mean length?"),
         ("config.model.vocab_size = 100", "model.vocab_size is 100, but the tokenizer has 512 pieces: leave it out"),
         ("config.stage.name = 'ppo'", "stage.z_loss is not an option of lm.stages.ppo.make"),

@@ -314,6 +314,32 @@ def test_few_rows_repeat_and_types_stay():
             batches(faulty, batch_size=1, seed=0)
 
 
+def test_a_ramp_takes_the_same_rows_in_the_same_order():
+    """2 rows before step 2, 3 before step 5, then 4: 4 + 9 = 13 rows, and 4 a batch from row 13 on."""
+    whole = np.concatenate([batches(numbered(10), batch_size=4, seed=5)(i)["x"] for i in range(7)])
+    ramped = batches(numbered(10), batch_size=4, seed=5, ramp=((2, 2), (5, 3)))
+    found = [ramped(i)["x"] for i in reversed(range(8))][::-1]  # a function of (seed, i) all the same
+    assert [len(x) for x in found] == [2, 2, 3, 3, 3, 4, 4, 4]
+    np.testing.assert_array_equal(np.concatenate(found), whole[:25])
+    np.testing.assert_array_equal(ramped(6)["x"], whole[17:21])
+
+
+@pytest.mark.parametrize(
+    "ramp, message",
+    [
+        ((100, 4), r"data.ramp is \(100, 4\); it must be pairs .*, such as \(\(100, 4\),\)"),
+        (((100, 4, 8),), "it must be pairs"),
+        (((100, 4.5),), "it must be pairs"),
+        (((100, 4), (100, 8)), "data.ramp has the steps 100, 100; each must be larger than the last"),
+        (((0, 4),), "data.ramp has the steps 0; each must be larger"),
+        (((10, 4), (20, 0)), "data.ramp.rows is 0; it must be at least 1"),
+    ],
+)
+def test_bad_ramps(ramp, message):
+    with pytest.raises(UserError, match=message):
+        batches(numbered(10), batch_size=4, seed=0, ramp=ramp)
+
+
 # Rankings
 
 RANKING = rankings.Ranking(

@@ -8,12 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from runs import ROOT, TRAINED, assert_same_run, finished, saved, settings, small, stage_config, started
 
 from lm import train
+from lm.checkpoint import restore_params
 from lm.console import Interrupted
-from lm.workdir import read_json, read_metrics
+from lm.workdir import load, read_json, read_metrics
 
 __all__ = ["finished", "small"]
 
@@ -191,6 +194,30 @@ def test_more_steps_continue_a_finished_run(finished, small, tmp_path, capsys):
     assert saved(tmp_path / "ppo") == saved(finished / "ppo")
     again = train.run(stage_config(finished, "ppo"), tmp_path / "ppo")
     assert again == summary  # now it is finished
+
+
+def test_averaged_weights_are_what_is_scored_and_loaded(finished, small, tmp_path, monkeypatch):
+    """Interrupted or not, the same bits; the live weights are those of the run without an average."""
+    averaging = ("optimizer.ema_decay=0.9", "data.ramp=((2,4),)")
+    for name in ("straight", "stopped"):
+        if name == "stopped":
+            with monkeypatch.context() as patch, pytest.raises(Interrupted):
+                at_batch(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                train.run(stage_config(finished, "pretrain", *averaging), tmp_path / name)
+        summary = train.run(stage_config(finished, "pretrain", *averaging), tmp_path / name)
+    straight, stopped = (tmp_path / name for name in ("straight", "stopped"))
+    assert saved(straight) == saved(stopped)
+    live, average = (restore_params(straight / "checkpoints", name)[0] for name in ("live", "params"))
+    jax.tree.map(np.testing.assert_array_equal, live, restore_params(stopped / "checkpoints", "live")[0])
+    jax.tree.map(np.testing.assert_array_equal, average, load(straight, backend="cpu").params)
+
+    plain = train.run(stage_config(finished, "pretrain", *averaging[1:]), tmp_path / "plain")
+    jax.tree.map(np.testing.assert_array_equal, live, load(tmp_path / "plain", backend="cpu").params)
+    assert summary["before"] == plain["before"] and summary["held_out"] != plain["held_out"]
+
+    onwards = (f"init_from={straight}", "train.steps=1", "optimizer.warmup_steps=0")
+    after = train.run(stage_config(finished, "pretrain", *onwards), tmp_path / "onwards")
+    assert after["before"] == summary["held_out"]
 
 
 def test_fewer_steps_end_an_unfinished_run(finished, small, tmp_path):

@@ -125,6 +125,57 @@ def test_learning_rate_is_reported():
     assert "learning_rate" not in after(squares, batch())[1]
 
 
+def test_the_noise_scale_by_hand():
+    """w = 0, x = 1: a row (y, weight 1) of four has gradient -2 y / 4 in the sum, and two microbatches of rows 0, 2 and
+    1, 3.
+
+    y = 1, 2, 3, 6: the parts are -(1 + 3) / 2 = -2 and -(2 + 6) / 2 = -4, together G = -6. Twice a part is a
+    microbatch's own gradient: |-4|^2 and |-8|^2, in the mean 40; |G|^2 = 36.
+    S = (40 - 36) / (1/2 - 1/4) = 16 and |G|^2 without noise = (4 * 36 - 2 * 40) / (4 - 2) = 32: half a row.
+    """
+    data = {"x": jnp.ones((4, 1)), "y": jnp.array([1.0, 2.0, 3.0, 6.0]), "weight": jnp.ones(4)}
+    u = gradient(squares, SGD, microbatches=2)
+    _, metrics = u.update(u.init(KEY, {"lm": jnp.array([0.0])}, {}), data)
+    found = metrics["noise_scale"]
+    np.testing.assert_allclose([found.total, found.weight, found.value()], [16, 32, 0.5], rtol=1e-6)
+    assert "noise_scale" not in after(squares, batch())[1]
+
+
+@pytest.mark.parametrize("rows, count", [(32, 2), (32, 8), (128, 4)])
+def test_the_noise_scale_of_a_regression_whose_noise_is_known(rows, count):
+    """y = e, x normal in three dimensions, at w = (0.5, 0, 0): a row's gradient is 2 x (x . w - e).
+
+    Its mean G is 2 w, |G|^2 = 1. Its second moment: 4 E |x|^2 (x . w)^2 = 4 * (3 + 2) |w|^2 = 5, and 4 E |x|^2 e^2 =
+    4 * 3 * 4 = 48 with noise of deviation 2. S = 5 + 48 - 1 = 52 rows. Over 1,500 steps the totals find it, whatever
+    the sizes; the mean of the steps' own quotients would be no such number.
+    """
+    u = gradient(squares, SGD, microbatches=count)
+    state = u.init(KEY, {"lm": jnp.array([0.5, 0.0, 0.0])}, {})
+
+    def step(total, key):
+        x, e = jax.random.normal(key, (rows, 3)), 2 * jax.random.normal(jax.random.fold_in(key, 1), (rows,))
+        found = u.update(state, {"x": x, "y": e, "weight": jnp.ones(rows)})[1]["noise_scale"]
+        return total + found, None
+
+    total, _ = jax.jit(lambda: jax.lax.scan(step, Mean(0.0, 0.0), jax.random.split(KEY, 1500)))()
+    np.testing.assert_allclose([total.total / 1500, total.weight / 1500], [52, 1], rtol=0.12)
+    np.testing.assert_allclose(total.value(), 52, rtol=0.15)
+
+
+def test_rows_of_unequal_weight_add_to_the_noise_scale():
+    """x = 1, y = 0, w = 1: every row's gradient is 2, so there is no noise but that of the weights, here 1 or 3.
+
+    Their coefficient of variation is 1 / 2, its square a quarter of a row; in batches as small as two rows, 4 / 14.
+    """
+    u = gradient(squares, SGD, microbatches=2)
+    total = Mean(0.0, 0.0)
+    for weights in ((1.0, 1.0), (1.0, 3.0), (3.0, 1.0), (3.0, 3.0)):
+        data = {"x": jnp.ones((2, 1)), "y": jnp.zeros(2), "weight": jnp.array(weights)}
+        total += u.update(u.init(KEY, {"lm": jnp.array([1.0])}, {}), data)[1]["noise_scale"]
+    # |2 * 2 / 4|^2 and |2 * 6 / 4|^2: 5 in the mean; S = 2 (5 * 4 / 4 - 4) = 2 of such a batch, |G|^2 = 2 * 4 - 5 = 3
+    np.testing.assert_allclose([total.total, total.weight], [2 * 2, 2 * 3 + 2 * 4], rtol=1e-6)
+
+
 def test_evaluate_changes_nothing_and_scores_the_batch():
     u = gradient(squares, SGD)
     state = u.init(KEY, {"lm": jnp.array([1.0, 2.0, 3.0])}, {})

@@ -1,6 +1,7 @@
 """batch(i): a pure function of (seed, i), so that resuming needs no iterator and any step can be replayed."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import grain
@@ -10,26 +11,62 @@ import numpy as np
 from lm.errors import UserError, at_least
 
 Rows = TypeVar("Rows")  # a pytree of arrays with the same leading N
+Ramp = Sequence[tuple[int, int]]  # ((100, 4), (200, 8)): 4 rows before step 100, 8 before step 200, then batch_size
 
 
-def batches(rows: Rows, *, batch_size: int, seed: int, shuffle: bool = True) -> Callable[[int], Rows]:
-    """i -> rows [batch_size, ...] of the same pytree type, numpy.
+def batches(rows: Rows, *, batch_size: int, seed: int, shuffle: bool = True, ramp: Ramp = ()) -> Callable[[int], Rows]:
+    """i -> rows [batch_size, ...] of the same pytree type, numpy; fewer or more while the ramp lasts.
 
-    Epoch follows epoch without a seam, each in a new order; fewer rows than `batch_size` repeat. Grain draws the row
-    *numbers* and numpy gathers the rows once: per-row Python would cost more than a small model's step.
+    Epoch follows epoch without a seam, each in a new order, which no ramp changes: a batch takes the rows after those
+    of the batches before it. Fewer rows than `batch_size` repeat. Grain draws the row *numbers* and numpy gathers the
+    rows once: per-row Python would cost more than a small model's step.
     """
     at_least(1, "data", batch_size=batch_size)
+    check_ramp(ramp)
     sizes = {len(leaf) for leaf in jax.tree.leaves(rows)}
     if len(sizes) != 1 or 0 in sizes:
         raise UserError(f"cannot draw batches from {sorted(sizes)} rows: every array needs the same number, at least 1")
     numbers = grain.MapDataset.range(sizes.pop()).seed(seed)
-    numbers = (numbers.shuffle() if shuffle else numbers).repeat().batch(batch_size)
+    numbers = (numbers.shuffle() if shuffle else numbers).repeat()
 
     def batch(i: int) -> Rows:
-        drawn = numbers[int(i)]
+        drawn = np.array([numbers[j] for j in place(int(i), batch_size=batch_size, ramp=ramp)])
         return jax.tree.map(lambda leaf: np.asarray(leaf[drawn]), rows)
 
     return batch
+
+
+def place(i: int, *, batch_size: int, ramp: Ramp) -> range:
+    """Where the rows of batch i stand among all that are drawn, one epoch after another."""
+    start = begin = 0
+    for end, size in (*ramp, (math.inf, batch_size)):
+        if i < end:
+            return range(start + (i - begin) * size, start + (i + 1 - begin) * size)
+        start, begin = start + (end - begin) * size, end
+
+
+def check_ramp(ramp: Ramp) -> None:
+    """UserError unless the ramp is pairs (step, rows), the steps growing, no batch empty."""
+    pairs = [pair for pair in ramp if isinstance(pair, (tuple, list)) and len(pair) == 2]
+    if len(pairs) < len(ramp) or not all(isinstance(n, int) for pair in pairs for n in pair):
+        raise UserError(
+            f"data.ramp is {ramp}; it must be pairs of a step and the rows of a batch before it, such as ((100, 4),)"
+        )
+    steps = [0, *(step for step, _ in ramp)]
+    if any(after <= before for before, after in zip(steps, steps[1:])):
+        raise UserError(f"data.ramp has the steps {', '.join(map(str, steps[1:]))}; each must be larger than the last")
+    for _, rows in ramp:
+        at_least(1, "data.ramp", rows=rows)
+
+
+def stop_unless_cut(ramp: Ramp, microbatches: int) -> None:
+    """UserError, before the first step rather than at its own, for a batch that the microbatches cannot cut."""
+    for step, rows in ramp:
+        if rows % microbatches:
+            raise UserError(
+                f"data.ramp has {rows} rows before step {step}, which cannot be cut into {microbatches} equal parts: "
+                "change them, or stage.microbatches"
+            )
 
 
 def every(rows: Rows, batch_size: int) -> Iterator[Rows]:

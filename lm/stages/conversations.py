@@ -16,11 +16,13 @@ def batches(
     turns: int = 4,
     length: int = 256,
     batch_size: int = 32,
+    ramp: rows_to_batches.Ramp = (),
     held_out: float = 0.02,
 ) -> Batches:
     """Rows of `length` tokens of conversations from `sources` (see data.chats), cut into excerpts of `turns` messages.
 
-    The same documents are held out as in pretraining; an excerpt longer than a row is skipped and counted.
+    The same documents are held out as in pretraining; an excerpt longer than a row is skipped and counted. A `ramp`
+    begins with other batches, as in stage pretrain.
     """
     context.admit(length)
     at_least(2, "data", turns=turns)
@@ -28,7 +30,7 @@ def batches(
         raise UserError(f"data.turns is {turns}; it must be even, or every other excerpt would open with the assistant")
     train, unseen = corpora.split(chats.conversations(sources), held_out)
     (train_rows, skipped), (unseen_rows, _) = (rows(context.tokenizer, side, turns, length) for side in (train, unseen))
-    batch = rows_to_batches.batches(train_rows, batch_size=batch_size, seed=context.seed)
+    batch = rows_to_batches.batches(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
     about = {
         "length": length,
         "conversations": len(train),

@@ -35,12 +35,15 @@ def batches(
     corpus: str = "stdlib,chitchat",
     length: int = 256,
     batch_size: int = 32,
+    ramp: rows_to_batches.Ramp = (),
     held_out: float = 0.02,
     held_out_bytes: int = 400_000,
 ) -> Batches:
     """Rows of `length` tokens from `corpus` (see data.corpus); a fraction `held_out` of its documents is never trained.
 
-    The held-out score uses whole held-out documents up to `held_out_bytes`, in a seeded order.
+    A ramp of pairs (step, rows) begins with other batches: ((100, 4), (200, 8)) takes 4 rows before step 100, 8 before
+    step 200, and `batch_size` from there on. The held-out score uses whole held-out documents up to `held_out_bytes`,
+    in a seeded order.
     """
     context.admit(length)
     train, unseen = corpora.split(corpora.documents(corpus), held_out)
@@ -48,7 +51,7 @@ def batches(
     train_rows, unseen_rows = (
         packing.documents(context.tokenizer, [document.text for document in side], length) for side in (train, unseen)
     )
-    batch = rows_to_batches.batches(train_rows, batch_size=batch_size, seed=context.seed)
+    batch = rows_to_batches.batches(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
     about = {
         "length": length,
         "documents": len(train),
