@@ -1,6 +1,7 @@
 """Learning rate by width, three seeds each: where the best rate lies, and whether it moves with the width.
 
 Method: pretraining as in experiments/pretrain.py, two layers, short rows, 120 steps.
+Paper: Yang et al. 2022 (Tensor Programs V), fig. 1, arXiv 2203.03466.
 Command: python -m lm.sweep --config=experiments/width_sweep.py --workdir=runs/width_sweep --seeds=3
 Needs: runs/quickstart/tokenizer (experiments/tokenizer.py).
 Expect: not measured yet.

@@ -13,7 +13,6 @@ Every subtree of the config is the keyword arguments of one function: model (lm.
 import dataclasses
 import functools
 import json
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,11 +22,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm import metrics as means, optim, record, runpage, tokenizer as tokenizers, trace, trackers as tracking
+from lm import metrics as means, optim, record, runpage, trace, trackers as tracking
 from lm.checkpoint import Checkpoints
 from lm.config import arguments, call, require, to_dict
 from lm.console import Interrupted, Progress, Writers, main, say, table, warn
-from lm.data import corpus as corpora
 from lm.data.batches import stop_unless_cut
 from lm.errors import UserError, at_least
 from lm.host import ALONE, Host
@@ -42,6 +40,7 @@ from lm.stages.context import Batches, Context
 from lm.summary import summed_up
 from lm.types import Tokens, TrainState
 from lm.update import Update
+from lm.vocabulary import fit_tokenizer
 from lm.workdir import PROFILE, Trained, Workdir, load, open_workdir, read_metrics
 
 FLAGS = {
@@ -133,28 +132,6 @@ def report(title: str, summary: Mapping[str, Any]) -> None:
     start = summary.get("before", {})
     rows = [[name, start.get(name.removeprefix("held-out "), ""), value] for name, value in flat.items()]
     table(title, ["", "before", "after"], [[n, f"{b:.4g}" if b != "" else "", f"{v:.4g}"] for n, b, v in rows])
-
-
-def fit_tokenizer(
-    workdir: Workdir, *, corpus: str, held_out: float = 0.02, vocab_size: int = 2048, max_bytes: int = 32_000_000
-) -> dict[str, Any]:
-    """Trains the tokenizer on the documents that are not held out; reports bytes per token on those that are."""
-    at_least(1, "data", vocab_size=vocab_size, max_bytes=max_bytes)
-    start = time.monotonic()
-    seen, unseen = corpora.split(corpora.documents(corpus), held_out)
-    say(f"tokenizer: {len(seen)} documents to learn from, {len(unseen)} held out")
-    tokenizer = tokenizers.train((document.text for document in seen), vocab_size=vocab_size, max_bytes=max_bytes)
-    tokenizer.save(workdir.tokenizer)
-    size = sum(len(document.text.encode()) for document in unseen)
-    ids = tokenizer.encode_all(document.text for document in unseen)
-    return {
-        "stage": "tokenizer",
-        "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": size / sum(map(len, ids)),
-        "held_out_bytes": size,
-        "seconds": time.monotonic() - start,
-        "fingerprint": tokenizer.fingerprint,
-    }
 
 
 def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) -> Run:

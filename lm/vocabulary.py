@@ -1,0 +1,32 @@
+"""The stage before all others: a vocabulary learnt from a corpus."""
+
+import time
+from typing import Any
+
+from lm import tokenizer as tokenizers
+from lm.console import say
+from lm.data import corpus as corpora
+from lm.errors import at_least
+from lm.workdir import Workdir
+
+
+def fit_tokenizer(
+    workdir: Workdir, *, corpus: str, held_out: float = 0.02, vocab_size: int = 2048, max_bytes: int = 32_000_000
+) -> dict[str, Any]:
+    """Trains the tokenizer on the documents that are not held out; reports bytes per token on those that are."""
+    at_least(1, "data", vocab_size=vocab_size, max_bytes=max_bytes)
+    start = time.monotonic()
+    seen, unseen = corpora.split(corpora.documents(corpus), held_out)
+    say(f"tokenizer: {len(seen)} documents to learn from, {len(unseen)} held out")
+    tokenizer = tokenizers.train((document.text for document in seen), vocab_size=vocab_size, max_bytes=max_bytes)
+    tokenizer.save(workdir.tokenizer)
+    size = sum(len(document.text.encode()) for document in unseen)
+    ids = tokenizer.encode_all(document.text for document in unseen)
+    return {
+        "stage": "tokenizer",
+        "vocab_size": tokenizer.vocab_size,
+        "bytes_per_token": size / sum(map(len, ids)),
+        "held_out_bytes": size,
+        "seconds": time.monotonic() - start,
+        "fingerprint": tokenizer.fingerprint,
+    }
