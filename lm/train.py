@@ -157,8 +157,7 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     if name in TAUGHT and "teacher" in config.stage:
         teachers["teacher"] = teacher_from(config.stage.teacher, tokenizer)
     build = functools.partial(built, config, model, teachers)
-    if "ramp" in config.data and "microbatches" in config.stage:
-        stop_unless_cut(config.data.ramp, config.stage.microbatches)
+    build(host.scalars)  # what it refuses is told before the data are read
 
     def lent(paths, pessimism):
         return host.once((paths, pessimism), lambda: reward_from(paths, tokenizer, pessimism, jit=host.jit))
@@ -167,6 +166,8 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     data = json.dumps([config.seed, to_dict(config.data)])
     with phases("data"):
         batches = host.once(data, lambda: call(stage.batches, config.data, context, name="data"))
+    if "ramp" in config.data and "microbatches" in config.stage:
+        stop_unless_cut(config.data.ramp, config.stage.microbatches)
 
     mesh = call(host.mesh or make_mesh, config.mesh, name="mesh")
     params = start.params if start else None
@@ -281,13 +282,16 @@ def train(
 
 def programs(r: Run, host: Host) -> tuple[Callable, Callable]:
     """The compiled (state, batch) -> (state, metrics) and -> metrics."""
-    step = host.jit(
-        lambda scalars, state, batch: r.build(scalars).update(state, batch),
-        donate_argnums=1,
-        out_shardings=(r.shardings, None),
-    )
-    evaluate = host.jit(lambda scalars, state, batch: r.build(scalars).evaluate(state, batch))
-    return functools.partial(step, dict(host.scalars)), functools.partial(evaluate, dict(host.scalars))
+
+    def update(scalars, state, batch):
+        return r.build(scalars).update(state, batch)
+
+    def evaluate(scalars, state, batch):
+        return r.build(scalars).evaluate(state, batch)
+
+    step = host.jit(update, donate_argnums=1, out_shardings=(r.shardings, None))
+    given = dict(host.scalars)
+    return functools.partial(step, given), functools.partial(host.jit(evaluate), given)
 
 
 def introduce(name: str, about: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from lm import inherited, model as models, optim, sharding, tokenizer, train
 from lm.checkpoint import Checkpoints
 from lm.config import load
 from lm.errors import UserError
+from lm.host import ALONE
 from lm.losses.distillation import jensen_shannon, kl
 from lm.model.decoder import chunked
 from lm.stages import distill, gkd
@@ -403,7 +404,7 @@ def test_a_teacher_of_another_shape_lies_on_the_mesh_like_any_network(speech, te
     trained = inherited.teacher_from(str(teacher), speech)
     update = distill.make(student, optimizer(), teacher=trained.model)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    state, shardings = train.initial_state(update, student, 0, None, {"teacher": trained}, mesh)
+    state, shardings = train.initial_state(lambda scalars: update, student, 0, None, {"teacher": trained}, mesh, ALONE)
     found = state.frozen["teacher"]
     jax.tree.map(np.testing.assert_array_equal, found, trained.params["lm"])
     for leaf in (found["head"], found["embedding"], found["layers"]["query"], state.params["lm"]["layers"]["query"]):

@@ -34,6 +34,7 @@ assert max(before["on topic"], after["on topic"]) < 0.1, means
 """
 }
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
 TIMED = re.compile(r"\b\d+:\d\d\b|\bseconds\b")  # in a line that depends on the machine's speed
 EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -69,7 +70,8 @@ def printed(cell: NotebookNode) -> tuple[str, list[float]]:
     """What a cell prints and shows: the words, with # for a number and without the clock, and the numbers."""
     texts = [output.text if "text" in output else output.data["text/plain"] for output in cell.outputs]
     lines = [line for text in texts for line in text.splitlines() if not TIMED.search(line)]
-    text = re.sub(r"[\s─]+", " ", "\n".join(lines))  # columns are as wide as their numbers are long
+    plain = COLOUR.sub("", "\n".join(lines))
+    text = re.sub(r"[\s─]+", " ", plain)  # columns are as wide as their numbers are long
     return NUMBER.sub("#", text), [float(number) for number in NUMBER.findall(text)]
 
 
