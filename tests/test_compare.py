@@ -12,10 +12,24 @@ from runs import finished
 from scipy import stats
 
 from lm import compare
-from lm.comparison import figures, importance, page
+from lm.comparison import figures, importance, page, statistics
 from lm.comparison.reading import Found, Run, read
 from lm.comparison.settings import CODE, Setting, settings
-from lm.comparison.statistics import BETTER, NOISE, UNJUDGED, WORSE, contrasts, family, hedges, holm, measured
+from lm.comparison.statistics import (
+    BETTER,
+    NOISE,
+    PAIRED,
+    UNJUDGED,
+    UNPAIRED,
+    WORSE,
+    cochran,
+    contrasts,
+    family,
+    hedges,
+    holm,
+    measured,
+    pooled,
+)
 from lm.comparison.telling import corrected, sentence, sentences, warnings
 from lm.errors import UserError
 
@@ -179,7 +193,7 @@ def test_a_paired_contrast(tmp_path):
     told = compare.run([*a, *b], baseline="init_from=x")
     (contrast,) = told.contrasts.values()
     reference = stats.ttest_rel([5, 7, 6], [4, 5, 3])
-    assert contrast.paired and contrast.n == 3 and contrast.difference.value == 2
+    assert contrast.tested == PAIRED and contrast.n == 3 and contrast.difference.value == 2
     assert contrast.p == pytest.approx(reference.pvalue) == pytest.approx(0.07418, abs=1e-5)
     assert (contrast.difference.low, contrast.difference.high) == pytest.approx(tuple(reference.confidence_interval()))
     assert contrast.effect == pytest.approx(2 / math.sqrt(math.pi))
@@ -191,11 +205,11 @@ def test_other_seeds_are_compared_by_welch(tmp_path):
     b = [made(tmp_path / f"b{n}", value, seed=n, init_from="x") for n, value in zip((2, 3, 4, 5), [4.0, 4.1, 4.3, 3.9])]
     (contrast,) = compare.run([*a, *b], baseline="init_from=x").contrasts.values()
     reference = stats.ttest_ind([5, 7, 6.5], [4, 4.1, 4.3, 3.9], equal_var=False)
-    assert not contrast.paired and contrast.n == 3
+    assert contrast.tested == UNPAIRED and contrast.n == 3
     assert contrast.p == pytest.approx(reference.pvalue)
     assert (contrast.difference.low, contrast.difference.high) == pytest.approx(tuple(reference.confidence_interval()))
-    pooled = math.sqrt((2 * np.var([5, 7, 6.5], ddof=1) + 3 * np.var([4, 4.1, 4.3, 3.9], ddof=1)) / 5)
-    assert contrast.effect == pytest.approx(hedges(5) * contrast.difference.value / pooled)
+    deviation = math.sqrt((2 * np.var([5, 7, 6.5], ddof=1) + 3 * np.var([4, 4.1, 4.3, 3.9], ddof=1)) / 5)
+    assert contrast.effect == pytest.approx(hedges(5) * contrast.difference.value / deviation)
 
 
 def test_hedges():
@@ -213,22 +227,87 @@ def test_holm():
     assert (family(3, False), family(3, True)) == (3, 6)
 
 
-def drawn(values, direction="minimize", *, chosen=False):
-    """Contrasts of settings whose runs ended at values f[settings, seeds] with the first."""
+def settings_of(values, *, apart=False):
+    """Settings whose runs ended at values f[settings, seeds]; of the same seeds, or each of its own (apart)."""
     found = []
     for i, row in enumerate(values):
-        runs = [Run(None, {"seed": s}, [{"step": 1, "m": float(x)}], {}, None) for s, x in enumerate(row)]
+        seeds = range(100 * i * apart, 100 * i * apart + len(row))
+        runs = [Run(None, {"seed": s}, [{"step": 1, "m": float(x)}], {}, None) for s, x in zip(seeds, row)]
         found.append(measured(Setting(f"s{i}", {}, runs), "m", confidence=0.95))
+    return found
+
+
+def drawn(values, direction="minimize", *, chosen=False, pool=True, apart=False):
+    """Contrasts of such settings with the first, or with the best; `pool` their spread, or test each pair by itself."""
+    found = settings_of(values, apart=apart)
     reference = compare.best(found, direction) if chosen else found[0]
-    return contrasts(found, reference, direction, chosen=chosen, confidence=0.95)
+    spread = pooled(found) if pool else None
+    return contrasts(found, reference, direction, spread=spread, chosen=chosen, confidence=0.95)
 
 
-def test_inside_the_noise_is_said_when_and_only_when_the_interval_includes_zero():
+TABLE = [[1.0, 2.0, 3.0], [2.0, 4.0, 3.0], [0.0, 0.0, 3.0]]
+
+
+def test_the_pooled_spread_of_the_same_seeds():
+    """Less the settings' means 2, 3, 1: -1 0 1, -1 1 0, -1 -1 2; less what the seeds have in common, -1 0 1: 0 0 0,
+    0 1 -1, 0 -1 1. Squares 0 + 2 + 2 over (3 - 1)(3 - 1) = 4: 1. Cochran: of 4 x 2/3 a row keeps a share of 2 / (8/3)
+    = 3/4, uniform here (2 and 2 degrees of freedom), so 3 x 1/4."""
+    spread = pooled(settings_of(TABLE))
+    assert spread == (pytest.approx(1), 4, 3, True, pytest.approx(0.75)) and spread.equal
+    contrast = drawn(TABLE)["s1"]
+    assert contrast.tested == "pooled over 3 settings, 4 degrees of freedom"
+    assert contrast.difference.value == 1 and contrast.difference.se == pytest.approx(math.sqrt(2 / 3))
+    assert contrast.effect == pytest.approx(hedges(4))
+    # t = sqrt(3/2) against both others, s2 being as far below; Holm doubles the p of either.
+    assert contrast.p == pytest.approx(2 * 2 * stats.t.sf(math.sqrt(1.5), 4))
+
+
+def test_the_pooled_spread_of_other_seeds():
+    """Squares within the settings are 2 + 2 + 6 over 9 - 3 = 6; with another two runs of 3 and 3 in the first setting,
+    mean 12/5: (1.96 + 0.16 + 3 x 0.36 = 3.2) + 2 + 6 over 11 - 3 = 8. A setting of two seeds has no part in it."""
+    assert pooled(settings_of(TABLE, apart=True))[:4] == (pytest.approx(math.sqrt(10 / 6)), 6, 3, False)
+    more = [[*TABLE[0], 3.0, 3.0], *TABLE[1:], [5.0, 9.0]]
+    assert pooled(settings_of(more))[:4] == (pytest.approx(math.sqrt(11.2 / 8)), 8, 3, False)
+    contrast = drawn(more)["s1"]
+    assert contrast.n == 3 and contrast.difference.se == pytest.approx(math.sqrt(1.4 * (1 / 5 + 1 / 3)))
+    assert drawn(more)["s3"].verdict == UNJUDGED
+
+
+def test_two_settings_or_no_spread_pool_nothing():
+    assert pooled(settings_of(TABLE[:2])) is None and pooled(settings_of([*TABLE[:2], [1.0, 2.0]])) is None
+    assert pooled(settings_of([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [5.0, 6.0, 7.0]])) is None
+
+
+@pytest.mark.parametrize("k, n, critical", [(3, 3, 0.8709), (5, 3, 0.6838), (10, 6, 0.3029)])
+def test_cochran(k, n, critical):
+    """Five per cent points of the table of Eisenhart, Hastay and Wallis (1947)."""
+    shares = np.full(k, (1 - critical) / (k - 1))
+    shares[0] = critical
+    assert cochran(shares, np.full(k, n - 1), k * (n - 1)) == pytest.approx(0.05, abs=3e-4)
+
+
+@pytest.mark.parametrize("seeds", [(4, 4, 4, 4), (3, 4, 5, 6)])
+def test_the_best_of_many_is_tested_by_tukeys_range(seeds):
+    draw = np.random.default_rng(3).normal
+    values = [draw(size=n) + 1.5 * i for i, n in enumerate(seeds)]
+    reference = stats.tukey_hsd(*values)
+    interval = reference.confidence_interval(0.95)
+    told = drawn(values, chosen=True, apart=True)
+    assert set(told) == {"s1", "s2", "s3"}
+    for i in (1, 2, 3):
+        contrast = told[f"s{i}"]
+        assert contrast.p == pytest.approx(reference.pvalue[i, 0], abs=1e-9)
+        low, high = contrast.difference.low, contrast.difference.high
+        assert (low, high) == pytest.approx((interval.low[i, 0], interval.high[i, 0]))
+
+
+@pytest.mark.parametrize("chosen, pool, times", [(False, False, 40), (False, True, 40), (True, True, 8)])
+def test_inside_the_noise_is_said_when_and_only_when_the_interval_includes_zero(chosen, pool, times):
     draw = np.random.default_rng(0).normal
     seen = set()
     for scale in (0.0, 1.0, 3.0, 10.0):
-        for _ in range(40):
-            told = drawn(draw(size=(4, 3)) + scale * draw(size=(4, 1)))
+        for _ in range(times):
+            told = drawn(draw(size=(4, 3)) + scale * draw(size=(4, 1)), chosen=chosen, pool=pool)
             for contrast in told.values():
                 within = contrast.difference.low <= 0 <= contrast.difference.high
                 assert within == (contrast.p >= 0.05) == (contrast.verdict == NOISE)
@@ -239,16 +318,30 @@ def test_inside_the_noise_is_said_when_and_only_when_the_interval_includes_zero(
                     assert said.startswith(f"{winner} is better than ")
                     assert contrast.verdict == (BETTER if winner == contrast.name else WORSE)
                 seen.add(contrast.verdict)
-    assert seen == {NOISE, BETTER, WORSE}
+    assert seen == ({NOISE, WORSE} if chosen else {NOISE, BETTER, WORSE})
 
 
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("chosen", [False, True])
-def test_equal_settings_are_rarely_called_different(chosen):
+def test_equal_settings_are_rarely_called_different(chosen, pool, monkeypatch):
     """Six equal settings, 400 times: in at most 5 % of them, give or take 2.2, any contrast lies outside the noise."""
+    monkeypatch.setattr(statistics, "range_p", lambda *_: math.nan)  # slow, and verdicts come from intervals
     draw, wrong = np.random.default_rng(1).normal, 0
     for _ in range(400):
-        wrong += any(contrast.verdict != NOISE for contrast in drawn(draw(size=(6, 4)), chosen=chosen).values())
+        told = drawn(draw(size=(6, 4)) + draw(size=4), chosen=chosen, pool=pool)
+        wrong += any(contrast.verdict != NOISE for contrast in told.values())
     assert wrong / 400 <= 0.072
+
+
+def test_three_seeds_of_twelve_settings_show_a_difference_of_five_spreads():
+    """Seeds differ by as much as runs of one. By its own three seeds each pair shows next to nothing."""
+    draw, found = np.random.default_rng(2).normal, {True: [], False: []}
+    for _ in range(3):
+        values = draw(size=(12, 3)) + draw(size=3)
+        values[0] -= 5
+        for pool in found:
+            found[pool] += [one.verdict == WORSE for one in drawn(values, chosen=True, pool=pool).values()]
+    assert np.mean(found[True]) > 0.9 and np.mean(found[False]) < 0.1
 
 
 def test_more_is_better_where_the_direction_says_so():
@@ -272,25 +365,50 @@ def test_a_difference_that_no_seed_changes():
 
 
 def test_sentences(tmp_path):
-    """b - a: mean -1, se 0.01 / sqrt(3); of two tests the smaller p is doubled, so its interval is that of 97.5 %, with
-    quantile 6.2053 (two degrees of freedom): 1 +- 0.0358. c - a: mean 1/60, deviation 0.10408, 4.3027 x 0.06009."""
+    """Around the settings' means in tenths: -1 0 1, -1 1 0, 2 -1 -1; the seeds' means are 0. Squares 0.02 + 0.02 + 0.06
+    over 4 degrees of freedom: 0.158, times sqrt(2/3) of a difference: 0.129. Of two tests the smaller p is doubled, so
+    its interval is that of 97.5 %, with quantile 3.495: 1 +- 0.451. The other: 2.776 x 0.129 = 0.358. Effect size:
+    J(4) = 0.798, over 0.158."""
     a = group(tmp_path, "a", [4.0, 4.1, 4.2])
-    b = group(tmp_path, "b", [3.0, 3.11, 3.19], init_from="b")
-    c = group(tmp_path, "c", [4.05, 4.0, 4.3], init_from="c")
+    b = group(tmp_path, "b", [3.0, 3.2, 3.1], init_from="b")
+    c = group(tmp_path, "c", [4.32, 4.02, 4.02], init_from="c")
     d = group(tmp_path, "d", [1.0, 1.0], init_from="d")
     told = compare.run([*a, *b, *c, *d], baseline="init_from=")
+    how = "n = 3 seeds, pooled over 3 settings, 4 degrees of freedom"
     assert [re.sub(r"\(p.*?, n", "(p, n", text) for text in sentences(told)] == [
-        "init_from=b is better than init_from= by 1.000 [0.9642, 1.036] (p, n = 3 seeds, paired, effect size 56.4).",
-        "init_from=c and init_from= cannot be told apart: a difference of +0.0167 [−0.242, +0.275] is inside the noise "
-        "(p, n = 3 seeds, paired).",
+        f"init_from=b is better than init_from= by 1.000 [0.5487, 1.451] (p, {how}, effect size 5.0).",
+        "init_from=c and init_from= cannot be told apart: a difference of +0.0200 [−0.338, +0.378] is inside the noise "
+        f"(p, {how}).",
         "Against init_from= the noise cannot be judged, for want of three seeds on both sides: init_from=d (−3.05, 2 "
         "seeds). Such a difference may be chance, however large it looks.",
     ]
-    assert corrected(told) == "2 comparisons; their p and intervals are corrected for that number (Holm)."
+    assert corrected(told) == (
+        "Tested by one spread between seeds, pooled over 3 settings, 4 degrees of freedom. 2 comparisons; their p and "
+        "intervals are corrected for that number (Holm)."
+    )
     chosen = compare.run([*a, *b, *c, *d])
     assert chosen.reference == "init_from=b"  # the best whose noise can be judged
-    assert "2 comparisons with the best of 3; their p and intervals are corrected for all 3 pairs" in corrected(chosen)
+    assert "2 comparisons with the best of 3; their p and intervals are corrected for all 3 pairs (Tukey)" in corrected(
+        chosen
+    )
     assert sentences(chosen)[-1].startswith("init_from=b was taken as the reference because its mean is the best here")
+
+
+def test_spreads_that_differ_are_not_pooled_and_that_is_said(tmp_path):
+    """One setting's runs lie a hundred times as far apart."""
+    values = [[1.0, 1.01, 1.03], [2.0, 2.03, 2.02], [3.02, 3.0, 3.01], [4.0, 9.0, 5.0]]
+    folders = [path for i, row in enumerate(values) for path in group(tmp_path, f"r{i}-", row, init_from=f"{i}")]
+    told = compare.run(folders)
+    assert not told.spread.equal
+    assert {contrast.tested for contrast in told.contrasts.values()} == {PAIRED}
+    assert told.contrasts["init_from=1"] == drawn(values, chosen=True, pool=False)["s1"]._replace(
+        name="init_from=1", reference="init_from=0"
+    )
+    assert corrected(told).startswith(
+        "The spread differs between settings (Cochran's C), so each pair is tested on its own seeds. 3 comparisons "
+    )
+    html = page.render(told, [])
+    assert "it is not pooled over them" in html and "finds nothing against it" not in html
 
 
 def test_a_single_run(tmp_path, capsys):
@@ -349,7 +467,7 @@ def test_a_sweep_of_pipelines_is_judged_by_one_stage_and_told_by_all(tmp_path):
 
 
 def test_the_page_holds_everything_and_needs_nothing(sweep, capsys):
-    root = sweep(smooth)
+    root = sweep(lambda rate, width, seed: smooth(rate, width, seed) + 0.01 * math.sin(width + 1000 * rate + 7 * seed))
     compare.program(["--output", str(root / "page.html"), str(root), "--confidence=0.9"])
     html = (root / "page.html").read_text()
     assert "<script" not in html and "http" not in html.replace("http://www.w3.org", "")
@@ -357,6 +475,7 @@ def test_the_page_holds_everything_and_needs_nothing(sweep, capsys):
     for text in (*sentences(told), *names(told.found), *warnings(told)):
         assert escape(text, quote=False) in html
     for part in ("The way there", "one line for each width", "mean over seeds", "Parallel coordinates", "PED-ANOVA",
+                 "pooled over 4 settings, 6 degrees of freedom", "<small>3 seeds, pooled</small>",
                  "Where the configs differ", "model.hidden", "90\u00a0% interval", "What code made them"):  # fmt: skip
         assert part in html, part
     assert f"page: {root / 'page.html'}" in capsys.readouterr().out
@@ -384,6 +503,23 @@ def test_curves_are_means_at_common_steps():
     lines = [{0: (0, 4.0), 10: (100, 2.0), 20: (200, 1.0)}, {0: (0, 6.0), 20: (220, 3.0)}]
     x, y = figures.together(lines)
     assert x.tolist() == [0, 210] and y.tolist() == [[4, 1], [6, 3]]
+
+
+def test_beside_a_metric_of_few_points_stands_a_curve_of_training(tmp_path):
+    """Of the same name, or the loss; where the metric itself has a curve, only of the same name."""
+
+    def titles(name, points, logged):
+        path = made(tmp_path / name, metric="held_out/bits_per_byte")
+        rows = [{"step": 10 * i, "tokens": i, "seconds": i, "held_out/bits_per_byte": 2.0 - i} for i in range(points)]
+        rows += [{"step": 10 * i, "tokens": i, "seconds": i, key: 3.0 - i} for i in range(9) for key in logged]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [figure.title for figure in page.curves(compare.run([path], metric="held_out/bits_per_byte"))]
+
+    few = "in training over step, as held_out/bits_per_byte was logged at 2 steps only"
+    assert titles("a", 2, ["loss"])[:2] == ["held_out/bits_per_byte over step", f"loss {few}"]
+    assert titles("b", 2, ["loss", "bits_per_byte"])[1] == f"bits_per_byte {few}"
+    assert titles("c", 9, ["loss"])[1] == "held_out/bits_per_byte over tokens"
+    assert titles("d", 9, ["loss", "bits_per_byte"])[1] == "bits_per_byte in training over step"
 
 
 def test_geometric():

@@ -79,13 +79,24 @@ def render(told: Comparison, folders: Sequence[Path]) -> str:
 
 
 def curves(told: Comparison) -> list[Figure]:
-    """The metric over steps, tokens and seconds, and what training logged of it over steps."""
-    logged = [(told.metric, clock) for clock in CLOCKS]
-    trained = told.metric.removeprefix(HELD_OUT)
-    if trained != told.metric and all(any(trained in line for line in run.rows) for run in told.runs):
-        logged.append((trained, "step"))
-    drawn = [(metric, clock, figures.curves(told.found, metric, clock)) for metric, clock in logged]
-    return [Figure(f"{metric} over {clock}", picture, "") for metric, clock, picture in drawn if picture]
+    """The metric over steps, tokens and seconds, and beside it what training logged of it over steps.
+
+    If the metric was logged at few steps only, its curve hides the way there: then training's loss stands in for one
+    that training does not log under the same name.
+    """
+    logged = [(told.metric, clock, f"{told.metric} over {clock}") for clock in CLOCKS]
+    steps = min(len(figures.line(run, told.metric, "step")) for run in told.runs)
+    same = told.metric.removeprefix(HELD_OUT)
+    if steps < figures.DENSE:
+        candidates, why = (same, "loss"), f", as {told.metric} was logged at {steps} step{'s' * (steps != 1)} only"
+    else:
+        candidates, why = (same,), ""
+    for name in candidates:
+        if name != told.metric and all(any(name in row for row in run.rows) for run in told.runs):
+            logged.insert(1, (name, "step", f"{name} in training over step{why}"))
+            break
+    drawn = [(title, figures.curves(told.found, metric, clock)) for metric, clock, title in logged]
+    return [Figure(title, picture, "") for title, picture in drawn if picture]
 
 
 def important(told: Comparison) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class Spread(NamedTuple):
     deviation: float
     freedom: int
     settings: int
+    blocked: bool  # all have the same seeds, whose own effect is taken out
     p: float  # of Cochran's C, if the settings' own spreads are equal
 
     @property
@@ -101,14 +102,15 @@ def pooled(found: Sequence[Measured]) -> Spread | None:
     rows = [np.array([each[seed] for seed in sorted(each)]) for each in values]
     residuals, own = [row - row.mean() for row in rows], np.array([len(row) - 1 for row in rows])
     freedom, left = int(own.sum()), 1.0
-    if len({frozenset(each) for each in values}) == 1:
+    blocked = len({frozenset(each) for each in values}) == 1
+    if blocked:
         residuals = np.array(residuals) - np.mean(residuals, axis=0)
-        freedom, left = freedom - len(rows[0]) + 1, 1 - 1 / k  # left: of a row's sum of squares
-    squares = np.array([(row**2).sum() for row in residuals]) / left
-    deviation = math.sqrt(left * squares.sum() / freedom)
+        freedom, left = freedom - len(rows[0]) + 1, 1 - 1 / k  # of a row's squares
+    squares = np.array([(row**2).sum() for row in residuals])
+    deviation = math.sqrt(squares.sum() / freedom)
     if deviation <= ROUNDING * max(np.abs(row).max() for row in rows):
         return None
-    return Spread(deviation, freedom, k, cochran(squares / (left * squares.sum()), own, freedom))
+    return Spread(deviation, freedom, k, blocked, cochran(squares / squares.sum() / left, own, freedom))
 
 
 def cochran(shares: np.ndarray, own: np.ndarray, freedom: int) -> float:
@@ -135,6 +137,8 @@ def contrasts(
     (paired) where there are more than FEW, or by Welch's test. An interval excludes 0 exactly when the corrected p is
     below 1 - confidence: it covers the truth at least as often as it says, and the chance that any of them wrongly
     excludes 0 is at most 1 - confidence, also for a reference that was `chosen` by its mean, as every pair counts then.
+    Pooled, that takes equal spreads: where they differ three- to fivefold, of which Cochran's C sees little, the chance
+    is 8 to 17 % instead of 5 (simulated: 6 settings of 4 or 5 seeds, 12 of 3).
     """
     shared = spread if spread and spread.equal else None
     sides = {one.name: facing(one, reference, shared) for one in found if one.name != reference.name}

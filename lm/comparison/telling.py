@@ -197,10 +197,17 @@ def row(told: Comparison, one: Measured) -> dict[str, Any]:
         told_of_it |= {
             "range": bracket(contrast.difference, change),
             "p": probability(contrast.p).removeprefix("p ").removeprefix("= "),
-            "over": f"{contrast.n} pairs" if contrast.tested == PAIRED else f"{seeds(contrast.n)}, {contrast.tested}",
+            "over": over(contrast),
             "effect": "" if contrast.effect is None else change(contrast.effect),
         }
     return {**measured, **told_of_it}
+
+
+def over(contrast: Contrast) -> str:
+    """ "3 pairs", "3 seeds, unpaired" or "3 seeds, pooled"."""
+    if contrast.tested == PAIRED:
+        return f"{contrast.n} pairs"
+    return f"{seeds(contrast.n)}, {contrast.tested.partition(' ')[0]}"
 
 
 def corrected(told: Comparison) -> str:
