@@ -415,3 +415,15 @@ def test_the_study_knows_who_died(tmp_path):
         assert claim.trial.number == 0 and [one.state for one in living.told()] == ["running"]
         claim.complete(1.5, 2.0)
         assert [(one.state, one.value, one.seconds) for one in living.told()] == [("complete", 1.5, 2.0)]
+
+
+@pytest.mark.peer
+def test_workers_of_slurm_s_launcher_join_the_study(tmp_path, tmp_path_factory, monkeypatch):
+    """submitit's own local cluster in the place of Slurm: two jobs, each this sweep's command."""
+    monkeypatch.undo()
+    folder = base(tmp_path_factory.getbasetemp() / "runs")
+    flags = [f"--config.tokenizer={folder / 'run' / 'tokenizer'}", f"--config.data.corpus={folder / 'text'}"]
+    launch = ["--launcher=slurm", "--workers=2", "--options", "cluster=local", "timeout_min=5"]
+    runs = swept(f"{EXPERIMENTS / 'pretrain.py'}:tiny", tmp_path / "s", "--grid", "train.steps=3,4", *flags, *launch)
+    assert [run["state"] for run in runs] == ["complete", "complete"]
+    assert len(set(workers_of(f"sqlite:///{tmp_path / 's' / 'study.db'}"))) == 2
