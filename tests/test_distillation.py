@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import EXPERIMENTS, assert_same_run, cache_programs, made_dialogues, small
+from runs import EXPERIMENTS, assert_same_run, made_dialogues, small
 
 from lm import inherited, model as models, optim, sharding, tokenizer, train
 from lm.checkpoint import Checkpoints
 from lm.config import load
 from lm.errors import UserError
+from lm.host import ALONE
 from lm.losses.distillation import jensen_shannon, kl
 from lm.model.decoder import chunked
 from lm.stages import distill, gkd
@@ -276,8 +277,7 @@ def test_held_out_tells_the_student_s_words_from_people_s(pair, rows):
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
-    """A tokenizer of made conversations. From here on compiled programs are kept, beside the finished pipeline's."""
-    cache_programs(tmp_path_factory.getbasetemp() / "runs" / "programs")
+    """A tokenizer of made conversations."""
     found = tokenizer.train((turn for _, turns in made_dialogues() for turn in turns), vocab_size=320, max_bytes=10**6)
     found.save(tmp_path_factory.mktemp("speech") / "tokenizer.model")
     return found
@@ -403,7 +403,7 @@ def test_a_teacher_of_another_shape_lies_on_the_mesh_like_any_network(speech, te
     trained = inherited.teacher_from(str(teacher), speech)
     update = distill.make(student, optimizer(), teacher=trained.model)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    state, shardings = train.initial_state(update, student, 0, None, {"teacher": trained}, mesh)
+    state, shardings = train.initial_state(lambda _: update, student, 0, None, {"teacher": trained}, mesh, ALONE)
     found = state.frozen["teacher"]
     jax.tree.map(np.testing.assert_array_equal, found, trained.params["lm"])
     for leaf in (found["head"], found["embedding"], found["layers"]["query"], state.params["lm"]["layers"]["query"]):
