@@ -157,6 +157,7 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     if name in TAUGHT and "teacher" in config.stage:
         teachers["teacher"] = teacher_from(config.stage.teacher, tokenizer)
     build = functools.partial(built, config, model, teachers)
+    build(host.scalars)  # what is amiss in its options is told before the data are read
     if "ramp" in config.data and "microbatches" in config.stage:
         stop_unless_cut(config.data.ramp, config.stage.microbatches)
 
@@ -281,13 +282,15 @@ def train(
 
 def programs(r: Run, host: Host) -> tuple[Callable, Callable]:
     """The compiled (state, batch) -> (state, metrics) and -> metrics."""
-    step = host.jit(
-        lambda scalars, state, batch: r.build(scalars).update(state, batch),
-        donate_argnums=1,
-        out_shardings=(r.shardings, None),
-    )
-    evaluate = host.jit(lambda scalars, state, batch: r.build(scalars).evaluate(state, batch))
-    return functools.partial(step, dict(host.scalars)), functools.partial(evaluate, dict(host.scalars))
+
+    def update(scalars, state, batch):  # a profile shows it by this name
+        return r.build(scalars).update(state, batch)
+
+    def evaluate(scalars, state, batch):
+        return r.build(scalars).evaluate(state, batch)
+
+    compiled = host.jit(update, donate_argnums=1, out_shardings=(r.shardings, None)), host.jit(evaluate)
+    return tuple(functools.partial(program, dict(host.scalars)) for program in compiled)
 
 
 def introduce(name: str, about: Mapping[str, Any]) -> None:
