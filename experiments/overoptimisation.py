@@ -5,9 +5,9 @@ learn from 50, 500 and 5,000 of its verdicts; best-of-n and PPO, with no price o
 Paper: Gao, Schulman and Hilton 2022, arXiv 2210.10760; ensembles: Coste et al. 2023, arXiv 2310.02743.
 Command: python -m lm.overoptimisation --config=experiments/overoptimisation.py --workdir=runs/overoptimisation
 Needs: runs/quickstart/sft.
-Expect: 16 minutes on 2 cores of an AMD EPYC (Zen 4). PPO's gold score rises by up to 1.9 of its deviations at a distance
-of 3 and then falls (by 0.2 to 1.4; for one of six climbs inside the noise), while every proxy still rises; best-of-n up
-to 128 does not turn. The ensemble of three helps PPO at 5,000 verdicts only.
+Expect: 16 minutes on 2 cores of an AMD EPYC (Zen 4). PPO's gold score rises by up to 1.9 of its deviations at a
+distance of 3 and then falls (by 0.2 to 1.4; in one of six climbs inside the noise), while every proxy still rises;
+best-of-n up to 128 does not turn. The ensemble of three helps PPO at 5,000 verdicts only.
 Change first: sizes, pessimism, ppo.train.steps, ppo.optimizer.learning_rate.
 """
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from lm.comparison.page import render
 from lm.comparison.reading import Found, Run, read
 from lm.comparison.settings import settings
-from lm.comparison.statistics import MAXIMIZE, MINIMIZE, Measured, best, by_name, contrasts, measured, ranked
+from lm.comparison.statistics import MAXIMIZE, MINIMIZE, Measured, best, by_name, contrasts, measured, pooled, ranked
 from lm.comparison.telling import Comparison, show, warnings
 from lm.config import parsed
 from lm.console import main, say, warn
@@ -52,6 +52,7 @@ def run(
     require_metric(found.runs, metric)
     grouped = settings(found.runs, ignore=ignore)
     each = ranked([measured(one, metric, confidence=confidence) for one in grouped.all], direction)
+    spread = pooled(each)
     reference = named(each, baseline) if baseline else best(each, direction)
     return Comparison(
         metric,
@@ -61,7 +62,8 @@ def run(
         each,
         reference.name,
         baseline is None,
-        contrasts(each, reference, direction, chosen=baseline is None, confidence=confidence),
+        spread,
+        contrasts(each, reference, direction, spread=spread, chosen=baseline is None, confidence=confidence),
         found.absent,
     )
 

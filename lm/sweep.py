@@ -2,6 +2,7 @@
 
     python -m lm.sweep --config=experiments/width_sweep.py --workdir=runs/widths --seeds=3
     python -m lm.sweep --config=experiments/sft.py --workdir=runs/sft --grid optimizer.learning_rate=3e-4,1e-3 --seeds=3
+    python -m lm.sweep --config=experiments/ppo.py --workdir=runs/betas --grid stage.beta=0.05,0.1,0.2,0.4 --vectorised
     python -m lm.sweep --config=experiments/pretrain.py --workdir=runs/tpe --search=tpe --trials=20 --pruner=median \\
         --space optimizer.learning_rate=log:1e-4:3e-2 model.width=64,128
 
@@ -27,6 +28,7 @@ from lm.console import Interrupted, main, on_sigterm, say, table, warn
 from lm.errors import UserError, at_least
 from lm.sweeps import space as spaces
 from lm.sweeps.board import Board, as_table, counted, settings
+from lm.sweeps.grouped import work_together
 from lm.sweeps.launch import LAUNCHERS, shares
 from lm.sweeps.runs import Goal, Running
 from lm.sweeps.space import Source, Trial
@@ -53,6 +55,8 @@ FLAGS = {
     "storage": dict(default="", metavar="URL", help="the study's database; default: sqlite in WORKDIR"),
     "study": dict(default="", metavar="NAME", help="its name there; default: WORKDIR's"),
     "jobs": dict(type=int, metavar="N", help="trials at once here; default: one for each accelerator, one on a CPU"),
+    "vectorised": dict(action="store_true", help="trials that differ in seeds and numbers only as one vmapped program"),
+    "at_once": dict(type=int, default=16, metavar="N", help="trials in one vmapped program at most (default 16)"),
     "launcher": dict(default="local", choices=("local", *LAUNCHERS), help="where workers run (default local)"),
     "workers": dict(type=int, default=1, metavar="N", help="workers that a launcher starts (default 1)"),
     "options": dict(nargs="+", default=[], metavar="KEY=VALUE", help="of the launcher, e.g. timeout_min=60 num_gpus=1"),
@@ -76,7 +80,9 @@ def program(argv: list[str]) -> None:
         if flags.retry_failed:
             study.retry_failed()
         keys = swept(trials, space)
-        if flags.launcher == "local":
+        if flags.vectorised:
+            work_together(study, source, goal, root, at_once=flags.at_once)
+        elif flags.launcher == "local":
             work(study, source, goal, root, space, shares(flags.jobs), Board(study, keys))
         else:
             watch(launched(flags, argv, root), Board(study, keys))
@@ -90,6 +96,8 @@ def what(flags: Namespace, source: Source) -> tuple[list[Trial], Mapping[str, An
     """The trials, and the space from which a sampler draws their overrides (empty where they are known)."""
     at_least(1, "lm.sweep", seeds=flags.seeds, workers=flags.workers)
     seeds, space = range(flags.seeds), {}
+    if flags.vectorised:
+        stop_unless_vectorisable(flags, source)
     if flags.search and flags.grid:
         raise UserError("--grid and --search: give one of the two")
     if flags.search and not flags.space:
@@ -107,6 +115,18 @@ def what(flags: Namespace, source: Source) -> tuple[list[Trial], Mapping[str, An
     for point in points:
         spaces.typed(source, point)
     return spaces.planned(points, seeds), space
+
+
+def stop_unless_vectorisable(flags: Namespace, source: Source) -> None:
+    """UserError for what trials in one program cannot have."""
+    if "stages" in source.config({}):
+        raise UserError("--vectorised runs configs of lm.train, and this is a pipeline's: sweep one of its stages")
+    at_least(1, "lm.sweep", at_once=flags.at_once)
+    for name, plain in (("jobs", None), ("launcher", "local"), ("pruner", "none")):
+        if getattr(flags, name) != plain:
+            raise UserError(f"--vectorised runs trials as one program: leave --{name} out")
+    if flags.search in SAMPLERS:
+        raise UserError(f"--vectorised needs to know all trials beforehand: leave --search={flags.search} out")
 
 
 def folder(flags: Namespace, source: Source, goal: Goal) -> Path:
@@ -250,4 +270,4 @@ def mean_of(told: Sequence[Told], overrides: Mapping[str, str]) -> float:
 
 
 if __name__ == "__main__":
-    main(program)
+    main(program, long=True)

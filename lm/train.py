@@ -157,9 +157,7 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     if name in TAUGHT and "teacher" in config.stage:
         teachers["teacher"] = teacher_from(config.stage.teacher, tokenizer)
     build = functools.partial(built, config, model, teachers)
-    build(host.scalars)  # what is amiss in its options is told before the data are read
-    if "ramp" in config.data and "microbatches" in config.stage:
-        stop_unless_cut(config.data.ramp, config.stage.microbatches)
+    build(host.scalars)  # what it refuses is told before the data are read
 
     def lent(paths, pessimism):
         return host.once((paths, pessimism), lambda: reward_from(paths, tokenizer, pessimism, jit=host.jit))
@@ -168,6 +166,8 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     data = json.dumps([config.seed, to_dict(config.data)])
     with phases("data"):
         batches = host.once(data, lambda: call(stage.batches, config.data, context, name="data"))
+    if "ramp" in config.data and "microbatches" in config.stage:
+        stop_unless_cut(config.data.ramp, config.stage.microbatches)
 
     mesh = call(host.mesh or make_mesh, config.mesh, name="mesh")
     params = start.params if start else None
@@ -283,14 +283,15 @@ def train(
 def programs(r: Run, host: Host) -> tuple[Callable, Callable]:
     """The compiled (state, batch) -> (state, metrics) and -> metrics."""
 
-    def update(scalars, state, batch):  # a profile shows it by this name
+    def update(scalars, state, batch):
         return r.build(scalars).update(state, batch)
 
     def evaluate(scalars, state, batch):
         return r.build(scalars).evaluate(state, batch)
 
-    compiled = host.jit(update, donate_argnums=1, out_shardings=(r.shardings, None)), host.jit(evaluate)
-    return tuple(functools.partial(program, dict(host.scalars)) for program in compiled)
+    step = host.jit(update, donate_argnums=1, out_shardings=(r.shardings, None))
+    given = dict(host.scalars)
+    return functools.partial(step, given), functools.partial(host.jit(evaluate), given)
 
 
 def introduce(name: str, about: Mapping[str, Any]) -> None:

@@ -1,21 +1,25 @@
 """Settings to numbers: means over seeds, differences from a reference, and what may be concluded from them."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import gammaln
+from scipy.special import betaincc, gammaln
 
 from lm.comparison.settings import Setting
-from lm.intervals import Estimate, p_value, student, welch, welch_freedom
+from lm.intervals import Estimate, p_value, student, welch, welch_freedom, within
 
 FEW = 2  # seeds, or fewer, from which noise cannot be judged
+SEVERAL = 3  # settings, at least, whose spread is worth pooling
+UNEQUAL = 0.01  # p of Cochran's C below which spreads are taken to differ
 ROUNDING = 1e-6  # of a value: no more than the rounding of float32, so no spread
 MINIMIZE, MAXIMIZE = "minimize", "maximize"
 # Metrics of which more is better, by their last part, or the first where it ends in "/"; of any other, less is.
 LARGER = ("accuracy", "reward", "margin", "stopped", "score/", "tokens_per_second")
 BETTER, WORSE, NOISE, UNJUDGED = "better", "worse", "inside the noise", "cannot be judged"
+PAIRED, UNPAIRED = "paired", "unpaired"
 
 
 class Measured(NamedTuple):
@@ -35,11 +39,11 @@ class Contrast(NamedTuple):
 
     name: str
     reference: str
-    paired: bool  # over the seeds that both have
+    tested: str  # PAIRED over the seeds that both have, UNPAIRED, or by the spread of all settings (`Spread.words`)
     n: int  # pairs, or the seeds of the side that has fewer
-    difference: Estimate  # setting less reference, its interval as wide as Holm's correction asks
-    p: float | None  # two-sided, with Holm's correction; None where it cannot be judged
-    effect: float | None  # difference in standard deviations: d_z of pairs, d of independent sides, after Hedges
+    difference: Estimate  # setting less reference, its interval as wide as the correction asks
+    p: float | None  # two-sided, corrected for the number of comparisons; None where it cannot be judged
+    effect: float | None  # difference in standard deviations: the pooled one, d_z of pairs or d of two sides, by Hedges
     verdict: str  # of the setting: BETTER, WORSE, NOISE or UNJUDGED
 
 
@@ -65,31 +69,102 @@ def best(found: Sequence[Measured], direction: str) -> Measured:
     return ranked([one for one in found if len(one.values) > FEW] or found, direction)[0]
 
 
+class Spread(NamedTuple):
+    """The standard deviation between runs of one setting, estimated over several settings at once."""
+
+    deviation: float
+    freedom: int
+    settings: int
+    p: float  # of Cochran's C, if the settings' own spreads are equal
+
+    @property
+    def equal(self) -> bool:
+        """Whether one spread may stand for all."""
+        return self.p >= UNEQUAL
+
+    @property
+    def words(self) -> str:
+        return f"pooled over {self.settings} settings, {self.freedom} degrees of freedom"
+
+
+def pooled(found: Sequence[Measured]) -> Spread | None:
+    """The spread of all k settings of more than FEW seeds; None of fewer than SEVERAL, or where no seed matters.
+
+    If they have the same n seeds, it is the residual of the two-way layout, x[i, j] - mean[i] - mean[j] + mean, so that
+    what a seed makes easier for all cancels out: (k - 1)(n - 1) degrees of freedom. Else it is the spread within
+    settings, with N - k.
+    """
+    values = [one.values for one in found if len(one.values) > FEW]
+    k = len(values)
+    if k < SEVERAL:
+        return None
+    rows = [np.array([each[seed] for seed in sorted(each)]) for each in values]
+    residuals, own = [row - row.mean() for row in rows], np.array([len(row) - 1 for row in rows])
+    freedom, left = int(own.sum()), 1.0
+    if len({frozenset(each) for each in values}) == 1:
+        residuals = np.array(residuals) - np.mean(residuals, axis=0)
+        freedom, left = freedom - len(rows[0]) + 1, 1 - 1 / k  # left: of a row's sum of squares
+    squares = np.array([(row**2).sum() for row in residuals]) / left
+    deviation = math.sqrt(left * squares.sum() / freedom)
+    if deviation <= ROUNDING * max(np.abs(row).max() for row in rows):
+        return None
+    return Spread(deviation, freedom, k, cochran(squares / (left * squares.sum()), own, freedom))
+
+
+def cochran(shares: np.ndarray, own: np.ndarray, freedom: int) -> float:
+    """p of Cochran's C (1941): how often the largest of k equal spreads has as large a share of all squares.
+
+    A share with `own` of the `freedom` degrees is beta distributed; times k, after Bonferroni. With equal numbers this
+    is the usual critical value by the F distribution, 1 / (1 + (k - 1) / F).
+    """
+    return min(1.0, float(len(shares) * betaincc(own / 2, (freedom - own) / 2, np.minimum(shares, 1)).min()))
+
+
 def contrasts(
-    found: Sequence[Measured], reference: Measured, direction: str, *, chosen: bool, confidence: float
+    found: Sequence[Measured],
+    reference: Measured,
+    direction: str,
+    *,
+    spread: Spread | None,
+    chosen: bool,
+    confidence: float,
 ) -> dict[str, Contrast]:
     """Every other setting against the reference, by name.
 
-    Over common seeds (paired) where there are more than FEW, else Welch's test. The p of all tests are corrected by
-    Holm's method, and each interval is widened until it excludes 0 exactly when its corrected p is below
-    1 - confidence: so it covers the truth at least as often as it says, and the chance that any of them wrongly
-    excludes 0 is at most 1 - confidence. That holds for a reference that was `chosen` by its mean as well, as every
-    pair then counts (see `family`).
+    By the `spread` of all settings if there is one and it is equal; else each by its own seeds: over common ones
+    (paired) where there are more than FEW, or by Welch's test. An interval excludes 0 exactly when the corrected p is
+    below 1 - confidence: it covers the truth at least as often as it says, and the chance that any of them wrongly
+    excludes 0 is at most 1 - confidence, also for a reference that was `chosen` by its mean, as every pair counts then.
     """
-    sides = {one.name: pairing(one, reference) for one in found if one.name != reference.name}
-    tested = {name: side for name, side in sides.items() if side.n > FEW}
-    plain = {name: p_value(*side.test(confidence)) for name, side in tested.items()}
-    factors = dict(zip(plain, holm(list(plain.values()), family(len(plain), chosen))))
+    shared = spread if spread and spread.equal else None
+    sides = {one.name: facing(one, reference, shared) for one in found if one.name != reference.name}
+    judgeable = {name: side for name, side in sides.items() if side.n > FEW}
+    if shared and chosen:
+        corrected = {name: side.tukey(confidence) for name, side in judgeable.items()}
+    else:
+        corrected = by_holm(judgeable, chosen, confidence)
     told = {}
     for name, side in sides.items():
-        if name not in tested:
+        if name in corrected:
+            difference, p = corrected[name]
+            verdict = judged(difference, direction)
+        else:
             difference, p, verdict = side.test(confidence)[0], None, UNJUDGED
             difference = Estimate(difference.value, math.inf, -math.inf, math.inf)
-        else:
-            difference, _ = side.test(1 - (1 - confidence) / factors[name])
-            p, verdict = min(1.0, factors[name] * plain[name]), judged(difference, direction)
-        told[name] = Contrast(name, reference.name, side.paired, side.n, difference, p, side.effect(), verdict)
+        told[name] = Contrast(name, reference.name, side.tested, side.n, difference, p, side.effect(), verdict)
     return told
+
+
+def by_holm(
+    sides: Mapping[str, "Sides | PooledSides"], chosen: bool, confidence: float
+) -> dict[str, tuple[Estimate, float]]:
+    """Differences and p by Holm's method, each interval widened until it matches its p."""
+    plain = {name: p_value(*side.test(confidence)) for name, side in sides.items()}
+    factors = dict(zip(plain, holm(list(plain.values()), family(len(plain), chosen))))
+    return {
+        name: (side.test(1 - (1 - confidence) / factors[name])[0], min(1.0, factors[name] * plain[name]))
+        for name, side in sides.items()
+    }
 
 
 def judged(difference: Estimate, direction: str) -> str:
@@ -110,6 +185,10 @@ class Sides(NamedTuple):
     def n(self) -> int:
         return min(len(self.a), len(self.b))
 
+    @property
+    def tested(self) -> str:
+        return PAIRED if self.paired else UNPAIRED
+
     def test(self, confidence: float) -> tuple[Estimate, float]:
         """a - b, and its degrees of freedom."""
         if self.paired:
@@ -128,6 +207,60 @@ class Sides(NamedTuple):
         if deviation <= ROUNDING * max(np.abs(self.a).max(), np.abs(self.b).max()):
             return None
         return float(hedges(freedom) * (self.a.mean() - self.b.mean()) / deviation)
+
+
+class PooledSides(NamedTuple):
+    """Two samples to compare by the spread of all settings."""
+
+    a: np.ndarray  # f[n]
+    b: np.ndarray  # f[m]
+    spread: Spread
+
+    @property
+    def n(self) -> int:
+        return min(len(self.a), len(self.b))
+
+    @property
+    def tested(self) -> str:
+        return self.spread.words
+
+    def test(self, confidence: float) -> tuple[Estimate, float]:
+        """a - b, and its degrees of freedom."""
+        error = self.spread.deviation * math.sqrt(1 / len(self.a) + 1 / len(self.b))
+        return within(float(self.a.mean() - self.b.mean()), error, self.spread.freedom, confidence), self.spread.freedom
+
+    def tukey(self, confidence: float) -> tuple[Estimate, float]:
+        """a - b and its p, corrected for all pairs of settings by the studentized range (Tukey 1953; by Kramer 1956
+        where the numbers of seeds differ, which errs to the wide side: Hayter 1984)."""
+        value, error, *_ = self.test(confidence)[0]
+        p = range_p(math.sqrt(2) * abs(value) / error, self.spread.settings, self.spread.freedom)
+        reach = range_quantile(confidence, self.spread.settings, self.spread.freedom) / math.sqrt(2) * error
+        return Estimate(value, error, value - reach, value + reach), p
+
+    def effect(self) -> float:
+        """The difference in pooled deviations, times Hedges' correction."""
+        return float(hedges(self.spread.freedom) * (self.a.mean() - self.b.mean()) / self.spread.deviation)
+
+
+def range_p(q: float, settings: int, freedom: int) -> float:
+    """How often the studentized range of so many equal means is as large."""
+    from scipy.stats import studentized_range  # here: half a second that few programs need
+
+    return min(1.0, max(0.0, float(studentized_range.sf(q, settings, freedom))))
+
+
+@functools.cache  # a root of an integral: 0.2 s
+def range_quantile(confidence: float, settings: int, freedom: int) -> float:
+    from scipy.stats import studentized_range
+
+    return float(studentized_range.ppf(confidence, settings, freedom))
+
+
+def facing(one: Measured, reference: Measured, spread: Spread | None) -> Sides | PooledSides:
+    """The two settings, to be compared by a spread if there is one and both have more than FEW seeds."""
+    if spread and min(len(one.values), len(reference.values)) > FEW:
+        return PooledSides(*(np.array(list(side.values.values())) for side in (one, reference)), spread)
+    return pairing(one, reference)
 
 
 def pairing(one: Measured, reference: Measured) -> Sides:

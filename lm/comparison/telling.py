@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lm.comparison.reading import UNRECORDED, Absent, Run
 from lm.comparison.settings import NOTHING, Settings, different, shortened, shown
-from lm.comparison.statistics import BETTER, MINIMIZE, NOISE, UNJUDGED, Contrast, Measured, family
+from lm.comparison.statistics import BETTER, MINIMIZE, NOISE, PAIRED, UNJUDGED, Contrast, Measured, Spread, family
 from lm.console import say, table
 from lm.intervals import Estimate
 
@@ -26,6 +26,7 @@ class Comparison(NamedTuple):
     found: Sequence[Measured]  # the best mean first
     reference: str  # the setting that all others are held against
     chosen: bool  # by its mean, not by name
+    spread: Spread | None  # of all settings together; None where they are too few
     contrasts: Mapping[str, Contrast]  # by the name of the other
     absent: Sequence[Absent]
 
@@ -100,7 +101,7 @@ def sentences(told: Comparison) -> list[str]:
 def sentence(contrast: Contrast) -> str:
     """One contrast, plainly; the winner first."""
     d = contrast.difference
-    numbers = f"{probability(contrast.p)}, n = {seeds(contrast.n)}{', paired' if contrast.paired else ''}"
+    numbers = f"{probability(contrast.p)}, n = {seeds(contrast.n)}, {contrast.tested}"
     effect = f", effect size {abs(contrast.effect):.1f}" if contrast.effect is not None else ""
     if contrast.verdict == NOISE:
         return (
@@ -196,23 +197,31 @@ def row(told: Comparison, one: Measured) -> dict[str, Any]:
         told_of_it |= {
             "range": bracket(contrast.difference, change),
             "p": probability(contrast.p).removeprefix("p ").removeprefix("= "),
-            "over": f"{contrast.n} pairs" if contrast.paired else f"{seeds(contrast.n)}, unpaired",
+            "over": f"{contrast.n} pairs" if contrast.tested == PAIRED else f"{seeds(contrast.n)}, {contrast.tested}",
             "effect": "" if contrast.effect is None else change(contrast.effect),
         }
     return {**measured, **told_of_it}
 
 
 def corrected(told: Comparison) -> str:
-    """For how many comparisons p and intervals are corrected."""
+    """How the comparisons were made, and for how many of them p and intervals are corrected."""
     tests = len(told.tested)
     counted = family(tests, told.chosen)
+    by = "Holm"
+    if told.spread and told.spread.equal:
+        how = f"Tested by one spread between seeds, {told.spread.words}. "
+        by = "Tukey" if told.chosen else by
+    elif told.spread:
+        how = "The spread differs between settings (Cochran's C), so each pair is tested on its own seeds. "
+    else:
+        how = ""
     if counted == 1:
-        return "One comparison."
+        return f"{how}One comparison."
     if counted == tests:
-        return f"{tests} comparisons; their p and intervals are corrected for that number (Holm)."
+        return f"{how}{tests} comparisons; their p and intervals are corrected for that number ({by})."
     return (
-        f"{tests} comparisons with the best of {tests + 1}; their p and intervals are corrected for all {counted} "
-        "pairs (Holm), as any setting might have been the best."
+        f"{how}{tests} comparisons with the best of {tests + 1}; their p and intervals are corrected for all {counted} "
+        f"pairs ({by}), as any setting might have been the best."
     )
 
 

@@ -21,7 +21,7 @@ from lm.comparison.statistics import by_name
 from lm.config import flatten, to_dict
 from lm.errors import UserError
 from lm.stages import STAGES
-from lm.sweeps.space import SEED, Source, typed
+from lm.sweeps.space import SEED, Source, Trial, typed
 from lm.sweeps.study import Claim
 from lm.workdir import LOCK, free, read_metrics, write_text
 
@@ -96,7 +96,7 @@ class Running:
             self.claim.failed(error, self._spent)
             return True
         self._hopeless()  # reports the last values; it is too late to prune
-        self._values.append(self._final())
+        self._values.append(last_value(self.workdir, self._goal))
         self._over("complete", self._values[-1], None)
         if self._left:
             self._next()
@@ -126,7 +126,7 @@ class Running:
         self._started = time.monotonic()
 
     def _rows(self) -> list[dict[str, Any]]:
-        return read_metrics(self.workdir / self._goal.part) if (self.workdir / self._goal.part).is_dir() else []
+        return rows_of(self.workdir, self._goal)
 
     def _hopeless(self) -> bool:
         """Reports what the first seed has newly logged to the study; whether its pruner gives the trial up."""
@@ -142,16 +142,6 @@ class Running:
     def _latest(self) -> float:
         return [row[self._goal.watched] for row in self._rows() if self._goal.watched in row][-1]
 
-    def _final(self) -> float:
-        rows = self._rows()
-        found = [row[self._goal.metric] for row in rows if self._goal.metric in row]
-        if not found:
-            known = sorted({name for row in rows for name in row} - {"step", "seconds", "tokens", "tokens_per_second"})
-            raise UserError(
-                f"{self.workdir} logged no {self._goal.metric}: give --metric, one of {', '.join(known) or 'nothing'}"
-            )
-        return float(found[-1])
-
     def _stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
         try:
@@ -164,17 +154,49 @@ class Running:
         """Writes what came of the run that just ended beside its workdir."""
         seconds = time.monotonic() - self._started
         self._spent += seconds
-        told = {
-            "number": self.claim.trial.number,
-            "overrides": typed(self._source, self.claim.trial.overrides),
-            "seed": self._seed,
-            "state": state,
-            "value": value,
-            "error": error,
-            "seconds": seconds,
-            "workdir": str(Path(self.workdir.name) / self._goal.part),
-        }
-        write_text(self.workdir.with_name(f"{self.workdir.name}.json"), json.dumps(told, indent=2) + "\n")
+        write_outcome(
+            self.workdir, self._source, self._goal, self.claim.trial, self._seed, state, value, error, seconds
+        )
+
+
+def rows_of(workdir: Path, goal: Goal) -> list[dict[str, Any]]:
+    """What a run has logged where the goal looks; nothing while that folder is not there."""
+    return read_metrics(workdir / goal.part) if (workdir / goal.part).is_dir() else []
+
+
+def last_value(workdir: Path, goal: Goal) -> float:
+    """The metric's last value in a run that has ended. UserError if it logged none."""
+    rows = rows_of(workdir, goal)
+    found = [row[goal.metric] for row in rows if goal.metric in row]
+    if not found:
+        known = sorted({name for row in rows for name in row} - {"step", "seconds", "tokens", "tokens_per_second"})
+        raise UserError(f"{workdir} logged no {goal.metric}: give --metric, one of {', '.join(known) or 'nothing'}")
+    return float(found[-1])
+
+
+def write_outcome(
+    workdir: Path,
+    source: Source,
+    goal: Goal,
+    trial: Trial,
+    seed: int,
+    state: str,
+    value: float | None,
+    error: str | None,
+    seconds: float,
+) -> None:
+    """What came of a run, beside its workdir."""
+    told = {
+        "number": trial.number,
+        "overrides": typed(source, trial.overrides),
+        "seed": seed,
+        "state": state,
+        "value": value,
+        "error": error,
+        "seconds": seconds,
+        "workdir": str(Path(workdir.name) / goal.part),
+    }
+    write_text(workdir.with_name(f"{workdir.name}.json"), json.dumps(told, indent=2) + "\n")
 
 
 def command(source: Source, module: str, overrides: Mapping[str, str], seed: int, workdir: Path) -> list[str]:

@@ -29,6 +29,7 @@ from lm.workdir import free
 NUMBER, SEEDS, OVERRIDES, ERROR, SECONDS, WORKER = "number", "seeds", "overrides", "error", "seconds", "worker"
 PLAN, READY = "plan", "ready"  # of the study: what is tried; whether all trials have been entered
 BEAT, GRACE = 15, 120  # seconds between two signs of life; after which a worker elsewhere counts as dead
+POLL = 0.2  # seconds between two looks for what another worker does first
 STATES = {
     TrialState.WAITING: "waiting",
     TrialState.RUNNING: "running",
@@ -62,7 +63,14 @@ class Study:
         self._folder, self._sampler, self._seed = folder, sampler, seed
         self.worker = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
         with reaching(url), self._alone():
-            self._storage, self._study = first_of_all(lambda: _opened(url, name, direction, PRUNERS[pruner]()))
+            self._storage = patiently(lambda: _storage(url))
+            try:
+                self._study = optuna.create_study(storage=self._storage, study_name=name, direction=direction)
+                self._first = True  # of all workers: the database lets one create it
+            except optuna.exceptions.DuplicatedStudyError:
+                self._study = optuna.load_study(storage=self._storage, study_name=name)
+                self._first = False
+            self._study.pruner = PRUNERS[pruner]()
         self._place = self._place_of(self.worker).open("w")
         fcntl.flock(self._place, fcntl.LOCK_EX)
 
@@ -75,8 +83,14 @@ class Study:
         self._storage.remove_session()
 
     def enter(self, plan: Mapping[str, Any], trials: Sequence[Trial]) -> None:
-        """Enters the trials, once for all workers. UserError if the study has another plan."""
-        text = json.dumps(plan, sort_keys=True)
+        """Enters the trials, once for all workers: the first does, the others wait, and do it if that one has died.
+
+        UserError if the study has another plan.
+        """
+        text, waited = json.dumps(plan, sort_keys=True), 0.0
+        while not self._first and READY not in self._study.user_attrs and waited < GRACE:
+            time.sleep(POLL)
+            waited += POLL
         with self._alone():
             attributes = self._study.user_attrs
             if PLAN in attributes and attributes[PLAN] != text:
@@ -202,30 +216,26 @@ class Claim(NamedTuple):
         self.study.finish(self.id, state, value)
 
 
-def _opened(url: str, name: str, direction: str, pruner: optuna.pruners.BasePruner) -> tuple[RDBStorage, optuna.Study]:
-    storage = RDBStorage(
+def _storage(url: str) -> RDBStorage:
+    return RDBStorage(
         url,
         engine_kwargs={"connect_args": {"timeout": 60}} if make_url(url).get_backend_name() == "sqlite" else {},
         heartbeat_interval=BEAT,
         grace_period=GRACE,
         heartbeat_stale_trial_callback=_waits_again,
     )
-    study = optuna.create_study(
-        storage=storage, study_name=name, direction=direction, load_if_exists=True, pruner=pruner
-    )
-    return storage, study
 
 
-def first_of_all(open_study: Callable):
-    """open_study(), tried again where another machine is making the same tables at this moment."""
+def patiently(open_storage: Callable[[], RDBStorage]) -> RDBStorage:
+    """open_storage(), tried again where another machine is making the same tables at this moment."""
     for _ in range(10):
         try:
-            return open_study()
+            return open_storage()
         except (IntegrityError, ProgrammingError, optuna.exceptions.StorageInternalError) as error:
             if not any(isinstance(each, (IntegrityError, ProgrammingError)) for each in (error, error.__cause__)):
                 raise
             time.sleep(0.5)
-    return open_study()
+    return open_storage()
 
 
 @contextmanager
