@@ -21,7 +21,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from lm import checkpoint, console, pipeline, record, runpage, train
@@ -73,19 +72,9 @@ def enter_small_world(patch: Callable) -> None:
     patch(record, "peak_flops", lambda: (1e10, "made up, as measuring takes time"))
 
 
-def cache_programs(folder: Path) -> None:
-    """Compiled programs are kept in a folder of the session's, here and in every program it starts."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # it may have settled already that there is none
-
-
 @functools.cache
 def base(folder: Path) -> Path:
     """The session's folder: `run`, a finished pipeline; `text`, its corpus; `snapshots/STAGE/MOMENT`, left by kills."""
-    cache_programs(folder / "programs")
     text = made_text(folder / "text")
     with pytest.MonkeyPatch.context() as patch:
         enter_small_world(patch.setattr)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import EXPERIMENTS, assert_same_run, cache_programs, made_dialogues, small
+from runs import EXPERIMENTS, assert_same_run, made_dialogues, small
 
 from lm import inherited, model as models, optim, sharding, tokenizer, train
 from lm.checkpoint import Checkpoints
@@ -277,8 +277,7 @@ def test_held_out_tells_the_student_s_words_from_people_s(pair, rows):
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
-    """A tokenizer of made conversations. From here on compiled programs are kept, beside the finished pipeline's."""
-    cache_programs(tmp_path_factory.getbasetemp() / "runs" / "programs")
+    """A tokenizer of made conversations."""
     found = tokenizer.train((turn for _, turns in made_dialogues() for turn in turns), vocab_size=320, max_bytes=10**6)
     found.save(tmp_path_factory.mktemp("speech") / "tokenizer.model")
     return found
