@@ -64,7 +64,7 @@ def made(path, value=4.0, *, finished=True, record=None, metric="held_out/loss",
         (path / "summary.json").write_text(json.dumps({"stage": config["stage"]["name"], "steps": 20}))
     if record:
         start = {"revision": record, "dirty": False, "diff": None, "versions": {"jax": "0.10.2"}}
-        (path / "record.json").write_text(json.dumps({"starts": [start]}))
+        (path / "record.json").write_text(json.dumps([start]))
     return path
 
 
@@ -160,12 +160,12 @@ def test_different_code_and_packages_are_warned_of(tmp_path):
     assert names(told.found) == ["init_from=", "init_from=x"]  # the code is no part of a setting here
     assert any("different code (1111111, 2222222)" in text for text in warnings(told))
     record = json.loads((new[0] / "record.json").read_text())
-    record["starts"][0] |= {"dirty": True, "diff": "code-0.diff", "versions": {"jax": "0.11"}}
+    record[0] |= {"dirty": True, "diff": "code-0.diff", "versions": {"jax": "0.11"}}
     (new[0] / "code-0.diff").write_text("+1\n")
     (new[0] / "record.json").write_text(json.dumps(record))
     text = " ".join(warnings(compare.run([*old, *new])))
     assert re.search(r"2222222 \+ changes [0-9a-f]{6}\b", text) and "different versions of jax" in text
-    (new[0] / "record.json").write_text(json.dumps(record["starts"]))  # a bare list of starts
+    (new[0] / "record.json").write_text(json.dumps(record))
     assert "2222222 + changes" in " ".join(warnings(compare.run([*old, *new])))
 
 

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 from lm.config import flatten
 from lm.errors import UserError
-from lm.workdir import CONFIG, METRICS, SUMMARY, read_json, read_metrics
+from lm.workdir import CONFIG, METRICS, SUMMARY, read_json, read_metrics, read_starts
 
-RECORD = "record.json"  # of a run: by what code each of its starts was made
 SWEEP, TRIALS = "sweep.json", "trials"  # trials/NAME is the workdir of a run, trials/NAME.json what came of it
 UNRECORDED = "not recorded"
 NEEDED = ("seed", "stage.name", "train.steps")  # in a config
@@ -143,10 +142,7 @@ def run(path: Path, given: Mapping[str, Any]) -> Run | Absent:
 
 def code(path: Path) -> Code:
     """The code that made a run, from its record if it has one."""
-    if not (path / RECORD).exists():
-        return Code(UNRECORDED, {})
-    record = read_json(path / RECORD)
-    starts = record["starts"] if isinstance(record, Mapping) else record
+    starts = read_starts(path)
     labels = dict.fromkeys(version(path, start) for start in starts)
     return Code(", then ".join(labels) or UNRECORDED, starts[-1]["versions"] if starts else {})
 
