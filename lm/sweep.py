@@ -153,7 +153,9 @@ def opened(flags: Namespace, root: Path, goal: Goal) -> Study:
     url = flags.storage or f"sqlite:///{(root / 'study.db').resolve()}"
     name = flags.study or root.resolve().name
     sampler = flags.search if flags.search in SAMPLERS else "random"
-    return Study(root, url, name, direction=goal.direction, sampler=sampler, pruner=flags.pruner, seed=0)
+    return Study(
+        root, url, name, direction=goal.direction, sampler=sampler, pruner=flags.pruner, steps=goal.steps, seed=0
+    )
 
 
 def plan(flags: Namespace, source: Source, goal: Goal, trials: Sequence[Trial], space: Mapping[str, Any]) -> dict:

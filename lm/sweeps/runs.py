@@ -38,6 +38,7 @@ class Goal(NamedTuple):
     metric: str  # its last value judges a trial
     watched: str  # the values by which a hopeless trial is found out: the metric, or what training logs of it
     direction: str
+    steps: int  # of a whole trial
 
     @classmethod
     def of(cls, config: ConfigDict, metric: str, direction: str) -> "Goal":
@@ -64,7 +65,7 @@ class Goal(NamedTuple):
         name = name or HELD_OUT + STAGES[stage.stage.name].SHOWN[0]
         often = "evaluate_every" in stage.train and stage.train.evaluate_every
         watched = name if often else name.removeprefix(HELD_OUT)
-        return cls(module, part, name, watched, direction or by_name(name))
+        return cls(module, part, name, watched, direction or by_name(name), stage.train.steps)
 
 
 class Running:

@@ -56,8 +56,10 @@ class Told(NamedTuple):
 class Study:
     """Optuna's study as a queue of trials, for one worker. Leaving it as a context manager gives up its place."""
 
-    def __init__(self, folder: Path, url: str, name: str, *, direction: str, sampler: str, pruner: str, seed: int):
-        """url: of a database, as SQLAlchemy writes it. UserError if it cannot be reached."""
+    def __init__(
+        self, folder: Path, url: str, name: str, *, direction: str, sampler: str, pruner: str, steps: int, seed: int
+    ):
+        """url: of a database, as SQLAlchemy writes it. steps: of a whole trial. UserError if it cannot be reached."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self._folder, self._sampler, self._seed = folder, sampler, seed
@@ -70,7 +72,7 @@ class Study:
             except optuna.exceptions.DuplicatedStudyError:
                 self._study = optuna.load_study(storage=self._storage, study_name=name)
                 self._first = False
-            self._study.pruner = PRUNERS[pruner]()
+            self._study.pruner = PRUNERS[pruner](steps)
         self._place = self._place_of(self.worker).open("w")
         fcntl.flock(self._place, fcntl.LOCK_EX)
 
@@ -288,10 +290,11 @@ SAMPLERS = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
-# ASHA: a trial goes on past step r, 4 r, 16 r ... only among the best quarter there (Li et al. 2018,
-# arXiv 1810.05934). Median: it goes on while it is better than half of the others were (Golovin et al. 2017).
+# By the steps of a whole trial. ASHA: past a sixteenth and past a quarter of them, only the best quarter goes on (Li et
+# al. 2018, arXiv 1810.05934). Median: past a quarter, whoever is better than half of the others were there (Golovin et
+# al. 2017). Before, a warm-up says little of what comes.
 PRUNERS = {
-    "none": optuna.pruners.NopPruner,
-    "asha": optuna.pruners.SuccessiveHalvingPruner,
-    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4),
+    "none": lambda steps: optuna.pruners.NopPruner(),
+    "asha": lambda steps: optuna.pruners.SuccessiveHalvingPruner(min_resource=max(steps // 16, 1)),
+    "median": lambda steps: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=steps // 4),
 }
