@@ -198,7 +198,7 @@ def test_muon_s_step_of_a_stack_is_each_layer_s_own(noise):
     for layer in range(2):
         alone = muon_update({"layers": {name: x[layer : layer + 1] for name, x in layers.items()}})["layers"]
         for name in layers:
-            np.testing.assert_allclose(stacked[name][layer], alone[name][0], atol=1e-6)
+            np.testing.assert_allclose(stacked[name][layer], alone[name][0], atol=2e-5)
 
 
 def test_what_muon_leaves_takes_adam_s_step(everything, noise):

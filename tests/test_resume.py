@@ -1,5 +1,6 @@
 """Resume = never stopped: whatever a kill leaves, the same command ends in the same bits (correctness.md, rule 13)."""
 
+import functools
 import os
 import shutil
 import signal
@@ -197,7 +198,7 @@ def test_more_steps_continue_a_finished_run(finished, small, tmp_path, capsys):
 
 
 def test_averaged_weights_are_what_is_scored_and_loaded(finished, small, tmp_path, monkeypatch):
-    """Interrupted or not, the same bits; the live weights are those of the run without an average."""
+    """Interrupted or not, the same bits; the live weights are those of the run without an average, within rounding."""
     averaging = ("optimizer.ema_decay=0.9", "data.ramp=((2,4),)")
     for name in ("straight", "stopped"):
         if name == "stopped":
@@ -212,7 +213,8 @@ def test_averaged_weights_are_what_is_scored_and_loaded(finished, small, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, average, load(straight, backend="cpu").params)
 
     plain = train.run(stage_config(finished, "pretrain", *averaging[1:]), tmp_path / "plain")
-    jax.tree.map(np.testing.assert_array_equal, live, load(tmp_path / "plain", backend="cpu").params)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5)  # another program, compiled for itself
+    jax.tree.map(close, live, load(tmp_path / "plain", backend="cpu").params)
     assert summary["before"] == plain["before"] and summary["held_out"] != plain["held_out"]
 
     onwards = (f"init_from={straight}", "train.steps=1", "optimizer.warmup_steps=0")
