@@ -17,6 +17,7 @@ from lm.tokenizer import Example, Tokenizer
 from lm.workdir import Trained
 
 ROWS = 128  # at a time
+STEP = 32  # of prompt lengths
 MORE = 4  # tokens that an answer may be longer than the longest target
 SHOWN = 3  # greedy answers that are kept to be read
 
@@ -28,26 +29,24 @@ class Asked(NamedTuple):
     prompts: Sequence[Sequence[int]]
     targets: Sequence[Sequence[int]]
     shots: int  # examples before each prompt
-    prompt_length: int  # room for the longest, rounded up so that few programs are compiled
-    target_length: int
+    room: int  # of a prompt, rounded up so that few programs are compiled
 
 
 def asked(
-    name: str, level: int | str, tokenizer: Tokenizer, context: int, *, items: int, shots: int, seed: int
+    name: str, level: int | str, tokenizer: Tokenizer, room: int, *, items: int, shots: int, seed: int
 ) -> Asked | None:
-    """The level's questions, each with as many examples before it, up to `shots`, as let all of them fit the context;
+    """The level's questions, each with as many examples before it, up to `shots`, as let all of them fit `room` tokens;
     None where they do not fit at all. The examples are other ones for each question."""
     found = examined(name, level, count=items, seed=seed)
     shown = examples(name, level, count=shots * len(found), seed=seed)
     targets = tokenizer.encode_all(item.target for item in found)
-    longest = _round_up(max(map(len, targets)) + MORE, 8)
     for count in range(shots if shown else 0, -1, -1):
         around = itertools.cycle(shown)
         texts = ["".join(next(around).line for _ in range(count)) + item.prompt for item in found]
         prompts = [[tokenizer.bos, *ids] for ids in tokenizer.encode_all(texts)]
-        room = min(_round_up(max(map(len, prompts)), 32), context - longest)
-        if max(map(len, prompts)) <= room:
-            return Asked(found, prompts, targets, count, room, longest)
+        longest = max(map(len, prompts))
+        if longest <= room:
+            return Asked(found, prompts, targets, count, min(_round_up(longest, STEP), room))
     return None
 
 
@@ -66,12 +65,15 @@ def scored(
     exact: whether the greedy answer is right. edit: its edit distance over the characters of the target. logprob: nats
     of the whole target. tokens: its length. correct: how many of `samples` answers, at temperature 1, are right.
     """
-    programs = Programs(trained)
-    found: dict[str, dict[str, Any]] = {}
     every = [(name, level) for name in tasks for level in TASKS[name].levels]
+    targets = [item.target for name, level in every for item in examined(name, level, count=items, seed=seed)]
+    answer = max(map(len, trained.tokenizer.encode_all(targets))) + MORE
+    programs = Programs(trained, answer)
+    room = trained.shape.context - answer
+    found: dict[str, dict[str, Any]] = {}
     for number, (name, level) in enumerate(every):
         tell(name, str(level))
-        questions = asked(name, level, trained.tokenizer, trained.shape.context, items=items, shots=shots, seed=seed)
+        questions = asked(name, level, trained.tokenizer, room, items=items, shots=shots, seed=seed)
         if questions:
             key = jax.random.fold_in(jax.random.key(seed), number)
             found.setdefault(name, {})[str(level)] = judged(programs, questions, samples, key)
@@ -98,28 +100,29 @@ def judged(programs: "Programs", questions: Asked, samples: int, key) -> dict[st
 class Programs:
     """A model's compiled programs, one for each shape that is asked for."""
 
-    def __init__(self, trained: Trained):
-        model, self._tokenizer = trained.model, trained.tokenizer
+    def __init__(self, trained: Trained, answer: int):
+        """answer: the tokens that an answer may have."""
+        model, self._tokenizer, self._answer = trained.model, trained.tokenizer, answer
         self._lm = jax.tree.map(jnp.asarray, trained.params["lm"])  # on the device once
         stop = (*trained.tokenizer.stops, *newlines(trained.tokenizer))
 
-        @functools.partial(jax.jit, static_argnames=("max_new", "temperature"))
-        def answers(lm, ids, lengths, key, *, max_new, temperature):
-            return sample(model, lm, ids, lengths, key, max_new=max_new, temperature=temperature, stop=stop)
+        @functools.partial(jax.jit, static_argnames="temperature")
+        def answers(lm, ids, lengths, key, *, temperature):
+            return sample(model, lm, ids, lengths, key, max_new=answer, temperature=temperature, stop=stop)
 
         self._answers, self._logprobs = answers, jax.jit(model.token_logprobs)
 
     def answers(self, questions: Asked, samples: int, key, *, greedy: bool) -> list[str]:
         """`samples` texts for each question, adjacent; each ends with its first newline."""
-        ids = np.zeros((len(questions.prompts), questions.prompt_length), np.int32)
+        ids = np.zeros((len(questions.prompts), questions.room), np.int32)
         for row, prompt in zip(ids, questions.prompts):
             row[: len(prompt)] = prompt
         lengths = np.array([len(prompt) for prompt in questions.prompts], np.int32)
         ids, lengths = (np.repeat(each, samples, axis=0) for each in (ids, lengths))
-        options = dict(max_new=questions.target_length, temperature=0.0 if greedy else 1.0)
+        temperature = 0.0 if greedy else 1.0
         texts = []
         for chunk, (some, size, count) in enumerate(chunks(ids, lengths)):
-            drawn = self._answers(self._lm, some, size, jax.random.fold_in(key, chunk), **options)
+            drawn = self._answers(self._lm, some, size, jax.random.fold_in(key, chunk), temperature=temperature)
             tokens, ends = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
             texts += [self._tokenizer.decode(row[:end]) for row, end in zip(tokens[:count], ends)]
         return texts
@@ -133,7 +136,7 @@ class Programs:
                 )
                 for prompt, target in zip(questions.prompts, questions.targets)
             ],
-            questions.prompt_length + questions.target_length - 1,
+            questions.room + self._answer - 1,
         )
         leaves, treedef = jax.tree.flatten(rows)
         found = []
