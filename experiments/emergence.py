@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def sweep(arg: str = "") -> list[dict]:
     """The ladder."""
     if arg == "tiny":
-        return zipped(axis("model.width", 16, 16, 16), axis("train.steps", 1, 2, 4))
+        return zipped(axis("model.width", 16, 16, 16), axis("train.steps", 3, 5, 8))
     parameters = [VOCABULARY * width + 2 * (4 + 9) * width**2 for width in WIDTHS]  # attention and SwiGLU, two layers
     steps = [round(TOKENS * count / (ROWS * LENGTH)) for count in parameters]
     return zipped(axis("model.width", *WIDTHS), axis("train.steps", *steps))

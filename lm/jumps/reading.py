@@ -1,11 +1,13 @@
 """The ladder: finished pretraining runs, by the FLOPs that they took."""
 
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lm.comparison.reading import SWEEP, Absent, Run, lone, run
 from lm.errors import UserError
+from lm.stages import pretrain
 from lm.workdir import CONFIG, SUMMARY, read_json
 
 STAGE = "pretrain"
@@ -88,7 +90,9 @@ def is_run(path: Path) -> bool:
 
 def rung_of(found: Run) -> Rung:
     summary = read_json(found.path / SUMMARY)
-    corpora = [name.strip() for name in found.config["data.corpus"].split(",")]
+    default = inspect.signature(pretrain.batches).parameters["corpus"].default
+    named = found.config["data.corpus"] if "data.corpus" in found.config else default
+    corpora = [name.strip() for name in named.split(",")]
     return Rung(
         found.path,
         summary["model_flops"],
