@@ -165,7 +165,7 @@ def test_numbers_page_and_figure_are_written(summary, ladder):
 
 
 def test_a_second_start_scores_nothing_again(summary, ladder, tmp_path, monkeypatch):
-    """A run that is scored is not loaded; one whose score is lost, or that was asked otherwise, is."""
+    """A run that is scored is not loaded; one whose score is lost, or that is asked otherwise, is."""
     shutil.copytree(ladder / "emergence", tmp_path / "out")
     loaded = []
     monkeypatch.setattr(emergence, "load", lambda path, **rest: loaded.append(path.name) or load_run(path, **rest))
@@ -173,8 +173,11 @@ def test_a_second_start_scores_nothing_again(summary, ladder, tmp_path, monkeypa
     lost = next(f for f in (tmp_path / "out/scores").iterdir() if read_json(f)["of"]["run"].endswith("steps5"))
     lost.unlink()
     assert emergence.run([ladder], output=tmp_path / "out", **QUICK) == summary and loaded == ["steps5"]
-    emergence.run([ladder], output=tmp_path / "out", **{**QUICK, "seed": 1})
-    assert sorted(loaded) == ["steps3", "steps5", "steps5", "steps8"]
+    monkeypatch.setattr(emergence, "scored", lambda trained, **rest: rest["seed"])
+    settings = {key: value for key, value in summary["settings"].items() if key != "k"}
+    rung = reading.read([ladder]).rungs[2]
+    assert emergence.kept(rung, {**settings, "seed": 1}, tmp_path / "out" / "scores") == 1
+    assert loaded == ["steps5", "steps8"]
 
 
 def test_log_probabilities_are_those_of_the_whole_text(ladder):
@@ -182,14 +185,14 @@ def test_log_probabilities_are_those_of_the_whole_text(ladder):
     trained = load_run(ladder / "steps8", backend="cpu")
     questions = asked("sums", 2, trained.tokenizer, 100, items=3, shots=1, seed=0)
     found = Programs(trained, 8).logprobs(questions)
+    model = trained.model
+    logprobs = jax.jit(lambda lm, *row: jax.nn.log_softmax(model.logits(lm, model.hidden(lm, *row)), axis=-1))
     for item, prompt, target, value in zip(questions.items, questions.prompts, questions.targets, found):
         ids = [*prompt, *target]
         text = trained.tokenizer.decode(ids)
         assert text.endswith(item.line) and trained.tokenizer.encode(text) == ids[1:]
-        x = trained.model.hidden(
-            trained.params["lm"], *(np.array([row]) for row in (ids, range(len(ids)), [1] * len(ids)))
-        )
-        nats = jax.nn.log_softmax(trained.model.logits(trained.params["lm"], x), axis=-1)[0]
+        row = (np.array([each]) for each in (ids, range(len(ids)), [1] * len(ids)))
+        nats = logprobs(trained.params["lm"], *row)[0]
         assert value == pytest.approx(sum(float(nats[t - 1, ids[t]]) for t in range(len(prompt), len(ids))), abs=1e-3)
 
 
