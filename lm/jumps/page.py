@@ -11,7 +11,21 @@ from matplotlib.lines import Line2D
 
 from lm.console import say, table
 from lm.jumps.reading import Ladder
-from lm.jumps.statistics import EDIT, EXACT, LOGPROB, METRICS, NO, PASS, SMOOTH, YES, Curve, Found, estimate, judged
+from lm.jumps.statistics import (
+    EDIT,
+    EXACT,
+    LOGPROB,
+    METRICS,
+    NO,
+    PASS,
+    SMOOTH,
+    UNTOLD,
+    YES,
+    Curve,
+    Found,
+    estimate,
+    judged,
+)
 from lm.pages import COLOURS, INK, interval, png, short, svg, templates
 from lm.skills.tasks import TASKS
 from lm.workdir import write_text
@@ -20,8 +34,8 @@ NAME = "emergence"  # of the page, the numbers and the picture
 LABELS = {
     EXACT: "exact match",
     PASS: "pass@{k}",
-    EDIT: "edit distance,\nper character",
-    LOGPROB: "log-probability,\nnats a token",
+    EDIT: "edit distance,\na character (0 on top)",
+    LOGPROB: "log-probability,\nnats a token (0 on top)",
 }
 Tree = Mapping[str, Any]
 
@@ -63,8 +77,10 @@ def told(curve: Curve, found: Found, scores: Sequence[Tree]) -> dict[str, Any]:
 
 def name_of(curve: Curve) -> str:
     """ "sums, 3 digits", "facts, rare"."""
-    counted = curve.level.isdigit()
-    return f"{curve.task}, {curve.level} {TASKS[curve.task].unit}" if counted else f"{curve.task}, {curve.level}"
+    if not curve.level.isdigit():
+        return f"{curve.task}, {curve.level}"
+    unit = TASKS[curve.task].unit
+    return f"{curve.task}, {curve.level} {unit.removesuffix('s') if curve.level == '1' else unit}"
 
 
 def plain(estimate) -> dict[str, float | None]:
@@ -79,13 +95,8 @@ def sentences(summary: Tree) -> list[str]:
     """What was seen, with what may not be concluded."""
     said = [sentence(curve, summary["rungs"]) for curve in summary["curves"]]
     sharp = [curve for curve in summary["curves"] if curve["rises"][EXACT]["jumps"] == YES]
-    for metric in SMOOTH:
-        count = {verdict: sum(c["rises"][metric]["jumps"] == verdict for c in sharp) for verdict in (YES, NO)}
-        if sharp:
-            said.append(
-                f"Of {len(sharp)} jumps by exact match, {count[YES]} survive by {metric}, {count[NO]} do not, and of "
-                f"{len(sharp) - sum(count.values())} it cannot be told."
-            )
+    if sharp:
+        said.append(f"Jumps by exact match: {len(sharp)}. {' '.join(tally(sharp, metric) for metric in SMOOTH)}")
     if not sharp:
         said.append("No step of this ladder holds, outside the noise, more than half of a rise of exact match.")
     said.append(
@@ -93,6 +104,13 @@ def sentences(summary: Tree) -> list[str]:
         "the ladder is as wide as it is: within it a rise may be smooth."
     )
     return said
+
+
+def tally(sharp: Sequence[Tree], metric: str) -> str:
+    """How many of these jumps survive a metric."""
+    verdicts = [curve["rises"][metric]["jumps"] for curve in sharp]
+    yes, no, untold = (verdicts.count(verdict) for verdict in (YES, NO, UNTOLD))
+    return f"By {metric}, in the same step, {yes} survive, {no} do not, of {untold} it cannot be told."
 
 
 def sentence(curve: Tree, rungs: Sequence[Tree]) -> str:
@@ -202,8 +220,7 @@ def figure(summary: Tree, tasks: Sequence[str], axes) -> None:
             if metric in (EXACT, PASS):
                 panel.set_ylim(-0.04, 1.04)
             if metric == EDIT:
-                panel.set_ylim(bottom=0)
-                panel.invert_yaxis()
+                panel.set_ylim(1.04, -0.04)
             if panel in axes[0]:
                 panel.set_title(LABELS[metric].format(k=summary["settings"]["k"]), fontsize=9)
             if panel in axes[-1]:
@@ -214,6 +231,6 @@ def figure(summary: Tree, tasks: Sequence[str], axes) -> None:
         row[-1].legend(handles=lines, title=unit, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     dashes = [
         Line2D([], [], color=INK, marker="o", markersize=3, label="measured, band: 95 % interval over items"),
-        Line2D([], [], color=INK, linestyle="--", label="expected of exact match from the average token: p^n"),
+        Line2D([], [], color=INK, linestyle="--", label="exact match that the average token lets one expect, $p^n$"),
     ]
     axes[0, 0].figure.legend(handles=dashes, loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)

@@ -60,7 +60,7 @@ def curves(each: Sequence[Mapping[str, Any]], *, samples: int, k: int) -> list[C
             values = {
                 EXACT: np.array([rung["exact"] for rung in rungs], np.float64),
                 PASS: np.array(right),
-                EDIT: np.array([rung["edit"] for rung in rungs]),
+                EDIT: np.minimum([rung["edit"] for rung in rungs], 1.0),  # rambling is no worse than silence
                 LOGPROB: np.array([rung["logprob"] for rung in rungs]) / tokens,
             }
             found.append(Curve(task, level, values, [expected(rung) for rung in rungs], float(tokens.mean())))

@@ -137,8 +137,8 @@ TASKS = {
     "copying": Task("random letters said again", "letters", (2, 4, 8, 16), copying, None),
     "sums": Task("addition, most significant digit first", "digits", (1, 2, 3, 4), sums, None),
     "brackets": Task("open brackets closed in the right order", "open", (1, 2, 4, 8), brackets, None),
-    "facts": Task("made-up capitals that the corpus tells", "facts", tuple(TOLD), None, facts, "drills", False),
-    "idioms": Task("how the standard library goes on", "idioms", tuple(IDIOMS), None, idioms, "stdlib", False),
+    "facts": Task("made-up capitals that the corpus tells", "told", tuple(TOLD), None, facts, "drills", False),
+    "idioms": Task("how the standard library goes on", "told", tuple(IDIOMS), None, idioms, "stdlib", False),
 }
 
 
