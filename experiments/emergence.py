@@ -6,7 +6,8 @@ Paper: Schaeffer et al. 2023, "Are Emergent Abilities of Large Language Models a
 Command: python -m lm.sweep --config=experiments/emergence.py --workdir=runs/emergence
 Needs: runs/drills/tokenizer (python -m lm.train --config=experiments/tokenizer.py --workdir=runs/drills/tokenizer
 --config.data.corpus=drills --config.data.vocab_size=512).
-Expect: 7 runs from 3e10 to 6e12 FLOPs; `python -m lm.emergence runs/emergence` scores them.
+Expect: 7 runs from 3e10 to 6e12 FLOPs, held-out bits per byte from 2.08 to 1.09, in 21 minutes on 2 busy cores.
+`python -m lm.emergence runs/emergence` scores them: facts come first, then brackets, sums, copying.
 Change first: WIDTHS, TOKENS; data.corpus to drills,stdlib.
 """
 
