@@ -1,7 +1,7 @@
 """A ladder of models on drills: does a skill come at once as they grow, or only by a metric that is all or nothing?
 
 Method: pretraining of two layers of seven widths on the built-in corpus of copying, sums, brackets and made-up facts,
-20 tokens for each parameter; Muon, with which the tasks are learnt at a fraction of AdamW's compute.
+20 tokens for each parameter; Muon at one rate. AdamW was tried once, not to its end, and never compared fairly.
 Paper: Schaeffer et al. 2023, "Are Emergent Abilities of Large Language Models a Mirage?", arXiv 2304.15004.
 Command: python -m lm.sweep --config=experiments/emergence.py --workdir=runs/emergence
 Needs: runs/drills/tokenizer (python -m lm.train --config=experiments/tokenizer.py --workdir=runs/drills/tokenizer
