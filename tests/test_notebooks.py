@@ -25,13 +25,27 @@ LARGEST = 300_000  # bytes of a notebook with its outputs
 TOLERANCE = 0.02  # of a number in a reproduced cell
 # What the text of a notebook concludes, as Python after its last cell.
 CONCLUSIONS = {
+    "02_one_training_step": """
+assert p_after[mat] > p[mat] and (p_after[places[1:]] < p[places[1:]]).all()
+assert abs(jnp.log(p_after[mat] / p[mat]) / (rate * norm**2) - 1) < 0.3
+assert of_corpus[-1] > start + 1, "a large step forgets"
+for animal, habit in HABITS.items():
+    assert np.allclose(probabilities(state.params["lm"], question[animal])[places], habit, atol=0.03), animal
+assert entropy / 7 < losses[-1] < 1.05 * entropy / 7
+""",
+    "03_tokens_masks_packing": """
+assert all(a < b for a, b in zip(ratios, ratios[1:])), ratios
+assert (packed.segments > 0).mean() > 1.5 * (padded.segments > 0).mean()
+assert packed.weights.sum() == padded.weights.sum() and (seen == allowed).all()
+assert np.abs(alone - together).max() < 1e-4 and np.mean(wrong > 1e-4) > 0.5
+""",
     "05_rank_reward_ppo": """
 assert found["accuracy"]["low"] > 0.5, found["accuracy"]
 assert gain.low > 0.5 and wins.low > 0.6, (gain, wins)
 before, after = ({name: numbers[i] for name, *numbers in means} for i in range(2))
 assert all(after[name] > before[name] + 0.3 for name in ("ends properly", "asks something back")), means
 assert max(before["on topic"], after["on topic"]) < 0.1, means
-"""
+""",
 }
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
