@@ -25,6 +25,13 @@ LARGEST = 300_000  # bytes of a notebook with its outputs
 TOLERANCE = 0.02  # of a number in a reproduced cell
 # What the text of a notebook concludes, as Python after its last cell.
 CONCLUSIONS = {
+    "01_from_text_to_chat": """
+losses = {stage: [row["held_out/loss"] for row in workdir.read_metrics(root / stage) if "held_out/loss" in row]
+          for stage in ("pretrain", "sft")}
+assert losses["pretrain"][-1] < losses["pretrain"][0] - 1 and losses["sft"][-1] < losses["pretrain"][-1], losses
+assert losses["sft"][0] > losses["pretrain"][-1], losses
+assert stopped["pretrain"].high < 0.1 and stopped["sft"].low > 0.4, stopped
+""",
     "02_one_training_step": """
 assert p_after[mat] > p[mat] and (p_after[places[1:]] < p[places[1:]]).all()
 assert abs(jnp.log(p_after[mat] / p[mat]) / (rate * norm**2) - 1) < 0.3
@@ -38,6 +45,16 @@ assert all(a < b for a, b in zip(ratios, ratios[1:])), ratios
 assert (packed.segments > 0).mean() > 1.5 * (padded.segments > 0).mean()
 assert packed.weights.sum() == padded.weights.sum() and (seen == allowed).all()
 assert np.abs(alone - together).max() < 1e-4 and np.mean(wrong > 1e-4) > 0.3
+""",
+    "04_sft": """
+pretraining, tuning = changes.values()
+assert all(tuning[name] < pretraining[name] for name in tuning), changes
+assert found["untrained"]["text"] - found["before SFT"]["text"] > 0.7, found
+assert found["after SFT"]["text"] < found["before SFT"]["text"] + 0.05, found
+assert found["after SFT"]["replies"] < found["before SFT"]["replies"] - 0.4, found
+assert probability["after SFT"][ends].mean() > 5 * probability["after SFT"][goes_on].mean(), "it knows where"
+assert probability["before SFT"][ends].mean() < 1e-3
+assert shares["before SFT"].high < 0.1 and shares["after SFT"].low > 0.4, shares
 """,
     "05_rank_reward_ppo": """
 assert found["accuracy"]["low"] > 0.5, found["accuracy"]
