@@ -63,6 +63,12 @@ before, after = ({name: numbers[i] for name, *numbers in means} for i in range(2
 assert all(after[name] > before[name] + 0.3 for name in ("ends properly", "asks something back")), means
 assert max(before["on topic"], after["on topic"]) < 0.1, means
 """,
+    "08_generation": """
+assert (difference < 1e-4).all() and without[-1] > 2 * with_cache[-1], (without, with_cache)
+assert np.sum(found["top-k 5"] > 0) == 5 and np.sum(found["temperature 0"] > 0) == 1
+assert found["temperature 0.5"].max() > found["temperature 1"].max() > found["temperature 2"].max()
+assert list(variety.values()) == sorted(variety.values()), variety
+""",
 }
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
