@@ -63,6 +63,15 @@ before, after = ({name: numbers[i] for name, *numbers in means} for i in range(2
 assert all(after[name] > before[name] + 0.3 for name in ("ends properly", "asks something back")), means
 assert max(before["on topic"], after["on topic"]) < 0.1, means
 """,
+    "06_dpo_grpo_ppo": """
+base = rule(questions.prompts.contexts, last["start"][2].texts)
+gains = {name: difference(rule(questions.prompts.contexts, last[name][2].texts), base) for name in ways}
+assert all(gain.low > 0 for gain in gains.values()) and gains["grpo"].value > gains["dpo"].value, gains
+kl = {name: last[name][1].value for name in ways}
+assert kl["dpo"] < 2 and kl["ppo"] > 2 * kl["grpo"], kl
+asks = {name: dict(zip(CRITERIA, shares))["asks something back"] for name, shares in share.items()}
+assert all(asks[name] > asks["start"] + 0.1 for name in ways), asks
+""",
     "08_generation": """
 assert (difference < 1e-4).all() and without[-1] > 2 * with_cache[-1], (without, with_cache)
 assert np.sum(found["top-k 5"] > 0) == 5 and np.sum(found["temperature 0"] > 0) == 1
