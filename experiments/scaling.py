@@ -43,12 +43,12 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.ladder = ConfigDict(
         {
-            "lowest": 2e7 if tiny else 4e10,
-            "highest": 8e7 if tiny else 4e12,
+            "lowest": 1e9 if tiny else 4e10,
+            "highest": 4e9 if tiny else 4e12,
             "budgets": 2 if tiny else 5,
-            "sizes": 3 if tiny else 5,
-            "larger": 2e8 if tiny else 1.2e13,
-            "tokens_per_parameter": (1.0, 30.0) if tiny else (1.5, 200.0),
+            "sizes": 4 if tiny else 5,
+            "larger": 8e9 if tiny else 1.2e13,
+            "tokens_per_parameter": (0.1, 8.0) if tiny else (1.5, 200.0),
             "draws": 50 if tiny else 1000,
         }
     )

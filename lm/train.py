@@ -153,7 +153,8 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
         raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
     if "base_width" in config.optimizer and config.optimizer.base_width != shape.base_width:
         raise UserError(
-            f"optimizer.base_width is {config.optimizer.base_width}, model.base_width {shape.base_width}: muP needs both"
+            f"optimizer.base_width is {config.optimizer.base_width}, model.base_width {shape.base_width}: "
+            "muP needs both"
         )
     model = make(shape.on(backend))
 

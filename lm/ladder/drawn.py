@@ -1,4 +1,4 @@
-"""The figure of a ladder: parabolas, best sizes, losses over compute with the larger run foretold, the law's residue."""
+"""The figure of a ladder: parabolas, best sizes, losses over compute with the larger run foretold, the law."""
 
 import itertools
 from collections.abc import Mapping

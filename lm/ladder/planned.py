@@ -83,8 +83,8 @@ def at_budget(plan: Ladder, source: Source, budget: float) -> list[Rung]:
     left = [one for one in known if one.steps >= LEAST_STEPS]
     if len(left) < plan.sizes:
         raise UserError(
-            f"a budget of {budget:.3g} FLOPs pays {LEAST_STEPS} steps or more of {len(left)} widths, and a ladder needs "
-            f"{plan.sizes}: raise ladder.lowest, or make data.batch_size, data.length or model.head_size smaller"
+            f"a budget of {budget:.3g} FLOPs pays {LEAST_STEPS} steps or more of {len(left)} widths, and a ladder "
+            f"needs {plan.sizes}: raise ladder.lowest, or make data.batch_size, data.length or model.head_size smaller"
         )
     chosen = []
     for target in np.geomspace(high, low, plan.sizes):

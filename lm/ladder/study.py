@@ -85,8 +85,8 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
     loss, rung = Estimate(**prediction["loss"]), prediction["rung"]
     inside = loss.low <= larger["loss"] <= loss.high
     said.append(
-        f"Foretold at {prediction['written']} for {rung['budget']:.3g} FLOPs, {rung['budget'] / top(summary):.3g} times "
-        f"the ladder's largest budget (width {rung['width']}, {rung['tokens']:,} tokens): loss {loss.value:.4f} "
+        f"Foretold at {prediction['written']} for {rung['budget']:.3g} FLOPs, {rung['budget'] / top(summary):.3g} "
+        f"times the ladder's largest budget (width {rung['width']}, {rung['tokens']:,} tokens): loss {loss.value:.4f} "
         f"{between(loss, '.4f')}. The run, begun at {larger['begun']}, came to {larger['loss']:.4f}: "
         f"{'inside' if inside else 'outside'} the interval, {100 * (larger['loss'] / loss.value - 1):+.2f} % from "
         "the prediction."

@@ -111,7 +111,7 @@ class Parabola:
 
 
 def slopes(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slope and offset, f64[K] each, of lines y over x, f64[G,K] each, through what is finite; nan for less than two."""
+    """Slope and offset, f64[K] each, of lines y over x, f64[G,K] each, through what is finite; nan for under two."""
     known = np.isfinite(y) & np.isfinite(x)
     count = known.sum(axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):

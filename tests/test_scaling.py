@@ -1,0 +1,195 @@
+"""lm.scaling: the plan, the whole program with a stand-in for its runs, kills, bad input. Runs: tests/scaling_trial.py."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import EXPERIMENTS, ROOT, made_text
+from scaling_trial import LAW
+
+from lm import console, scaling, sweep
+from lm.config import call
+from lm.errors import UserError
+from lm.ladder import measured, planned
+from lm.sweeps.space import Source
+from lm.workdir import read_json
+
+TINY = f"--config={EXPERIMENTS / 'scaling.py'}:tiny"
+CODE = """
+import sys
+from lm import scaling, sweep
+from lm.console import main
+of = sweep.Goal.of
+sweep.Goal.of = lambda *args: of(*args)._replace(module="tests.scaling_trial")
+sweep.POLL = 0.02
+sweep.shares = lambda jobs: [{}] * (jobs or 1)
+main(scaling.program)
+"""
+
+
+def command(root: Path, *flags: str) -> list[str]:
+    return [TINY, f"--workdir={root}", f"--config.data.corpus={root.parent / 'text'}", "--jobs=2", *flags]
+
+
+def started(root: Path, *flags: str) -> subprocess.Popen:
+    """The program in a process of its own, with the stand-in for its runs."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE, *command(root, *flags)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def starts(root: Path) -> dict[str, int]:
+    """How often each run was started."""
+    return {str(file.parent.relative_to(root)): len(file.read_text().split()) for file in root.rglob("starts")}
+
+
+def until(condition, process: subprocess.Popen, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory) -> dict:
+    """A tiny ladder, killed once among its runs and once before the larger one is over; then left to end."""
+    folder = tmp_path_factory.mktemp("scaling")
+    root, pause = folder / "s", folder / "s" / "pause"
+    made_text(folder / "text")
+    process = started(root)
+    until(lambda: (root / "tokenizer").exists(), process)
+    pause.write_text("0")
+    until(lambda: len(list((root / "ladder" / "trials").glob("*.json"))) >= 3, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = [file for file in (root / "ladder" / "trials").glob("*.json")]
+    process = started(root)
+    until(lambda: len(list((root / "ladder" / "trials").glob("*.json"))) == 8, process)
+    pause.write_text("30")
+    until(lambda: starts(root).get("larger/trials/0000"), process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    foretold = (root / "prediction.json").read_bytes()
+    pause.write_text("0")
+    process = started(root)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return {"root": root, "said": said, "done": done, "foretold": foretold}
+
+
+def test_it_ends_with_a_page_and_a_figure(ladder):
+    root = ladder["root"]
+    assert all((root / f"scaling.{ending}").stat().st_size > 1000 for ending in ("html", "svg", "png"))
+    page = (root / "scaling.html").read_text()
+    assert "nan" not in page.lower().split() and "held-out loss, nats a token" in page
+    for sentence in ("N_opt grows as C^", "Foretold at", "The same runs, counted otherwise"):
+        assert sentence in ladder["said"] and sentence in page
+
+
+def test_what_was_done_before_a_kill_is_not_done_again(ladder):
+    counts = starts(ladder["root"])
+    assert len(counts) == 9
+    assert all(counts[f"ladder/trials/{file.stem}"] == 1 for file in ladder["done"])
+
+
+def test_the_prediction_stands_before_the_larger_run_starts_and_is_not_touched_again(ladder):
+    root = ladder["root"]
+    prediction = (root / "prediction.json").stat().st_mtime
+    first = (root / "larger" / "trials" / "0000").stat()
+    assert (root / "prediction.json").read_bytes() == ladder["foretold"]
+    assert prediction < (root / "larger" / "trials" / "0000" / "starts").stat().st_mtime <= first.st_mtime
+    assert prediction < (root / "larger" / "sweep.json").stat().st_mtime
+
+
+def test_it_finds_the_law_of_its_runs(ladder):
+    """Eight runs with a spread of 0.2 %: the larger one is foretold, and the law that made them is in the intervals."""
+    summary = read_json(ladder["root"] / "summary.json")
+    law = next(iter(summary["laws"].values()))
+    assert all(law[name]["low"] <= value <= law[name]["high"] for name, value in LAW.items())
+    loss = summary["prediction"]["loss"]
+    assert loss["low"] < summary["larger"]["loss"] < loss["high"] and loss["high"] - loss["low"] < 0.5
+
+
+def test_its_runs_are_listed_as_planned(ladder):
+    runs = measured.runs(ladder["root"])
+    assert [run.budget for run in runs] == [1e9] * 4 + [4e9] * 4 + [8e9]
+    assert all(run.flops == pytest.approx(run.budget, rel=0.1) for run in runs)  # whole steps
+    assert all((run.workdir / "config.json").exists() for run in runs)
+    widths = [run.width for run in runs[:4]]
+    assert widths == sorted(set(widths))
+
+
+def test_another_config_is_refused(ladder, capsys):
+    with pytest.raises(UserError, match="was made with another config .ladder.sizes: 4 -> 5"):
+        scaling.program(command(ladder["root"], "--config.ladder.sizes=5", "--config.ladder.highest=8e9"))
+
+
+def test_a_failed_run_stops_it_with_its_error(ladder, tmp_path, monkeypatch):
+    of = sweep.Goal.of
+    monkeypatch.setattr(sweep.Goal, "of", lambda *args: of(*args)._replace(module="tests.scaling_trial"))
+    monkeypatch.setattr(sweep, "shares", lambda jobs: [{}])
+    root = tmp_path / "larger"
+    (root / "trials" / "0000").mkdir(parents=True)
+    (root / "trials" / "0000" / "torn").touch()
+    (root / "sweep.json").write_text("{}")
+    source = Source(TINY.removeprefix("--config="))
+    flags = scaling.parsed([], "", scaling.FLAGS)
+    with pytest.raises(UserError, match="1 of 1 runs in .* failed; the first: the disk is torn: mend it; .*--retry_f"):
+        scaling.swept(flags, source, root, [planned.rung(source, 1e9, 8)])
+
+
+def refused(capsys, monkeypatch, *flags) -> str:
+    monkeypatch.setattr(sys, "argv", ["", *map(str, flags)])
+    with pytest.raises(SystemExit) as exit:
+        console.main(scaling.program)
+    said = capsys.readouterr().err
+    assert exit.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    return said.removeprefix("error: ").strip()
+
+
+@pytest.mark.parametrize(
+    "override, error",
+    [
+        ("lowest=1e7", "a budget of 1e+07 FLOPs pays 10 steps or more of 0 widths, and a ladder needs 4: raise ladder"),
+        ("lowest=9e9", "ladder.lowest 9e+09, highest 4e+09, larger 8e+09: each must be above the one before"),
+        ("sizes=3", "ladder.sizes is 3; it must be at least 4"),
+        ("budgets=1", "ladder.budgets is 1; it must be at least 2"),
+        ("tokens_per_parameter=(9,1)", "ladder.tokens_per_parameter is 9, 1: give two numbers, the smaller first"),
+    ],
+)
+def test_a_ladder_that_cannot_be(override, error, capsys, monkeypatch, tmp_path):
+    said = refused(capsys, monkeypatch, TINY, f"--workdir={tmp_path / 's'}", f"--config.ladder.{override}")
+    assert said.startswith(error) and not (tmp_path / "s").exists()
+
+
+def test_what_is_given_together(capsys, monkeypatch):
+    assert "leave --config and --workdir out" in refused(capsys, monkeypatch, "--points=a.csv", TINY)
+    assert refused(capsys, monkeypatch).startswith("give --config=experiments/scaling.py and --workdir=DIR, or --poi")
+    other = f"--config={EXPERIMENTS / 'pretrain.py'}"
+    assert "the config has no `vocabulary`: is it a config of lm.scaling?" in refused(
+        capsys, monkeypatch, other, "--workdir=x"
+    )
+
+
+def test_the_plan_spends_each_budget(monkeypatch):
+    source = Source(f"{EXPERIMENTS / 'scaling.py'}")
+    plan = call(planned.ladder, source.config({}).ladder, name="ladder")
+    rungs = planned.rungs(plan, source)
+    assert len(rungs) == 25 and plan.budgets == pytest.approx([4e10, 10**11.1021, 4e11, 10**12.1021, 4e12], rel=1e-4)
+    for rung in rungs:
+        assert rung.tokens * rung.flops_per_token == pytest.approx(rung.budget, rel=0.01)
+        assert source.config(rung.overrides).optimizer.total_steps == rung.steps
+    for budget in plan.budgets:
+        ratios = [rung.tokens / rung.parameters for rung in rungs if rung.budget == budget]
+        assert ratios == sorted(ratios, reverse=True) and ratios[0] / ratios[-1] > 20
