@@ -29,6 +29,7 @@ from lm.sweeps.runs import Goal
 from lm.sweeps.space import Source, Trial
 from lm.workdir import open_workdir, read_json, read_starts, write_text
 
+DRAWS = 1000  # of the bootstrap of --points
 ENTRIES = ("seed", "tokenizer", "model", "data", "train", "optimizer", "vocabulary", "ladder")
 FLAGS = {
     "config": dict(
@@ -66,7 +67,7 @@ def fit_table(path: str) -> None:
     """Prints the law of a CSV file's runs."""
     points = tables.read(path)
     say(f"{path}: {len(points.loss)} runs")
-    fitted = parametric.fit(points)
+    fitted = parametric.fit(points, draws=DRAWS)
     names = {"growth": "a = beta / (alpha + beta)"}
     table(
         "loss = E + A / N^alpha + B / D^beta",
@@ -74,8 +75,8 @@ def fit_table(path: str) -> None:
         [[names.get(name, name), e.value, f"[{e.low:.4g}, {e.high:.4g}]"] for name, e in fitted.estimates().items()],
     )
     say(
-        "Intervals: percentiles of 1,000 fits to resampled runs. With C = 6 N D the best size grows as C^a, the best "
-        "number of tokens as C^(1 - a)."
+        f"Intervals: percentiles of {DRAWS:,} fits to resampled runs. With C = 6 N D the best size grows as C^a, the "
+        "best number of tokens as C^(1 - a)."
     )
 
 

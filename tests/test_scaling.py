@@ -15,6 +15,7 @@ from lm import console, scaling, sweep
 from lm.config import call
 from lm.errors import UserError
 from lm.ladder import measured, planned
+from lm.laws.parametric import Law
 from lm.sweeps.space import Source
 from lm.workdir import read_json
 
@@ -193,3 +194,19 @@ def test_the_plan_spends_each_budget(monkeypatch):
     for budget in plan.budgets:
         ratios = [rung.tokens / rung.parameters for rung in rungs if rung.budget == budget]
         assert ratios == sorted(ratios, reverse=True) and ratios[0] / ratios[-1] > 20
+
+
+def test_anyone_s_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "DRAWS", 50)
+    law, rows = Law(**LAW), ["parameters,tokens,loss"]
+    for n in (1e4, 3e4, 1e5, 3e5):
+        rows += [f"{n:.0f},{d:.0f},{law.loss(n, d):.5f}" for d in (1e5, 1e6, 1e7)]
+    (tmp_path / "runs.csv").write_text("\n".join(rows))
+    scaling.program([f"--points={tmp_path / 'runs.csv'}"])
+    said = capsys.readouterr().out
+    found = {line.split()[0]: line.split()[1:] for line in said.split("\n") if line.split()[:1] and "[" in line}
+    for name, value in LAW.items():
+        assert float(found[name][0]) == pytest.approx(value, rel=0.02)
+        low, high = (float(text.strip("[],")) for text in found[name][1:3])
+        assert low <= float(found[name][0]) <= high
+    assert "12 runs" in said and "percentiles of 50 fits" in said
