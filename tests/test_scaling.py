@@ -1,10 +1,14 @@
 """lm.scaling: the plan, the whole program, kills, bad input. Its runs are those of tests/scaling_trial.py."""
 
+import io
+import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from scaling_trial import LAW
 from lm import console, scaling, sweep
 from lm.config import call
 from lm.errors import UserError
-from lm.ladder import measured, planned
+from lm.ladder import measured, page, planned, study
 from lm.laws.parametric import Law
 from lm.sweeps.space import Source
 from lm.workdir import read_json
@@ -54,7 +58,7 @@ def starts(root: Path) -> dict[str, int]:
     return {str(file.parent.relative_to(root)): len(file.read_text().split()) for file in root.rglob("starts")}
 
 
-def until(condition, process: subprocess.Popen, seconds: float = 90.0) -> None:
+def until(condition, process: subprocess.Popen, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()
@@ -62,31 +66,33 @@ def until(condition, process: subprocess.Popen, seconds: float = 90.0) -> None:
         time.sleep(0.01)
 
 
+def enter_stand_in(patch) -> None:
+    of = sweep.Goal.of
+    patch(sweep.Goal, "of", lambda *args: of(*args)._replace(module="tests.scaling_trial"))
+    patch(sweep, "POLL", 0.02)
+    patch(sweep, "shares", lambda jobs: [{}] * (jobs or 1))
+
+
 @pytest.fixture(scope="module")
 def ladder(tmp_path_factory) -> dict:
-    """A tiny ladder, killed once among its runs and once before the larger one is over; then left to end."""
+    """A tiny ladder, killed while the larger run goes on; then given again, and left to end."""
     folder = tmp_path_factory.mktemp("scaling")
     root, pause = folder / "s", folder / "s" / "pause"
     made_text(folder / "text")
     process = started(root)
     until(lambda: (root / "tokenizer").exists(), process)
     pause.write_text("0")
-    until(lambda: len(list((root / "ladder" / "trials").glob("*.json"))) >= 3, process)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    done = sorted((root / "ladder" / "trials").glob("*.json"), key=lambda file: file.stat().st_mtime)[:1]
-    process = started(root)
-    until(lambda: len(list((root / "ladder" / "trials").glob("*.json"))) == 8, process)
-    pause.write_text("30")
+    until(lambda: (root / "ladder" / "trials" / "0007.json").exists(), process)
+    pause.write_text("60")
     until(lambda: starts(root).get("larger/trials/0000"), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     foretold = (root / "prediction.json").read_bytes()
     pause.write_text("0")
-    process = started(root)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    return {"root": root, "said": said, "done": done, "foretold": foretold}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
+        enter_stand_in(patch.setattr)
+        scaling.program(command(root))
+    return {"root": root, "said": said.getvalue(), "foretold": foretold}
 
 
 def test_it_ends_with_a_page_and_a_figure(ladder):
@@ -100,8 +106,8 @@ def test_it_ends_with_a_page_and_a_figure(ladder):
 
 def test_what_was_done_before_a_kill_is_not_done_again(ladder):
     counts = starts(ladder["root"])
-    assert len(counts) == 9
-    assert all(counts[f"ladder/trials/{file.stem}"] == 1 for file in ladder["done"])
+    assert counts.pop("larger/trials/0000") == 2
+    assert len(counts) == 8 and set(counts.values()) == {1}
 
 
 def test_the_prediction_stands_before_the_larger_run_starts_and_is_not_touched_again(ladder):
@@ -137,9 +143,7 @@ def test_another_config_is_refused(ladder, capsys):
 
 
 def test_a_failed_run_stops_it_with_its_error(ladder, tmp_path, monkeypatch):
-    of = sweep.Goal.of
-    monkeypatch.setattr(sweep.Goal, "of", lambda *args: of(*args)._replace(module="tests.scaling_trial"))
-    monkeypatch.setattr(sweep, "shares", lambda jobs: [{}])
+    enter_stand_in(monkeypatch.setattr)
     root = tmp_path / "larger"
     (root / "trials" / "0000").mkdir(parents=True)
     (root / "trials" / "0000" / "torn").touch()
@@ -148,6 +152,25 @@ def test_a_failed_run_stops_it_with_its_error(ladder, tmp_path, monkeypatch):
     flags = scaling.parsed([], "", scaling.FLAGS)
     with pytest.raises(UserError, match="1 of 1 runs in .* failed; the first: the disk is torn: mend it; .*--retry_f"):
         scaling.swept(flags, source, root, [planned.rung(source, 1e9, 8)])
+
+
+def test_without_valleys_the_law_is_told_alone(tmp_path):
+    """Runs that are all too small: the loss falls with size at every budget, so no best size is told."""
+    law, found = Law(**LAW), []
+    for budget in (1e9, 4e9):
+        for width, n in zip((8, 16, 24, 32), (200.0, 300.0, 450.0, 700.0)):
+            tokens = round(budget / 6 / n)
+            loss = law.loss(n, tokens) + 0.3 * math.log(n / 200) * (1 - math.log(n / 200))
+            found.append(measured.Run(tmp_path, budget, width, round(n), round(n / 2), tokens, budget, loss, 1.0, 0.1))
+    plan = planned.Ladder((1e9, 4e9), 4, 8e9, (1.0, 2.0), 20)
+    parabolas, laws = study.fitted(found, plan)
+    rung = planned.Rung(8e9, 40, 900, 400, 5400.0, 100, 1_000_000)
+    assert study.best_size(parabolas, laws, 8e9) == laws[measured.SIX].law.optimum(8e9)[0]
+    larger = found[-1]._replace(budget=8e9, parameters=900, tokens=1_000_000)
+    summary = study.summary_of(found, parabolas, laws, study.foretold(laws, rung), larger, "then")
+    assert "NaN" not in json.dumps(summary) and all(one["sizes"] is None for one in summary["growth"].values())
+    assert sum("so no growth is told" in sentence for sentence in study.sentences(summary)) == 3
+    assert "nan" not in page.written(tmp_path, summary, parabolas, laws)[0].read_text().lower()
 
 
 def refused(capsys, monkeypatch, *flags) -> str:

@@ -53,12 +53,17 @@ def isoflops(summary: Mapping[str, Any], grown: Growth, axes: Axes) -> None:
 
 def best_sizes(summary: Mapping[str, Any], grown: Mapping[str, Growth], axes: Axes) -> None:
     """The valleys' N and D over compute, by two ways of counting, with their lines."""
+    axes.set_title("how the best size and length grow", fontsize=9)
+    if not any(np.isfinite(valley.flops) for name in (EXACT, KAPLAN) for valley in grown[name].valleys):
+        axes.text(0.5, 0.5, "no budget has a best size", ha="center", transform=axes.transAxes)
+        return
     for name, marker in ((EXACT, "o"), (KAPLAN, "s")):
         one = grown[name]
         flops = np.array([valley.flops for valley in one.valleys])
         for what, colour, (slope, offset) in zip(("parameters", "tokens"), (TRAIN, HELD_OUT), one.line):
             best = np.array([getattr(valley, what) for valley in one.valleys])
-            label = f"{'N' if what == 'parameters' else 'D'}, {name.split(', N ')[1]}: C^{slope:.2f}"
+            label = f"{'N' if what == 'parameters' else 'D'}, {name.split(', N ')[1]}"
+            label += f": C^{slope:.2f}" if np.isfinite(slope) else ""
             filled = colour if name == EXACT else "none"
             axes.plot(flops, best, marker, color=colour, markerfacecolor=filled, markersize=5, label=label)
             known = flops[np.isfinite(flops)]
@@ -69,7 +74,6 @@ def best_sizes(summary: Mapping[str, Any], grown: Mapping[str, Growth], axes: Ax
     axes.set_yscale("log")
     axes.set_xlabel("FLOPs of training C")
     axes.set_ylabel("best parameters N, best tokens D")
-    axes.set_title("how the best size and length grow", fontsize=9)
     axes.legend(frameon=False, fontsize=7, labelcolor=INK)
 
 

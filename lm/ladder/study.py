@@ -7,7 +7,7 @@ from typing import Any
 from lm.intervals import Estimate
 from lm.ladder.measured import EXACT, KAPLAN, SIX, Run, counted, points
 from lm.ladder.planned import Ladder, Rung
-from lm.laws.isoflop import Growth, growth
+from lm.laws.isoflop import Growth, Valley, growth
 from lm.laws.parametric import Fitted, fit
 from lm.laws.points import checked
 
@@ -53,10 +53,10 @@ def summary_of(
         "runs": [told(run) for run in found],
         "growth": {
             name: {
-                "valleys": [valley._asdict() for valley in one.valleys],
+                "valleys": [of_valley(valley) for valley in one.valleys],
                 "sizes": one.sizes and one.sizes._asdict(),
                 "tokens": one.tokens and one.tokens._asdict(),
-                "line": one.line,
+                "line": one.line if one.sizes else None,
                 "lost": one.lost,
             }
             for name, one in parabolas.items()
@@ -65,6 +65,11 @@ def summary_of(
         "prediction": dict(prediction),
         "larger": {**told(larger), "begun": begun},
     }
+
+
+def of_valley(valley: Valley) -> dict[str, Any]:
+    """None for what a parabola without a valley does not have: JSON knows no NaN."""
+    return {key: None if value != value else value for key, value in valley._asdict().items()}
 
 
 def told(run: Run) -> dict[str, Any]:
