@@ -78,6 +78,12 @@ assert np.sum(found["top-k 5"] > 0) == 5 and np.sum(found["temperature 0"] > 0) 
 assert found["temperature 0.5"].max() > found["temperature 1"].max() > found["temperature 2"].max()
 assert list(variety.values()) == sorted(variety.values()), variety
 """,
+    "09_your_own": """
+assert all(losses[-20:].mean() < np.log(V) - 1 for _, losses in found.values()), "all three learn"
+sure, middle, unsure = (values[price] for price in prices)
+assert sure["entropy"] < middle["entropy"] - 0.2 and middle["entropy"] < unsure["entropy"] - 0.2, values
+assert sure["loss"] < unsure["loss"], values
+""",
 }
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
