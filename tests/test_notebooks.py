@@ -72,6 +72,12 @@ assert kl["dpo"] < 2 and kl["ppo"] > 2 * kl["grpo"], kl
 asks = {name: dict(zip(CRITERIA, shares))["asks something back"] for name, shares in share.items()}
 assert all(asks[name] > asks["start"] + 0.1 for name in ways), asks
 """,
+    "07_sweeps_scaling": """
+assert swept[0].mean() > swept[1:].mean(axis=1).max() + 0.3, swept
+assert best["learning_rate"] > 2e-3 and best["loss"] < np.median([each["loss"] for each in tried]) - 0.05, tried
+assert all(np.all(np.diff(path) < 0.1) for _, path in small.values()), small
+assert abs(loss - foretold.value) < 0.35 and loss < min(path[-1] for _, path in small.values()), (loss, foretold)
+""",
     "08_generation": """
 assert (difference < 1e-4).all() and without[-1] > 2 * with_cache[-1], (without, with_cache)
 assert np.sum(found["top-k 5"] > 0) == 5 and np.sum(found["temperature 0"] > 0) == 1
