@@ -98,15 +98,12 @@ EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def executed(path: Path, conclusions: str = "") -> NotebookNode:
-    """The notebook as it comes out of a new kernel in a temporary folder, on one CPU device as on a laptop.
-
-    Among the tests it is compiled as they are (see conftest.py): most of a small notebook's time is the compiler's.
-    """
+    """The notebook as it comes out of a new kernel in a temporary folder, on one CPU device as on a laptop."""
     notebook = nbformat.read(path, as_version=4)
     if conclusions:
         notebook.cells.append(nbformat.v4.new_code_cell(conclusions))
-    flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         environment["TMPDIR"] = folder
         there = {"metadata": {"path": folder}}
