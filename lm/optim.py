@@ -118,6 +118,22 @@ def muon_labels(params: Params):
     return jax.tree_util.tree_map_with_path(label, params)
 
 
+def width_scaled(base_width: int) -> optax.GradientTransformation:
+    """Steps on the blocks' matrices times base_width / width: the learning rate of muP (see lm.model.params.specs).
+
+    The width is the embedding's. For steps whose size is not the gradient's, as Adam's and Lion's (Yang et al. 2022,
+    table 8, arXiv 2203.03466).
+    """
+
+    def update(updates, state, params):
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        scale = base_width / next(leaf.shape[-1] for path, leaf in leaves if str(path[-1].key) == "embedding")
+        labels = muon_labels(updates)
+        return jax.tree.map(lambda u, label: scale * u if label == "muon" else u, updates, labels), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 OPTIMIZERS = {"adamw": adamw, "lion": lion, "adafactor": adafactor, "muon": muon}
 
 
@@ -173,13 +189,15 @@ def make(
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
     ema_decay: float = 0.0,
+    base_width: int = 0,
     **options: Any,
 ) -> optax.GradientTransformation:
     """The optimizer of that name in OPTIMIZERS, with its own options, after clipping the global gradient norm.
 
     The learning rate, which may be traced, lives in the optimizer's state, where `update.gradient` finds it to report.
     weight_decay: times the learning rate, of the matrices. clip_norm: 0 does not clip. ema_decay: of the averaged
-    weights, 0 for none. UserError for a name or option that there is not. optax 0.2.8 has no Shampoo and no SOAP.
+    weights, 0 for none. base_width: of muP, the same as model.base_width, 0 for none. UserError for a name or option
+    that there is not. optax 0.2.8 has no Shampoo and no SOAP.
     """
     if name not in OPTIMIZERS:
         raise UserError(f"optimizer.name is {name!r}; choose one of {', '.join(OPTIMIZERS)}")
@@ -189,6 +207,8 @@ def make(
             raise UserError(f"optimizer.{option} is not an option of {name}, which has {', '.join(known)}")
     if not 0 <= ema_decay < 1:
         raise UserError(f"optimizer.ema_decay is {ema_decay}; it must be from 0 (no average) to below 1")
+    if base_width < 0 or base_width and name not in ("adamw", "lion"):
+        raise UserError(f"optimizer.base_width is {base_width} for {name}; it must be 0, or a width for adamw or lion")
     rate = schedule(
         name=schedule_name,
         learning_rate=learning_rate,
@@ -198,8 +218,11 @@ def make(
     )
 
     def descent(learning_rate):
+        direction = OPTIMIZERS[name](**options)
+        if base_width:  # before the decay, whose strength no width changes
+            direction = optax.chain(direction, width_scaled(base_width))
         decay = optax.add_decayed_weights(weight_decay, decay_mask)
-        return optax.chain(OPTIMIZERS[name](**options), decay, optax.scale_by_learning_rate(learning_rate))
+        return optax.chain(direction, decay, optax.scale_by_learning_rate(learning_rate))
 
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm > 0 else optax.identity()
     steps = [clip, optax.inject_hyperparams(descent)(learning_rate=rate)]

@@ -74,6 +74,16 @@ def program(argv: list[str]) -> None:
     if flags.dry_run:
         show_plan(trials, space)
         return
+    told = run(flags, source, goal, trials, space, argv)
+    if not any(one.state in ("complete", "waiting", "running") for one in told):
+        root = Path(flags.workdir)
+        raise UserError(f"no trial was completed: see {root / TRIALS}; the first: {told[0].error or told[0].state}")
+
+
+def run(
+    flags: Namespace, source: Source, goal: Goal, trials: Sequence[Trial], space: Mapping[str, Any], argv: Sequence[str]
+) -> list[Told]:
+    """Runs the trials, or joins whoever does; what is then known of each. argv: what a launcher's workers are given."""
     root = folder(flags, source, goal)
     with opened(flags, root, goal) as study:
         study.enter(plan(flags, source, goal, trials, space), trials)
@@ -88,8 +98,7 @@ def program(argv: list[str]) -> None:
             watch(launched(flags, argv, root), Board(study, keys))
         told = study.told()
     show(told, goal, root, keys)
-    if not any(one.state in ("complete", "waiting", "running") for one in told):
-        raise UserError(f"no trial was completed: see {root / TRIALS}; the first: {told[0].error or told[0].state}")
+    return told
 
 
 def what(flags: Namespace, source: Source) -> tuple[list[Trial], Mapping[str, Any]]:

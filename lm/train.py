@@ -151,6 +151,11 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
         )
     if start and specs(shape) != specs(start.shape):
         raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
+    if "base_width" in config.optimizer and config.optimizer.base_width != shape.base_width:
+        raise UserError(
+            f"optimizer.base_width is {config.optimizer.base_width}, model.base_width {shape.base_width}: "
+            "muP needs both"
+        )
     model = make(shape.on(backend))
 
     teachers = {}

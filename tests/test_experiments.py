@@ -12,6 +12,7 @@ from lm import contest, evaluate, model, optim, sharding, train, unseen, verdict
 from lm.config import arguments, load
 from lm.errors import UserError
 from lm.lab import climbs
+from lm.ladder import planned
 from lm.stages import STAGES
 from lm.workdir import read_json
 
@@ -61,6 +62,8 @@ def checked(name: str, config) -> None:
             "mesh": sharding.make_mesh,
             "train": train.Schedule,
         }
+        if name == "scaling":
+            functions |= {"vocabulary": train.fit_tokenizer, "ladder": planned.ladder}
     for subtree, function in functions.items():
         options = {
             key: value for key, value in config[subtree].to_dict().items() if (subtree, key) != ("stage", "name")

@@ -10,7 +10,7 @@ LM = Path(__file__).parent.parent / "lm"
 FLOORS = {
     -1: "errors calculator",
     0: "types metrics losses returns distribution sharding intervals together",
-    0.5: "agreement skills",
+    0.5: "agreement laws skills",
     1: "model optim tokenizer checkpoint hardware",
     1.5: "data",
     2: "update sample rewards environments",
@@ -20,7 +20,9 @@ FLOORS = {
     5: "train verdicts evaluate taste ranking unseen certify bench comparison",
     5.5: "report lab compare vectorised jumps",
     6: "pipeline chat contest overoptimisation sweeps emergence",
+    6.5: "ladder",
     7: "rank judge sweep",
+    7.5: "scaling",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 NO_STAGE = {

@@ -25,13 +25,71 @@ LARGEST = 300_000  # bytes of a notebook with its outputs
 TOLERANCE = 0.02  # of a number in a reproduced cell
 # What the text of a notebook concludes, as Python after its last cell.
 CONCLUSIONS = {
+    "01_from_text_to_chat": """
+losses = {stage: [row["held_out/loss"] for row in workdir.read_metrics(root / stage) if "held_out/loss" in row]
+          for stage in ("pretrain", "sft")}
+assert losses["pretrain"][-1] < losses["pretrain"][0] - 1 and losses["sft"][-1] < losses["pretrain"][-1], losses
+assert losses["sft"][0] > losses["pretrain"][-1], losses
+assert stopped["pretrain"].high < 0.1 and stopped["sft"].low > 0.4, stopped
+""",
+    "02_one_training_step": """
+assert p_after[mat] > p[mat] and (p_after[places[1:]] < p[places[1:]]).all()
+assert abs(jnp.log(p_after[mat] / p[mat]) / (rate * norm**2) - 1) < 0.3
+assert of_corpus[-1] > start + 1, "a large step forgets"
+for animal, habit in HABITS.items():
+    assert np.allclose(probabilities(state.params["lm"], question[animal])[places], habit, atol=0.03), animal
+assert entropy / 7 < losses[-1] < 1.05 * entropy / 7
+""",
+    "03_tokens_masks_packing": """
+assert all(a < b for a, b in zip(ratios, ratios[1:])), ratios
+assert (packed.segments > 0).mean() > 1.5 * (padded.segments > 0).mean()
+assert packed.weights.sum() == padded.weights.sum() and (seen == allowed).all()
+assert np.abs(alone - together).max() < 1e-4 and np.mean(wrong > 1e-4) > 0.3
+""",
+    "04_sft": """
+pretraining, tuning = changes.values()
+assert all(tuning[name] < pretraining[name] for name in tuning), changes
+assert found["untrained"]["text"] - found["before SFT"]["text"] > 0.7, found
+assert found["after SFT"]["text"] < found["before SFT"]["text"] + 0.05, found
+assert found["after SFT"]["replies"] < found["before SFT"]["replies"] - 0.4, found
+assert probability["after SFT"][ends].mean() > 5 * probability["after SFT"][goes_on].mean(), "it knows where"
+assert probability["before SFT"][ends].mean() < 1e-3
+assert shares["before SFT"].high < 0.1 and shares["after SFT"].low > 0.4, shares
+""",
     "05_rank_reward_ppo": """
 assert found["accuracy"]["low"] > 0.5, found["accuracy"]
 assert gain.low > 0.5 and wins.low > 0.6, (gain, wins)
 before, after = ({name: numbers[i] for name, *numbers in means} for i in range(2))
 assert all(after[name] > before[name] + 0.3 for name in ("ends properly", "asks something back")), means
 assert max(before["on topic"], after["on topic"]) < 0.1, means
-"""
+""",
+    "06_dpo_grpo_ppo": """
+base = rule(questions.prompts.contexts, last["start"][2].texts)
+gains = {name: difference(rule(questions.prompts.contexts, last[name][2].texts), base) for name in ways}
+assert all(gain.low > 0 for gain in gains.values()) and gains["grpo"].value > gains["dpo"].value, gains
+kl = {name: last[name][1].value for name in ways}
+assert kl["dpo"] < 2 and kl["ppo"] > 2 * kl["grpo"], kl
+asks = {name: dict(zip(CRITERIA, shares))["asks something back"] for name, shares in share.items()}
+assert all(asks[name] > asks["start"] + 0.1 for name in ways), asks
+""",
+    "07_sweeps_scaling": """
+assert swept[0].mean() > swept[1:].mean(axis=1).max() + 0.3, swept
+assert best["learning_rate"] > 2e-3 and best["loss"] < np.median([each["loss"] for each in tried]) - 0.05, tried
+assert all(np.all(np.diff(path) < 0.1) for _, path in small.values()), small
+assert abs(loss - foretold.value) < 0.35 and loss < min(path[-1] for _, path in small.values()), (loss, foretold)
+""",
+    "08_generation": """
+assert (difference < 1e-4).all() and without[-1] > 2 * with_cache[-1], (without, with_cache)
+assert np.sum(found["top-k 5"] > 0) == 5 and np.sum(found["temperature 0"] > 0) == 1
+assert found["temperature 0.5"].max() > found["temperature 1"].max() > found["temperature 2"].max()
+assert list(variety.values()) == sorted(variety.values()), variety
+""",
+    "09_your_own": """
+assert all(losses[-20:].mean() < np.log(V) - 1 for _, losses in found.values()), "all three learn"
+sure, middle, unsure = (values[price] for price in prices)
+assert sure["entropy"] < middle["entropy"] - 0.2 and middle["entropy"] < unsure["entropy"] - 0.2, values
+assert sure["loss"] < unsure["loss"], values
+""",
 }
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")

@@ -23,6 +23,7 @@ class Config:
     hidden: int = 384  # of the SwiGLU; 3 x width costs what 4.5 x width costs without the gate
     qk_norm: bool = True  # RMSNorm of queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
     tied: bool = True  # the output matrix is the embedding
+    base_width: int = 0  # muP: the width whose learning rate suits every other; 0: off (see lm.model.params.specs)
 
     context: int = 256  # positions the model is used at; rotary angles have no table, so this is a promise, not a size
     rope_base: float = 10_000.0
@@ -41,6 +42,8 @@ class Config:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
         if self.query_blocks != "auto" and not (isinstance(self.query_blocks, int) and self.query_blocks >= 1):
             raise UserError(f"model.query_blocks is {self.query_blocks!r}; it must be at least 1, or auto")
+        if self.base_width < 0:
+            raise UserError(f"model.base_width is {self.base_width}; it must be 0 (no muP) or a width")
         if self.loss_chunk < 0:
             raise UserError(f"model.loss_chunk is {self.loss_chunk}; it must be 0 (all positions at once) or above")
         if self.heads % self.kv_heads:

@@ -96,9 +96,10 @@ def cached_hidden(
 
 
 def logits(c: Config, params: Params, x: Array) -> Array:
-    """f32[...,V] from states f[...,D]."""
+    """f32[...,V] from states f[...,D]; under muP times base_width / width."""
     matrix = params["embedding"].T if c.tied else params["head"]
-    return jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+    raw = jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+    return raw * (c.base_width / c.width) if c.base_width else raw
 
 
 def value(head: Params, x: Array) -> Array:

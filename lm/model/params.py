@@ -17,9 +17,16 @@ class Spec(NamedTuple):
 
 
 def specs(c: Config) -> dict:
-    """The decoder's parameters. Output projections start smaller by sqrt(2 layers) (Radford et al. 2019, sec. 2.3)."""
+    """The decoder's parameters. Output projections start smaller by sqrt(2 layers) (Radford et al. 2019, sec. 2.3).
+
+    With `base_width`, muP (Yang et al. 2022, table 8, arXiv 2203.03466): embedding and head start with the deviation
+    that they have at that width, the logits are multiplied by base_width / width (lm.model.decoder.logits), and Adam's
+    steps on the blocks' matrices too (optimizer.base_width). Those matrices start by their fan-in anyway. Attention
+    needs no change, as heads of one size grow in number: sqrt(head size) is the same at every width.
+    """
     queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
     out = 1 / math.sqrt(2 * c.layers)
+    outer = (c.base_width or c.width) ** -0.5
 
     def stacked(shape, axes, std):
         return Spec((c.layers, *shape), (None, *axes), std)
@@ -42,12 +49,12 @@ def specs(c: Config) -> dict:
         layers["query_norm"] = stacked((c.head_size,), (None,), None)
         layers["key_norm"] = stacked((c.head_size,), (None,), None)
     tree = {
-        "embedding": Spec((c.vocab_size, c.width), ("vocab", "width"), c.width**-0.5),
+        "embedding": Spec((c.vocab_size, c.width), ("vocab", "width"), outer),
         "layers": layers,
         "final_norm": Spec((c.width,), (None,), None),
     }
     if not c.tied:
-        tree["head"] = Spec((c.width, c.vocab_size), ("width", "vocab"), c.width**-0.5)
+        tree["head"] = Spec((c.width, c.vocab_size), ("width", "vocab"), outer)
     return tree
 
 

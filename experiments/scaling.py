@@ -1,0 +1,55 @@
+"""A ladder of runs over two decades of compute, its scaling laws, and a larger run foretold by them.
+
+Method: pretraining at five budgets and five widths each, two layers, short rows, small vocabulary, muP so that one
+learning rate serves every width (experiments/mup_sweep.py); a run's steps follow from its budget and its width.
+Paper: Hoffmann et al. 2022, arXiv 2203.15556; Besiroglu et al. 2024, arXiv 2404.10102; Yang et al. 2022, 2203.03466.
+Command: python -m lm.scaling --config=experiments/scaling.py --workdir=runs/scaling --jobs=2
+Expect: 26 runs in under an hour on 2 cores; the README has the laws. `python -m lm.train` with it trains one run.
+Change first: ladder.lowest, highest and larger (FLOPs); data.corpus; ladder.sizes.
+"""
+
+from ml_collections import ConfigDict
+
+from lm.config import beside
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """`arg`: "" or "tiny"."""
+    tiny = arg == "tiny"
+    config = beside(__file__, "pretrain").get_config(arg).unlock()
+    config.tokenizer = "runs/scaling/tokenizer"  # lm.scaling puts its own in this place
+    config.data.corpus = "stdlib"
+    config.data.length = config.model.context = 32 if tiny else 64
+    config.model.layers = 1 if tiny else 2
+    config.model.head_size = 8
+    width = config.model.get_ref("width")
+    width.set(8 if tiny else 32)
+    config.model.heads = config.model.kv_heads = width // 8
+    config.model.hidden = width * 3
+    config.model.base_width = 16 if tiny else 32
+    config.optimizer.base_width = config.model.get_ref("base_width")
+    config.optimizer.learning_rate = 1.5e-2
+    config.train.steps = 8 if tiny else 400
+    config.optimizer.warmup_steps = config.train.get_ref("steps") // 10
+    config.train.log_every = 4 if tiny else 50
+    config.train.save_every = 4 if tiny else 400
+    config.vocabulary = ConfigDict(
+        {
+            "corpus": config.data.get_ref("corpus"),
+            "held_out": config.data.get_ref("held_out"),
+            "vocab_size": 512,
+            "max_bytes": 2_000_000,
+        }
+    )
+    config.ladder = ConfigDict(
+        {
+            "lowest": 1e9 if tiny else 4e10,
+            "highest": 4e9 if tiny else 4e12,
+            "budgets": 2 if tiny else 5,
+            "sizes": 4 if tiny else 5,
+            "larger": 8e9 if tiny else 1.2e13,
+            "tokens_per_parameter": (0.1, 8.0) if tiny else (1.5, 200.0),
+            "draws": 50 if tiny else 1000,
+        }
+    )
+    return config.lock()
