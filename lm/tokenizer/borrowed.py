@@ -72,9 +72,10 @@ class Pieces:
         for match in [*self._cut.finditer(text), None]:
             part = text[at : match.start() if match else len(text)]
             if part:
-                found = self._processor.encode(part, out_type="immutable_proto")
-                ids += [piece.id for piece in found.pieces]
-                starts += [at + piece.begin for piece in found.pieces]
+                found = self._processor.encode_as_proto(part).pieces
+                characters = [i for i, character in enumerate(part) for _ in character.encode()] + [len(part)]
+                ids += [piece.id for piece in found]
+                starts += [at + characters[piece.begin] for piece in found]  # it counts bytes
             if match:
                 ids.append(self._processor.piece_to_id(match[0]))
                 starts.append(match.start())
@@ -125,6 +126,10 @@ class Borrowed(Tokenizer):
         return self._coder.vocab_size
 
     @property
+    def talks(self) -> bool:
+        return bool(self._bundle["template"])
+
+    @property
     def start(self) -> tuple[int, ...]:
         return self._coder.start
 
@@ -134,7 +139,12 @@ class Borrowed(Tokenizer):
 
     @cached_property
     def end(self) -> int:
-        return int(self.chats([PROBE])[0].ids[-1]) if self._bundle["template"] else self.eos
+        if not self._bundle["template"]:
+            return self.eos
+        try:
+            return int(self.chats([PROBE])[0].ids[-1])
+        except UserError:  # a template that rewrites its answers can be asked, not learnt from
+            return self.eos
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -220,5 +230,5 @@ def bundled(
     rest = {"template": template, "tokens": dict(tokens), "special": sorted(special), "stops": list(stops)}
     result = opened(json.dumps({**coder, **rest}, ensure_ascii=False).encode(), "the tokenizer")
     if template:
-        result.chats([PROBE])  # a template that does not parse, or cannot hold two messages, is told now
+        result.template.render(PROBE[:1], asked=True)  # one that does not parse, or takes no question, is told now
     return result

@@ -35,6 +35,11 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
+    def talks(self) -> bool:
+        """Whether it has a template for conversations."""
+
+    @property
+    @abstractmethod
     def start(self) -> tuple[int, ...]:
         """The ids that a document begins with, if any."""
 

@@ -75,6 +75,10 @@ class Own(Tokenizer):
         return {role: SPECIAL.index(f"<|{role}|>") for role in ROLES}
 
     @property
+    def talks(self) -> bool:
+        return True
+
+    @property
     def start(self) -> tuple[int, ...]:
         return (self.bos,)
 

@@ -28,7 +28,7 @@ def read_config(source: Path) -> dict[str, Any]:
     return _json(source / CONFIG)
 
 
-def read(source: Path, note: Callable[[str], None] = lambda name: None) -> tuple[Config, Params]:
+def read(source: Path, note: tensors.Note = lambda done, total: None) -> tuple[Config, Params]:
     """The model in a folder: Config, and float32 parameters. Only one of their tensors is in memory at a time."""
     hf = read_config(source)
     c = shapes.shape(hf)

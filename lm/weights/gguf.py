@@ -4,7 +4,6 @@ What llama.cpp calls things. It turns neighbouring pairs where we turn halves, s
 another order.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ CUTS: dict[str, tuple[str, ...]] = {
 UNKNOWN, CONTROL, DEFINED, UNUSED = 2, 3, 4, 5  # of a token's type, numbered as sentencepiece does
 
 
-def read(path: Path, note: Callable[[str], None] = lambda name: None) -> tuple[Config, Params, Tokenizer]:
+def read(path: Path, note: tensors.Note = lambda done, total: None) -> tuple[Config, Params, Tokenizer]:
     """The model of a GGUF file, dequantised to float32, and its tokenizer."""
     file = _opened(path)
     fields = {key: field for key, field in file.fields.items()}

@@ -12,6 +12,7 @@ from lm.types import Params
 from lm.weights.names import Entry
 
 Places = Iterator[tuple[str, tuple[int, ...], Entry]]
+Note = Callable[[int, int], None]  # told of each tensor: how many are done, of how many
 
 
 def places(c: Config, entries: Iterable[Entry]) -> Places:
@@ -23,13 +24,14 @@ def places(c: Config, entries: Iterable[Entry]) -> Places:
 
 
 def read(
-    c: Config, entries: Iterable[Entry], tensor: Callable[[str], np.ndarray], note: Callable[[str], None]
+    c: Config, entries: Iterable[Entry], tensor: Callable[[str], np.ndarray], note: Note = lambda done, total: None
 ) -> Params:
-    """Our parameters, float32, from `tensor(name)`; `note` is told of each. UserError for one of another shape."""
+    """Our parameters, float32, from `tensor(name)`. UserError for one of another shape."""
     tree = specs(c)
     params = {name: np.empty(spec.shape, np.float32) for name, spec in tree.items() if name != "layers"}
     params["layers"] = {name: np.empty(spec.shape, np.float32) for name, spec in tree["layers"].items()}
-    for name, index, entry in places(c, entries):
+    wanted = list(places(c, entries))
+    for done, (name, index, entry) in enumerate(wanted, 1):
         home = params["layers"] if index else params
         targets = [home[ours][index] for ours in entry.ours]
         found = tensor(name)
@@ -43,7 +45,7 @@ def read(
         edges = np.cumsum([target.shape[-1] for target in targets])[:-1]
         for target, part in zip(targets, np.split(value, edges, axis=-1)):
             target[...] = part
-        note(name)
+        note(done, len(wanted))
     return params
 
 
