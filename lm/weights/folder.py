@@ -135,10 +135,13 @@ def _reader(opened, name: str, file: Path) -> Callable[[], np.ndarray]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}): give the folder of a model from Hugging Face"
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): download it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object: download it again")
+    return found

@@ -62,7 +62,12 @@ def config_json(c: Config, preferred: str = "") -> dict[str, Any]:
     )
 
 
-REFUSED = {"quantization_config": None, "pretraining_tp": 1, "use_bidirectional_attention": False}
+REFUSED = {
+    "quantization_config": None,
+    "pretraining_tp": 1,
+    "use_bidirectional_attention": False,
+    "partial_rotary_factor": 1.0,
+}
 
 
 def _sizes(hf: Json) -> dict[str, Any]:
