@@ -14,7 +14,7 @@ from lm.model.config import Config
 from lm.model.experts import Routing, routed
 from lm.model.linear import linear
 from lm.model.rope import rotated
-from lm.sharding import shard
+from lm.sharding import by_rows, shard
 from lm.types import Array, Params
 
 
@@ -65,7 +65,8 @@ def _attention(c: Config, attend, angles, h: Array, layer: Params) -> tuple[Arra
 def _mlp(c: Config, h: Array, layer: Params) -> tuple[Array, Routing | None]:
     activation, routing = ACTIVATIONS[c.activation], None
     if c.experts:
-        h, routing = routed(c, layer, h, activation)
+        matrices = {name: layer[name] for name in ("router", "gate", "up", "down") if name in layer}
+        h, routing = by_rows(lambda h, matrices: routed(c, matrices, h, activation), h, matrices)
     else:
         gate = product(h, layer, "gate") if c.gated else None
         up = product(h, layer, "up")
