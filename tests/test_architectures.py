@@ -1,4 +1,4 @@
-"""What models of others have beside our defaults, against itself computed another way: windows, caps, learned positions.
+"""What models of others have beside our defaults, against itself computed another way: windows, caps, positions.
 
 tests/test_weights.py holds each of them to transformers, and cached decoding to the full pass.
 """
@@ -18,8 +18,8 @@ from lm.model.params import flops_per_token
 from lm.sample import joined, sample
 
 WINDOWED = dict(window=3, global_every=2, rope_local_base=100.0, attention_softcap=1.0, logit_softcap=2.0)
-GEMMA = dict(WINDOWED, layers=3, norm_at="both", norm_unit_offset=True, activation="gelu", embedding_scale=4.0)
-MIXTURE = dict(layers=3, window=3, global_every=3, experts=3, norm_at="output", qk_norm_over="all")
+GEMMA = dict(WINDOWED, norm_at="both", norm_unit_offset=True, activation="gelu", embedding_scale=4.0)
+MIXTURE = dict(window=3, global_every=2, experts=3, norm_at="output", qk_norm_over="all")
 GPT = dict(embedded="learned", norm="layer", bias="all", gated=False, activation="gelu", qk_norm=False, window=3)
 
 
@@ -37,12 +37,16 @@ def made(tiny_model):
     return of
 
 
-@pytest.mark.parametrize("changes", [GEMMA, MIXTURE], ids=["gemma", "mixture"])
-def test_a_scanned_stack_of_two_kinds_of_layers_is_the_unrolled_one(changes, made):
-    """Value, gradient and routing, under rematerialisation and query blocks too."""
+@pytest.mark.parametrize(
+    "changes, how",
+    [(GEMMA, {"remat": "block", "query_blocks": 2}), (MIXTURE, {"remat": "dots", "loss_chunk": 5})],
+    ids=["gemma", "mixture"],
+)
+def test_a_scanned_stack_of_two_kinds_of_layers_is_the_unrolled_one(changes, how, made):
+    """Value, gradient and routing, under rematerialisation, query blocks and a chunked loss too."""
 
-    def of(**how):
-        m, lm = made(**changes, **how)
+    def of(**computed):
+        m, lm = made(**changes, **computed)
 
         def total(lm):
             x, routing = m.routed(lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments)
@@ -54,12 +58,8 @@ def test_a_scanned_stack_of_two_kinds_of_layers_is_the_unrolled_one(changes, mad
 
     plain = of()
     assert (plain[0][1] is None) == ("experts" not in changes)
-    for how in (
-        {"scan": "yes", "remat": "block", "query_blocks": 2},
-        {"scan": "yes", "remat": "dots", "loss_chunk": 5},
-    ):
-        found = of(**how)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), found, plain)
+    scanned = of(scan="yes", **how)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), scanned, plain)
 
 
 @pytest.mark.parametrize("layers, every, reach", [(1, 0, 2), (2, 0, 4), (2, 2, 11)], ids=["one", "two", "one global"])
@@ -89,7 +89,7 @@ def test_packed_rows_score_as_separate_ones_with_windows_and_learned_positions(m
 
 
 def test_caps_hold_in_the_loss_and_in_sampling(made):
-    """Rules 6 and 11: both see c tanh(logits / c), before any temperature; the sampler's log-probs are the trainer's."""
+    """Rules 6 and 11: both see c tanh(logits / c), before any temperature; sampler and trainer agree."""
     m, lm = made(logit_softcap=0.5)
     bare = model.make(dataclasses.replace(m.config, logit_softcap=0.0))
     lm = {**lm, "embedding": 3 * lm["embedding"]}
