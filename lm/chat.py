@@ -178,7 +178,7 @@ class Chat:
         """What fits of the conversation and its ids; where no chat was learnt, the last message and its text's ids."""
         tokenizer = self._trained.tokenizer
         if not self._talks:
-            return messages[-1:], np.array([tokenizer.bos, *tokenizer.encode(messages[-1]["content"])], np.int32)
+            return messages[-1:], np.array([*tokenizer.start, *tokenizer.encode(messages[-1]["content"])], np.int32)
         reserved = min(NEW_TOKENS, self._context // 4) if self._max_new is None else self._max_new
         kept = newest(tokenizer, messages, self._context - reserved)
         return kept, prompt(tokenizer, kept)

@@ -145,7 +145,7 @@ def asked(trained: Trained, messages: list[dict]) -> np.ndarray:
     if trained.stage != "pretrain":
         return prompt(trained.tokenizer, messages)
     text = "".join(f"{message['content']}\n" for message in messages)
-    return np.array([trained.tokenizer.bos, *trained.tokenizer.encode(text)], np.int32)
+    return np.array([*trained.tokenizer.start, *trained.tokenizer.encode(text)], np.int32)
 
 
 def described(given: list[Answer], scores: np.ndarray) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from lm.errors import UserError
 from lm.rewards import Reward
 from lm.rewards.model import ensemble
 from lm.stages import JUDGES
-from lm.tokenizer import Tokenizer
+from lm.tokenizer import Tokenizer, load as load_tokenizer
 from lm.workdir import Trained, load, load_reward
 
 
@@ -20,7 +20,7 @@ def agreed_tokenizer(path: str, start) -> Tokenizer:
     if not path:
         return start.tokenizer
     file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
-    tokenizer = Tokenizer.load(file)
+    tokenizer = load_tokenizer(file)
     if start and start.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{start.path} was trained with tokenizer and template {start.tokenizer.fingerprint[:8]}, but "

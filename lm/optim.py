@@ -12,7 +12,7 @@ from lm.errors import UserError, at_least
 from lm.types import Array, Params
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
-NOT_DECAYED = ("embedding", "norm", "score", "offset")
+NOT_DECAYED = ("embedding", "norm", "bias", "score", "offset")
 
 
 def schedule(
@@ -43,7 +43,7 @@ def schedule(
 
 
 def decay_mask(params: Params):
-    """True on the matrices that weight decay shrinks: neither norms nor embeddings nor the scalar head."""
+    """True on the matrices that weight decay shrinks: neither norms nor biases nor embeddings nor the scalar head."""
 
     def decayed(path, _):
         return not any(part in str(key.key) for key in path for part in NOT_DECAYED)

@@ -25,7 +25,7 @@ from lm.pages import interval, percent, signed, templates, whiskers
 from lm.rewards.rule import CRITERIA, RULE, explain
 from lm.runpage import Stage, figures, said, stage
 from lm.stages import sft
-from lm.tokenizer import Tokenizer, chat
+from lm.tokenizer import Tokenizer, chat, load
 from lm.types import Tokens
 from lm.workdir import CONFIG, PAGE, PIPELINE, TOKENIZER, read_json, read_metrics, write_text
 
@@ -194,7 +194,7 @@ def shown_row(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {name: parameter.default for name, parameter in inspect.signature(sft.batches).parameters.items()}
     options = {**defaults, **config["data"]}
     try:
-        tokenizer = Tokenizer.load(path / TOKENIZER)
+        tokenizer = load(path / TOKENIZER)
         seen, _ = corpus.split(chats.conversations(options["sources"].split(",")[0]), options["held_out"])
         excerpts = chats.excerpts(seen[:PACKED], turns=options["turns"])[:PACKED]
         packed, _ = rows.pack([chat(tokenizer, excerpt.messages) for excerpt in excerpts], options["length"])

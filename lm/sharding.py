@@ -1,6 +1,6 @@
 """One code path from one device to a mesh: logical axes on arrays, a table to mesh axes, shardings for any tree."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -52,6 +52,21 @@ def partition(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> Par
         used.update(names)
         entries.append(names if len(names) > 1 else names[0])
     return PartitionSpec(*entries)
+
+
+def by_rows(function: Callable, x: Any, whole: Any) -> Any:
+    """function(x, whole), a tree of [B, ...], computed by each device on its own rows of the leaves [B, ...] of x.
+
+    For what mixes the rows of a device, such as a sort, which would else move them all. `whole` is gathered where rows
+    are split; other axes are split as they were. Without a mesh, or where B does not divide, the function itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = partition(("batch",), jax.tree.leaves(x)[0].shape[:1], mesh)
+    if mesh.empty or rows[0] is None:
+        return function(x, whole)
+    axes = {rows[0]} if isinstance(rows[0], str) else set(rows[0])
+    own = jax.shard_map(function, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names=axes, check_vma=False)
+    return own(x, whole)
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -19,7 +19,7 @@ from lm.model import Config, Model, make
 from lm.rewards import Reward
 from lm.rewards.model import reward_model
 from lm.stages.ranked import ONE_AXIS, in_order
-from lm.tokenizer import Tokenizer
+from lm.tokenizer import Tokenizer, load as load_tokenizer
 from lm.types import Params
 
 CONFIG = "config.json"
@@ -141,7 +141,7 @@ def load(path: str | Path, *, backend: str, step: int | None = None, warn: Calla
     if not path.is_dir():
         raise UserError(f"there is no workdir {path}: train that stage first, or name another")
     params, meta = restore_params(path / CHECKPOINTS, step=step, warn=warn)
-    tokenizer = Tokenizer.load(path / TOKENIZER)
+    tokenizer = load_tokenizer(path / TOKENIZER)
     if meta["fingerprint"] != tokenizer.fingerprint:
         raise UserError(
             f"{path}: its checkpoint was trained with tokenizer and template {meta['fingerprint'][:8]}, but "

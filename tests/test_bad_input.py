@@ -319,14 +319,14 @@ def test_init_from_with_another_tokenizer(refused, stage, finished, other, tmp_p
 
 
 def test_init_from_with_another_template(refused, stage, monkeypatch):
-    monkeypatch.setattr(tokenizer, "TEMPLATE", "template 2")
+    monkeypatch.setattr(tokenizer.own.Own, "rule", "template 2")
     assert "pretrain: its checkpoint was trained with tokenizer and template" in refused(train, *stage("sft"))
 
 
 def test_a_reward_model_of_another_tokenizer(refused, stage, finished, other, tmp_path):
     judge = shutil.copytree(finished / "reward", tmp_path / "judge")
     shutil.copy(other / "tokenizer.model", judge)
-    fingerprint = tokenizer.Tokenizer.load(other / "tokenizer.model").fingerprint
+    fingerprint = tokenizer.load(other / "tokenizer.model").fingerprint
     for meta in judge.glob("checkpoints/*/meta/metadata"):
         record = json.loads(meta.read_text())
         record["meta"]["fingerprint"] = fingerprint

@@ -366,7 +366,7 @@ def strangers(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("strangers")
     other = tokenizer.train((" ".join(turns) for _, turns in made_dialogues()), vocab_size=310, max_bytes=10**6)
     left_behind(folder / "foreign", "sft", other, net(other, width=16))
-    known = tokenizer.Tokenizer.load(teacher / "tokenizer.model")
+    known = tokenizer.load(teacher / "tokenizer.model")
     left_behind(folder / "judge", "reward", known, net(known, width=16))
     return folder
 

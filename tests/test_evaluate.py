@@ -15,7 +15,7 @@ from lm.data.chats import Conversation
 from lm.data.prompts import padded, take
 from lm.errors import UserError
 from lm.rewards import REWARDS
-from lm.tokenizer import Tokenizer, prompt
+from lm.tokenizer import load as load_tokenizer, prompt
 from lm.workdir import load, read_json
 
 __all__ = ["finished", "small"]
@@ -83,7 +83,7 @@ def test_a_description_by_hand():
 
 
 def test_a_model_is_asked_as_it_was_trained(finished):
-    tokenizer = Tokenizer.load(finished / "tokenizer" / "tokenizer.model")
+    tokenizer = load_tokenizer(finished / "tokenizer" / "tokenizer.model")
     messages = [{"role": "user", "content": "the name"}, {"role": "assistant", "content": "a list"}]
     plain = evaluate.asked(SimpleNamespace(tokenizer=tokenizer, stage="pretrain"), messages)
     assert plain[0] == tokenizer.bos and tokenizer.decode(plain) == "the name\na list\n"
@@ -113,7 +113,7 @@ def test_an_answer_depends_on_its_place_not_on_what_follows(finished):
 
 def test_prompts_fit_every_model(finished):
     """What is short enough for one template may be too long for the other: then nobody is asked."""
-    tokenizer = Tokenizer.load(finished / "tokenizer" / "tokenizer.model")
+    tokenizer = load_tokenizer(finished / "tokenizer" / "tokenizer.model")
     models = [SimpleNamespace(tokenizer=tokenizer, stage=stage) for stage in ("pretrain", "sft")]
     contexts = [
         Conversation(text, [{"role": "user", "content": text}]) for text in ("the name", "the name of the type")

@@ -11,9 +11,10 @@ from jax.ad_checkpoint import print_saved_residuals
 
 from lm import model, optim
 from lm.errors import UserError
-from lm.model.attention import attention, causal_attention, rope_angles, rotated
+from lm.model.attention import attention, causal_attention
 from lm.model.linear import linear
 from lm.model.params import count, flops_per_token, matmul_count, specs
+from lm.model.rope import frequencies, rope_angles, rotated
 from lm.types import Tokens
 
 
@@ -264,7 +265,7 @@ def test_attention_that_may_see_nothing_gives_zero():
 
 def test_rotary_positions_are_relative():
     q, k = normal(2, 1, 1, 1, 8)
-    turned = jax.jit(lambda x, position: rotated(x, rope_angles(position, 8, 100.0)))
+    turned = jax.jit(lambda x, position: rotated(x, rope_angles(position, frequencies(8, 100.0))))
     turn = lambda x, position: np.asarray(turned(x, np.array([[position]])))
     product = lambda m, n: np.vdot(turn(q, m), turn(k, n))
     np.testing.assert_allclose(product(3, 1), product(13, 11), rtol=1e-4)

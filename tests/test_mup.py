@@ -112,7 +112,7 @@ def test_what_is_refused(monkeypatch):
     for name in ("muon", "adafactor"):
         with pytest.raises(UserError, match=f"optimizer.base_width is 16 for {name}; it must be 0, or a width for ad"):
             optim.make(name=name, learning_rate=0.1, total_steps=10, base_width=16)
-    with pytest.raises(UserError, match="model.base_width is -1; it must be 0"):
+    with pytest.raises(UserError, match="model.base_width is -1; it must be at least 0"):
         dataclasses.replace(shaped(16, 0), base_width=-1)
 
 

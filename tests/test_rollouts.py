@@ -19,7 +19,7 @@ from lm.rewards import weighed
 from lm.rewards.arithmetic import arithmetic
 from lm.stages.answering import conversations
 from lm.stages.rollouts import alike, refilled, table, text_batches
-from lm.tokenizer import Tokenizer, prompt
+from lm.tokenizer import load as load_tokenizer, prompt
 from lm.types import Completions, Rollouts, Tokens
 from lm.workdir import read_metrics
 
@@ -91,7 +91,7 @@ def test_an_answer_to_a_sum_is_verified():
 
 @pytest.fixture(scope="module")
 def tokenizer(finished):
-    return Tokenizer.load(finished / "tokenizer" / "tokenizer.model")
+    return load_tokenizer(finished / "tokenizer" / "tokenizer.model")
 
 
 def test_what_an_environment_says_is_context(tokenizer):

@@ -1,5 +1,6 @@
 """One code path from one device to a mesh: eight virtual devices give one device's numbers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -104,22 +105,34 @@ def batch_of(stage, rows, seed):
 OPTIMIZER = dict(learning_rate=3e-3, total_steps=20, warmup_steps=2, eps=1e-5)
 
 
+def decoder(m):
+    """A decoder to start from, on the host: a donated step deletes what it is given."""
+    return jax.device_get(jax.jit(m.init)(jax.random.key(0)))
+
+
 @pytest.fixture(scope="module")
 def start(small):
-    """The decoder that every run starts from, on the host: a donated step deletes what it is given."""
-    return jax.device_get(jax.jit(small.init)(jax.random.key(0)))
+    """The one that every run starts from, unless it has experts."""
+    return decoder(small)
 
 
 @pytest.fixture(scope="module")
 def updated(small, start, rows):
-    """(stage, mesh or None for one device, options of the stage) -> the state and metrics after three updates."""
+    """(stage, mesh or None for one device, options of the stage) -> the state and metrics after three updates.
+
+    Where the options balance experts, of a model that has four of them.
+    """
 
     def run(stage, mesh, **options):
-        update = stage.make(small, optim.make(**OPTIMIZER), **options)
-        state = jax.jit(update.init)(jax.random.key(0), {"lm": start}, {})
+        m, lm = small, start
+        if "balance" in options:
+            m = model.make(dataclasses.replace(small.config, experts=4))
+            lm = decoder(m)
+        update = stage.make(m, optim.make(**OPTIMIZER), **options)
+        state = jax.jit(update.init)(jax.random.key(0), {"lm": lm}, {})
         step, put = jax.jit(update.update), lambda batch: batch
         if mesh is not None:
-            shardings = state_shardings(mesh, state, small.axes)
+            shardings = state_shardings(mesh, state, m.axes)
             state = jax.device_put(state, shardings)
             step = jax.jit(update.update, donate_argnums=0, out_shardings=(shardings, None))
             put = lambda batch: put_batch(batch, mesh)
@@ -140,13 +153,20 @@ def updated(small, start, rows):
 
 @pytest.mark.parametrize(
     "stage, sizes, options",
-    [(pretrain, (8, 1, 1), {}), (sft, (1, 4, 2), {"microbatches": 2}), (reward, (2, 2, 2), {}), (ppo, (2, 2, 2), {})],
-    ids=["pretrain-8x1x1", "sft-1x4x2", "reward-2x2x2", "ppo-2x2x2"],
+    [
+        (pretrain, (8, 1, 1), {}),
+        (sft, (1, 4, 2), {"microbatches": 2}),
+        (reward, (2, 2, 2), {}),
+        (ppo, (2, 2, 2), {}),
+        (pretrain, (2, 2, 2), {"balance": 0.1, "router_z": 0.01}),
+    ],
+    ids=["pretrain-8x1x1", "sft-1x4x2", "reward-2x2x2", "ppo-2x2x2", "experts-2x2x2"],
 )
 def test_a_mesh_gives_one_device_s_parameters(stage, sizes, options, updated, capfd):
     """Rule 1: neither devices nor microbatches change three updates beyond float32 rounding."""
     fixed = {"minibatch_count": 2} if stage is ppo else {}
-    state, metrics = updated(stage, sizes, **options, **fixed)
+    fixed |= {name: value for name, value in options.items() if name != "microbatches"}
+    state, metrics = updated(stage, sizes, **options | fixed)
     assert "ematerialization" not in capfd.readouterr().err  # trap 4, and rows that no longer span the devices
     expected, alone = updated(pretrain if stage is sft else stage, **fixed)  # sft differs in its data only
     for (path, a), b in zip(jax.tree.leaves_with_path(state.params), jax.tree.leaves(expected.params), strict=True):

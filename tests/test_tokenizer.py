@@ -6,6 +6,7 @@ import sentencepiece
 
 from lm import tokenizer as tk
 from lm.errors import UserError
+from lm.tokenizer import own
 
 TEXTS = [
     "def f(x):\n    if x:\n        return x + 1\n    return None\n\n\n",
@@ -70,7 +71,7 @@ def test_encode_all_is_encode_of_each(tokenizer):
 def test_training_is_deterministic_and_capped(tokenizer):
     assert tk.train(TEXTS, vocab_size=320).proto == tokenizer.proto
     # 40 chunks of 4,096 bytes, a cap of a quarter: 10 chunks, every fourth: the pieces of the second half count too.
-    half = 20 * tk.CHUNK
+    half = 20 * own.CHUNK
     text = ("ab " * half)[:half] + ("yz " * half)[:half]
     pieces = tk.train([text], vocab_size=275, max_bytes=half // 2)
     assert {" ab", " yz"} <= {"".join(pieces.pieces([i])) for i in range(pieces.vocab_size)}
@@ -78,7 +79,7 @@ def test_training_is_deterministic_and_capped(tokenizer):
 
 def test_save_load_pickle_fingerprint(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "run" / "tokenizer.model")
-    loaded = tk.Tokenizer.load(tmp_path / "run" / "tokenizer.model")
+    loaded = tk.load(tmp_path / "run" / "tokenizer.model")
     assert loaded == tokenizer == pickle.loads(pickle.dumps(tokenizer))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokenizer.model"]
     assert loaded.fingerprint == tokenizer.fingerprint != tk.train(TEXTS, vocab_size=321).fingerprint
@@ -86,7 +87,7 @@ def test_save_load_pickle_fingerprint(tokenizer, tmp_path):
 
 def test_fingerprint_covers_the_template(tokenizer, monkeypatch):
     before = tokenizer.fingerprint
-    monkeypatch.setattr(tk, "TEMPLATE", tk.TEMPLATE + "; and tool output")
+    monkeypatch.setattr(own.Own, "rule", tk.TEMPLATE + "; and tool output")
     assert tokenizer.fingerprint != before
 
 
@@ -94,17 +95,17 @@ def test_fingerprint_covers_the_template(tokenizer, monkeypatch):
 def test_load_refuses_what_is_no_model(tmp_path, content):
     (tmp_path / "t.model").write_bytes(content)
     with pytest.raises(UserError, match="t.model is not a sentencepiece model"):
-        tk.Tokenizer.load(tmp_path / "t.model")
+        tk.load(tmp_path / "t.model")
 
 
 def test_load_refuses_a_missing_or_foreign_model(tmp_path):
     with pytest.raises(UserError, match="no tokenizer at .*t.model"):
-        tk.Tokenizer.load(tmp_path / "t.model")
+        tk.load(tmp_path / "t.model")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "f"), vocab_size=40, model_type="bpe", minloglevel=2
     )
     with pytest.raises(UserError, match="f.model lacks our special pieces"):
-        tk.Tokenizer.load(tmp_path / "f.model")
+        tk.load(tmp_path / "f.model")
 
 
 def test_train_refuses_too_little_text():

@@ -18,7 +18,7 @@ from lm.metrics import Mean
 from lm.model.params import flops_per_token
 from lm.phases import Phases
 from lm.stages import ppo, pretrain
-from lm.tokenizer import Tokenizer, chat, prompt
+from lm.tokenizer import chat, load as load_tokenizer, prompt
 from lm.workdir import load, open_workdir, read_json, read_metrics
 
 __all__ = ["finished", "small"]
@@ -92,7 +92,7 @@ def test_what_a_stage_leaves_behind(finished, stage):
     assert sorted(folder.name for folder in (workdir / "checkpoints").iterdir()) == [str(steps // 2), str(steps)]
     assert list((workdir / "tensorboard").iterdir())
     assert json.loads((workdir / "config.json").read_text())["stage"]["name"] == stage
-    fingerprint = Tokenizer.load(workdir / "tokenizer.model").fingerprint
+    fingerprint = load_tokenizer(workdir / "tokenizer.model").fingerprint
     assert fingerprint == summary["fingerprint"] == restore_params(workdir / "checkpoints")[1]["fingerprint"]
 
 
@@ -109,7 +109,7 @@ def test_stages_learn(finished):
 
 def test_what_is_too_long_is_skipped_and_counted(finished):
     """A row of 64 tokens takes excerpts of up to 65, as the last is a target only; a prompt of PPO has 32 at most."""
-    tokenizer = Tokenizer.load(finished / "tokenizer" / "tokenizer.model")
+    tokenizer = load_tokenizer(finished / "tokenizer" / "tokenizer.model")
     said = [
         chats.Conversation(
             name, [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]

@@ -43,8 +43,8 @@ def stream(ids: Sequence[Sequence[int]], length: int) -> Tokens:
 
 
 def documents(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tokens:
-    """Texts, each between bos and eos, as `stream` lays them."""
-    return stream([[tokenizer.bos, *ids, tokenizer.eos] for ids in tokenizer.encode_all(texts)], length)
+    """Texts, each a document of the tokenizer's, as `stream` lays them."""
+    return stream([tokenizer.document(ids) for ids in tokenizer.encode_all(texts)], length)
 
 
 def pack(examples: Sequence[Example], length: int) -> tuple[Tokens, int]:

@@ -10,9 +10,10 @@ from lm.model import decoder, params as parameters
 from lm.model.attention import Cache, empty_cache
 from lm.model.config import Config
 from lm.model.decoder import Scores
+from lm.model.experts import Routing
 from lm.types import Array, Params, Tokens
 
-__all__ = ["Cache", "Config", "Model", "Scores", "make"]
+__all__ = ["Cache", "Config", "Model", "Routing", "Scores", "make"]
 
 
 class Model(NamedTuple):
@@ -23,6 +24,7 @@ class Model(NamedTuple):
     init_value: Callable[..., Params]  # (key) -> head, all zero
     axes: dict  # logical axes of {"lm": ..., "value": ...}
     hidden: Callable[..., Array]  # (lm, inputs, positions, segments) -> f[B,T,D]
+    routed: Callable[..., tuple[Array, Routing | None]]  # the same, and which experts it went through
     cached: Callable[..., tuple[Array, Cache]]  # (lm, inputs, positions, segments, cache) -> f[B,T,D], Cache
     cache: Callable[..., Cache]  # (batch=, capacity=) -> Cache
     logits: Callable[..., Array]  # (lm, f[...,D]) -> f32[...,V]
@@ -47,6 +49,7 @@ def make(config: Config) -> Model:
         init_value=functools.partial(parameters.initial, value_specs),
         axes={"lm": parameters.axes(specs), "value": parameters.axes(value_specs)},
         hidden=hidden,
+        routed=functools.partial(decoder.hidden_and_routing, config),
         cached=functools.partial(decoder.cached_hidden, config),
         cache=functools.partial(
             empty_cache,

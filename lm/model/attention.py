@@ -1,4 +1,4 @@
-"""Rotary positions, masked grouped-query attention, and the key-value cache."""
+"""Masked grouped-query attention, and the key-value cache."""
 
 import jax
 import jax.numpy as jnp
@@ -17,36 +17,33 @@ class Cache:
     filled: Array  # i32[]  slots written; all rows write the same slot (prompts are aligned to the right)
 
 
-def rope_angles(positions: Array, head_size: int, base: float) -> tuple[Array, Array]:
-    """cos and sin f32[B,T,1,H/2] of the rotary angles (Su et al. 2021, eq. 15, arXiv 2104.09864)."""
-    frequencies = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotated(x: Array, angles: tuple[Array, Array]) -> Array:
-    """x f[B,T,N,H] turned by its positions: component i pairs with i + H/2 ("rotate half")."""
-    cos, sin = angles
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """softmax(q k^T / sqrt(H)) v under `mask` bool[B,T,S]; a query that may see nothing gives 0.
+def attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float = 0.0, softcap: float = 0.0) -> Array:
+    """softmax(scale q k^T) v under `mask` bool[B,T,S]; a query that may see nothing gives 0.
 
     q f[B,T,N,H]; k, v f[B,S,K,H]; returns f[B,T,N,H]. Query head n reads kv head n // (N / K). Softmax in float32.
+    scale: 0 for 1 / sqrt(H). softcap: c tanh(logits / c) before the mask (Gemma 2, arXiv 2408.00118), 0 for none.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * (scale or H**-0.5)
+    logits = softcapped(logits, softcap)
     seen = mask[:, None, None]
     weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1), 0.0)
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v).reshape(B, T, N, H)
 
 
-def causal_attention(q: Array, k: Array, v: Array, segments: Array, *, blocks: int = 1) -> Array:
+def softcapped(x: Array, cap: float) -> Array:
+    """cap tanh(x / cap): near x where it is small, never beyond the cap; x itself where cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def causal_attention(
+    q: Array, k: Array, v: Array, segments: Array, *, window: Array | int | None = None, blocks: int = 1, **options
+) -> Array:
     """Attention of every position to the earlier ones of its own segment (0 is padding: it sees and is seen by none).
+
+    window: keys that a query sees at most, itself the last of them; None for all. options: of `attention`.
 
     With `blocks` > 1 the queries are cut into that many static blocks and each meets only the keys up to its end,
     which saves up to half of the work.
@@ -58,8 +55,10 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array, *, blocks: i
     for start, stop in zip(edges, edges[1:]):
         same = segments[:, start:stop, None] == segments[:, None, :stop]
         causal = positions[start:stop, None] >= positions[None, :stop]
+        if window is not None:
+            causal &= positions[start:stop, None] - positions[None, :stop] < window
         mask = same & causal & (segments[:, None, :stop] > 0)
-        outputs.append(attention(q[:, start:stop], k[:, :stop], v[:, :stop], mask))
+        outputs.append(attention(q[:, start:stop], k[:, :stop], v[:, :stop], mask, **options))
     return outputs[0] if blocks == 1 else jnp.concatenate(outputs, axis=1)
 
 
@@ -72,7 +71,9 @@ def empty_cache(*, layers: int, batch: int, capacity: int, kv_heads: int, head_s
     return Cache(zeros(), zeros(), jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def cached_attention(q: Array, k: Array, v: Array, cache: Cache, layer: int) -> tuple[Array, Cache]:
+def cached_attention(
+    q: Array, k: Array, v: Array, *, cache: Cache, layer: int, window: int | None = None, **options
+) -> tuple[Array, Cache]:
     """Writes k, v f[B,T,K,H] into the next T slots of a layer and attends to everything up to each query's own slot.
 
     `cache.segments` must already name the new slots; `cache.filled` is advanced once per forward pass, by the caller.
@@ -84,8 +85,10 @@ def cached_attention(q: Array, k: Array, v: Array, cache: Cache, layer: int) -> 
     queries = start + jnp.arange(T)
     own = jax.lax.dynamic_slice_in_dim(cache.segments, start, T, axis=1)
     mask = (own[:, :, None] == cache.segments[:, None]) & (queries[:, None] >= jnp.arange(S)) & (own[:, :, None] > 0)
+    if window is not None:
+        mask &= queries[:, None] - jnp.arange(S) < window
     cache = cache.replace(
         keys=cache.keys[:layer] + (keys,) + cache.keys[layer + 1 :],
         values=cache.values[:layer] + (values,) + cache.values[layer + 1 :],
     )
-    return attention(q, keys, values, mask), cache
+    return attention(q, keys, values, mask, **options), cache

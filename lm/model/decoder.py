@@ -8,17 +8,31 @@ import jax
 import jax.numpy as jnp
 
 from lm import distribution
-from lm.model.attention import Cache, cached_attention, causal_attention, rope_angles, rotated
+from lm.model import rope
+from lm.model.attention import Cache, cached_attention, causal_attention, softcapped
 from lm.model.config import Config
+from lm.model.experts import Routing, routed
 from lm.model.linear import linear
-from lm.sharding import shard
+from lm.model.rope import rotated
+from lm.sharding import by_rows, shard
 from lm.types import Array, Params
 
 
-def rms_norm(x: Array, scale: Array, *, eps: float) -> Array:
-    """x / rms(x) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+def normed(c: Config, x: Array, layer: Params, name: str) -> Array:
+    """x over its last axis in float32, times its scale: RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), or LayerNorm
+    with its bias (Ba et al. 2016, arXiv 1607.06450)."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
+    if c.norm == "layer":
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    scale = layer[name] + 1 if c.norm_unit_offset else layer[name]
+    y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + c.norm_eps) * scale
+    return (y + layer[f"{name}_bias"] if c.norm == "layer" else y).astype(x.dtype)
+
+
+def product(x: Array, layer: Params, name: str) -> Array:
+    """f[...,F] from f[...,D]: the matrix of that name, and its bias where there is one."""
+    y = linear(x, layer[name].astype(x.dtype))
+    return y + layer[f"{name}_bias"].astype(x.dtype) if f"{name}_bias" in layer else y
 
 
 def unstacked(layers: Params, count: int) -> list[Params]:
@@ -27,57 +41,106 @@ def unstacked(layers: Params, count: int) -> list[Params]:
     return [{name: parts[i][0] for name, parts in split.items()} for i in range(count)]
 
 
-def _block(c: Config, attend, angles, x: Array, layer: Params) -> tuple[Array, Cache | None]:
-    """Pre-norm attention and SwiGLU (Shazeer 2020, arXiv 2002.05202), each added to the stream x f[B,T,D].
-
-    `attend` maps q, k, v to f[B,T,N,H] and the cache they went into, or None.
-    """
-    B, T, _ = x.shape
-    matrix = lambda name: layer[name].astype(x.dtype)
-    norm = functools.partial(rms_norm, eps=c.norm_eps)
-
-    h = norm(x, layer["attention_norm"])
-    q = linear(h, matrix("query")).reshape(B, T, c.heads, c.head_size)
-    k = linear(h, matrix("key")).reshape(B, T, c.kv_heads, c.head_size)
-    v = linear(h, matrix("value")).reshape(B, T, c.kv_heads, c.head_size)
-    if c.qk_norm:
-        q, k = norm(q, layer["query_norm"]), norm(k, layer["key_norm"])
-    q, k = (shard(rotated(a, angles), "batch", None, n, None) for a, n in ((q, "heads"), (k, "kv_heads")))
-    out, cache = attend(q, k, shard(v, "batch", None, "kv_heads", None))
-    x = x + shard(linear(out.reshape(B, T, -1), matrix("attention_out")), "batch", None, None)
-
-    h = norm(x, layer["mlp_norm"])
-    h = shard(jax.nn.silu(linear(h, matrix("gate"))) * linear(h, matrix("up")), "batch", None, "hidden")
-    return x + shard(linear(h, matrix("down")), "batch", None, None), cache
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, approximate=True)}
 
 
-def _embedded(c: Config, params: Params, inputs: Array) -> Array:
-    table = shard(params["embedding"].astype(c.dtype), "vocab", None)  # whole rows: a lookup in a table split both ways
-    return shard(table[inputs], "batch", None, None)  # would be rematerialised on every device
+def _attention(c: Config, attend, angles, h: Array, layer: Params) -> tuple[Array, Cache | None]:
+    """`attend` maps q, k, v f[B,T,heads,H] to f[B,T,N,H] and the cache they went into, or None."""
+    B, T, _ = h.shape
+    q, k, v = (product(h, layer, name) for name in ("query", "key", "value"))
+    whole = c.qk_norm and c.qk_norm_over == "all"
+    if whole:
+        q, k = normed(c, q, layer, "query_norm"), normed(c, k, layer, "key_norm")
+    q = q.reshape(B, T, c.heads, c.head_size)
+    k, v = (a.reshape(B, T, c.kv_heads, c.head_size) for a in (k, v))
+    if c.qk_norm and not whole:
+        q, k = normed(c, q, layer, "query_norm"), normed(c, k, layer, "key_norm")
+    if angles is not None:
+        q, k = rotated(q, angles), rotated(k, angles)
+    q, k, v = (shard(a, "batch", None, n, None) for a, n in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
+    out, cache = attend(q, k, v)
+    return shard(product(out.reshape(B, T, -1), layer, "attention_out"), "batch", None, None), cache
+
+
+def _mlp(c: Config, h: Array, layer: Params) -> tuple[Array, Routing | None]:
+    activation, routing = ACTIVATIONS[c.activation], None
+    if c.experts:
+        matrices = {name: layer[name] for name in ("router", "gate", "up", "down") if name in layer}
+        h, routing = by_rows(lambda h, matrices: routed(c, matrices, h, activation), h, matrices)
+    else:
+        gate = product(h, layer, "gate") if c.gated else None
+        up = product(h, layer, "up")
+        h = shard(activation(gate) * up if c.gated else activation(up), "batch", None, "hidden")
+        h = product(h, layer, "down")
+    return shard(h, "batch", None, None), routing
+
+
+def _block(c: Config, attend, angles, x: Array, layer: Params) -> tuple[Array, Cache | None, Routing | None]:
+    """Attention and MLP, each added to the stream x f[B,T,D], with norms before them, behind them or both."""
+    before = lambda x, name: x if c.norm_at == "output" else normed(c, x, layer, f"{name}_norm")
+    behind = lambda x, name: x if c.norm_at == "input" else normed(c, x, layer, f"{name}_post_norm")
+    out, cache = _attention(c, attend, angles, before(x, "attention"), layer)
+    x = x + behind(out, "attention")
+    out, routing = _mlp(c, before(x, "mlp"), layer)
+    return x + behind(out, "mlp"), cache, routing
+
+
+def _embedded(c: Config, params: Params, inputs: Array, positions: Array) -> Array:
+    # Whole rows: a lookup in a table split both ways would be rematerialised on every device.
+    table = shard(params["embedding"].astype(c.dtype), "vocab", None)
+    x = table[inputs] * jnp.asarray(c.embedding_scale, c.dtype)
+    if c.embedded == "learned":  # an index beyond the table takes its last row, without a word: callers check context
+        x = x + params["position_embedding"].astype(c.dtype)[positions]
+    return shard(x, "batch", None, None)
+
+
+def _turns(c: Config, positions: Array):
+    """The rotary angles of global and of local layers, or none."""
+    return rope.angles(c, positions) if c.embedded == "rope" else (None, None)
 
 
 def hidden(c: Config, params: Params, inputs: Array, positions: Array, segments: Array) -> Array:
     """Final-norm states f[B,T,D] of whole rows; position t has seen inputs[:t+1] of its own segment."""
-    angles = rope_angles(positions, c.head_size, c.rope_base)
-    blocks = min(int(c.query_blocks), inputs.shape[1])
+    return hidden_and_routing(c, params, inputs, positions, segments)[0]
 
-    def attend(q, k, v):
-        return causal_attention(q, k, v, segments, blocks=blocks), None
 
-    def block(x, layer):
-        return _block(c, attend, angles, x, layer)
+def hidden_and_routing(
+    c: Config, params: Params, inputs: Array, positions: Array, segments: Array
+) -> tuple[Array, Routing | None]:
+    """`hidden`, and how its layers spread the tokens over their experts, if they have any."""
+    T = inputs.shape[1]
+    turns, options = _turns(c, positions), dict(scale=c.attention_scale, softcap=c.attention_softcap)
+    blocks, mixed = min(int(c.query_blocks), T), len(set(c.local)) == 2
+
+    def block(x, xs):
+        layer, local = xs
+        angles, window = turns[0], c.window if c.window else None
+        if mixed:  # one program for both kinds: a window of the whole row is none
+            angles = None if angles is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *turns)
+            window = jnp.where(local, c.window, T)
+        elif c.window:
+            angles = turns[1]
+
+        def attend(q, k, v):
+            return causal_attention(q, k, v, segments, window=window, blocks=blocks, **options), None
+
+        x, _, routing = _block(c, attend, angles, x, layer)
+        return x, routing
 
     if c.remat == "block":
         block = jax.checkpoint(block)
     elif c.remat == "dots":
         block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    x = _embedded(c, params, inputs)
+    x = _embedded(c, params, inputs, positions)
     if c.scan == "yes":
-        x, _ = jax.lax.scan(block, x, params["layers"])
+        x, routing = jax.lax.scan(block, x, (params["layers"], jnp.asarray(c.local)))
     else:
-        for layer in unstacked(params["layers"], c.layers):
-            x, _ = block(x, layer)
-    return rms_norm(x, params["final_norm"], eps=c.norm_eps)
+        found = []
+        for layer, local in zip(unstacked(params["layers"], c.layers), c.local):
+            x, routing = block(x, (layer, local))
+            found.append(routing)
+        routing = jax.tree.map(lambda *parts: jnp.stack(parts), *found)
+    return normed(c, x, params, "final_norm"), routing
 
 
 def cached_hidden(
@@ -86,20 +149,22 @@ def cached_hidden(
     """The same for T more positions of rows whose earlier ones are in `cache`; T may be 1. Always unrolled."""
     names = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.filled, axis=1)
     cache = cache.replace(segments=names)
-    angles = rope_angles(positions, c.head_size, c.rope_base)
-    x = _embedded(c, params, inputs)
-    for i, layer in enumerate(unstacked(params["layers"], c.layers)):
-        attend = functools.partial(cached_attention, cache=cache, layer=i)
-        x, cache = _block(c, attend, angles, x, layer)
+    turns, options = _turns(c, positions), dict(scale=c.attention_scale, softcap=c.attention_softcap)
+    x = _embedded(c, params, inputs, positions)
+    for i, (layer, local) in enumerate(zip(unstacked(params["layers"], c.layers), c.local)):
+        window = c.window if local else None
+        attend = functools.partial(cached_attention, cache=cache, layer=i, window=window, **options)
+        x, cache, _ = _block(c, attend, turns[local], x, layer)
     cache = cache.replace(filled=cache.filled + inputs.shape[1])
-    return rms_norm(x, params["final_norm"], eps=c.norm_eps), cache
+    return normed(c, x, params, "final_norm"), cache
 
 
 def logits(c: Config, params: Params, x: Array) -> Array:
-    """f32[...,V] from states f[...,D]; under muP times base_width / width."""
+    """f32[...,V] from states f[...,D]; under muP times base_width / width; capped where the model caps them, in the loss
+    and in sampling alike."""
     matrix = params["embedding"].T if c.tied else params["head"]
     raw = jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
-    return raw * (c.base_width / c.width) if c.base_width else raw
+    return softcapped(raw * (c.base_width / c.width) if c.base_width else raw, c.logit_softcap)
 
 
 def value(head: Params, x: Array) -> Array:

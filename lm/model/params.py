@@ -9,6 +9,15 @@ import jax.numpy as jnp
 from lm.model.config import Config
 from lm.types import Array, Params
 
+# The projections that have a bias, by Config.bias.
+QKV = ("query", "key", "value")
+BIASED = {
+    "none": (),
+    "qkv": QKV,
+    "attention": (*QKV, "attention_out"),
+    "all": (*QKV, "attention_out", "gate", "up", "down"),
+}
+
 
 class Spec(NamedTuple):
     shape: tuple[int, ...]
@@ -34,25 +43,47 @@ def specs(c: Config) -> dict:
     def matrix(rows, columns, axes, scale=1.0):
         return stacked((rows, columns), axes, scale / math.sqrt(rows))
 
+    def norm(size):
+        return stacked((size,), (None,), 0.0 if c.norm_unit_offset else None)
+
+    experts, expert = ((c.experts,), ("experts",)) if c.experts else ((), ())
+
+    def mlp(rows, columns, axes, scale=1.0):
+        return stacked((*experts, rows, columns), (*expert, *axes), scale / math.sqrt(rows))
+
     layers = {
-        "attention_norm": stacked((c.width,), (None,), None),
         "query": matrix(c.width, queries, ("width", "heads")),
         "key": matrix(c.width, keys, ("width", "kv_heads")),
         "value": matrix(c.width, keys, ("width", "kv_heads")),
         "attention_out": matrix(queries, c.width, ("heads", "width"), out),
-        "mlp_norm": stacked((c.width,), (None,), None),
-        "gate": matrix(c.width, c.hidden, ("width", "hidden")),
-        "up": matrix(c.width, c.hidden, ("width", "hidden")),
-        "down": matrix(c.hidden, c.width, ("hidden", "width"), out),
+        "up": mlp(c.width, c.hidden, ("width", "hidden")),
+        "down": mlp(c.hidden, c.width, ("hidden", "width"), out),
     }
+    if c.gated:
+        layers["gate"] = mlp(c.width, c.hidden, ("width", "hidden"))
+    if c.experts:
+        layers["router"] = matrix(c.width, c.experts, ("width", None))
+    for name in layers.keys() & set(BIASED[c.bias]):
+        layers[f"{name}_bias"] = stacked(layers[name].shape[-1:], layers[name].axes[-1:], 0.0)
     if c.qk_norm:
-        layers["query_norm"] = stacked((c.head_size,), (None,), None)
-        layers["key_norm"] = stacked((c.head_size,), (None,), None)
+        whole = c.qk_norm_over == "all"
+        layers["query_norm"] = norm(queries if whole else c.head_size)
+        layers["key_norm"] = norm(keys if whole else c.head_size)
+    for place, suffix in (("output", "_norm"), ("input", "_post_norm")):
+        if c.norm_at != place:
+            layers |= {f"{part}{suffix}": norm(c.width) for part in ("attention", "mlp")}
+
     tree = {
-        "embedding": Spec((c.vocab_size, c.width), ("vocab", "width"), outer),
+        "embedding": Spec((c.vocab_size, c.width), ("vocab", "width"), outer / c.embedding_scale),
         "layers": layers,
-        "final_norm": Spec((c.width,), (None,), None),
+        "final_norm": Spec((c.width,), (None,), 0.0 if c.norm_unit_offset else None),
     }
+    if c.norm == "layer":
+        biases = {f"{name}_bias": spec._replace(std=0.0) for name, spec in layers.items() if name.endswith("_norm")}
+        layers |= biases
+        tree["final_norm_bias"] = tree["final_norm"]._replace(std=0.0)
+    if c.embedded == "learned":
+        tree["position_embedding"] = Spec((c.context, c.width), (None, "width"), outer)
     if not c.tied:
         tree["head"] = Spec((c.width, c.vocab_size), ("width", "vocab"), outer)
     return tree
@@ -92,18 +123,24 @@ def count(tree: dict) -> int:
 
 
 def matmul_count(c: Config) -> int:
-    """Parameters that take part in a matrix product per token: all but norms and a looked-up embedding.
+    """Parameters that take part in a matrix product per token: not norms, biases, looked-up embeddings, idle experts.
 
     The N of 6N FLOPs a token (Chowdhery et al. 2022, app. B, arXiv 2204.02311); a tied embedding counts once, as head.
     """
-    blocks = sum(math.prod(s.shape) for s in specs(c)["layers"].values() if len(s.shape) == 3)
-    return blocks + c.vocab_size * c.width
+    layers = specs(c)["layers"].values()
+    blocks = sum(math.prod(s.shape) for s in layers if len(s.shape) == 3)
+    experts = sum(math.prod(s.shape) for s in layers if len(s.shape) == 4) * c.experts_per_token // max(c.experts, 1)
+    return blocks + experts + c.vocab_size * c.width
 
 
 def flops_per_token(c: Config, length: int) -> float:
     """Training FLOPs a token, forward and backward: 6N plus causal attention.
 
     Attention: two products of 2 * heads * head_size per visible key, (length + 1) / 2 keys on average, times three for
-    the backward pass. Rematerialisation is work, not progress, and is left out.
+    the backward pass; a window sees fewer. Rematerialisation is work, not progress, and is left out.
     """
-    return 6 * matmul_count(c) + 6 * c.layers * c.heads * c.head_size * (length + 1)
+    whole = (length + 1) / 2
+    seen = min(c.window, length)
+    windowed = seen - seen * (seen - 1) / (2 * length)  # the first queries of a row see less than a window
+    keys = sum(windowed if local else whole for local in c.local)
+    return 6 * matmul_count(c) + 12 * c.heads * c.head_size * keys

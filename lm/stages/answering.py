@@ -113,8 +113,7 @@ class Told:
 
     def reply(self, text: str, tokenizer: Tokenizer, limit: int) -> None:
         """A message of the environment, its words cut to `limit` tokens, and the marker of the next answer."""
-        content = tokenizer.encode(text)[:limit]
-        ids = [tokenizer.roles["tool"], *content, tokenizer.end, tokenizer.roles["assistant"]]
+        ids = tokenizer.reply("tool", text, limit)
         self.ids += ids
         self.weights += [0.0] * len(ids)
         self.messages += [{"role": "assistant", "content": self.text}, {"role": "tool", "content": text}]

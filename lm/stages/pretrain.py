@@ -23,10 +23,17 @@ START: dict[str, tuple[float, float]] = {}  # held-out metrics before the first 
 
 
 def make(
-    model: Model, optimizer: optax.GradientTransformation, *, z_loss: float = 1e-4, microbatches: int = 1
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    z_loss: float = 1e-4,
+    balance: float = 0.0,
+    router_z: float = 0.0,
+    microbatches: int = 1,
 ) -> Update:
-    """gradient(next_token)."""
-    return gradient(next_token(model, z_loss=z_loss), optimizer, microbatches=microbatches)
+    """gradient(next_token). `balance` and `router_z`: of a mixture of experts (see `next_token`)."""
+    loss = next_token(model, z_loss=z_loss, balance=balance, router_z=router_z)
+    return gradient(loss, optimizer, microbatches=microbatches)
 
 
 def batches(

@@ -1,0 +1,139 @@
+"""Models of others into a workdir, and ours into a folder that others read.
+
+    python -m lm.convert --source=DIR --workdir=runs/theirs             # a folder from Hugging Face, or a .gguf file
+    python -m lm.convert --source=smollm2-135m --workdir=runs/smollm2   # a model that a package carries (93 MB)
+    python -m lm.convert --workdir=runs/quickstart/sft --destination=DIR  # for transformers and what reads its folders
+
+A workdir made so enters every stage by --config.init_from, and lm.chat. Nothing is written before all has been read.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lm.checkpoint import Checkpoints
+from lm.config import parsed
+from lm.console import Progress, main, say, warn
+from lm.errors import UserError
+from lm.model.config import Config
+from lm.model.params import count, specs
+from lm.tokenizer import Tokenizer
+from lm.types import Params
+from lm.weights import folder, gguf, packages, shapes, vocabularies
+from lm.workdir import load, open_workdir
+
+FLAGS = {
+    "source": dict(default="", metavar="DIR|FILE|NAME", help=f"what to read: or one of {', '.join(packages.KNOWN)}"),
+    "workdir": dict(required=True, metavar="DIR", help="the workdir to make, or to write from"),
+    "destination": dict(default="", metavar="DIR", help="the folder to write"),
+    "dtype": dict(default="float32", metavar="NAME", help=f"of the tensors written: {', '.join(folder.DTYPES)}"),
+    "step": dict(type=int, metavar="N", help="the checkpoint to write from; the newest, if not given"),
+}
+
+
+def read(source: Path) -> tuple[Config, Params, Tokenizer, str]:
+    """Config, float32 parameters, tokenizer, and the model_type that the source names ("" in a GGUF file)."""
+    with Shown() as note:
+        if not source.is_dir():
+            c, params, tokenizer = gguf.read(source, note)
+            kind = ""
+        else:
+            hf = folder.read_config(source)
+            tokenizer, kind = vocabularies.read(source, hf), hf["model_type"]
+            agree(shapes.shape(hf), tokenizer, source)  # before gigabytes are read
+            c, params = folder.read(source, note)
+    agree(c, tokenizer, source)
+    return c, params, tokenizer, kind
+
+
+def agree(c: Config, tokenizer: Tokenizer, source: Path) -> None:
+    """UserError for a tokenizer with ids that the model has no row for."""
+    if tokenizer.vocab_size > c.vocab_size:
+        raise UserError(
+            f"{source}: its tokenizer has {tokenizer.vocab_size} ids, but its model only {c.vocab_size}: "
+            "they do not belong together"
+        )
+
+
+class Shown:
+    """Progress whose total is known with the first tensor."""
+
+    def __enter__(self):
+        self._progress = None
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._progress is None:
+            self._progress = Progress("weights", total, unit="tensor").__enter__()
+        self._progress.update(done, {})
+
+    def __exit__(self, *exception) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(*exception)
+
+
+def bring_in(source: Path, workdir: Path) -> None:
+    """Reads all, then makes the workdir: a policy if its tokenizer has a chat template, else a model of text."""
+    c, params, tokenizer, kind = read(source)
+    stage = "sft" if tokenizer.talks else "pretrain"
+    meta = {"stage": stage, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(c)}
+    with open_workdir(workdir, {"convert": {"source": str(source), "kind": kind}}) as opened:
+        tokenizer.save(opened.tokenizer)
+        with Checkpoints(opened.checkpoints, warn=warn) as checkpoints:
+            checkpoints.save(0, {"params": {"lm": params}}, meta)
+        parameters = count(specs(c))
+        opened.write_summary({"stage": stage, "parameters": parameters, "source": str(source), "kind": kind})
+    say(f"{workdir}: {parameters:,} parameters, {c.layers} layers of width {c.width}, context {c.context}, {stage}")
+    say(f"{'chat' if stage == 'sft' else 'continue text'}: python -m lm.chat --workdir={workdir}")
+
+
+def write(workdir: Path, destination: Path, *, dtype: str, step: int | None) -> None:
+    """The newest checkpoint of a workdir as a Hugging Face folder, complete or not there at all."""
+    if destination.exists() and any(destination.iterdir()):
+        raise UserError(f"{destination} is not empty: give a new --destination")
+    trained = load(workdir, backend="cpu", step=step, warn=warn)
+    with complete(destination) as unfinished:
+        ids = vocabularies.write(unfinished, trained.tokenizer)
+        folder.write(unfinished, trained.shape, trained.params["lm"], dtype=dtype, ids=ids)
+    if "value" in trained.params:
+        say("the scalar head (of values or rewards) has no place there and stays behind")
+    say(f"{destination}: transformers.AutoModelForCausalLM.from_pretrained({str(destination)!r})")
+
+
+@contextmanager
+def complete(destination: Path) -> Iterator[Path]:
+    """A folder that takes its name when all is in it, and goes if anything fails."""
+    unfinished = destination.with_name(f"{destination.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if destination.exists():
+            destination.rmdir()
+        os.replace(unfinished, destination)
+    except OSError as error:
+        raise UserError(f"cannot write {destination}: {error.strerror}; make room, or give another") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def program(argv: list[str]) -> None:
+    flags = parsed(argv, __doc__, FLAGS)
+    if bool(flags.source) == bool(flags.destination):
+        raise UserError("give --source to make the workdir, or --destination to write it out: one of the two")
+    if flags.destination:
+        write(Path(flags.workdir), Path(flags.destination), dtype=flags.dtype, step=flags.step)
+        return
+    if flags.source in packages.KNOWN:
+        source = packages.fetched(flags.source, say)
+    else:
+        source = Path(flags.source).expanduser()
+        if not source.exists():
+            raise UserError(f"there is no {source}: give a folder, a .gguf file, or {', '.join(packages.KNOWN)}")
+    bring_in(source, Path(flags.workdir))
+
+
+if __name__ == "__main__":
+    main(program, long=True)

@@ -1,0 +1,128 @@
+"""What every stage asks of a tokenizer, whoever made it."""
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+Message = Mapping[str, str]  # {"role": one of ROLES, "content": text}
+
+
+class Example(NamedTuple):
+    """A tokenised conversation."""
+
+    ids: np.ndarray  # i32[n]
+    weights: np.ndarray  # f32[n]  1 where the token is trained as a target
+
+
+class Tokenizer(ABC):
+    """Text to ids and back, conversations by a template. Held as its bytes: cheap to pickle, compare, fingerprint."""
+
+    proto: bytes
+    rule: str  # how it lays out a conversation and masks it
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def talks(self) -> bool:
+        """Whether it has a template for conversations."""
+
+    @property
+    @abstractmethod
+    def start(self) -> tuple[int, ...]:
+        """The ids that a document begins with, if any."""
+
+    @property
+    @abstractmethod
+    def eos(self) -> int:
+        """The id that ends a document."""
+
+    @property
+    @abstractmethod
+    def end(self) -> int:
+        """The id that ends a message."""
+
+    @property
+    @abstractmethod
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+
+    @abstractmethod
+    def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
+        """The ids of each text, on all cores. Never a special id."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special ids drop out, bytes that are no UTF-8 show as U+FFFD."""
+
+    @abstractmethod
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """What each id stands for, special ids by name: for showing a row token by token."""
+
+    @abstractmethod
+    def chats(self, conversations: Sequence[Sequence[Message]]) -> list[Example]:
+        """Whole conversations; trained is what the assistant says and the token that ends it. Nothing follows that."""
+
+    @abstractmethod
+    def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
+        """i32[n] each: the conversation so far, up to where the assistant begins to speak."""
+
+    @abstractmethod
+    def reply(self, role: str, text: str, limit: int) -> list[int]:
+        """What comes between an answer's end token and the next answer: a message, its words cut to `limit` tokens."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What a later stage must agree with: pieces, special ids, template and mask rule."""
+        return hashlib.sha256(self.proto + self.rule.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_all([text])[0]
+
+    def document(self, ids: Sequence[int]) -> list[int]:
+        """A text's ids as pretraining sees them."""
+        return [*self.start, *ids, self.eos]
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(self.proto)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def unicode(text: str) -> str:
+    """`text` with each lone surrogate, which is no Unicode and has no UTF-8, as U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def checked(messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages of a conversation. UserError for one that is none."""
+    if not messages:
+        raise UserError("a conversation without messages: give at least one {'role', 'content'}")
+    for message in messages:
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise UserError(f"a message must be {{'role', 'content'}}, not {message!r}")
+        if message["role"] not in ROLES:
+            raise UserError(f"unknown role {message['role']!r} in a conversation: use one of {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            raise UserError(f"the content of a {message['role']} message must be text, not {message['content']!r}")
+    return messages

@@ -1,0 +1,65 @@
+"""Chat templates as Hugging Face writes them: Jinja, run in a sandbox."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lm.errors import UserError
+from lm.tokenizer.interface import Message
+
+PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+class Rendered(NamedTuple):
+    text: str
+    said: list[tuple[int, int]]  # characters [begin, end) of what the assistant said, end token and all
+
+
+class Template:
+    """A chat template with the special tokens that it may name."""
+
+    def __init__(self, source: str, tokens: Mapping[str, str]):
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template does not parse ({error}): take that of another release") from error
+        self._tokens = dict(tokens)
+
+    def render(self, messages: Sequence[Message], *, asked: bool) -> str:
+        """The conversation as text; `asked`: with the marker after which the assistant speaks."""
+        given = dict(messages=[dict(m) for m in messages], add_generation_prompt=asked, tools=None, documents=None)
+        try:
+            return self._template.render(**given, **self._tokens)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template refuses this conversation: {error}") from error
+
+    def conversation(self, messages: Sequence[Message]) -> Rendered:
+        """The whole as text, and where the assistant speaks: what follows the marker, up to the next message.
+
+        UserError where the template rewrites earlier turns in the light of later ones: no mask is true of both.
+        """
+        text, said = self.render(messages, asked=False), []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = self.render(messages[:i], asked=True), self.render(messages[: i + 1], asked=False)
+            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+                raise UserError(
+                    "the chat template rewrites earlier answers when later ones come, so they cannot be masked: "
+                    "cut conversations to one answer (data.turns), or take another template"
+                )
+            said.append((len(before), len(after)))
+        return Rendered(text, said)
+
+
+def _refuse(message: str):
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,234 @@
+"""A GGUF file: weights, quantised or not, the shape of the model and its tokenizer in one file.
+
+What llama.cpp calls things. It turns neighbouring pairs where we turn halves, so Llama's queries and keys lie there in
+another order.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2 as spm
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+from lm.errors import UserError
+from lm.model.config import Config
+from lm.tokenizer import Tokenizer
+from lm.tokenizer.borrowed import BLANK, bundled
+from lm.types import Params
+from lm.weights import shapes, tensors
+from lm.weights.names import Entry
+
+KINDS = ("llama", "qwen2", "qwen3")
+LAYER = {
+    "attention_norm": "attn_norm.weight",
+    "query": "attn_q.weight",
+    "key": "attn_k.weight",
+    "value": "attn_v.weight",
+    "query_bias": "attn_q.bias",
+    "key_bias": "attn_k.bias",
+    "value_bias": "attn_v.bias",
+    "query_norm": "attn_q_norm.weight",
+    "key_norm": "attn_k_norm.weight",
+    "attention_out": "attn_output.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "gate": "ffn_gate.weight",
+    "up": "ffn_up.weight",
+    "down": "ffn_down.weight",
+}
+MATRICES = {"query", "key", "value", "attention_out", "gate", "up", "down"}
+
+# What cuts a text before its bytes are merged, by the file's name for it: patterns applied one after the other.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS = (r"\p{N}", GPT2)
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+CJK = "[一-龥\u0800-一가-\ud7ff]+"
+CUTS: dict[str, tuple[str, ...]] = {
+    "gpt-2": (GPT2,),
+    "mpt": (GPT2,),
+    "llama-bpe": (LLAMA3,),
+    "qwen2": (LLAMA3.replace("{1,3}", ""),),
+    "qwen35": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), DIGITS),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"),
+    "deepseek-llm": (
+        *(r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", CJK, r"\p{N}+"),
+    ),
+}
+UNKNOWN, CONTROL, DEFINED, UNUSED = 2, 3, 4, 5  # of a token's type, numbered as sentencepiece does
+
+
+def read(path: Path, note: tensors.Note = lambda done, total: None) -> tuple[Config, Params, Tokenizer]:
+    """The model of a GGUF file, dequantised to float32, and its tokenizer."""
+    file = _opened(path)
+    fields = {key: field for key, field in file.fields.items()}
+    kind = _value(fields, "general.architecture")
+    if kind not in KINDS:
+        raise UserError(
+            f"{path} holds architecture {kind!r}, which we do not read from GGUF: we read {', '.join(KINDS)}"
+        )
+    found = {tensor.name: tensor for tensor in file.tensors}
+    c = shapes.shape(_config(fields, kind, tied="output.weight" not in found))
+    entries = _entries(c)
+    needed = {name for name, _, _ in tensors.places(c, entries)}
+    for what, names in (("lacks", needed - found.keys()), ("has a tensor more than we use:", found.keys() - needed)):
+        if names:
+            raise UserError(f"{path} {what} {min(names)}: it is torn, or of a model that we do not compute")
+
+    def tensor(name: str) -> np.ndarray:
+        value = _plain(found[name], path)
+        part = name.rsplit(".", 2)[-2]
+        if kind == "llama" and part in ("attn_q", "attn_k"):
+            value = halves(value, c.heads if part == "attn_q" else c.kv_heads)
+        return value
+
+    return c, tensors.read(c, entries, tensor, note), tokenizer_of(fields)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer alone, of a file that may hold nothing else."""
+    return tokenizer_of(_opened(path).fields)
+
+
+def halves(w: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a projection [heads * H, D] from neighbouring pairs to halves."""
+    return w.reshape(heads, w.shape[0] // heads // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def _opened(path: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): give a .gguf file") from error
+    except (ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{path} is torn or no GGUF file ({error}): download it again") from error
+
+
+def _plain(tensor, path: Path) -> np.ndarray:
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    try:
+        return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape).astype(np.float32)
+    except (NotImplementedError, ValueError) as error:
+        kind = tensor.tensor_type.name
+        raise UserError(
+            f"tensor {tensor.name} of {path} is {kind}, a type that we do not read: take another file"
+        ) from error
+
+
+def _value(fields, key: str, default: Any = None) -> Any:
+    return fields[key].contents() if key in fields else default
+
+
+def _config(fields, kind: str, *, tied: bool) -> dict[str, Any]:
+    """What Hugging Face's config.json would say."""
+    own = lambda name, default=None: _value(fields, f"{kind}.{name}", default)
+    if own("rope.scaling.type", "none") != "none" or "llama.expert_count" in fields and own("expert_count"):
+        raise UserError(
+            "this GGUF file scales its rotary positions or has experts: convert the model's original folder"
+        )
+    heads, width = own("attention.head_count"), own("embedding_length")
+    return {
+        "model_type": kind,
+        "vocab_size": len(fields["tokenizer.ggml.tokens"].data),
+        "num_hidden_layers": own("block_count"),
+        "hidden_size": width,
+        "intermediate_size": own("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": own("attention.head_count_kv", heads),
+        "head_dim": own("attention.key_length", width // heads),
+        "max_position_embeddings": own("context_length"),
+        "rms_norm_eps": float(f"{own('attention.layer_norm_rms_epsilon'):.6g}"),  # it is kept as a float32
+        "rope_theta": own("rope.freq_base", 10_000.0),
+        "tie_word_embeddings": tied,
+    }
+
+
+def _entries(c: Config) -> list[Entry]:
+    found = [Entry("token_embd.weight", ("embedding",), False), Entry("output_norm.weight", ("final_norm",), False)]
+    if not c.tied:
+        found.append(Entry("output.weight", ("head",), True))
+    absent = {f"{name}_bias" for name in MATRICES} if c.bias == "none" else set()
+    absent |= set() if c.qk_norm else {"query_norm", "key_norm"}
+    names = [name for name in LAYER if name not in absent]
+    return found + [Entry(f"blk.{{i}}.{LAYER[name]}", (name,), name in MATRICES) for name in names]
+
+
+def tokenizer_of(fields) -> Tokenizer:
+    """The tokenizer that a file's fields describe."""
+    model, tokens = _value(fields, "tokenizer.ggml.model"), _value(fields, "tokenizer.ggml.tokens")
+    kinds = _value(fields, "tokenizer.ggml.token_type")
+    special = [token for token, kind in zip(tokens, kinds) if kind == CONTROL]
+    if model in ("gpt2", "gemma4"):
+        coder = {"tokenizer": _merges(fields, tokens, kinds, blanks=model == "gemma4").to_str()}
+    elif model == "llama":
+        coder = {"pieces": _pieces(fields, tokens, kinds)}
+    else:
+        raise UserError(f"this GGUF file has a tokenizer of kind {model!r}: we read gpt2, gemma4 and llama")
+    ids = {name: _value(fields, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    names = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
+    return bundled(
+        **coder,
+        template=_value(fields, "tokenizer.chat_template", ""),
+        tokens=names,
+        special=special,
+        stops=[ids["eos"]] if ids["eos"] is not None else [],
+    )
+
+
+def _merges(fields, tokens: list[str], kinds: list[int], *, blanks: bool) -> tokenizers.Tokenizer:
+    """BPE by the merges of a file: of bytes (Radford et al. 2019), the text cut by the patterns of the file's kind; or
+    with `blanks` of characters, spaces as blanks, what is in no piece by its bytes."""
+    kind = _value(fields, "tokenizer.ggml.pre", "gpt-2")
+    if not blanks and kind not in CUTS:
+        raise UserError(f"this GGUF file cuts words by the rule {kind!r}: we know {', '.join(CUTS)}")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in _value(fields, "tokenizer.ggml.merges")]
+    options = dict(byte_fallback=True) if blanks else dict(ignore_merges=kind == "llama-bpe")
+    result = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
+    if blanks:
+        result.normalizer = normalizers.Replace(" ", BLANK)
+        result.pre_tokenizer = pre_tokenizers.Split(Regex("[^\n]+|\n+"), "isolated")
+        result.decoder = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in CUTS[kind]]
+        bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        result.pre_tokenizer, result.decoder = pre_tokenizers.Sequence([*splits, bytewise]), decoders.ByteLevel()
+    result.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == CONTROL])
+    result.add_tokens(
+        [tokenizers.AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds) if kind == DEFINED]
+    )
+    bos = _value(fields, "tokenizer.ggml.bos_token_id")
+    if _value(fields, "tokenizer.ggml.add_bos_token", False) and bos is not None:
+        result.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
+        )
+    return result
+
+
+def _pieces(fields, tokens: list[str], kinds: list[int]) -> bytes:
+    """A sentencepiece model of these pieces."""
+    proto = spm.ModelProto()
+    scores = _value(fields, "tokenizer.ggml.scores")
+    unknown = _value(fields, "tokenizer.ggml.unknown_token_id", 0)
+    for i, (token, score, kind) in enumerate(zip(tokens, scores, kinds)):
+        proto.pieces.add(piece=token, score=score, type=UNUSED if kind == UNKNOWN and i != unknown else kind)
+    ids = {name: _value(fields, f"tokenizer.ggml.{name}_token_id", -1) for name in ("bos", "eos")}
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type, trainer.byte_fallback, trainer.vocab_size = spm.TrainerSpec.BPE, True, len(tokens)
+    trainer.unk_id, trainer.unk_piece = unknown, tokens[unknown]
+    for name, i in ids.items():
+        setattr(trainer, f"{name}_id", i)
+        if i >= 0:
+            setattr(trainer, f"{name}_piece", tokens[i])
+    normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
+    normalizer.add_dummy_prefix = _value(fields, "tokenizer.ggml.add_space_prefix", True)
+    return proto.SerializeToString()

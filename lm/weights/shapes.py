@@ -1,0 +1,330 @@
+"""Hugging Face's config.json to our Config and back, for each architecture by its model_type.
+
+What we cannot compute is refused by name, never left out. A config that nothing here can write has no architecture
+there.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from lm.errors import UserError
+from lm.model.config import Config
+
+Json = Mapping[str, Any]
+GATED, BARE = dict(gated=True), dict(gated=False)
+# Of both GELUs, that by tanh; Hugging Face has several names for it.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
+
+
+class Family(NamedTuple):
+    """What every model of one model_type has in common."""
+
+    architecture: str  # the class in transformers
+    fixed: Mapping[str, Any]  # of our Config
+    read: Callable[[Json], dict[str, Any]]  # what else config.json says, as keyword arguments of Config
+    write: Callable[[Config], dict[str, Any]]  # and back
+    only: Mapping[str, Any] = {}  # keys of config.json that we follow at this value only
+    hidden: str = "intermediate_size"
+
+
+def shape(hf: Json) -> Config:
+    """Our Config of a config.json. UserError for an architecture, or a feature of one, that we do not compute."""
+    kind = hf.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f"config.json has model_type {kind!r}, which we do not know: we read {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    refused = {**REFUSED, **family.only}
+    for key, value in refused.items():
+        if hf.get(key, value) not in (value, None):
+            raise UserError(f"config.json has {key} = {hf[key]!r}, which we do not compute for {kind} (only {value!r})")
+    try:
+        own = family.read(hf)
+        return Config(**{**family.fixed, **own})
+    except KeyError as error:
+        raise UserError(f"config.json lacks {error.args[0]}, which {kind} needs: take a complete folder") from error
+
+
+def config_json(c: Config, preferred: str = "") -> dict[str, Any]:
+    """The config.json of a Config: of the model_type preferred if it can say this, else of the first that can."""
+    how = {name: getattr(c, name) for name in ("dtype", "scan", "remat", "query_blocks", "loss_chunk")}
+    for kind in sorted(FAMILIES, key=lambda kind: kind != preferred):  # the others in their order
+        family = FAMILIES[kind]
+        if any(getattr(c, name) != value for name, value in family.fixed.items()):
+            continue
+        hf = {"architectures": [family.architecture], "model_type": kind, **family.write(c), **family.only}
+        if dataclasses.replace(shape(hf), **how) == c:
+            return hf
+    raise UserError(
+        "no architecture of transformers computes this model: of ours these can be exported: the defaults (as Qwen 3), "
+        "and whatever lm.model.presets has"
+    )
+
+
+REFUSED = {
+    "quantization_config": None,
+    "pretraining_tp": 1,
+    "use_bidirectional_attention": False,
+    "partial_rotary_factor": 1.0,
+}
+
+
+def _sizes(hf: Json) -> dict[str, Any]:
+    heads = hf["num_attention_heads"]
+    activation = hf.get("hidden_activation") or hf.get("hidden_act") or "silu"
+    if activation not in ACTIVATIONS:
+        raise UserError(f"config.json has the activation {activation!r}: we compute {', '.join(ACTIVATIONS)}")
+    return {
+        "vocab_size": hf["vocab_size"],
+        "layers": hf["num_hidden_layers"],
+        "width": hf["hidden_size"],
+        "heads": heads,
+        "kv_heads": hf.get("num_key_value_heads") or heads,
+        "head_size": hf.get("head_dim") or hf["hidden_size"] // heads,
+        "hidden": hf["intermediate_size"],
+        "activation": ACTIVATIONS[activation],
+        "context": hf["max_position_embeddings"],
+        "norm_eps": hf["rms_norm_eps"],
+        "tied": bool(hf.get("tie_word_embeddings")),
+        **_rope(hf),
+    }
+
+
+def _write_sizes(c: Config) -> dict[str, Any]:
+    return {
+        "vocab_size": c.vocab_size,
+        "num_hidden_layers": c.layers,
+        "hidden_size": c.width,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_size,
+        "intermediate_size": c.hidden,
+        "hidden_act": c.activation if c.activation == "silu" else "gelu_pytorch_tanh",
+        "max_position_embeddings": c.context,
+        "rms_norm_eps": c.norm_eps,
+        "tie_word_embeddings": c.tied,
+        **_write_rope(c),
+    }
+
+
+# Newer files say {"rope_parameters": {..., "rope_theta"}}, Gemma 3 one for each kind of layer; older ones "rope_theta"
+# and, where a context is stretched, "rope_scaling". We read both, and write the older, which every version reads.
+def _rope(hf: Json) -> dict[str, Any]:
+    rope = hf.get("rope_parameters") or {}
+    local = rope.get("sliding_attention", {}).get("rope_theta") or hf.get("rope_local_base_freq") or 0.0
+    rope = rope.get("full_attention", rope) or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", *ROPES) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"config.json scales its rotary positions by {kind!r} or turns a part of each head: not ours")
+    base = {"rope_base": float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0), "rope_local_base": local}
+    if kind == "default":
+        return base
+    own = {ours: rope[theirs] for ours, theirs in ROPES[kind].items() if rope.get(theirs) is not None}
+    if "rope_original" in ROPES[kind] and "rope_original" not in own:
+        own["rope_original"] = hf.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+    if kind == "yarn":
+        if not rope.get("truncate", True) or "mscale" in rope:
+            raise UserError("config.json has yarn with truncate = false or an mscale: we round, and have none")
+        own = {"rope_low": 1.0, "rope_high": 32.0, **own}
+    return {**base, "rope_scaling": kind, **own}
+
+
+def _write_rope(c: Config) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": c.rope_base}
+    if c.rope_local_base:
+        rope["rope_local_base_freq"] = c.rope_local_base
+    if c.rope_scaling != "none":
+        own = {theirs: getattr(c, ours) for ours, theirs in ROPES[c.rope_scaling].items() if getattr(c, ours)}
+        rope["rope_scaling"] = {"rope_type": c.rope_scaling, **own}
+    return rope
+
+
+FACTOR = {"rope_factor": "factor"}
+ORIGINAL = {**FACTOR, "rope_original": "original_max_position_embeddings"}
+ROPES = {
+    "linear": FACTOR,
+    "llama3": {**ORIGINAL, "rope_low": "low_freq_factor", "rope_high": "high_freq_factor"},
+    "yarn": {**ORIGINAL, "rope_low": "beta_slow", "rope_high": "beta_fast", "rope_attention": "attention_factor"},
+}
+
+
+def _windows(hf: Json, every: int) -> dict[str, Any]:
+    """The window, and which layers see past it: by `layer_types` or, in older files, each `every`-th."""
+    window, types = hf.get("sliding_window") or 0, hf.get("layer_types")
+    if not window or types is not None and "sliding_attention" not in types:
+        return {}
+    if types is None:
+        return {"window": window, "global_every": every}
+    every = types.index("full_attention") + 1 if "full_attention" in types else 0
+    pattern = ["full_attention" if every and (i + 1) % every == 0 else "sliding_attention" for i in range(len(types))]
+    if types != pattern:
+        raise UserError(f"config.json has layer_types {types}: we compute every k-th layer global, or none")
+    return {"window": window, "global_every": every}
+
+
+def _write_windows(c: Config) -> dict[str, Any]:
+    types = ["sliding_attention" if local else "full_attention" for local in c.local]
+    return {"sliding_window": c.window, "layer_types": types}
+
+
+def _gpt2(hf: Json) -> dict[str, Any]:
+    if ACTIVATIONS.get(hf["activation_function"]) != "gelu":
+        raise UserError(f"config.json has the activation {hf['activation_function']!r}: we compute gelu_new for gpt2")
+    width, heads = hf["n_embd"], hf["n_head"]
+    return {
+        "vocab_size": hf["vocab_size"],
+        "layers": hf["n_layer"],
+        "width": width,
+        "heads": heads,
+        "kv_heads": heads,
+        "head_size": width // heads,
+        "hidden": hf.get("n_inner") or 4 * width,
+        "context": hf["n_positions"],
+        "norm_eps": hf["layer_norm_epsilon"],
+        "tied": hf.get("tie_word_embeddings", True),
+    }
+
+
+def _write_gpt2(c: Config) -> dict[str, Any]:
+    return {
+        "vocab_size": c.vocab_size,
+        "n_layer": c.layers,
+        "n_embd": c.width,
+        "n_head": c.heads,
+        "n_inner": c.hidden,
+        "n_positions": c.context,
+        "layer_norm_epsilon": c.norm_eps,
+        "activation_function": "gelu_new",
+        "tie_word_embeddings": c.tied,
+    }
+
+
+def _llama(hf: Json) -> dict[str, Any]:
+    biases = {(False, False): "none", (True, False): "attention", (True, True): "all"}
+    pair = bool(hf.get("attention_bias")), bool(hf.get("mlp_bias"))
+    if pair not in biases:
+        raise UserError("config.json has mlp_bias without attention_bias: we compute both, the latter, or none")
+    return {**_sizes(hf), "bias": biases[pair]}
+
+
+def _write_llama(c: Config) -> dict[str, Any]:
+    return {**_write_sizes(c), "attention_bias": c.bias in ("attention", "all"), "mlp_bias": c.bias == "all"}
+
+
+def _mistral(hf: Json) -> dict[str, Any]:
+    return {**_sizes(hf), **_windows(hf, every=0)}
+
+
+def _write_mistral(c: Config) -> dict[str, Any]:
+    return {**_write_sizes(c), "sliding_window": c.window or None}
+
+
+def _gemma2(hf: Json) -> dict[str, Any]:
+    return {**_gemma(hf), **_windows(hf, every=2)}
+
+
+def _gemma3(hf: Json) -> dict[str, Any]:
+    every = hf.get("sliding_window_pattern") or 6
+    # Files from before there were two rotary bases in them mean the values that Gemma 3 was made with.
+    local = {"rope_local_base_freq": 10_000.0, "rope_theta": 1_000_000.0}
+    return {**_gemma({**local, **hf}), **_windows(hf, every=every)}
+
+
+def _gemma(hf: Json) -> dict[str, Any]:
+    caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
+    return {
+        "tied": True,
+        **_sizes({"tie_word_embeddings": True, **hf}),
+        **{ours: float(hf.get(theirs) or 0.0) for ours, theirs in caps.items()},
+        "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
+        "embedding_scale": math.sqrt(hf["hidden_size"]),
+    }
+
+
+def _write_gemma(c: Config) -> dict[str, Any]:
+    scalar = round((c.attention_scale or c.head_size**-0.5) ** -2, 6)
+    return {
+        **_write_sizes(c),
+        **_write_windows(c),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "attn_logit_softcapping": c.attention_softcap or None,
+        "final_logit_softcapping": c.logit_softcap or None,
+    }
+
+
+def _mixtral(hf: Json) -> dict[str, Any]:
+    return {**_mistral(hf), "experts": hf["num_local_experts"], "experts_per_token": hf["num_experts_per_tok"]}
+
+
+def _write_mixtral(c: Config) -> dict[str, Any]:
+    experts = {"num_local_experts": c.experts, "num_experts_per_tok": c.experts_per_token}
+    return {**_write_mistral(c), **experts}
+
+
+def _qwen3_moe(hf: Json) -> dict[str, Any]:
+    return {
+        **_sizes(hf),
+        "hidden": hf["moe_intermediate_size"],
+        "experts": hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
+        "experts_per_token": hf["num_experts_per_tok"],
+        "experts_normalized": bool(hf.get("norm_topk_prob")),
+    }
+
+
+def _write_qwen3_moe(c: Config) -> dict[str, Any]:
+    return {
+        **_write_sizes(c),
+        "moe_intermediate_size": c.hidden,
+        "num_experts": c.experts,
+        "num_experts_per_tok": c.experts_per_token,
+        "norm_topk_prob": c.experts_normalized,
+    }
+
+
+PLAIN = dict(norm="rms", gated=True, embedded="rope", embedding_scale=1.0, logit_softcap=0.0, attention_softcap=0.0)
+DENSE = dict(PLAIN, experts=0)
+GEMMA = dict(
+    norm="rms", gated=True, embedded="rope", norm_at="both", norm_unit_offset=True, activation="gelu", bias="none"
+)
+UNWINDOWED = {"use_sliding_window": False}
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        dict(norm="layer", gated=False, embedded="learned", bias="all", activation="gelu", qk_norm=False),
+        _gpt2,
+        _write_gpt2,
+        only={"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False},
+    ),
+    "llama": Family("LlamaForCausalLM", dict(DENSE, qk_norm=False), _llama, _write_llama),
+    "mistral": Family("MistralForCausalLM", dict(DENSE, qk_norm=False, bias="none"), _mistral, _write_mistral),
+    "qwen2": Family("Qwen2ForCausalLM", dict(DENSE, qk_norm=False, bias="qkv"), _sizes, _write_sizes, UNWINDOWED),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        dict(DENSE, qk_norm=True, bias="none"),
+        _sizes,
+        _write_sizes,
+        {**UNWINDOWED, "attention_bias": False},
+    ),
+    "gemma2": Family("Gemma2ForCausalLM", dict(GEMMA, qk_norm=False), _gemma2, _write_gemma, {"attention_bias": False}),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM", dict(GEMMA, qk_norm=True), _gemma3, _write_gemma, {"attention_bias": False}
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        dict(DENSE, norm_at="output", qk_norm=True, qk_norm_over="all", bias="none"),
+        _sizes,
+        _write_sizes,
+        {"attention_bias": False},
+    ),
+    "phi3": Family("Phi3ForCausalLM", dict(DENSE, qk_norm=False, bias="none"), _mistral, _write_mistral),
+    "mixtral": Family("MixtralForCausalLM", dict(PLAIN, qk_norm=False, bias="none"), _mixtral, _write_mixtral),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        dict(PLAIN, qk_norm=True, bias="none"),
+        _qwen3_moe,
+        _write_qwen3_moe,
+        {**UNWINDOWED, "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+}

@@ -1,0 +1,140 @@
+"""The tokenizer files of a Hugging Face folder, in and out."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers
+
+from lm.errors import UserError
+from lm.tokenizer import SPECIAL, Tokenizer
+from lm.tokenizer.borrowed import BLANK, Borrowed, bundled
+from lm.tokenizer.own import Own
+
+JSON, PIECES, CONFIG, GENERATION = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
+TEMPLATE = "chat_template.jinja"
+# Our own template in Jinja, for others to read.
+OWN_TEMPLATE = (
+    "{{ '<|bos|>' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def read(source: Path, hf: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a folder with this config.json: tokenizer.json, or else a sentencepiece model."""
+    config = _optional(source / CONFIG)
+    generation = _optional(source / GENERATION)
+    tokens = {key: _text(config[key]) for key in config if key.endswith("_token") and config[key]}
+    added = [t["content"] for t in config.get("added_tokens_decoder", {}).values() if t.get("special")]
+    if (source / JSON).exists():
+        text = (source / JSON).read_text(encoding="utf-8")
+        content = _parsed(text, source / JSON)
+        added += [t["content"] for t in content.get("added_tokens", []) if t.get("special")]
+        coder = {"tokenizer": text}
+        known = {t["content"]: t["id"] for t in content.get("added_tokens", [])}
+        vocab = content["model"].get("vocab", {})
+        known |= vocab if isinstance(vocab, dict) else {}
+    elif (source / PIECES).exists():
+        coder, known = {"pieces": (source / PIECES).read_bytes()}, {}
+    else:
+        raise UserError(
+            f"{source} has neither {JSON} nor {PIECES}: a model needs its tokenizer; download the folder again"
+        )
+    stops = _ids(generation.get("eos_token_id")) or _ids(hf.get("eos_token_id"))
+    named = known.get(tokens.get("eos_token"))
+    stops = list(dict.fromkeys(([named] if named is not None else []) + stops))
+    special = sorted({*added, *tokens.values()})
+    return bundled(**coder, template=_template(source, config), tokens=tokens, special=special, stops=stops)
+
+
+def _template(source: Path, config: Mapping[str, Any]) -> str:
+    if (source / TEMPLATE).exists():
+        return (source / TEMPLATE).read_text(encoding="utf-8")
+    template = config.get("chat_template") or ""
+    if isinstance(template, list):  # several by name
+        named = {each["name"]: each["template"] for each in template}
+        template = named.get("default", "")
+    return template
+
+
+def write(destination: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Files from which AutoTokenizer makes the same tokenizer; returns what config.json says of it."""
+    if isinstance(tokenizer, Borrowed):
+        bundle = json.loads(tokenizer.proto)
+        if "tokenizer" not in bundle:
+            raise UserError(
+                "a borrowed sentencepiece model is not written as tokenizer.json: keep the file it came from"
+            )
+        text, template, tokens = (
+            json.dumps(bundle["tokenizer"], ensure_ascii=False),
+            bundle["template"],
+            bundle["tokens"],
+        )
+        stops = bundle["stops"]
+    else:
+        text, template = converted(tokenizer).to_str(), OWN_TEMPLATE
+        tokens = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>", "unk_token": "<|unk|>"}
+        stops = [tokenizer.eos, tokenizer.end]
+    (destination / JSON).write_text(text, encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
+    if template:
+        (destination / TEMPLATE).write_text(template, encoding="utf-8")
+        config["chat_template"] = template
+    (destination / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (destination / GENERATION).write_text(json.dumps({"eos_token_id": stops}, indent=2) + "\n")
+    bos = tokenizer.start[0] if tokenizer.start else None
+    return {"bos_token_id": bos, "eos_token_id": stops[0]}
+
+
+def converted(tokenizer: Own) -> tokenizers.Tokenizer:
+    """Our sentencepiece model as a tokenizer.json that gives the same ids.
+
+    A merge is any way to cut a piece into two others; they are taken in the order of the pieces, as sentencepiece does.
+    """
+    pieces = tokenizer._processor.id_to_piece(list(range(tokenizer.vocab_size)))
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    scores = tokenizer._processor.get_score(list(range(tokenizer.vocab_size)))
+    merges = []
+    for i, piece in enumerate(pieces):
+        if i < len(SPECIAL) or tokenizer._processor.is_byte(i) or len(piece) < 2:
+            continue
+        cuts = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
+        merges += [(-scores[i], vocab[a], vocab[b], (a, b)) for a, b in cuts if a in vocab and b in vocab]
+    model = models.BPE(
+        vocab=vocab, merges=[merge for *_, merge in sorted(merges)], byte_fallback=True, unk_token=SPECIAL[1]
+    )
+    result = tokenizers.Tokenizer(model)
+    # The blank itself is spelt in bytes, as ours does; then spaces become blanks.
+    result.normalizer = normalizers.Replace(" ", BLANK)
+    result.decoder = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()])
+    result.add_special_tokens(list(SPECIAL))
+    result.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos)]
+    )
+    return result
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, Mapping) else token
+
+
+def _ids(value: Any) -> list[int]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return _parsed(path.read_text(encoding="utf-8"), path) if path.exists() else {}
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): download it again") from error
