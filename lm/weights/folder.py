@@ -1,5 +1,6 @@
 """A Hugging Face folder: config.json, and safetensors in one file or in shards with an index."""
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -43,30 +44,48 @@ def read(source: Path, note: tensors.Note = lambda done, total: None) -> tuple[C
 
 
 def write(
-    destination: Path, c: Config, params: Mapping, *, dtype: str, ids: Mapping[str, Any], shard_bytes: int = SHARD
+    destination: Path,
+    c: Config,
+    params: Mapping,
+    *,
+    dtype: str,
+    ids: Mapping[str, Any],
+    kind: str = "",
+    shard_bytes: int = SHARD,
 ) -> None:
-    """config.json and safetensors of a model, for transformers to load. `ids`: bos_token_id and the like."""
+    """config.json and safetensors of a model, for transformers to load. Only one of the files is in memory at a time.
+
+    ids: bos_token_id and the like. kind: the model_type to write if it can say this Config. config.json comes last.
+    """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    hf = {**shapes.config_json(c), **ids, "dtype": dtype, "torch_dtype": dtype}
-    shards, size = [{}], 0
-    for name, value in tensors.written(c, names.entries(c, hf["model_type"]), params):
-        value = value.astype(DTYPES[dtype])
-        if size + value.nbytes > shard_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = value
-        size += value.nbytes
-    whole = len(shards) == 1
-    files = [WHOLE] if whole else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, part in zip(files, shards):
-        save_file(part, destination / file, metadata={"format": "pt"})
-    if not whole:
-        total = sum(value.nbytes for part in shards for value in part.values())
-        where = {name: file for file, part in zip(files, shards) for name in part}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+    hf = {**shapes.config_json(c, kind), **ids, "dtype": dtype, "torch_dtype": dtype}
+    entries = names.entries(c, hf["model_type"])
+    sizes = {name: tensors.size(c, index, entry) for name, index, entry in tensors.places(c, entries)}
+    sizes = {name: size * np.dtype(DTYPES[dtype]).itemsize for name, size in sizes.items()}
+    files, stream = _files(sizes, shard_bytes), tensors.written(c, entries, params)
+    for file, inside in files.items():
+        part = ((name, value.astype(DTYPES[dtype])) for name, value in itertools.islice(stream, len(inside)))
+        save_file(dict(part), destination / file, metadata={"format": "pt"})
+    if len(files) > 1:
+        where = {name: file for file, inside in files.items() for name in inside}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (destination / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     (destination / CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
+
+
+def _files(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
+    """What each file holds: as many tensors in order as fit, but at least one."""
+    shards, filled = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {WHOLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": inside for i, inside in enumerate(shards, 1)}
 
 
 def _agree(there: set[str], needed: set[str], c: Config, source: Path) -> None:
@@ -116,10 +135,13 @@ def _reader(opened, name: str, file: Path) -> Callable[[], np.ndarray]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}): give the folder of a model from Hugging Face"
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): download it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not a JSON object: download it again")
+    return found

@@ -46,10 +46,11 @@ def shape(hf: Json) -> Config:
         raise UserError(f"config.json lacks {error.args[0]}, which {kind} needs: take a complete folder") from error
 
 
-def config_json(c: Config) -> dict[str, Any]:
-    """The config.json of a Config: of the first architecture there that says exactly this."""
+def config_json(c: Config, preferred: str = "") -> dict[str, Any]:
+    """The config.json of a Config: of the model_type preferred if it can say this, else of the first that can."""
     how = {name: getattr(c, name) for name in ("dtype", "scan", "remat", "query_blocks", "loss_chunk")}
-    for kind, family in FAMILIES.items():
+    for kind in sorted(FAMILIES, key=lambda kind: kind != preferred):  # the others in their order
+        family = FAMILIES[kind]
         if any(getattr(c, name) != value for name, value in family.fixed.items()):
             continue
         hf = {"architectures": [family.architecture], "model_type": kind, **family.write(c), **family.only}
@@ -61,7 +62,12 @@ def config_json(c: Config) -> dict[str, Any]:
     )
 
 
-REFUSED = {"quantization_config": None, "pretraining_tp": 1, "use_bidirectional_attention": False}
+REFUSED = {
+    "quantization_config": None,
+    "pretraining_tp": 1,
+    "use_bidirectional_attention": False,
+    "partial_rotary_factor": 1.0,
+}
 
 
 def _sizes(hf: Json) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Parameters from a stream of named tensors and back, one tensor at a time."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
@@ -21,6 +22,13 @@ def places(c: Config, entries: Iterable[Entry]) -> Places:
         axes = [("i", c.layers)] * ("{i}" in entry.theirs) + [("e", c.experts)] * ("{e}" in entry.theirs)
         for index in itertools.product(*(range(size) for _, size in axes)):
             yield entry.theirs.format(**{name: n for (name, _), n in zip(axes, index)}), index, entry
+
+
+def size(c: Config, index: tuple[int, ...], entry: Entry) -> int:
+    """How many numbers the tensor of a place holds."""
+    tree = specs(c)
+    home = tree["layers"] if index else tree
+    return sum(math.prod(home[ours].shape[len(index) :]) for ours in entry.ours)
 
 
 def read(
