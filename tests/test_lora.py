@@ -111,19 +111,19 @@ def run(capsys, monkeypatch, *flags):
 
 
 def test_a_workdir_of_adapters_is_a_whole_model_to_others(finished, tmp_path, capsys, monkeypatch, small):
-    """SFT with adapters; then DPO from there, as from any run; and it resumes."""
-    flags = [f"--config={EXPERIMENTS / 'sft.py'}:tiny", f"--workdir={tmp_path / 'sft'}", *settings(finished, "sft")]
+    """SFT with adapters, which resumes; then plain SFT from there, as from any run."""
+    flags = [f"--config={EXPERIMENTS / 'lora.py'}:tiny", f"--workdir={tmp_path / 'sft'}", *settings(finished, "sft")]
     flags += ["--config.model.lora_rank=4", "--config.model.lora_targets=query,up", "--config.model.lora_base=int8"]
-    code, said = run(capsys, monkeypatch, *flags, "--config.train.steps=2")
-    assert code == 0, said.err
     code, said = run(capsys, monkeypatch, *flags, "--config.train.steps=4")
-    assert code == 0 and "continues from step 2" in said.out
+    assert code == 0, said.err
+    code, said = run(capsys, monkeypatch, *flags, "--config.train.steps=8")
+    assert code == 0 and "continues from step 4" in said.out
     trained = load(tmp_path / "sft", backend="cpu")
     assert trained.shape.lora_rank == 0 and trained.params["lm"]["layers"]["query"].dtype == np.float32
     rows = [row for row in read_metrics(tmp_path / "sft") if "held_out/loss" in row]
-    assert [row["step"] for row in rows][0] == 0 and rows[-1]["step"] == 4
+    assert [row["step"] for row in rows][0] == 0 and rows[-1]["step"] == 8
     flags = [f"--config={EXPERIMENTS / 'sft.py'}:tiny", f"--workdir={tmp_path / 'on'}", *settings(finished, "sft")]
-    code, said = run(capsys, monkeypatch, *flags, f"--config.init_from={tmp_path / 'sft'}", "--config.train.steps=1")
+    code, said = run(capsys, monkeypatch, *flags, f"--config.init_from={tmp_path / 'sft'}", "--config.train.steps=4")
     assert code == 0, said.err
     first = read_metrics(tmp_path / "on")[0]["held_out/loss"]
     assert first == pytest.approx(rows[-1]["held_out/loss"], abs=1e-4)  # the merged model is the adapted one
@@ -133,7 +133,6 @@ def test_refused(tiny_model, finished, tmp_path, capsys, monkeypatch, small):
     bad = dataclasses.replace(tiny_model.config, lora_rank=2, lora_targets="query,embedding")
     with pytest.raises(UserError, match="lora_targets names 'embedding'; this model has attention_out, down, gate"):
         model.make(bad)
-    flags = [f"--config={EXPERIMENTS / 'pretrain.py'}:tiny", f"--workdir={tmp_path / 'p'}"]
-    flags += [*settings(finished, "pretrain"), "--config.model.lora_rank=2"]
-    code, said = run(capsys, monkeypatch, *flags)
+    flags = [f"--config={EXPERIMENTS / 'lora.py'}:tiny", f"--workdir={tmp_path / 'p'}"]
+    code, said = run(capsys, monkeypatch, *flags, "--config.init_from=", f"--config.tokenizer={finished / 'tokenizer'}")
     assert code == 2 and "model.lora_rank needs a model to adapt: set config.init_from" in said.err
