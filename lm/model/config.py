@@ -12,6 +12,7 @@ CHOICES = {
     "bias": ("none", "qkv", "attention", "all"),
     "embedded": ("rope", "learned"),
     "rope_scaling": ("none", "linear", "llama3", "yarn"),
+    "lora_base": ("float32", "bfloat16", "int8"),
     "remat": ("none", "block", "dots"),
     "dtype": ("auto", "float32", "bfloat16"),
     "scan": ("auto", "yes", "no"),
@@ -19,7 +20,7 @@ CHOICES = {
 AT_LEAST = {
     0: (
         *("window", "global_every", "experts", "loss_chunk", "attention_scale", "attention_softcap", "logit_softcap"),
-        *("rope_local_base", "rope_original", "rope_attention", "base_width"),
+        *("rope_local_base", "rope_original", "rope_attention", "base_width", "lora_rank"),
     ),
     1: ("vocab_size", "layers", "width", "heads", "kv_heads", "head_size", "hidden", "context", "experts_per_token"),
 }
@@ -73,6 +74,11 @@ class Config:
     rope_attention: float = 0.0  # yarn: cos and sin times this; 0: 0.1 ln(rope_factor) + 1
     norm_eps: float = 1e-6
 
+    lora_rank: int = 0  # of the adapters that are learnt on a frozen base (Hu et al. 2021, arXiv 2106.09685); 0: none
+    lora_alpha: float = 16.0  # their product counts lora_alpha / lora_rank
+    lora_targets: str = "query,value"  # the matrices that have them
+    lora_base: str = "float32"  # how the base is kept: also bfloat16, int8
+
     dtype: str = "auto"  # of the matrix products; parameters, norms, softmax and losses stay float32
     scan: str = "auto"  # "yes": one compiled block for all layers; "no": unrolled
     remat: str = "none"  # what the backward pass recomputes: nothing, each block, or all but matrix products
@@ -99,6 +105,8 @@ class Config:
             raise UserError(f"model.global_every is {self.global_every}, but there is no model.window: give one")
         if self.experts and self.experts_per_token > self.experts:
             raise UserError(f"model.experts_per_token {self.experts_per_token} is above model.experts {self.experts}")
+        if self.lora_rank and self.base_width:
+            raise UserError("model.lora_rank and model.base_width exclude each other: adapters keep the base's widths")
         if self.rope_scaling in ("llama3", "yarn") and not self.rope_original:
             raise UserError(f"model.rope_scaling {self.rope_scaling} needs model.rope_original, the context before it")
 
