@@ -97,7 +97,8 @@ def write(workdir: Path, destination: Path, *, dtype: str, step: int | None) -> 
     trained = load(workdir, backend="cpu", step=step, warn=warn)
     with complete(destination) as unfinished:
         ids = vocabularies.write(unfinished, trained.tokenizer)
-        folder.write(unfinished, trained.shape, trained.params["lm"], dtype=dtype, ids=ids)
+        kind = trained.summary["kind"] if "kind" in trained.summary else ""  # what it came as, if it came from others
+        folder.write(unfinished, trained.shape, trained.params["lm"], dtype=dtype, ids=ids, kind=kind)
     if "value" in trained.params:
         say("the scalar head (of values or rewards) has no place there and stays behind")
     say(f"{destination}: transformers.AutoModelForCausalLM.from_pretrained({str(destination)!r})")

@@ -148,6 +148,7 @@ def _adapted(
             "value": parameters.axes(value_specs),
         },
         hidden=hidden,
+        routed=lambda *given: (hidden(*given), None),
         cached=functools.partial(_again, hidden),
         cache=_empty,
         logits=logits,

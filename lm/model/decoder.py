@@ -167,8 +167,8 @@ def cached_hidden(
 
 
 def logits(c: Config, params: Params, x: Array) -> Array:
-    """f32[...,V] from states f[...,D]; under muP times base_width / width; capped where the model caps them, in the loss
-    and in sampling alike."""
+    """f32[...,V] from states f[...,D]; under muP times base_width / width; capped where the model caps them, in loss and
+    sampling alike."""
     matrix = params["embedding"].T if c.tied else params["head"]
     raw = jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
     return softcapped(raw * (c.base_width / c.width) if c.base_width else raw, c.logit_softcap)
