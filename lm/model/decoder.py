@@ -167,7 +167,7 @@ def cached_hidden(
 
 
 def logits(c: Config, params: Params, x: Array) -> Array:
-    """f32[...,V] from states f[...,D]; under muP times base_width / width; capped where the model caps them, in loss and
+    """f32[...,V] from states f[...,D]; under muP times base_width / width; capped where the model caps, in loss and
     sampling alike."""
     matrix = params["embedding"].T if c.tied else params["head"]
     raw = jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
