@@ -31,15 +31,15 @@ from lm.errors import UserError, at_least
 from lm.host import ALONE, Host
 from lm.inherited import agreed_tokenizer, reward_from, teacher_from
 from lm.log import Log
-from lm.model import Config, Model, make
+from lm.model import Config, Model, lora, make
 from lm.model.params import count, flops_per_token, specs
 from lm.phases import Phases
 from lm.sharding import make_mesh, put_batch, state_shardings
 from lm.stages import STAGES, TAUGHT
 from lm.stages.context import Batches, Context
 from lm.summary import summed_up
-from lm.types import Tokens, TrainState
-from lm.update import Update
+from lm.types import Params, Tokens, TrainState
+from lm.update import Update, seen
 from lm.vocabulary import fit_tokenizer
 from lm.workdir import PROFILE, Trained, Workdir, load, open_workdir, read_metrics
 
@@ -152,6 +152,10 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     if start and specs(shape) != specs(start.shape):
         raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
     model = make(shape.on(backend))
+    params, base = dict(start.params) if start else {}, {}
+    if shape.lora_rank:
+        base = host.once((config.init_from, shape.lora_base), lambda: based(shape, params, workdir))
+        del params["lm"]
 
     teachers = {}
     if name in TAUGHT and "teacher" in config.stage:
@@ -170,12 +174,21 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
         stop_unless_cut(config.data.ramp, config.stage.microbatches)
 
     mesh = call(host.mesh or make_mesh, config.mesh, name="mesh")
-    params = start.params if start else None
-    state, shardings = initial_state(build, model, config.seed, params, teachers, mesh, host)
+    state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
     passes = config.stage.epochs if "epochs" in config.stage else 1  # over each batch
     flops = passes * flops_per_token(model.config, batches.about["length"])
     return Run(stage, build, batches, mesh, shardings, state, meta, flops, phases)
+
+
+def based(shape: Config, params: Mapping[str, Any], workdir: Workdir) -> Params:
+    """What adapters are laid on: the inherited decoder, which the workdir keeps beside them, once."""
+    if "lm" not in params:
+        raise UserError("model.lora_rank needs a model to adapt: set config.init_from")
+    base = lora.stored(shape, params["lm"])
+    with Checkpoints(workdir.base, keep=1, warn=warn) as kept:
+        kept.save(0, {"params": base}, {})
+    return base
 
 
 def built(config: ConfigDict, model: Model, teachers: Mapping[str, Trained], scalars: Mapping[str, Any]) -> Update:
@@ -192,23 +205,24 @@ def built(config: ConfigDict, model: Model, teachers: Mapping[str, Trained], sca
 
 
 def initial_state(
-    build: Build, model: Model, seed: int, params, teachers: Mapping[str, Trained], mesh, host: Host
+    build: Build, model: Model, seed: int, params, base, teachers: Mapping[str, Trained], mesh, host: Host
 ) -> tuple[TrainState, Any]:
     """The starting state, each leaf created where its sharding wants it, and those shardings.
 
-    `teachers` go to state.frozen by their names; they may be of another shape than the model.
+    params: what is inherited; the decoder is drawn where it is not among them. `base`, if there is one, and `teachers`
+    go to state.frozen; teachers may be of another shape than the model.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
 
     def init(scalars, init_key, key, params, frozen):
-        return build(scalars).init(key, params or {"lm": model.init(init_key)}, frozen)
+        return build(scalars).init(key, params if "lm" in params else {"lm": model.init(init_key), **params}, frozen)
 
     given = (
         dict(host.scalars),
         init_key,
         key,
         params,
-        {name: teacher.params["lm"] for name, teacher in teachers.items()},
+        {name: teacher.params["lm"] for name, teacher in teachers.items()} | ({lora.BASE: base} if base else {}),
     )
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init, *given)
@@ -257,7 +271,7 @@ def train(
                     batch, tokens = fetched(r, state, i)
                     if r.batches.table and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
                         with phases("save"):
-                            workdir.append_rollouts(i + 1, r.batches.table(state, batch, schedule.samples))
+                            workdir.append_rollouts(i + 1, r.batches.table(seen(state), batch, schedule.samples))
                     with phases("update"):
                         state, metrics = step(state, batch)
                     profile.end(i + 1, metrics)
@@ -303,7 +317,7 @@ def introduce(name: str, about: Mapping[str, Any]) -> None:
 def fetched(r: Run, state: TrainState, i: int):
     """Batch i on the devices, and how many real tokens it holds."""
     with r.phases("data"):
-        batch = r.batches.train(state, i)
+        batch = r.batches.train(seen(state), i)
         rows = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, Tokens))
         tokens = sum(int(np.sum(np.asarray(x.segments) > 0)) for x in rows if isinstance(x, Tokens))
         return put_batch(batch, r.mesh), tokens
@@ -316,7 +330,7 @@ def held_out(r: Run, evaluate, state: TrainState) -> dict[str, float]:
     state = state.replace(params=optim.average(state.opt_state) or state.params)
     total = None
     with r.phases("eval"):
-        for batch in r.batches.held_out(state):
+        for batch in r.batches.held_out(seen(state)):
             found = jax.device_get(dict(evaluate(state, put_batch(batch, r.mesh))))
             total = found if total is None else means.add(total, found)
     if total is None:

@@ -9,6 +9,7 @@ import optax
 
 from lm.errors import UserError
 from lm.metrics import Mean, Metrics, scalar
+from lm.model import lora
 from lm.types import Array, Params, TrainState
 
 Batch = Any
@@ -40,7 +41,7 @@ def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, frozen)
 
     def objective(params, frozen, part, key, weights):
-        terms, metrics = loss(params, frozen, part, key)
+        terms, metrics = loss(*whole(params, frozen), part, key)
         divided = jax.tree.map(lambda term, w: Mean(term.total, w).value(), terms, weights, is_leaf=_is_mean)
         return sum(jax.tree.leaves(divided)), metrics
 
@@ -50,7 +51,7 @@ def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         parts = split(batch, microbatches), keys
 
         def weights(part, key):  # nothing else of the loss is used: its forward pass is dropped as dead code
-            terms, _ = loss(state.params, state.frozen, part, key)
+            terms, _ = loss(*whole(state.params, state.frozen), part, key)
             return jax.tree.map(lambda term: jax.lax.stop_gradient(term.weight), terms, is_leaf=_is_mean)
 
         total = summed(weights, parts, microbatches)
@@ -75,9 +76,24 @@ def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatche
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def evaluate(state, batch):
-        return loss(state.params, state.frozen, batch, jax.random.fold_in(state.key, state.step))[1]
+        return loss(*whole(state.params, state.frozen), batch, jax.random.fold_in(state.key, state.step))[1]
 
     return Update(init, update, evaluate)
+
+
+def whole(params: Params, frozen: Mapping[str, Any]) -> tuple[Params, Mapping[str, Any]]:
+    """The same with decoders as their forward pass reads them: adapters laid on the frozen base, if there is one."""
+    if lora.BASE not in frozen:
+        return params, frozen
+    params = {**params, "lm": lora.joined(params["lm"], frozen)} if "lm" in params else params
+    return params, {**frozen, **({"ref": lora.joined(frozen["ref"], frozen)} if "ref" in frozen else {})}
+
+
+def seen(state: TrainState) -> TrainState:
+    """The state as losses, annotations and samplers see it: see `whole`. Not to be trained."""
+    state = lent(state)
+    params, frozen = whole(state.params, state.frozen)
+    return state.replace(params=params, frozen=frozen, memory={k: v for k, v in state.memory.items() if k != "ref"})
 
 
 def noise_scale(squares: Array, square: Array, *, rows: int, count: int) -> Mean:
@@ -122,12 +138,12 @@ def annotate(function: Callable[[TrainState, Batch], tuple[Batch, Metrics]], inn
     """`function` completes the batch once (advantages, reference log-probs), noting metrics, before `inner` learns."""
 
     def update(state, batch):
-        batch, noted = function(state, batch)
+        batch, noted = function(seen(state), batch)
         state, metrics = inner.update(state, batch)
         return state, {**noted, **metrics}
 
     def evaluate(state, batch):
-        batch, noted = function(state, batch)
+        batch, noted = function(seen(state), batch)
         return {**noted, **inner.evaluate(state, batch)}
 
     return Update(inner.init, update, evaluate)

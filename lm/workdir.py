@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TextIO
 
 from lm.checkpoint import restore_params
 from lm.errors import UserError
-from lm.model import Config, Model, make
+from lm.model import Config, Model, lora, make
 from lm.rewards import Reward
 from lm.rewards.model import reward_model
 from lm.stages.ranked import ONE_AXIS, in_order
@@ -28,6 +28,7 @@ METRICS = "metrics.jsonl"
 ROLLOUTS = "rollouts.jsonl"  # answers that a policy gave while it learnt, for people to read
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+BASE = "base"  # under adapters (model.lora_rank): the frozen decoder, in a checkpoint of its own
 PIPELINE = "pipeline.json"  # of a folder that holds the workdirs of several stages: their names, their seconds
 TENSORBOARD = "tensorboard"
 RECORD = "record.json"  # where its numbers come from: see lm.record
@@ -66,6 +67,10 @@ class Workdir:
     @property
     def checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
+
+    @property
+    def base(self) -> Path:
+        return self.path / BASE
 
     def summary(self) -> dict[str, Any] | None:
         """What the finished run wrote, or None if it has not finished."""
@@ -149,6 +154,10 @@ def load(path: str | Path, *, backend: str, step: int | None = None, warn: Calla
         )
     summary = read_json(path / SUMMARY) if (path / SUMMARY).exists() else {}
     shape = Config(**meta["model"])
+    if shape.lora_rank:  # whoever loads the run gets one decoder
+        base, _ = restore_params(path / BASE, warn=warn)
+        params = {**params, "lm": lora.merged(shape, base, params["lm"])}
+        shape = lora.plain(shape)
     return Trained(path, meta["stage"], shape, make(shape.on(backend)), params, tokenizer, summary)
 
 

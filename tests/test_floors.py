@@ -10,7 +10,7 @@ LM = Path(__file__).parent.parent / "lm"
 FLOORS = {
     -1: "errors calculator",
     0: "types metrics losses returns distribution sharding intervals together",
-    0.5: "agreement",
+    0.5: "agreement skills",
     1: "model optim tokenizer checkpoint hardware",
     1.5: "data weights",
     2: "update sample rewards environments",
@@ -18,8 +18,8 @@ FLOORS = {
     4: "config console workdir pages phases",
     4.5: "host vocabulary log record trackers trace inherited summary runpage",
     5: "convert train verdicts evaluate taste ranking unseen certify bench comparison",
-    5.5: "report lab compare vectorised",
-    6: "pipeline chat contest overoptimisation sweeps",
+    5.5: "report lab compare vectorised jumps",
+    6: "pipeline chat contest overoptimisation sweeps emergence",
     7: "rank judge sweep",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}

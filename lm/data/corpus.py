@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from lm.errors import UserError
+from lm.skills.drills import pages
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 UNUSED = {
@@ -36,9 +37,9 @@ class Document(NamedTuple):
 def documents(corpus: str) -> list[Document]:
     """The documents of `corpus`, sorted by name.
 
-    `corpus` is a comma-separated list of built-in names ("stdlib", "chitchat"), or else the path of a file or folder of
-    .txt, .md, .py or .jsonl (a `text` field per line). A corpus that is one document is cut into blocks of paragraphs,
-    so that some can be held out. UserError where there is nothing to read.
+    `corpus` is a comma-separated list of built-in names ("stdlib", "chitchat", "drills"), or else the path of a file or
+    folder of .txt, .md, .py or .jsonl (a `text` field per line). A corpus that is one document is cut into blocks of
+    paragraphs, so that some can be held out. UserError where there is nothing to read.
     """
     if not corpus.strip():
         raise UserError(f"no corpus is named: give a file, a folder, or built-in names ({', '.join(BUILT_IN)})")
@@ -194,7 +195,12 @@ def turns_of(conversation: Mapping) -> list[tuple[str, str]]:
     return [(speaker, " ".join(text for _, text in group)) for speaker, group in spoken]
 
 
-BUILT_IN = {"stdlib": stdlib, "chitchat": chitchat}
+def drills() -> list[Document]:
+    """Pages of copying, sums, brackets and made-up facts, without the items that lm.skills keeps for testing."""
+    return [Document(f"drills/{number:05}", text) for number, text in enumerate(pages())]
+
+
+BUILT_IN = {"stdlib": stdlib, "chitchat": chitchat, "drills": drills}
 
 
 def _hidden(path: Path) -> bool:

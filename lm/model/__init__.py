@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from lm.model import decoder, params as parameters
+from lm.model import decoder, lora, params as parameters
 from lm.model.attention import Cache, empty_cache
 from lm.model.config import Config
 from lm.model.decoder import Scores
@@ -20,7 +20,7 @@ class Model(NamedTuple):
     """Pure functions. `lm` is the decoder's parameters, `head` the scalar head's."""
 
     config: Config
-    init: Callable[..., Params]  # (key) -> lm
+    init: Callable[..., Params]  # (key) -> lm; with config.lora_rank its adapters, which lora.joined lays on a base
     init_value: Callable[..., Params]  # (key) -> head, all zero
     axes: dict  # logical axes of {"lm": ..., "value": ...}
     hidden: Callable[..., Array]  # (lm, inputs, positions, segments) -> f[B,T,D]
@@ -36,6 +36,10 @@ class Model(NamedTuple):
 def make(config: Config) -> Model:
     """The decoder-only transformer of `config`, every "auto" already settled (see Config.on)."""
     specs, value_specs = parameters.specs(config), parameters.value_specs(config)
+    learnt, axes = specs, parameters.axes(specs)
+    if config.lora_rank:
+        learnt = lora.adapter_specs(config)
+        axes = lora.joined(parameters.axes(learnt), {lora.BASE: axes})  # adapters and base are sharded by one table
     hidden = functools.partial(decoder.hidden, config)
     scores = functools.partial(decoder.scores, config)
 
@@ -45,9 +49,9 @@ def make(config: Config) -> Model:
 
     return Model(
         config=config,
-        init=functools.partial(parameters.initial, specs),
+        init=functools.partial(parameters.initial, learnt),
         init_value=functools.partial(parameters.initial, value_specs),
-        axes={"lm": parameters.axes(specs), "value": parameters.axes(value_specs)},
+        axes={"lm": axes, "value": parameters.axes(value_specs)},
         hidden=hidden,
         routed=functools.partial(decoder.hidden_and_routing, config),
         cached=functools.partial(decoder.cached_hidden, config),

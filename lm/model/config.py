@@ -12,6 +12,7 @@ CHOICES = {
     "bias": ("none", "qkv", "attention", "all"),
     "embedded": ("rope", "learned"),
     "rope_scaling": ("none", "linear", "llama3", "yarn"),
+    "lora_base": ("float32", "bfloat16", "int8"),
     "remat": ("none", "block", "dots"),
     "dtype": ("auto", "float32", "bfloat16"),
     "scan": ("auto", "yes", "no"),
@@ -19,7 +20,7 @@ CHOICES = {
 AT_LEAST = {
     0: (
         *("window", "global_every", "experts", "loss_chunk", "attention_scale", "attention_softcap", "logit_softcap"),
-        *("rope_local_base", "rope_original", "rope_attention"),
+        *("rope_local_base", "rope_original", "rope_attention", "lora_rank"),
     ),
     1: ("vocab_size", "layers", "width", "heads", "kv_heads", "head_size", "hidden", "context", "experts_per_token"),
 }
@@ -71,6 +72,11 @@ class Config:
     rope_high: float = 4.0  # rotations above which it stays (yarn: 32)
     rope_attention: float = 0.0  # yarn: cos and sin times this; 0: 0.1 ln(rope_factor) + 1
     norm_eps: float = 1e-6
+
+    lora_rank: int = 0  # of the adapters that are learnt on a frozen base (Hu et al. 2021, arXiv 2106.09685); 0: none
+    lora_alpha: float = 16.0  # their product counts lora_alpha / lora_rank
+    lora_targets: str = "query,value"  # the matrices that have them
+    lora_base: str = "float32"  # how the base is kept: also bfloat16, int8
 
     dtype: str = "auto"  # of the matrix products; parameters, norms, softmax and losses stay float32
     scan: str = "auto"  # "yes": one compiled block for all layers; "no": unrolled

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lm import distribution
-from lm.model import rope
+from lm.model import lora, rope
 from lm.model.attention import Cache, cached_attention, causal_attention, softcapped
 from lm.model.config import Config
 from lm.model.experts import Routing, routed
@@ -29,9 +29,16 @@ def normed(c: Config, x: Array, layer: Params, name: str) -> Array:
     return (y + layer[f"{name}_bias"] if c.norm == "layer" else y).astype(x.dtype)
 
 
-def product(x: Array, layer: Params, name: str) -> Array:
-    """f[...,F] from f[...,D]: the matrix of that name, and its bias where there is one."""
-    y = linear(x, layer[name].astype(x.dtype))
+def product(c: Config, x: Array, layer: Params, name: str) -> Array:
+    """f[...,F] from f[...,D]: the matrix of that name, with what the layer has beside it: its columns' scales, if it is
+    kept in 8 bits, low-rank adapters, a bias."""
+    matrix = layer[name].astype(x.dtype)
+    if f"{name}_scale" in layer:
+        matrix = matrix * layer[f"{name}_scale"].astype(x.dtype)
+    y = linear(x, matrix)
+    if f"{name}_a" in layer:
+        low = linear(x, layer[f"{name}_a"].astype(x.dtype))
+        y = y + lora.scale(c) * linear(low, layer[f"{name}_b"].astype(x.dtype))
     return y + layer[f"{name}_bias"].astype(x.dtype) if f"{name}_bias" in layer else y
 
 
@@ -47,7 +54,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": functools.partial(jax.nn.gelu, appro
 def _attention(c: Config, attend, angles, h: Array, layer: Params) -> tuple[Array, Cache | None]:
     """`attend` maps q, k, v f[B,T,heads,H] to f[B,T,N,H] and the cache they went into, or None."""
     B, T, _ = h.shape
-    q, k, v = (product(h, layer, name) for name in ("query", "key", "value"))
+    q, k, v = (product(c, h, layer, name) for name in ("query", "key", "value"))
     whole = c.qk_norm and c.qk_norm_over == "all"
     if whole:
         q, k = normed(c, q, layer, "query_norm"), normed(c, k, layer, "key_norm")
@@ -59,7 +66,7 @@ def _attention(c: Config, attend, angles, h: Array, layer: Params) -> tuple[Arra
         q, k = rotated(q, angles), rotated(k, angles)
     q, k, v = (shard(a, "batch", None, n, None) for a, n in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
     out, cache = attend(q, k, v)
-    return shard(product(out.reshape(B, T, -1), layer, "attention_out"), "batch", None, None), cache
+    return shard(product(c, out.reshape(B, T, -1), layer, "attention_out"), "batch", None, None), cache
 
 
 def _mlp(c: Config, h: Array, layer: Params) -> tuple[Array, Routing | None]:
@@ -68,10 +75,10 @@ def _mlp(c: Config, h: Array, layer: Params) -> tuple[Array, Routing | None]:
         matrices = {name: layer[name] for name in ("router", "gate", "up", "down") if name in layer}
         h, routing = by_rows(lambda h, matrices: routed(c, matrices, h, activation), h, matrices)
     else:
-        gate = product(h, layer, "gate") if c.gated else None
-        up = product(h, layer, "up")
+        gate = product(c, h, layer, "gate") if c.gated else None
+        up = product(c, h, layer, "up")
         h = shard(activation(gate) * up if c.gated else activation(up), "batch", None, "hidden")
-        h = product(h, layer, "down")
+        h = product(c, h, layer, "down")
     return shard(h, "batch", None, None), routing
 
 

@@ -127,7 +127,7 @@ def matmul_count(c: Config) -> int:
 
 
 def flops_per_token(c: Config, length: int) -> float:
-    """Training FLOPs a token, forward and backward: 6N plus causal attention.
+    """Training FLOPs a token, forward and backward: 6N plus causal attention; a frozen base has no weight gradient: 4N.
 
     Attention: two products of 2 * heads * head_size per visible key, (length + 1) / 2 keys on average, times three for
     the backward pass; a window sees fewer. Rematerialisation is work, not progress, and is left out.
@@ -136,4 +136,4 @@ def flops_per_token(c: Config, length: int) -> float:
     seen = min(c.window, length)
     windowed = seen - seen * (seen - 1) / (2 * length)  # the first queries of a row see less than a window
     keys = sum(windowed if local else whole for local in c.local)
-    return 6 * matmul_count(c) + 12 * c.heads * c.head_size * keys
+    return (4 if c.lora_rank else 6) * matmul_count(c) + 12 * c.heads * c.head_size * keys

@@ -17,7 +17,6 @@ from lm.sample import check
 from lm.stages.answering import MARKERS, Answer, Drawn, answers, conversations, rollout
 from lm.stages.context import Batches, Context
 from lm.types import Rollouts, Tokens, TrainState
-from lm.update import lent
 
 MODEL = "model"  # the name of the learnt reward among `rewards`
 MODEL_ALONE: Mapping[str, float] = {MODEL: 1.0}
@@ -228,7 +227,7 @@ def table(context: Context, temperature: float) -> Callable[[TrainState, Rollout
     def shown(state: TrainState, batch: Rollouts, rows: int) -> Iterator[dict[str, Any]]:
         part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text=None)))
         w = part.tokens.weights
-        ref = np.asarray(logprobs(lent(state).frozen["ref"], part.tokens, temperature))
+        ref = np.asarray(logprobs(state.frozen["ref"], part.tokens, temperature))
         for b in range(len(w)):
             trained = w[b] > 0
             first, *_, last = np.flatnonzero(trained).repeat(2)

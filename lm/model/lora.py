@@ -1,0 +1,101 @@
+"""Low-rank adapters on a frozen base: W + (alpha / rank) A B (Hu et al. 2021, arXiv 2106.09685).
+
+A run learns the adapters, {"layers": {"query_a", "query_b", ...}}; the base lies in state.frozen["base"], in float32,
+bfloat16, or int8 with a scale a column (as QLoRA's frozen base, Dettmers et al. 2023, arXiv 2305.14314, in 8 bits).
+`joined` lays them into one tree, by reference: what the forward pass reads. B starts at zero, so that the first output
+is the base model's.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lm.errors import UserError
+from lm.model.config import Config
+from lm.model.params import Spec, specs
+from lm.types import Array, Params
+
+BASE = "base"  # of state.frozen
+MATRICES = ("query", "key", "value", "attention_out", "gate", "up", "down")
+
+
+def plain(c: Config) -> Config:
+    """The same model without adapters."""
+    return dataclasses.replace(c, lora_rank=0)
+
+
+def adapter_specs(c: Config) -> dict:
+    """Of the trainable decoder: A draws as a matrix of its rows does, B is zero."""
+    layers = specs(plain(c))["layers"]
+    found = {}
+    for name in targets(c):
+        stack, rows, columns = layers[name].shape
+        _, row_axis, column_axis = layers[name].axes
+        found[f"{name}_a"] = Spec((stack, rows, c.lora_rank), (None, row_axis, None), 1 / math.sqrt(rows))
+        found[f"{name}_b"] = Spec((stack, c.lora_rank, columns), (None, None, column_axis), 0.0)
+    return {"layers": found}
+
+
+def targets(c: Config) -> list[str]:
+    """The matrices that have adapters. UserError for one that the model has not."""
+    names = [name.strip() for name in c.lora_targets.split(",")]
+    here = [name for name, spec in specs(plain(c))["layers"].items() if name in MATRICES and len(spec.shape) == 3]
+    for name in names:
+        if name not in here:
+            raise UserError(f"model.lora_targets names {name!r}; this model has {', '.join(sorted(here))}")
+    return names
+
+
+def joined(lm: Params, frozen: Mapping[str, Any]) -> Params:
+    """Adapters and the base under them as one decoder; `lm` itself where there is no base, or it needs none."""
+    if BASE not in frozen or "embedding" in lm:
+        return lm
+    base = frozen[BASE]
+    return {**base, **lm, "layers": {**base["layers"], **lm["layers"]}}
+
+
+def merged(c: Config, base: Mapping[str, Any], lm: Mapping[str, Any]) -> Params:
+    """The decoder without adapters that computes the same, float32, numpy."""
+    layers = {
+        name: np.asarray(leaf, np.float32) for name, leaf in base["layers"].items() if not name.endswith("_scale")
+    }
+    for name in base["layers"]:
+        if name.endswith("_scale"):
+            layers[name.removesuffix("_scale")] *= np.asarray(base["layers"][name], np.float32)
+    for name in targets(c):
+        a, b = (np.asarray(lm["layers"][f"{name}_{side}"], np.float32) for side in "ab")
+        layers[name] = layers[name] + scale(c) * (a @ b)
+    rest = {name: np.asarray(leaf, np.float32) for name, leaf in base.items() if name != "layers"}
+    return {**rest, "layers": layers}
+
+
+def scale(c: Config) -> float:
+    return c.lora_alpha / c.lora_rank
+
+
+def stored(c: Config, lm: Mapping[str, Any]) -> Params:
+    """A decoder as a base of config.lora_base: bfloat16, or matrices of the layers in 8 bits, a scale a column."""
+    if c.lora_base == "float32":
+        return lm
+    if c.lora_base == "bfloat16":
+        return {
+            **{name: leaf.astype(jnp.bfloat16) for name, leaf in lm.items() if name != "layers"},
+            "layers": {name: leaf.astype(jnp.bfloat16) for name, leaf in lm["layers"].items()},
+        }
+    layers = {}
+    for name, leaf in lm["layers"].items():
+        if name not in MATRICES:
+            layers[name] = leaf
+            continue
+        layers[name], layers[f"{name}_scale"] = in_int8(leaf)
+    return {**lm, "layers": layers}
+
+
+def in_int8(w: Array) -> tuple[Array, Array]:
+    """int8[..., D, F] and f32[..., 1, F]: the largest of a column is 127; w is their product within scale / 2."""
+    scale = jnp.maximum(jnp.max(jnp.abs(w), axis=-2, keepdims=True) / 127, 1e-12)
+    return jnp.round(w / scale).astype(jnp.int8), scale

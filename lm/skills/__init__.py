@@ -1,0 +1,1 @@
+"""Small tasks with one right answer, and how an answer is scored."""

