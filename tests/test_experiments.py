@@ -6,17 +6,18 @@ import re
 
 import pytest
 from ml_collections import ConfigDict
-from runs import EXPERIMENTS, TRAINED, finished
+from runs import EXPERIMENTS, TRAINED, finished, settings, small
 
 from lm import contest, evaluate, model, optim, sharding, train, unseen, verdicts
-from lm.config import arguments, load
+from lm.config import arguments, load, module_of
 from lm.errors import UserError
 from lm.lab import climbs
 from lm.ladder import planned
+from lm.model import params
 from lm.stages import STAGES
 from lm.workdir import read_json
 
-__all__ = ["finished"]
+__all__ = ["finished", "small"]
 
 FILES = sorted(path.stem for path in EXPERIMENTS.glob("*.py"))
 EACH = pytest.mark.parametrize("name", FILES)
@@ -155,3 +156,18 @@ def test_tiny_trains_a_few_steps(finished, name):
     assert summary["steps"] == config.train.steps <= 8
     assert summary["stage"] == config.stage.name == name
     assert summary["seconds"] < 60
+
+
+def test_the_mixture_trains_and_its_twin_works_as_much_on_a_token(finished, small, tmp_path):
+    """By lm.train, on the finished pipeline's tokenizer and text. The router is what the mixture computes beside."""
+    flags = [flag.removeprefix("--config.") for flag in settings(finished, "pretrain")]
+    path = f"{EXPERIMENTS / 'moe.py'}:tiny"
+    held_out = train.run(load(path, flags), tmp_path / "moe")["held_out"]
+    assert 0.9 < held_out["balance"] < 2 and held_out["router_z"] >= 0 and held_out["bits_per_byte"] > 1
+    mixture, dense = (
+        model.Config(vocab_size=300, **load(path, [f"{key}={value}" for key, value in changes.items()]).model)
+        for changes in module_of(str(EXPERIMENTS / "moe.py")).sweep("tiny")
+    )
+    router = mixture.layers * mixture.width * mixture.experts
+    assert mixture.experts and not dense.experts
+    assert params.matmul_count(mixture) == params.matmul_count(dense) + router

@@ -10,6 +10,7 @@ import pytest
 
 from lm import model, optim
 from lm.errors import UserError
+from lm.model import lora
 from lm.model.experts import Routing, balance, routed, router_z
 from lm.stages import pretrain, sft
 from lm.stages.next_token import next_token
@@ -166,3 +167,14 @@ def test_a_skewed_router_learns_to_share(mixture, fresh, rows):
 def test_a_model_without_experts_has_neither(stage, name, tiny_model):
     with pytest.raises(UserError, match=f"stage.{name} is 0.01, but the model has no experts: leave it out, or set"):
         stage.make(tiny_model, optim.make(learning_rate=1.0, total_steps=1), **{name: 0.01})
+
+
+def test_experts_of_a_base_kept_in_8_bits(mixture, fresh, rows):
+    """Adapters on a frozen mixture: its experts' columns are scaled as those of other matrices are."""
+    c = dataclasses.replace(mixture.config, lora_rank=1, lora_base="int8")
+    adapted, tokens = model.make(c), tokens_of(rows)
+    base, adapters = lora.stored(c, fresh), jax.jit(adapted.init)(jax.random.key(1))
+    assert base["layers"]["gate"].dtype == jnp.int8
+    found = jax.jit(adapted.token_logprobs)(lora.joined(adapters, {lora.BASE: base}), tokens)
+    expected = jax.jit(mixture.token_logprobs)(lora.merged(c, base, adapters), tokens)
+    np.testing.assert_allclose(found, expected, atol=2e-4)

@@ -29,13 +29,16 @@ def normed(c: Config, x: Array, layer: Params, name: str) -> Array:
     return (y + layer[f"{name}_bias"] if c.norm == "layer" else y).astype(x.dtype)
 
 
+def matrix(layer: Params, name: str, dtype) -> Array:
+    """The matrix of that name, times its columns' scales where it is kept in 8 bits."""
+    found = layer[name].astype(dtype)
+    return found * layer[f"{name}_scale"].astype(dtype) if f"{name}_scale" in layer else found
+
+
 def product(c: Config, x: Array, layer: Params, name: str) -> Array:
     """f[...,F] from f[...,D]: the matrix of that name, with what the layer has beside it: its columns' scales, if it is
     kept in 8 bits, low-rank adapters, a bias."""
-    matrix = layer[name].astype(x.dtype)
-    if f"{name}_scale" in layer:
-        matrix = matrix * layer[f"{name}_scale"].astype(x.dtype)
-    y = linear(x, matrix)
+    y = linear(x, matrix(layer, name, x.dtype))
     if f"{name}_a" in layer:
         low = linear(x, layer[f"{name}_a"].astype(x.dtype))
         y = y + lora.scale(c) * linear(low, layer[f"{name}_b"].astype(x.dtype))
@@ -72,7 +75,7 @@ def _attention(c: Config, attend, angles, h: Array, layer: Params) -> tuple[Arra
 def _mlp(c: Config, h: Array, layer: Params) -> tuple[Array, Routing | None]:
     activation, routing = ACTIVATIONS[c.activation], None
     if c.experts:
-        matrices = {name: layer[name] for name in ("router", "gate", "up", "down") if name in layer}
+        matrices = {name: matrix(layer, name, h.dtype) for name in ("router", "gate", "up", "down") if name in layer}
         h, routing = by_rows(lambda h, matrices: routed(c, matrices, h, activation), h, matrices)
     else:
         gate = product(c, h, layer, "gate") if c.gated else None
