@@ -4,7 +4,8 @@ Method: a run of experiments/scaling.py, 150 steps; width, learning rate and muP
 Paper: Yang et al. 2022 (Tensor Programs V), fig. 1, arXiv 2203.03466.
 Command: python -m lm.sweep --config=experiments/mup_sweep.py --workdir=runs/mup_sweep
 Needs: runs/scaling/tokenizer, which lm.scaling makes first.
-Expect: 24 runs of about 20 s on 2 cores; the README has the best rate of each width.
+Expect: the best rate, by a parabola through the lowest three, is 0.016, 0.020, 0.023 at widths 16, 64, 128 with muP,
+and 0.033, 0.010, 0.007 without; 24 runs in 12 minutes on 2 cores of an AMD EPYC that others kept busy too.
 Change first: the axes of sweep(), train.steps.
 """
 
