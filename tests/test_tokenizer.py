@@ -56,6 +56,12 @@ def test_special_ids_drop_out_of_text(tokenizer):
     assert tokenizer.decode([2, 5, *a, 8, 1, 0, *b, 3]) == "the cat sees"
 
 
+def test_ids_that_only_a_larger_model_has(tokenizer):
+    """A model may have more rows than its tokenizer pieces; what it draws there is no text."""
+    a = tokenizer.encode("the cat")
+    assert tokenizer.decode([*a, 320, 999]) == "the cat" and tokenizer.pieces([999]) == ["<999>"]
+
+
 def test_indentation_is_one_piece_and_digits_stand_alone(tokenizer):
     numbers = tk.train(["2024 " * 1000, "x:\n    y\n        z\n" * 1000, *TEXTS], vocab_size=320)
     assert "    " in numbers.pieces(numbers.encode("x\n    y"))

@@ -92,10 +92,13 @@ class Own(Tokenizer):
         return encoded
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        return [piece.replace(BLANK, " ") for piece in self._processor.id_to_piece([int(i) for i in ids])]
+        return [self._piece(int(i)) for i in ids]
+
+    def _piece(self, i: int) -> str:
+        return self._processor.id_to_piece(i).replace(BLANK, " ") if i < self.vocab_size else f"<{i}>"
 
     def chats(self, conversations: Sequence[Sequence[Message]]) -> list[Example]:
         """`<|bos|>`, then for each message `<|role|>` content `<|end|>`; all their contents are encoded in one call.
