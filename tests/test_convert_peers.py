@@ -1,6 +1,7 @@
 """lm.convert against transformers: real weights from a GGUF file, and our folders as its Auto classes load them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from runs import finished
 
 from lm import convert
 from lm.tokenizer import chat, prompt
+from lm.tokenizer.borrowed import bundled
 from lm.weights import packages
 from lm.workdir import load
 
@@ -65,3 +67,26 @@ def test_our_folder_is_what_the_auto_classes_load(finished, tmp_path):
     np.testing.assert_allclose(logits(trained, ids), expected, atol=1e-4)
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert set(generation["eos_token_id"]) == set(trained.tokenizer.stops)
+
+
+def test_the_sentencepiece_files_of_mistral_common_encode_as_it_does():
+    import mistral_common
+    from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+    files = [path for path in (Path(mistral_common.__file__).parent / "data").iterdir() if ".model" in path.name]
+    texts = [
+        "",
+        " ",
+        "Hello world",
+        "  two  spaces\n\ttab",
+        "é 😀 中文 \u2581",
+        "x + 1234",
+        "[INST] hi [/INST]",
+        "<s></s>",
+    ]
+    assert len(files) == 5
+    for path in files:
+        theirs, ours = SentencePieceTokenizer(path), bundled(pieces=path.read_bytes(), stops=[2])
+        assert ours.vocab_size == theirs.n_words
+        assert ours.encode_all(texts) == [theirs.encode(text, bos=False, eos=False) for text in texts]
+        assert ours.start == (theirs.bos_id,)
