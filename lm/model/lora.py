@@ -24,8 +24,9 @@ MATRICES = ("query", "key", "value", "attention_out", "gate", "up", "down")
 
 
 def plain(c: Config) -> Config:
-    """The same model without adapters."""
-    return dataclasses.replace(c, lora_rank=0)
+    """The same model without adapters, and without a word of them."""
+    told = {f.name: f.default for f in dataclasses.fields(c) if f.name.startswith("lora_")}
+    return dataclasses.replace(c, **told)
 
 
 def adapter_specs(c: Config) -> dict:
