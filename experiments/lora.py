@@ -5,7 +5,7 @@ Paper: Hu et al. 2021 (LoRA), arXiv 2106.09685; Dettmers et al. 2023 (QLoRA), ar
 (SmolLM2), arXiv 2502.02737.
 Command: python -m lm.train --config=experiments/lora.py --workdir=runs/lora
 Needs: runs/smollm2 (python -m lm.convert --source=smollm2-135m --workdir=runs/smollm2).
-Expect: EXPECT
+Expect: held-out loss from 4.71 to 3.95 nats a reply token, 23,893 tokens, 23 minutes on 2 cores that others kept busy.
 Change first: init_from (any policy's workdir), model.lora_rank and lora_targets, optimizer.learning_rate.
 """
 
