@@ -259,7 +259,7 @@ def corpora(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("nowhere", "no corpus at {}: give a file, a folder, or built-in names (stdlib, chitchat)"),
+        ("nowhere", "no corpus at {}: give a file, a folder, or built-in names (stdlib, chitchat, drills)"),
         ("empty", "no .txt .md .py .jsonl file in {}: give a corpus that has some"),
         ("binary", "no text in {}: 1 files, 1 of them binary, the rest empty"),
         ("blank", "no text in {}: 1 files, 0 of them binary, the rest empty"),
