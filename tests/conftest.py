@@ -9,10 +9,11 @@ from importlib import metadata
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if metadata.version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"  # later ones do not know it, and stop at what they do not know
-PROGRAMS = tempfile.TemporaryDirectory(prefix="programs-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits all of it, the compiled programs too
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="programs-")
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
