@@ -11,7 +11,7 @@ import pytest
 from lm.distribution import adjusted, penalised
 from lm.errors import UserError
 from lm.sample import decode, joined, prefill, sample
-from lm.stages.rollouts import batches
+from lm.stages import STAGES
 from lm.types import Completions
 
 LENGTHS = np.array([9, 4, 1, 6], np.int32)
@@ -164,9 +164,11 @@ def test_penalised_by_hand():
     np.testing.assert_array_equal(penalised(logits, seen, 1.0), logits)
 
 
-def test_no_stage_learns_from_penalised_samples():
-    """Rule 6: a loss scores a token without knowing what the row held, so a rollout may not be penalised."""
-    assert not {"repetition_penalty", "min_p", "top_k", "top_p"} & set(inspect.signature(batches).parameters)
+@pytest.mark.parametrize("name", STAGES)
+def test_no_stage_can_sample_otherwise_than_its_losses_score(name):
+    """Rule 6: a loss knows the temperature, but neither what the row held before nor a cut support."""
+    options = {*inspect.signature(STAGES[name].batches).parameters, *inspect.signature(STAGES[name].make).parameters}
+    assert not {"repetition_penalty", "min_p", "top_k", "top_p"} & options
 
 
 def test_samples_are_those_of_repeated_prompts(sampler):
