@@ -1,6 +1,6 @@
 """Many prompts in, many texts out: how ranking and evaluation ask a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.data.prompts import Prompts
+from lm.errors import UserError
 from lm.model import Model
 from lm.sample import sample
 from lm.tokenizer import Tokenizer
@@ -17,17 +18,52 @@ from lm.types import Array, Params
 class Answer(NamedTuple):
     text: str
     length: int  # sampled tokens, the stop token included
-    stopped: bool  # ended by itself within the limit
+    stopped: bool  # ended by itself, or with a stop string, within the limit
+
+
+def check_stop_strings(stops: Sequence[str]) -> None:
+    """UserError for one that is empty, which every text would hold at once."""
+    if not all(stops):
+        raise UserError("a stop string is empty: give it at least one character, or leave it out")
+
+
+def before(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """What comes before the stop string that is complete first, and whether there is one. More text changes neither."""
+    places = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    return (text[: min(places)[1]], True) if places else (text, False)
+
+
+def certain(text: str, stops: Sequence[str]) -> str:
+    """`text`, which may go on and holds no stop string, without an end that may yet become one."""
+    begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return text[: len(text) - max(begun, default=0)]
+
+
+def cut(tokenizer: Tokenizer, ids: Sequence[int], stopped: bool, stops: Sequence[str]) -> Answer:
+    """The answer of sampled ids, which ends before a stop string; the string's own tokens count in its length."""
+    text, found = before(tokenizer.decode(ids), stops)
+    if not found:
+        return Answer(text, len(ids), stopped)
+    return Answer(text, next(n for n in range(1, len(ids) + 1) if before(tokenizer.decode(ids[:n]), stops)[1]), True)
 
 
 def answerer(
-    model: Model, lm: Params, tokenizer: Tokenizer, *, rows_at_once: int, jit, **options
+    model: Model,
+    lm: Params,
+    tokenizer: Tokenizer,
+    *,
+    rows_at_once: int,
+    jit,
+    stop_strings: Sequence[str] = (),
+    **options,
 ) -> Callable[[Prompts, Array], list[Answer]]:
     """(prompts, key) -> one answer a prompt, sampled `rows_at_once` at a time.
 
     `options` are those of sample (max_new, temperature, ...). Chunk c draws with fold_in(key, c), so an answer depends
-    on its place in the list, not on how many follow.
+    on its place in the list, not on how many follow. An answer ends before the first of `stop_strings`, but is sampled
+    to its own end: the program knows tokens, no text.
     """
+    check_stop_strings(stop_strings)
     run = jit(lambda lm, ids, lengths, key: sample(model, lm, ids, lengths, key, stop=tokenizer.stops, **options))
     lm = jax.tree.map(jnp.asarray, lm)  # on the device once, not for every chunk
 
@@ -40,7 +76,7 @@ def answerer(
             drawn = jax.device_get(run(lm, ids, lengths, jax.random.fold_in(key, chunk)))
             for row in range(rows_at_once - missing):
                 length = int(drawn.lengths[row])
-                found.append(Answer(tokenizer.decode(drawn.tokens[row, :length]), length, bool(drawn.stopped[row])))
+                found.append(cut(tokenizer, drawn.tokens[row, :length], bool(drawn.stopped[row]), stop_strings))
         return found
 
     return answers

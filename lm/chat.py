@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.answers import before, certain, check_stop_strings
 from lm.config import parsed
 from lm.console import main, warn
-from lm.distribution import adjusted
+from lm.distribution import adjusted, penalised
 from lm.errors import UserError
 from lm.model import Model
 from lm.model.params import count, specs
-from lm.sample import check, decode, draw, prefill, row_keys
+from lm.sample import check, decode, draw, prefill, row_keys, seen_in, with_new
 from lm.stages import JUDGES
 from lm.tokenizer import Message, Tokenizer, prompt
 from lm.workdir import CHECKPOINTS, CONFIG, PIPELINE, Trained, load, read_json
@@ -37,6 +38,13 @@ FLAGS = {
     "temperature": dict(type=float, default=0.7, help="0 always takes the likeliest token; default: 0.7"),
     "top_k": dict(type=int, default=0, help="sample among the k likeliest tokens only; default: 0, all"),
     "top_p": dict(type=float, default=1.0, help="among the likeliest whose probability reaches p; default: 1"),
+    "min_p": dict(type=float, default=0.0, help="those at least p times as probable as the likeliest; default: 0, all"),
+    "repetition_penalty": dict(
+        type=float, default=1.0, help="above 1, what was said comes less easily again; default: 1"
+    ),
+    "stop": dict(
+        action="append", default=[], metavar="TEXT", help="end an answer before this text; may be given several times"
+    ),
     "seed": dict(type=int, default=0, help="the same seed gives the same answers; default: 0"),
     "max_new_tokens": dict(type=int, help=f"the longest answer; default: {NEW_TOKENS}, or what the context leaves"),
 }
@@ -53,7 +61,9 @@ def policy_folder(path: Path) -> Path:
     raise UserError(f"{path} holds no trained model yet: let lm.pipeline come to the first checkpoint of pretrain")
 
 
-def streamer(model: Model, *, temperature: float, top_k: int, top_p: float) -> Callable[..., Iterator[int]]:
+def streamer(
+    model: Model, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0, repetition_penalty: float = 1.0
+) -> Callable[..., Iterator[int]]:
     """stream(lm, ids, key, *, max_new, stop): the tokens of lm.sample.sample's row 0, each as soon as it is drawn.
 
     The keys are sample's, and so are the tokens, unless rounding decides between two: the padding differs. Prompts are
@@ -61,30 +71,34 @@ def streamer(model: Model, *, temperature: float, top_k: int, top_p: float) -> C
     """
     capacity = model.config.context + BUCKET
 
-    def drawn(logits, keys, t):
+    def drawn(logits, keys, t, seen):
+        """The next token i32[1], and what has been seen with it; None where there is no penalty."""
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        return draw(now, adjusted(logits, temperature=temperature, top_k=top_k, top_p=top_p))[0]
+        logits = logits if seen is None else penalised(logits, seen, repetition_penalty)
+        tokens, _ = draw(now, adjusted(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
+        return tokens, None if seen is None else with_new(seen, tokens)
 
     @jax.jit
     def first(lm, prompts, lengths, keys):
         logits, cache = prefill(model, lm, prompts, lengths, capacity=capacity)
-        return drawn(logits, keys, 0), cache
+        seen = None if repetition_penalty == 1 else seen_in(prompts, lengths, logits.shape[1])
+        return *drawn(logits, keys, 0, seen), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def following(lm, tokens, lengths, keys, t, cache):
+    def following(lm, tokens, lengths, keys, t, seen, cache):
         logits, cache = decode(model, lm, tokens, lengths + t - 1, cache)
-        return drawn(logits, keys, t), cache
+        return *drawn(logits, keys, t, seen), cache
 
     def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
         prompts = np.zeros((1, -(-len(ids) // BUCKET) * BUCKET), np.int32)
         prompts[0, : len(ids)] = ids
         lengths, keys = np.array([len(ids)], np.int32), row_keys(key, jnp.arange(1))
-        tokens, cache = first(lm, prompts, lengths, keys)
+        tokens, seen, cache = first(lm, prompts, lengths, keys)
         for t in range(1, max_new + 1):
             yield int(tokens[0])
             if t == max_new or int(tokens[0]) in stop:
                 return
-            tokens, cache = following(lm, tokens, lengths, keys, t, cache)
+            tokens, seen, cache = following(lm, tokens, lengths, keys, t, seen, cache)
 
     return stream
 
@@ -110,6 +124,7 @@ class Chat:
     """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), over every reset.
 
     max_new: tokens an answer may have; None: NEW_TOKENS, or what the context leaves. note: given what is to be told.
+    stop: strings before the first of which an answer ends.
     """
 
     def __init__(
@@ -122,15 +137,25 @@ class Chat:
         temperature: float = 0.7,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
     ):
         self._context = trained.model.config.context
-        self._sampler = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self._sampler = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        }
+        check_stop_strings(stop)
         if not 0 <= seed < 2**32:
             raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
         if max_new is not None and max_new >= self._context:
             raise UserError(f"max_new_tokens is {max_new}, but prompt and answer share {self._context}: lower it")
         check(trained.model, 1, max_new=1 if max_new is None else max_new, **self._sampler)
-        self._trained, self._note, self._seed, self._max_new = trained, note, seed, max_new
+        self._trained, self._note, self._seed, self._max_new, self._stop = trained, note, seed, max_new, tuple(stop)
         self._lm = jax.device_put(trained.params["lm"])
         self._stream = streamer(trained.model, **self._sampler)
         self._answers = 0
@@ -191,13 +216,17 @@ class Chat:
         try:
             for token in self._stream(self._lm, ids, key, max_new=max_new, stop=tokenizer.stops):
                 drawn.append(token)
-                so_far = settled(tokenizer, drawn)
+                so_far, found = before(settled(tokenizer, drawn), self._stop)
+                if found:
+                    break
+                so_far = certain(so_far, self._stop)
                 yield so_far[len(said) :]
                 said = so_far
-            yield printable(tokenizer.decode(drawn))[len(said) :]
+            yield before(printable(tokenizer.decode(drawn)), self._stop)[0][len(said) :]
         finally:  # also when the answer is cut short
-            self.ended = bool(drawn) and drawn[-1] in tokenizer.stops
-            self.messages.append({"role": "assistant", "content": printable(tokenizer.decode(drawn))})
+            text, found = before(printable(tokenizer.decode(drawn)), self._stop)
+            self.ended = found or bool(drawn) and drawn[-1] in tokenizer.stops
+            self.messages.append({"role": "assistant", "content": text})
 
 
 def speak(chat: Chat, text: str) -> None:
@@ -251,6 +280,9 @@ def program(argv: list[str]) -> None:
         temperature=flags.temperature,
         top_k=flags.top_k,
         top_p=flags.top_p,
+        min_p=flags.min_p,
+        repetition_penalty=flags.repetition_penalty,
+        stop=flags.stop,
     )
     if flags.prompt is not None:
         speak(chat, flags.prompt)

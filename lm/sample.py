@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lm.distribution import adjusted, picked
+from lm.distribution import adjusted, penalised, picked
 from lm.errors import UserError
 from lm.model import Cache, Model
 from lm.types import Array, Completions, Params, Tokens
@@ -45,6 +45,23 @@ def row_keys(key: Array, rows: Array) -> Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
 
 
+def seen_in(prompts: Array, lengths: Array, vocabulary: int) -> Array:
+    """bool[B,V]: the tokens of right-padded prompts i32[B,P]; padding is none of them."""
+    B, P = prompts.shape
+    seen = jnp.zeros((B, vocabulary), bool)
+    return seen.at[jnp.arange(B)[:, None], prompts].max(jnp.arange(P) < lengths[:, None])
+
+
+def with_new(seen: Array, tokens: Array) -> Array:
+    """bool[B,V]: and these tokens i32[B]."""
+    return seen | (jnp.arange(seen.shape[1]) == tokens[:, None])
+
+
+def repeated(tree, times: int):
+    """A cache, or arrays, with every row so many times, the copies adjacent."""
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0) if x.ndim else x, tree)
+
+
 def sample(
     model: Model,
     lm: Params,
@@ -56,30 +73,42 @@ def sample(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    samples: int = 1,
     stop: Sequence[int] = (),
 ) -> Completions:
     """Completions of at most `max_new` tokens for right-padded prompts i32[B,P] of lengths i32[B] >= 1.
 
     Token t of row b is drawn with fold_in(fold_in(key, b), t) from softmax(adjusted(logits)); temperature 0 is argmax.
     A row ends with the first of the `stop` ids, which it keeps; then it is all zeros. The loop ends with the last row.
+
+    repetition_penalty: of the tokens that prompt or answer hold already, see `penalised`; 1 for none. samples: answers
+    to each prompt, adjacent: the rows are those of prompts repeated so often, but for the rounding of a prefill that
+    each prompt has once.
     """
-    check(model, prompts.shape[1], max_new=max_new, temperature=temperature, top_k=top_k, top_p=top_p)
-    B, P = prompts.shape
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    check(model, prompts.shape[1], max_new=max_new, **settings, repetition_penalty=repetition_penalty, samples=samples)
     stops = jnp.asarray(tuple(stop), jnp.int32)
+    logits, cache = prefill(model, lm, prompts, lengths, capacity=prompts.shape[1] + max_new)
+    seen = None if repetition_penalty == 1 else seen_in(prompts, lengths, logits.shape[1])
+    if samples > 1:
+        logits, cache, seen, lengths = repeated((logits, cache, seen, lengths), samples)
+    B = logits.shape[0]
     keys = row_keys(key, jnp.arange(B))
-    logits, cache = prefill(model, lm, prompts, lengths, capacity=P + max_new)
     out = Completions(
         jnp.zeros((B, max_new), jnp.int32), jnp.zeros((B, max_new)), jnp.zeros(B, jnp.int32), jnp.zeros(B, bool)
     )
 
     def unfinished(carry):
-        t, _, _, out = carry
+        t, _, _, _, out = carry
         return (t < max_new) & ~jnp.all(out.stopped)
 
     def step(carry):
-        t, logits, cache, out = carry
+        t, logits, cache, seen, out = carry
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        tokens, logprobs = draw(now, adjusted(logits, temperature=temperature, top_k=top_k, top_p=top_p))
+        logits = logits if seen is None else penalised(logits, seen, repetition_penalty)
+        tokens, logprobs = draw(now, adjusted(logits, **settings))
         live = ~out.stopped
         tokens, logprobs = jnp.where(live, tokens, 0), jnp.where(live, logprobs, 0.0)
         out = Completions(
@@ -89,12 +118,23 @@ def sample(
             stopped=out.stopped | jnp.any(tokens[:, None] == stops, axis=1),
         )
         logits, cache = decode(model, lm, tokens, lengths + t, cache)
-        return t + 1, logits, cache, out
+        return t + 1, logits, cache, None if seen is None else with_new(seen, tokens), out
 
-    return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), logits, cache, out))[3]
+    return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), logits, cache, seen, out))[-1]
 
 
-def check(model: Model, prompt: int, *, max_new: int, temperature: float, top_k: int, top_p: float) -> None:
+def check(
+    model: Model,
+    prompt: int,
+    *,
+    max_new: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    samples: int = 1,
+) -> None:
     """UserError for a request that this model cannot serve; `prompt` is its length in tokens."""
     context = model.config.context
     if prompt < 1:
@@ -110,6 +150,12 @@ def check(model: Model, prompt: int, *, max_new: int, temperature: float, top_k:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or above")
     if top_k < 0 or not 0 < top_p <= 1:
         raise UserError(f"top_k is {top_k} and top_p {top_p}; top_k must be 0 (all) or above, top_p in (0, 1]")
+    if not 0 <= min_p <= 1:
+        raise UserError(f"min_p is {min_p}; it must be from 0 (all) to 1 (the likeliest alone)")
+    if not 0 < repetition_penalty < math.inf:
+        raise UserError(f"repetition_penalty is {repetition_penalty}; it must be above 0, and 1 is none")
+    if samples < 1:
+        raise UserError(f"samples is {samples}; it must be at least 1")
 
 
 def joined(prompts: Array, lengths: Array, completions: Completions) -> tuple[Tokens, Array]:

@@ -37,6 +37,35 @@ def made(tiny_model):
     return of
 
 
+@pytest.mark.parametrize("every", [0, 2], ids=["all local", "mixed"])
+def test_a_windowed_cache_keeps_the_window_and_decodes_as_the_full_pass(every, made):
+    """Rule 14: in steps shorter and longer than the window, to the last slot, for prompts of mixed length."""
+    m, lm = made(window=3, global_every=every)
+    T, pad = 14, np.array([0, 4])  # the second row begins at slot 4
+    ids = np.random.default_rng(0).integers(1, 31, (2, T)).astype(np.int32)
+    segments = (np.arange(T) >= pad[:, None]).astype(np.int32)
+    positions = np.maximum(np.arange(T) - pad[:, None], 0)
+    full = jax.jit(m.hidden)(lm, ids, positions, segments)
+    step = jax.jit(m.cached)
+    for sizes in ([5, 1, 1, 2, 3, 1, 1], [14], [1] * 14):
+        cache, parts = m.cache(batch=2, capacity=T), []
+        assert [layer.shape[1] for layer in (*cache.keys, *cache.values)] == 2 * [3, T if every else 3]
+        for start, size in zip(np.cumsum([0, *sizes]), sizes):
+            now = np.s_[:, start : start + size]
+            x, cache = step(lm, ids[now], positions[now], segments[now], cache)
+            parts.append(x)
+        real = segments[..., None] > 0
+        np.testing.assert_allclose(
+            np.where(real, np.concatenate(parts, axis=1), 0), np.where(real, full, 0), rtol=1e-4, atol=1e-5
+        )
+        assert cache.filled == T
+
+
+def test_a_cache_no_longer_than_the_window_is_whole(made):
+    m, _ = made(window=5)
+    assert {layer.shape[1] for layer in m.cache(batch=1, capacity=4).keys} == {4}
+
+
 @pytest.mark.parametrize(
     "changes, how",
     [(GEMMA, {"remat": "block", "query_blocks": 2}), (MIXTURE, {"remat": "dots", "loss_chunk": 5})],

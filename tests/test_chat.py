@@ -1,6 +1,7 @@
 """Chat: a streamed answer is the sampler's, the terminal is safe, and whatever is wrong is one line."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 
 from lm import chat, model
+from lm.answers import answerer, before, certain, cut
 from lm.chat import Chat, newest, policy_folder, printable, settled, streamer
 from lm.checkpoint import Checkpoints
+from lm.data.prompts import padded
 from lm.errors import UserError
 from lm.sample import sample
 from lm.tokenizer import Tokenizer, prompt, train
@@ -87,7 +90,11 @@ def scripted(trained: Trained, text: str, note=pytest.fail, **options) -> Chat:
 
 @pytest.mark.parametrize(
     "lengths, sampler",
-    [([1, 33], dict(temperature=1.0, top_k=0, top_p=1.0)), ([32], dict(temperature=0.8, top_k=20, top_p=0.9))],
+    [
+        ([1, 33], dict(temperature=1.0, top_k=0, top_p=1.0)),
+        ([32], dict(temperature=0.8, top_k=20, top_p=0.9)),
+        ([9], dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.1, repetition_penalty=1.3)),
+    ],
 )
 def test_streamed_tokens_are_those_of_sample(sft, lengths, sampler):
     """Around the edges of a bucket (32), and to the last position of the context (64). One decode step is compiled."""
@@ -133,6 +140,67 @@ def test_characters_come_out_whole(tokenizer):
     assert [settled(tokenizer, ids[:n]) for n in range(10)] == [""] + [""] + ["é"] * 3 + ["é漢"] * 4 + ["é漢😀"]
     broken = ids[:3] + ids[5:]  # 漢 loses two of its bytes: what follows settles it
     assert settled(tokenizer, broken[:3]) == "é" and settled(tokenizer, broken) == "é\ufffd😀"
+
+
+@pytest.mark.parametrize(
+    "stop, said",
+    [
+        (["fox"], "The quick brown "),
+        (["fox", "qu"], "The "),  # the first to come, not the first named
+        (["ick brow", "i"], "The qu"),  # i is whole before the longer one is, wherever that begins
+        (["lazy cat"], "The quick brown fox jumps over the lazy dog."),  # begun, never come: nothing is lost
+        (["T"], ""),
+        (["dog.", "z"], "The quick brown fox jumps over the la"),
+    ],
+)
+def test_an_answer_ends_before_a_stop_string(sft, stop, said):
+    """Nothing of it is ever shown, whatever the tokens it comes in; what is shown is kept."""
+    talk = scripted(sft, "The quick brown fox jumps over the lazy dog.", stop=stop)
+    so_far = ""
+    for piece in talk.answer("hi"):
+        so_far += piece
+        assert said.startswith(so_far)
+    assert so_far == said == talk.messages[-1]["content"] and talk.ended
+
+
+def test_a_stop_string_that_never_comes_leaves_the_limit(sft):
+    free, talk = (Chat(sft, pytest.fail, max_new=6, temperature=1.0, stop=stop) for stop in ((), ("@#@",)))
+    assert "".join(free.answer("hi")) == "".join(talk.answer("hi")) and free.ended == talk.ended
+
+
+def test_stop_strings_by_hand():
+    assert before("a b c", ["c", "b"]) == ("a ", True) and before("abc", ["d"]) == ("abc", False)
+    assert before("xyz", ["xyz", "y"]) == before("xy", ["xyz", "y"]) == ("x", True)  # more text changes nothing
+    assert before("anything", []) == ("anything", False)
+    assert [certain(text, ["STOP", "\n\n"]) for text in ("a", "aS", "aST", "aSTo", "a\n", "")] == [
+        "a", "a", "a", "aSTo", "a", ""
+    ]  # fmt: skip
+
+
+def test_a_stop_string_cuts_an_answer_of_many(tokenizer):
+    """As lm.answers does it: the length counts the tokens until the string is whole."""
+    ids = [*tokenizer.encode("The quick brown fox jumps"), tokenizer.end]
+    for stops in ([], ["lazy"]):
+        assert cut(tokenizer, ids, True, stops) == (tokenizer.decode(ids), len(ids), True)
+    text, length, stopped = cut(tokenizer, ids, False, ["jumps", "ck b"])
+    assert (text, stopped) == ("The qui", True)
+    assert "ck b" in tokenizer.decode(ids[:length]) and "ck b" not in tokenizer.decode(ids[: length - 1])
+
+
+def test_many_answers_with_a_stop_string(sft):
+    """Each is the free one's beginning; an empty stop string is refused."""
+    ids = [prompt(sft.tokenizer, [{"role": "user", "content": text}]) for text in ("How are you?", "Why?", "fox")]
+    rows = padded(ids, [[], [], []], 24)
+    ask = functools.partial(
+        answerer, sft.model, sft.params["lm"], sft.tokenizer, jit=jax.jit, rows_at_once=3, max_new=8
+    )
+    free = ask()(rows, jax.random.key(0))
+    stop = free[0].text[3:5]
+    ended = ask(stop_strings=[stop])(rows, jax.random.key(0))
+    assert [answer.text for answer in ended] == [answer.text.partition(stop)[0] for answer in free]
+    assert len(stop) == 2 and ended[0].stopped and ended[0] != free[0] and ended[1:] == free[1:]
+    with pytest.raises(UserError, match="a stop string is empty"):
+        ask(stop_strings=["a", ""])
 
 
 def test_control_characters_never_reach_the_terminal():
@@ -234,7 +302,7 @@ def test_a_session_end_to_end(trained_workdir):
     done = run(f"--workdir={trained_workdir('pretrain')}", "--max_new_tokens=4", stdin="\n".join(lines))
     assert done.returncode == 0, done.stderr
     assert "pretrain model of " in done.stderr
-    assert "context 64 tokens; temperature 0.7, top_k 0, top_p 1, seed 0" in done.stderr
+    assert "context 64 tokens; temperature 0.7, top_k 0, top_p 1, min_p 0, repetition_penalty 1, seed 0" in done.stderr
     assert "only pretrained: it continues your text" in done.stderr
     assert "error: the prompt has" in done.stderr and "a new conversation" in done.stderr
     assert done.stdout.count("you> ") == 6, "five lines and /exit; what follows it is not read"
@@ -251,6 +319,9 @@ def test_bad_input_is_one_line_and_status_2():
     [
         ("--prompt=", "the prompt is empty"),
         ("--top_p=0", "top_k is 0 and top_p 0.0"),
+        ("--min_p=2", "min_p is 2.0; it must be from 0"),
+        ("--repetition_penalty=-1", "repetition_penalty is -1.0; it must be above 0"),
+        ("--stop=", "a stop string is empty: give it at least one character, or leave it out"),
         ("--temperature=hot", "argument --temperature: invalid float value: 'hot'"),
         ("--temprature=1", "--temprature is not a flag of this program; did you mean --temperature?"),
     ],

@@ -27,6 +27,14 @@ def probs(logits, **options):
         ({"top_p": 0.8}, [0, 5 / 9, 1 / 6, 5 / 18]),  # 0.75 < 0.8: 0.15 crosses and stays; over 0.9
         ({"top_p": 1e-6}, [0, 1, 0, 0]),  # never empty
         ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0]),  # top-p is of what top-k left: 2/3 reaches 0.6
+        ({"min_p": 0.6}, [0, 1, 0, 0]),  # at least 0.6 x 0.5 = 0.3
+        ({"min_p": 0.4}, [0, 2 / 3, 0, 1 / 3]),  # at least 0.2
+        ({"min_p": 0.25}, [0, 5 / 9, 1 / 6, 5 / 18]),  # at least 0.125; over 0.9
+        ({"min_p": 1e-6}, PROBS),
+        ({"min_p": 1.0}, [0, 1, 0, 0]),  # never empty
+        ({"top_p": 0.8, "min_p": 0.4}, [0, 2 / 3, 0, 1 / 3]),  # 0.15 is in the set of top-p, but under 0.2
+        ({"temperature": 0.5, "min_p": 0.3}, [0, 1, 0, 0]),  # of the sharpened ones: 12.5 < 0.3 x 50
+        ({"temperature": 2.0, "min_p": 0.6}, [0, 1 / (1 + 0.5**0.5), 0, 1 / (1 + 2**0.5)]),  # roots 0.707, 0.5, 0.387
         ({"temperature": 0.5}, [2 / 69, 50 / 69, 4.5 / 69, 12.5 / 69]),  # squares 0.01 0.25 0.0225 0.0625 over 0.345
         ({"temperature": 0.5, "top_p": 0.74}, [0, 0.8, 0, 0.2]),  # of the sharpened ones: 0.7246 < 0.74; 50 to 12.5
     ],
@@ -37,6 +45,7 @@ def test_support_and_probabilities_by_hand(options, expected):
 
 def test_ties_with_the_kth_stay():
     np.testing.assert_allclose(probs([1.0, 2.0, 1.0, 0.0], top_k=2) > 0, [True, True, True, False])
+    np.testing.assert_allclose(probs([2.0, 1.0, 2.0, 0.0], min_p=1.0), [0.5, 0, 0.5, 0])
 
 
 def test_temperature_zero_is_argmax_the_first_of_equals():

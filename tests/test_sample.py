@@ -1,15 +1,17 @@
 """Sampling: rule 14 (cached decode = full forward), rule 6 (one distribution), rule 12 (a row's draws are its own)."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.distribution import adjusted
+from lm.distribution import adjusted, penalised
 from lm.errors import UserError
 from lm.sample import decode, joined, prefill, sample
+from lm.stages import STAGES
 from lm.types import Completions
 
 LENGTHS = np.array([9, 4, 1, 6], np.int32)
@@ -130,6 +132,57 @@ def test_frequencies_match_the_distribution(sampler, rows, full):
     assert np.all(np.abs(counts - n * p) <= 4.5 * np.sqrt(n * p * (1 - p)))
 
 
+def test_the_penalty_is_of_prompt_and_answer(sampler, full):
+    """Rule 6: each draw, and its log-probability, against the full forward pass and a set of what the row held."""
+    settings = {"temperature": 0.7, "min_p": 0.05}
+    drawn = sampler(**settings, repetition_penalty=1.5)
+    tokens, logprobs = joined(PROMPTS, LENGTHS, drawn)
+    logits = full(tokens)
+    for row, n in enumerate(LENGTHS):
+        for t in range(NEW):
+            held = [*PROMPTS[row, :n], *drawn.tokens[row, :t]]  # not the garbage to the right of a prompt
+            now = np.array(logits[row, n - 1 + t])
+            now[held] = [z / 1.5 if z > 0 else z * 1.5 for z in now[held]]
+            now = adjusted(jnp.asarray(now), **settings)
+            key = jax.random.fold_in(jax.random.fold_in(KEY, row), t)
+            assert drawn.tokens[row, t] == jax.random.categorical(key, now)
+            expected = jax.nn.log_softmax(now)[drawn.tokens[row, t]]
+            np.testing.assert_allclose(logprobs[row, n - 1 + t], expected, atol=1e-5)
+    assert np.any(drawn.tokens != sampler(**settings).tokens)
+
+
+def test_a_great_penalty_forbids_what_was_said(sampler):
+    """31 tokens, at most 9 + 8 of them seen: the argmax is always another one."""
+    drawn = sampler(temperature=0.0, repetition_penalty=1e6)
+    for row, n in enumerate(LENGTHS):
+        assert len(set(drawn.tokens[row])) == NEW and not set(drawn.tokens[row]) & set(PROMPTS[row, :n])
+
+
+def test_penalised_by_hand():
+    logits, seen = jnp.array([3.0, -3.0, 0.0, 3.0, -3.0]), jnp.array([True, True, True, False, False])
+    np.testing.assert_allclose(penalised(logits, seen, 1.5), [2.0, -4.5, 0.0, 3.0, -3.0])
+    np.testing.assert_array_equal(penalised(logits, seen, 1.0), logits)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_stage_can_sample_otherwise_than_its_losses_score(name):
+    """Rule 6: a loss knows the temperature, but neither what the row held before nor a cut support."""
+    options = {*inspect.signature(STAGES[name].batches).parameters, *inspect.signature(STAGES[name].make).parameters}
+    assert not {"repetition_penalty", "min_p", "top_k", "top_p"} & options
+
+
+def test_samples_are_those_of_repeated_prompts(sampler):
+    """Three answers to each prompt from one prefill: the tokens of the prompts three times over. The log-probs are
+    equal but for rounding, as a prefill of 4 rows and one of 12 are products of other shapes."""
+    settings = {"temperature": 0.9, "repetition_penalty": 1.2, "stop": (3, 5, 7)}
+    shared = sampler(**settings, samples=3)
+    apart = sampler(np.repeat(PROMPTS, 3, axis=0), np.repeat(LENGTHS, 3), **settings)
+    np.testing.assert_allclose(shared.logprobs, apart.logprobs, rtol=1e-6, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, shared.replace(logprobs=apart.logprobs), apart)
+    assert shared.tokens.shape == (12, NEW) and len({tuple(row) for row in shared.tokens}) == 12
+    assert shared.stopped.any() and not shared.stopped.all()
+
+
 def test_joined_by_hand():
     """Rule 2: the weight belongs to the target; the stop token (9) is trained, prompt and padding are not."""
     prompts = jnp.array([[1, 2, 77], [3, 4, 5]])  # 77 is padding: the first prompt has two tokens
@@ -162,6 +215,10 @@ def test_joined_by_hand():
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"top_p": 1.5}, "top_p 1.5"),
+        ({"min_p": 1.5}, r"min_p is 1.5; it must be from 0 \(all\) to 1"),
+        ({"min_p": float("nan")}, "min_p is nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be above 0, and 1 is none"),
+        ({"samples": 0}, "samples is 0; it must be at least 1"),
     ],
 )
 def test_bad_requests(changes, message, sampler):

@@ -57,7 +57,7 @@ def make(config: Config) -> Model:
         cached=functools.partial(decoder.cached_hidden, config),
         cache=functools.partial(
             empty_cache,
-            layers=config.layers,
+            windows=tuple(config.window if local else 0 for local in config.local),
             kv_heads=config.kv_heads,
             head_size=config.head_size,
             dtype=jnp.dtype(config.dtype),

@@ -1,5 +1,7 @@
 """Masked grouped-query attention, and the key-value cache."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -9,10 +11,13 @@ from lm.types import Array
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the S slots filled so far, one array per layer so that a decode step slices nothing."""
+    """Keys and values of the S slots filled so far, one array per layer so that a decode step slices nothing.
 
-    keys: tuple[Array, ...]  # layers x f[B,S,K,H]
-    values: tuple[Array, ...]  # layers x f[B,S,K,H]
+    A layer with a window of W < S slots keeps the last W only: slot s in place s % W.
+    """
+
+    keys: tuple[Array, ...]  # layers x f[B,S,K,H] or f[B,W,K,H]
+    values: tuple[Array, ...]  # likewise
     segments: Array  # i32[B,S]; 0: empty or padding, seen by nobody
     filled: Array  # i32[]  slots written; all rows write the same slot (prompts are aligned to the right)
 
@@ -62,11 +67,12 @@ def causal_attention(
     return outputs[0] if blocks == 1 else jnp.concatenate(outputs, axis=1)
 
 
-def empty_cache(*, layers: int, batch: int, capacity: int, kv_heads: int, head_size: int, dtype) -> Cache:
-    """A cache of `capacity` slots with nothing in it."""
+def empty_cache(*, windows: Sequence[int], batch: int, capacity: int, kv_heads: int, head_size: int, dtype) -> Cache:
+    """A cache of `capacity` slots with nothing in it; windows: that of each layer, 0 for none."""
+    kept = [min(window or capacity, capacity) for window in windows]
 
     def zeros():
-        return tuple(jnp.zeros((batch, capacity, kv_heads, head_size), dtype) for _ in range(layers))
+        return tuple(jnp.zeros((batch, slots, kv_heads, head_size), dtype) for slots in kept)
 
     return Cache(zeros(), zeros(), jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((), jnp.int32))
 
@@ -78,17 +84,37 @@ def cached_attention(
 
     `cache.segments` must already name the new slots; `cache.filled` is advanced once per forward pass, by the caller.
     """
-    start = cache.filled
-    keys = jax.lax.dynamic_update_slice_in_dim(cache.keys[layer], k, start, axis=1)
-    values = jax.lax.dynamic_update_slice_in_dim(cache.values[layer], v, start, axis=1)
-    T, S = q.shape[1], keys.shape[1]
+    start, T, S = cache.filled, q.shape[1], cache.segments.shape[1]
+    held, new = (cache.keys[layer], cache.values[layer]), (k, v)
+    if held[0].shape[1] == S:
+        seen = kept = tuple(jax.lax.dynamic_update_slice_in_dim(a, b, start, axis=1) for a, b in zip(held, new))
+        slots, names = jnp.arange(S), cache.segments
+    else:
+        kept, seen, slots = around(held, new, start)
+        names = jnp.where(slots >= 0, cache.segments[:, jnp.maximum(slots, 0)], 0)
     queries = start + jnp.arange(T)
     own = jax.lax.dynamic_slice_in_dim(cache.segments, start, T, axis=1)
-    mask = (own[:, :, None] == cache.segments[:, None]) & (queries[:, None] >= jnp.arange(S)) & (own[:, :, None] > 0)
+    mask = (own[:, :, None] == names[:, None]) & (queries[:, None] >= slots) & (own[:, :, None] > 0)
     if window is not None:
-        mask &= queries[:, None] - jnp.arange(S) < window
+        mask &= queries[:, None] - slots < window
     cache = cache.replace(
-        keys=cache.keys[:layer] + (keys,) + cache.keys[layer + 1 :],
-        values=cache.values[:layer] + (values,) + cache.values[layer + 1 :],
+        keys=cache.keys[:layer] + (kept[0],) + cache.keys[layer + 1 :],
+        values=cache.values[:layer] + (kept[1],) + cache.values[layer + 1 :],
     )
-    return attention(q, keys, values, mask, **options), cache
+    return attention(q, *seen, mask, **options), cache
+
+
+Pair = tuple[Array, ...]  # keys and values
+
+
+def around(held: Pair, new: Pair, start: Array) -> tuple[Pair, Pair, Array]:
+    """The last W slots f[B,W,K,H], with T `new` ones f[B,T,K,H] from slot `start` on: what is kept of them, what the
+    new queries may see, and the slots of the latter; one that is not written yet is below 0."""
+    W, T = held[0].shape[1], new[0].shape[1]
+    first = max(T - W, 0)  # of the new ones, to be kept
+    places = (start + jnp.arange(first, T)) % W
+    kept = tuple(a.at[:, places].set(b[:, first:]) for a, b in zip(held, new))
+    if T == 1:  # a single query sees just what is kept
+        return kept, kept, start - (start - jnp.arange(W)) % W
+    slots = jnp.concatenate([start - 1 - (start - 1 - jnp.arange(W)) % W, start + jnp.arange(T)])
+    return kept, tuple(jnp.concatenate(pair, axis=1) for pair in zip(held, new)), slots
