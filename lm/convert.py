@@ -95,9 +95,9 @@ def write(workdir: Path, destination: Path, *, dtype: str, step: int | None) -> 
     if destination.exists() and any(destination.iterdir()):
         raise UserError(f"{destination} is not empty: give a new --destination")
     trained = load(workdir, backend="cpu", step=step, warn=warn)
+    kind = trained.summary["kind"] if "kind" in trained.summary else ""  # where its weights came from, if not from us
     with complete(destination) as unfinished:
         ids = vocabularies.write(unfinished, trained.tokenizer)
-        kind = trained.summary["kind"] if "kind" in trained.summary else ""  # what it came as, if it came from others
         folder.write(unfinished, trained.shape, trained.params["lm"], dtype=dtype, ids=ids, kind=kind)
     if "value" in trained.params:
         say("the scalar head (of values or rewards) has no place there and stays behind")

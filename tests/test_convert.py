@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from runs import finished, small
 
-from lm import chat, console, convert, train
+from lm import chat, console, convert, model, train
+from lm.model.params import initial, specs
 from lm.tokenizer import chat as tokenised
-from lm.weights import gguf as ours, packages
+from lm.weights import folder, gguf as ours, packages, vocabularies
 from lm.workdir import load
 
 __all__ = ["finished", "small"]
@@ -57,6 +58,21 @@ def test_ours_comes_back_from_a_folder_and_goes_on(finished, tmp_path, capsys, m
     sft += ["--config.train.steps=2", "--config.optimizer.total_steps=2", "--config.optimizer.warmup_steps=0"]
     said, error = told(capsys, monkeypatch, train.program, *sft)
     assert not error and (tmp_path / "on" / "summary.json").exists()
+
+
+def test_it_goes_out_as_the_architecture_that_it_came_in_as(finished, tmp_path):
+    """Phi-3 computes what Llama does, but joins some of its tensors."""
+    trained = load(finished / "sft", backend="cpu")
+    theirs, again = tmp_path / "theirs", tmp_path / "again"
+    theirs.mkdir()
+    c = model.Config(vocab_size=trained.shape.vocab_size, width=16, heads=2, kv_heads=1, head_size=8, qk_norm=False)
+    params = initial(specs(c), jax.random.key(0))
+    ids = vocabularies.write(theirs, trained.tokenizer)
+    folder.write(theirs, c, params, dtype="float32", ids=ids, kind="phi3")
+    convert.bring_in(theirs, tmp_path / "run")
+    convert.write(tmp_path / "run", again, dtype="float32", step=None)
+    assert folder.read_config(again)["model_type"] == "phi3"
+    assert (again / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
