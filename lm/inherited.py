@@ -1,16 +1,24 @@
-"""What a run takes from the workdirs of others: its tokenizer, its reward models, its teacher. All must share ids."""
+"""What a run takes from the workdirs of others: its tokenizer, the base of its adapters, its reward models, its teacher.
 
+All must share ids.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from lm.checkpoint import Checkpoints
 from lm.console import warn
 from lm.errors import UserError
+from lm.model import Config, lora
 from lm.rewards import Reward
 from lm.rewards.model import ensemble
 from lm.stages import JUDGES
 from lm.tokenizer import Tokenizer, load as load_tokenizer
-from lm.workdir import Trained, load, load_reward
+from lm.types import Params
+from lm.workdir import Trained, Workdir, load, load_reward
 
 
 def agreed_tokenizer(path: str, start) -> Tokenizer:
@@ -58,3 +66,13 @@ def teacher_from(path: str, tokenizer: Tokenizer) -> Trained:
             "by token: take a student with the teacher's tokenizer, or another teacher"
         )
     return teacher
+
+
+def based(shape: Config, params: Mapping[str, Any], workdir: Workdir) -> Params:
+    """What adapters are laid on: the inherited decoder, which the workdir keeps beside them, once."""
+    if "lm" not in params:
+        raise UserError("model.lora_rank needs a model to adapt: set config.init_from")
+    base = lora.stored(shape, params["lm"])
+    with Checkpoints(workdir.base, keep=1, warn=warn) as kept:
+        kept.save(0, {"params": base}, {})
+    return base

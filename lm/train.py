@@ -29,7 +29,7 @@ from lm.console import Interrupted, Progress, Writers, main, say, table, warn
 from lm.data.batches import stop_unless_cut
 from lm.errors import UserError, at_least
 from lm.host import ALONE, Host
-from lm.inherited import agreed_tokenizer, reward_from, teacher_from
+from lm.inherited import agreed_tokenizer, based, reward_from, teacher_from
 from lm.log import Log
 from lm.model import Config, Model, lora, make
 from lm.model.params import count, flops_per_token, specs
@@ -38,7 +38,7 @@ from lm.sharding import make_mesh, put_batch, state_shardings
 from lm.stages import STAGES, TAUGHT
 from lm.stages.context import Batches, Context
 from lm.summary import summed_up
-from lm.types import Params, Tokens, TrainState
+from lm.types import Tokens, TrainState
 from lm.update import Update, seen
 from lm.vocabulary import fit_tokenizer
 from lm.workdir import PROFILE, Trained, Workdir, load, open_workdir, read_metrics
@@ -184,16 +184,6 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     passes = config.stage.epochs if "epochs" in config.stage else 1  # over each batch
     flops = passes * flops_per_token(model.config, batches.about["length"])
     return Run(stage, build, batches, mesh, shardings, state, meta, flops, phases)
-
-
-def based(shape: Config, params: Mapping[str, Any], workdir: Workdir) -> Params:
-    """What adapters are laid on: the inherited decoder, which the workdir keeps beside them, once."""
-    if "lm" not in params:
-        raise UserError("model.lora_rank needs a model to adapt: set config.init_from")
-    base = lora.stored(shape, params["lm"])
-    with Checkpoints(workdir.base, keep=1, warn=warn) as kept:
-        kept.save(0, {"params": base}, {})
-    return base
 
 
 def built(config: ConfigDict, model: Model, teachers: Mapping[str, Trained], scalars: Mapping[str, Any]) -> Update:
