@@ -1,4 +1,4 @@
-"""What a run takes from the workdirs of others: its tokenizer, the base of its adapters, its reward models, its teacher.
+"""What a run takes from other workdirs: its tokenizer, the base of its adapters, its reward models, its teacher.
 
 All must share ids.
 """
