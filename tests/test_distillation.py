@@ -403,7 +403,8 @@ def test_a_teacher_of_another_shape_lies_on_the_mesh_like_any_network(speech, te
     trained = inherited.teacher_from(str(teacher), speech)
     update = distill.make(student, optimizer(), teacher=trained.model)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    state, shardings = train.initial_state(lambda scalars: update, student, 0, None, {"teacher": trained}, mesh, ALONE)
+    given = student, 0, {}, {}, {"teacher": trained}, mesh, ALONE
+    state, shardings = train.initial_state(lambda scalars: update, *given)
     found = state.frozen["teacher"]
     jax.tree.map(np.testing.assert_array_equal, found, trained.params["lm"])
     for leaf in (found["head"], found["embedding"], found["layers"]["query"], state.params["lm"]["layers"]["query"]):

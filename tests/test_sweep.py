@@ -245,8 +245,8 @@ def postgres(tmp_path_factory) -> str:
     # The server refuses to run as root.
     owner = {"user": "nobody", "cwd": "/"} if os.getuid() == 0 else {}
     if owner:
-        for folder in (data, *data.parents[:2]):
-            folder.chmod(0o755)
+        for folder in (data, *(parent for parent in data.parents if not parent.stat().st_mode & 0o001)):
+            folder.chmod(0o755)  # nobody must be able to pass
         shutil.chown(data, "nobody")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
