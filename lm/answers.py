@@ -54,17 +54,20 @@ def answerer(
     *,
     rows_at_once: int,
     jit,
+    samples: int = 1,
+    stop: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     **options,
 ) -> Callable[[Prompts, Array], list[Answer]]:
-    """(prompts, key) -> one answer a prompt, sampled `rows_at_once` at a time.
+    """(prompts, key) -> `samples` answers a prompt, adjacent, those to `rows_at_once` prompts at a time.
 
     `options` are those of sample (max_new, temperature, ...). Chunk c draws with fold_in(key, c), so an answer depends
     on its place in the list, not on how many follow. An answer ends before the first of `stop_strings`, but is sampled
-    to its own end: the program knows tokens, no text.
+    to its own end: the program knows tokens, no text. stop: ids that end it beside the tokenizer's.
     """
     check_stop_strings(stop_strings)
-    run = jit(lambda lm, ids, lengths, key: sample(model, lm, ids, lengths, key, stop=tokenizer.stops, **options))
+    options |= {"samples": samples, "stop": (*tokenizer.stops, *stop)}
+    run = jit(lambda lm, ids, lengths, key: sample(model, lm, ids, lengths, key, **options))
     lm = jax.tree.map(jnp.asarray, lm)  # on the device once, not for every chunk
 
     def answers(prompts: Prompts, key: Array) -> list[Answer]:
@@ -74,7 +77,7 @@ def answerer(
             missing = rows_at_once - len(ids)
             ids, lengths = np.pad(ids, ((0, missing), (0, 0))), np.pad(lengths, (0, missing), constant_values=1)
             drawn = jax.device_get(run(lm, ids, lengths, jax.random.fold_in(key, chunk)))
-            for row in range(rows_at_once - missing):
+            for row in range((rows_at_once - missing) * samples):
                 length = int(drawn.lengths[row])
                 found.append(cut(tokenizer, drawn.tokens[row, :length], bool(drawn.stopped[row]), stop_strings))
         return found

@@ -1,18 +1,21 @@
-"""What a run takes from other workdirs: its tokenizer, the base of its adapters, its reward models, its teacher.
+"""What a run takes from other workdirs: its tokenizer, its shape, the base of its adapters, its judges, its teacher.
 
 All must share ids.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
-from lm.checkpoint import Checkpoints
+from lm.checkpoint import Checkpoints, restore_params
+from lm.config import call
 from lm.console import warn
 from lm.errors import UserError
 from lm.model import Config, lora
+from lm.model.params import specs
 from lm.rewards import Reward
 from lm.rewards.model import ensemble
 from lm.stages import JUDGES
@@ -68,11 +71,36 @@ def teacher_from(path: str, tokenizer: Tokenizer) -> Trained:
     return teacher
 
 
-def based(shape: Config, params: Mapping[str, Any], workdir: Workdir) -> Params:
-    """What adapters are laid on: the inherited decoder, which the workdir keeps beside them, once."""
-    if "lm" not in params:
+def agreed_shape(config: ConfigDict, tokenizer: Tokenizer, start: Trained | None) -> Config:
+    """The model that config.model asks for, its sizes those of `start` where there is one, which it may not change."""
+    inherited = dataclasses.asdict(start.shape) if start else {"vocab_size": tokenizer.vocab_size}
+    shape = call(Config, {**inherited, **config.model.to_dict()}, name="model")
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {shape.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces: leave it out"
+        )
+    if start and specs(shape) != specs(start.shape):
+        raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
+    if shape.lora_rank and not start:
         raise UserError("model.lora_rank needs a model to adapt: set config.init_from")
-    base = lora.stored(shape, params["lm"])
+    optimizers = config.optimizer.base_width if "base_width" in config.optimizer else 0
+    if optimizers and shape.lora_rank:
+        raise UserError("optimizer.base_width scales the steps of whole matrices, not of adapters: leave it out")
+    if ("base_width" in config.optimizer or "base_width" in config.model) and optimizers != shape.base_width:
+        raise UserError(f"optimizer.base_width is {optimizers}, model.base_width {shape.base_width}: muP needs both")
+    return shape
+
+
+def base_of(shape: Config, lm: Params, workdir: Workdir, turn: Callable) -> Params:
+    """What adapters are laid on: the inherited decoder as shape.lora_base keeps it.
+
+    The workdir keeps it beside them, once, and from its second start on goes by its own copy, whatever has become of
+    the run that it came from. turn: the Host's, in which checkpoints are written.
+    """
     with Checkpoints(workdir.base, keep=1, warn=warn) as kept:
-        kept.save(0, {"params": base}, {})
-    return base
+        if kept.steps():
+            return restore_params(workdir.base, warn=warn)[0]
+        base = lora.stored(shape, lm)
+        with turn(kept):
+            kept.save(0, {"params": base}, {})
+        return base

@@ -29,7 +29,7 @@ from lm.console import Interrupted, Progress, Writers, main, say, table, warn
 from lm.data.batches import stop_unless_cut
 from lm.errors import UserError, at_least
 from lm.host import ALONE, Host
-from lm.inherited import agreed_tokenizer, based, reward_from, teacher_from
+from lm.inherited import agreed_shape, agreed_tokenizer, base_of, reward_from, teacher_from
 from lm.log import Log
 from lm.model import Config, Model, lora, make
 from lm.model.params import count, flops_per_token, specs
@@ -143,24 +143,8 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     )
     tokenizer = agreed_tokenizer(config.tokenizer, start)
     tokenizer.save(workdir.tokenizer)
-    inherited = dataclasses.asdict(start.shape) if start else {"vocab_size": tokenizer.vocab_size}
-    shape = call(Config, {**inherited, **config.model.to_dict()}, name="model")
-    if shape.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size is {shape.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces: leave it out"
-        )
-    if start and specs(shape) != specs(start.shape):
-        raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
-    if "base_width" in config.optimizer and config.optimizer.base_width != shape.base_width:
-        raise UserError(
-            f"optimizer.base_width is {config.optimizer.base_width}, model.base_width {shape.base_width}: "
-            "muP needs both"
-        )
+    shape = agreed_shape(config, tokenizer, start)
     model = make(shape.on(backend))
-    params, base = dict(start.params) if start else {}, {}
-    if shape.lora_rank:
-        base = host.once((config.init_from, shape.lora_base), lambda: based(shape, params, workdir))
-        del params["lm"]
 
     teachers = {}
     if name in TAUGHT and "teacher" in config.stage:
@@ -179,6 +163,9 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
         stop_unless_cut(config.data.ramp, config.stage.microbatches)
 
     mesh = call(host.mesh or make_mesh, config.mesh, name="mesh")
+    params, base = dict(start.params) if start else {}, {}
+    if shape.lora_rank:
+        base = base_of(shape, params.pop("lm"), workdir, host.turn)
     state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
     passes = config.stage.epochs if "epochs" in config.stage else 1  # over each batch

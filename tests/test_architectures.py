@@ -20,7 +20,7 @@ from lm.sample import joined, sample
 WINDOWED = dict(window=3, global_every=2, rope_local_base=100.0, attention_softcap=1.0, logit_softcap=2.0)
 GEMMA = dict(WINDOWED, norm_at="both", norm_unit_offset=True, activation="gelu", embedding_scale=4.0)
 MIXTURE = dict(window=3, global_every=2, experts=3, norm_at="output", qk_norm_over="all")
-GPT = dict(embedded="learned", norm="layer", bias="all", gated=False, activation="gelu", qk_norm=False, window=3)
+GPT = dict(positions="learned", norm="layer", bias="all", gated=False, activation="gelu", qk_norm=False, window=3)
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,18 @@ def test_a_template_that_rewrites_answers_cannot_be_learnt_from(bytewise):
         tk.chat(tokenizer, TALK)
 
 
+def test_an_answer_that_no_token_begins(bytewise):
+    """The end of the marker and the whole answer are one token: which of them is trained cannot be said."""
+    glued = (
+        "{% for m in messages %}{{ 'th' if m.role == 'assistant' else '' }}{{ m.content }}{% endfor %}"
+        "{{ 'th' if add_generation_prompt else '' }}"
+    )
+    tokenizer = borrowed(bytewise, glued)
+    assert "the" in tokenizer.pieces(range(tokenizer.vocab_size))
+    with pytest.raises(UserError, match="marker and an answer share a token"):
+        tk.chat(tokenizer, [{"role": "user", "content": "\n"}, {"role": "assistant", "content": "e"}])
+
+
 def test_without_template_or_end(bytewise):
     tokenizer = borrowed(bytewise, "")
     assert not tokenizer.talks and tokenizer.stops == (0,)

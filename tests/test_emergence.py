@@ -193,7 +193,7 @@ def test_log_probabilities_are_those_of_the_whole_text(ladder):
     """Of prompt and target encoded together, under the plain forward pass without padding."""
     trained = load_run(ladder / "steps8", backend="cpu")
     questions = asked("sums", 2, trained.tokenizer, 100, items=3, shots=1, seed=0)
-    found = Programs(trained, 8).logprobs(questions)
+    found = Programs(trained, 8, 4).logprobs(questions)
     model = trained.model
     logprobs = jax.jit(lambda lm, *row: jax.nn.log_softmax(model.logits(lm, model.hidden(lm, *row)), axis=-1))
     for item, prompt, target, value in zip(questions.items, questions.prompts, questions.targets, found):

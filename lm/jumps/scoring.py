@@ -1,6 +1,5 @@
 """What one model makes of every task: greedy answers, samples, and the log-probability of what is right."""
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.answers import answerer
+from lm.data.batches import every
+from lm.data.prompts import padded
 from lm.data.rows import pad
-from lm.sample import sample
 from lm.skills.scores import answered, edit_distance
 from lm.skills.tasks import TASKS, Item, examined, examples
 from lm.tokenizer import Example, Tokenizer
@@ -43,7 +44,7 @@ def asked(
     for count in range(shots if shown else 0, -1, -1):
         around = itertools.cycle(shown)
         texts = ["".join(next(around).line for _ in range(count)) + item.prompt for item in found]
-        prompts = [[tokenizer.bos, *ids] for ids in tokenizer.encode_all(texts)]
+        prompts = [[*tokenizer.start, *ids] for ids in tokenizer.encode_all(texts)]
         longest = max(map(len, prompts))
         if longest <= room:
             return Asked(found, prompts, targets, count, min(_round_up(longest, STEP), room))
@@ -65,13 +66,13 @@ def scored(
     exact: whether the greedy answer is right. edit: its edit distance over the characters of the target. logprob: nats
     of the whole target. tokens: its length. correct: how many of `samples` answers, at temperature 1, are right.
     """
-    every = [(name, level) for name in tasks for level in TASKS[name].levels]
-    targets = [item.target for name, level in every for item in examined(name, level, count=items, seed=seed)]
+    levels = [(name, level) for name in tasks for level in TASKS[name].levels]
+    targets = [item.target for name, level in levels for item in examined(name, level, count=items, seed=seed)]
     answer = max(map(len, trained.tokenizer.encode_all(targets))) + MORE
-    programs = Programs(trained, answer)
+    programs = Programs(trained, answer, samples)
     room = trained.shape.context - answer
     found: dict[str, dict[str, Any]] = {}
-    for number, (name, level) in enumerate(every):
+    for number, (name, level) in enumerate(levels):
         tell(name, str(level))
         questions = asked(name, level, trained.tokenizer, room, items=items, shots=shots, seed=seed)
         if questions:
@@ -83,9 +84,9 @@ def scored(
 def judged(programs: "Programs", questions: Asked, samples: int, key) -> dict[str, Any]:
     """The scores of one level, item by item."""
     targets = [item.target for item in questions.items]
-    greedy = [answered(*pair) for pair in zip(programs.answers(questions, 1, key, greedy=True), targets)]
-    every = programs.answers(questions, samples, key, greedy=False)
-    right = [answered(text, targets[i // samples]) == targets[i // samples] for i, text in enumerate(every)]
+    greedy = [answered(*pair) for pair in zip(programs.answers(questions, key, greedy=True), targets)]
+    drawn = programs.answers(questions, key, greedy=False)
+    right = [answered(text, targets[i // samples]) == targets[i // samples] for i, text in enumerate(drawn)]
     return {
         "shots": questions.shots,
         "exact": [answer == target for answer, target in zip(greedy, targets)],
@@ -100,58 +101,30 @@ def judged(programs: "Programs", questions: Asked, samples: int, key) -> dict[st
 class Programs:
     """A model's compiled programs, one for each shape that is asked for."""
 
-    def __init__(self, trained: Trained, answer: int):
-        """answer: the tokens that an answer may have."""
-        model, self._tokenizer, self._answer = trained.model, trained.tokenizer, answer
+    def __init__(self, trained: Trained, answer: int, samples: int):
+        """answer: the tokens that an answer may have. samples: answers drawn to each question."""
+        self._answer = answer
         self._lm = jax.tree.map(jnp.asarray, trained.params["lm"])  # on the device once
-        stop = (*trained.tokenizer.stops, *newlines(trained.tokenizer))
+        self._logprobs = jax.jit(trained.model.token_logprobs)
+        given = trained.model, self._lm, trained.tokenizer
+        shared = {"jit": jax.jit, "max_new": answer, "stop": newlines(trained.tokenizer)}
+        self._greedy = answerer(*given, rows_at_once=ROWS, temperature=0.0, **shared)
+        self._sampled = answerer(*given, rows_at_once=max(ROWS // samples, 1), samples=samples, **shared)
 
-        @functools.partial(jax.jit, static_argnames="temperature")
-        def answers(lm, ids, lengths, key, *, temperature):
-            return sample(model, lm, ids, lengths, key, max_new=answer, temperature=temperature, stop=stop)
-
-        self._answers, self._logprobs = answers, jax.jit(model.token_logprobs)
-
-    def answers(self, questions: Asked, samples: int, key, *, greedy: bool) -> list[str]:
-        """`samples` texts for each question, adjacent; each ends with its first newline."""
-        ids = np.zeros((len(questions.prompts), questions.room), np.int32)
-        for row, prompt in zip(ids, questions.prompts):
-            row[: len(prompt)] = prompt
-        lengths = np.array([len(prompt) for prompt in questions.prompts], np.int32)
-        ids, lengths = (np.repeat(each, samples, axis=0) for each in (ids, lengths))
-        temperature = 0.0 if greedy else 1.0
-        texts = []
-        for chunk, (some, size, count) in enumerate(chunks(ids, lengths)):
-            drawn = self._answers(self._lm, some, size, jax.random.fold_in(key, chunk), temperature=temperature)
-            tokens, ends = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
-            texts += [self._tokenizer.decode(row[:end]) for row, end in zip(tokens[:count], ends)]
-        return texts
+    def answers(self, questions: Asked, key, *, greedy: bool) -> list[str]:
+        """A text for each question, or adjacent samples; each ends with its first newline."""
+        ask = self._greedy if greedy else self._sampled
+        return [answer.text for answer in ask(padded(questions.prompts, questions.items, questions.room), key)]
 
     def logprobs(self, questions: Asked) -> list[float]:
         """Nats of each target after its prompt."""
-        rows = pad(
-            [
-                Example(
-                    np.array([*prompt, *target], np.int32), np.repeat(np.float32([0, 1]), [len(prompt), len(target)])
-                )
-                for prompt, target in zip(questions.prompts, questions.targets)
-            ],
-            questions.room + self._answer - 1,
-        )
-        leaves, treedef = jax.tree.flatten(rows)
-        found = []
-        for *some, count in chunks(*leaves):
-            tokens = jax.tree.unflatten(treedef, some)
-            found += np.sum(np.asarray(self._logprobs(self._lm, tokens)) * tokens.weights, axis=1)[:count].tolist()
-        return found
-
-
-def chunks(*arrays: np.ndarray):
-    """The rows of all arrays, ROWS at a time, and how many of them are real: the rest repeats the first."""
-    for start in range(0, len(arrays[0]), ROWS):
-        parts = [array[start : start + ROWS] for array in arrays]
-        count = len(parts[0])
-        yield *(np.concatenate([part, np.repeat(part[:1], ROWS - count, axis=0)]) for part in parts), count
+        examples = [
+            Example(np.array([*prompt, *target], np.int32), np.repeat(np.float32([0, 1]), [len(prompt), len(target)]))
+            for prompt, target in zip(questions.prompts, questions.targets)
+        ]
+        parts = every(pad(examples, questions.room + self._answer - 1), ROWS)
+        found = [np.sum(np.asarray(self._logprobs(self._lm, part)) * part.weights, axis=1) for part in parts]
+        return np.concatenate(found)[: len(examples)].tolist()
 
 
 def newlines(tokenizer: Tokenizer) -> list[int]:

@@ -18,10 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx, struct
 
-from lm import distribution
 from lm.errors import UserError
 from lm.model import Config, Model, Scores, decoder, params as parameters
-from lm.sharding import shard
 from lm.types import Array, Params, Tokens
 
 Call = Callable[..., Array]  # (lm, method, *arrays): the module with these parameters; method "" calls it itself
@@ -126,6 +124,9 @@ def _adapted(
     def logits(lm: Params, x: Array) -> Array:
         return (call(lm, head, x) if head else x).astype(jnp.float32)
 
+    def scores(lm: Params, x: Array, targets: Array, *, temperature: float = 1.0) -> Scores:
+        return decoder.scored(functools.partial(logits, lm), x, targets, temperature=temperature, size=loss_chunk)
+
     def token_logprobs(lm: Params, tokens: Tokens, *, temperature: float = 1.0) -> Array:
         x = hidden(lm, tokens.inputs, tokens.positions, tokens.segments)
         return scores(lm, x, tokens.targets, temperature=temperature).logprobs
@@ -136,7 +137,6 @@ def _adapted(
     for what, found in (("the module", states), (f"its {head}" if head else "the module", vocabulary)):
         if found.ndim != 3 or found.shape[:2] != (1, 1):
             raise UserError(f"{what} gives {found.shape} for rows of shape (1, 1); it must give (1, 1, features)")
-    scores = functools.partial(_scores, logits, loss_chunk)
     config = Config(vocab_size=vocabulary.shape[-1], width=states.shape[-1], context=context, loss_chunk=loss_chunk)
     value_specs = parameters.value_specs(config)
     return Model(
@@ -156,18 +156,6 @@ def _adapted(
         scores=scores,
         token_logprobs=token_logprobs,
     )
-
-
-def _scores(logits, loss_chunk: int, lm: Params, x: Array, targets: Array, *, temperature: float = 1.0) -> Scores:
-    """As decoder.scores, of any module's logits."""
-
-    def chunk(x, targets):
-        raw = shard(logits(lm, x), "batch", None, "vocab")
-        logprobs = jax.nn.log_softmax(distribution.adjusted(raw, temperature=temperature), axis=-1)
-        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-        return Scores(distribution.picked(logprobs, targets), entropy, jax.nn.logsumexp(raw, axis=-1))
-
-    return decoder.chunked(chunk, x, targets, size=loss_chunk)
 
 
 def _again(

@@ -10,7 +10,7 @@ CHOICES = {
     "qk_norm_over": ("head", "all"),
     "activation": ("silu", "gelu"),
     "bias": ("none", "qkv", "attention", "all"),
-    "embedded": ("rope", "learned"),
+    "positions": ("rope", "learned"),
     "rope_scaling": ("none", "linear", "llama3", "yarn"),
     "lora_base": ("float32", "bfloat16", "int8"),
     "remat": ("none", "block", "dots"),
@@ -63,7 +63,7 @@ class Config:
     experts_normalized: bool = True  # the weights of a token's experts sum to one
 
     context: int = 256  # positions the model is used at; only learned positions have a table of that size
-    embedded: str = "rope"  # how positions are told: rotary (Su et al. 2021), or learned, one vector each (GPT-2)
+    positions: str = "rope"  # how positions are told: rotary (Su et al. 2021), or learned, one vector each (GPT-2)
     rope_base: float = 10_000.0
     rope_local_base: float = 0.0  # of the layers with a window, which then are not rescaled (Gemma 3); 0: the same
     rope_scaling: str = "none"  # how a longer context is reached from rope_original: linear, llama3, yarn
@@ -99,14 +99,12 @@ class Config:
             raise UserError(f"model.query_blocks is {self.query_blocks!r}; it must be at least 1, or auto")
         if self.heads % self.kv_heads:
             raise UserError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
-        if self.head_size % 2 and self.embedded == "rope":
+        if self.head_size % 2 and self.positions == "rope":
             raise UserError(f"model.head_size {self.head_size} is odd; rotary positions turn pairs")
         if self.global_every and not self.window:
             raise UserError(f"model.global_every is {self.global_every}, but there is no model.window: give one")
         if self.experts and self.experts_per_token > self.experts:
             raise UserError(f"model.experts_per_token {self.experts_per_token} is above model.experts {self.experts}")
-        if self.lora_rank and self.base_width:
-            raise UserError("model.lora_rank and model.base_width exclude each other: adapters keep the base's widths")
         if self.rope_scaling in ("llama3", "yarn") and not self.rope_original:
             raise UserError(f"model.rope_scaling {self.rope_scaling} needs model.rope_original, the context before it")
 

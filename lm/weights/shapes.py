@@ -13,7 +13,6 @@ from lm.errors import UserError
 from lm.model.config import Config
 
 Json = Mapping[str, Any]
-GATED, BARE = dict(gated=True), dict(gated=False)
 # Of both GELUs, that by tanh; Hugging Face has several names for it.
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu"}
 
@@ -26,7 +25,6 @@ class Family(NamedTuple):
     read: Callable[[Json], dict[str, Any]]  # what else config.json says, as keyword arguments of Config
     write: Callable[[Config], dict[str, Any]]  # and back
     only: Mapping[str, Any] = {}  # keys of config.json that we follow at this value only
-    hidden: str = "intermediate_size"
 
 
 def shape(hf: Json) -> Config:
@@ -283,16 +281,16 @@ def _write_qwen3_moe(c: Config) -> dict[str, Any]:
     }
 
 
-PLAIN = dict(norm="rms", gated=True, embedded="rope", embedding_scale=1.0, logit_softcap=0.0, attention_softcap=0.0)
+PLAIN = dict(norm="rms", gated=True, positions="rope", embedding_scale=1.0, logit_softcap=0.0, attention_softcap=0.0)
 DENSE = dict(PLAIN, experts=0)
 GEMMA = dict(
-    norm="rms", gated=True, embedded="rope", norm_at="both", norm_unit_offset=True, activation="gelu", bias="none"
+    norm="rms", gated=True, positions="rope", norm_at="both", norm_unit_offset=True, activation="gelu", bias="none"
 )
 UNWINDOWED = {"use_sliding_window": False}
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2LMHeadModel",
-        dict(norm="layer", gated=False, embedded="learned", bias="all", activation="gelu", qk_norm=False),
+        dict(norm="layer", gated=False, positions="learned", bias="all", activation="gelu", qk_norm=False),
         _gpt2,
         _write_gpt2,
         only={"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False},
