@@ -14,7 +14,7 @@ FLOORS = {
     1: "model optim tokenizer checkpoint hardware",
     1.5: "data weights",
     2: "update sample rewards environments",
-    3: "stages answers beam",
+    3: "stages answers beam speculative",
     4: "config console workdir pages phases",
     4.5: "host vocabulary log record trackers trace inherited summary runpage",
     5: "convert train verdicts evaluate taste ranking unseen certify bench comparison",
