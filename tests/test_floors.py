@@ -15,7 +15,7 @@ FLOORS = {
     1.5: "data weights",
     2: "update sample rewards environments",
     3: "stages answers beam speculative",
-    4: "config console workdir pages phases",
+    4: "config console workdir pages phases streams",
     4.5: "host vocabulary log record trackers trace inherited summary runpage",
     5: "convert train verdicts evaluate taste ranking unseen certify bench comparison",
     5.5: "report lab compare vectorised jumps",
