@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from lm import distribution
 from lm.model import lora, rope
-from lm.model.attention import Cache, cached_attention, causal_attention, softcapped
+from lm.model.attention import Cache, cached_attention, softcapped
 from lm.model.config import Config
 from lm.model.experts import Routing, routed
+from lm.model.kernels import self_attention
 from lm.model.linear import linear
 from lm.model.rope import rotated
 from lm.sharding import by_rows, shard
@@ -124,15 +125,14 @@ def hidden_and_routing(
 
     def block(x, xs):
         layer, local = xs
-        angles, window = turns[0], c.window if c.window else None
-        if mixed:  # one program for both kinds: a window of the whole row is none
-            angles = None if angles is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *turns)
-            window = jnp.where(local, c.window, T)
-        elif c.window:
-            angles = turns[1]
+        if not mixed:
+            local, angles = c.local[0], turns[c.local[0]]
+        else:  # one program for both kinds
+            angles = None if turns[0] is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *turns)
 
         def attend(q, k, v):
-            return causal_attention(q, k, v, segments, window=window, blocks=blocks, **options), None
+            shape = dict(window=c.window, local=local, blocks=blocks)
+            return self_attention(c.attention, q, k, v, segments, **shape, **options), None
 
         x, _, routing = _block(c, attend, angles, x, layer)
         return x, routing
