@@ -15,6 +15,7 @@ CHOICES = {
     "lora_base": ("float32", "bfloat16", "int8"),
     "remat": ("none", "block", "dots"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "cache": ("auto", "float32", "bfloat16", "int8"),
     "scan": ("auto", "yes", "no"),
     "attention": ("auto", "xla", "cudnn", "splash"),
 }
@@ -33,7 +34,7 @@ class Config:
     """Sizes and switches of one model. The first blocks fix what it computes, the last only how that is done.
 
     The defaults are a Llama with normalised queries and keys; lm.model.presets has the models that people use.
-    `scan`, `dtype`, `attention` and `query_blocks` may be left to the platform ("auto"): see `on`.
+    `scan`, `dtype`, `cache`, `attention` and `query_blocks` may be left to the platform ("auto"): see `on`.
     """
 
     vocab_size: int
@@ -82,6 +83,7 @@ class Config:
     lora_base: str = "float32"  # how the base is kept: also bfloat16, int8
 
     dtype: str = "auto"  # of the matrix products; parameters, norms, softmax and losses stay float32
+    cache: str = "auto"  # how keys and values are kept for decoding: auto as dtype; int8 with a scale a head of a slot
     scan: str = "auto"  # "yes": one compiled block for all layers; "no": unrolled
     attention: str = "auto"  # of whole rows: plain xla, or the kernel of a platform, cudnn or splash (lm.model.kernels)
     remat: str = "none"  # what the backward pass recomputes: nothing, each block, or all but matrix products
@@ -148,11 +150,8 @@ class Config:
                 "leave it to auto, or choose xla"
             )
         cpu = backend == "cpu"
-        auto = {
-            "dtype": "float32" if cpu else "bfloat16",
-            "scan": "no" if cpu else "yes",
-            "query_blocks": 2 if cpu else 1,
-        }
+        dtype = ("float32" if cpu else "bfloat16") if self.dtype == "auto" else self.dtype
+        auto = {"dtype": dtype, "cache": dtype, "scan": "no" if cpu else "yes", "query_blocks": 2 if cpu else 1}
         c = dataclasses.replace(self, **{k: v for k, v in auto.items() if getattr(self, k) == "auto"})
         if c.attention != "auto":
             return c

@@ -1,6 +1,6 @@
 """Causal self-attention of whole rows under one name each: plain XLA, or a fused kernel of an accelerator.
 
-A kernel never holds the logits f32[B,N,T,T], forward or backward, so memory grows with T and not with its square.
+A kernel never holds the logits f32[B,N,T,T], forward or backward; cudnn still reads a mask [B,1,T,T].
 
     xla     lm.model.attention.causal_attention, anywhere
     cudnn   cuDNN's fused attention (jax.nn.dot_product_attention), on NVIDIA GPUs in bfloat16
