@@ -25,6 +25,8 @@ from lm.distribution import adjusted, penalised
 from lm.errors import UserError
 from lm.model import Model
 from lm.model.params import count, specs
+from lm.model.quantised import FORMS
+from lm.quantised import served
 from lm.sample import check, decode, draw, prefill, row_keys, seen_in, with_new
 from lm.stages import JUDGES
 from lm.tokenizer import Message, Tokenizer, prompt
@@ -46,6 +48,8 @@ FLAGS = {
         action="append", default=[], metavar="TEXT", help="end an answer before this text; may be given several times"
     ),
     "seed": dict(type=int, default=0, help="the same seed gives the same answers; default: 0"),
+    "weights": dict(choices=FORMS, default="", help="how the weights are kept; default: as the run keeps them"),
+    "cache": dict(choices=FORMS, default="", help="how the key-value cache is kept; default: as the run says"),
     "max_new_tokens": dict(type=int, help=f"the longest answer; default: {NEW_TOKENS}, or what the context leaves"),
 }
 
@@ -273,7 +277,7 @@ def program(argv: list[str]) -> None:
     if trained.stage in JUDGES:
         raise UserError(f"{flags.workdir} is a reward model, which scores answers and writes none: name a policy")
     chat = Chat(
-        trained,
+        served(trained, weights=flags.weights, cache=flags.cache),
         note,
         seed=flags.seed,
         max_new=flags.max_new_tokens,
