@@ -1,9 +1,9 @@
 """What fewer bits cost: a run's held-out nats per token, decoded through the cache, by how weights and cache are kept.
 
     python -m lm.quantised --workdir=runs/quickstart/pretrain
-    python -m lm.quantised --workdir=runs/smollm2 --rows=8 --corpus=stdlib
+    python -m lm.quantised --workdir=runs/smollm2 --rows=8 --length=64 --corpus=stdlib --forms=float32,int8
 
-Every held-out row is decoded as an answer is, but with its own next tokens: a prefill of its first part, then one token
+Every held-out row is decoded as an answer is, but with its own next tokens: a prefill of its first half, then one token
 after another from the cache, whose nats are counted. Nine ways: weights in float32, bfloat16 or int8 (the layers'
 matrices, embedding and head), and the same of the cache; products are in float32 each time, so that nothing else
 differs. WORKDIR/quantised.json keeps the table and each row's nats; ways that are in it already are not done again.
@@ -39,6 +39,9 @@ FLAGS = {
     "rows": dict(type=int, default=64, help="held-out rows; default: 64"),
     "length": dict(type=int, default=0, help="tokens a row; default: 256, or the context if that is shorter"),
     "rows_at_once": dict(type=int, default=16, help="rows decoded together; default: 16"),
+    "forms": dict(
+        default=",".join(FORMS), help="of weights and cache, the first to compare with; default: %(default)s"
+    ),
     "corpus": dict(
         default="", help="documents, as data.corpus of pretrain; default: the run's own, or stdlib,chitchat"
     ),
@@ -95,7 +98,7 @@ def scored(trained: Trained, weights: str, cache: str, rows: Tokens, rows_at_onc
 
 
 def compared(ways: Sequence[Mapping[str, Any]], counted: np.ndarray) -> list[dict[str, Any]]:
-    """Each way against the first, float32 throughout, paired by row: what it costs, and how often both would say the
+    """Each way against the first, paired by row: what it costs, and how often both would say the
     same token next. counted f32[B,T]: the weights of all targets."""
     first, found = ways[0], []
     for way in ways:
@@ -141,10 +144,27 @@ def settings(trained: Trained, flags) -> dict[str, Any]:
     return {"rows": flags.rows, "length": length, **named}
 
 
+def forms_in(text: str) -> list[str]:
+    """The forms that a flag names. UserError for one that there is not."""
+    forms = [form.strip() for form in text.split(",")]
+    for form in forms:
+        if form not in FORMS:
+            raise UserError(f"--forms names {form!r}; choose among {', '.join(FORMS)}")
+    return forms
+
+
 def show(path: Path, ways: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
     table(
-        f"{path}: {about['rows']} held-out rows of {about['corpus']}, decoded from the middle of {about['length']} tokens",
-        ["weights", "cache", "MB", "bytes a token", "nats a token", "more than float32 [95 %]", "same next token"],
+        f"{path}: {about['rows']} rows held out of {about['corpus']}, decoded from the middle on",
+        [
+            "weights",
+            "cache",
+            "MB",
+            "bytes a token",
+            "nats a token",
+            f"more than {ways[0]['weights']} [95 %]",
+            "same next token",
+        ],
         [
             [
                 way["weights"],
@@ -163,16 +183,18 @@ def show(path: Path, ways: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
 def program(argv: list[str]) -> None:
     flags = parsed(argv, __doc__, FLAGS)
     trained = load(flags.workdir, backend=jax.default_backend(), warn=warn)
-    about = settings(trained, flags)
+    about, pairs = settings(trained, flags), list(itertools.product(forms_in(flags.forms), repeat=2))
     rows = held_out_rows(trained, **about)
     path = trained.path / FILE
     known = read_json(path) if path.exists() else {}
     ways = known["ways"] if known and known["about"] == about else []
+    if [(way["weights"], way["cache"]) for way in ways] != pairs[: len(ways)]:
+        ways = []
     if ways:
-        say(f"{path} has {len(ways)} of {len(FORMS) ** 2} ways already")
+        say(f"{path} has {len(ways)} of {len(pairs)} ways already")
     start = time.monotonic()
-    with Progress("quantised", len(FORMS) ** 2, "way") as progress:
-        for weights, cache in list(itertools.product(FORMS, FORMS))[len(ways) :]:
+    with Progress("quantised", len(pairs), "way") as progress:
+        for weights, cache in pairs[len(ways) :]:
             ways.append(scored(trained, weights, cache, rows, flags.rows_at_once))
             found = compared(ways, rows.weights)
             write_text(path, json.dumps({"about": about, "table": found, "ways": ways}) + "\n")

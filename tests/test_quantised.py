@@ -2,21 +2,26 @@
 
 import dataclasses
 import functools
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import enter_small_world, finished
 from test_architectures import GEMMA, GPT, MIXTURE, made
 
-from lm import model
+from lm import model, quantised
 from lm.beam import beam
+from lm.chat import Chat
 from lm.errors import UserError
 from lm.model.attention import attention
 from lm.model.quantised import heads_in_int8, in_int8, stored
 from lm.sample import decode, prefill, sample
+from lm.workdir import load
 
-__all__ = ["made"]
+__all__ = ["finished", "made"]
 IDS = np.random.default_rng(0).integers(1, 31, (2, 14)).astype(np.int32)
 PADDED = np.array([0, 4])  # the second row begins at slot 4
 SEGMENTS = (np.arange(14) >= PADDED[:, None]).astype(np.int32)
@@ -131,3 +136,58 @@ def test_refused(tiny_model, tiny_lm):
         dataclasses.replace(tiny_model.config, cache="int4")
     with pytest.raises(UserError, match="the weights are to be kept as 'int4'; choose one of float32, bfloat16, int8"):
         stored("int4", tiny_lm)
+
+
+def run(capsys, path, *flags):
+    quantised.program([f"--workdir={path}", "--rows=6", "--length=24", "--rows_at_once=4", *flags])
+    return capsys.readouterr().out
+
+
+def test_the_program_decodes_what_the_full_pass_scores(finished, tmp_path, capsys, monkeypatch):
+    """float32 throughout is the full pass; int8 costs something, and a third of the bytes; what is done stays done."""
+    enter_small_world(monkeypatch.setattr)
+    path = shutil.copytree(finished / "pretrain", tmp_path / "pretrain")
+    said = run(capsys, path, "--forms=float32,int8")
+    assert "4/4" in said and "same next token" in said
+    left = json.loads((path / "quantised.json").read_text())
+    assert [(way["weights"], way["cache"]) for way in left["table"]][1:3] == [("float32", "int8"), ("int8", "float32")]
+    trained = load(path, backend="cpu")
+    rows = quantised.held_out_rows(trained, **left["about"])
+    counted = rows.weights * (np.arange(24) >= 12)
+    logprobs = jax.jit(trained.model.token_logprobs)(trained.params["lm"], rows)
+    expected = -np.sum(logprobs * counted, axis=1) / counted.sum(axis=1)
+    np.testing.assert_allclose(left["ways"][0]["nats"], expected, rtol=1e-4)
+    plain, _, _, both = left["table"]
+    assert plain["difference"]["value"] == 0 and plain["agreement"]["value"] == 1
+    assert 0 < abs(both["difference"]["value"]) < 0.05 and both["agreement"]["value"] > 0.8
+    c = trained.shape  # keys and values: four bytes a number, or one and a scale a head
+    heads = 2 * c.layers * c.kv_heads
+    assert (plain["bytes_per_token"], both["bytes_per_token"]) == (4 * heads * c.head_size, heads * (c.head_size + 4))
+    assert 0.25 < both["bytes"] / plain["bytes"] < 0.4
+    said = run(capsys, path, "--forms=float32,int8")
+    assert "has 4 of 4 ways already" in said
+    assert json.loads((path / "quantised.json").read_text()) == left
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--forms=float32,int4"], "--forms names 'int4'; choose among float32, bfloat16, int8"),
+        (["--length=4096"], "--length is 4096; it must be at least 2, and at most the model's context of"),
+        (["--rows=1"], "--rows is 1 and --rows_at_once 16; at least 2 and 1"),
+        (["--rows=100000"], "holds out .* rows of 24 tokens at .*, not 100000: lower --rows"),
+    ],
+)
+def test_the_program_refuses(flags, message, finished, monkeypatch):
+    enter_small_world(monkeypatch.setattr)
+    with pytest.raises(UserError, match=message):
+        quantised.program([f"--workdir={finished / 'pretrain'}", "--length=24", *flags])
+
+
+def test_chat_from_8_bits(finished):
+    """The flags of lm.chat: it answers from them, from other weights and another cache than the run's."""
+    trained = load(finished / "sft", backend="cpu")
+    talk = Chat(quantised.served(trained, weights="int8", cache="int8"), pytest.fail, max_new=4, temperature=0)
+    assert talk._lm["embedding"].dtype == jnp.int8
+    assert quantised.served(trained) is trained
+    assert isinstance("".join(talk.answer("How are you today?")), str) and talk.messages[-1]["role"] == "assistant"
