@@ -154,26 +154,20 @@ def forms_in(text: str) -> list[str]:
 
 
 def show(path: Path, ways: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+    """MB of weights, bytes of cache a token; nats a token, how many more than the first way's within a 95 % interval;
+    and how often the likeliest next token is the first way's."""
     table(
         f"{path}: {about['rows']} rows held out of {about['corpus']}, decoded from the middle on",
-        [
-            "weights",
-            "cache",
-            "MB",
-            "bytes a token",
-            "nats a token",
-            f"more than {ways[0]['weights']} [95 %]",
-            "same next token",
-        ],
+        ["weights", "cache", "MB", "B/token", "nats", "more ± 95 %", "agree"],
         [
             [
                 way["weights"],
                 way["cache"],
-                f"{way['bytes'] / 1e6:.2f}",
+                f"{way['bytes'] / 1e6:.1f}",
                 way["bytes_per_token"],
                 f"{way['nats']['value']:.4f}",
-                "{value:+.5f} [{low:+.5f}, {high:+.5f}]".format(**way["difference"]),
-                "{value:.2%}".format(**way["agreement"]),
+                f"{way['difference']['value']:+.5f} ± {way['difference']['high'] - way['difference']['value']:.5f}",
+                f"{way['agreement']['value']:.3f}",
             ]
             for way in ways
         ],
