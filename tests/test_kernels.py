@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import finished
 
 from lm import model
 from lm.errors import UserError
@@ -14,7 +16,9 @@ from lm.model import kernels
 from lm.model.attention import causal_attention
 from lm.model.kernels import cudnn_attention, splash_attention
 from lm.sharding import make_mesh
+from lm.workdir import load
 
+__all__ = ["finished"]
 cudnn = functools.partial(cudnn_attention, implementation="xla")
 splash = functools.partial(splash_attention, interpret=True)
 T = 139  # odd, and no multiple of what the kernels take at a time
@@ -115,3 +119,15 @@ def test_auto_is_the_platforms_kernel_where_it_can():
 def test_what_an_implementation_cannot_do(changes, message):
     with pytest.raises(UserError, match=message):
         model.Config(vocab_size=8, **changes).on("cpu")
+
+
+def test_a_run_of_another_platform_is_read_here(finished, tmp_path):
+    """Trained with the TPU's kernel by name, loaded on a CPU: left to auto there, and the same on its own platform."""
+    path = shutil.copytree(finished / "pretrain", tmp_path / "pretrain")
+    for file in path.glob("checkpoints/*/meta/metadata"):
+        told = file.read_text()
+        assert '"attention": "auto"' in told
+        file.write_text(told.replace('"attention": "auto"', '"attention": "splash"'))
+    here, there = (load(path, backend=backend) for backend in ("cpu", "tpu"))
+    assert (here.shape.attention, here.model.config.attention) == ("auto", "xla")
+    assert (there.shape.attention, there.model.config.attention) == ("splash", "splash")
