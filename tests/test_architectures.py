@@ -91,7 +91,11 @@ def test_a_scanned_stack_of_two_kinds_of_layers_is_the_unrolled_one(changes, how
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), scanned, plain)
 
 
-@pytest.mark.parametrize("layers, every, reach", [(1, 0, 2), (2, 0, 4), (2, 2, 11)], ids=["one", "two", "one global"])
+@pytest.mark.parametrize(
+    "layers, every, reach",
+    [(1, 0, 2), (2, 0, 4), (2, 2, 11), (1, 1, 11)],
+    ids=["one", "two", "one global", "all global"],
+)
 def test_causality_of_windows_by_gradient(layers, every, reach, made):
     """d state[t] / d input s is zero beyond (window - 1) positions a layer, across segments and ahead; else not."""
     m, lm = made(layers=layers, window=3, global_every=every)

@@ -329,7 +329,7 @@ def test_auto_is_settled_by_the_backend():
     assert dataclasses.asdict(c.on("cpu")).items() >= {"dtype": "float32", "scan": "no"}.items()
     assert dataclasses.asdict(c.on("gpu")).items() >= {"dtype": "bfloat16", "scan": "yes", "query_blocks": 1}.items()
     assert "auto" not in dataclasses.asdict(c.on("cpu")).values()
-    chosen = dataclasses.replace(c, dtype="bfloat16", scan="yes", query_blocks=2)
+    chosen = dataclasses.replace(c, dtype="bfloat16", scan="yes", query_blocks=2, attention="xla", cache="int8")
     assert chosen.on("cpu") == chosen.on("tpu") == chosen
 
 

@@ -60,7 +60,7 @@ def make(config: Config) -> Model:
             windows=tuple(config.window if local else 0 for local in config.local),
             kv_heads=config.kv_heads,
             head_size=config.head_size,
-            dtype=jnp.dtype(config.dtype),
+            dtype=jnp.dtype(config.cache),
         ),
         logits=functools.partial(decoder.logits, config),
         value=decoder.value,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lm.model.quantised import heads_in_int8
 from lm.types import Array
 
 
@@ -17,27 +18,37 @@ class Cache:
     A layer with a window of fewer than S slots keeps the last W only, the window and some slack: slot s in place s % W.
     Up to `slack` of the newest slots can be taken back, by a lower `filled`: nobody sees them until they are written
     again, and what they overwrote in a ring of W lies outside every window that is still to come.
+    Kept in int8, each head of each slot has a scale (lm.model.quantised); else there are none.
     """
 
     keys: tuple[Array, ...]  # layers x f[B,S,K,H] or f[B,W,K,H]
     values: tuple[Array, ...]  # likewise
     segments: Array  # i32[B,S]; 0: empty or padding, seen by nobody
     filled: Array  # i32[]  slots written: all rows write the same slot (prompts are aligned to the right); or i32[B]
+    key_scales: tuple[Array, ...] = ()  # layers x f32[B,S,K] or f32[B,W,K]
+    value_scales: tuple[Array, ...] = ()  # likewise
 
 
-def attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float = 0.0, softcap: float = 0.0) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, mask: Array, *scales: Array, scale: float = 0.0, softcap: float = 0.0
+) -> Array:
     """softmax(scale q k^T) v under `mask` bool[B,T,S]; a query that may see nothing gives 0.
 
     q f[B,T,N,H]; k, v f[B,S,K,H]; returns f[B,T,N,H]. Query head n reads kv head n // (N / K). Softmax in float32.
     scale: 0 for 1 / sqrt(H). softcap: c tanh(logits / c) before the mask (Gemma 2, arXiv 2408.00118), 0 for none.
+
+    scales: of k and of v, f32[B,S,K] each, where they are int8. They leave the sums, q (k s) = (q k) s and
+    sum w (s v) = sum (w s) v, so that neither is ever expanded.
     """
     B, T, N, H = q.shape
     K = k.shape[2]
-    q = q.reshape(B, T, K, N // K, H)
+    of_keys, of_values = (a.transpose(0, 2, 1)[:, :, None, None] for a in scales) if scales else (None, None)
+    q, k, v = q.reshape(B, T, K, N // K, H), k.astype(q.dtype), v.astype(q.dtype)
     logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * (scale or H**-0.5)
-    logits = softcapped(logits, softcap)
+    logits = softcapped(logits * of_keys if scales else logits, softcap)
     seen = mask[:, None, None]
     weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1), 0.0)
+    weights = weights * of_values if scales else weights
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v).reshape(B, T, N, H)
 
 
@@ -79,7 +90,11 @@ def empty_cache(
     def zeros():
         return tuple(jnp.zeros((batch, slots, kv_heads, head_size), dtype) for slots in kept)
 
-    return Cache(zeros(), zeros(), jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((), jnp.int32))
+    def scales():
+        return tuple(jnp.zeros((batch, slots, kv_heads)) for slots in kept) if dtype == jnp.int8 else ()
+
+    segments, filled = jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((), jnp.int32)
+    return Cache(zeros(), zeros(), segments, filled, scales(), scales())
 
 
 def written(held: Array, new: Array, start: Array) -> Array:
@@ -106,7 +121,7 @@ def cached_attention(
 
         return jax.vmap(alone)(q, k, v, cache)
     start, T, S = cache.filled, q.shape[1], cache.segments.shape[1]
-    held, new = (cache.keys[layer], cache.values[layer]), (k, v)
+    held, new = held_by(cache, layer), as_held(cache, k, v)
     if held[0].shape[1] == S:
         seen = kept = tuple(written(a, b, start) for a, b in zip(held, new))
         slots, names = jnp.arange(S), cache.segments
@@ -118,19 +133,35 @@ def cached_attention(
     mask = (own[:, :, None] == names[:, None]) & (queries[:, None] >= slots) & (own[:, :, None] > 0)
     if window is not None:
         mask &= queries[:, None] - slots < window
-    cache = cache.replace(
-        keys=cache.keys[:layer] + (kept[0],) + cache.keys[layer + 1 :],
-        values=cache.values[:layer] + (kept[1],) + cache.values[layer + 1 :],
-    )
-    return attention(q, *seen, mask, **options), cache
+    keys, values, *scales = seen
+    return attention(q, keys, values, mask, *scales, **options), holding(cache, layer, kept)
 
 
-Pair = tuple[Array, ...]  # keys and values
+Held = tuple[Array, ...]  # keys and values of a layer, and their scales where these are int8
+PARTS = ("keys", "values", "key_scales", "value_scales")  # of a Cache, in that order
 
 
-def around(held: Pair, new: Pair, start: Array) -> tuple[Pair, Pair, Array]:
-    """The last W slots f[B,W,K,H], with T `new` ones f[B,T,K,H] from slot `start` on: what is kept of them, what the
-    new queries may see, and the slots of the latter; one that is not written yet is below 0."""
+def held_by(cache: Cache, layer: int) -> Held:
+    return tuple(getattr(cache, name)[layer] for name in PARTS if getattr(cache, name))
+
+
+def as_held(cache: Cache, k: Array, v: Array) -> Held:
+    """Keys and values f[B,T,K,H] as a cache keeps them."""
+    if not cache.key_scales:
+        return tuple(a.astype(cache.keys[0].dtype) for a in (k, v))
+    (k, of_keys), (v, of_values) = heads_in_int8(k), heads_in_int8(v)
+    return k, v, of_keys, of_values
+
+
+def holding(cache: Cache, layer: int, held: Held) -> Cache:
+    """The cache with that in place of what a layer held."""
+    parts = ((name, getattr(cache, name), new) for name, new in zip(PARTS, held))
+    return cache.replace(**{name: part[:layer] + (new,) + part[layer + 1 :] for name, part, new in parts})
+
+
+def around(held: Held, new: Held, start: Array) -> tuple[Held, Held, Array]:
+    """The last W slots [B,W,...], with T `new` ones [B,T,...] from slot `start` on: what is kept of them, what the new
+    queries may see, and the slots of the latter; one that is not written yet is below 0."""
     W, T = held[0].shape[1], new[0].shape[1]
     first = max(T - W, 0)  # of the new ones, to be kept
     places = (start + jnp.arange(first, T)) % W

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from lm import distribution
 from lm.model import lora, rope
-from lm.model.attention import Cache, cached_attention, causal_attention, softcapped, written
+from lm.model.attention import Cache, cached_attention, softcapped, written
 from lm.model.config import Config
 from lm.model.experts import Routing, routed
+from lm.model.kernels import self_attention
 from lm.model.linear import linear
 from lm.model.rope import rotated
 from lm.sharding import by_rows, shard
@@ -30,7 +31,8 @@ def normed(c: Config, x: Array, layer: Params, name: str) -> Array:
 
 
 def matrix(layer: Params, name: str, dtype) -> Array:
-    """The matrix of that name, times its columns' scales where it is kept in 8 bits."""
+    """The matrix of that name, times its columns' scales where it is kept in 8 bits: for experts, of whose outputs each
+    row has another matrix."""
     found = layer[name].astype(dtype)
     return found * layer[f"{name}_scale"].astype(dtype) if f"{name}_scale" in layer else found
 
@@ -38,7 +40,9 @@ def matrix(layer: Params, name: str, dtype) -> Array:
 def product(c: Config, x: Array, layer: Params, name: str) -> Array:
     """f[...,F] from f[...,D]: the matrix of that name, with what the layer has beside it: its columns' scales, if it is
     kept in 8 bits, low-rank adapters, a bias."""
-    y = linear(x, matrix(layer, name, x.dtype))
+    y = linear(x, layer[name].astype(x.dtype))
+    if f"{name}_scale" in layer:
+        y = (y.astype(jnp.float32) * layer[f"{name}_scale"]).astype(x.dtype)  # in bfloat16 a scale is 0.4 % off
     if f"{name}_a" in layer:
         low = linear(x, layer[f"{name}_a"].astype(x.dtype))
         y = y + lora.scale(c) * linear(low, layer[f"{name}_b"].astype(x.dtype))
@@ -98,7 +102,10 @@ def _block(c: Config, attend, angles, x: Array, layer: Params) -> tuple[Array, C
 def _embedded(c: Config, params: Params, inputs: Array, positions: Array) -> Array:
     # Whole rows: a lookup in a table split both ways would be rematerialised on every device.
     table = shard(params["embedding"].astype(c.dtype), "vocab", None)
-    x = table[inputs] * jnp.asarray(c.embedding_scale, c.dtype)
+    x = table[inputs]
+    if "embedding_scale" in params:  # kept in 8 bits, a scale a row
+        x = (x * params["embedding_scale"][inputs]).astype(c.dtype)
+    x = x * jnp.asarray(c.embedding_scale, c.dtype)
     if c.positions == "learned":  # an index beyond the table takes its last row, without a word: callers check context
         x = x + params["position_embedding"].astype(c.dtype)[positions]
     return shard(x, "batch", None, None)
@@ -124,15 +131,14 @@ def hidden_and_routing(
 
     def block(x, xs):
         layer, local = xs
-        angles, window = turns[0], c.window if c.window else None
-        if mixed:  # one program for both kinds: a window of the whole row is none
-            angles = None if angles is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *turns)
-            window = jnp.where(local, c.window, T)
-        elif c.window:
-            angles = turns[1]
+        if not mixed:
+            local, angles = c.local[0], turns[c.local[0]]
+        else:  # one program for both kinds
+            angles = None if turns[0] is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *turns)
 
         def attend(q, k, v):
-            return causal_attention(q, k, v, segments, window=window, blocks=blocks, **options), None
+            shape = dict(window=c.window, local=local, blocks=blocks)
+            return self_attention(c.attention, q, k, v, segments, **shape, **options), None
 
         x, _, routing = _block(c, attend, angles, x, layer)
         return x, routing
@@ -171,8 +177,11 @@ def cached_hidden(
 def logits(c: Config, params: Params, x: Array) -> Array:
     """f32[...,V] from states f[...,D]; under muP times base_width / width; capped where the model caps, in loss and
     sampling alike."""
-    matrix = params["embedding"].T if c.tied else params["head"]
-    raw = jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+    name = "embedding" if c.tied else "head"
+    whole = lambda a: a.T if c.tied else a
+    raw = jnp.matmul(x, whole(params[name]).astype(x.dtype), preferred_element_type=jnp.float32)
+    if f"{name}_scale" in params:  # kept in 8 bits, a scale a token
+        raw = raw * whole(params[f"{name}_scale"])
     return softcapped(raw * (c.base_width / c.width) if c.base_width else raw, c.logit_softcap)
 
 
