@@ -36,8 +36,8 @@ def training(rows: Sequence[Result]) -> None:
 
 def generation(rows: Sequence[Result]) -> None:
     table(
-        f"Greedy generation of {rows[0]['new']} tokens after {rows[0]['prompt']}: tokens/s in all, and of each part",
-        ["size, dtype, batch", "tokens/s", "prefill", "decode", "MB/step", "of memory"],
+        f"Greedy generation of {rows[0]['new']} tokens after {rows[0]['prompt']}, tokens/s",
+        ["size, dtype, batch", "in all", "prefill", "decode", "MB/step", "of memory"],
         [
             [
                 f"{row['size']} {row['dtype']} {row['batch']}",
