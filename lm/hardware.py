@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +33,31 @@ def matmul_ceiling(*, dtype: str = "float32", size: int = 1024, repeats: int = 8
     Compiled and warm; a product of n x n matrices is 2 n^3 FLOPs.
     """
     a = jnp.ones((size, size), dtype)
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
+    return 2 * size**3 / fastest(jax.jit(jnp.matmul), a, a, repeats=repeats, seconds=seconds)
+
+
+def memory_bandwidth(*, size: int = 2**28, repeats: int = 8, seconds: float = 1.0) -> float:
+    """Bytes a second that one device reads at best: a float32 matrix of `size` bytes times a vector, as in decoding.
+
+    Compiled and warm, the fastest of `repeats`, or of those begun within `seconds`. A sum of as many numbers comes to
+    three quarters of it on a CPU.
+    """
+    columns = 2**10
+    matrix, vector = jnp.ones((size // (4 * columns), columns)), jnp.ones(columns)
+    return 4 * matrix.size / fastest(jax.jit(jnp.matmul), matrix, vector, repeats=repeats, seconds=seconds)
+
+
+def fastest(function: Callable[..., jax.Array], *arrays: jax.Array, repeats: int, seconds: float) -> float:
+    """Seconds of the fastest of `repeats` calls, or of those begun within `seconds`, after one that does not count."""
+    function(*arrays).block_until_ready()
     best, end = float("inf"), time.perf_counter() + seconds
     for _ in range(repeats):
         start = time.perf_counter()
-        product(a, a).block_until_ready()
+        function(*arrays).block_until_ready()
         best = min(best, time.perf_counter() - start)
         if time.perf_counter() > end:
             break
-    return 2 * size**3 / best
+    return best
 
 
 def peak_flops() -> tuple[float | None, str]:

@@ -1,49 +1,233 @@
-"""The benchmark: what it reads of its peer, what it prints, and what it says when the peer cannot run."""
+"""The benchmark: its arithmetic, what it reads of its peers, what it prints and refuses. No speed is asserted."""
 
+import json
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from lm import bench
+from lm import hardware
+from lm.bench import __main__ as bench, generation, rollout, shown, startup, training, turns
+from lm.bench.limits import Limits
+from lm.bench.sizes import SIZES, counts, threads
 from lm.errors import UserError
+from lm.model.params import count, specs
+from lm.weights.shapes import config_json, shape as read_back
+
+TINY = SIZES["tiny"]
 
 
 @pytest.fixture
-def peer(tmp_path, monkeypatch):
-    """A peer that says what it is told to."""
+def limits(monkeypatch):
+    """A machine of 1 GFLOP/s that reads 1 MB/s, so that no test measures it."""
+    monkeypatch.setattr(Limits, "look", lambda self: None)
+    return Limits({"float32": 1e9, "bfloat16": 2e9}, 1e6)
 
-    def saying(code: str) -> str:
-        script = tmp_path / "peer.py"
-        script.write_text(code)
-        monkeypatch.setattr(bench, "PEER", script)
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    """(code, *names): scripts of these names that run that code take the place of the peers'."""
+
+    def saying(code: str, *names: str) -> str:
+        for name in names:
+            (tmp_path / name).write_text(code)
+        monkeypatch.setattr(turns, "PEERS", tmp_path)
         return sys.executable
 
     return saying
 
 
-def test_the_peer_s_phases_are_its_last_line(peer):
-    python = peer("""print("loading"); print('{"seconds": {"step": 2.5, "generation": 1.0}, "versions": {}}')""")
-    assert bench.peer_step(python, 3) == {"step": 2.5, "generation": 1.0}
+def said(**phases: float) -> str:
+    """Code of a peer that took two steps, the second twice as long."""
+    rows = [phases, {name: 2 * seconds for name, seconds in phases.items()}]
+    return f"print('loading'); print({json.dumps(dict(seconds=rows, threads=3, versions=dict(torch='2')))!r})"
 
 
-def test_a_peer_that_cannot_run_is_one_line(peer, tmp_path):
-    with pytest.raises(
-        UserError, match="peer.py --steps=3 failed: ModuleNotFoundError: No module named 'trll'; give a"
-    ):
-        bench.peer_step(peer("import trll"), 3)
-    with pytest.raises(
-        UserError, match="cannot run .*nowhere: No such file or directory; give a Python with tests/pee"
-    ):
-        bench.peer_step(str(tmp_path / "nowhere"), 3)
+def test_a_peer_is_told_the_work_and_its_last_line_is_read(scripts):
+    code = "import json, sys; print(0); print(json.dumps(sys.argv[1:]))"
+    peer = turns.Peer(scripts(code, "peer.py"), "peer.py", {"rows": 2})
+    assert peer.steps(3) == ["--rows=2", f"--threads={threads()}", "--steps=3"]
 
 
-def test_the_floor_counts_five_passes():
-    """2 FLOPs a parameter and token: 32 rows of 128 tokens; generation, reference, forward, and twice backward."""
-    assert bench.flops(bench.Shape()) == 2 * bench.matmul_count(bench.SIZE_S) * 32 * 128 * 5
+def test_a_peer_that_cannot_run_is_one_line(scripts, tmp_path):
+    peer = turns.Peer(scripts("import trll", "peer.py"), "peer.py", {})
+    with pytest.raises(UserError, match="peer.py failed: ModuleNotFoundError: No module named 'trll'; give --peer="):
+        peer.steps(3)
+    with pytest.raises(UserError, match="cannot run .*nowhere: No such file or directory; give --peer=PYTHON, an int"):
+        turns.Peer(str(tmp_path / "nowhere"), "peer.py", {}).steps(3)
 
 
-def test_ratios_in_words(capsys):
-    ours = {"generation": 0.5, "update": 1.0, "step": 1.5}
-    bench.show({"ours": ours, "best": ours, "peer": {"step": 3.0}, "ceiling": 2e11, "floor": 0.75})
-    said = capsys.readouterr().out
-    assert "the products alone take 0.75 s, 0.50 of our step" in said and "TRL takes 2.00 times as long" in said
+def test_torch_is_this_python_if_it_has_it(monkeypatch):
+    monkeypatch.setattr(turns, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--peer=torch: this Python has no torch; give --peer=PYTHON"):
+        turns.interpreter("torch")
+    monkeypatch.setattr(turns, "find_spec", lambda name: name)
+    assert turns.interpreter("torch") == sys.executable and turns.interpreter("/a/python") == "/a/python"
+
+
+def test_sides_take_turns_and_are_compared_by_medians_bests_and_turn_by_turn(scripts):
+    """Ours 1, 2 | 3, 4: median 2.5, best 1. The peer's 4, 8 | 4, 8: median 6, best 4. By turn 6/1.5 and 6/3.5."""
+    seconds, told = iter([1.0, 2.0, 3.0, 4.0]), []
+    ours = lambda steps: [{"step": next(seconds)} for _ in range(steps)]
+    peer = turns.Peer(scripts(said(step=4.0, cpu=7.0), "peer.py"), "peer.py", {})
+    timed = turns.interleaved(ours, peer, turns=2, steps=2, after=told.append)
+    found = turns.summed_up(timed, "step", units=10)
+    assert told == [{"step": 2.0}, {"step": 4.0}]
+    assert found["per_second"]["ours"] == {"median": 4.0, "best": 10.0}
+    assert found["per_second"]["peer"] == pytest.approx({"median": 10 / 6, "best": 2.5})
+    assert (found["ratio"]["median"], found["ratio"]["best"]) == pytest.approx((2.4, 4.0))
+    assert found["ratio"]["each_turn"] == pytest.approx([4.0, 12 / 7])
+    assert found["threads"] == {"ours": threads(), "peer": 3} and found["peer"]["best"]["cpu"] == 7.0
+    assert found["turns"]["ours"] == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def test_a_grpo_step_counts_five_passes():
+    """2 FLOPs a parameter and token: 32 rows of 128 tokens; generation, reference, forward, and twice backward.
+
+    Of size S a layer has 4 x 256^2 in attention and 3 x 256 x 704 in its MLP, the head 256 x 4096.
+    """
+    parameters = 4 * (4 * 256**2 + 3 * 256 * 704) + 256 * 4096
+    assert rollout.flops(SIZES["S"].config, rollout.Shape()) == 2 * parameters * 32 * 128 * 5
+
+
+def test_bytes_that_a_decode_step_reads():
+    """Tiny: 2 layers of 4 x 32^2 + 3 x 32 x 64 and a head of 32 x 256 make 28,672 parameters. Two rows after 3 tokens
+    attend to 4, then to 5: 4.5 on average, each 2 layers x (key and value) x 32 numbers."""
+    shape = generation.Shape(batch=2, prompt=3, new=2)
+    assert generation.bytes_per_step(TINY.config, shape, "float32") == 4 * (28_672 + 2 * 4.5 * 2 * 2 * 32)
+    assert generation.bytes_per_step(TINY.config, shape, "bfloat16") == 2 * (28_672 + 2 * 4.5 * 2 * 2 * 32)
+
+
+def test_a_window_is_all_that_is_read():
+    """A window of 4 on every second layer: 4 both times there, 4 and then 5 on the other one."""
+    config = TINY.config.__class__(**{**vars(TINY.config), "window": 4, "global_every": 2})
+    shape = generation.Shape(batch=1, prompt=3, new=2)
+    assert generation.bytes_per_step(config, shape, "float32") == 4 * (28_672 + (4 + 4.5) * 2 * 32)
+
+
+def test_flops_are_held_against_the_float32_ceiling(limits):
+    """64 tokens in 1 s. 6 x 28,672 parameters and, over 16.5 keys, 12 x 32 numbers in each of 2 layers, a token."""
+    timed = turns.Timed([[{"step": 1.0}]], [], {})
+    found = training.result("tiny", TINY, "bfloat16", timed, limits)
+    assert found["flops_per_second"] == pytest.approx(64 * (6 * 28_672 + 12 * 32 * 16.5 * 2))
+    assert found["of_peak"] == pytest.approx(found["flops_per_second"] / 1e9)
+    assert found["peak"]["source"] == "the float32 matmul ceiling" and "ratio" not in found
+
+
+def test_decoding_is_held_against_the_bandwidth(limits):
+    timed = turns.Timed([[{"prefill": 0.5, "decode": 2.0, "whole": 2.5}]], [], {})
+    shape = generation.Shape(batch=2, prompt=3, new=5)
+    found = generation.result("tiny", TINY.config, shape, "float32", timed, limits)
+    assert found["of_bandwidth"] == pytest.approx(found["bytes_per_step"] * 5 / 2.0 / 1e6)
+    assert found["per_second"]["ours"]["median"] == 4 and found["decode_per_second"] == 5
+    assert found["prefill_per_second"] == 12
+
+
+def test_bandwidth_is_bytes_over_the_fastest(monkeypatch):
+    """Three products, of 0.5, 0.25 and 0.75 s; after each the clock is asked whether there is time for another."""
+    now = iter([0.0, 1.0, 1.5, 1.5, 2.0, 2.25, 2.25, 3.0, 3.75, 3.75])
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(now))
+    assert hardware.memory_bandwidth(size=2**14, repeats=3, seconds=100.0) == 2**14 / 0.25
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_peer_s_model_is_ours(name):
+    """The config.json that it is told reads back as our shape, or lm.weights would refuse it."""
+    config = SIZES[name].config
+    assert count(specs(read_back(config_json(config, "llama")))) == count(specs(config))
+
+
+def test_a_whole_run(limits, scripts, tmp_path, capsys):
+    """Training and generation at the tiny size for two steps, beside peers that say what they are told to."""
+    python = scripts(said(step=4.0, whole=8.0), "train_step.py", "generate.py")
+    file = tmp_path / "bench.jsonl"
+    flags = f"training generation --sizes=tiny --dtypes=auto,bfloat16 --batches=2 --new_tokens=4 --turns=1 --steps=2 \
+        --peer={python} --json={file}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "Limits", lambda: limits)
+        bench.program(flags.split())
+    (line,) = file.read_text().splitlines()
+    found = json.loads(line)
+    assert [row["dtype"] for row in found["training"]] == ["float32", "bfloat16"]
+    for row in found["training"] + found["generation"]:
+        assert len(row["turns"]["ours"][0]) == 2 and min(row["turns"]["ours"][0]) > 0
+        assert row["ratio"]["median"] > 0 and row["peer_versions"] == {"torch": "2"}
+    assert found["training"][0]["per_second"]["peer"] == {"median": 64 / 6, "best": 16.0}
+    assert found["generation"][0]["per_second"]["peer"] == {"median": 8 / 12, "best": 1.0}
+    assert found["limits"]["bandwidth"] == 1e6 and found["device"] == "cpu" and "jax" in found["versions"]
+    printed = capsys.readouterr().out
+    assert "tiny bfloat16 batch 2" in printed and "threads" in printed and "times as fast" in printed
+
+
+def test_a_grpo_step_is_generation_and_update(limits, capsys):
+    shape = rollout.Shape(prompts=1, group=2, prompt=4, new=4)
+    timed = turns.interleaved(rollout.stepper(TINY.config, shape), None, turns=1, steps=1, after=lambda row: None)
+    ((row,),) = timed.ours
+    assert row["step"] == pytest.approx(row["generation"] + row["update"]) and min(row.values()) > 0
+    shown.rollout([rollout.result(TINY.config, shape, timed, limits)])
+    assert "generation" in capsys.readouterr().out
+
+
+def test_a_start_ends_with_its_first_step(tmp_path, monkeypatch):
+    """Its own rows count, not the score before it; what fails is told."""
+    code = "import pathlib, sys, json; d = pathlib.Path(sys.argv[1]); d.mkdir(); (d / 'metrics.jsonl').write_text("
+    rows = "".join(json.dumps({"step": i}) + "\\n" for i in (0, 1))
+    monkeypatch.setattr(startup, "command", lambda name, path, *flags: [sys.executable, "-c", f"{code}'{rows}')", path])
+    assert 0 < startup.first_step(tmp_path, "a", cache=tmp_path) < 60
+    monkeypatch.setattr(startup, "command", lambda name, path, *flags: [sys.executable, "-c", "raise OSError('no')"])
+    with pytest.raises(UserError, match="failed: OSError: no"):
+        startup.first_step(tmp_path, "b", cache=tmp_path)
+
+
+def test_a_start_has_none_of_what_our_own_restart_added(monkeypatch, tmp_path):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    monkeypatch.setenv("KEPT", "yes")
+    found = startup.environment(tmp_path)
+    assert "GLIBC_TUNABLES" not in found and found["KEPT"] == "yes"
+    assert found["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("trainin", "lm.bench does not time 'trainin'; choose from training, generation, rollout, startup"),
+        ("--sizes=S,XL", "--sizes=S,XL: there is no 'XL'; choose from tiny, S, M"),
+        ("--dtypes=float16", "--dtypes=float16: there is no 'float16'; choose from auto, float32, bfloat16"),
+        ("--batches=1,0", "--batches=1,0: give numbers from 1 up"),
+        ("--turns=0", "bench.turns is 0; it must be at least 1"),
+        ("--json=nowhere/at/all", "--json=nowhere/at/all: there is no folder"),
+        ("--turn=1", "--turn is not a flag of this program; did you mean --turns?"),
+    ],
+)
+def test_what_is_refused(flags, message):
+    with pytest.raises(UserError, match=message):
+        bench.program(flags.split())
+
+
+def test_peers_only_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(bench.jax, "default_backend", lambda: "gpu")
+    flags = SimpleNamespace(what=[], steps=1, turns=1, new_tokens=1, prompt_tokens=1, peer="python", json="")
+    with pytest.raises(UserError, match="the peers run on a CPU, and this is a gpu: leave --peer out"):
+        bench.checked(flags)
+
+
+def test_counts_are_each_taken_once():
+    assert counts("batches", "1, 32,1") == [1, 32]
+
+
+def test_a_batch_is_whole_rows_of_next_tokens():
+    batch = training.drawn(TINY)
+    assert batch.inputs.shape == batch.targets.shape == (2, 32) and (batch.weights == 1).all()
+    np.testing.assert_array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+
+
+@pytest.mark.peer
+def test_pytorch_does_the_same_work():
+    """Its first loss, of random weights on random tokens, is near that of an even guess: log 256."""
+    trained = training.peer(sys.executable, TINY, "bfloat16").steps(1)
+    assert trained["losses"][0] == pytest.approx(np.log(256), rel=0.05)
+    generated = generation.peer(sys.executable, TINY.config, generation.Shape(2, 4, 3), "float32").steps(1)
+    for found in (trained, generated):
+        assert len(found["seconds"]) == 1 and min(found["seconds"][0].values()) > 0
+        assert found["threads"] == threads() and set(found["versions"]) == {"transformers", "torch"}

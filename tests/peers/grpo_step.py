@@ -5,7 +5,7 @@
 TRL's own GRPOTrainer with a GPT-2 of random weights, float32, AdamW: sample an answer of exactly `new` tokens for each
 of prompts x group rows, score them, find the reference's log-probs, take one optimizer step. Nothing is downloaded: the
 tokenizer is a list of made words, the reward is the share of even token ids. The first step warms up and does not
-count; each figure is the median over the others, in seconds. `cpu` is what the process used, all threads together: far
+count; `seconds` holds a row for each of the others. `cpu` is what the process used, all threads together: far
 below threads x `step` means that others used the machine.
 """
 
@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -144,9 +143,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         trainer(size, folder, clock).train()
     counted = [with_rest(step) for step in clock.steps[1:]]
-    median = {name: statistics.median(step[name] for step in counted) for name in counted[0]}
     versions = {name: metadata.version(name) for name in ("trl", "transformers", "torch")}
-    print(json.dumps({"seconds": median, "size": vars(size), "versions": versions}))
+    print(
+        json.dumps({"seconds": counted, "threads": torch.get_num_threads(), "size": vars(size), "versions": versions})
+    )
 
 
 def with_rest(step: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,97 @@
+"""Tokens a second of greedy sampling, prefill apart from decoding, against what memory lets through.
+
+A decode step must read every matrix and the keys and values of all earlier tokens. At batch 1 that, not arithmetic, is
+the bound: bytes a step over the measured bandwidth.
+"""
+
+import functools
+import json
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import model as models
+from lm.bench.limits import Limits
+from lm.bench.sizes import settled
+from lm.bench.turns import Peer, Run, Timed, summed_up
+from lm.model import Config
+from lm.model.params import matmul_count
+from lm.sample import prefill, sample
+from lm.types import Params
+from lm.weights.shapes import config_json
+
+
+class Shape(NamedTuple):
+    """What is generated: each of `batch` prompts is answered with exactly `new` tokens."""
+
+    batch: int
+    prompt: int = 32  # tokens
+    new: int = 256
+
+
+def sampler(config: Config, shape: Shape, dtype: str, lm: Params | None = None) -> Run:
+    """Generations: seconds of each in all (`whole`), to the first logits (`prefill`), and of the rest (`decode`).
+
+    Prefill is timed in a call of its own. lm: random if there is none.
+    """
+    model = models.make(settled(config, dtype))
+    lm = jax.jit(model.init)(jax.random.key(0)) if lm is None else jax.device_put(lm)
+    first = jax.jit(functools.partial(prefill, model, capacity=shape.prompt + shape.new))
+    whole = jax.jit(functools.partial(sample, model, max_new=shape.new, temperature=0.0, stop=()))
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (shape.batch, shape.prompt)).astype(np.int32)
+    given = jax.device_put((prompts, np.full(shape.batch, shape.prompt, np.int32)))
+
+    def run(count: int):
+        found = []
+        for _ in range(count + 1):
+            start = time.perf_counter()
+            jax.block_until_ready(first(lm, *given))
+            ready = time.perf_counter()
+            jax.block_until_ready(whole(lm, *given, jax.random.key(0)))
+            end = time.perf_counter()
+            found.append({"prefill": ready - start, "decode": end - ready - (ready - start), "whole": end - ready})
+        return found[1:]
+
+    return run
+
+
+def peer(python: str, config: Config, shape: Shape, dtype: str) -> Peer:
+    """The same shape and prompts' sizes with transformers' generate."""
+    options = {**shape._asdict(), "dtype": settled(config, dtype).dtype}
+    return Peer(python, "generate.py", {"config": json.dumps(config_json(config, "llama")), **options})
+
+
+def bytes_per_step(config: Config, shape: Shape, dtype: str) -> float:
+    """That a decode step cannot do without, on average: each matrix once, and what the cache holds by then.
+
+    In the dtype of the products. Of a mixture of experts, those of one token.
+    """
+    width = jnp.dtype(dtype).itemsize
+    held = [shape.prompt + t for t in range(1, shape.new + 1)]  # tokens that a step attends to, its own among them
+    seen = sum(statistics.fmean(min(n, config.window) if local else n for n in held) for local in config.local)
+    return width * (matmul_count(config) + shape.batch * seen * 2 * config.kv_heads * config.head_size)
+
+
+def result(name: str, config: Config, shape: Shape, dtype: str, timed: Timed, limits: Limits) -> dict[str, Any]:
+    """Speeds of a whole generation, of its two parts, and how much of the bandwidth decoding needs."""
+    dtype = settled(config, dtype).dtype
+    found = summed_up(timed, "whole", units=shape.batch * shape.new)
+    median = found["ours"]["median"]
+    size = bytes_per_step(config, shape, dtype)
+    read = size * shape.new / median["decode"]
+    return {
+        "size": name,
+        "dtype": dtype,
+        **shape._asdict(),
+        **found,
+        "prefill_per_second": shape.batch * shape.prompt / median["prefill"],
+        "decode_per_second": shape.batch * shape.new / median["decode"],
+        "bytes_per_step": size,
+        "bytes_per_second": read,
+        "bandwidth": limits.bandwidth,
+        "of_bandwidth": read / limits.bandwidth,
+    }

@@ -1,0 +1,87 @@
+"""How long one GRPO step takes, a rollout's cost apart from an update's, against TRL.
+
+Size S: 4 prompts of 64 tokens x 8 answers of 64 tokens, none ending early, AdamW, the reference's log-probs included on
+both sides.
+"""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm import model as models, optim
+from lm.bench.limits import Limits
+from lm.bench.sizes import SIZES, settled
+from lm.bench.turns import Peer, Run, Timed, summed_up
+from lm.model import Config
+from lm.model.params import matmul_count
+from lm.stages import grpo
+from lm.stages.answering import rollout
+from lm.types import Rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a step does."""
+
+    prompts: int = 4
+    group: int = 8
+    prompt: int = 64  # tokens
+    new: int = 64
+
+
+def stepper(config: Config, shape: Shape, *, beta: float = 0.04) -> Run:
+    """Steps of stage grpo: seconds of generation, of update (reference's and own log-probs, loss, gradient, AdamW), and
+    of both."""
+    model = models.make(settled(config, "auto"))
+    update = grpo.make(model, optim.make(learning_rate=1e-4, total_steps=1000), beta=beta)
+    state = jax.jit(lambda key: update.init(key, {"lm": model.init(key)}, {}))(jax.random.key(0))
+    draw = jax.jit(functools.partial(rollout, model, max_new=shape.new, stop=()))
+    step = jax.jit(update.update, donate_argnums=0)
+    rows = shape.prompts * shape.group
+    prompts = np.random.default_rng(0).integers(1, config.vocab_size, (shape.prompts, shape.prompt))
+    prompts, lengths = prompts.repeat(shape.group, axis=0).astype(np.int32), np.full(rows, shape.prompt, np.int32)
+
+    def run(count: int):
+        nonlocal state
+        found = []
+        for i in range(count + 1):
+            start = time.perf_counter()
+            tokens, logprobs, drawn = jax.block_until_ready(
+                draw(state.params["lm"], prompts, lengths, jax.random.fold_in(jax.random.key(1), i))
+            )
+            sampled = time.perf_counter()
+            rewards = np.mean(np.asarray(drawn.tokens) % 2 == 0, axis=1, dtype=np.float32)
+            batch = Rollouts(tokens, rewards, {}, np.asarray(drawn.stopped), logprobs, group=shape.group)
+            state, _ = jax.block_until_ready(step(state, batch))
+            end = time.perf_counter()
+            found.append({"generation": sampled - start, "update": end - sampled, "step": end - start})
+        return found[1:]
+
+    return run
+
+
+def peer(python: str, shape: Shape) -> Peer:
+    """TRL's step with the GPT-2 that has as many layers, columns and heads, and about as many parameters."""
+    c = SIZES["S"].config
+    sizes = {"layers": c.layers, "width": c.width, "heads": c.heads, "hidden": 4 * c.width, "vocabulary": c.vocab_size}
+    return Peer(python, "grpo_step.py", {**dataclasses.asdict(shape), **sizes})
+
+
+def flops(config: Config, shape: Shape) -> float:
+    """Of the matrix products a step cannot do without: one pass to generate, one of the reference, one forward and
+    backward, two a parameter and token in each pass; attention is left out."""
+    tokens = shape.prompts * shape.group * (shape.prompt + shape.new)
+    return 2 * matmul_count(config) * tokens * (1 + 1 + 3)
+
+
+def result(config: Config, shape: Shape, timed: Timed, limits: Limits) -> dict[str, Any]:
+    """Seconds of each phase, and those that the products alone take at the device's best."""
+    peak, source = limits.peak()
+    least = flops(config, shape) / peak
+    found = summed_up(timed, "step")
+    found |= {"of_peak": least / found["ours"]["median"]["step"], "least": least}
+    return {"size": "S", **dataclasses.asdict(shape), **found, "peak": {"flops_per_second": peak, "source": source}}

@@ -1,0 +1,106 @@
+"""Two sides of a comparison, timed in turns, so that what else the machine does meets both."""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lm.bench.sizes import threads
+from lm.errors import UserError
+
+PEERS = Path(__file__).parents[2] / "tests" / "peers"
+REMEDY = "give --peer=PYTHON, an interpreter with tests/peers.txt"
+
+Row = Mapping[str, float]  # seconds of each phase of one step
+Run = Callable[[int], Sequence[Row]]  # so many steps that count, after one that does not
+
+
+class Peer(NamedTuple):
+    """A script of tests/peers, which says on its last line, as JSON, `seconds` (rows), `threads` and `versions`."""
+
+    python: str
+    script: str
+    options: Mapping[str, Any]
+
+    def steps(self, count: int) -> dict[str, Any]:
+        """What it says after so many steps. UserError where it cannot run."""
+        options = {**self.options, "threads": threads(), "steps": count}
+        script = PEERS / self.script
+        try:
+            done = subprocess.run(
+                [self.python, str(script), *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True
+            )
+        except OSError as error:
+            raise UserError(f"cannot run {self.python}: {error.strerror}; {REMEDY}") from error
+        if done.returncode:
+            said = done.stderr.strip().splitlines()[-1:] or ["without a word"]
+            raise UserError(f"{self.python} {script} failed: {said[0]}; {REMEDY}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def interpreter(peer: str) -> str:
+    """The Python that --peer names; "torch" is this one, if it has PyTorch."""
+    if peer != "torch":
+        return peer
+    if find_spec("torch") is None:
+        raise UserError(f"--peer=torch: this Python has no torch; {REMEDY}")
+    return sys.executable
+
+
+class Timed(NamedTuple):
+    """Rows of seconds of both sides, turn by turn; `peer` is empty where there was none."""
+
+    ours: list[Sequence[Row]]
+    peer: list[Sequence[Row]]
+    about: Mapping[str, Any]  # what the peer says of itself
+
+
+def interleaved(ours: Run, peer: Peer | None, *, turns: int, steps: int, after: Callable[[Row], None]) -> Timed:
+    """Each side takes `steps` steps, `turns` times; `after` is told our last step after each turn."""
+    mine, theirs, about = [], [], {}
+    for _ in range(turns):
+        mine.append(list(ours(steps)))
+        if peer:
+            said = peer.steps(steps)
+            theirs.append(said["seconds"])
+            about = {name: said[name] for name in ("threads", "versions")}
+        after(mine[-1][-1])
+    return Timed(mine, theirs, about)
+
+
+def summed_up(timed: Timed, phase: str, *, units: int = 1) -> dict[str, Any]:
+    """Seconds of each phase, median and best of all steps; `units` (tokens) a second of the one that counts; and how
+    many times as fast as the peer we are, by medians, by bests, and from turn to turn."""
+    sides = {"ours": timed.ours, **({"peer": timed.peer} if timed.peer else {})}
+    found: dict[str, Any] = {
+        "per_second": {side: per_second(turns, phase, units) for side, turns in sides.items()},
+        **{side: phases(turns) for side, turns in sides.items()},
+        "turns": {side: [[row[phase] for row in turn] for turn in turns] for side, turns in sides.items()},
+        "threads": {"ours": threads()},
+    }
+    if timed.peer:
+        speed = found["per_second"]
+        found["threads"]["peer"] = timed.about["threads"]
+        found["peer_versions"] = timed.about["versions"]
+        found["ratio"] = {name: speed["ours"][name] / speed["peer"][name] for name in ("median", "best")}
+        found["ratio"]["each_turn"] = [
+            per_second([theirs], phase)["median"] ** -1 * per_second([ours], phase)["median"]
+            for ours, theirs in zip(timed.ours, timed.peer)
+        ]
+    return found
+
+
+def phases(turns: Sequence[Sequence[Row]]) -> dict[str, dict[str, float]]:
+    rows = [row for turn in turns for row in turn]
+    return {
+        "median": {name: statistics.median(row[name] for row in rows) for name in rows[0]},
+        "best": {name: min(row[name] for row in rows) for name in rows[0]},
+    }
+
+
+def per_second(turns: Sequence[Sequence[Row]], phase: str, units: int = 1) -> dict[str, float]:
+    return {name: units / seconds[phase] for name, seconds in phases(turns).items()}
