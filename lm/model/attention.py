@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from lm.model.linear import row_major
 from lm.types import Array
 
 
@@ -53,7 +54,10 @@ def causal_attention(
     With `blocks` > 1 the queries are cut into that many static blocks and each meets only the keys up to its end,
     which saves up to half of the work.
     """
-    T = q.shape[1]
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = row_major(q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4))
+    k, v = row_major(k.transpose(0, 2, 1, 3)), row_major(v.transpose(0, 2, 1, 3))
     positions = jnp.arange(T)
     edges = [T * i // blocks for i in range(blocks + 1)]
     outputs = []
@@ -63,8 +67,69 @@ def causal_attention(
         if window is not None:
             causal &= positions[start:stop, None] - positions[None, :stop] < window
         mask = same & causal & (segments[:, None, :stop] > 0)
-        outputs.append(attention(q[:, start:stop], k[:, :stop], v[:, :stop], mask, **options))
-    return outputs[0] if blocks == 1 else jnp.concatenate(outputs, axis=1)
+        outputs.append(head_attention(q[:, :, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask, **options))
+    out = outputs[0] if blocks == 1 else jnp.concatenate(outputs, axis=3)
+    return row_major(out.transpose(0, 3, 1, 2, 4)).reshape(B, T, N, H)
+
+
+def head_attention(q, k, v, mask, *, scale=0.0, softcap=0.0):
+    """q f[B,K,G,T,H]; k, v f[B,K,S,H]; f[B,K,G,T,H]"""
+    B, K, G, T, H = q.shape
+    q = q.reshape(B, K, G * T, H)
+    logits = dots(q, k).reshape(B, K, G, T, -1) * (scale or H**-0.5)
+    weights = masked_softmax(softcapped(logits, softcap), mask[:, None, None]).astype(v.dtype)
+    return mixed(weights.reshape(B, K, G * T, -1), v).reshape(B, K, G, T, H)
+
+
+def masked_softmax(logits, seen):
+    return jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1), 0.0)
+
+
+@jax.custom_vjp
+def dots(q, k):
+    return jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
+
+
+def _dots_forward(q, k):
+    return dots(q, k), (q, k)
+
+
+def _dots_backward(residuals, g):
+    q, k = residuals
+    g = jax.lax.optimization_barrier(g.astype(q.dtype))
+    return jnp.einsum("bkts,bksh->bkth", g, k), transposed_product(g, q)
+
+
+dots.defvjp(_dots_forward, _dots_backward)
+
+
+def transposed_product(a, b):
+    """a^T b"""
+    if PHYS:
+        return jnp.einsum("bkst,bkth->bksh", row_major(a.swapaxes(2, 3)), b)
+    return jnp.einsum("bkts,bkth->bksh", a, b)
+
+
+import os
+PHYS = os.environ.get("PHYS") == "1"
+
+
+@jax.custom_vjp
+def mixed(weights, v):
+    return jnp.einsum("bkts,bksh->bkth", weights, v)
+
+
+def _mixed_forward(weights, v):
+    return mixed(weights, v), (weights, v)
+
+
+def _mixed_backward(residuals, g):
+    weights, v = residuals
+    g = jax.lax.optimization_barrier(g)
+    return jnp.einsum("bkth,bksh->bkts", g, v), transposed_product(weights, g)
+
+
+mixed.defvjp(_mixed_forward, _mixed_backward)
 
 
 def empty_cache(*, windows: Sequence[int], batch: int, capacity: int, kv_heads: int, head_size: int, dtype) -> Cache:

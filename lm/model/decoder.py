@@ -173,7 +173,7 @@ def logits(c: Config, params: Params, x: Array) -> Array:
     """f32[...,V] from states f[...,D]; under muP times base_width / width; capped where the model caps, in loss and
     sampling alike."""
     matrix = params["embedding"].T if c.tied else params["head"]
-    raw = jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+    raw = linear(x, matrix.astype(x.dtype), jnp.float32)
     return softcapped(raw * (c.base_width / c.width) if c.base_width else raw, c.logit_softcap)
 
 
@@ -223,8 +223,7 @@ def scored(
     def chunk(x, targets):
         raw = shard(logits(x), "batch", None, "vocab")
         scaled = distribution.adjusted(raw, temperature=temperature)
-        log_z = jax.nn.logsumexp(scaled, axis=-1)
-        logprobs = distribution.picked(scaled, targets) - log_z
+        logprobs, log_z = distribution.target_logprobs(scaled, targets)
         entropy = log_z - jnp.sum(jnp.exp(scaled - log_z[..., None]) * scaled, axis=-1)
         unscaled = log_z if distribution.known(temperature, 1) else jax.nn.logsumexp(raw, axis=-1)
         return Scores(logprobs, entropy, unscaled)
