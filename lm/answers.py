@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.data.prompts import Prompts
+from lm.data.prompts import Prompts, bucketed
 from lm.errors import UserError
 from lm.model import Model
-from lm.sample import sample
+from lm.sample import check, sample
 from lm.tokenizer import Tokenizer
 from lm.types import Array, Params
 
@@ -63,7 +63,8 @@ def answerer(
 
     `options` are those of sample (max_new, temperature, ...). Chunk c draws with fold_in(key, c), so an answer depends
     on its place in the list, not on how many follow. An answer ends before the first of `stop_strings`, but is sampled
-    to its own end: the program knows tokens, no text. stop: ids that end it beside the tokenizer's.
+    to its own end: the program knows tokens, no text. stop: ids that end it beside the tokenizer's. Prompts of any
+    width are brought to that of their bucket, so a new one seldom compiles; what must fit is their real length.
     """
     check_stop_strings(stop_strings)
     options |= {"samples": samples, "stop": (*tokenizer.stops, *stop)}
@@ -71,11 +72,15 @@ def answerer(
     lm = jax.tree.map(jnp.asarray, lm)  # on the device once, not for every chunk
 
     def answers(prompts: Prompts, key: Array) -> list[Answer]:
-        found = []
+        found, given = [], prompts.ids.shape[1]
+        longest = int(max(prompts.lengths, default=1))
+        check(model, longest, max_new=options["max_new"], temperature=1.0, top_k=0, top_p=1.0)
+        width = bucketed(given, model.config.context - options["max_new"])
         for chunk, start in enumerate(range(0, len(prompts.ids), rows_at_once)):
-            ids, lengths = (x[start : start + rows_at_once] for x in (prompts.ids, prompts.lengths))
+            ids, lengths = (x[start : start + rows_at_once] for x in (prompts.ids[:, :width], prompts.lengths))
             missing = rows_at_once - len(ids)
-            ids, lengths = np.pad(ids, ((0, missing), (0, 0))), np.pad(lengths, (0, missing), constant_values=1)
+            ids = np.pad(ids, ((0, missing), (0, max(width - given, 0))))
+            lengths = np.pad(lengths, (0, missing), constant_values=1)
             drawn = jax.device_get(run(lm, ids, lengths, jax.random.fold_in(key, chunk)))
             for row in range((rows_at_once - missing) * samples):
                 length = int(drawn.lengths[row])

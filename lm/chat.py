@@ -2,12 +2,15 @@
 
     python -m lm.chat --workdir=runs/quickstart
     python -m lm.chat --workdir=runs/quickstart --prompt="How was your day?" --temperature=0
+    python -m lm.chat --workdir=runs/large --draft=runs/small --ahead=4
 
 The workdir is a stage's own, or a pipeline's folder, whose last policy then speaks. A model that was only pretrained
 continues the text it is given. /reset starts over, /exit or ctrl-D leaves, ctrl-C cuts an answer short.
+
+--draft names a smaller model with the same tokenizer that proposes tokens, which the large one judges several at a time
+(see lm.speculative): answers are distributed as without it, and come faster where it guesses well.
 """
 
-import functools
 import readline  # noqa: F401  gives input() its line editing and history
 import sys
 import unicodedata
@@ -15,22 +18,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lm.answers import before, certain, check_stop_strings
 from lm.config import parsed
 from lm.console import main, warn
-from lm.distribution import adjusted, penalised
 from lm.errors import UserError
-from lm.model import Model
+from lm.intervals import rate
 from lm.model.params import count, specs
-from lm.sample import check, decode, draw, prefill, row_keys, seen_in, with_new
+from lm.sample import check
+from lm.speculative import Pair, check as check_pair
 from lm.stages import JUDGES
+from lm.streams import speculative_streamer, streamer
 from lm.tokenizer import Message, Tokenizer, prompt
 from lm.workdir import CHECKPOINTS, CONFIG, PIPELINE, Trained, load, read_json
 
-BUCKET = 32  # prompts are padded to a multiple of it, so that a conversation compiles few programs
 NEW_TOKENS = 128  # the longest answer, unless the flag says otherwise or the context leaves less
 FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help="a pipeline's folder, or a stage's own"),
@@ -46,6 +48,8 @@ FLAGS = {
         action="append", default=[], metavar="TEXT", help="end an answer before this text; may be given several times"
     ),
     "seed": dict(type=int, default=0, help="the same seed gives the same answers; default: 0"),
+    "draft": dict(metavar="DIR", help="a smaller model's, which proposes tokens; default: none"),
+    "ahead": dict(type=int, default=4, help="with --draft: tokens it proposes at a time; default: 4"),
     "max_new_tokens": dict(type=int, help=f"the longest answer; default: {NEW_TOKENS}, or what the context leaves"),
 }
 
@@ -59,48 +63,6 @@ def policy_folder(path: Path) -> Path:
         if saved and read_json(path / name / CONFIG)["stage"]["name"] not in JUDGES:
             return path / name
     raise UserError(f"{path} holds no trained model yet: let lm.pipeline come to the first checkpoint of pretrain")
-
-
-def streamer(
-    model: Model, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0, repetition_penalty: float = 1.0
-) -> Callable[..., Iterator[int]]:
-    """stream(lm, ids, key, *, max_new, stop): the tokens of lm.sample.sample's row 0, each as soon as it is drawn.
-
-    The keys are sample's, and so are the tokens, unless rounding decides between two: the padding differs. Prompts are
-    aligned to the right of their bucket, so a cache of the context and one bucket more holds every allowed answer.
-    """
-    capacity = model.config.context + BUCKET
-
-    def drawn(logits, keys, t, seen):
-        """The next token i32[1], and what has been seen with it; None where there is no penalty."""
-        now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        logits = logits if seen is None else penalised(logits, seen, repetition_penalty)
-        tokens, _ = draw(now, adjusted(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
-        return tokens, None if seen is None else with_new(seen, tokens)
-
-    @jax.jit
-    def first(lm, prompts, lengths, keys):
-        logits, cache = prefill(model, lm, prompts, lengths, capacity=capacity)
-        seen = None if repetition_penalty == 1 else seen_in(prompts, lengths, logits.shape[1])
-        return *drawn(logits, keys, 0, seen), cache
-
-    @functools.partial(jax.jit, donate_argnames="cache")
-    def following(lm, tokens, lengths, keys, t, seen, cache):
-        logits, cache = decode(model, lm, tokens, lengths + t - 1, cache)
-        return *drawn(logits, keys, t, seen), cache
-
-    def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
-        prompts = np.zeros((1, -(-len(ids) // BUCKET) * BUCKET), np.int32)
-        prompts[0, : len(ids)] = ids
-        lengths, keys = np.array([len(ids)], np.int32), row_keys(key, jnp.arange(1))
-        tokens, seen, cache = first(lm, prompts, lengths, keys)
-        for t in range(1, max_new + 1):
-            yield int(tokens[0])
-            if t == max_new or int(tokens[0]) in stop:
-                return
-            tokens, seen, cache = following(lm, tokens, lengths, keys, t, seen, cache)
-
-    return stream
 
 
 def printable(text: str) -> str:
@@ -124,7 +86,7 @@ class Chat:
     """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), over every reset.
 
     max_new: tokens an answer may have; None: NEW_TOKENS, or what the context leaves. note: given what is to be told.
-    stop: strings before the first of which an answer ends.
+    stop: strings before the first of which an answer ends. draft: a model that proposes `ahead` tokens at a time.
     """
 
     def __init__(
@@ -140,8 +102,9 @@ class Chat:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
+        draft: Trained | None = None,
+        ahead: int = 4,
     ):
-        self._context = trained.model.config.context
         self._sampler = {
             "temperature": temperature,
             "top_k": top_k,
@@ -149,15 +112,28 @@ class Chat:
             "min_p": min_p,
             "repetition_penalty": repetition_penalty,
         }
+        if draft:
+            check_draft(trained, draft, repetition_penalty)
+        self._drafted = f"; {draft.path} proposes {ahead} tokens at a time" if draft else ""
+        self._models = Pair(trained.model, draft.model) if draft else None
+        self._ahead, contexts = ahead, [model.config.context for model in self._models or [trained.model]]
+        self._context, self._whose = min(contexts), "model" if contexts[0] == min(contexts) else "draft"
         check_stop_strings(stop)
         if not 0 <= seed < 2**32:
             raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
         if max_new is not None and max_new >= self._context:
             raise UserError(f"max_new_tokens is {max_new}, but prompt and answer share {self._context}: lower it")
-        check(trained.model, 1, max_new=1 if max_new is None else max_new, **self._sampler)
-        self._trained, self._note, self._seed, self._max_new, self._stop = trained, note, seed, max_new, tuple(stop)
+        self._trained = trained
+        self._check(1, 1 if max_new is None else max_new)
+        self._note, self._seed, self._max_new, self._stop = note, seed, max_new, tuple(stop)
         self._lm = jax.device_put(trained.params["lm"])
-        self._stream = streamer(trained.model, **self._sampler)
+        self._proposed = self._accepted = 0
+        if draft:
+            settings = {name: value for name, value in self._sampler.items() if name != "repetition_penalty"}
+            lm = draft.params["lm"]
+            self._stream = speculative_streamer(self._models, lm, self._told_of, ahead=ahead, **settings)
+        else:
+            self._stream = streamer(trained.model, **self._sampler)
         self._answers = 0
         self.reset()
 
@@ -167,7 +143,7 @@ class Chat:
         plain = "" if self._talks else "\nit was only pretrained: it continues your text instead of answering it"
         return (
             f"{self._trained.stage} model of {self._trained.path}: {count(specs(config)):,} parameters, "
-            f"context {config.context} tokens; {sampler}{plain}"
+            f"context {self._context} tokens; {sampler}{self._drafted}{plain}"
         )
 
     def reset(self) -> None:
@@ -183,9 +159,11 @@ class Chat:
         kept, ids = self._asked([*self.messages, {"role": "user", "content": text}])
         left = self._context - len(ids)
         if left < 1:
-            raise UserError(f"the prompt has {len(ids)} tokens, but the model's context is {self._context}: shorten it")
+            raise UserError(
+                f"the prompt has {len(ids)} tokens, but the {self._whose}'s context is {self._context}: shorten it"
+            )
         max_new = min(NEW_TOKENS, left) if self._max_new is None else self._max_new
-        check(self._trained.model, len(ids), max_new=max_new, **self._sampler)
+        self._check(len(ids), max_new)
         if len(kept) <= len(self.messages) and self._talks and not self._told:
             self._note(
                 f"the conversation has outgrown the context of {self._context} tokens: "
@@ -194,6 +172,26 @@ class Chat:
             self._told = True
         self.messages = kept
         return self._answered(ids, max_new)
+
+    def guessed(self) -> str:
+        """How many of the last answer's proposals were accepted, with an interval as if each were judged by itself;
+        empty without a draft."""
+        if not self._proposed:
+            return ""
+        share = rate([True] * self._accepted + [False] * (self._proposed - self._accepted))
+        return (
+            f"{self._accepted} of {self._proposed} proposed tokens were accepted: {share.value:.0%} "
+            f"(95% interval {share.low:.0%} to {share.high:.0%})"
+        )
+
+    def _told_of(self, proposed: int, accepted: int) -> None:
+        self._proposed, self._accepted = self._proposed + proposed, self._accepted + accepted
+
+    def _check(self, prompt: int, max_new: int) -> None:
+        if self._models:
+            check_pair(self._models, prompt, ahead=self._ahead, max_new=max_new, **self._sampler)
+        else:
+            check(self._trained.model, prompt, max_new=max_new, **self._sampler)
 
     @property
     def _talks(self) -> bool:
@@ -212,6 +210,7 @@ class Chat:
         tokenizer = self._trained.tokenizer
         key = jax.random.fold_in(jax.random.key(self._seed), self._answers)
         self._answers += 1
+        self._proposed = self._accepted = 0
         drawn, said = [], ""
         try:
             for token in self._stream(self._lm, ids, key, max_new=max_new, stop=tokenizer.stops):
@@ -229,6 +228,17 @@ class Chat:
             self.messages.append({"role": "assistant", "content": text})
 
 
+def check_draft(trained: Trained, draft: Trained, repetition_penalty: float) -> None:
+    """UserError for a draft that cannot propose what this model says."""
+    if draft.tokenizer.fingerprint != trained.tokenizer.fingerprint:
+        raise UserError(
+            f"{draft.path} was trained with tokenizer and template {draft.tokenizer.fingerprint[:8]}, but "
+            f"{trained.path} with {trained.tokenizer.fingerprint[:8]}: take a draft with the same tokenizer"
+        )
+    if repetition_penalty != 1:
+        raise UserError("repetition_penalty does not go with a draft, whose proposals it would change: leave one out")
+
+
 def speak(chat: Chat, text: str) -> None:
     """Prints the answer as it comes."""
     for piece in chat.answer(text):
@@ -236,6 +246,8 @@ def speak(chat: Chat, text: str) -> None:
     print(flush=True)
     if not chat.ended:
         note("(cut off at max_new_tokens, or by the end of the context)")
+    if told := chat.guessed():
+        note(f"({told})")
 
 
 def converse(chat: Chat) -> None:
@@ -265,15 +277,20 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def policy(workdir: str) -> Trained:
+    """What speaks in a workdir, or in a pipeline's folder. UserError for a reward model."""
+    trained = load(policy_folder(Path(workdir)), backend=jax.default_backend(), warn=warn)
+    if trained.stage in JUDGES:
+        raise UserError(f"{workdir} is a reward model, which scores answers and writes none: name a policy")
+    return trained
+
+
 def program(argv: list[str]) -> None:
     flags = parsed(argv, __doc__, FLAGS)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # whatever bytes or characters the terminal does not know
-    trained = load(policy_folder(Path(flags.workdir)), backend=jax.default_backend(), warn=warn)
-    if trained.stage in JUDGES:
-        raise UserError(f"{flags.workdir} is a reward model, which scores answers and writes none: name a policy")
     chat = Chat(
-        trained,
+        policy(flags.workdir),
         note,
         seed=flags.seed,
         max_new=flags.max_new_tokens,
@@ -283,6 +300,8 @@ def program(argv: list[str]) -> None:
         min_p=flags.min_p,
         repetition_penalty=flags.repetition_penalty,
         stop=flags.stop,
+        draft=None if flags.draft is None else policy(flags.draft),
+        ahead=flags.ahead,
     )
     if flags.prompt is not None:
         speak(chat, flags.prompt)

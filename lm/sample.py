@@ -12,18 +12,20 @@ from lm.model import Cache, Model
 from lm.types import Array, Completions, Params, Tokens
 
 
-def prefill(model: Model, lm: Params, prompts: Array, lengths: Array, *, capacity: int) -> tuple[Array, Cache]:
+def prefill(
+    model: Model, lm: Params, prompts: Array, lengths: Array, *, capacity: int, slack: int = 0
+) -> tuple[Array, Cache]:
     """Logits f32[B,V] after each prompt, and the cache of `capacity` slots that decoding goes on from.
 
     prompts i32[B,P] are padded on the right to their lengths i32[B]; here they are aligned to the right, so that all
-    rows write the same slot from now on.
+    rows write the same slot from now on. slack: slots that may be taken back, see Cache.
     """
     P = prompts.shape[1]
     positions = jnp.arange(P) - (P - lengths[:, None])
     segments = (positions >= 0).astype(jnp.int32)
     positions = jnp.maximum(positions, 0)
     aligned = jnp.where(segments > 0, jnp.take_along_axis(prompts, positions, axis=1), 0)
-    cache = model.cache(batch=prompts.shape[0], capacity=capacity)
+    cache = model.cache(batch=prompts.shape[0], capacity=capacity, slack=slack)
     x, cache = model.cached(lm, aligned, positions, segments, cache)
     return model.logits(lm, x[:, -1]), cache
 

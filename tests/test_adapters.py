@@ -11,6 +11,7 @@ from lm import sharding
 from lm.errors import UserError
 from lm.model import adapters
 from lm.sample import sample
+from lm.speculative import speculate
 from lm.stages import pretrain, sft
 
 VOCAB, WIDTH = 17, 16
@@ -81,12 +82,13 @@ def test_the_pretrain_stage_learns_a_cycle(name, rows):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"].value()))
     assert losses[0] > 2.3 and losses[-1] < 0.3, losses
-    drawn = jax.jit(
-        lambda lm: sample(
-            model, lm, jnp.array([[2, 3, 0], [1, 0, 0]]), jnp.array([2, 1]), state.key, max_new=4, temperature=0.0
-        )
-    )(state.params["lm"])
+    lm, greedy = state.params["lm"], {"max_new": 4, "temperature": 0.0}
+    asked = jnp.array([[2, 3, 0], [1, 0, 0]]), jnp.array([2, 1]), state.key
+    drawn = jax.jit(lambda lm: sample(model, lm, *asked, **greedy))(lm)
     assert drawn.tokens.tolist() == [[4, 5, 6, 0], [2, 3, 4, 5]], "prompts of mixed length, without a cache"
+    untrained = model.init(jax.random.key(0))
+    judged, told = jax.jit(lambda lm, draft: speculate(model, model, lm, draft, *asked, **greedy))(lm, untrained)
+    assert judged.tokens.tolist() == drawn.tokens.tolist() and np.all(told.accepted < told.proposed)
 
 
 @EACH

@@ -17,11 +17,13 @@ import pytest
 
 from lm import chat, model
 from lm.answers import answerer, before, certain, cut
-from lm.chat import Chat, newest, policy_folder, printable, settled, streamer
+from lm.chat import Chat, newest, policy_folder, printable, settled
 from lm.checkpoint import Checkpoints
 from lm.data.prompts import padded
 from lm.errors import UserError
 from lm.sample import sample
+from lm.speculative import Pair, speculate
+from lm.streams import speculative_streamer, streamer
 from lm.tokenizer import Tokenizer, prompt, train
 from lm.workdir import Trained, load
 
@@ -88,6 +90,12 @@ def scripted(trained: Trained, text: str, note=pytest.fail, **options) -> Chat:
     return talk
 
 
+def compiled(stream) -> tuple[int, int]:
+    """How many programs a stream has for the prompt, and how many for what follows."""
+    inside = dict(zip(stream.__code__.co_freevars, (cell.cell_contents for cell in stream.__closure__)))
+    return inside["first"]._cache_size(), inside["following"]._cache_size()
+
+
 @pytest.mark.parametrize(
     "lengths, sampler",
     [
@@ -105,8 +113,7 @@ def test_streamed_tokens_are_those_of_sample(sft, lengths, sampler):
         streamed = list(stream(sft.params["lm"], ids, key, max_new=max_new, stop=()))
         assert len(streamed) == max_new
         assert streamed == sampled(sft, ids, key, max_new=max_new, stop=(), **sampler)
-    programs = [cell.cell_contents for cell in stream.__closure__]
-    assert [program._cache_size() for program in programs] == [len({-(-length // 32) for length in lengths}), 1]
+    assert compiled(stream) == (len({-(-length // 32) for length in lengths}), 1)
 
 
 def test_a_stream_ends_with_the_stop_token(sft):
@@ -116,6 +123,76 @@ def test_a_stream_ends_with_the_stop_token(sft):
     ended = free[: free.index(free[3]) + 1]  # had the fourth token, wherever it comes first, been a stop token
     assert list(stream(sft.params["lm"], ids, key, max_new=8, stop=(0, free[3]))) == ended
     assert sampled(sft, ids, key, max_new=8, stop=(0, free[3])) == ended
+
+
+def test_a_new_prompt_length_compiles_nothing(sft):
+    """5, 17 and 30 tokens share a bucket, in a stream and in many answers; 60 and 4 new ones just fit the context of
+    64, in an array of any width, and 61 do not."""
+    traced = []
+    counting = lambda f: jax.jit(lambda *given: (traced.append(given), f(*given))[1])
+    ask = answerer(sft.model, sft.params["lm"], sft.tokenizer, jit=counting, rows_at_once=2, max_new=4, temperature=0.0)
+    stream = streamer(sft.model, temperature=0.0, top_k=0, top_p=1.0)
+    draw = np.random.default_rng(0)
+    for length, width in ((5, 5), (17, 20), (30, 30), (60, 90)):
+        ids = draw.integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
+        said = sampled(sft, ids, jax.random.key(0), max_new=4, temperature=0.0)
+        assert list(stream(sft.params["lm"], ids, jax.random.key(0), max_new=4, stop=sft.tokenizer.stops)) == said
+        (answer,) = ask(padded([ids], [[]], width), jax.random.key(0))
+        assert answer.text == sft.tokenizer.decode(said) and answer.length == len(said)
+    assert len(traced) == 2 and compiled(stream) == (2, 1)
+    with pytest.raises(UserError, match="the prompt has 61 tokens and 4 more were asked for, .* context is 64"):
+        ask(padded([np.ones(61, np.int32)], [[]], 61), jax.random.key(0))
+
+
+def test_a_stream_with_a_draft_is_speculates(sft):
+    """Across a bucket's edge and to the end of the context, stops included; one program of rounds. What is told of the
+    proposals adds up to Acceptance."""
+    draft, told = jax.tree.map(lambda x: 0.98 * x, sft.params["lm"]), []
+    models, settings = Pair(sft.model, sft.model), dict(temperature=0.8, top_k=20)
+    tell = lambda *counts: told.append(counts)
+    stream = speculative_streamer(models, draft, tell, ahead=3, **settings)
+    for length, max_new, stop in ((5, 20, ()), (30, 34, (7, 30)), (33, 31, ())):
+        ids = np.random.default_rng(length).integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
+        key = jax.random.key(length)
+        run = jax.jit(functools.partial(speculate, *models, max_new=max_new, ahead=3, stop=stop, **settings))
+        drawn, counts = run(sft.params["lm"], draft, ids[None], np.array([length], np.int32), key)
+        told.clear()
+        streamed = list(stream(sft.params["lm"], ids, key, max_new=max_new, stop=stop))
+        assert streamed == drawn.tokens[0, : drawn.lengths[0]].tolist() and streamed
+        assert np.sum(told, axis=0).tolist() == [counts.proposed[0], counts.accepted[0]] and len(told) == counts.rounds
+    assert compiled(stream) == (2, 1)
+
+
+def test_a_chat_with_a_draft_tells_what_it_was_worth(sft, trained_workdir, capsys):
+    """At temperature 0 its answer is the one without; the draft that is the model itself is always right."""
+    flags = ["--prompt=How are you?", "--temperature=0", "--max_new_tokens=8"]
+    chat.program([f"--workdir={trained_workdir('sft')}", *flags])
+    plain = capsys.readouterr().out
+    chat.program([f"--workdir={trained_workdir('sft')}", f"--draft={trained_workdir('pretrain')}", "--ahead=2", *flags])
+    found = capsys.readouterr()
+    assert found.out == plain
+    n, of = map(
+        int, re.search(r"\((\d+) of (\d+) proposed tokens were accepted: 100% \(95% interval", found.err).groups()
+    )
+    assert n == of >= 2
+
+
+def test_drafts_that_do_not_fit(sft):
+    other = train([TEXT * 20], vocab_size=310)
+    short = sft._replace(model=model.make(dataclasses.replace(sft.model.config, context=40)))
+    with pytest.raises(
+        UserError, match=f"trained with .* {other.fingerprint[:8]}, but .* {sft.tokenizer.fingerprint[:8]}"
+    ):
+        Chat(sft, pytest.fail, draft=sft._replace(tokenizer=other))
+    with pytest.raises(UserError, match="repetition_penalty does not go with a draft"):
+        Chat(sft, pytest.fail, draft=sft, repetition_penalty=1.1)
+    with pytest.raises(UserError, match="ahead is 0"):
+        Chat(sft, pytest.fail, draft=sft, ahead=0)
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens and 36 more .* the draft's context is 40"):
+        Chat(sft, pytest.fail, draft=short, max_new=36).answer("How are you?")
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, but the draft's context is 40: shorten it"):
+        Chat(sft, pytest.fail, draft=short).answer("dog " * 40)
+    assert "context 40 tokens" in str(Chat(sft, pytest.fail, draft=short))
 
 
 def test_answers_follow_the_conversation(sft):

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from lm.data import chats, corpus, rankings, rows
+from lm.data import chats, corpus, prompts, rankings, rows
 from lm.data.batches import batches
 from lm.errors import UserError
 from lm.tokenizer import Example
@@ -196,6 +196,12 @@ def test_prompts_end_in_a_users_turn():
 
 
 # Rows
+
+
+def test_bucketed_by_hand():
+    """Multiples of 32, but no more than the limit."""
+    assert [prompts.bucketed(n, 80) for n in (1, 32, 33, 64, 65, 80)] == [32, 32, 64, 64, 80, 80]
+    assert prompts.bucketed(5, 20) == 20
 
 
 def test_stream_by_hand():

@@ -9,11 +9,19 @@ from lm.data.chats import Conversation
 from lm.errors import UserError
 from lm.tokenizer import Tokenizer, prompts
 
+BUCKET = 32  # tokens; prompts are padded to a multiple of it
+
 
 class Prompts(NamedTuple):
     ids: np.ndarray  # i32[n,P], padded on the right
     lengths: np.ndarray  # i32[n]
     contexts: Sequence[list[dict]]  # the messages of each
+
+
+def bucketed(length: int, limit: int) -> int:
+    """The multiple of BUCKET that a prompt of `length` is padded to, but at most `limit`: so that a program compiled
+    for one length serves all others near it, and padding never takes the room that the answer needs."""
+    return min(-(-length // BUCKET) * BUCKET, limit)
 
 
 def padded(rows: Sequence[np.ndarray], contexts: Sequence[list[dict]], length: int) -> Prompts:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lm.answers import answerer
 from lm.data.batches import every
-from lm.data.prompts import padded
+from lm.data.prompts import bucketed, padded
 from lm.data.rows import pad
 from lm.skills.scores import answered, edit_distance
 from lm.skills.tasks import TASKS, Item, examined, examples
@@ -18,7 +18,6 @@ from lm.tokenizer import Example, Tokenizer
 from lm.workdir import Trained
 
 ROWS = 128  # at a time
-STEP = 32  # of prompt lengths
 MORE = 4  # tokens that an answer may be longer than the longest target
 SHOWN = 3  # greedy answers that are kept to be read
 
@@ -47,7 +46,7 @@ def asked(
         prompts = [[*tokenizer.start, *ids] for ids in tokenizer.encode_all(texts)]
         longest = max(map(len, prompts))
         if longest <= room:
-            return Asked(found, prompts, targets, count, min(_round_up(longest, STEP), room))
+            return Asked(found, prompts, targets, count, bucketed(longest, room))
     return None
 
 
@@ -136,7 +135,3 @@ def newlines(tokenizer: Tokenizer) -> list[int]:
 def tasks_for(corpora: Mapping[str, None] | Sequence[str]) -> list[str]:
     """The tasks that make sense for runs on these corpora: facts and idioms only where they were told."""
     return [name for name, task in TASKS.items() if not task.corpus or task.corpus in corpora]
-
-
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step

@@ -26,7 +26,7 @@ class Model(NamedTuple):
     hidden: Callable[..., Array]  # (lm, inputs, positions, segments) -> f[B,T,D]
     routed: Callable[..., tuple[Array, Routing | None]]  # the same, and which experts it went through
     cached: Callable[..., tuple[Array, Cache]]  # (lm, inputs, positions, segments, cache) -> f[B,T,D], Cache
-    cache: Callable[..., Cache]  # (batch=, capacity=) -> Cache
+    cache: Callable[..., Cache]  # (batch=, capacity=, slack=0) -> Cache
     logits: Callable[..., Array]  # (lm, f[...,D]) -> f32[...,V]
     value: Callable[..., Array]  # (head, f[...,D]) -> f32[...]
     scores: Callable[..., Scores]  # (lm, f[B,T,D], targets, temperature=1.0) -> Scores

@@ -20,6 +20,7 @@ from flax import linen, nnx, struct
 
 from lm.errors import UserError
 from lm.model import Config, Model, Scores, decoder, params as parameters
+from lm.model.attention import written
 from lm.types import Array, Params, Tokens
 
 Call = Callable[..., Array]  # (lm, method, *arrays): the module with these parameters; method "" calls it itself
@@ -32,7 +33,7 @@ class Prefix:
     inputs: Array  # i32[B,S]
     positions: Array  # i32[B,S]
     segments: Array  # i32[B,S]; 0: empty or padding
-    filled: Array  # i32[]  slots written
+    filled: Array  # i32[]  slots written, or i32[B]
 
 
 def of_linen(
@@ -163,16 +164,16 @@ def _again(
 ) -> tuple[Array, Prefix]:
     """The states of T more positions, by a pass over all slots."""
 
-    def written(old, new):
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), prefix.filled, axis=1)
-
-    new, old = (inputs, positions, segments), (prefix.inputs, prefix.positions, prefix.segments)
-    rows = [written(before, after) for before, after in zip(old, new)]
-    x = jax.lax.dynamic_slice_in_dim(hidden(lm, *rows), prefix.filled, inputs.shape[1], axis=1)
+    new, old, start = (inputs, positions, segments), (prefix.inputs, prefix.positions, prefix.segments), prefix.filled
+    rows = [written(before, after.astype(before.dtype), start) for before, after in zip(old, new)]
+    slots = start[..., None] + jnp.arange(inputs.shape[1])  # [T], or [B,T]
+    x = hidden(lm, *rows)
+    x = jnp.take_along_axis(x, jnp.broadcast_to(slots, inputs.shape)[..., None], axis=1)
     return x, Prefix(*rows, filled=prefix.filled + inputs.shape[1])
 
 
-def _empty(*, batch: int, capacity: int) -> Prefix:
+def _empty(*, batch: int, capacity: int, slack: int = 0) -> Prefix:
+    """slack: slots that may be taken back; nothing is overwritten here, so there is room for any number."""
     slots = jnp.zeros((batch, capacity), jnp.int32)
     return Prefix(slots, slots, slots, jnp.zeros((), jnp.int32))
 

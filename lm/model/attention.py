@@ -1,5 +1,6 @@
 """Masked grouped-query attention, and the key-value cache."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -14,13 +15,15 @@ from lm.types import Array
 class Cache:
     """Keys and values of the S slots filled so far, one array per layer so that a decode step slices nothing.
 
-    A layer with a window of W < S slots keeps the last W only: slot s in place s % W.
+    A layer with a window of fewer than S slots keeps the last W only, the window and some slack: slot s in place s % W.
+    Up to `slack` of the newest slots can be taken back, by a lower `filled`: nobody sees them until they are written
+    again, and what they overwrote in a ring of W lies outside every window that is still to come.
     """
 
     keys: tuple[Array, ...]  # layers x f[B,S,K,H] or f[B,W,K,H]
     values: tuple[Array, ...]  # likewise
     segments: Array  # i32[B,S]; 0: empty or padding, seen by nobody
-    filled: Array  # i32[]  slots written; all rows write the same slot (prompts are aligned to the right)
+    filled: Array  # i32[]  slots written: all rows write the same slot (prompts are aligned to the right); or i32[B]
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array, *, scale: float = 0.0, softcap: float = 0.0) -> Array:
@@ -132,14 +135,23 @@ def _mixed_backward(residuals, g):
 mixed.defvjp(_mixed_forward, _mixed_backward)
 
 
-def empty_cache(*, windows: Sequence[int], batch: int, capacity: int, kv_heads: int, head_size: int, dtype) -> Cache:
-    """A cache of `capacity` slots with nothing in it; windows: that of each layer, 0 for none."""
-    kept = [min(window or capacity, capacity) for window in windows]
+def empty_cache(
+    *, windows: Sequence[int], batch: int, capacity: int, slack: int = 0, kv_heads: int, head_size: int, dtype
+) -> Cache:
+    """A cache of `capacity` slots with nothing in it; windows: that of each layer, 0 for none; slack: see Cache."""
+    kept = [min(window + slack if window else capacity, capacity) for window in windows]
 
     def zeros():
         return tuple(jnp.zeros((batch, slots, kv_heads, head_size), dtype) for slots in kept)
 
     return Cache(zeros(), zeros(), jnp.zeros((batch, capacity), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def written(held: Array, new: Array, start: Array) -> Array:
+    """`held` [B,S,...] with `new` [B,T,...] in the T slots from i32[] on, or from i32[B], each row's own."""
+    if start.ndim:
+        return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(held, new, start)
+    return jax.lax.dynamic_update_slice_in_dim(held, new, start, axis=1)
 
 
 def cached_attention(
@@ -149,10 +161,19 @@ def cached_attention(
 
     `cache.segments` must already name the new slots; `cache.filled` is advanced once per forward pass, by the caller.
     """
+    if cache.filled.ndim:  # rows at slots of their own: each as a batch of one
+        add, drop = (lambda x: x[None] if x.ndim else x), (lambda x: x[0] if x.ndim else x)
+
+        def alone(*row):
+            q, k, v, cache = jax.tree.map(add, row)
+            done = cached_attention(q, k, v, cache=cache, layer=layer, window=window, **options)
+            return jax.tree.map(drop, done)
+
+        return jax.vmap(alone)(q, k, v, cache)
     start, T, S = cache.filled, q.shape[1], cache.segments.shape[1]
     held, new = (cache.keys[layer], cache.values[layer]), (k, v)
     if held[0].shape[1] == S:
-        seen = kept = tuple(jax.lax.dynamic_update_slice_in_dim(a, b, start, axis=1) for a, b in zip(held, new))
+        seen = kept = tuple(written(a, b, start) for a, b in zip(held, new))
         slots, names = jnp.arange(S), cache.segments
     else:
         kept, seen, slots = around(held, new, start)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lm import distribution
 from lm.model import lora, rope
-from lm.model.attention import Cache, cached_attention, causal_attention, softcapped
+from lm.model.attention import Cache, cached_attention, causal_attention, softcapped, written
 from lm.model.config import Config
 from lm.model.experts import Routing, routed
 from lm.model.linear import linear
@@ -157,8 +157,7 @@ def cached_hidden(
     c: Config, params: Params, inputs: Array, positions: Array, segments: Array, cache: Cache
 ) -> tuple[Array, Cache]:
     """The same for T more positions of rows whose earlier ones are in `cache`; T may be 1. Always unrolled."""
-    names = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.filled, axis=1)
-    cache = cache.replace(segments=names)
+    cache = cache.replace(segments=written(cache.segments, segments, cache.filled))
     turns, options = _turns(c, positions), dict(scale=c.attention_scale, softcap=c.attention_softcap)
     x = _embedded(c, params, inputs, positions)
     for i, (layer, local) in enumerate(zip(unstacked(params["layers"], c.layers), c.local)):

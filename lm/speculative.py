@@ -1,0 +1,201 @@
+"""Speculative sampling: a small model proposes, the large one judges all proposals in a single pass. Pure.
+
+Leviathan et al. 2023, alg. 1, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318. Each round the draft proposes
+`ahead` tokens one by one, x_i ~ q_i, and one pass of the target gives p_i after each of them. They are accepted in
+their order, x_i with probability min(1, p_i(x_i) / q_i(x_i)); the first that is refused is drawn again from
+max(p_i - q_i, 0) over its sum; if none is, the pass has given one more token's p, which it is drawn from. p and q are
+the distributions sampled at these settings (temperature, top-k, top-p, min-p), so what comes out is distributed as
+lm.sample.sample's, whatever the draft: a better one makes it faster, not better.
+
+Rows accept different numbers of tokens, so each writes its cache at slots of its own, and takes back what was refused.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.distribution import adjusted, picked
+from lm.errors import UserError
+from lm.model import Cache, Model
+from lm.sample import check as check_sample, decode, draw, prefill, row_keys
+from lm.types import Array, Completions, Params
+
+
+class Pair(NamedTuple):
+    """What there is of each: models, decoders, caches."""
+
+    target: Any
+    draft: Any
+
+
+class Rows(NamedTuple):
+    """Where B rows stand. The caches hold what comes before each row's last token, which no model has been fed yet."""
+
+    tokens: Array  # i32[B]  the last of each
+    positions: Array  # i32[B]  its own
+    caches: Pair  # of Cache, with filled i32[B]
+
+
+class Round(NamedTuple):
+    """What one round gave, for A proposals a row: of the A + 1 places the first accepted + 1 count."""
+
+    tokens: Array  # i32[B,A+1]
+    logprobs: Array  # f32[B,A+1]  the target's
+    accepted: Array  # i32[B]  0 to A
+
+
+class Acceptance(NamedTuple):
+    """What became of the proposals, i32[B] each; those beyond the limit or a stop id count nowhere."""
+
+    proposed: Array
+    accepted: Array
+    rounds: Array  # passes of the target behind the prompt's
+
+
+def acceptance(p: Array, q: Array) -> Array:
+    """min(1, p / q), from log-probabilities; 1 where q is 0, which proposes nothing."""
+    return jnp.where(q == -jnp.inf, 1.0, jnp.exp(jnp.minimum(p - q, 0.0)))
+
+
+def residual(p: Array, q: Array) -> Array:
+    """Logits f32[...,V] of max(p - q, 0) over its sum, from log-probabilities f32[...,V].
+
+    Where rounding leaves nothing of the difference they are p's: the two are the same.
+    """
+    left = jnp.maximum(jnp.exp(p) - jnp.exp(q), 0.0)
+    return jnp.where(jnp.any(left > 0, axis=-1, keepdims=True), jnp.log(left), p)
+
+
+def begun(models: Pair, lms: Pair, prompts: Array, lengths: Array, *, capacity: int, ahead: int) -> Rows:
+    """Right-padded prompts i32[B,P] of lengths i32[B] >= 1 as Rows, with caches for `capacity` tokens, prompt included.
+
+    A last round may write `ahead` slots more. The prompt's last token is taken back: the first round feeds it again.
+    """
+
+    def cache(model: Model, lm: Params) -> Cache:
+        _, filled = prefill(model, lm, prompts, lengths, capacity=capacity + ahead, slack=ahead)
+        return filled.replace(filled=jnp.full(prompts.shape[0], filled.filled - 1))
+
+    last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
+    return Rows(last, lengths - 1, Pair(cache(models.target, lms.target), cache(models.draft, lms.draft)))
+
+
+def advanced(models: Pair, lms: Pair, rows: Rows, keys: Array, *, ahead: int, **settings) -> tuple[Rows, Round]:
+    """The rows after one more round, and what it gave; keys [B]. settings: those of `adjusted`.
+
+    Place i of a round draws with fold_in(key, i), split in three: proposal, judgement, and the token drawn again.
+    """
+    places = jnp.arange(ahead + 1)
+    each = lambda key: jax.vmap(lambda place: jax.random.split(jax.random.fold_in(key, place), 3))(places)
+    proposing, judging, again = jnp.moveaxis(jax.vmap(each)(keys), 2, 0)  # [B,A+1] each
+
+    def propose(carry, xs):
+        (tokens, cache), (place, key) = carry, xs
+        logits, cache = decode(models.draft, lms.draft, tokens, rows.positions + place, cache)
+        logits = adjusted(logits, **settings)
+        tokens, _ = draw(key, logits)
+        return (tokens, cache), (tokens, jax.nn.log_softmax(logits, axis=-1))
+
+    # One pass more than there are proposals: the last one's place in the draft's cache, should all be accepted.
+    start = rows.tokens, rows.caches.draft
+    (_, draft), found = jax.lax.scan(propose, start, (places, proposing.swapaxes(0, 1)))
+    drawn, q = (x.swapaxes(0, 1) for x in found)  # [B,A+1], [B,A+1,V]
+    fed = jnp.concatenate([rows.tokens[:, None], drawn[:, :-1]], axis=1)
+    at = rows.positions[:, None] + places
+    x, target = models.target.cached(lms.target, fed, at, jnp.ones_like(fed), rows.caches.target)
+    p = jax.nn.log_softmax(adjusted(models.target.logits(lms.target, x), **settings), axis=-1)
+    q = q.at[:, -1].set(-jnp.inf)  # nothing is proposed for the last place: its residual is p
+    chances = acceptance(picked(p, drawn), picked(q, drawn))[:, :-1]
+    passed = jax.vmap(jax.vmap(jax.random.uniform))(judging[:, :-1]) < chances
+    accepted = jnp.sum(jnp.cumprod(passed.astype(jnp.int32), axis=1), axis=1)
+
+    each = jnp.arange(len(accepted))
+    tokens, _ = draw(again[each, accepted], residual(p[each, accepted], q[each, accepted]))
+    drawn, count = drawn.at[each, accepted].set(tokens), accepted + 1
+    caches = Pair(*(new.replace(filled=old.filled + count) for new, old in zip((target, draft), rows.caches)))
+    return Rows(tokens, rows.positions + count, caches), Round(drawn, picked(p, drawn), accepted)
+
+
+def speculate(
+    target: Model,
+    draft: Model,
+    lm: Params,
+    draft_lm: Params,
+    prompts: Array,
+    lengths: Array,
+    key: Array,
+    *,
+    max_new: int,
+    ahead: int = 4,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop: Sequence[int] = (),
+) -> tuple[Completions, Acceptance]:
+    """Completions as of lm.sample.sample, of the target's distribution; log-probs are the target's. Temperature 0 gives
+    sample's tokens, unless rounding decides between two; at others the draws differ, their distribution does not.
+
+    Round r of row b draws with fold_in(fold_in(key, b), r), see `advanced`: a row's tokens are its own. `lm` and
+    `draft_lm` are the decoders of `target` and `draft`, which share a vocabulary.
+    """
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    models, lms, (B, P) = Pair(target, draft), Pair(lm, draft_lm), prompts.shape
+    check(models, P, ahead=ahead, max_new=max_new, **settings)
+    stops, places = jnp.asarray(tuple(stop), jnp.int32), jnp.arange(ahead + 1)
+    keys = row_keys(key, jnp.arange(B))
+    width, none = max_new + ahead + 1, jnp.zeros(B, jnp.int32)
+    out = Completions(jnp.zeros((B, width), jnp.int32), jnp.zeros((B, width)), none, jnp.zeros(B, bool))
+    unfinished = lambda out: (out.lengths < max_new) & ~out.stopped
+    written = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
+
+    def step(carry):
+        t, rows, out, told = carry
+        now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
+        moved, new = advanced(models, lms, rows, now, ahead=ahead, **settings)
+        live = unfinished(out)
+        ends = jnp.any(new.tokens[..., None] == stops, axis=-1) & (places <= new.accepted[:, None])
+        end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, ahead + 1)
+        limit = jnp.where(live, jnp.minimum(end, max_new - out.lengths), 0)
+        count = jnp.minimum(new.accepted + 1, limit)
+        kept = places < count[:, None]
+        out = Completions(
+            tokens=written(out.tokens, jnp.where(kept, new.tokens, 0), out.lengths, 0),
+            logprobs=written(out.logprobs, jnp.where(kept, new.logprobs, 0.0), out.lengths, 0),
+            lengths=out.lengths + count,
+            stopped=out.stopped | jnp.any(ends & kept, axis=1),
+        )
+        told = Acceptance(
+            told.proposed + jnp.minimum(ahead, limit),
+            told.accepted + jnp.minimum(new.accepted, limit),
+            told.rounds + live,
+        )
+        # A finished row stands still: what it writes lies beyond `filled`, which like all [B] is as it was.
+        rows = jax.tree.map(lambda new, old: jnp.where(live, new, old) if new.ndim == 1 else new, moved, rows)
+        return t + 1, rows, out, told
+
+    rows = begun(models, lms, prompts, lengths, capacity=P + max_new, ahead=ahead)
+    start = jnp.zeros((), jnp.int32), rows, out, Acceptance(none, none, none)
+    *_, out, told = jax.lax.while_loop(lambda carry: jnp.any(unfinished(carry[2])), step, start)
+    return out.replace(tokens=out.tokens[:, :max_new], logprobs=out.logprobs[:, :max_new]), told
+
+
+def check(models: Pair, prompt: int, *, ahead: int, max_new: int, **sampler) -> None:
+    """UserError for a request that these two cannot serve; `prompt` is its length in tokens, sampler as lm.sample's."""
+    target, draft = (model.config for model in models)
+    check_sample(models.target, prompt, max_new=max_new, **sampler)
+    if ahead < 1:
+        raise UserError(f"ahead is {ahead}; the draft must propose at least 1 token a round")
+    if draft.vocab_size != target.vocab_size:
+        raise UserError(
+            f"the draft's vocabulary has {draft.vocab_size} tokens and the target's {target.vocab_size}: "
+            "a draft must share the target's ids, take one trained with the same tokenizer"
+        )
+    if prompt + max_new > draft.context:
+        raise UserError(
+            f"the prompt has {prompt} tokens and {max_new} more were asked for, but the draft's context is "
+            f"{draft.context}: shorten the prompt, lower max_new_tokens to {max(draft.context - prompt, 0)}, or take "
+            "another draft"
+        )

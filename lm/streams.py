@@ -1,0 +1,93 @@
+"""One answer token by token, each as soon as it is known: what a conversation reads while it is sampled."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.data.prompts import BUCKET, bucketed
+from lm.distribution import adjusted, penalised
+from lm.model import Model
+from lm.sample import decode, draw, prefill, row_keys, seen_in, with_new
+from lm.speculative import Pair, advanced, begun
+from lm.types import Params
+
+
+def streamer(
+    model: Model, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0, repetition_penalty: float = 1.0
+) -> Callable[..., Iterator[int]]:
+    """stream(lm, ids, key, *, max_new, stop): the tokens of lm.sample.sample's row 0, each as soon as it is drawn.
+
+    The keys are sample's, and so are the tokens, unless rounding decides between two: the padding differs. Prompts are
+    aligned to the right of their bucket, so a cache of the context and one bucket more holds every allowed answer.
+    """
+    capacity = model.config.context + BUCKET
+
+    def drawn(logits, keys, t, seen):
+        """The next token i32[1], and what has been seen with it; None where there is no penalty."""
+        now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
+        logits = logits if seen is None else penalised(logits, seen, repetition_penalty)
+        tokens, _ = draw(now, adjusted(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
+        return tokens, None if seen is None else with_new(seen, tokens)
+
+    @jax.jit
+    def first(lm, prompts, lengths, keys):
+        logits, cache = prefill(model, lm, prompts, lengths, capacity=capacity)
+        seen = None if repetition_penalty == 1 else seen_in(prompts, lengths, logits.shape[1])
+        return *drawn(logits, keys, 0, seen), cache
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def following(lm, tokens, lengths, keys, t, seen, cache):
+        logits, cache = decode(model, lm, tokens, lengths + t - 1, cache)
+        return *drawn(logits, keys, t, seen), cache
+
+    def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
+        prompts, lengths = one_row(ids, model.config.context)
+        keys = row_keys(key, jnp.arange(1))
+        tokens, seen, cache = first(lm, prompts, lengths, keys)
+        for t in range(1, max_new + 1):
+            yield int(tokens[0])
+            if t == max_new or int(tokens[0]) in stop:
+                return
+            tokens, seen, cache = following(lm, tokens, lengths, keys, t, seen, cache)
+
+    return stream
+
+
+def one_row(ids: Sequence[int], context: int) -> tuple[np.ndarray, np.ndarray]:
+    """The prompt as i32[1,P], padded to its bucket, and its length i32[1]."""
+    prompts = np.zeros((1, bucketed(len(ids), context)), np.int32)
+    prompts[0, : len(ids)] = ids
+    return prompts, np.array([len(ids)], np.int32)
+
+
+def speculative_streamer(
+    models: Pair, draft_lm: Params, tell: Callable[[int, int], None], *, ahead: int, **settings
+) -> Callable[..., Iterator[int]]:
+    """`streamer` with a draft: the tokens of lm.speculative.speculate's row 0, a round's at a time.
+
+    tell: given how many tokens each round proposed and how many of them the target accepted.
+    """
+    context = min(model.config.context for model in models)
+    first = jax.jit(functools.partial(begun, models, capacity=context + BUCKET, ahead=ahead))
+    following = jax.jit(functools.partial(advanced, models, ahead=ahead, **settings), donate_argnames="rows")
+    draft_lm = jax.device_put(draft_lm)
+
+    def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
+        lms, key = Pair(lm, draft_lm), row_keys(key, jnp.arange(1))[0]
+        rows = first(lms, *one_row(ids, context))
+        for t in itertools.count():
+            rows, new = following(lms, rows, jax.random.fold_in(key, t)[None])
+            tokens, accepted = new.tokens[0].tolist(), int(new.accepted[0])
+            end = next((i + 1 for i, token in enumerate(tokens[: accepted + 1]) if token in stop), max_new)
+            limit = min(end, max_new)
+            tell(min(ahead, limit), min(accepted, limit))
+            yield from tokens[: min(accepted + 1, limit)]
+            max_new -= accepted + 1
+            if end <= accepted + 1 or max_new < 1:
+                return
+
+    return stream
