@@ -26,6 +26,8 @@ from lm.console import main, warn
 from lm.errors import UserError
 from lm.intervals import rate
 from lm.model.params import count, specs
+from lm.model.quantised import FORMS
+from lm.quantised import served
 from lm.sample import check
 from lm.speculative import Pair, check as check_pair
 from lm.stages import JUDGES
@@ -50,6 +52,8 @@ FLAGS = {
     "seed": dict(type=int, default=0, help="the same seed gives the same answers; default: 0"),
     "draft": dict(metavar="DIR", help="a smaller model's, which proposes tokens; default: none"),
     "ahead": dict(type=int, default=4, help="with --draft: tokens it proposes at a time; default: 4"),
+    "weights": dict(choices=FORMS, default="", help="how the weights are kept; default: as the run keeps them"),
+    "cache": dict(choices=FORMS, default="", help="how the key-value cache is kept; default: as the run says"),
     "max_new_tokens": dict(type=int, help=f"the longest answer; default: {NEW_TOKENS}, or what the context leaves"),
 }
 
@@ -290,7 +294,7 @@ def program(argv: list[str]) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # whatever bytes or characters the terminal does not know
     chat = Chat(
-        policy(flags.workdir),
+        served(policy(flags.workdir), weights=flags.weights, cache=flags.cache),
         note,
         seed=flags.seed,
         max_new=flags.max_new_tokens,

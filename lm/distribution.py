@@ -60,25 +60,3 @@ def picked(x: Array, ids: Array) -> Array:
     A comparison with an iota instead of a gather: its gradient is no scatter, and a sharded vocabulary stays sharded.
     """
     return jnp.sum(jnp.where(jnp.arange(x.shape[-1]) == ids[..., None], x, 0.0), axis=-1)
-
-
-@jax.custom_vjp
-def target_logprobs(logits: Array, targets: Array) -> tuple[Array, Array]:
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_z, log_z
-
-
-def _forward(logits, targets):
-    logprobs, log_z = target_logprobs(logits, targets)
-    return (logprobs, log_z), (logits, targets, log_z)
-
-
-def _backward(residuals, cotangents):
-    logits, targets, log_z = residuals
-    of_logprobs, of_log_z = cotangents
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    p = jnp.exp(logits - log_z[..., None])
-    return p * (of_log_z - of_logprobs)[..., None] + jnp.where(hit, of_logprobs[..., None], 0.0), None
-
-
-target_logprobs.defvjp(_forward, _backward)

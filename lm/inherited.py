@@ -14,8 +14,9 @@ from lm.checkpoint import Checkpoints, restore_params
 from lm.config import call
 from lm.console import warn
 from lm.errors import UserError
-from lm.model import Config, lora
+from lm.model import Config
 from lm.model.params import specs
+from lm.model.quantised import stored
 from lm.rewards import Reward
 from lm.rewards.model import ensemble
 from lm.stages import JUDGES
@@ -100,7 +101,7 @@ def base_of(shape: Config, lm: Params, workdir: Workdir, turn: Callable) -> Para
     with Checkpoints(workdir.base, keep=1, warn=warn) as kept:
         if kept.steps():
             return restore_params(workdir.base, warn=warn)[0]
-        base = lora.stored(shape, lm)
+        base = stored(shape.lora_base, lm)
         with turn(kept):
             kept.save(0, {"params": base}, {})
         return base

@@ -69,12 +69,31 @@ def by_rows(function: Callable, x: Any, whole: Any) -> Any:
     return own(x, whole)
 
 
-def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x constrained to these logical axes; the identity when no mesh is set, as in a notebook."""
+def locally(function: Callable, *arrays: jax.Array, axes: tuple[tuple[str | None, ...], ...]) -> jax.Array:
+    """function(*arrays), split as the first of them, computed by each device on its own part of every array.
+
+    axes: the logical axes of each array. For kernels, which the compiler cannot split. Without a mesh the function
+    itself.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    specs = tuple(partition(names, x.shape, mesh) for names, x in zip(axes, arrays, strict=True))
+    every = set(mesh.axis_names)
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=every, check_vma=False)(*arrays)
+
+
+def lone() -> bool:
+    """Whether no mesh is set, as in a notebook, or one of a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x constrained to these logical axes; the identity on a lone device."""
+    if lone():
         return x
-    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, jax.sharding.get_abstract_mesh()))
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

@@ -158,6 +158,8 @@ def load(path: str | Path, *, backend: str, step: int | None = None, warn: Calla
         base, _ = restore_params(path / BASE, warn=warn)
         params = {**params, "lm": lora.merged(shape, base, params["lm"])}
         shape = lora.plain(shape)
+    if not shape.runs_on(backend):  # trained on another platform, with its kernel
+        shape = dataclasses.replace(shape, attention="auto")
     return Trained(path, meta["stage"], shape, make(shape.on(backend)), params, tokenizer, summary)
 
 

@@ -12,6 +12,7 @@ from lm import model, optim
 from lm.errors import UserError
 from lm.model import lora
 from lm.model.experts import Routing, balance, routed, router_z
+from lm.model.quantised import stored
 from lm.stages import pretrain, sft
 from lm.stages.next_token import next_token
 
@@ -173,7 +174,7 @@ def test_experts_of_a_base_kept_in_8_bits(mixture, fresh, rows):
     """Adapters on a frozen mixture: its experts' columns are scaled as those of other matrices are."""
     c = dataclasses.replace(mixture.config, lora_rank=1, lora_base="int8")
     adapted, tokens = model.make(c), tokens_of(rows)
-    base, adapters = lora.stored(c, fresh), jax.jit(adapted.init)(jax.random.key(1))
+    base, adapters = stored(c.lora_base, fresh), jax.jit(adapted.init)(jax.random.key(1))
     assert base["layers"]["gate"].dtype == jnp.int8
     found = jax.jit(adapted.token_logprobs)(lora.joined(adapters, {lora.BASE: base}), tokens)
     expected = jax.jit(mixture.token_logprobs)(lora.merged(c, base, adapters), tokens)

@@ -17,7 +17,7 @@ FLOORS = {
     3: "stages answers beam speculative",
     4: "config console workdir pages phases streams",
     4.5: "host vocabulary log record trackers trace inherited summary runpage",
-    5: "convert train verdicts evaluate taste ranking unseen certify bench comparison",
+    5: "convert train verdicts evaluate taste ranking unseen certify bench comparison quantised",
     5.5: "report lab compare vectorised jumps",
     6: "pipeline chat contest overoptimisation sweeps emergence",
     6.5: "ladder",

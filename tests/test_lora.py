@@ -14,6 +14,7 @@ from lm import console, model, optim, train
 from lm.errors import UserError
 from lm.model import lora
 from lm.model.params import count
+from lm.model.quantised import stored
 from lm.stages import grpo, pretrain
 from lm.update import seen
 from lm.workdir import load, read_metrics
@@ -30,11 +31,10 @@ def adapted(tiny_model):
 
 def update(adapted, tiny_lm, rows, base="float32", steps=3):
     """State and metrics after some pretraining steps on one batch."""
-    config = dataclasses.replace(adapted.config, lora_base=base)
     tokens = rows(np.arange(48).reshape(4, 12) % 29 + 1, [12, 9, 12, 7])
     step = pretrain.make(adapted, optim.make(learning_rate=1e-2, total_steps=10))
     key = jax.random.key(0)
-    state = step.init(key, {"lm": adapted.init(key)}, {lora.BASE: lora.stored(config, tiny_lm)})
+    state = step.init(key, {"lm": adapted.init(key)}, {lora.BASE: stored(base, tiny_lm)})
     run, found = jax.jit(step.update), []
     for _ in range(steps):
         state, metrics = run(state, tokens)
@@ -82,12 +82,6 @@ def test_a_smaller_base_is_close_and_learns(adapted, tiny_model, tiny_lm, rows, 
 
 def kept_base(state):
     return jax.tree.map(np.asarray, state.frozen[lora.BASE])
-
-
-def test_int8_by_hand():
-    """A column's largest is 127: 0.5 / (1 / 127) = 63.5, which rounds to the even 64."""
-    w, scale = lora.in_int8(jnp.array([[1.0, 0.0], [-0.5, 0.0]]))
-    assert w.tolist() == [[127, 0], [-64, 0]] and scale[0, 0] == pytest.approx(1 / 127)
 
 
 def test_a_reference_is_adapters_only(adapted, tiny_lm):

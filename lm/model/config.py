@@ -15,8 +15,11 @@ CHOICES = {
     "lora_base": ("float32", "bfloat16", "int8"),
     "remat": ("none", "block", "dots"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "cache": ("auto", "float32", "bfloat16", "int8"),
     "scan": ("auto", "yes", "no"),
+    "attention": ("auto", "xla", "cudnn", "splash"),
 }
+NEEDS = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}  # what an implementation of attention runs on
 AT_LEAST = {
     0: (
         *("window", "global_every", "experts", "loss_chunk", "attention_scale", "attention_softcap", "logit_softcap"),
@@ -31,7 +34,7 @@ class Config:
     """Sizes and switches of one model. The first blocks fix what it computes, the last only how that is done.
 
     The defaults are a Llama with normalised queries and keys; lm.model.presets has the models that people use.
-    `scan`, `dtype` and `query_blocks` may be left to the platform ("auto"): see `on`.
+    `scan`, `dtype`, `cache`, `attention` and `query_blocks` may be left to the platform ("auto"): see `on`.
     """
 
     vocab_size: int
@@ -80,7 +83,9 @@ class Config:
     lora_base: str = "float32"  # how the base is kept: also bfloat16, int8
 
     dtype: str = "auto"  # of the matrix products; parameters, norms, softmax and losses stay float32
+    cache: str = "auto"  # how keys and values are kept for decoding: auto as dtype; int8 with a scale a head of a slot
     scan: str = "auto"  # "yes": one compiled block for all layers; "no": unrolled
+    attention: str = "auto"  # of whole rows: plain xla, or the kernel of a platform, cudnn or splash (lm.model.kernels)
     remat: str = "none"  # what the backward pass recomputes: nothing, each block, or all but matrix products
     query_blocks: str | int = (
         "auto"  # causal attention in so many static blocks of queries, each with its own keys only
@@ -107,6 +112,22 @@ class Config:
             raise UserError(f"model.experts_per_token {self.experts_per_token} is above model.experts {self.experts}")
         if self.rope_scaling in ("llama3", "yarn") and not self.rope_original:
             raise UserError(f"model.rope_scaling {self.rope_scaling} needs model.rope_original, the context before it")
+        if unable := self.unable(self.attention):
+            raise UserError(f"model.attention is {self.attention!r}, which {unable}: leave it to auto, or choose xla")
+
+    def unable(self, attention: str) -> str:
+        """Why that implementation of attention cannot compute this model; "" if it can."""
+        if attention != "cudnn":
+            return ""
+        if self.attention_softcap:
+            return f"has no cap for model.attention_softcap {self.attention_softcap:g}"
+        if self.head_size % 8 or self.head_size > 128:
+            return f"takes head sizes that are multiples of 8 up to 128, not model.head_size {self.head_size}"
+        return "computes in bfloat16, not model.dtype float32" if self.dtype == "float32" else ""
+
+    def runs_on(self, backend: str) -> bool:
+        """Whether a backend has the implementation of attention that was chosen."""
+        return self.attention not in NEEDS or NEEDS[self.attention][0] == backend
 
     @property
     def local(self) -> tuple[bool, ...]:
@@ -118,12 +139,21 @@ class Config:
         """This config with every "auto" settled for a backend ("cpu", "gpu", "tpu").
 
         On CPU a scanned stack trains 6 % slower and static query blocks 4 % faster, and bfloat16 gains little;
-        elsewhere scanning keeps compile time flat in depth and matrix units want bfloat16.
+        elsewhere scanning keeps compile time flat in depth and matrix units want bfloat16. Attention is the platform's
+        kernel where it can compute this model, else xla.
+
+        Raises UserError for an attention that was chosen and that the backend lacks.
         """
+        if not self.runs_on(backend):
+            raise UserError(
+                f"model.attention is {self.attention!r}, which needs {NEEDS[self.attention][1]}; this is a {backend}: "
+                "leave it to auto, or choose xla"
+            )
         cpu = backend == "cpu"
-        auto = {
-            "dtype": "float32" if cpu else "bfloat16",
-            "scan": "no" if cpu else "yes",
-            "query_blocks": 2 if cpu else 1,
-        }
-        return dataclasses.replace(self, **{k: v for k, v in auto.items() if getattr(self, k) == "auto"})
+        dtype = ("float32" if cpu else "bfloat16") if self.dtype == "auto" else self.dtype
+        auto = {"dtype": dtype, "cache": dtype, "scan": "no" if cpu else "yes", "query_blocks": 2 if cpu else 1}
+        c = dataclasses.replace(self, **{k: v for k, v in auto.items() if getattr(self, k) == "auto"})
+        if c.attention != "auto":
+            return c
+        able = [name for name, (needed, _) in NEEDS.items() if needed == backend and not c.unable(name)]
+        return dataclasses.replace(c, attention=able[0] if able else "xla")

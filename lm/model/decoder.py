@@ -1,19 +1,18 @@
 """The forward pass: tokens to hidden states, hidden states to logits, log-probabilities and values."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm import distribution
 from lm.model import lora, rope
-from lm.model.attention import Cache, cached_attention, causal_attention, softcapped, written
+from lm.model.attention import Cache, cached_attention, softcapped, written
 from lm.model.config import Config
 from lm.model.experts import Routing, routed
+from lm.model.kernels import self_attention
 from lm.model.linear import linear
 from lm.model.rope import rotated
+from lm.model.scores import Scores, scored
 from lm.sharding import by_rows, shard
 from lm.types import Array, Params
 
@@ -30,7 +29,8 @@ def normed(c: Config, x: Array, layer: Params, name: str) -> Array:
 
 
 def matrix(layer: Params, name: str, dtype) -> Array:
-    """The matrix of that name, times its columns' scales where it is kept in 8 bits."""
+    """The matrix of that name, times its columns' scales where it is kept in 8 bits: for experts, of whose outputs each
+    row has another matrix."""
     found = layer[name].astype(dtype)
     return found * layer[f"{name}_scale"].astype(dtype) if f"{name}_scale" in layer else found
 
@@ -38,15 +38,27 @@ def matrix(layer: Params, name: str, dtype) -> Array:
 def product(c: Config, x: Array, layer: Params, name: str) -> Array:
     """f[...,F] from f[...,D]: the matrix of that name, with what the layer has beside it: its columns' scales, if it is
     kept in 8 bits, low-rank adapters, a bias."""
-    y = linear(x, matrix(layer, name, x.dtype))
+    y = linear(x, layer[name].astype(x.dtype))
+    if f"{name}_scale" in layer:
+        y = (y.astype(jnp.float32) * layer[f"{name}_scale"]).astype(x.dtype)  # in bfloat16 a scale is 0.4 % off
     if f"{name}_a" in layer:
         low = linear(x, layer[f"{name}_a"].astype(x.dtype))
         y = y + lora.scale(c) * linear(low, layer[f"{name}_b"].astype(x.dtype))
     return y + layer[f"{name}_bias"].astype(x.dtype) if f"{name}_bias" in layer else y
 
 
-def unstacked(layers: Params, count: int) -> list[Params]:
+def unrolled(c: Config, params: Params) -> Params:
+    """The same decoder with a list of its layers, a copy, for who calls `cached_hidden` in a loop: cut once, not there.
+
+    Where layers are scanned, on accelerators, the decoder itself: there is no room for two of it.
+    """
+    return params if c.scan == "yes" else {**params, "layers": unstacked(params["layers"], c.layers)}
+
+
+def unstacked(layers: Params | list[Params], count: int) -> list[Params]:
     """The stacked tree as one tree a layer. A split, whose gradient is one concatenation, not `count` padded sums."""
+    if isinstance(layers, list):
+        return layers
     split = {name: jax.lax.split(leaf, (1,) * count, axis=0) for name, leaf in layers.items()}
     return [{name: parts[i][0] for name, parts in split.items()} for i in range(count)]
 
@@ -98,7 +110,10 @@ def _block(c: Config, attend, angles, x: Array, layer: Params) -> tuple[Array, C
 def _embedded(c: Config, params: Params, inputs: Array, positions: Array) -> Array:
     # Whole rows: a lookup in a table split both ways would be rematerialised on every device.
     table = shard(params["embedding"].astype(c.dtype), "vocab", None)
-    x = table[inputs] * jnp.asarray(c.embedding_scale, c.dtype)
+    x = table[inputs]
+    if "embedding_scale" in params:  # kept in 8 bits, a scale a row
+        x = (x * params["embedding_scale"][inputs]).astype(c.dtype)
+    x = x * jnp.asarray(c.embedding_scale, c.dtype)
     if c.positions == "learned":  # an index beyond the table takes its last row, without a word: callers check context
         x = x + params["position_embedding"].astype(c.dtype)[positions]
     return shard(x, "batch", None, None)
@@ -124,15 +139,14 @@ def hidden_and_routing(
 
     def block(x, xs):
         layer, local = xs
-        angles, window = turns[0], c.window if c.window else None
-        if mixed:  # one program for both kinds: a window of the whole row is none
-            angles = None if angles is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *turns)
-            window = jnp.where(local, c.window, T)
-        elif c.window:
-            angles = turns[1]
+        if not mixed:
+            local, angles = c.local[0], turns[c.local[0]]
+        else:  # one program for both kinds
+            angles = None if turns[0] is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *turns)
 
         def attend(q, k, v):
-            return causal_attention(q, k, v, segments, window=window, blocks=blocks, **options), None
+            shape = dict(window=c.window, local=local, blocks=blocks)
+            return self_attention(c.attention, q, k, v, segments, **shape, **options), None
 
         x, _, routing = _block(c, attend, angles, x, layer)
         return x, routing
@@ -171,8 +185,11 @@ def cached_hidden(
 def logits(c: Config, params: Params, x: Array) -> Array:
     """f32[...,V] from states f[...,D]; under muP times base_width / width; capped where the model caps, in loss and
     sampling alike."""
-    matrix = params["embedding"].T if c.tied else params["head"]
-    raw = linear(x, matrix.astype(x.dtype), jnp.float32)
+    name = "embedding" if c.tied else "head"
+    whole = lambda a: a.T if c.tied else a
+    raw = linear(x, whole(params[name]).astype(x.dtype), jnp.float32)
+    if f"{name}_scale" in params:  # kept in 8 bits, a scale a token
+        raw = raw * whole(params[f"{name}_scale"])
     return softcapped(raw * (c.base_width / c.width) if c.base_width else raw, c.logit_softcap)
 
 
@@ -181,50 +198,6 @@ def value(head: Params, x: Array) -> Array:
     return x.astype(jnp.float32) @ head["score"] + head["offset"]
 
 
-def chunked(function: Callable[..., Any], *arrays: Array, size: int) -> Any:
-    """function(*arrays), a tree of [B,T,...], for arrays [B,T,...]: `size` positions a row at a time, or 0 for all.
-
-    What `function` makes on the way exists for so many positions only and is made again in the backward pass, so
-    logits f32[B,T,V] never do. It must treat every position alike: the last piece is filled up with zeros.
-    """
-    B, T = arrays[0].shape[:2]
-    if not 0 < size < T:
-        return function(*arrays)
-    count = -(-T // size)
-    pad = count * size - T
-
-    def pieces(a):
-        a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
-        return a.reshape(B, count, size, *a.shape[2:]).swapaxes(0, 1)
-
-    parts = jax.lax.map(lambda part: jax.checkpoint(function)(*part), tuple(map(pieces, arrays)))
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, count * size, *a.shape[3:])[:, :T], parts)
-
-
-class Scores(NamedTuple):
-    """What a loss wants to know of each target, f32[B,T] each."""
-
-    logprobs: Array  # of the target
-    entropy: Array  # of the whole distribution, nats
-    log_z: Array  # logsumexp of the unscaled logits
-
-
 def scores(c: Config, params: Params, x: Array, targets: Array, *, temperature: float = 1.0) -> Scores:
     """Scores of targets i32[B,T] under softmax(logits / temperature), from states f[B,T,D]."""
     return scored(functools.partial(logits, c, params), x, targets, temperature=temperature, size=c.loss_chunk)
-
-
-def scored(
-    logits: Callable[[Array], Array], x: Array, targets: Array, *, temperature: float | Array, size: int
-) -> Scores:
-    """The same for any `logits`, f32[B,T,V] from x; they exist for `size` positions a row at a time (see `chunked`)."""
-
-    def chunk(x, targets):
-        raw = shard(logits(x), "batch", None, "vocab")
-        scaled = distribution.adjusted(raw, temperature=temperature)
-        logprobs, log_z = distribution.target_logprobs(scaled, targets)
-        entropy = log_z - jnp.sum(jnp.exp(scaled - log_z[..., None]) * scaled, axis=-1)
-        unscaled = log_z if distribution.known(temperature, 1) else jax.nn.logsumexp(raw, axis=-1)
-        return Scores(logprobs, entropy, unscaled)
-
-    return chunked(chunk, x, targets, size=size)

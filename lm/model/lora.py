@@ -11,17 +11,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lm.errors import UserError
 from lm.model.config import Config
 from lm.model.params import Spec, specs
-from lm.types import Array, Params
+from lm.model.quantised import MATRICES
+from lm.types import Params
 
 BASE = "base"  # of state.frozen
-MATRICES = ("query", "key", "value", "attention_out", "gate", "up", "down")
 
 
 def plain(c: Config) -> Config:
@@ -77,25 +75,3 @@ def merged(c: Config, base: Mapping[str, Any], lm: Mapping[str, Any]) -> Params:
 
 def scale(c: Config) -> float:
     return c.lora_alpha / c.lora_rank
-
-
-def stored(c: Config, lm: Mapping[str, Any]) -> Params:
-    """A decoder as a base of c.lora_base, in numpy: bfloat16, or matrices of the layers in 8 bits, a scale a column."""
-    if c.lora_base == "float32":
-        return lm
-    if c.lora_base == "bfloat16":
-        return jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), lm)
-    layers = {}
-    for name, leaf in lm["layers"].items():
-        if name not in MATRICES:
-            layers[name] = leaf
-            continue
-        layers[name], layers[f"{name}_scale"] = in_int8(leaf)
-    return {**lm, "layers": layers}
-
-
-def in_int8(w: Array) -> tuple[np.ndarray, np.ndarray]:
-    """int8[..., D, F] and f32[..., 1, F]: the largest of a column is 127; w is their product within scale / 2."""
-    w = np.asarray(w, np.float32)
-    scale = np.maximum(np.max(np.abs(w), axis=-2, keepdims=True) / np.float32(127), np.float32(1e-12))
-    return np.round(w / scale).astype(np.int8), scale

@@ -46,7 +46,8 @@ def shape(hf: Json) -> Config:
 
 def config_json(c: Config, preferred: str = "") -> dict[str, Any]:
     """The config.json of a Config: of the model_type preferred if it can say this, else of the first that can."""
-    how = {name: getattr(c, name) for name in ("dtype", "scan", "remat", "query_blocks", "loss_chunk")}
+    shown = ("dtype", "cache", "scan", "remat", "query_blocks", "loss_chunk", "attention")  # how it is computed
+    how = {name: getattr(c, name) for name in shown}
     for kind in sorted(FAMILIES, key=lambda kind: kind != preferred):  # the others in their order
         family = FAMILIES[kind]
         if any(getattr(c, name) != value for name, value in family.fixed.items()):
