@@ -55,6 +55,7 @@ def beam(
         raise UserError(f"the beam's width is {width}; it must be at least 1")
     if not 0 <= length_penalty < math.inf:
         raise UserError(f"length_penalty is {length_penalty}; it must be 0 (none) or above")
+    lm = model.unrolled(lm)
     logits, cache = prefill(model, lm, prompts, lengths, capacity=prompts.shape[1] + max_new)
     B, V = logits.shape
     stops = jnp.asarray(sorted({s for s in stop if 0 <= s < V}), jnp.int32)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from lm.distribution import adjusted, penalised, picked
+from lm.distribution import adjusted, known, penalised, picked
 from lm.errors import UserError
 from lm.model import Cache, Model
 from lm.types import Array, Completions, Params, Tokens
@@ -36,8 +36,14 @@ def decode(model: Model, lm: Params, tokens: Array, positions: Array, cache: Cac
     return model.logits(lm, x[:, 0]), cache
 
 
-def draw(keys: Array, logits: Array) -> tuple[Array, Array]:
-    """One token i32[B] a row and its log-probability f32[B]; keys [B], logits f32[B,V] already `adjusted`."""
+def draw(keys: Array, logits: Array, **settings) -> tuple[Array, Array]:
+    """One token i32[B] a row from softmax(adjusted(logits f32[B,V], **settings)), and its log-probability f32[B].
+
+    keys [B]: a row's own. At temperature 0 there is nothing to draw: the first largest, of log-probability 0.
+    """
+    if known(settings.get("temperature", 1.0), 0):
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0])
+    logits = adjusted(logits, **settings)
     tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
     return tokens, picked(jax.nn.log_softmax(logits, axis=-1), tokens)
 
@@ -92,6 +98,7 @@ def sample(
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     check(model, prompts.shape[1], max_new=max_new, **settings, repetition_penalty=repetition_penalty, samples=samples)
     stops = jnp.asarray(tuple(stop), jnp.int32)
+    lm = model.unrolled(lm)
     logits, cache = prefill(model, lm, prompts, lengths, capacity=prompts.shape[1] + max_new)
     seen = None if repetition_penalty == 1 else seen_in(prompts, lengths, logits.shape[1])
     if samples > 1:
@@ -110,7 +117,7 @@ def sample(
         t, logits, cache, seen, out = carry
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
         logits = logits if seen is None else penalised(logits, seen, repetition_penalty)
-        tokens, logprobs = draw(now, adjusted(logits, **settings))
+        tokens, logprobs = draw(now, logits, **settings)
         live = ~out.stopped
         tokens, logprobs = jnp.where(live, tokens, 0), jnp.where(live, logprobs, 0.0)
         out = Completions(

@@ -83,12 +83,17 @@ def locally(function: Callable, *arrays: jax.Array, axes: tuple[tuple[str | None
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=every, check_vma=False)(*arrays)
 
 
-def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x constrained to these logical axes; the identity when no mesh is set, as in a notebook."""
+def lone() -> bool:
+    """Whether no mesh is set, as in a notebook, or one of a single device."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    return mesh.empty or mesh.size == 1
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x constrained to these logical axes; the identity on a lone device."""
+    if lone():
         return x
-    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, partition(axes, x.shape, jax.sharding.get_abstract_mesh()))
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:

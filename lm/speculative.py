@@ -142,8 +142,9 @@ def speculate(
     `draft_lm` are the decoders of `target` and `draft`, which share a vocabulary.
     """
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    models, lms, (B, P) = Pair(target, draft), Pair(lm, draft_lm), prompts.shape
+    models, (B, P) = Pair(target, draft), prompts.shape
     check(models, P, ahead=ahead, max_new=max_new, **settings)
+    lms = Pair(target.unrolled(lm), draft.unrolled(draft_lm))
     stops, places = jnp.asarray(tuple(stop), jnp.int32), jnp.arange(ahead + 1)
     keys = row_keys(key, jnp.arange(B))
     width, none = max_new + ahead + 1, jnp.zeros(B, jnp.int32)

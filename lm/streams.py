@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.data.prompts import BUCKET, bucketed
-from lm.distribution import adjusted, penalised
+from lm.distribution import penalised
 from lm.model import Model
 from lm.sample import decode, draw, prefill, row_keys, seen_in, with_new
 from lm.speculative import Pair, advanced, begun
@@ -30,7 +30,7 @@ def streamer(
         """The next token i32[1], and what has been seen with it; None where there is no penalty."""
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
         logits = logits if seen is None else penalised(logits, seen, repetition_penalty)
-        tokens, _ = draw(now, adjusted(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p))
+        tokens, _ = draw(now, logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         return tokens, None if seen is None else with_new(seen, tokens)
 
     @jax.jit
@@ -46,7 +46,7 @@ def streamer(
 
     def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
         prompts, lengths = one_row(ids, model.config.context)
-        keys = row_keys(key, jnp.arange(1))
+        lm, keys = model.unrolled(lm), row_keys(key, jnp.arange(1))
         tokens, seen, cache = first(lm, prompts, lengths, keys)
         for t in range(1, max_new + 1):
             yield int(tokens[0])

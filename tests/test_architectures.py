@@ -49,7 +49,7 @@ def test_a_windowed_cache_keeps_the_window_and_decodes_as_the_full_pass(every, m
     step = jax.jit(m.cached)
     for sizes in ([5, 1, 1, 2, 3, 1, 1], [14], [1] * 14):
         cache, parts = m.cache(batch=2, capacity=T), []
-        assert [layer.shape[1] for layer in (*cache.keys, *cache.values)] == 2 * [3, T if every else 3]
+        assert [layer.shape[2] for layer in (*cache.keys, *cache.values)] == 2 * [3, T if every else 3]
         for start, size in zip(np.cumsum([0, *sizes]), sizes):
             now = np.s_[:, start : start + size]
             x, cache = step(lm, ids[now], positions[now], segments[now], cache)
@@ -63,7 +63,7 @@ def test_a_windowed_cache_keeps_the_window_and_decodes_as_the_full_pass(every, m
 
 def test_a_cache_no_longer_than_the_window_is_whole(made):
     m, _ = made(window=5)
-    assert {layer.shape[1] for layer in m.cache(batch=1, capacity=4).keys} == {4}
+    assert {layer.shape[2] for layer in m.cache(batch=1, capacity=4).keys} == {4}
 
 
 @pytest.mark.parametrize(

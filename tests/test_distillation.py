@@ -17,7 +17,7 @@ from lm.config import load
 from lm.errors import UserError
 from lm.host import ALONE
 from lm.losses.distillation import jensen_shannon, kl
-from lm.model.decoder import chunked
+from lm.model.scores import chunked
 from lm.stages import distill, gkd
 from lm.stages.context import Context
 from lm.stages.distillation import comparison

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import print_saved_residuals
 
 from lm import model, optim
 from lm.errors import UserError
-from lm.model.attention import attention, causal_attention
+from lm.model.attention import attention, by_position, causal_attention, grouped
 from lm.model.linear import linear
 from lm.model.params import count, flops_per_token, matmul_count, specs
 from lm.model.rope import frequencies, rope_angles, rotated
@@ -251,16 +251,21 @@ def test_query_blocks_change_nothing():
 def test_grouped_query_attention_equals_repeated_heads():
     """Query head n reads kv head n // (N / K): the same as keys and values repeated N / K times in place."""
     q, k, v = normal(2, 5, 6, 8), normal(2, 5, 3, 8, seed=1), normal(2, 5, 3, 8, seed=2)
-    attend = jax.jit(lambda k, v: attention(q, k, v, np.broadcast_to(np.tri(5, dtype=bool), (2, 5, 5))))
-    grouped = np.asarray(attend(k, v))
-    np.testing.assert_allclose(grouped, attend(np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)), atol=1e-6)
-    assert np.abs(grouped - attend(np.tile(k, (1, 1, 2, 1)), np.tile(v, (1, 1, 2, 1)))).max() > 0.1
+    mask = np.broadcast_to(np.tri(5, dtype=bool), (2, 5, 5))
+
+    @jax.jit
+    def attend(k, v):
+        return by_position(attention(grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2), mask))
+
+    shared = np.asarray(attend(k, v))
+    np.testing.assert_allclose(shared, attend(np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)), atol=1e-6)
+    assert np.abs(shared - attend(np.tile(k, (1, 1, 2, 1)), np.tile(v, (1, 1, 2, 1)))).max() > 0.1
 
 
 def test_attention_that_may_see_nothing_gives_zero():
-    ones = jnp.ones((1, 2, 1, 2))
+    q, ones = jnp.ones((1, 1, 1, 2, 2)), jnp.ones((1, 1, 2, 2))
     mask = jnp.array([[[True, False], [False, False]]])
-    np.testing.assert_array_equal(attention(ones, ones, ones, mask)[0, :, 0], [[1, 1], [0, 0]])
+    np.testing.assert_array_equal(attention(q, ones, ones, mask)[0, 0, 0], [[1, 1], [0, 0]])
 
 
 def test_rotary_positions_are_relative():

@@ -77,7 +77,7 @@ def test_the_forward_pass_reads_stored_weights_as_what_they_stand_for(changes, m
 def test_attention_to_int8_is_attention_to_the_expanded_numbers():
     """The scales leave the sums: q (k s) = (q k) s, sum w (s v) = sum (w s) v."""
     draw = np.random.default_rng(0)
-    q, k, v = (draw.normal(size=(2, 5, n, 8)).astype(np.float32) for n in (4, 2, 2))
+    q, k, v = (draw.normal(size=(2, *shape, 5, 8)).astype(np.float32) for shape in ((2, 2), (2,), (2,)))
     mask = np.broadcast_to(np.tri(5, dtype=bool), (2, 5, 5))
     (k, of_keys), (v, of_values) = heads_in_int8(k), heads_in_int8(v)
     found = attention(q, k, v, mask, of_keys, of_values, scale=0.3, softcap=2.0)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from lm.model import decoder, lora, params as parameters
 from lm.model.attention import Cache, empty_cache
 from lm.model.config import Config
-from lm.model.decoder import Scores
 from lm.model.experts import Routing
+from lm.model.scores import Scores
 from lm.types import Array, Params, Tokens
 
 __all__ = ["Cache", "Config", "Model", "Routing", "Scores", "make"]
@@ -25,6 +25,7 @@ class Model(NamedTuple):
     axes: dict  # logical axes of {"lm": ..., "value": ...}
     hidden: Callable[..., Array]  # (lm, inputs, positions, segments) -> f[B,T,D]
     routed: Callable[..., tuple[Array, Routing | None]]  # the same, and which experts it went through
+    unrolled: Callable[..., Params]  # (lm) -> lm as `cached` reads it in a loop: cut into its layers once, before it
     cached: Callable[..., tuple[Array, Cache]]  # (lm, inputs, positions, segments, cache) -> f[B,T,D], Cache
     cache: Callable[..., Cache]  # (batch=, capacity=, slack=0) -> Cache
     logits: Callable[..., Array]  # (lm, f[...,D]) -> f32[...,V]
@@ -54,6 +55,7 @@ def make(config: Config) -> Model:
         axes={"lm": axes, "value": parameters.axes(value_specs)},
         hidden=hidden,
         routed=functools.partial(decoder.hidden_and_routing, config),
+        unrolled=functools.partial(decoder.unrolled, config),
         cached=functools.partial(decoder.cached_hidden, config),
         cache=functools.partial(
             empty_cache,

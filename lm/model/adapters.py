@@ -21,6 +21,7 @@ from flax import linen, nnx, struct
 from lm.errors import UserError
 from lm.model import Config, Model, Scores, decoder, params as parameters
 from lm.model.attention import written
+from lm.model.scores import scored
 from lm.types import Array, Params, Tokens
 
 Call = Callable[..., Array]  # (lm, method, *arrays): the module with these parameters; method "" calls it itself
@@ -126,7 +127,7 @@ def _adapted(
         return (call(lm, head, x) if head else x).astype(jnp.float32)
 
     def scores(lm: Params, x: Array, targets: Array, *, temperature: float = 1.0) -> Scores:
-        return decoder.scored(functools.partial(logits, lm), x, targets, temperature=temperature, size=loss_chunk)
+        return scored(functools.partial(logits, lm), x, targets, temperature=temperature, size=loss_chunk)
 
     def token_logprobs(lm: Params, tokens: Tokens, *, temperature: float = 1.0) -> Array:
         x = hidden(lm, tokens.inputs, tokens.positions, tokens.segments)
@@ -150,6 +151,7 @@ def _adapted(
         },
         hidden=hidden,
         routed=lambda *given: (hidden(*given), None),
+        unrolled=lambda lm: lm,
         cached=functools.partial(_again, hidden),
         cache=_empty,
         logits=logits,

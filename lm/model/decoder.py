@@ -1,13 +1,10 @@
 """The forward pass: tokens to hidden states, hidden states to logits, log-probabilities and values."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm import distribution
 from lm.model import lora, rope
 from lm.model.attention import Cache, cached_attention, softcapped, written
 from lm.model.config import Config
@@ -15,6 +12,7 @@ from lm.model.experts import Routing, routed
 from lm.model.kernels import self_attention
 from lm.model.linear import linear
 from lm.model.rope import rotated
+from lm.model.scores import Scores, scored
 from lm.sharding import by_rows, shard
 from lm.types import Array, Params
 
@@ -49,8 +47,18 @@ def product(c: Config, x: Array, layer: Params, name: str) -> Array:
     return y + layer[f"{name}_bias"].astype(x.dtype) if f"{name}_bias" in layer else y
 
 
-def unstacked(layers: Params, count: int) -> list[Params]:
+def unrolled(c: Config, params: Params) -> Params:
+    """The same decoder with a list of its layers, a copy, for who calls `cached_hidden` in a loop: cut once, not there.
+
+    Where layers are scanned, on accelerators, the decoder itself: there is no room for two of it.
+    """
+    return params if c.scan == "yes" else {**params, "layers": unstacked(params["layers"], c.layers)}
+
+
+def unstacked(layers: Params | list[Params], count: int) -> list[Params]:
     """The stacked tree as one tree a layer. A split, whose gradient is one concatenation, not `count` padded sums."""
+    if isinstance(layers, list):
+        return layers
     split = {name: jax.lax.split(leaf, (1,) * count, axis=0) for name, leaf in layers.items()}
     return [{name: parts[i][0] for name, parts in split.items()} for i in range(count)]
 
@@ -179,7 +187,7 @@ def logits(c: Config, params: Params, x: Array) -> Array:
     sampling alike."""
     name = "embedding" if c.tied else "head"
     whole = lambda a: a.T if c.tied else a
-    raw = jnp.matmul(x, whole(params[name]).astype(x.dtype), preferred_element_type=jnp.float32)
+    raw = linear(x, whole(params[name]).astype(x.dtype), jnp.float32)
     if f"{name}_scale" in params:  # kept in 8 bits, a scale a token
         raw = raw * whole(params[f"{name}_scale"])
     return softcapped(raw * (c.base_width / c.width) if c.base_width else raw, c.logit_softcap)
@@ -190,51 +198,6 @@ def value(head: Params, x: Array) -> Array:
     return x.astype(jnp.float32) @ head["score"] + head["offset"]
 
 
-def chunked(function: Callable[..., Any], *arrays: Array, size: int) -> Any:
-    """function(*arrays), a tree of [B,T,...], for arrays [B,T,...]: `size` positions a row at a time, or 0 for all.
-
-    What `function` makes on the way exists for so many positions only and is made again in the backward pass, so
-    logits f32[B,T,V] never do. It must treat every position alike: the last piece is filled up with zeros.
-    """
-    B, T = arrays[0].shape[:2]
-    if not 0 < size < T:
-        return function(*arrays)
-    count = -(-T // size)
-    pad = count * size - T
-
-    def pieces(a):
-        a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
-        return a.reshape(B, count, size, *a.shape[2:]).swapaxes(0, 1)
-
-    parts = jax.lax.map(lambda part: jax.checkpoint(function)(*part), tuple(map(pieces, arrays)))
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, count * size, *a.shape[3:])[:, :T], parts)
-
-
-class Scores(NamedTuple):
-    """What a loss wants to know of each target, f32[B,T] each."""
-
-    logprobs: Array  # of the target
-    entropy: Array  # of the whole distribution, nats
-    log_z: Array  # logsumexp of the unscaled logits
-
-
 def scores(c: Config, params: Params, x: Array, targets: Array, *, temperature: float = 1.0) -> Scores:
     """Scores of targets i32[B,T] under softmax(logits / temperature), from states f[B,T,D]."""
     return scored(functools.partial(logits, c, params), x, targets, temperature=temperature, size=c.loss_chunk)
-
-
-def scored(
-    logits: Callable[[Array], Array], x: Array, targets: Array, *, temperature: float | Array, size: int
-) -> Scores:
-    """The same for any `logits`, f32[B,T,V] from x; they exist for `size` positions a row at a time (see `chunked`)."""
-
-    def chunk(x, targets):
-        raw = shard(logits(x), "batch", None, "vocab")
-        scaled = distribution.adjusted(raw, temperature=temperature)
-        log_z = jax.nn.logsumexp(scaled, axis=-1)
-        logprobs = distribution.picked(scaled, targets) - log_z
-        entropy = log_z - jnp.sum(jnp.exp(scaled - log_z[..., None]) * scaled, axis=-1)
-        unscaled = log_z if distribution.known(temperature, 1) else jax.nn.logsumexp(raw, axis=-1)
-        return Scores(logprobs, entropy, unscaled)
-
-    return chunked(chunk, x, targets, size=size)

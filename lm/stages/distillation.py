@@ -11,7 +11,7 @@ from lm.errors import UserError
 from lm.losses.distillation import jensen_shannon
 from lm.metrics import Mean, mean
 from lm.model import Model
-from lm.model.decoder import chunked
+from lm.model.scores import chunked
 from lm.sharding import shard
 from lm.types import Array, Params, Tokens
 from lm.update import Loss
