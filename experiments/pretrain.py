@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.data = ConfigDict(
         {
-            "corpus": "stdlib,chitchat",
+            "corpus": "chitchat" if tiny else "stdlib,chitchat",
             "length": 64 if tiny else 256,
             "batch_size": 8 if tiny else 16,
             "ramp": (),

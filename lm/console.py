@@ -2,8 +2,6 @@
 
 import errno
 import logging
-import os
-import platform
 import signal
 import sys
 import threading
@@ -37,13 +35,8 @@ class Interrupted(Exception):
     """SIGTERM was received, and everything has been saved."""
 
 
-def main(program: Callable[[list[str]], None], *, long: bool = False) -> None:
-    """Runs a program's main with the command line; exits with 2 on bad input, 130 on ctrl-C, 143 on SIGTERM.
-
-    A `long` program first starts itself anew in the environment that makes it fast (see `restarted`).
-    """
-    if long:
-        restarted()
+def main(program: Callable[[list[str]], None]) -> None:
+    """Runs a program's main with the command line; exits with 2 on bad input, 130 on ctrl-C, 143 on SIGTERM."""
     # Orbax and its tasks log every failure with a page of traceback; the line we print says it all.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -63,22 +56,6 @@ def main(program: Callable[[list[str]], None], *, long: bool = False) -> None:
     except Interrupted:
         _print("stopped by SIGTERM and saved: the same command continues", sys.stderr)
         sys.exit(143)
-
-
-def restarted() -> None:
-    """Replaces this process by itself with huge pages for malloc and a cache for compiled programs, unless it has them.
-
-    Both are read before the first line of Python runs. XLA's CPU backend allocates and frees its temporary memory at
-    every step; with 2 MB pages that no longer costs a page fault per 4 kB (1.6 times the steps a second at width 128).
-    The compilation cache is JAX's own, in the user's cache folder; an environment that names another is left as it is.
-    """
-    wanted = {"JAX_COMPILATION_CACHE_DIR": str(Path.home() / ".cache" / "lm" / "jax")}
-    if platform.libc_ver()[0] == "glibc":
-        wanted["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    missing = {name: value for name, value in wanted.items() if name not in os.environ}
-    if missing and sys.orig_argv[1:2] == ["-m"]:
-        os.environ.update(missing)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @contextmanager

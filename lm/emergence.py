@@ -117,4 +117,4 @@ def program(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(program, long=True)
+    main(program)

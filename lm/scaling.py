@@ -143,4 +143,4 @@ def swept(flags: Namespace, source: Source, folder: Path, rungs: Sequence[Rung])
 
 
 if __name__ == "__main__":
-    main(program, long=True)
+    main(program)

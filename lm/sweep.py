@@ -281,4 +281,4 @@ def mean_of(told: Sequence[Told], overrides: Mapping[str, str]) -> float:
 
 
 if __name__ == "__main__":
-    main(program, long=True)
+    main(program)

@@ -25,10 +25,9 @@ MESSAGES = [{"role": "user", "content": "hello there"}, {"role": "assistant", "c
 def told(capsys, monkeypatch, program, *flags):
     """What a program prints, and the error it ends with, or ""."""
     monkeypatch.setattr(sys, "argv", ["", *map(str, flags)])
-    monkeypatch.setattr(console, "restarted", lambda: None)
     code = 0
     try:
-        console.main(program, long=True)
+        console.main(program)
     except SystemExit as exit:
         code = exit.code
     said = capsys.readouterr()

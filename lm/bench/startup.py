@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
-from lm.workdir import read_metrics
+from lm.workdir import METRICS, read_metrics
 
 CODE = Path(__file__).resolve().parents[2]
 AIMS = {"cold": 8.0, "warm": 4.0}  # seconds
-RESTART = ("JAX_COMPILATION_CACHE_DIR", "GLIBC_TUNABLES")  # that lm.console.restarted sets: it is part of a start
+RESTART = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "GLIBC_TUNABLES",
+)  # that lm/__init__.py sets: it is part of a start
 LATEST = 600.0  # seconds after which a start has failed
 
 
@@ -57,7 +61,9 @@ def first_step(root: Path, name: str, *, cache: Path) -> float:
         start = time.perf_counter()
         child = subprocess.Popen(run, cwd=CODE, env=environment(cache), stdout=subprocess.DEVNULL, stderr=stream)
         try:
-            while not any(row["step"] >= 1 for row in read_metrics(workdir)):
+            while not (
+                (workdir / METRICS).exists() and any(row["step"] >= 1 for row in read_metrics(workdir / METRICS))
+            ):
                 if child.poll() is not None:
                     break
                 if time.perf_counter() - start > LATEST:
