@@ -27,6 +27,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "head_size": 16 if tiny else 32,
             "hidden": 64 if tiny else 384,
             "context": 64 if tiny else 256,
+            "dtype": "auto",  # float32 on a CPU, else bfloat16
+            "attention": "auto",  # cudnn, splash or xla, as the platform has it
         }
     )
     config.data = ConfigDict(
