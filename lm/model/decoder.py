@@ -120,8 +120,11 @@ def _embedded(c: Config, params: Params, inputs: Array, positions: Array) -> Arr
 
 
 def _turns(c: Config, positions: Array):
-    """The rotary angles of global and of local layers, or none."""
-    return rope.angles(c, positions) if c.positions == "rope" else (None, None)
+    """The rotary angles of global and of local layers, or none. Made once: XLA would fuse them into every rotation, and
+    find cosine and sine of a position anew for each head and layer."""
+    if c.positions != "rope":
+        return None, None
+    return jax.lax.optimization_barrier(rope.angles(c, positions))
 
 
 def hidden(c: Config, params: Params, inputs: Array, positions: Array, segments: Array) -> Array:
