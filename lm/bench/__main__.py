@@ -72,7 +72,7 @@ def cases(flags, limits: Limits) -> list[Case]:
         for dtype in dtypes:
             case = name, size, dtype
             rival = training.peer(python, size, dtype) if python else None
-            found.append(trained(*case, rival, limits))
+            found.append(pretrained(*case, rival, limits))
     if "generation" in flags.what:
         models = [(name, size.config, None) for name, size in sizes.items()]
         if flags.workdir:
@@ -92,7 +92,7 @@ def cases(flags, limits: Limits) -> list[Case]:
     return found
 
 
-def trained(name, size, dtype: str, peer: Peer | None, limits: Limits) -> Case:
+def pretrained(name, size, dtype: str, peer: Peer | None, limits: Limits) -> Case:
     result = lambda timed: training.result(name, size, dtype, timed, limits)
     return Case("training", lambda: training.stepper(size, dtype), peer, result)
 
@@ -124,7 +124,7 @@ def measured(flags) -> dict[str, Any]:
         for case in chosen:
             timings.append(interleaved(case.ours(), case.peer, turns=flags.turns, steps=flags.steps, after=looked))
         if "startup" in flags.what:
-            found["startup"] = startup.result(startup.seconds(turns=flags.turns, after=after))
+            found["startup"] = startup.result(startup.starts(turns=flags.turns, after=after))
     if chosen:
         found["limits"] = dataclasses.asdict(limits)
     for case, timed in zip(chosen, timings):  # now that the limits have been looked at in every turn

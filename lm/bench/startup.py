@@ -27,7 +27,7 @@ RESTART = (
 LATEST = 600.0  # seconds after which a start has failed
 
 
-def seconds(*, turns: int, after: Callable[[Mapping[str, float]], None]) -> dict[str, list[float]]:
+def starts(*, turns: int, after: Callable[[Mapping[str, float]], None]) -> dict[str, list[float]]:
     """Of each cold and warm start, in turns. UserError where lm.train does not come to a step."""
     found: dict[str, list[float]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
