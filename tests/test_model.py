@@ -12,7 +12,6 @@ from jax.ad_checkpoint import print_saved_residuals
 from lm import model, optim
 from lm.errors import UserError
 from lm.model.attention import attention, by_position, causal_attention, grouped
-from lm.model.linear import linear
 from lm.model.params import count, flops_per_token, matmul_count, specs
 from lm.model.rope import frequencies, rope_angles, rotated
 from lm.types import Tokens
@@ -223,16 +222,6 @@ def test_remat_dots_keeps_the_products_and_block_keeps_none(tiny_model, tiny_lm,
 
     assert products("dots") == 6 * tiny_model.config.layers
     assert products("block") == 0
-
-
-@pytest.mark.parametrize("rows, columns", [(5, 7), (7, 5)])
-def test_linear_has_the_gradient_of_a_matmul(rows, columns):
-    x, w, c = (normal(2, 3, rows), normal(rows, columns), normal(2, 3, columns))
-    out, back = jax.vjp(linear, x, w)
-    expected, expected_back = jax.vjp(jnp.matmul, x, w)
-    np.testing.assert_array_equal(out, expected)
-    for a, b in zip(back(c), expected_back(c)):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_query_blocks_change_nothing():
