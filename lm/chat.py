@@ -33,7 +33,7 @@ from lm.speculative import Pair, check as check_pair
 from lm.stages import JUDGES
 from lm.streams import speculative_streamer, streamer
 from lm.tokenizer import Message, Tokenizer, prompt
-from lm.workdir import CHECKPOINTS, CONFIG, PIPELINE, Trained, load, read_json
+from lm.workdir import CHECKPOINTS, CONFIG, PIPELINE, Trained, load, read_json, same_tokenizer
 
 NEW_TOKENS = 128  # the longest answer, unless the flag says otherwise or the context leaves less
 FLAGS = {
@@ -234,11 +234,7 @@ class Chat:
 
 def check_draft(trained: Trained, draft: Trained, repetition_penalty: float) -> None:
     """UserError for a draft that cannot propose what this model says."""
-    if draft.tokenizer.fingerprint != trained.tokenizer.fingerprint:
-        raise UserError(
-            f"{draft.path} was trained with tokenizer and template {draft.tokenizer.fingerprint[:8]}, but "
-            f"{trained.path} with {trained.tokenizer.fingerprint[:8]}: take a draft with the same tokenizer"
-        )
+    same_tokenizer(trained, draft)
     if repetition_penalty != 1:
         raise UserError("repetition_penalty does not go with a draft, whose proposals it would change: leave one out")
 

@@ -4,9 +4,10 @@
     python -m lm.quantised --workdir=runs/smollm2 --rows=8 --length=64 --corpus=stdlib --forms=float32,int8
 
 Every held-out row is decoded as an answer is, but with its own next tokens: a prefill of its first half, then one token
-after another from the cache, whose nats are counted. Nine ways: weights in float32, bfloat16 or int8 (the layers'
-matrices, embedding and head), and the same of the cache; products are in float32 each time, so that nothing else
-differs. WORKDIR/quantised.json keeps the table and each row's nats; ways that are in it already are not done again.
+after another from the cache, whose nats are counted; rows count alike, each by its mean. Nine ways: weights in float32,
+bfloat16 or int8 (the layers' matrices, embedding and head), and the same of the cache; products are in float32 each
+time, so that nothing else differs. WORKDIR/quantised.json keeps the table and each row's nats; ways that are in it
+already are not done again.
 """
 
 import functools
@@ -98,8 +99,10 @@ def scored(trained: Trained, weights: str, cache: str, rows: Tokens, rows_at_onc
 
 
 def compared(ways: Sequence[Mapping[str, Any]], counted: np.ndarray) -> list[dict[str, Any]]:
-    """Each way against the first, paired by row: what it costs, and how often both would say the
-    same token next. counted f32[B,T]: the weights of all targets."""
+    """Each way against the first, paired by row: what it costs, and how often both would say the same token next.
+
+    counted f32[B,T]: the weights of all targets.
+    """
     first, found = ways[0], []
     for way in ways:
         same = np.array(way["likeliest"]) == np.array(first["likeliest"])

@@ -75,9 +75,9 @@ def locally(function: Callable, *arrays: jax.Array, axes: tuple[tuple[str | None
     axes: the logical axes of each array. For kernels, which the compiler cannot split. Without a mesh the function
     itself.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if lone():
         return function(*arrays)
+    mesh = jax.sharding.get_abstract_mesh()
     specs = tuple(partition(names, x.shape, mesh) for names, x in zip(axes, arrays, strict=True))
     every = set(mesh.axis_names)
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=every, check_vma=False)(*arrays)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from lm.distribution import adjusted, picked
 from lm.errors import UserError
 from lm.model import Cache, Model
+from lm.model.attention import written
 from lm.sample import check as check_sample, decode, draw, prefill, row_keys
 from lm.types import Array, Completions, Params
 
@@ -87,9 +88,9 @@ def advanced(models: Pair, lms: Pair, rows: Rows, keys: Array, *, ahead: int, **
 
     Place i of a round draws with fold_in(key, i), split in three: proposal, judgement, and the token drawn again.
     """
-    places = jnp.arange(ahead + 1)
-    each = lambda key: jax.vmap(lambda place: jax.random.split(jax.random.fold_in(key, place), 3))(places)
-    proposing, judging, again = jnp.moveaxis(jax.vmap(each)(keys), 2, 0)  # [B,A+1] each
+    places, each_row = jnp.arange(ahead + 1), jnp.arange(len(keys))
+    of_row = lambda key: jax.vmap(lambda place: jax.random.split(jax.random.fold_in(key, place), 3))(places)
+    proposing, judging, again = jnp.moveaxis(jax.vmap(of_row)(keys), 2, 0)  # [B,A+1] each
 
     def propose(carry, xs):
         (tokens, cache), (place, key) = carry, xs
@@ -111,9 +112,9 @@ def advanced(models: Pair, lms: Pair, rows: Rows, keys: Array, *, ahead: int, **
     passed = jax.vmap(jax.vmap(jax.random.uniform))(judging[:, :-1]) < chances
     accepted = jnp.sum(jnp.cumprod(passed.astype(jnp.int32), axis=1), axis=1)
 
-    each = jnp.arange(len(accepted))
-    tokens, _ = draw(again[each, accepted], residual(p[each, accepted], q[each, accepted]))
-    drawn, count = drawn.at[each, accepted].set(tokens), accepted + 1
+    last = each_row, accepted  # the place that is drawn again, or beyond all proposals
+    tokens, _ = draw(again[last], residual(p[last], q[last]))
+    drawn, count = drawn.at[last].set(tokens), accepted + 1
     caches = Pair(*(new.replace(filled=old.filled + count) for new, old in zip((target, draft), rows.caches)))
     return Rows(tokens, rows.positions + count, caches), Round(drawn, picked(p, drawn), accepted)
 
@@ -145,34 +146,17 @@ def speculate(
     models, (B, P) = Pair(target, draft), prompts.shape
     check(models, P, ahead=ahead, max_new=max_new, **settings)
     lms = Pair(target.unrolled(lm), draft.unrolled(draft_lm))
-    stops, places = jnp.asarray(tuple(stop), jnp.int32), jnp.arange(ahead + 1)
-    keys = row_keys(key, jnp.arange(B))
+    stops, keys = jnp.asarray(tuple(stop), jnp.int32), row_keys(key, jnp.arange(B))
     width, none = max_new + ahead + 1, jnp.zeros(B, jnp.int32)
     out = Completions(jnp.zeros((B, width), jnp.int32), jnp.zeros((B, width)), none, jnp.zeros(B, bool))
     unfinished = lambda out: (out.lengths < max_new) & ~out.stopped
-    written = jax.vmap(jax.lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
 
     def step(carry):
         t, rows, out, told = carry
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
         moved, new = advanced(models, lms, rows, now, ahead=ahead, **settings)
         live = unfinished(out)
-        ends = jnp.any(new.tokens[..., None] == stops, axis=-1) & (places <= new.accepted[:, None])
-        end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, ahead + 1)
-        limit = jnp.where(live, jnp.minimum(end, max_new - out.lengths), 0)
-        count = jnp.minimum(new.accepted + 1, limit)
-        kept = places < count[:, None]
-        out = Completions(
-            tokens=written(out.tokens, jnp.where(kept, new.tokens, 0), out.lengths, 0),
-            logprobs=written(out.logprobs, jnp.where(kept, new.logprobs, 0.0), out.lengths, 0),
-            lengths=out.lengths + count,
-            stopped=out.stopped | jnp.any(ends & kept, axis=1),
-        )
-        told = Acceptance(
-            told.proposed + jnp.minimum(ahead, limit),
-            told.accepted + jnp.minimum(new.accepted, limit),
-            told.rounds + live,
-        )
+        out, told = lengthened(out, told, new, jnp.where(live, max_new - out.lengths, 0), stops)
         # A finished row stands still: what it writes lies beyond `filled`, which like all [B] is as it was.
         rows = jax.tree.map(lambda new, old: jnp.where(live, new, old) if new.ndim == 1 else new, moved, rows)
         return t + 1, rows, out, told
@@ -181,6 +165,26 @@ def speculate(
     start = jnp.zeros((), jnp.int32), rows, out, Acceptance(none, none, none)
     *_, out, told = jax.lax.while_loop(lambda carry: jnp.any(unfinished(carry[2])), step, start)
     return out.replace(tokens=out.tokens[:, :max_new], logprobs=out.logprobs[:, :max_new]), told
+
+
+def lengthened(
+    out: Completions, told: Acceptance, new: Round, room: Array, stops: Array
+) -> tuple[Completions, Acceptance]:
+    """The rows with what counts of a round: up to `room` i32[B] tokens, and not beyond the first stop id."""
+    ahead, places = new.tokens.shape[1] - 1, jnp.arange(new.tokens.shape[1])
+    ends = jnp.any(new.tokens[..., None] == stops, axis=-1) & (places <= new.accepted[:, None])
+    end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, ahead + 1)
+    limit = jnp.minimum(end, room)
+    count = jnp.minimum(new.accepted + 1, limit)
+    kept = places < count[:, None]
+    out = Completions(
+        tokens=written(out.tokens, jnp.where(kept, new.tokens, 0), out.lengths),
+        logprobs=written(out.logprobs, jnp.where(kept, new.logprobs, 0.0), out.lengths),
+        lengths=out.lengths + count,
+        stopped=out.stopped | jnp.any(ends & kept, axis=1),
+    )
+    proposed, accepted = jnp.minimum(ahead, limit), jnp.minimum(new.accepted, limit)
+    return out, Acceptance(told.proposed + proposed, told.accepted + accepted, told.rounds + (room > 0))
 
 
 def check(models: Pair, prompt: int, *, ahead: int, max_new: int, **sampler) -> None:

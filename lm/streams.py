@@ -74,10 +74,10 @@ def speculative_streamer(
     context = min(model.config.context for model in models)
     first = jax.jit(functools.partial(begun, models, capacity=context + BUCKET, ahead=ahead))
     following = jax.jit(functools.partial(advanced, models, ahead=ahead, **settings), donate_argnames="rows")
-    draft_lm = jax.device_put(draft_lm)
+    draft_lm = models.draft.unrolled(jax.device_put(draft_lm))
 
     def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
-        lms, key = Pair(lm, draft_lm), row_keys(key, jnp.arange(1))[0]
+        lms, key = Pair(models.target.unrolled(lm), draft_lm), row_keys(key, jnp.arange(1))[0]
         rows = first(lms, *one_row(ids, context))
         for t in itertools.count():
             rows, new = following(lms, rows, jax.random.fold_in(key, t)[None])

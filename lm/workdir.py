@@ -190,6 +190,15 @@ def load_reward(
     return trained, reward
 
 
+def same_tokenizer(trained: Trained, other: Trained) -> None:
+    """UserError unless both runs learnt with one tokenizer and chat template: their ids mean the same."""
+    if other.tokenizer.fingerprint != trained.tokenizer.fingerprint:
+        raise UserError(
+            f"{other.path} was trained with tokenizer and template {other.tokenizer.fingerprint[:8]}, but "
+            f"{trained.path} with {trained.tokenizer.fingerprint[:8]}: take a draft with the same tokenizer"
+        )
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, or of the one in a run's folder; none if there is no file yet."""
     file = Path(path) / METRICS if Path(path).is_dir() else Path(path)

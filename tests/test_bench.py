@@ -6,16 +6,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from runs import finished
 
 from lm import hardware
-from lm.bench import __main__ as bench, generation, rollout, shown, startup, training, turns
+from lm.bench import __main__ as bench, generation, rollout, shown, speculation, startup, training, turns
 from lm.bench.limits import Limits
 from lm.bench.sizes import SIZES, counts, threads
+from lm.config import parsed
+from lm.data.chats import Conversation
 from lm.errors import UserError
 from lm.model.params import count, specs
 from lm.weights.shapes import config_json, shape as read_back
 
+__all__ = ["finished"]
 TINY = SIZES["tiny"]
+TALKS = [Conversation(f"talk {i}", [{"role": "user", "content": f"what do you see {i}"}]) for i in range(3)]
 
 
 @pytest.fixture
@@ -169,6 +174,28 @@ def test_a_grpo_step_is_generation_and_update(limits, capsys):
     assert "generation" in capsys.readouterr().out
 
 
+def test_a_draft_that_is_the_model_itself_is_always_right(finished, limits, capsys, monkeypatch):
+    """Greedy: all proposals are accepted. Warm: some, and no more. Both sides of a step are timed."""
+    monkeypatch.setattr(bench, "Limits", lambda: limits)
+    monkeypatch.setattr(speculation, "TEMPERATURES", (0.0, 1.0))
+    monkeypatch.setattr(speculation.chats, "conversations", lambda source: TALKS)
+    monkeypatch.setattr(speculation.corpora, "split", lambda talks, fraction: ([], talks))
+    flags = f"--workdir={finished}/sft --batches=2 --prompt_tokens=40 --new_tokens=8 --turns=1 --steps=1 --ahead=2"
+    found = {}
+    for draft in ("sft", "pretrain"):
+        given = parsed(f"speculation {flags} --draft={finished}/{draft}".split(), "", bench.FLAGS, bench.POSITIONAL)
+        found[draft] = bench.measured(given)["speculation"]
+        bench.show({"speculation": found[draft]})
+    own, other = found["sft"][0], found["pretrain"][0]
+    assert own["accepted"]["value"] == 1 and own["tokens_a_pass"]["value"] > other["tokens_a_pass"]["value"] >= 1
+    assert 0 <= other["accepted"]["value"] < 1 and own["temperature"] == 0 and found["sft"][1]["temperature"] == 1
+    for row in (own, other):
+        assert min(row["per_second"].values()) > 0
+        assert row["ratio"] == pytest.approx(row["per_second"]["drafted"] / row["per_second"]["plain"])
+        assert row["each_turn"] == pytest.approx([row["ratio"]])
+    assert "pretrain, 2 tokens ahead" in capsys.readouterr().out
+
+
 def test_a_start_ends_with_its_first_step(tmp_path, monkeypatch):
     """Its own rows count, not the score before it; what fails is told."""
     code = "import pathlib, sys, json; d = pathlib.Path(sys.argv[1]); d.mkdir(); (d / 'metrics.jsonl').write_text("
@@ -195,6 +222,7 @@ def test_a_start_has_none_of_what_our_own_restart_added(monkeypatch, tmp_path):
         ("--sizes=S,XL", "--sizes=S,XL: there is no 'XL'; choose from tiny, S, M"),
         ("--dtypes=float16", "--dtypes=float16: there is no 'float16'; choose from auto, float32, bfloat16"),
         ("--batches=1,0", "--batches=1,0: give numbers from 1 up"),
+        ("speculation --workdir=w", "speculation needs two trained models: give --workdir=DIR and --draft=DIR"),
         ("--turns=0", "bench.turns is 0; it must be at least 1"),
         ("--json=nowhere/at/all", "--json=nowhere/at/all: there is no folder"),
         ("--turn=1", "--turn is not a flag of this program; did you mean --turns?"),

@@ -1,5 +1,6 @@
 """What the programs print: a table of each measurement, and in words how we compare."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,6 +71,30 @@ def rollout(rows: Sequence[Result]) -> None:
     table("One GRPO step, seconds", ["", "ours", "best", "TRL"], [[n, *(cell(s, n) for s in sides)] for n in names])
     say(f"the products alone take {found['least']:.2f} s at {found['peak']['source']}, {found['of_peak']:.2f} of ours")
     compared("a GRPO step", found, "TRL", "steps/s")
+
+
+def speculation(rows: Sequence[Result]) -> None:
+    """The interval of what was accepted is over prompts, so one prompt has none."""
+
+    def accepted(share: Mapping[str, float]) -> str:
+        known = share["se"] < math.inf
+        return f"{share['value']:.0%}" + (f" ({share['low']:.0%} to {share['high']:.0%})" if known else "")
+
+    table(
+        f"{rows[0]['size']}, {rows[0]['ahead']} tokens ahead, answers of at most {rows[0]['new']}",
+        ["batch", "T", "tokens/s", "without", "times as fast", "accepted", "tokens a pass"],
+        [
+            [
+                row["batch"],
+                row["temperature"],
+                *(f"{row['per_second'][side]:,.0f}" for side in ("drafted", "plain")),
+                f"{row['ratio']:.2f}",
+                accepted(row["accepted"]),
+                f"{row['tokens_a_pass']['value']:.1f}",
+            ]
+            for row in rows
+        ],
+    )
 
 
 def compared(title: str, row: Result, peer: str, unit: str) -> None:

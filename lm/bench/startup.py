@@ -61,9 +61,7 @@ def first_step(root: Path, name: str, *, cache: Path) -> float:
         start = time.perf_counter()
         child = subprocess.Popen(run, cwd=CODE, env=environment(cache), stdout=subprocess.DEVNULL, stderr=stream)
         try:
-            while not (
-                (workdir / METRICS).exists() and any(row["step"] >= 1 for row in read_metrics(workdir / METRICS))
-            ):
+            while not any(row["step"] >= 1 for row in read_metrics(workdir / METRICS)):
                 if child.poll() is not None:
                     break
                 if time.perf_counter() - start > LATEST:

@@ -1,0 +1,95 @@
+"""What a draft is worth: tokens a second with it and without it, and how much of what it proposes is accepted.
+
+Both sides are ours, on the same held-out prompts, in turns within a step; so many prompts are answered at once.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lm.bench.generation import Shape
+from lm.bench.turns import Run, Timed, phases
+from lm.data import chats, corpus as corpora
+from lm.data.prompts import Prompts, fitting, take
+from lm.errors import UserError
+from lm.intervals import average
+from lm.sample import sample
+from lm.speculative import Acceptance, speculate
+from lm.types import Array, Completions
+from lm.workdir import Trained, same_tokenizer
+
+TEMPERATURES = (0.0, 0.7, 1.0)
+HELD_OUT = 0.05  # of the conversations, as in the quickstart, whose models have not learnt from them
+
+
+class Sides(NamedTuple):
+    """(key) -> what is drawn for the prompts, compiled at the first call."""
+
+    plain: Callable[[Array], Completions]
+    drafted: Callable[[Array], tuple[Completions, Acceptance]]
+
+
+def sides(target: Trained, draft: Trained, prompts: Prompts, shape: Shape, *, ahead: int, temperature: float) -> Sides:
+    """Answers of at most shape.new tokens, that end where they end. UserError for a draft of another tokenizer."""
+    same_tokenizer(target, draft)
+    lm, draft_lm = (jax.device_put(trained.params["lm"]) for trained in (target, draft))
+    options = dict(max_new=shape.new, temperature=temperature, stop=target.tokenizer.stops)
+    plain = jax.jit(functools.partial(sample, target.model, **options))
+    drafted = jax.jit(functools.partial(speculate, target.model, draft.model, ahead=ahead, **options))
+    given = prompts.ids, prompts.lengths
+    return Sides(functools.partial(plain, lm, *given), functools.partial(drafted, lm, draft_lm, *given))
+
+
+def held_out(target: Trained, shape: Shape) -> Prompts:
+    """The first shape.batch held-out prompts of at most shape.prompt tokens. UserError where there are not so many."""
+    _, unseen = corpora.split(chats.conversations("chitchat"), HELD_OUT)
+    fit, _ = fitting(target.tokenizer, chats.prompts(unseen), shape.prompt)
+    if len(fit.ids) < shape.batch:
+        raise UserError(
+            f"{len(fit.ids)} held-out prompts have at most {shape.prompt} tokens, not {shape.batch}: "
+            "lower --batches or raise --prompt_tokens"
+        )
+    return take(fit, np.arange(shape.batch))
+
+
+def stepper(both: Sides) -> Run:
+    """Steps: seconds of each side, and of one of its tokens, as answers end at lengths of their own."""
+
+    def run(count: int):
+        found = []
+        for i in range(count + 1):
+            key, start = jax.random.key(i), time.perf_counter()
+            plain = jax.block_until_ready(both.plain(key))
+            between = time.perf_counter()
+            drafted, _ = jax.block_until_ready(both.drafted(key))
+            seconds = {"plain": between - start, "drafted": time.perf_counter() - between}
+            tokens = {"plain": plain, "drafted": drafted}
+            each = {f"{name}_token": seconds[name] / int(out.lengths.sum()) for name, out in tokens.items()}
+            found.append(seconds | each)
+        return found[1:]
+
+    return run
+
+
+def result(name: str, shape: Shape, ahead: int, temperature: float, both: Sides, timed: Timed) -> dict[str, Any]:
+    """Tokens a second of both; over prompts, the share of proposals accepted and the tokens a pass of the target, each
+    with its interval. A prompt whose answer had no room for a proposal counts in neither."""
+    drawn, told = jax.device_get(both.drafted(jax.random.key(0)))
+    some = told.proposed > 0
+    seconds = phases(timed.ours)["median"]
+    by_turn = [phases([turn])["median"] for turn in timed.ours]
+    return {
+        "size": name,
+        "temperature": temperature,
+        "ahead": ahead,
+        **shape._asdict(),
+        "per_second": {side: 1 / seconds[f"{side}_token"] for side in ("plain", "drafted")},
+        "ratio": seconds["plain_token"] / seconds["drafted_token"],
+        "each_turn": [turn["plain_token"] / turn["drafted_token"] for turn in by_turn],
+        "accepted": average(told.accepted[some] / told.proposed[some])._asdict(),
+        "tokens_a_pass": average(drawn.lengths[some] / told.rounds[some])._asdict(),
+    }
