@@ -5,7 +5,7 @@ Command: python -m lm.train --config=experiments/distill.py --workdir=runs/quick
 Needs: runs/quickstart/sft, the teacher.
 Expect: held-out divergence from 3.62 to 0.38 nats, reply loss from 8.00 to 4.65, in 150 s on 2 busy cores of an AMD
 EPYC (Zen 4). On the same batches the same student comes to 5.03 by stage sft, 4.95 by beta 0.5, 5.44 by beta 1. If it
-was pretrained first (README, "Real people's taste"), to 4.37 here, 4.43 by sft, 4.83 and 4.91 by the other betas.
+was pretrained first (as ratings.md says), to 4.37 here, 4.43 by sft, 4.83 and 4.91 by the other betas.
 Change first: stage.beta (0 forward KL ... 1 reverse KL), train.steps, model (any sizes), stage.teacher.
 """
 

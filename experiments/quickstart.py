@@ -4,7 +4,7 @@ Method: tokenizer, pretraining, SFT, ranking, reward model, PPO, evaluation, rep
 file under its name.
 Command: python -m lm.pipeline --config=experiments/quickstart.py
 The rater that ranks is a published rule (lm.rewards.rule.RULE), so that what PPO learns can be checked by reading.
-Expect: 412 s on 2 cores of an AMD EPYC (Zen 4); the README has the table.
+Expect: 412 s on 2 cores of an AMD EPYC (Zen 4); quickstart.md has the table.
 Change first: --config.corpus=PATH (your own text for tokenizer and pretraining), --workdir.
 """
 

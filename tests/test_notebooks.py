@@ -9,9 +9,12 @@ what is sampled may then go another way, so that of the other cells only what th
 import ast
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -20,6 +23,7 @@ from nbformat import NotebookNode
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SETUP = ROOT / "notebooks" / "setup_cell.py"
 LIMIT = 240  # seconds: two minutes are promised, of two cores that do nothing else
 LARGEST = 300_000  # bytes of a notebook with its outputs
 TOLERANCE = 0.02  # of a number in a reproduced cell
@@ -158,7 +162,8 @@ def test_form(path):
     install, imports, *_ = code(notebook)
     assert 10 <= len(notebook.cells) <= 25
     assert notebook.cells[0].source.startswith("# ")
-    assert "google.colab" in install.source and "pip install" in install.source and not install.outputs
+    assert install.source == SETUP.read_text().rstrip("\n"), "the same cell in every notebook: notebooks/setup_cell.py"
+    assert not install.outputs
     assert all(isinstance(node, ast.Import | ast.ImportFrom) for node in parsed(imports).body)
     anew = {
         node.name
@@ -167,6 +172,69 @@ def test_form(path):
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
     }
     assert not anew & defined(), "call lm's own"
+
+
+def set_up(monkeypatch, folder: Path, *, colab=True, repository="https://host/lm", packages=(), gpu=False):
+    """What the setup cell runs and puts on the path, in a folder, with these packages (name, version) installed."""
+    ran, clone = [], folder / "lm-clone"
+
+    def run(command, **_):
+        ran.append(command)
+        if command[0] == "git" and "absent" in command[-2]:
+            return subprocess.CompletedProcess(command, 128)
+        if command[0] == "git":
+            clone.mkdir()
+        return subprocess.CompletedProcess(command, 0)
+
+    installed = [SimpleNamespace(metadata={"Name": name}, version=version) for name, version in packages]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: installed)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi" if gpu else None)
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("sys.path", [])
+    if colab:
+        monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+    exec(SETUP.read_text().replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}"), {})
+    return ran, sys.path
+
+
+CUDA = [("jax-cuda12-plugin", "0.7.2")]
+
+
+@pytest.mark.parametrize(
+    "packages, gpu, wanted",
+    [
+        ([("jax", "0.10.2"), ("jaxlib", "0.10.2"), *CUDA], True, ["jax==0.10.2", "jaxlib==0.10.2"]),
+        ([("jax", "0.12.0.1"), ("jaxlib", "0.12.0")], False, ["jax==0.12.0.1", "jaxlib==0.12.0"]),
+        ([("jax", "0.7.2"), ("jaxlib", "0.7.2"), *CUDA], True, ["jax[cuda12]>=0.10.2"]),
+        ([("jax", "0.7.2"), ("jax-cuda13-plugin", "0.7.2")], True, ["jax[cuda13]>=0.10.2"]),
+        ([], True, ["jax[cuda12]>=0.10.2"]),
+        ([("jax", "0.7.2"), ("libtpu", "0.0.21")], False, ["jax[tpu]>=0.10.2"]),
+        ([("jax", "0.10.1")], False, ["jax>=0.10.2"]),
+    ],
+)
+def test_setup_on_colab_never_parts_jax_from_its_plugin(tmp_path, monkeypatch, packages, gpu, wanted):
+    (git, pip), path = set_up(monkeypatch, tmp_path, packages=packages, gpu=gpu)
+    clone = str(tmp_path / "lm-clone")
+    assert git[:2] == ["git", "clone"] and git[-2:] == ["https://host/lm", clone]
+    assert pip[1:] == ["-m", "pip", "install", "--quiet", "-r", f"{clone}/requirements.txt", *wanted]
+    assert path == [clone]
+
+
+def test_setup_says_what_is_missing_in_one_line(tmp_path, monkeypatch):
+    for options, fault in (
+        ({"repository": ""}, "Write your clone's address into REPOSITORY"),
+        ({"repository": "https://host/absent"}, "git cannot clone REPOSITORY = 'https://host/absent'"),
+        ({"colab": False}, "There is no lm here"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=fault) as stopped:
+            set_up(patch, tmp_path, **options)
+        assert "\n" not in stopped.value.code
+
+
+def test_setup_in_a_clone_only_finds_it(monkeypatch):
+    assert set_up(monkeypatch, ROOT / "notebooks", colab=False) == ([], [str(ROOT)])
 
 
 @EACH
