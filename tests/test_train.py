@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from runs import CLOCK, TRAINED, finished, made_dialogues, small, stage_config
 
-from lm import sharding, train
+from lm import sharding, train, train_config
 from lm.checkpoint import restore_params
 from lm.data import chats, corpus
 from lm.errors import UserError
@@ -27,7 +27,7 @@ __all__ = ["finished", "small"]
 @pytest.fixture
 def eight(small, monkeypatch):
     """The small world with the whole mesh."""
-    monkeypatch.setattr(train, "make_mesh", sharding.make_mesh)
+    monkeypatch.setattr(train_config, "make_mesh", sharding.make_mesh)
 
 
 def assert_close(one, other) -> None:
