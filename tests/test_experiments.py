@@ -5,6 +5,7 @@ import importlib
 import inspect
 import itertools
 import re
+from collections.abc import Mapping
 
 import pytest
 from ml_collections import ConfigDict
@@ -29,7 +30,7 @@ from lm.errors import UserError
 from lm.lab import climbs
 from lm.ladder import planned
 from lm.model import params
-from lm.options import kind_of_option
+from lm.options import keywords, kind_of_option
 from lm.stages import STAGES
 from lm.subtrees import subtrees
 from lm.workdir import read_json
@@ -127,15 +128,38 @@ def test_another_variant_is_refused(name):
         config_of(name, ":huge")
 
 
+def docstring(name: str) -> str:
+    return (EXPERIMENTS / f"{name}.py").read_text().split('"""')[1]
+
+
+def command(name: str) -> tuple:
+    """The program that an experiment's docstring names, and the command line that it gives it."""
+    module, flags = re.search(r"Command: python -m ([\w.]+) (.*)", docstring(name)).groups()
+    return importlib.import_module(module), flags.split()
+
+
 @EACH
 def test_its_docstring_names_a_command_that_runs_it(name, monkeypatch):
     monkeypatch.chdir(EXPERIMENTS.parent)
-    text = (EXPERIMENTS / f"{name}.py").read_text().split('"""')[1]
+    text = docstring(name)
     assert "Change first: " in text and ("Paper: " in text or name in ("quickstart", "evaluate"))
-    module, flags = re.search(r"Command: python -m ([\w.]+) (.*)", text).groups()
-    program = importlib.import_module(module)
-    _, config = arguments(flags.split(), program.__doc__, program.FLAGS)
+    program, argv = command(name)
+    _, config = arguments(argv, program.__doc__, program.FLAGS)
     assert config.to_dict() == config_of(name).to_dict()
+
+
+@EACH
+def test_help_of_its_program_lists_every_option(name, monkeypatch, capsys):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    program, argv = command(name)
+    with pytest.raises(SystemExit):
+        program.program([*argv, "--help"])
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    for subtree, called in functions_of(name)(config_of(name)).items():
+        for option, parameter in keywords(called.listed or inspect.signature(called.function)).items():
+            default = "none" if parameter.default is parameter.empty else repr(parameter.default)
+            if not isinstance(parameter.default, Mapping):
+                assert f"  {default}" in rows[f"{subtree}.{option}"], f"{subtree}.{option}"
 
 
 @EACH
