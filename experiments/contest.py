@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "methods": METHODS,
         }
     )
-    start, judge, rollouts = (config.get_ref(name) for name in ("init_from", "reward_model", "rollouts"))
+    rollouts = config.get_ref("rollouts")
     config.prompts = ConfigDict(
         {
             "sources": "chitchat",
@@ -54,11 +54,11 @@ def get_config(arg: str = "") -> ConfigDict:
 
     for name in (*METHODS, *OTHERS):
         config[name] = method = beside(__file__, name).get_config("tiny" if tiny else "").unlock()
-        method.init_from = start
-        method.data.held_out = config.prompts.get_ref("held_out")
+        method.init_from = config.get_oneway_ref("init_from")
+        method.data.held_out = config.prompts.get_oneway_ref("held_out")
         steps = method.train.get_ref("steps")
         if "rollouts" in method.data:
-            method.data.reward_model = judge
+            method.data.reward_model = config.get_oneway_ref("reward_model")
             method.data.held_out_rollouts = 16 if tiny else 64
             method.stage.epochs = PASSES
             steps.set(rollouts // method.data.get_ref("rollouts"))
@@ -71,12 +71,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.best_of_n.optimizer.learning_rate = 6e-5
 
     config.verdicts = beside(__file__, "rank").get_config("tiny" if tiny else "").unlock()
-    config.verdicts.init_from = start
+    config.verdicts.init_from = config.get_oneway_ref("init_from")
     rank = config.verdicts.rank
-    rank.rater = judge
+    rank.rater = config.get_oneway_ref("reward_model")
     rank.responses = 2
     rank.prompts = rollouts // 2
-    rank.cut_penalty = config.ppo.data.get_ref("cut_penalty")
-    rank.held_out = config.prompts.get_ref("held_out")
+    rank.cut_penalty = config.ppo.data.get_oneway_ref("cut_penalty")
+    rank.held_out = config.prompts.get_oneway_ref("held_out")
     rank.held_out_prompts = 16 if tiny else 64
     return config.lock()

@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "learning_rate": 3e-3,
-            "total_steps": config.train.get_ref("steps"),
+            "total_steps": config.train.get_oneway_ref("steps"),
             "warmup_steps": 2 if tiny else 20,
             "schedule_name": "cosine",
         }

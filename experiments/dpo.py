@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "learning_rate": 2e-4,
-            "total_steps": config.train.get_ref("steps"),
+            "total_steps": config.train.get_oneway_ref("steps"),
             "warmup_steps": 2 if tiny else 10,
             "schedule_name": "cosine",
             "weight_decay": 0.0,

@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "name": "dr_grpo",
             "clip": 0.2,
-            "length": config.data.get_ref("max_new"),
+            "length": config.data.get_oneway_ref("max_new"),
             **{name: config.stage.get_ref(name) for name in shared},
         }
     )

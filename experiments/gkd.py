@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "max_new": 8 if tiny else 32,
             "rollouts": 8 if tiny else 64,
             "on_policy": 1.0,  # the share of batches that the student writes; the others are people's conversations
-            "temperature": config.stage.get_ref("temperature"),  # one distribution for sampler and divergence
+            "temperature": config.stage.get_oneway_ref("temperature"),  # must be equal: one distribution
             "length": 64 if tiny else 256,
             "batch_size": 8 if tiny else 16,
             "held_out": 0.05,
@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "learning_rate": 1e-3,
-            "total_steps": config.train.get_ref("steps"),
+            "total_steps": config.train.get_oneway_ref("steps"),
             "warmup_steps": 1 if tiny else 10,
             "schedule_name": "cosine",
             "weight_decay": 0.0,

@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "refresh": 0,  # batches after which the reference becomes the policy; 0: never
             "epochs": 1,
             "minibatch_count": 2 if arg == "tiny" else 4,
-            "temperature": config.data.get_ref("temperature"),
+            "temperature": config.stage.get_ref("temperature"),  # of PPO: data.temperature follows it
         }
     )
     config.data.group = 8

@@ -30,7 +30,6 @@ def get_config(arg: str = "") -> ConfigDict:
             "pessimism": 1.0,  # deviations of its members that an ensemble's mean loses
         }
     )
-    start = config.get_ref("init_from")
     config.prompts = ConfigDict(
         {
             "sources": "chitchat",
@@ -51,24 +50,24 @@ def get_config(arg: str = "") -> ConfigDict:
             "rows_at_once": 16 if tiny else 128,
         }
     )
-    shared = {name: config.prompts.get_ref(name) for name in ("turns", "prompt_length", "held_out")}
+    shared = ("turns", "prompt_length", "held_out")
 
     config.verdicts = beside(__file__, "rank").get_config(arg).unlock()
-    config.verdicts.init_from = start
-    config.verdicts.rank.update(shared)
+    config.verdicts.init_from = config.get_oneway_ref("init_from")
+    config.verdicts.rank.update({name: config.prompts.get_oneway_ref(name) for name in shared})
     config.verdicts.rank.prompts_per_conversation = 1 if tiny else 6
     config.verdicts.rank.prompts = 96 if tiny else 10_000
-    config.verdicts.rank.max_new = config.evaluate.get_ref("max_new")
+    config.verdicts.rank.max_new = config.evaluate.get_oneway_ref("max_new")
 
     config.reward = beside(__file__, "reward").get_config(arg).unlock()
-    config.reward.init_from = start
+    config.reward.init_from = config.get_oneway_ref("init_from")
     config.reward.data.length = 64  # a prompt of 32 and an answer of 24, with what closes them
     config.reward.optimizer.warmup_steps = 1 if tiny else 5
 
     config.ppo = beside(__file__, "ppo").get_config(arg).unlock()
-    config.ppo.init_from = start
-    config.ppo.data.update(shared)
-    config.ppo.data.max_new = config.evaluate.get_ref("max_new")
+    config.ppo.init_from = config.get_oneway_ref("init_from")
+    config.ppo.data.update({name: config.prompts.get_oneway_ref(name) for name in shared})
+    config.ppo.data.max_new = config.evaluate.get_oneway_ref("max_new")
     config.ppo.data.cut_penalty = 0.0  # the proxy alone is climbed
     config.ppo.data.held_out_rollouts = 16 if tiny else 64  # the lab asks prompts of its own
     config.ppo.stage.beta = 0.0

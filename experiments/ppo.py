@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "reply_length": 16,
             "corpus": "",
             "text_length": 64 if tiny else 128,
-            "temperature": config.stage.get_ref("temperature"),  # one distribution for sampler and losses
+            "temperature": config.stage.get_oneway_ref("temperature"),  # must be equal: one distribution
             "cut_penalty": 1.0,
             "held_out": 0.05,
             "held_out_rollouts": 16 if tiny else 128,

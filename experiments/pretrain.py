@@ -48,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "name": "adamw",
             "learning_rate": 3e-3,
-            "total_steps": config.train.get_ref("steps"),
+            "total_steps": config.train.get_oneway_ref("steps"),
             "warmup_steps": 2 if tiny else 30,
             "schedule_name": "cosine",
             "final_fraction": 0.1,

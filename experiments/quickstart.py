@@ -19,13 +19,13 @@ def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny", which runs every stage for a few steps."""
     assert arg in ("", "tiny"), "choose nothing or tiny"
     config = ConfigDict({"root": "runs/quickstart", "corpus": "stdlib,chitchat", "stages": STAGES})
-    root, corpus = config.get_ref("root"), config.get_ref("corpus")
+    root = config.get_ref("root")
     for name in STAGES:
         config[name] = beside(__file__, name).get_config(arg).unlock()
 
-    config.tokenizer.data.corpus = corpus
-    config.pretrain.data.corpus = corpus
-    config.evaluate.evaluate.corpus = corpus
+    config.tokenizer.data.corpus = config.get_oneway_ref("corpus")
+    config.pretrain.data.corpus = config.get_oneway_ref("corpus")
+    config.evaluate.evaluate.corpus = config.get_oneway_ref("corpus")
     config.pretrain.tokenizer = root + "/tokenizer"
     config.sft.init_from = root + "/pretrain"
     config.rank.init_from = root + "/sft"

@@ -42,13 +42,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "learning_rate": 5e-4,
-            "total_steps": config.train.get_ref("steps"),
+            "total_steps": config.train.get_oneway_ref("steps"),
             "warmup_steps": 2 if tiny else 10,
             "schedule_name": "cosine",
             "weight_decay": 0.1,
         }
     )
     config.stage = ConfigDict({"name": "listwise", "centring": 0.01})
-    config.stage.axes = config.data.axes
+    axes = config.data.axes
+    config.stage.axes = ConfigDict({name: axes.get_oneway_ref(name) for name in axes})  # must be equal
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()

@@ -35,13 +35,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer = ConfigDict(
         {
             "learning_rate": 5e-4,
-            "total_steps": config.train.get_ref("steps"),
+            "total_steps": config.train.get_oneway_ref("steps"),
             "warmup_steps": 2 if tiny else 10,
             "schedule_name": "cosine",
             "weight_decay": 0.1,
         }
     )
     config.stage = ConfigDict({"name": "reward", "margin": 0.0, "flipped": 0.0, "centring": 0.01})
-    config.stage.axes = config.data.axes  # one dict: what is learnt is what the batches bring
+    axes = config.data.axes
+    config.stage.axes = ConfigDict({name: axes.get_oneway_ref(name) for name in axes})  # must be equal
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()

@@ -25,10 +25,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.head_size = 8
     width = config.model.get_ref("width")
     width.set(8 if tiny else 32)
-    config.model.heads = config.model.kv_heads = width // 8
+    config.model.heads = width // 8
+    config.model.kv_heads = config.model.get_oneway_ref("heads")
     config.model.hidden = width * 3
     config.model.base_width = 16 if tiny else 32
-    config.optimizer.base_width = config.model.get_ref("base_width")
+    config.optimizer.base_width = config.model.get_oneway_ref("base_width")  # must be equal
     config.optimizer.learning_rate = 1.5e-2
     config.train.steps = 8 if tiny else 400
     config.optimizer.warmup_steps = config.train.get_ref("steps") // 10
@@ -36,8 +37,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.save_every = 4 if tiny else 400
     config.vocabulary = ConfigDict(
         {
-            "corpus": config.data.get_ref("corpus"),
-            "held_out": config.data.get_ref("held_out"),
+            "corpus": config.data.get_oneway_ref("corpus"),
+            "held_out": config.data.get_oneway_ref("held_out"),
             "vocab_size": 512,
             "max_bytes": 2_000_000,
         }

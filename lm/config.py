@@ -5,35 +5,33 @@ few lines that parse an override are here.
 """
 
 import argparse
-import ast
 import difflib
 import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, NoneType
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
 from lm.errors import UserError
-
-EXPECTED = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    tuple: "a tuple such as 1,2",
-    list: "a list such as [1,2]",
-}
+from lm.options import Called, Functions, kind_of_option, kind_of_value, listing, value_of
 
 
-def load(path_and_arg: str, overrides: Sequence[str] = ()) -> ConfigDict:
+def no_functions(config: ConfigDict) -> Mapping[str, Called]:
+    """Of a config whose program is not known: only what it lists can be overridden."""
+    return {}
+
+
+def load(path_and_arg: str, overrides: Sequence[str] = (), functions: Functions = no_functions) -> ConfigDict:
     """The locked config of "FILE.py:ARG" with `overrides` such as "optimizer.learning_rate=3e-4" applied.
 
-    An override keeps the type of what it replaces; an int will do for a float, and "None" for text or None. Overriding
-    a field that others refer to changes them all. Raises UserError for a file, argument, key or value that will not do.
+    An override keeps the type of what it replaces; an int will do for a float, and "None" for text or None. What
+    follows an overridden field (`get_oneway_ref` in the file) changes with it, unless it is overridden itself; the
+    order does not matter. `functions`: what the subtrees call; their options may be set though the file does not list
+    them. Raises UserError for a file, argument, key or value that will not do.
     """
     path, _, arg = path_and_arg.partition(":")
     module = module_of(path)
@@ -43,8 +41,9 @@ def load(path_and_arg: str, overrides: Sequence[str] = ()) -> ConfigDict:
         if not arg:
             raise  # an error of the file itself: its author needs the traceback
         raise UserError(f"{path} has no variant {arg!r}: {error or type(error).__name__}") from error
-    for override in overrides:
-        _apply(config, override, path)
+    # What names a function comes first: it decides which other options there are.
+    for override in sorted(overrides, key=lambda each: not each.partition("=")[0].endswith(".name")):
+        _apply(config, override, path, functions)
     return config.lock()
 
 
@@ -96,7 +95,7 @@ def call(function: Callable, options: ConfigDict | Mapping[str, Any], *args: Any
     name: where `options` stands in the config; it opens the error: "optimizer.lr is not an option of ...".
     """
     options = _plain(options)
-    label = f"{function.__module__}.{function.__qualname__}"
+    label = Called(function).name
     parameters = list(inspect.signature(function).parameters.values())[len(args) :]
     names = [
         parameter.name
@@ -113,16 +112,34 @@ def call(function: Callable, options: ConfigDict | Mapping[str, Any], *args: Any
 
 
 def arguments(
-    argv: Sequence[str], description: str, flags: Mapping[str, Mapping[str, Any]]
+    argv: Sequence[str], description: str, flags: Mapping[str, Mapping[str, Any]], functions: Functions = no_functions
 ) -> tuple[argparse.Namespace, ConfigDict]:
     """The program's own flags, and the config named by --config=FILE[:ARG] with every --config.KEY=VALUE applied.
 
     flags: name to the keywords of argparse's add_argument, such as {"workdir": dict(required=True, help="...")}.
+    functions: what the config's subtrees call (see `load`); with --help they are listed, option by option.
     """
-    config_flag = dict(required=True, metavar="FILE[:ARG]", help="the config; --config.KEY=VALUE changes an entry")
+    changes = "the config; --config.KEY=VALUE changes an entry; with --help: lists all there are"
+    config_flag = dict(required=True, metavar="FILE[:ARG]", help=changes)
     overrides, rest = overrides_in(argv)
-    namespace = parsed(rest, description, {"config": config_flag, **flags})
-    return namespace, load(namespace.config, overrides)
+    namespace = parsed(rest, description, {"config": config_flag, **flags}, epilog=entries(argv, functions))
+    return namespace, load(namespace.config, overrides, functions)
+
+
+def entries(argv: Sequence[str], functions: Functions) -> str:
+    """What --help adds for the config that the command line names: all its entries, with every override applied.
+
+    Nothing without --help or a config."""
+    overrides, rest = overrides_in(argv)
+    if not {"-h", "--help"} & set(rest):
+        return ""
+    finder = _Parser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default="")
+    name = finder.parse_known_args(rest)[0].config
+    if not name:
+        return ""
+    config = load(name, overrides, functions)
+    return f"entries of {name}, set by --config.KEY=VALUE:\n{listing(_plain(config), functions(config))}"
 
 
 def parsed(
@@ -130,12 +147,16 @@ def parsed(
     description: str,
     flags: Mapping[str, Mapping[str, Any]],
     positional: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    *,
+    epilog: str = "",
 ) -> argparse.Namespace:
     """The flags of a program without a config. Raises UserError where argparse would exit, naming the near flag.
 
-    positional: what is given without a flag, in any place among the flags, by name like these.
+    positional: what is given without a flag, in any place among the flags, by name like these. epilog: ends --help.
     """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, keywords in flags.items():
         parser.add_argument(f"--{name}", **keywords)
     for name, keywords in positional.items():
@@ -170,58 +191,56 @@ def overrides_in(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, rest
 
 
-def _apply(config: ConfigDict, override: str, path: str) -> None:
+def _apply(config: ConfigDict, override: str, path: str, functions: Functions) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"config.{key} has no value: write --config.{key}=VALUE")
-    keys = flatten(_plain(config))
-    if key not in keys:
-        inside = [f"config.{known}" for known in keys if known.startswith(f"{key}.")]
-        if inside:
-            raise UserError(f"config.{key} is a group: set its entries, such as {inside[0]}")
-        raise UserError(f"config.{key} is not in {path}{_did_you_mean(key, keys, prefix='config.')}")
-    *parents, leaf = key.split(".")
-    node = config
-    for parent in parents:
-        node = node[parent]
-    kind = node.get_type(leaf)
+    keys, called = flatten(_plain(config)), functions(config)
+    parent, _, leaf = key.rpartition(".")
+    options = called[parent].options if parent in called else {}
+    listed = key in keys and not isinstance(keys[key], Mapping)
+    if listed:
+        kind, old = kind_of_value(_node(config, parent).get_type(leaf), keys[key]), keys[key]
+    elif leaf in options:
+        kind, old = kind_of_option(options[leaf]), options[leaf].default
+    else:
+        _refuse_key(key, keys, called, path)
     try:
-        node[leaf] = _value(text, kind, keys[key])
+        value = value_of(text, kind)
     except (ValueError, SyntaxError):
-        expected = EXPECTED[kind] if kind in EXPECTED else f"a {kind.__name__}"
-        raise UserError(f"config.{key}={text}: expected {expected}, as in config.{key}={keys[key]}") from None
+        if not listed and any(known.startswith(f"{key}.") for known in keys):
+            _refuse_key(key, keys, called, path)
+        example = "" if old is inspect.Parameter.empty else f", as in config.{key}={old}"
+        raise UserError(f"config.{key}={text}: expected {kind}{example}") from None
+    node = _node(config, parent)
+    with node.unlocked():
+        node[leaf] = value
 
 
-def _value(text: str, kind: type, old: Any) -> Any:
-    """`text` as a `kind`; ValueError or SyntaxError if it is none. `old` tells the type of a tuple's items."""
-    if text == "None" and (old is None or kind is str):
-        return None
-    if kind is str:
-        return text
-    if kind is bool:
-        return bool(("false", "true").index(text.lower()))
-    if kind in (int, float):
-        return kind(text)
-    if kind is NoneType:
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return text
-    value = ast.literal_eval(text)
-    if kind not in (tuple, list) or not isinstance(value, (tuple, list)):
-        _refuse(text)
-    kinds = {type(item) for item in old or ()}
-    return kind(_item(item, *kinds) if len(kinds) == 1 else item for item in value)
+def _node(config: ConfigDict, path: str) -> ConfigDict:
+    for part in path.split(".") if path else ():
+        config = config[part]
+    return config
 
 
-def _item(item: Any, kind: type) -> Any:
-    if type(item) is kind:
-        return item
-    return float(item) if kind is float and type(item) is int else _refuse(item)
-
-
-def _refuse(value: Any) -> NoReturn:
-    raise ValueError(value)
+def _refuse_key(key: str, keys: Mapping[str, Any], called: Mapping[str, Called], path: str) -> NoReturn:
+    """UserError for a key that is a group, or that neither the file nor a function of a subtree knows."""
+    inside = [f"config.{known}" for known in keys if known.startswith(f"{key}.")]
+    if inside or key in keys:
+        known = [f"config.{key}.{option}" for option in called[key].options] if key in called else []
+        raise UserError(f"config.{key} is a group: set its entries" + f", such as {(inside or known or [''])[0]}")
+    group, _, leaf = key.rpartition(".")
+    parent, _, option = group.rpartition(".")
+    if parent in called and option in called[parent].options:
+        known = [name for name in keys if name.startswith(f"{group}.")]
+        near = _did_you_mean(key, known, prefix="config.")
+        raise UserError(
+            f"config.{key} is not in {path}{near or f'; give config.{group} as a whole, such as {{{leaf!r}: 1.0}}'}"
+        )
+    names = [*keys, *(f"{subtree}.{option}" for subtree, each in called.items() for option in each.options)]
+    nor = f", and no option of {called[group].name}" if group in called else ""
+    near = _did_you_mean(key, names, prefix="config.") or ("; --help lists all there are" if called else "")
+    raise UserError(f"config.{key} is not in {path}{nor}{near}")
 
 
 def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

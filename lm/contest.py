@@ -30,10 +30,12 @@ from lm.errors import UserError, at_least
 from lm.evaluate import ANSWERS
 from lm.inherited import reward_from
 from lm.intervals import crossed
+from lm.options import Called, setting
 from lm.pages import COLOURS, INK, interval, signed, svg, templates
 from lm.rewards import REWARDS, Reward
 from lm.rewards.rule import RULE
 from lm.stages import JUDGES, STAGES
+from lm.subtrees import subtrees
 from lm.tokenizer import Tokenizer
 from lm.unseen import Asked, answerer, asked, per_conversation
 from lm.workdir import Trained, load, open_workdir, read_json, read_metrics, write_text
@@ -60,6 +62,12 @@ class Entry(NamedTuple):
     learns_from: str  # ROLLOUTS or RANKINGS
 
 
+def functions(config: ConfigDict) -> dict[str, Called]:
+    """The function that each subtree of a contest's config calls, those of its methods among them."""
+    own = {"prompts": Called(asked), "evaluate": Called(examined)}
+    return {name: called for name, called in own.items() if name in config} | subtrees(config)
+
+
 def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     """Trains whatever has not finished, lets it answer, writes the page; returns the summary."""
     require(config, ENTRIES, "lm.contest")
@@ -67,8 +75,9 @@ def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     with open_workdir(path, to_dict(config), harmless=("seeds", "methods")) as workdir:
         start = load(config.init_from, backend=jax.default_backend(), warn=warn)
         proxy = reward_from(config.reward_model, start.tokenizer, 0.0)
-        questions = call(asked, config.prompts, start.tokenizer, name="prompts")
-        answers = call(examined, config.evaluate, start, questions, proxy, name="evaluate")
+        questions = call(functions(config)["prompts"].function, config.prompts, start.tokenizer, name="prompts")
+        examine = functions(config)["evaluate"].function
+        answers = call(examine, config.evaluate, start, questions, proxy, name="evaluate")
         for seed, (name, entry) in itertools.product(config.seeds, entries.items()):
             say(f"\n{name}, seed {seed}: {workdir.path / name / str(seed)}")
             learnt(config, entry, seed, workdir.path, name)
@@ -163,7 +172,7 @@ def budget(config: ConfigDict, entry: Entry, seed: int, root: Path, name: str, t
         steps = np.diff([0, *(row["step"] for row in rows)])
         sampled = data.rollouts * float(steps @ [row["response_length"] for row in rows])
         share = 1 / data.group if options.name in ONE_OF_A_GROUP else 1
-        passes = options.epochs if "epochs" in options else 1
+        passes = setting(subtrees(entry.config)["stage"], options, "epochs", 1)
         more = {"decided": None, "tied": None}
         seconds = summary["seconds"]
     else:
@@ -411,7 +420,7 @@ def against_kl(summary: Mapping[str, Any]) -> Markup:
 
 
 def program(argv: list[str]) -> None:
-    flags, config = arguments(argv, __doc__, FLAGS)
+    flags, config = arguments(argv, __doc__, FLAGS, functions)
     run(config, flags.workdir)
 
 

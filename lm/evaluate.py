@@ -24,6 +24,7 @@ from lm.data import batches, chats, corpus as corpora, rows as packing
 from lm.data.prompts import padded
 from lm.errors import UserError, at_least
 from lm.intervals import average, difference, rate, win_rate
+from lm.options import Called
 from lm.rewards import REWARDS
 from lm.stages import sft
 from lm.stages.next_token import next_token
@@ -33,6 +34,11 @@ from lm.workdir import Trained, Workdir, load, open_workdir, write_text
 
 ANSWERS = "answers.jsonl"
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the scores and answers go")}
+
+
+def subtrees(config: ConfigDict) -> dict[str, Called]:
+    """The function that each subtree of a config calls, for the program, overrides and --help."""
+    return {"evaluate": Called(evaluate)} if "evaluate" in config else {}
 
 
 def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
@@ -46,7 +52,9 @@ def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
                 name: load(source, backend=jax.default_backend(), warn=warn)
                 for name, source in config.models.to_dict().items()
             }
-            summary = call(evaluate, config.evaluate, workdir, trained, config.seed, name="evaluate")
+            summary = call(
+                subtrees(config)["evaluate"].function, config.evaluate, workdir, trained, config.seed, name="evaluate"
+            )
             workdir.write_summary(summary)
         show(summary)
         return summary
@@ -208,7 +216,7 @@ def show(summary: Mapping[str, Any]) -> None:
 
 
 def program(argv: list[str]) -> None:
-    flags, config = arguments(argv, __doc__, FLAGS)
+    flags, config = arguments(argv, __doc__, FLAGS, subtrees)
     run(config, flags.workdir)
 
 

@@ -229,11 +229,13 @@ def make(
     return optax.chain(*steps, weight_average(ema_decay)) if ema_decay else optax.chain(*steps)
 
 
-def _signature() -> inspect.Signature:
-    """Of `make` with the options of every optimizer in the place of **options, so that a misspelt one is known."""
-    shared = [p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    own = {option: p for f in OPTIMIZERS.values() for option, p in inspect.signature(f).parameters.items()}
-    return inspect.Signature([*shared, *own.values()], return_annotation=optax.GradientTransformation)
+SHARED = [p for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
-make.__signature__ = _signature()
+def signature(*names: str) -> inspect.Signature:
+    """Of `make` with the options of these optimizers in the place of **options, so that a misspelt one is known."""
+    own = {option: p for name in names for option, p in inspect.signature(OPTIMIZERS[name]).parameters.items()}
+    return inspect.Signature([*SHARED, *own.values()], return_annotation=optax.GradientTransformation)
+
+
+make.__signature__ = signature(*OPTIMIZERS)

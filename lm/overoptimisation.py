@@ -22,13 +22,21 @@ from lm.console import main, say, warn
 from lm.errors import UserError, at_least
 from lm.lab.climbs import Lab, best_of_n_curves, chosen, climb, pool, ppo_curve, proxy_path
 from lm.lab.page import show, summary_of, written
+from lm.options import Called
 from lm.rewards import REWARDS
+from lm.subtrees import subtrees
 from lm.unseen import asked
 from lm.workdir import load, open_workdir
 
 ENTRIES = ("seed", "init_from", "sizes", "reward_steps", "members", "pessimism", "verdicts", "reward", "ppo")
 ENTRIES += ("prompts", "evaluate")
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the lab's folder; the same command continues")}
+
+
+def functions(config: ConfigDict) -> dict[str, Called]:
+    """The function that each subtree of a lab's config calls, those of its stages among them."""
+    own = {"prompts": Called(asked), "evaluate": Called(Lab)}
+    return {name: called for name, called in own.items() if name in config} | subtrees(config)
 
 
 def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
@@ -39,8 +47,9 @@ def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     with open_workdir(path, to_dict(config)) as workdir:
         root = workdir.path
         start = load(config.init_from, backend=jax.default_backend(), warn=warn)
-        questions = call(asked, config.prompts, start.tokenizer, name="prompts")
-        lab = call(Lab, config.evaluate, root, start, questions, config.seed, name="evaluate")
+        questions = call(functions(config)["prompts"].function, config.prompts, start.tokenizer, name="prompts")
+        measure = functions(config)["evaluate"].function
+        lab = call(measure, config.evaluate, root, start, questions, config.seed, name="evaluate")
         say(f"\nverdicts: {root / 'verdicts'}")
         verdicts.run(config.verdicts, root / "verdicts")
         files = [chosen(root, size, config.reward.data.held_out) for size in config.sizes]
@@ -97,7 +106,7 @@ def check(config: ConfigDict) -> None:
 
 
 def program(argv: list[str]) -> None:
-    flags, config = arguments(argv, __doc__, FLAGS)
+    flags, config = arguments(argv, __doc__, FLAGS, functions)
     run(config, flags.workdir)
 
 

@@ -19,6 +19,7 @@ from lm.config import arguments, require
 from lm.console import main, say
 from lm.errors import UserError
 from lm.stages import JUDGES
+from lm.subtrees import subtrees
 from lm.workdir import PIPELINE, TEMPORARY, read_json, write_text
 
 FLAGS = {"workdir": dict(default=None, metavar="DIR", help="the run folder; default: the config's `root`")}
@@ -70,7 +71,7 @@ def taken_up(root: Path, stages: list[str]) -> dict:
 
 
 def program(argv: list[str]) -> None:
-    flags, config = arguments(argv, __doc__, FLAGS)
+    flags, config = arguments(argv, __doc__, FLAGS, subtrees)
     if "stages" not in config:
         raise UserError("the config has no `stages`: is it a config of lm.pipeline? (lm.train runs a single stage)")
     require(config, config.stages, "lm.pipeline")

@@ -18,15 +18,18 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from lm import sweep, train
-from lm.config import call, overrides_in, parsed, require, to_dict
+from lm.config import call, entries, flatten, load, overrides_in, parsed, require, to_dict
 from lm.console import main, say, table
 from lm.errors import UserError
 from lm.ladder import measured, page, planned, study
 from lm.ladder.measured import LARGER, PLAN, PREDICTION, RUNGS
 from lm.ladder.planned import Ladder, Rung
 from lm.laws import parametric, points as tables
+from lm.options import Called
+from lm.subtrees import subtrees
 from lm.sweeps.runs import Goal
 from lm.sweeps.space import Source, Trial
+from lm.vocabulary import fit_tokenizer
 from lm.workdir import open_workdir, read_json, read_starts, write_text
 
 DRAWS = 1000  # of the bootstrap of --points
@@ -43,9 +46,15 @@ FLAGS = {
 }
 
 
+def functions(config: ConfigDict) -> dict[str, Called]:
+    """The function that each subtree of a ladder's config calls, those of its runs among them."""
+    own = {"vocabulary": Called(fit_tokenizer), "ladder": Called(planned.ladder)}
+    return subtrees(config) | {name: called for name, called in own.items() if name in config}
+
+
 def program(argv: list[str]) -> None:
     overrides, rest = overrides_in(argv)
-    flags = parsed(rest, __doc__, FLAGS)
+    flags = parsed(rest, __doc__, FLAGS, epilog=entries(argv, functions))
     if flags.points:
         if flags.config or flags.workdir:
             raise UserError("--points fits a table and runs nothing: leave --config and --workdir out")
@@ -53,10 +62,10 @@ def program(argv: list[str]) -> None:
         return
     if not flags.config or not (flags.workdir or flags.dry_run):
         raise UserError("give --config=experiments/scaling.py and --workdir=DIR, or --points=CSV")
-    source = Source(flags.config, tuple(overrides))
+    source = Source(flags.config, tuple(overrides), functions)
     config = source.config({})
     require(config, ENTRIES, "lm.scaling")
-    plan = call(planned.ladder, config.ladder, name="ladder")
+    plan = call(functions(config)["ladder"].function, config.ladder, name="ladder")
     rungs = planned.rungs(plan, source)
     show_plan(plan, rungs)
     if not flags.dry_run:
@@ -126,6 +135,7 @@ def vocabulary(config: ConfigDict) -> ConfigDict:
 
 def swept(flags: Namespace, source: Source, folder: Path, rungs: Sequence[Rung]) -> None:
     """Runs what is not yet done of the rungs. UserError unless all are then."""
+    source = source._replace(overrides=known_to_runs(source))
     given = [f"--config={source.name}", f"--workdir={folder}"]
     given += [f"--jobs={flags.jobs}"] if flags.jobs else []
     given += ["--retry_failed"] if flags.retry_failed else []
@@ -140,6 +150,12 @@ def swept(flags: Namespace, source: Source, folder: Path, rungs: Sequence[Rung])
         )
     if any(one.state != "complete" for one in told):
         raise UserError(f"another process still works in {folder}: give the same command again when it is done")
+
+
+def known_to_runs(source: Source) -> tuple[str, ...]:
+    """The overrides but for those options of the ladder and its vocabulary that only this program knows."""
+    listed, own = flatten(to_dict(load(source.name))), tuple(f"{name}." for name in ("vocabulary", "ladder"))
+    return tuple(each for each in source.overrides if not each.startswith(own) or each.partition("=")[0] in listed)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ from typing import Any
 
 from lm.comparison.reading import SWEEP, TRIALS
 from lm.comparison.statistics import MAXIMIZE, MINIMIZE
-from lm.config import overrides_in, parsed, to_dict
+from lm.config import entries, overrides_in, parsed, to_dict
 from lm.console import Interrupted, main, on_sigterm, say, table, warn
 from lm.errors import UserError, at_least
+from lm.subtrees import subtrees
 from lm.sweeps import space as spaces
 from lm.sweeps.board import Board, as_table, counted, settings
 from lm.sweeps.grouped import work_together
@@ -67,7 +68,7 @@ FLAGS = {
 
 def program(argv: list[str]) -> None:
     overrides, rest = overrides_in(argv)
-    flags = parsed(rest, __doc__, FLAGS)
+    flags = parsed(rest, __doc__, FLAGS, epilog=entries(argv, subtrees))
     source = Source(flags.config, tuple(overrides))
     goal = Goal.of(source.config({}), flags.metric, flags.direction)
     trials, space = what(flags, source)

@@ -5,9 +5,8 @@
 Give the same command again to continue. --log=wandb,mlflow sends metrics there too; --profile=10:13 traces the steps
 from 10 to 13, counted as in metrics.jsonl, into WORKDIR/profile, for ui.perfetto.dev.
 
-Every subtree of the config is the keyword arguments of one function: model (lm.model.Config), optimizer
-(lm.optim.make), stage (make of lm.stages.NAME), data (batches of the same), mesh (lm.sharding.make_mesh) and train
-(`Schedule` here).
+Every subtree of the config is the keyword arguments of one function (lm.train_config says of which), and each of them
+may be set, whether the config file lists it or not. --config=FILE --help lists them all.
 """
 
 import dataclasses
@@ -33,14 +32,15 @@ from lm.inherited import agreed_shape, agreed_tokenizer, base_of, reward_from, t
 from lm.log import Log
 from lm.model import Config, Model, lora, make
 from lm.model.params import count, flops_per_token, specs
+from lm.options import setting
 from lm.phases import Phases
-from lm.sharding import make_mesh, put_batch, state_shardings
+from lm.sharding import put_batch, state_shardings
 from lm.stages import STAGES, TAUGHT
 from lm.stages.context import Batches, Context
 from lm.summary import summed_up
+from lm.train_config import ENTRIES, stop_unless_equal, subtrees
 from lm.types import Tokens, TrainState
 from lm.update import Update, seen
-from lm.vocabulary import fit_tokenizer
 from lm.workdir import PROFILE, Trained, Workdir, load, open_workdir, read_metrics
 
 FLAGS = {
@@ -48,23 +48,6 @@ FLAGS = {
     "log": dict(default="", metavar="NAMES", help="wandb, mlflow or both, with a comma: where metrics go too"),
     "profile": dict(default="", metavar="FIRST:LAST", help="the steps to trace into WORKDIR/profile"),
 }
-SUBTREES = ("seed", "tokenizer", "init_from", "model", "optimizer", "stage", "data", "mesh", "train")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long a run is and how often it does what; counted in batches."""
-
-    steps: int
-    log_every: int = 10
-    evaluate_every: int = 0  # held-out score; 0: at the start and the end only
-    save_every: int = 100
-    keep: int = 2  # newest checkpoints that stay
-    samples: int = 16  # rows of a sampled batch that rollouts.jsonl shows, at the start and at every save
-
-    def __post_init__(self):
-        at_least(1, "train", steps=self.steps, log_every=self.log_every, save_every=self.save_every, keep=self.keep)
-        at_least(0, "train", evaluate_every=self.evaluate_every, samples=self.samples)
 
 
 # The stage's update, with some of the config's numbers, by dotted key, replaced by others.
@@ -99,7 +82,7 @@ def run(
     name = config.stage.name
     if name not in ("tokenizer", *STAGES):
         raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
-    require(config, ("seed", "stage", "data") if name == "tokenizer" else SUBTREES, "lm.train")
+    require(config, ("seed", "stage", "data") if name == "tokenizer" else ENTRIES, "lm.train")
     at_least(0, "config", seed=config.seed)
     packages, traced = tracking.named(log), trace.steps(profile) if profile else range(0)
     if name == "tokenizer" and (packages or traced):
@@ -114,7 +97,7 @@ def run(
                 summary = train(config, workdir, packages=packages, traced=traced, host=host)
             else:
                 record.note(workdir.path, seed=config.seed)
-                summary = call(fit_tokenizer, config.data, workdir, name="data")
+                summary = call(subtrees(config)["data"].function, config.data, workdir, name="data")
             workdir.write_summary(summary)
             runpage.write(workdir.path)
         elif packages or traced:
@@ -136,8 +119,8 @@ def report(title: str, summary: Mapping[str, Any]) -> None:
 
 def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) -> Run:
     """From a config to a Run: tokenizer, model, optimizer, stage, batches, mesh, starting state."""
-    name, backend = config.stage.name, jax.default_backend()
-    stage = STAGES[name]
+    name, backend, functions = config.stage.name, jax.default_backend(), subtrees(config)
+    stop_unless_equal(config, functions)
     start = host.once(
         config.init_from, lambda: load(config.init_from, backend=backend, warn=warn) if config.init_from else None
     )
@@ -158,19 +141,19 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     context = Context(model, tokenizer, config.seed, host.jit, lent, phases if host.timed else nullcontext)
     data = json.dumps([config.seed, to_dict(config.data)])
     with phases("data"):
-        batches = host.once(data, lambda: call(stage.batches, config.data, context, name="data"))
+        batches = host.once(data, lambda: call(functions["data"].function, config.data, context, name="data"))
     if "ramp" in config.data and "microbatches" in config.stage:
         stop_unless_cut(config.data.ramp, config.stage.microbatches)
 
-    mesh = call(host.mesh or make_mesh, config.mesh, name="mesh")
+    mesh = call(host.mesh or functions["mesh"].function, config.mesh, name="mesh")
     params, base = dict(start.params) if start else {}, {}
     if shape.lora_rank:
         base = base_of(shape, params.pop("lm"), workdir, host.turn)
     state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
-    passes = config.stage.epochs if "epochs" in config.stage else 1  # over each batch
+    passes = setting(functions["stage"], config.stage, "epochs", 1)  # over each batch
     flops = passes * flops_per_token(model.config, batches.about["length"])
-    return Run(stage, build, batches, mesh, shardings, state, meta, flops, phases)
+    return Run(STAGES[name], build, batches, mesh, shardings, state, meta, flops, phases)
 
 
 def built(config: ConfigDict, model: Model, teachers: Mapping[str, Trained], scalars: Mapping[str, Any]) -> Update:
@@ -180,10 +163,11 @@ def built(config: ConfigDict, model: Model, teachers: Mapping[str, Trained], sca
         own = {key.removeprefix(f"{subtree}."): v for key, v in scalars.items() if key.startswith(f"{subtree}.")}
         return {**config[subtree].to_dict(), **own}
 
-    optimizer = call(optim.make, options("optimizer"), name="optimizer")
+    functions = subtrees(config)
+    optimizer = call(functions["optimizer"].function, options("optimizer"), name="optimizer")
     networks = {name: teacher.model for name, teacher in teachers.items()}
     stage = {key: value for key, value in {**options("stage"), **networks}.items() if key != "name"}
-    return call(STAGES[config.stage.name].make, stage, model, optimizer, name="stage")
+    return call(functions["stage"].function, stage, model, optimizer, name="stage")
 
 
 def initial_state(
@@ -223,7 +207,7 @@ def train(
 
     packages: of the trackers (lm.trackers.named). traced: steps to profile. host: the process that it runs in.
     """
-    schedule, phases = call(Schedule, config.train, name="train"), Phases()
+    schedule, phases = call(subtrees(config)["train"].function, config.train, name="train"), Phases()
     with Progress(config.stage.name, schedule.steps) as progress:
         r = prepare(config, workdir, phases, host)
         introduce(config.stage.name, r.batches.about)
@@ -380,7 +364,7 @@ def summary_of(
 
 
 def program(argv: list[str]) -> None:
-    flags, config = arguments(argv, __doc__, FLAGS)
+    flags, config = arguments(argv, __doc__, FLAGS, subtrees)
     run(config, flags.workdir, log=flags.log, profile=flags.profile)
 
 

@@ -70,6 +70,9 @@ def run(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[dict[str, 
 
 def scalars(flat: Sequence[Mapping[str, Any]]) -> list[dict[str, np.float32]]:
     """Of each config the numbers of optimizer and stage in which they differ. UserError for any other difference."""
+    absent = [key for key in dict.fromkeys(key for one in flat for key in one) if any(key not in one for one in flat)]
+    if absent:
+        raise UserError(f"{absent[0]} is set in some runs only: set it in all, or leave --vectorised out")
     differ = [key for key in flat[0] if any(one[key] != flat[0][key] for one in flat)]
     traced = [key for key in differ if key.startswith(TRACED) and all(isinstance(one[key], float) for one in flat)]
     for key in differ:
@@ -84,7 +87,8 @@ def scalars(flat: Sequence[Mapping[str, Any]]) -> list[dict[str, np.float32]]:
 def structure(config: ConfigDict) -> str:
     """What must be the same of runs that are vectorised together."""
     flat = flatten(to_dict(config))
-    return str({k: v for k, v in flat.items() if k != SEED and not (k.startswith(TRACED) and isinstance(v, float))})
+    traced = {k for k, v in flat.items() if k.startswith(TRACED) and isinstance(v, float)}
+    return str({k: "a number" if k in traced else v for k, v in sorted(flat.items()) if k != SEED})
 
 
 def one_device(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:

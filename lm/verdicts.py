@@ -22,12 +22,18 @@ from lm.console import Progress, main, say, warn
 from lm.data import chats, corpus as corpora, rankings as records
 from lm.data.prompts import Prompts, fitting, take
 from lm.errors import UserError, at_least
+from lm.options import Called
 from lm.rewards import REWARDS, Reward
 from lm.tokenizer import Tokenizer
 from lm.workdir import Workdir, load, load_reward, open_workdir, write_text
 
 RANKINGS = "rankings.jsonl"
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the rankings go; the same command continues")}
+
+
+def subtrees(config: ConfigDict) -> dict[str, Called]:
+    """The function that each subtree of a config calls, for the program, overrides and --help."""
+    return {"rank": Called(rank)} if "rank" in config else {}
 
 
 def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
@@ -37,7 +43,9 @@ def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
         summary = workdir.summary()
         if summary is None:
             record.note(workdir.path, seed=config.seed)
-            summary = call(rank, config.rank, workdir, config.init_from, config.seed, name="rank")
+            summary = call(
+                subtrees(config)["rank"].function, config.rank, workdir, config.init_from, config.seed, name="rank"
+            )
             workdir.write_summary(summary)
         say(
             f"rank: {summary['prompts']} prompts, {summary['decided']} pairs decided, {summary['tied']} tied, "
@@ -169,7 +177,7 @@ def ranked_so_far(path: Path, at_once: int) -> int:
 
 
 def program(argv: list[str]) -> None:
-    flags, config = arguments(argv, __doc__, FLAGS)
+    flags, config = arguments(argv, __doc__, FLAGS, subtrees)
     run(config, flags.workdir)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from lm import checkpoint, console, pipeline, record, runpage, train
+from lm import checkpoint, console, pipeline, record, runpage, train, train_config
 from lm.config import load
 from lm.data import corpus
 from lm.phases import PHASES
@@ -68,7 +68,7 @@ def one_device(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.shardin
 
 def enter_small_world(patch: Callable) -> None:
     patch(corpus, "dialogues", made_dialogues)
-    patch(train, "make_mesh", one_device)
+    patch(train_config, "make_mesh", one_device)
     patch(record, "peak_flops", lambda: (1e10, "made up, as measuring takes time"))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import EXPERIMENTS, ROOT, finished, saved, settings, small, stage_config
 
-from lm import checkpoint, console, evaluate, inherited, pipeline, sharding, tokenizer, train, verdicts
+from lm import checkpoint, console, evaluate, inherited, pipeline, sharding, tokenizer, train, train_config, verdicts
 from lm.checkpoint import restore_params
 from lm.workdir import load, open_workdir, read_json, read_metrics
 
@@ -374,7 +374,7 @@ def test_a_folder_of_something_else(refused, stage, tmp_path):
 
 
 def test_a_mesh_that_does_not_fit(refused, stage, monkeypatch):
-    monkeypatch.setattr(train, "make_mesh", sharding.make_mesh)
+    monkeypatch.setattr(train_config, "make_mesh", sharding.make_mesh)
     said = refused(train, *stage("pretrain", "mesh.data=3"))
     assert said.startswith("mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not fit 8 device(s)")
 

@@ -1,10 +1,14 @@
 """Configs: overrides keep types and references, and every mistake is named with the way out."""
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 import pytest
 from ml_collections import ConfigDict
 
 from lm import config
 from lm.errors import UserError
+from lm.options import Called
 
 FILE = """
 from ml_collections import ConfigDict, config_dict
@@ -159,6 +163,177 @@ def test_call_names_what_does_not_fit(options, message):
     with pytest.raises(UserError) as error:
         config.call(make, options, "m", name="optimizer", steps=3)
     assert str(error.value).replace(make.__module__, "test_config") == message
+
+
+def optimizer(
+    model,
+    *,
+    learning_rate: float,
+    b2: float = 0.95,
+    nesterov: bool = False,
+    blocks: str | int = "auto",
+    limit: int | None = None,
+    ramp: Sequence[tuple[int, int]] = (),
+    axes: Mapping[str, float] = MappingProxyType({"overall": 1.0}),
+    names: tuple[str, ...] = ("a",),
+    unsaid=3,
+    network: ConfigDict = None,
+):
+    """Steps. b2: of the second moment. Nothing is said of `learning_rate` but here; `limit` ends it, `ramp` begins."""
+
+
+def functions(config):
+    return {"optimizer": Called(optimizer)} if "optimizer" in config else {}
+
+
+OPTIONS = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    return ConfigDict({"steps": 5, "optimizer": {"learning_rate": 1e-3, "axes": {"overall": 1.0, "fun": 0.0}}}).lock()
+"""
+
+
+@pytest.fixture
+def options_file(tmp_path):
+    (tmp_path / "short.py").write_text(OPTIONS)
+    return str(tmp_path / "short.py")
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("b2=1", 1.0),
+        ("nesterov=true", True),
+        ("blocks=4", 4),
+        ("blocks=auto", "auto"),
+        ("limit=7", 7),
+        ("limit=None", None),
+        ("ramp=(10,4),(20,8)", ((10, 4), (20, 8))),
+        ("axes={'overall': 1, 'new': 2.0}", {"overall": 1.0, "new": 2.0}),
+        ("axes.fun=1", {"overall": 1.0, "fun": 1.0}),
+        ("names=('b', 'c')", ("b", "c")),
+        ("unsaid=4", 4),
+        ("network=runs/a", "runs/a"),  # a class that no config can hold is named by a text
+    ],
+)
+def test_an_option_of_the_function_can_be_set_though_the_file_does_not_list_it(options_file, override, expected):
+    loaded = config.load(options_file, [f"optimizer.{override}"], functions)
+    value = loaded.to_dict()["optimizer"][override.partition("=")[0].partition(".")[0]]
+    assert value == expected and type(value) is type(expected)
+    assert loaded.is_locked
+    with pytest.raises(UserError, match="config.optimizer.b2 is not in"):
+        config.load(options_file, ["optimizer.b2=1"])  # nobody has said what the subtree calls
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        (
+            "optimizer.nestrov=true",
+            "config.optimizer.nestrov is not in {file}, and no option of test_config.optimizer; "
+            "did you mean config.optimizer.nesterov?",
+        ),
+        (
+            "optimizer.zzz=1",
+            "config.optimizer.zzz is not in {file}, and no option of test_config.optimizer; --help lists all there are",
+        ),
+        (
+            "optimizer.model=1",
+            "config.optimizer.model is not in {file}, and no option of test_config.optimizer; "
+            "--help lists all there are",
+        ),  # given by position
+        ("nesterov=true", "config.nesterov is not in {file}; did you mean config.optimizer.nesterov?"),
+        (
+            "optimizer.axes.funn=1",
+            "config.optimizer.axes.funn is not in {file}; did you mean config.optimizer.axes.fun?",
+        ),
+        (
+            "optimizer.axes.witty=1",
+            "config.optimizer.axes.witty is not in {file}; give config.optimizer.axes as a whole, such as "
+            "{{'witty': 1.0}}",
+        ),
+        ("optimizer.axes=1", "config.optimizer.axes is a group: set its entries, such as config.optimizer.axes.fun"),
+        ("optimizer.b2=high", "config.optimizer.b2=high: expected a number, as in config.optimizer.b2=0.95"),
+        ("optimizer.limit=2.5", "config.optimizer.limit=2.5: expected an integer, as in config.optimizer.limit=None"),
+        (
+            "optimizer.ramp=1,2",  # items that are no pairs
+            "config.optimizer.ramp=1,2: expected a tuple such as 1,2, as in config.optimizer.ramp=()",
+        ),
+    ],
+)
+def test_an_option_that_there_is_not_is_named(options_file, override, message):
+    with pytest.raises(UserError) as error:
+        config.load(options_file, [override], functions)
+    assert str(error.value).replace(optimizer.__module__, "test_config") == message.format(file=options_file)
+
+
+CHOOSING = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    return ConfigDict({"stage": {"name": "a"}}).lock()
+"""
+
+
+def test_the_order_of_overrides_does_not_matter_where_one_names_the_function(tmp_path):
+    (tmp_path / "choosing.py").write_text(CHOOSING)
+
+    def of_a(*, x: int = 1):
+        pass
+
+    def of_b(*, y: float = 2.0):
+        pass
+
+    def chosen(config):
+        return {"stage": Called({"a": of_a, "b": of_b}[config.stage.name])}
+
+    for order in (["stage.y=3", "stage.name=b"], ["stage.name=b", "stage.y=3"]):
+        assert config.load(str(tmp_path / "choosing.py"), order, chosen).to_dict() == {"stage": {"name": "b", "y": 3.0}}
+
+
+FOLLOWING = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    c = ConfigDict({"train": {"steps": 4}, "optimizer": {"learning_rate": 0.1}})
+    c.optimizer.total_steps = c.train.get_oneway_ref("steps")
+    return c.lock()
+"""
+
+
+def test_what_follows_can_be_set_alone_in_any_order_and_writes_nothing_back(tmp_path):
+    (tmp_path / "following.py").write_text(FOLLOWING)
+
+    def steps(*overrides):
+        loaded = config.load(str(tmp_path / "following.py"), overrides)
+        return loaded.train.steps, loaded.optimizer.total_steps
+
+    assert steps() == (4, 4)
+    assert steps("train.steps=6") == (6, 6)
+    assert steps("optimizer.total_steps=14") == (4, 14)
+    assert steps("train.steps=6", "optimizer.total_steps=14") == steps("optimizer.total_steps=14", "train.steps=6")
+    assert steps("optimizer.total_steps=14", "train.steps=6") == (6, 14)
+
+
+def test_help_lists_every_entry_with_its_value_here_its_default_and_what_it_is(options_file, capsys):
+    argv = [f"--config={options_file}", "--config.optimizer.b2=0.5", "--help"]
+    with pytest.raises(SystemExit) as ended:
+        config.arguments(argv, "train", FLAGS, functions)
+    said = capsys.readouterr().out
+    assert ended.value.code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in said[said.index("entries of") :].split("\n") if line.strip()}
+    assert rows["steps"] == ["5"]
+    assert rows["optimizer.b2"] == ["0.5", "0.95", "of", "the", "second", "moment"]
+    assert rows["optimizer.learning_rate"][:2] == ["0.001", "none"]
+    assert rows["optimizer.limit"] == ["None", "None", "`limit`", "ends", "it"]
+    assert rows["optimizer.ramp"] == ["()", "()", "`ramp`", "begins"]
+    assert set(rows) >= {f"optimizer.{name}" for name in Called(optimizer).options}
+    with pytest.raises(UserError, match="no option of .*optimizer; did you mean config.optimizer.nesterov"):
+        config.arguments([*argv, "--config.optimizer.nesterof=true"], "train", FLAGS, functions)
+    with pytest.raises(SystemExit):
+        config.arguments(["--help"], "train", FLAGS, functions)
+    assert "--workdir" in capsys.readouterr().out
 
 
 FLAGS = {"workdir": dict(required=True, help="where the run lives"), "top_k": dict(type=int, default=0)}

@@ -1,20 +1,38 @@
 """Every experiment loads, says how it is run, and gives each function options it has."""
 
+import copy
 import importlib
 import inspect
+import itertools
 import re
+from collections.abc import Mapping
 
 import pytest
 from ml_collections import ConfigDict
 from runs import EXPERIMENTS, TRAINED, finished, settings, small
 
-from lm import contest, evaluate, model, optim, sharding, train, unseen, verdicts
-from lm.config import arguments, load, module_of
+from lm import (
+    contest,
+    evaluate,
+    model,
+    optim,
+    overoptimisation,
+    scaling,
+    sharding,
+    train,
+    train_config,
+    unseen,
+    verdicts,
+    vocabulary,
+)
+from lm.config import arguments, flatten, load, module_of, to_dict
 from lm.errors import UserError
 from lm.lab import climbs
 from lm.ladder import planned
 from lm.model import params
+from lm.options import keywords, kind_of_option
 from lm.stages import STAGES
+from lm.subtrees import subtrees
 from lm.workdir import read_json
 
 __all__ = ["finished", "small"]
@@ -39,6 +57,12 @@ def parts(name: str, config) -> dict:
     return {"rank": config.verdicts, **trained}
 
 
+def functions_of(name: str):
+    """What says the function that each subtree of an experiment calls."""
+    own = {"contest": contest.functions, "overoptimisation": overoptimisation.functions, "scaling": scaling.functions}
+    return own[name] if name in own else subtrees
+
+
 def checked(name: str, config) -> None:
     """TypeError unless each subtree of a config is keyword arguments of the function it goes to, or such a config."""
     for part, inside in parts(name, config).items():
@@ -52,7 +76,7 @@ def checked(name: str, config) -> None:
     elif name == "evaluate":
         functions = {"evaluate": evaluate.evaluate}
     elif name == "tokenizer":
-        functions = {"data": train.fit_tokenizer}
+        functions = {"data": vocabulary.fit_tokenizer}
     else:
         stage = STAGES[config.stage.name]
         functions = {
@@ -61,10 +85,10 @@ def checked(name: str, config) -> None:
             "stage": stage.make,
             "data": stage.batches,
             "mesh": sharding.make_mesh,
-            "train": train.Schedule,
+            "train": train_config.Schedule,
         }
         if name == "scaling":
-            functions |= {"vocabulary": train.fit_tokenizer, "ladder": planned.ladder}
+            functions |= {"vocabulary": vocabulary.fit_tokenizer, "ladder": planned.ladder}
     for subtree, function in functions.items():
         options = {
             key: value for key, value in config[subtree].to_dict().items() if (subtree, key) != ("stage", "name")
@@ -73,6 +97,8 @@ def checked(name: str, config) -> None:
             options["vocab_size"] = 1  # lm.train adds the tokenizer's
         given = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
         inspect.signature(function).bind(*given, **options)
+    if not parts(name, config):
+        assert {path: called.function for path, called in functions_of(name)(config).items()} == functions
 
 
 def test_the_check_can_fail():
@@ -102,15 +128,38 @@ def test_another_variant_is_refused(name):
         config_of(name, ":huge")
 
 
+def docstring(name: str) -> str:
+    return (EXPERIMENTS / f"{name}.py").read_text().split('"""')[1]
+
+
+def command(name: str) -> tuple:
+    """The program that an experiment's docstring names, and the command line that it gives it."""
+    module, flags = re.search(r"Command: python -m ([\w.]+) (.*)", docstring(name)).groups()
+    return importlib.import_module(module), flags.split()
+
+
 @EACH
 def test_its_docstring_names_a_command_that_runs_it(name, monkeypatch):
     monkeypatch.chdir(EXPERIMENTS.parent)
-    text = (EXPERIMENTS / f"{name}.py").read_text().split('"""')[1]
+    text = docstring(name)
     assert "Change first: " in text and ("Paper: " in text or name in ("quickstart", "evaluate"))
-    module, flags = re.search(r"Command: python -m ([\w.]+) (.*)", text).groups()
-    program = importlib.import_module(module)
-    _, config = arguments(flags.split(), program.__doc__, program.FLAGS)
+    program, argv = command(name)
+    _, config = arguments(argv, program.__doc__, program.FLAGS)
     assert config.to_dict() == config_of(name).to_dict()
+
+
+@EACH
+def test_help_of_its_program_lists_every_option(name, monkeypatch, capsys):
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    program, argv = command(name)
+    with pytest.raises(SystemExit):
+        program.program([*argv, "--help"])
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    for subtree, called in functions_of(name)(config_of(name)).items():
+        for option, parameter in keywords(called.listed or inspect.signature(called.function)).items():
+            default = "none" if parameter.default is parameter.empty else repr(parameter.default)
+            if not isinstance(parameter.default, Mapping):
+                assert f"  {default}" in rows[f"{subtree}.{option}"], f"{subtree}.{option}"
 
 
 @EACH
@@ -148,6 +197,135 @@ def test_overrides_reach_whatever_refers_to_them():
     assert config.tokenizer.data.corpus == config.pretrain.data.corpus == config.evaluate.evaluate.corpus == "mine"
     assert config.sft.optimizer.total_steps == 7
     assert config.ppo.data.temperature == 0.8
+
+
+def changed(value):
+    """Another value of the same type, far enough away to show in whatever is computed from it."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return f"{value}x"
+    return (value or 1) * 1024 if isinstance(value, (int, float)) else (*value, *(value or (1,)))
+
+
+def with_values(config: ConfigDict, *values: tuple) -> dict:
+    """The entries, by dotted key, of a copy in which these are set, as code sets them."""
+    config = copy.deepcopy(config).unlock()
+    for key, value in values:
+        *parents, leaf = key.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return flatten(config.to_dict())
+
+
+def followers(config: ConfigDict) -> dict[str, list[str]]:
+    """Of each entry that others follow, those: found by setting it."""
+    before = flatten(config.to_dict())
+    found = {}
+    for key, value in before.items():
+        if value != {} and value is not None:
+            after = with_values(config, (key, changed(value)))
+            found[key] = [other for other in before if other != key and after[other] != before[other]]
+    return {key: others for key, others in found.items() if others}
+
+
+@EACH
+def test_what_follows_another_entry_can_be_set_alone_and_in_any_order(name):
+    """Every derived entry of every config: in code, and by overrides as the command line and sweeps give them."""
+    config = config_of(name)
+    before, following = flatten(config.to_dict()), followers(config)
+    if name not in ("rank", "evaluate", "tokenizer"):
+        assert following, "a config whose entries follow each other lost that"
+    for follower in set(itertools.chain(*following.values())):
+        value = changed(before[follower])
+        alone = {key for key, now in with_values(config, (follower, value)).items() if now != before[key]}
+        assert alone == {follower, *(following[follower] if follower in following else ())}, follower
+    for leader, follower in {(leader, follower) for leader, found in following.items() for follower in found}:
+        both = [(leader, changed(before[leader])), (follower, changed(changed(before[follower])))]
+        assert with_values(config, *both) == with_values(config, *reversed(both))
+        assert [with_values(config, *both)[key] for key, _ in both] == [value for _, value in both]
+        if name not in OF_MANY:
+            texts = [f"{key}={value}" for key, value in both]
+            path = str(EXPERIMENTS / f"{name}.py")
+            for order in (texts, texts[::-1]):
+                assert flatten(load(path, order).to_dict()) == with_values(config, *both), order
+
+
+def test_a_schedule_of_its_own_leaves_the_run_as_long_as_it_was():
+    for overrides in (["train.steps=6", "optimizer.total_steps=14"], ["optimizer.total_steps=14", "train.steps=6"]):
+        config = load(f"{EXPERIMENTS / 'sft.py'}", overrides)
+        assert (config.train.steps, config.optimizer.total_steps) == (6, 14)
+    config = load(f"{EXPERIMENTS / 'sft.py'}", ["optimizer.total_steps=14"])
+    assert (config.train.steps, config.optimizer.total_steps) == (170, 14)
+    config = load(f"{EXPERIMENTS / 'sft.py'}", ["train.steps=6"])
+    assert (config.train.steps, config.optimizer.total_steps) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    "name, override, error",
+    [
+        ("ppo", "data.temperature=0.7", "stage.temperature is 1.0, but data.temperature is 0.7: "),
+        ("grpo", "stage.temperature=0.7", None),  # the other follows
+        ("grpo", "data.temperature=0.7", "stage.temperature is 1.0, but data.temperature is 0.7: "),
+        ("gkd", "data.temperature=0.7", "stage.temperature is 1.0, but data.temperature is 0.7: "),
+        ("ppo", "data.temperature=1", None),
+        ("reward", "stage.axes.overall=2", r"stage.axes is {'overall': 2.0}, but data.axes is {'overall': 1.0}: "),
+        ("reward", "data.axes.overall=2", None),
+        ("ratings", "data.axes={'overall':1.0}", "stage.axes is {.*'witty': 0.0}, but data.axes is {'overall': 1.0}: "),
+    ],
+)
+def test_what_must_be_equal_is_refused_in_one_line_where_it_is_not(name, override, error):
+    config = load(str(EXPERIMENTS / f"{name}.py"), [override], subtrees)
+    if error is None:
+        train_config.stop_unless_equal(config, subtrees(config))
+        return
+    with pytest.raises(UserError, match=error) as caught:
+        train_config.stop_unless_equal(config, subtrees(config))
+    assert "\n" not in str(caught.value)
+
+
+@EACH
+def test_every_option_of_every_function_can_be_set_and_shows(name):
+    """Listed in the file or not; given its default as text it is the default. One that has no such name is refused."""
+    path, config, functions = str(EXPERIMENTS / f"{name}.py"), config_of(name), functions_of(name)
+    listed, texts, expected = config.to_dict(), [], {}
+    for subtree, called in functions(config).items():
+        for option, parameter in called.options.items():
+            key, kind = f"{subtree}.{option}", kind_of_option(parameter)
+            if parameter.default is parameter.empty:
+                continue
+            default = dict(parameter.default) if dict in kind.types else parameter.default
+            texts.append(f"{key}={default}")
+            expected[key] = list(default) if isinstance(default, tuple) else default
+    assert texts
+    given = to_dict(load(path, texts, functions))
+    for key, value in expected.items():
+        node = given
+        for part in key.split("."):
+            node = node[part]
+        assert node == value and type(node) is type(value), key
+    for subtree in functions(config):
+        with pytest.raises(
+            UserError, match=f"config.{subtree}.no_such_thing is not in .*{name}.py, and no option of lm."
+        ):
+            load(path, [f"{subtree}.no_such_thing=1"], functions)
+    assert config_of(name).to_dict() == listed
+
+
+@EACH
+def test_what_a_file_lists_is_of_the_type_that_the_function_takes(name):
+    config = config_of(name)
+    for subtree, called in functions_of(name)(config).items():
+        node = config
+        for part in subtree.split("."):
+            node = node[part]
+        for option, value in node.items():
+            if option in called.options:
+                kind = kind_of_option(called.options[option])
+                value = dict(value) if isinstance(value, ConfigDict) else value
+                assert type(value) in kind.types, f"{subtree}.{option}"
 
 
 @pytest.mark.parametrize("name", TRAINED)

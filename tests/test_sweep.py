@@ -87,6 +87,31 @@ def test_a_space_has_the_types_of_the_config(file):
     }
 
 
+def test_options_that_the_file_does_not_list_can_be_swept(file, tmp_path, capsys):
+    source = Source(str(EXPERIMENTS / "sft.py"))
+    assert space.typed(source, {"optimizer.b2": "0.9", "train.evaluate_every": "5"}) == {
+        "optimizer.b2": 0.9,
+        "train.evaluate_every": 5,
+    }
+    found = space.of_space(["optimizer.b2=0.9:0.999", "train.keep=1:3", "model.dtype=float32,bfloat16"], source)
+    assert found == {
+        "optimizer.b2": FloatDistribution(0.9, 0.999),
+        "train.keep": IntDistribution(1, 3),
+        "model.dtype": CategoricalDistribution(["float32", "bfloat16"]),
+    }
+    pipeline = Source(str(EXPERIMENTS / "quickstart.py"))
+    assert space.typed(pipeline, {"ppo.stage.kl_gain": "0.2"}) == {"ppo.stage.kl_gain": 0.2}
+    grid = ["--grid", "optimizer.b2=0.9,0.99", "optimizer.total_steps=200,300"]
+    assert swept(str(EXPERIMENTS / "sft.py"), tmp_path / "s", *grid, "--dry_run") == []
+    assert "optimizer.b2" in capsys.readouterr().out
+    trial = source.config({"optimizer.total_steps": "300"})
+    assert (trial.optimizer.total_steps, trial.train.steps) == (300, 170)  # a sweep of schedules is no sweep of lengths
+    with pytest.raises(
+        UserError, match="config.optimizer.weigth_decay is not in .*; did you mean config.optimizer.weight"
+    ):
+        swept(str(EXPERIMENTS / "sft.py"), tmp_path / "s", "--grid", "optimizer.weigth_decay=0,1")
+
+
 def test_a_sweep_of_the_file_with_seeds(file, tmp_path, capsys):
     runs = swept(file, tmp_path / "s", "--seeds=2")
     # sweep() has 4 settings; held-out loss = (log10(rate) + 2)^2 + 0.01 seed + 1/4

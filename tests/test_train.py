@@ -7,9 +7,9 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from runs import CLOCK, TRAINED, finished, made_dialogues, small, stage_config
+from runs import CLOCK, EXPERIMENTS, TRAINED, finished, made_dialogues, saved, settings, small, stage_config
 
-from lm import sharding, train
+from lm import optim, sharding, train, train_config
 from lm.checkpoint import restore_params
 from lm.data import chats, corpus
 from lm.errors import UserError
@@ -27,7 +27,7 @@ __all__ = ["finished", "small"]
 @pytest.fixture
 def eight(small, monkeypatch):
     """The small world with the whole mesh."""
-    monkeypatch.setattr(train, "make_mesh", sharding.make_mesh)
+    monkeypatch.setattr(train_config, "make_mesh", sharding.make_mesh)
 
 
 def assert_close(one, other) -> None:
@@ -146,6 +146,53 @@ def test_scores_on_the_way_and_fewer_checkpoints(finished, small, tmp_path):
     # A line of means before every save too, so that a resumed run finds its tokens and seconds there.
     assert rows == [(0, False), (2, True), (2, False), (3, True), (4, True), (4, False), (5, True), (5, False)]
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["5"]
+
+
+def test_options_that_the_file_does_not_list_do_what_they_say_and_are_in_the_workdir(
+    finished, small, tmp_path, monkeypatch
+):
+    given = {}
+
+    def adamw(*, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8):
+        given.update(b1=b1, b2=b2)
+        return optim.adamw(b1=b1, b2=b2, eps=eps)
+
+    monkeypatch.setitem(optim.OPTIMIZERS, "adamw", adamw)
+    options = ["train.steps=4", "train.evaluate_every=2", "train.keep=1", "optimizer.b2=0.5", "model.remat=block"]
+    flags = [*settings(finished, "sft"), *(f"--config.{option}" for option in options)]
+    train.program([f"--config={EXPERIMENTS / 'sft.py'}:tiny", f"--workdir={tmp_path / 'run'}", *flags])
+    config = read_json(tmp_path / "run" / "config.json")
+    assert config["train"] == {"steps": 4, "log_every": 4, "save_every": 4, "evaluate_every": 2, "keep": 1}
+    assert (config["optimizer"]["b2"], config["optimizer"]["total_steps"], config["model"]) == (
+        0.5,
+        4,
+        {"remat": "block"},
+    )
+    assert given == {"b1": 0.9, "b2": 0.5}
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "held_out/loss" in row] == [0, 2, 4]
+    assert load(tmp_path / "run", backend="cpu").shape.remat == "block"
+
+
+def test_a_run_that_began_without_such_an_option_goes_on(finished, small, tmp_path, capsys):
+    workdir = shutil.copytree(finished.parent / "snapshots" / "sft" / "batch 6", tmp_path / "sft")
+    argv = [f"--config={EXPERIMENTS / 'sft.py'}:tiny", f"--workdir={workdir}"]
+    argv += [f"--config.init_from={read_json(workdir / 'config.json')['init_from']}"]
+    with pytest.raises(UserError, match="was made with another config .optimizer.b2: absent -> 0.5.:"):
+        train.program([*argv, "--config.optimizer.b2=0.5"])
+    train.program([*argv, "--config.train.keep=1"])  # it may keep less, as the schedule may be another
+    assert "config changed since the last start: train.keep: absent -> 1" in capsys.readouterr().out.replace("\n", " ")
+    assert [folder.name for folder in (workdir / "checkpoints").iterdir()] == ["8"]
+    assert saved(workdir) == saved(finished / "sft")
+
+
+def test_a_sampler_of_another_distribution_than_the_loss_is_refused(finished, small, tmp_path):
+    config = stage_config(finished, "ppo")
+    config.data.temperature = 0.7
+    with pytest.raises(UserError, match="stage.temperature is 1.0, but data.temperature is 0.7: "):
+        train.run(config, tmp_path / "run")
+    config.stage.temperature = 0.7
+    assert train.run(config, tmp_path / "run")["steps"] == config.train.steps
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from runs import finished, saved, small, stage_config
+from runs import EXPERIMENTS, finished, saved, settings, small, stage_config
 
 from lm import sweep, train, vectorised
 from lm.console import Interrupted
@@ -100,6 +100,26 @@ def test_other_differences_are_refused(finished, tmp_path, change, error):
     with pytest.raises(UserError, match=error):
         vectorised.run(configs, [tmp_path / "a", tmp_path / "b"])
     assert not list(tmp_path.iterdir())
+
+
+def test_an_option_that_only_some_set_is_refused(finished, tmp_path, small):
+    configs = [stage_config(finished, "pretrain") for _ in range(2)]
+    with configs[1].unlocked():
+        configs[1].optimizer.b2 = 0.9
+    assert vectorised.structure(configs[0]) != vectorised.structure(configs[1])  # a sweep runs them apart
+    with pytest.raises(UserError, match="optimizer.b2 is set in some runs only: set it in all"):
+        vectorised.run(configs, [tmp_path / "a", tmp_path / "b"])
+
+
+def test_an_option_that_the_file_does_not_list(finished, tmp_path, small):
+    flags = [*settings(finished, "pretrain"), "--config.train.steps=2", "--config.optimizer.warmup_steps=0"]
+    path, grid = f"{EXPERIMENTS / 'pretrain.py'}:tiny", ["--grid", "optimizer.b2=0.9,0.5"]
+    sweep.program([f"--config={path}", f"--workdir={tmp_path / 's'}", *flags, *grid, "--vectorised"])
+    told = [read_json(path) for path in sorted((tmp_path / "s" / "trials").glob("*.json"))]
+    assert [(one["state"], one["overrides"]) for one in told] == [("complete", {"optimizer.b2": b}) for b in (0.9, 0.5)]
+    train.program([f"--config={path}", f"--workdir={tmp_path / 'alone'}", *flags, "--config.optimizer.b2=0.5"])
+    assert_alike(tmp_path / "s" / "trials" / "0001", tmp_path / "alone")
+    assert told[0]["value"] != told[1]["value"]
 
 
 def test_a_number_that_decides_what_is_computed_is_refused(finished, tmp_path, small):

@@ -7,7 +7,9 @@ of them with `axis`, `product`, `zipped` and +:
         return product(axis("model.width", 32, 64), axis("optimizer.learning_rate", 1e-3, 3e-3))
 """
 
+import functools
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +17,10 @@ import optuna
 from ml_collections import ConfigDict
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lm.config import flatten, load, module_of, to_dict
+from lm.config import load, module_of, to_dict
 from lm.errors import UserError
+from lm.options import Functions
+from lm.subtrees import subtrees
 
 Overrides = Mapping[str, Any]  # dotted key -> value, or its text
 SEED = "seed"
@@ -27,9 +31,11 @@ class Source(NamedTuple):
 
     name: str  # FILE[:ARG]
     overrides: tuple[str, ...] = ()
+    functions: Functions = subtrees  # whose options may be varied though the file does not list them
 
     def config(self, overrides: Overrides) -> ConfigDict:
-        return load(self.name, [*self.overrides, *(f"{key}={text}" for key, text in overrides.items())])
+        changes = [*self.overrides, *(f"{key}={text}" for key, text in overrides.items())]
+        return load(self.name, changes, self.functions)
 
 
 class Trial(NamedTuple):
@@ -116,8 +122,8 @@ def drawn(trial: optuna.Trial, space: Mapping[str, BaseDistribution]) -> dict[st
 
 def typed(source: Source, overrides: Mapping[str, str]) -> dict[str, Any]:
     """The values of `overrides` as the config holds them. Raises UserError for what `lm.config` refuses."""
-    flat = flatten(to_dict(source.config(overrides)))
-    return {key: flat[key] for key in overrides}
+    config = to_dict(source.config(overrides))
+    return {key: functools.reduce(operator.getitem, key.split("."), config) for key in overrides}
 
 
 def planned(points: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> list[Trial]:
