@@ -4,9 +4,10 @@ What we cannot compute is refused by name, never left out. A config that nothing
 there.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lm.errors import UserError
@@ -25,6 +26,7 @@ class Family(NamedTuple):
     read: Callable[[Json], dict[str, Any]]  # what else config.json says, as keyword arguments of Config
     write: Callable[[Config], dict[str, Any]]  # and back
     only: Mapping[str, Any] = {}  # keys of config.json that we follow at this value only
+    meant: Mapping[str, Any] = {}  # what transformers takes where config.json lacks a key
 
 
 def shape(hf: Json) -> Config:
@@ -38,10 +40,53 @@ def shape(hf: Json) -> Config:
         if hf.get(key, value) not in (value, None):
             raise UserError(f"config.json has {key} = {hf[key]!r}, which we do not compute for {kind} (only {value!r})")
     try:
-        own = family.read(hf)
-        return Config(**{**family.fixed, **own})
+        c = Config(**{**family.fixed, **family.read(_named({**family.meant, **hf}))})
     except KeyError as error:
         raise UserError(f"config.json lacks {error.args[0]}, which {kind} needs: take a complete folder") from error
+    for name in ("rope_scaling", "rope_local_base"):
+        if getattr(c, name) != family.fixed.get(name, getattr(c, name)):
+            raise UserError(
+                f"config.json has {name} {getattr(c, name)!r}, which a {kind} of transformers has not: "
+                "take it away, or give the model_type that has it"
+            )
+    types = hf.get("layer_types")
+    if types is not None and types != _kinds(c.local):
+        raise UserError(
+            f"config.json has layer_types {types}, but {c.layers} layers and sliding_window "
+            f"{hf.get('sliding_window')}: we compute every k-th layer global, or none; correct what is wrong"
+        )
+    return c
+
+
+def said(places: Mapping[str, Any]) -> Any:
+    """The one value that config.json gives at these places, None where at none. UserError for two."""
+    given = {place: value for place, value in places.items() if value is not None}
+    for place, value in given.items():
+        first = next(iter(given))
+        if value != given[first]:
+            raise UserError(
+                f"config.json has {first} = {given[first]!r}, but {place} = {value!r}: keep the one that the weights "
+                "were made with"
+            )
+    return next(iter(given.values()), None)
+
+
+def _named(hf: Json) -> dict[str, Any]:
+    """A config.json in which what has two names has both."""
+    found = dict(hf)
+    for pair in ALIASES:
+        value = said({name: hf.get(name) for name in pair})
+        found |= dict.fromkeys(pair, value) if value is not None else {}
+    return found
+
+
+ALIASES = (  # attribute_map of transformers
+    ("n_layer", "num_hidden_layers"),
+    ("n_embd", "hidden_size"),
+    ("n_head", "num_attention_heads"),
+    ("n_positions", "max_position_embeddings"),
+    ("num_experts", "num_local_experts"),
+)
 
 
 def config_json(c: Config, preferred: str = "") -> dict[str, Any]:
@@ -53,8 +98,9 @@ def config_json(c: Config, preferred: str = "") -> dict[str, Any]:
         if any(getattr(c, name) != value for name, value in family.fixed.items()):
             continue
         hf = {"architectures": [family.architecture], "model_type": kind, **family.write(c), **family.only}
-        if dataclasses.replace(shape(hf), **how) == c:
-            return hf
+        with contextlib.suppress(UserError):  # one that this model_type cannot say
+            if dataclasses.replace(shape(hf), **how) == c:
+                return hf
     raise UserError(
         "no architecture of transformers computes this model: of ours these can be exported: the defaults (as Qwen 3), "
         "and whatever lm.model.presets has"
@@ -69,11 +115,13 @@ REFUSED = {
 }
 
 
-def _sizes(hf: Json) -> dict[str, Any]:
+def _sizes(hf: Json, base: float = 10_000.0, local: float = 0.0) -> dict[str, Any]:
+    """base, local: of the rotary positions, where config.json has none."""
     heads = hf["num_attention_heads"]
-    activation = hf.get("hidden_activation") or hf.get("hidden_act") or "silu"
-    if activation not in ACTIVATIONS:
-        raise UserError(f"config.json has the activation {activation!r}: we compute {', '.join(ACTIVATIONS)}")
+    named = {key: hf[key] for key in ("hidden_activation", "hidden_act") if hf.get(key)}
+    for activation in named.values():
+        if activation not in ACTIVATIONS:
+            raise UserError(f"config.json has the activation {activation!r}: we compute {', '.join(ACTIVATIONS)}")
     return {
         "vocab_size": hf["vocab_size"],
         "layers": hf["num_hidden_layers"],
@@ -82,11 +130,11 @@ def _sizes(hf: Json) -> dict[str, Any]:
         "kv_heads": hf.get("num_key_value_heads") or heads,
         "head_size": hf.get("head_dim") or hf["hidden_size"] // heads,
         "hidden": hf["intermediate_size"],
-        "activation": ACTIVATIONS[activation],
+        "activation": said({key: ACTIVATIONS[value] for key, value in named.items()}) or "silu",
         "context": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
         "tied": bool(hf.get("tie_word_embeddings")),
-        **_rope(hf),
+        **_rope(hf, base, local),
     }
 
 
@@ -109,24 +157,41 @@ def _write_sizes(c: Config) -> dict[str, Any]:
 
 # Newer files say {"rope_parameters": {..., "rope_theta"}}, Gemma 3 one for each kind of layer; older ones "rope_theta"
 # and, where a context is stretched, "rope_scaling". We read both, and write the older, which every version reads.
-def _rope(hf: Json) -> dict[str, Any]:
-    rope = hf.get("rope_parameters") or {}
-    local = rope.get("sliding_attention", {}).get("rope_theta") or hf.get("rope_local_base_freq") or 0.0
-    rope = rope.get("full_attention", rope) or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", *ROPES) or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"config.json scales its rotary positions by {kind!r} or turns a part of each head: not ours")
-    base = {"rope_base": float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0), "rope_local_base": local}
+def _rope(hf: Json, base: float, local: float) -> dict[str, Any]:
+    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    inner = new.get("sliding_attention") or {}
+    new = {} if new.keys() <= {"sliding_attention"} else new.get("full_attention", new) or {}
+    rope = {
+        key: said({f"rope_parameters.{key}": new.get(key), f"rope_scaling.{key}": old.get(key)}) for key in new | old
+    }
+    kind = said({"rope_type": rope.get("rope_type"), "type": rope.get("type")}) or "default"
+    partial = [part.get("partial_rotary_factor") or 1.0 for part in (rope, inner)]
+    if kind not in ("default", *ROPES) or (inner.get("rope_type") or "default") != "default" or partial != [1.0, 1.0]:
+        raise UserError(
+            f"config.json scales its rotary positions by {kind!r}, or those of a window, or turns a part of each head: "
+            "not ours"
+        )
+    theta = {"rope_parameters.rope_theta": rope.get("rope_theta"), "rope_theta": hf.get("rope_theta")}
+    within = {
+        "sliding_attention.rope_theta": inner.get("rope_theta"),
+        "rope_local_base_freq": hf.get("rope_local_base_freq"),
+    }
+    bases = {"rope_base": float(said(theta) or base), "rope_local_base": float(said(within) or local)}
     if kind == "default":
-        return base
+        return bases
+    before = "original_max_position_embeddings"
     own = {ours: rope[theirs] for ours, theirs in ROPES[kind].items() if rope.get(theirs) is not None}
-    if "rope_original" in ROPES[kind] and "rope_original" not in own:
-        own["rope_original"] = hf.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+    for ours, theirs in ROPES[kind].items():
+        if ours not in (*own, "rope_original") and (kind != "yarn" or ours == "rope_factor"):
+            raise KeyError(theirs)
+    if "rope_original" in ROPES[kind]:
+        own["rope_original"] = said({f"the rope's {before}": rope.get(before), before: hf.get(before)})
+        own["rope_original"] = own["rope_original"] or hf["max_position_embeddings"]
     if kind == "yarn":
-        if not rope.get("truncate", True) or "mscale" in rope:
+        if rope.get("truncate") is False or rope.get("mscale"):
             raise UserError("config.json has yarn with truncate = false or an mscale: we round, and have none")
         own = {"rope_low": 1.0, "rope_high": 32.0, **own}
-    return {**base, "rope_scaling": kind, **own}
+    return {**bases, "rope_scaling": kind, **own}
 
 
 def _write_rope(c: Config) -> dict[str, Any]:
@@ -153,18 +218,18 @@ def _windows(hf: Json, every: int) -> dict[str, Any]:
     window, types = hf.get("sliding_window") or 0, hf.get("layer_types")
     if not window or types is not None and "sliding_attention" not in types:
         return {}
-    if types is None:
-        return {"window": window, "global_every": every}
-    every = types.index("full_attention") + 1 if "full_attention" in types else 0
-    pattern = ["full_attention" if every and (i + 1) % every == 0 else "sliding_attention" for i in range(len(types))]
-    if types != pattern:
-        raise UserError(f"config.json has layer_types {types}: we compute every k-th layer global, or none")
+    if types is not None:
+        every = types.index("full_attention") + 1 if "full_attention" in types else 0
     return {"window": window, "global_every": every}
 
 
+def _kinds(local: Iterable[bool]) -> list[str]:
+    """layer_types, by whether each layer sees only its window."""
+    return ["sliding_attention" if each else "full_attention" for each in local]
+
+
 def _write_windows(c: Config) -> dict[str, Any]:
-    types = ["sliding_attention" if local else "full_attention" for local in c.local]
-    return {"sliding_window": c.window, "layer_types": types}
+    return {"sliding_window": c.window, "layer_types": _kinds(c.local)}
 
 
 def _gpt2(hf: Json) -> dict[str, Any]:
@@ -211,8 +276,8 @@ def _write_llama(c: Config) -> dict[str, Any]:
     return {**_write_sizes(c), "attention_bias": c.bias in ("attention", "all"), "mlp_bias": c.bias == "all"}
 
 
-def _mistral(hf: Json) -> dict[str, Any]:
-    return {**_sizes(hf), **_windows(hf, every=0)}
+def _mistral(hf: Json, base: float = 10_000.0) -> dict[str, Any]:
+    return {**_sizes(hf, base), "window": hf.get("sliding_window") or 0}
 
 
 def _write_mistral(c: Config) -> dict[str, Any]:
@@ -224,17 +289,21 @@ def _gemma2(hf: Json) -> dict[str, Any]:
 
 
 def _gemma3(hf: Json) -> dict[str, Any]:
-    every = hf.get("sliding_window_pattern") or 6
     # Files from before there were two rotary bases in them mean the values that Gemma 3 was made with.
-    local = {"rope_local_base_freq": 10_000.0, "rope_theta": 1_000_000.0}
-    return {**_gemma({**local, **hf}), **_windows(hf, every=every)}
+    own = _gemma(hf, base=1_000_000.0, local=10_000.0)
+    every = said({name: hf.get(name) for name in ("sliding_window_pattern", "_sliding_window_pattern")})
+    types = hf.get("layer_types")
+    if every and types not in (None, _kinds(bool((i + 1) % every) for i in range(own["layers"]))):
+        raise UserError(
+            f"config.json has sliding_window_pattern {every}, but layer_types {types}: keep the one that is right"
+        )
+    return {**own, **_windows(hf, every or 6)}
 
 
-def _gemma(hf: Json) -> dict[str, Any]:
+def _gemma(hf: Json, base: float = 10_000.0, local: float = 0.0) -> dict[str, Any]:
     caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
     return {
-        "tied": True,
-        **_sizes({"tie_word_embeddings": True, **hf}),
+        **_sizes(hf, base, local),
         **{ours: float(hf.get(theirs) or 0.0) for ours, theirs in caps.items()},
         "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
         "embedding_scale": math.sqrt(hf["hidden_size"]),
@@ -254,7 +323,11 @@ def _write_gemma(c: Config) -> dict[str, Any]:
 
 
 def _mixtral(hf: Json) -> dict[str, Any]:
-    return {**_mistral(hf), "experts": hf["num_local_experts"], "experts_per_token": hf["num_experts_per_tok"]}
+    return {
+        **_mistral(hf, base=1_000_000.0),
+        "experts": hf["num_local_experts"],
+        "experts_per_token": hf["num_experts_per_tok"],
+    }
 
 
 def _write_mixtral(c: Config) -> dict[str, Any]:
@@ -266,7 +339,7 @@ def _qwen3_moe(hf: Json) -> dict[str, Any]:
     return {
         **_sizes(hf),
         "hidden": hf["moe_intermediate_size"],
-        "experts": hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
+        "experts": hf["num_experts"],
         "experts_per_token": hf["num_experts_per_tok"],
         "experts_normalized": bool(hf.get("norm_topk_prob")),
     }
@@ -282,11 +355,20 @@ def _write_qwen3_moe(c: Config) -> dict[str, Any]:
     }
 
 
-PLAIN = dict(norm="rms", gated=True, positions="rope", embedding_scale=1.0, logit_softcap=0.0, attention_softcap=0.0)
+PLAIN = dict(
+    norm="rms",
+    gated=True,
+    positions="rope",
+    rope_local_base=0.0,
+    embedding_scale=1.0,
+    logit_softcap=0.0,
+    attention_softcap=0.0,
+)
 DENSE = dict(PLAIN, experts=0)
 GEMMA = dict(
     norm="rms", gated=True, positions="rope", norm_at="both", norm_unit_offset=True, activation="gelu", bias="none"
 )
+MEANT = {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096}  # of Gemma
 UNWINDOWED = {"use_sliding_window": False}
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
@@ -297,7 +379,13 @@ FAMILIES: dict[str, Family] = {
         only={"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False},
     ),
     "llama": Family("LlamaForCausalLM", dict(DENSE, qk_norm=False), _llama, _write_llama),
-    "mistral": Family("MistralForCausalLM", dict(DENSE, qk_norm=False, bias="none"), _mistral, _write_mistral),
+    "mistral": Family(
+        "MistralForCausalLM",
+        dict(DENSE, qk_norm=False, bias="none"),
+        _mistral,
+        _write_mistral,
+        meant={"sliding_window": 4096},
+    ),
     "qwen2": Family("Qwen2ForCausalLM", dict(DENSE, qk_norm=False, bias="qkv"), _sizes, _write_sizes, UNWINDOWED),
     "qwen3": Family(
         "Qwen3ForCausalLM",
@@ -306,9 +394,16 @@ FAMILIES: dict[str, Family] = {
         _write_sizes,
         {**UNWINDOWED, "attention_bias": False},
     ),
-    "gemma2": Family("Gemma2ForCausalLM", dict(GEMMA, qk_norm=False), _gemma2, _write_gemma, {"attention_bias": False}),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        dict(GEMMA, qk_norm=False, rope_local_base=0.0),
+        _gemma2,
+        _write_gemma,
+        {"attention_bias": False},
+        {**MEANT, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
     "gemma3_text": Family(
-        "Gemma3ForCausalLM", dict(GEMMA, qk_norm=True), _gemma3, _write_gemma, {"attention_bias": False}
+        "Gemma3ForCausalLM", dict(GEMMA, qk_norm=True), _gemma3, _write_gemma, {"attention_bias": False}, MEANT
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
@@ -317,7 +412,9 @@ FAMILIES: dict[str, Family] = {
         _write_sizes,
         {"attention_bias": False},
     ),
-    "phi3": Family("Phi3ForCausalLM", dict(DENSE, qk_norm=False, bias="none"), _mistral, _write_mistral),
+    "phi3": Family(
+        "Phi3ForCausalLM", dict(DENSE, qk_norm=False, bias="none", rope_scaling="none"), _mistral, _write_mistral
+    ),
     "mixtral": Family("MixtralForCausalLM", dict(PLAIN, qk_norm=False, bias="none"), _mixtral, _write_mixtral),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
