@@ -83,7 +83,7 @@ def changed(path: Path, **replaced) -> None:
     save_file(found, path / "model.safetensors")
 
 
-def mislabelled(name: str, path: Path) -> Path:
+def mislabelled_folder(name: str, path: Path) -> Path:
     truth, untied = MISLABELLED[name]
     folder_of(truth, path, tie_word_embeddings=True)
     if not untied:

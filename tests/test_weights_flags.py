@@ -22,7 +22,7 @@ from foreign import (
     config_of,
     drawn,
     folder_of,
-    mislabelled,
+    mislabelled_folder,
     of_file,
     tensors,
     write_config,
@@ -41,7 +41,7 @@ ATTENTION = "model.layers.0.self_attn"
 TABLE = f"{ATTENTION}.rotary_emb.inv_freq"
 
 
-def refused(path: Path, message: str) -> None:
+def check_refused(path: Path, message: str) -> None:
     """Reading the folder ends in one line."""
     with pytest.raises(UserError, match=message) as raised:
         folder.read(path)
@@ -55,7 +55,7 @@ def test_output_matrices_are_tied_as_the_tensors_have_it(name, tmp_path):
     The logits are transformers' of the same tensors under a config.json that says the truth.
     """
     truth, untied = MISLABELLED[name]
-    c, params = folder.read(mislabelled(name, tmp_path / "in"))
+    c, params = folder.read(mislabelled_folder(name, tmp_path / "in"))
     assert c.tied is not untied
     m = model.make(c.on("cpu"))
     positions = np.broadcast_to(np.arange(LONGEST, dtype=np.int32), IDS.shape)
@@ -80,12 +80,12 @@ def test_families_that_tie_by_default_untie_too(name, tmp_path):
     c, params = folder.read(tmp_path / "in")
     np.testing.assert_array_equal(params["head"], head.T)
     (tmp_path / "out").mkdir()
-    folder.write(tmp_path / "out", c, params, dtype="float32", ids={}, kind=shapes_kind(name))
+    folder.write(tmp_path / "out", c, params, dtype="float32", ids={}, kind=kind_of(name))
     assert folder.read_config(tmp_path / "out")["tie_word_embeddings"] is False
     assert of_file(tmp_path / "out" / FILE).keys() == of_file(tmp_path / "in" / FILE).keys()
 
 
-def shapes_kind(name: str) -> str:
+def kind_of(name: str) -> str:
     return STORED["models"][name]["config"]["model_type"]
 
 
@@ -153,7 +153,7 @@ def test_a_flag_that_the_tensors_contradict(name, flags, tensors_, message, tmp_
     path = folder_of(name, tmp_path, **flags)
     folder.read(folder_of(name, tmp_path / "whole"))  # as it was made it reads
     changed(path, **tensors_)
-    refused(path, message)
+    check_refused(path, message)
 
 
 def tables(name: str) -> dict[str, np.ndarray]:
@@ -175,7 +175,7 @@ def test_rotary_tables_are_let_go_where_config_json_implies_them(name, tmp_path)
         jax.tree.map(np.testing.assert_array_equal, folder.read(path)[1], expected)
     for wrong in (plain_of(name, base=20_000.0), plain_of(name)[:1], plain_of(name) / 3):
         changed(path, **{TABLE: wrong})
-        refused(path, f"tensor {TABLE} of .*{FILE} {NO_PLACE}")
+        check_refused(path, f"tensor {TABLE} of .*{FILE} {NO_PLACE}")
 
 
 def plain_of(name: str, base: float = 10_000.0) -> np.ndarray:
@@ -186,7 +186,7 @@ def test_a_scaled_rotary_table_is_the_scaled_one(tmp_path):
     """Under Llama 3's rule the table holds slowed frequencies: an unscaled one says otherwise."""
     path = folder_of("llama 3", tmp_path)
     changed(path, **{TABLE: frequencies(16, 100.0)})
-    refused(path, f"tensor {TABLE} .* {NO_PLACE}")
+    check_refused(path, f"tensor {TABLE} .* {NO_PLACE}")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.bool_])
@@ -200,9 +200,9 @@ def test_the_mask_of_gpt2_is_let_go_if_it_is_causal(dtype, tmp_path):
     folder.read(path)
     for wrong in (mask.swapaxes(2, 3).copy(), mask[..., :16, :16].copy(), np.ones_like(mask)):
         changed(path, **{names_[0]: wrong})
-        refused(path, f"tensor {names_[0]} of .* {NO_PLACE}")
+        check_refused(path, f"tensor {names_[0]} of .* {NO_PLACE}")
     changed(path, **{names_[0]: mask, names_[1]: np.array(0.0, np.float32)})
-    refused(path, f"tensor {names_[1]} of .* {NO_PLACE}")
+    check_refused(path, f"tensor {names_[1]} of .* {NO_PLACE}")
 
 
 LLAMA3 = STORED["models"]["llama 3"]["config"]["rope_parameters"] if STORED["models"] else {}
@@ -236,7 +236,7 @@ LLAMA3 = STORED["models"]["llama 3"]["config"]["rope_parameters"] if STORED["mod
         ("gemma3", {"rope_theta": 5e5}, "rope_parameters.rope_theta = 1000000.0, but rope_theta = 500000.0"),
         (
             *("gemma3", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}),
-            "or those of a window",
+            "the rotary positions of its windows by 'linear'",
         ),
         ("linear rope", {"rope_parameters": {"rope_type": "linear"}}, "config.json lacks factor, which llama needs"),
         ("llama 3", {"rope_parameters": {**LLAMA3, "low_freq_factor": None}}, "config.json lacks low_freq_factor"),
@@ -274,10 +274,10 @@ def test_what_config_json_says_twice(name, changes, message):
     assert "\n" not in str(raised.value)
     hf = config_of(name)
     alike = {key: hf[key] for key in changes.keys() & hf.keys()}
-    assert shapes.shape({**hf, **alike, **said_again(hf)}) == shapes.shape(hf)
+    assert shapes.shape({**hf, **alike, **repeated_values(hf)}) == shapes.shape(hf)
 
 
-def said_again(hf: dict) -> dict:
+def repeated_values(hf: dict) -> dict:
     """What a config.json says, in its other places."""
     rope = hf.get("rope_parameters") or {}
     whole = rope.get("full_attention", rope)
@@ -293,7 +293,7 @@ def test_keys_twice_in_one_file(tmp_path):
     for value, harmful in ((24, False), (32, True)):
         (path / "config.json").write_text(text.replace("{", f'{{"vocab_size": {value}, ', 1))
         if harmful:
-            refused(path, "config.json has vocab_size twice, as 32 and as 24: keep the one that is right")
+            check_refused(path, "config.json has vocab_size twice, as 32 and as 24: keep the one that is right")
         else:
             folder.read(path)
 
@@ -323,7 +323,7 @@ def test_what_config_json_leaves_out(name, absent, expected):
     assert {key: getattr(c, key) for key in expected} == expected
 
 
-def sharded(path: Path) -> dict[str, str]:
+def write_shards(path: Path) -> dict[str, str]:
     """The folder of a small Llama in two files; what its index says."""
     held = tensors("llama")
     names_ = sorted(held)
@@ -350,7 +350,7 @@ ONE, TWO = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 
 def test_shards_and_their_index(tmp_path):
     """What the index leaves out is read all the same, as by transformers; copies that are exact are let go."""
-    index = sharded(tmp_path)
+    index = write_shards(tmp_path)
     _, expected = folder.read(tmp_path)
     write_index(tmp_path, {name: file for name, file in index.items() if name != EMBEDDING})
     (tmp_path / "consolidated.safetensors").write_bytes(b"in Mistral's own names, beside the same weights in ours")
@@ -392,8 +392,8 @@ def test_shards_and_their_index(tmp_path):
     ids=["absent", "elsewhere", "no file", "empty", "unnamed", "two that differ", "stale", "adapter"],
 )
 def test_shards_that_contradict_their_index(harm, message, tmp_path):
-    harm(tmp_path, sharded(tmp_path))
-    refused(tmp_path, message)
+    harm(tmp_path, write_shards(tmp_path))
+    check_refused(tmp_path, message)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ Marked `peer`: needs tests/peers.txt. tests/test_weights.py holds ours to the st
 import jax
 import numpy as np
 import pytest
-from foreign import ABSENT, IDS, MISLABELLED, REAL, STORED, VOCAB, config_of, expanded, mislabelled, write_config
+from foreign import ABSENT, IDS, MISLABELLED, REAL, STORED, VOCAB, config_of, expanded, mislabelled_folder, write_config
 
 from lm import model
 from lm.weights import folder, shapes
@@ -78,7 +78,7 @@ def test_logits_agree_and_the_export_is_the_same_model(name, peers, made, tmp_pa
 @pytest.mark.parametrize("name", MISLABELLED)
 def test_it_ties_as_the_tensors_have_it(name, peers, tmp_path):
     """tests/test_weights_flags.py holds ours to the same stored logits."""
-    theirs = peers.loaded(mislabelled(name, tmp_path))
+    theirs = peers.loaded(mislabelled_folder(name, tmp_path))
     truth, _ = MISLABELLED[name]
     np.testing.assert_allclose(peers.logits(theirs, IDS, REAL)[REAL], STORED["models"][truth]["logits"], atol=3e-5)
 

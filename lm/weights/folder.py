@@ -16,7 +16,7 @@ from lm.errors import UserError
 from lm.model.config import Config
 from lm.types import Params
 from lm.weights import names, shapes, tensors
-from lm.weights.stored import INDEX, WHOLE, Stored, is_computed, opened, read_json
+from lm.weights.stored import INDEX, WHOLE, Stored, is_computed, open_tensors, read_json
 
 Json = Mapping[str, Any]
 CONFIG = "config.json"
@@ -37,7 +37,7 @@ def read(source: Path, note: tensors.Note = lambda done, total: None) -> tuple[C
     """
     hf = read_config(source)
     c = shapes.shape(hf)
-    with opened(source) as found:
+    with open_tensors(source) as found:
         c, entries, copies = _entries(c, hf["model_type"], found)
         needed = {name for name, _, _ in tensors.places(c, entries)}
         unused = found.keys() - needed - copies

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from lm.errors import UserError
 from lm.model.config import Config
+from lm.weights.rope import read_rope, single_value, write_rope
 
 Json = Mapping[str, Any]
 # Of both GELUs, that by tanh; Hugging Face has several names for it.
@@ -26,7 +27,7 @@ class Family(NamedTuple):
     read: Callable[[Json], dict[str, Any]]  # what else config.json says, as keyword arguments of Config
     write: Callable[[Config], dict[str, Any]]  # and back
     only: Mapping[str, Any] = {}  # keys of config.json that we follow at this value only
-    meant: Mapping[str, Any] = {}  # what transformers takes where config.json lacks a key
+    defaults: Mapping[str, Any] = {}  # what transformers takes where config.json lacks a key
 
 
 def shape(hf: Json) -> Config:
@@ -40,7 +41,7 @@ def shape(hf: Json) -> Config:
         if hf.get(key, value) not in (value, None):
             raise UserError(f"config.json has {key} = {hf[key]!r}, which we do not compute for {kind} (only {value!r})")
     try:
-        c = Config(**{**family.fixed, **family.read(_named({**family.meant, **hf}))})
+        c = Config(**{**family.fixed, **family.read(_with_aliases({**family.defaults, **hf}))})
     except KeyError as error:
         raise UserError(f"config.json lacks {error.args[0]}, which {kind} needs: take a complete folder") from error
     for name in ("rope_scaling", "rope_local_base"):
@@ -50,7 +51,7 @@ def shape(hf: Json) -> Config:
                 "take it away, or give the model_type that has it"
             )
     types = hf.get("layer_types")
-    if types is not None and types != _kinds(c.local):
+    if types is not None and types != _layer_types(c.local):
         raise UserError(
             f"config.json has layer_types {types}, but {c.layers} layers and sliding_window "
             f"{hf.get('sliding_window')}: we compute every k-th layer global, or none; correct what is wrong"
@@ -58,24 +59,11 @@ def shape(hf: Json) -> Config:
     return c
 
 
-def said(places: Mapping[str, Any]) -> Any:
-    """The one value that config.json gives at these places, None where at none. UserError for two."""
-    given = {place: value for place, value in places.items() if value is not None}
-    for place, value in given.items():
-        first = next(iter(given))
-        if value != given[first]:
-            raise UserError(
-                f"config.json has {first} = {given[first]!r}, but {place} = {value!r}: keep the one that the weights "
-                "were made with"
-            )
-    return next(iter(given.values()), None)
-
-
-def _named(hf: Json) -> dict[str, Any]:
+def _with_aliases(hf: Json) -> dict[str, Any]:
     """A config.json in which what has two names has both."""
     found = dict(hf)
     for pair in ALIASES:
-        value = said({name: hf.get(name) for name in pair})
+        value = single_value({name: hf.get(name) for name in pair})
         found |= dict.fromkeys(pair, value) if value is not None else {}
     return found
 
@@ -130,11 +118,11 @@ def _sizes(hf: Json, base: float = 10_000.0, local: float = 0.0) -> dict[str, An
         "kv_heads": hf.get("num_key_value_heads") or heads,
         "head_size": hf.get("head_dim") or hf["hidden_size"] // heads,
         "hidden": hf["intermediate_size"],
-        "activation": said({key: ACTIVATIONS[value] for key, value in named.items()}) or "silu",
+        "activation": single_value({key: ACTIVATIONS[value] for key, value in named.items()}) or "silu",
         "context": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
         "tied": bool(hf.get("tie_word_embeddings")),
-        **_rope(hf, base, local),
+        **read_rope(hf, base=base, local=local),
     }
 
 
@@ -151,66 +139,8 @@ def _write_sizes(c: Config) -> dict[str, Any]:
         "max_position_embeddings": c.context,
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
-        **_write_rope(c),
+        **write_rope(c),
     }
-
-
-# Newer files say {"rope_parameters": {..., "rope_theta"}}, Gemma 3 one for each kind of layer; older ones "rope_theta"
-# and, where a context is stretched, "rope_scaling". We read both, and write the older, which every version reads.
-def _rope(hf: Json, base: float, local: float) -> dict[str, Any]:
-    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-    inner = new.get("sliding_attention") or {}
-    new = {} if new.keys() <= {"sliding_attention"} else new.get("full_attention", new) or {}
-    rope = {
-        key: said({f"rope_parameters.{key}": new.get(key), f"rope_scaling.{key}": old.get(key)}) for key in new | old
-    }
-    kind = said({"rope_type": rope.get("rope_type"), "type": rope.get("type")}) or "default"
-    partial = [part.get("partial_rotary_factor") or 1.0 for part in (rope, inner)]
-    if kind not in ("default", *ROPES) or (inner.get("rope_type") or "default") != "default" or partial != [1.0, 1.0]:
-        raise UserError(
-            f"config.json scales its rotary positions by {kind!r}, or those of a window, or turns a part of each head: "
-            "not ours"
-        )
-    theta = {"rope_parameters.rope_theta": rope.get("rope_theta"), "rope_theta": hf.get("rope_theta")}
-    within = {
-        "sliding_attention.rope_theta": inner.get("rope_theta"),
-        "rope_local_base_freq": hf.get("rope_local_base_freq"),
-    }
-    bases = {"rope_base": float(said(theta) or base), "rope_local_base": float(said(within) or local)}
-    if kind == "default":
-        return bases
-    before = "original_max_position_embeddings"
-    own = {ours: rope[theirs] for ours, theirs in ROPES[kind].items() if rope.get(theirs) is not None}
-    for ours, theirs in ROPES[kind].items():
-        if ours not in (*own, "rope_original") and (kind != "yarn" or ours == "rope_factor"):
-            raise KeyError(theirs)
-    if "rope_original" in ROPES[kind]:
-        own["rope_original"] = said({f"the rope's {before}": rope.get(before), before: hf.get(before)})
-        own["rope_original"] = own["rope_original"] or hf["max_position_embeddings"]
-    if kind == "yarn":
-        if rope.get("truncate") is False or rope.get("mscale"):
-            raise UserError("config.json has yarn with truncate = false or an mscale: we round, and have none")
-        own = {"rope_low": 1.0, "rope_high": 32.0, **own}
-    return {**bases, "rope_scaling": kind, **own}
-
-
-def _write_rope(c: Config) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_theta": c.rope_base}
-    if c.rope_local_base:
-        rope["rope_local_base_freq"] = c.rope_local_base
-    if c.rope_scaling != "none":
-        own = {theirs: getattr(c, ours) for ours, theirs in ROPES[c.rope_scaling].items() if getattr(c, ours)}
-        rope["rope_scaling"] = {"rope_type": c.rope_scaling, **own}
-    return rope
-
-
-FACTOR = {"rope_factor": "factor"}
-ORIGINAL = {**FACTOR, "rope_original": "original_max_position_embeddings"}
-ROPES = {
-    "linear": FACTOR,
-    "llama3": {**ORIGINAL, "rope_low": "low_freq_factor", "rope_high": "high_freq_factor"},
-    "yarn": {**ORIGINAL, "rope_low": "beta_slow", "rope_high": "beta_fast", "rope_attention": "attention_factor"},
-}
 
 
 def _windows(hf: Json, every: int) -> dict[str, Any]:
@@ -223,13 +153,13 @@ def _windows(hf: Json, every: int) -> dict[str, Any]:
     return {"window": window, "global_every": every}
 
 
-def _kinds(local: Iterable[bool]) -> list[str]:
+def _layer_types(local: Iterable[bool]) -> list[str]:
     """layer_types, by whether each layer sees only its window."""
     return ["sliding_attention" if each else "full_attention" for each in local]
 
 
 def _write_windows(c: Config) -> dict[str, Any]:
-    return {"sliding_window": c.window, "layer_types": _kinds(c.local)}
+    return {"sliding_window": c.window, "layer_types": _layer_types(c.local)}
 
 
 def _gpt2(hf: Json) -> dict[str, Any]:
@@ -291,9 +221,9 @@ def _gemma2(hf: Json) -> dict[str, Any]:
 def _gemma3(hf: Json) -> dict[str, Any]:
     # Files from before there were two rotary bases in them mean the values that Gemma 3 was made with.
     own = _gemma(hf, base=1_000_000.0, local=10_000.0)
-    every = said({name: hf.get(name) for name in ("sliding_window_pattern", "_sliding_window_pattern")})
+    every = single_value({name: hf.get(name) for name in ("sliding_window_pattern", "_sliding_window_pattern")})
     types = hf.get("layer_types")
-    if every and types not in (None, _kinds(bool((i + 1) % every) for i in range(own["layers"]))):
+    if every and types not in (None, _layer_types(bool((i + 1) % every) for i in range(own["layers"]))):
         raise UserError(
             f"config.json has sliding_window_pattern {every}, but layer_types {types}: keep the one that is right"
         )
@@ -368,7 +298,11 @@ DENSE = dict(PLAIN, experts=0)
 GEMMA = dict(
     norm="rms", gated=True, positions="rope", norm_at="both", norm_unit_offset=True, activation="gelu", bias="none"
 )
-MEANT = {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096}  # of Gemma
+GEMMA_DEFAULTS = {
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 4096,
+}  # of Gemma
 UNWINDOWED = {"use_sliding_window": False}
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
@@ -384,7 +318,7 @@ FAMILIES: dict[str, Family] = {
         dict(DENSE, qk_norm=False, bias="none"),
         _mistral,
         _write_mistral,
-        meant={"sliding_window": 4096},
+        defaults={"sliding_window": 4096},
     ),
     "qwen2": Family("Qwen2ForCausalLM", dict(DENSE, qk_norm=False, bias="qkv"), _sizes, _write_sizes, UNWINDOWED),
     "qwen3": Family(
@@ -400,10 +334,10 @@ FAMILIES: dict[str, Family] = {
         _gemma2,
         _write_gemma,
         {"attention_bias": False},
-        {**MEANT, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        {**GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     ),
     "gemma3_text": Family(
-        "Gemma3ForCausalLM", dict(GEMMA, qk_norm=True), _gemma3, _write_gemma, {"attention_bias": False}, MEANT
+        "Gemma3ForCausalLM", dict(GEMMA, qk_norm=True), _gemma3, _write_gemma, {"attention_bias": False}, GEMMA_DEFAULTS
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",

@@ -16,7 +16,7 @@ from lm.model.config import Config
 from lm.model.rope import SCALINGS, frequencies
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-READ = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+READ = ("F32", "F16", "BF16", "F64")
 BLOCK = 1 << 24  # numbers that a comparison holds at a time
 
 
@@ -60,7 +60,7 @@ class Stored(NamedTuple):
 
 
 @contextmanager
-def opened(source: Path) -> Iterator[dict[str, Stored]]:
+def open_tensors(source: Path) -> Iterator[dict[str, Stored]]:
     """Every tensor of a folder by name: those of all its safetensors files, whether its index names them or not.
 
     Raises UserError for an index that its files contradict, and for two tensors of one name that differ.
@@ -81,7 +81,7 @@ def opened(source: Path) -> Iterator[dict[str, Stored]]:
                         "move the file that is not of this model out of the folder"
                     )
             found = {**inside, **found}
-            lacking = sorted(name for name, there in index.items() if there == file.name and name not in inside)
+            lacking = sorted(name for name, there in index.items() if source / there == file and name not in inside)
             if lacking:
                 raise UserError(
                     f"{source / INDEX} names tensor {lacking[0]} in {file.name}, which lacks it: download both again"
@@ -100,7 +100,7 @@ def _index(source: Path) -> Mapping[str, str]:
 
 
 def _files(source: Path, index: Mapping[str, str]) -> list[Path]:
-    """All safetensors files of a folder, but for the weights in their maker's own names that Mistral adds."""
+    """All safetensors files of a folder but for consolidated*: the same weights again, in Mistral's own names."""
     if not index and not (source / WHOLE).exists():
         other = next(source.glob("*.bin"), None)
         hint = f" ({other.name} is a pickle, which may run any code: convert it to safetensors first)" if other else ""
@@ -113,30 +113,26 @@ def _files(source: Path, index: Mapping[str, str]) -> list[Path]:
 
 
 def is_computed(tensor: Stored, c: Config) -> bool:
-    """Whether a tensor only holds what the config says anyway: rotary frequencies, or a causal mask.
+    """Whether a tensor only holds what the config says anyway.
 
-    Old files have both, and the scalar that GPT-2 put where its mask is 0. Frequencies may be rounded to the file's
-    dtype; those of a linear scaling were also kept unscaled, the positions being divided.
+    Old files have rotary frequencies, a causal mask, and the scalar that GPT-2 put where that mask is 0.
     """
-    kind, masked = tensor.name.rsplit(".", 2)[-2:], tensor.dtype in ("U8", "BOOL")
-    if kind == ["rotary_emb", "inv_freq"] and c.positions == "rope":
-        plain = frequencies(c.head_size, c.rope_base)
-        tables = [SCALINGS[c.rope_scaling](plain, c)] + [plain] * (c.rope_scaling == "linear")
-        value, limits = tensor.read(), ml_dtypes.finfo(READ[tensor.dtype])
-        near = dict(rtol=max(float(limits.eps), 1e-5), atol=float(limits.smallest_subnormal))
-        value = value.astype(np.float64)
-        return any(value.shape == table.shape and np.allclose(value, table, **near) for table in tables)
-    if kind == ["attn", "bias"] and c.positions == "learned":
-        if tensor.shape != [1, 1, c.context, c.context]:
-            return False
-        value = tensor.opened.get_tensor(tensor.name) if masked else tensor.read()
-        return bool(np.array_equal(value[0, 0].astype(np.float32), np.tri(c.context, dtype=np.float32)))
-    return (
-        kind == ["attn", "masked_bias"]
-        and c.positions == "learned"
-        and tensor.shape in ([], [1])
-        and bool(np.all(tensor.read().astype(np.float32) <= -1e4))
-    )
+    kind = tensor.name.rsplit(".", 2)[-2:]
+    if c.positions == "rope":
+        return kind == ["rotary_emb", "inv_freq"] and _are_frequencies(tensor, c)
+    if kind == ["attn", "bias"] and tensor.shape == [1, 1, c.context, c.context]:
+        mask = tensor.opened.get_tensor(tensor.name) if tensor.dtype in ("U8", "BOOL") else tensor.read()
+        return bool(np.array_equal(mask[0, 0].astype(np.float32), np.tri(c.context, dtype=np.float32)))
+    return kind == ["attn", "masked_bias"] and tensor.shape in ([], [1]) and float(tensor.read().item()) <= -1e4
+
+
+def _are_frequencies(tensor: Stored, c: Config) -> bool:
+    """Those of the config, rounded to the file's dtype; a linear scaling was once kept out of them."""
+    value, plain = tensor.read(), frequencies(c.head_size, c.rope_base)
+    limits = ml_dtypes.finfo(value.dtype)
+    near = dict(rtol=max(float(limits.eps), 1e-5), atol=float(limits.smallest_subnormal))
+    tables = [SCALINGS[c.rope_scaling](plain, c)] + [plain] * (c.rope_scaling == "linear")
+    return any(value.shape == x.shape and np.allclose(value.astype(np.float64), x, **near) for x in tables)
 
 
 def read_json(path: Path) -> dict[str, Any]:
