@@ -23,6 +23,7 @@ from lm.model.params import count, specs
 from lm.tokenizer import Tokenizer
 from lm.types import Params
 from lm.weights import folder, gguf, packages, shapes, vocabularies
+from lm.weights.names import HEAD
 from lm.workdir import load, open_workdir
 
 FLAGS = {
@@ -45,16 +46,26 @@ def read(source: Path) -> tuple[Config, Params, Tokenizer, str]:
             tokenizer, kind = vocabularies.read(source, hf), hf["model_type"]
             agree(shapes.shape(hf), tokenizer, source)  # before gigabytes are read
             c, params = folder.read(source, note)
+            if shapes.shape(hf).tied and not c.tied:
+                warn(
+                    f"{source}: config.json says tie_word_embeddings, but {HEAD} differs from the embedding: "
+                    "read untied, as transformers does"
+                )
     agree(c, tokenizer, source)
     return c, params, tokenizer, kind
 
 
 def agree(c: Config, tokenizer: Tokenizer, source: Path) -> None:
-    """UserError for a tokenizer with ids that the model has no row for."""
+    """UserError for a tokenizer with ids that the model has no row for; rows without an id are only never used."""
     if tokenizer.vocab_size > c.vocab_size:
         raise UserError(
             f"{source}: its tokenizer has {tokenizer.vocab_size} ids, but its model only {c.vocab_size}: "
             "they do not belong together"
+        )
+    if max(tokenizer.stops) >= c.vocab_size:
+        raise UserError(
+            f"{source}: id {max(tokenizer.stops)} ends its texts, but its model has only {c.vocab_size} rows and could "
+            "never stop: correct eos_token_id, or take both from the same model"
         )
 
 
@@ -96,6 +107,7 @@ def write(workdir: Path, destination: Path, *, dtype: str, step: int | None) -> 
         raise UserError(f"{destination} is not empty: give a new --destination")
     trained = load(workdir, backend="cpu", step=step, warn=warn)
     kind = trained.summary["kind"] if "kind" in trained.summary else ""  # where its weights came from, if not from us
+    agree(trained.shape, trained.tokenizer, workdir)
     with complete(destination) as unfinished:
         ids = vocabularies.write(unfinished, trained.tokenizer)
         folder.write(unfinished, trained.shape, trained.params["lm"], dtype=dtype, ids=ids, kind=kind)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 FIXTURES = Path(__file__).parent / "peers" / "weights.json"
@@ -18,6 +19,10 @@ LENGTHS = (9, 6, 2)  # of the rows; right of its length a row holds other ids
 VOCAB, LONGEST = 24, max(LENGTHS)
 IDS = np.array([[(5 * row + 7 * t + t * t) % VOCAB for t in range(LONGEST)] for row in range(len(LENGTHS))], np.int32)
 REAL = np.arange(LONGEST) < np.array(LENGTHS)[:, None]
+
+ABSENT = object()  # a key of config.json that is taken away
+# Folders whose tie_word_embeddings says what the tensors do not: of which stored model the logits are, and if untied.
+MISLABELLED = {"two matrices": ("llama", True), "one by the head's name": ("llama 3", False)}
 
 LAYER, EXPERT = re.compile(r"(layers|h)\.\d+\."), re.compile(r"(experts)\.\d+\.")
 
@@ -55,5 +60,33 @@ def folder_of(name: str, path: Path, **changes) -> Path:
     return path
 
 
+def config_of(name: str, **changes) -> dict:
+    """A stored config.json with some keys changed, or gone where ABSENT."""
+    hf = {**STORED["models"][name]["config"], **changes}
+    return {key: value for key, value in hf.items() if value is not ABSENT}
+
+
 def write_config(path: Path, hf: Mapping) -> None:
     (path / "config.json").write_text(json.dumps(hf))
+
+
+def of_file(path: Path) -> dict[str, np.ndarray]:
+    with safe_open(path, "np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def changed(path: Path, **replaced) -> None:
+    """The folder's tensors with some of them replaced, or gone where None."""
+    found = {
+        name: value for name, value in (of_file(path / "model.safetensors") | replaced).items() if value is not None
+    }
+    save_file(found, path / "model.safetensors")
+
+
+def mislabelled_folder(name: str, path: Path) -> Path:
+    truth, untied = MISLABELLED[name]
+    folder_of(truth, path, tie_word_embeddings=True)
+    if not untied:
+        embedding = "model.embed_tokens.weight"
+        changed(path, **{"lm_head.weight": tensors(truth)[embedding], embedding: None})
+    return path

@@ -200,3 +200,26 @@ def test_bad_folders(tmp_path, files, message):
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read(tmp_path, {"eos_token_id": 0})
+
+
+def test_added_tokens_that_the_tokenizer_lacks(own, bytewise, tmp_path):
+    """Beside a tokenizer.json or a sentencepiece model: what has no id, or another, would be text to us."""
+    pieces, whole = tmp_path / "pieces", tmp_path / "json"
+    for path, name, content in ((pieces, "tokenizer.model", own.proto), (whole, "tokenizer.json", bytewise.encode())):
+        path.mkdir()
+        (path / name).write_bytes(content)
+    for path, known in ((pieces, {"<|unk|>": 1, "<|eos|>": own.eos}), (whole, {SPECIAL[1]: 1, SPECIAL[2]: 2})):
+        (path / "added_tokens.json").write_text(json.dumps(known))
+        decoder = {str(i): {"content": token} for token, i in known.items()}
+        (path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+        read(path, {"eos_token_id": 2})
+        (path / "added_tokens.json").write_text(json.dumps({**known, "<|call|>": 9000}))
+        with pytest.raises(UserError, match="added_tokens.json says that .* is id 9000, but the tokenizer has Non"):
+            read(path, {"eos_token_id": 2})
+        (path / "added_tokens.json").unlink()
+        decoder = {"5": {"content": next(iter(known))}}
+        (path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+        with pytest.raises(
+            UserError, match="tokenizer_config.json says that .* is id 5, but the tokenizer has 1: make"
+        ):
+            read(path, {"eos_token_id": 2})

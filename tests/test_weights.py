@@ -13,8 +13,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from foreign import IDS, LENGTHS, LONGEST, REAL, STORED, VOCAB, drawn, folder_of, tensors, write_config
-from safetensors import safe_open
+from foreign import (
+    IDS,
+    LENGTHS,
+    LONGEST,
+    REAL,
+    STORED,
+    VOCAB,
+    changed,
+    drawn,
+    folder_of,
+    of_file,
+    tensors,
+    write_config,
+)
 from safetensors.numpy import save_file
 
 from lm import model
@@ -92,11 +104,6 @@ def read_shape(name):
     return shapes.shape(STORED["models"][name]["config"])
 
 
-def of_file(path) -> dict[str, np.ndarray]:
-    with safe_open(path, "np") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
 @EACH
 def test_exported_again_it_is_equal_tensor_for_tensor(name, read, tmp_path):
     """Under the architecture that it came from, with every option of its config.json that we know."""
@@ -172,23 +179,21 @@ def test_names_and_copies_that_files_hold_besides(read, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, read("gpt2").params)
 
 
-def changed(path, **replaced) -> None:
-    """The folder's tensors with some of them replaced, or gone where None."""
-    found = {
-        name: value for name, value in (of_file(path / "model.safetensors") | replaced).items() if value is not None
-    }
-    save_file(found, path / "model.safetensors")
-
-
 NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.mark.parametrize(
     "tensors_, message",
     [
-        ({QUERY: None, NORM: None}, f"lacks {QUERY} and 1 more: is config.json that of these weights"),
-        ({"model.layers.1.bias": drawn("", [3])}, r"has a tensor more than we use: model.layers.1.bias: is config"),
-        ({QUERY: drawn("", [16, 12])}, rf"tensor {QUERY} is \[16, 12\], but config.json makes it \[16, 16\]"),
+        (
+            {QUERY: None, NORM: None},
+            f'lacks tensor {QUERY} and 1 more, which config.json with model_type = "llama" needs',
+        ),
+        (
+            {"model.layers.1.bias": drawn("", [3])},
+            r"tensor model.layers.1.bias of .*model.safetensors has no place in a model whose config.json says",
+        ),
+        ({QUERY: drawn("", [16, 12])}, rf"tensor {QUERY} of .* is \[16, 12\], but config.json makes it \[16, 16\]"),
         ({NORM: np.zeros(16, np.int8)}, rf"tensor {NORM} of .*model.safetensors is I8: we read .* nothing quantised"),
     ],
     ids=["missing", "extra", "misshapen", "quantised"],

@@ -6,10 +6,10 @@ Marked `peer`: needs tests/peers.txt. tests/test_weights.py holds ours to the st
 import jax
 import numpy as np
 import pytest
-from foreign import IDS, REAL, STORED, VOCAB, expanded
+from foreign import ABSENT, IDS, MISLABELLED, REAL, STORED, VOCAB, config_of, expanded, mislabelled_folder, write_config
 
 from lm import model
-from lm.weights import folder
+from lm.weights import folder, shapes
 
 pytestmark = pytest.mark.peer
 EACH = pytest.mark.parametrize("name", list(STORED["models"]))
@@ -73,3 +73,32 @@ def test_logits_agree_and_the_export_is_the_same_model(name, peers, made, tmp_pa
     for tensor in before:
         np.testing.assert_array_equal(before[tensor].numpy(), after[tensor].numpy(), err_msg=tensor)
     np.testing.assert_array_equal(peers.logits(again, ROWS, THERE), expected)
+
+
+@pytest.mark.parametrize("name", MISLABELLED)
+def test_it_ties_as_the_tensors_have_it(name, peers, tmp_path):
+    """tests/test_weights_flags.py holds ours to the same stored logits."""
+    theirs = peers.loaded(mislabelled_folder(name, tmp_path))
+    truth, _ = MISLABELLED[name]
+    np.testing.assert_allclose(peers.logits(theirs, IDS, REAL)[REAL], STORED["models"][truth]["logits"], atol=3e-5)
+
+
+def test_what_it_takes_for_keys_that_are_left_out(peers, tmp_path):
+    """tests/test_weights_flags.py has our values: written out in full by transformers, the rest means the same."""
+    import transformers
+
+    for name, absent in {
+        "mistral": ["sliding_window", "rope_parameters"],
+        "mixtral": ["rope_parameters"],
+        "gemma2": [
+            *("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation"),
+            "tie_word_embeddings",
+        ],
+        "gemma3": ["rope_parameters", "tie_word_embeddings", "sliding_window"],
+        "gpt2": ["tie_word_embeddings"],
+        "llama": ["tie_word_embeddings"],
+    }.items():
+        hf = config_of(name, **dict.fromkeys(absent, ABSENT))
+        write_config(tmp_path, hf)
+        whole = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+        assert set(absent) <= whole.keys() and shapes.shape(whole) == shapes.shape(hf), name

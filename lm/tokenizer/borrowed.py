@@ -89,7 +89,8 @@ class Pieces:
 
     def id(self, token: str) -> int | None:
         found = self._processor.piece_to_id(token)
-        return None if found == self._processor.unk_id() else found
+        unknown = self._processor.unk_id()
+        return None if found == unknown and token != self._processor.id_to_piece(unknown) else found
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,10 @@ class Borrowed(Tokenizer):
     @property
     def vocab_size(self) -> int:
         return self._coder.vocab_size
+
+    def id(self, token: str) -> int | None:
+        """The id of a token that is spelt so; None if there is none."""
+        return self._coder.id(token)
 
     @property
     def talks(self) -> bool:

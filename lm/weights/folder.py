@@ -1,46 +1,69 @@
 """A Hugging Face folder: config.json, and safetensors in one file or in shards with an index."""
 
+import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lm.errors import UserError
 from lm.model.config import Config
 from lm.types import Params
 from lm.weights import names, shapes, tensors
+from lm.weights.stored import INDEX, WHOLE, Stored, is_computed, open_tensors, read_json
 
-CONFIG, WHOLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# What files hold beside weights: tables that are computed anew, and GPT-2's causal mask.
-COMPUTED = re.compile(r"rotary_emb\.inv_freq$|h\.\d+\.attn\.(masked_)?bias$")
+Json = Mapping[str, Any]
+CONFIG = "config.json"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 SHARD = 5_000_000_000  # bytes of a file at most, as the Hub has them
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    return _json(source / CONFIG)
+    return read_json(source / CONFIG)
 
 
 def read(source: Path, note: tensors.Note = lambda done, total: None) -> tuple[Config, Params]:
-    """The model in a folder: Config, and float32 parameters. Only one of their tensors is in memory at a time."""
+    """The model in a folder: Config, and float32 parameters. Only one of their tensors is in memory at a time.
+
+    Every tensor there is used, equals one that is, or holds what config.json says anyway; else UserError. A head beside
+    the embedding decides whether they are tied, as in transformers: if the two differ they are not, whatever
+    tie_word_embeddings says.
+    """
     hf = read_config(source)
     c = shapes.shape(hf)
-    with _opened(source) as tensor:
-        names_there = tensor.keys()
-        entries = names.entries(c, hf["model_type"])
-        bare = hf["model_type"] == "gpt2" and not any(name.startswith("transformer.") for name in names_there)
-        if bare:  # as OpenAI's own file
+    with open_tensors(source) as found:
+        c, entries, copies = _entries(c, hf["model_type"], found)
+        needed = {name for name, _, _ in tensors.places(c, entries)}
+        unused = found.keys() - needed - copies
+        _agree(found, needed, unused, hf, c, source)
+        return c, tensors.read(c, entries, lambda name: found[name].read(), note, place=lambda name: str(found[name]))
+
+
+def _entries(c: Config, kind: str, found: Mapping[str, Stored]) -> tuple[Config, list[names.Entry], set[str]]:
+    """Config and entries, tied or not as the tensors have it; and the names of second copies."""
+
+    def of(c: Config) -> list[names.Entry]:
+        entries = names.entries(c, kind)
+        if kind == "gpt2" and not any(name.startswith("transformer.") for name in found):  # as OpenAI's own file
             entries = [entry._replace(theirs=entry.theirs.removeprefix("transformer.")) for entry in entries]
-        _agree(names_there, {name for name, _, _ in tensors.places(c, entries)}, c, source)
-        return c, tensors.read(c, entries, lambda name: tensor[name](), note)
+        return entries
+
+    entries = of(c)
+    embedding = next(entry.theirs for entry in entries if entry.ours == ("embedding",))
+    if not c.tied or names.HEAD not in found:
+        return c, entries, set()
+    if embedding not in found:  # the one matrix goes by the head's name
+        return c, [e._replace(theirs=names.HEAD) if e.theirs == embedding else e for e in entries], set()
+    if found[names.HEAD].equals(found[embedding]):
+        return c, entries, {names.HEAD}
+    untied = dataclasses.replace(c, tied=False)
+    return untied, of(untied), set()
 
 
 def write(
@@ -61,6 +84,7 @@ def write(
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     hf = {**shapes.config_json(c, kind), **ids, "dtype": dtype, "torch_dtype": dtype}
     entries = names.entries(c, hf["model_type"])
+    tensors.check(c, params)
     sizes = {name: tensors.size(c, index, entry) for name, index, entry in tensors.places(c, entries)}
     sizes = {name: size * np.dtype(DTYPES[dtype]).itemsize for name, size in sizes.items()}
     files, stream = _files(sizes, shard_bytes), tensors.written(c, entries, params)
@@ -88,60 +112,36 @@ def _files(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": inside for i, inside in enumerate(shards, 1)}
 
 
-def _agree(there: set[str], needed: set[str], c: Config, source: Path) -> None:
-    missing = sorted(needed - there)
-    extra = sorted(name for name in there - needed if not COMPUTED.search(name))
-    if c.tied and extra == ["lm_head.weight"]:
-        extra = []  # a second copy of the embedding
-    for what, names_ in (("lacks", missing), ("has a tensor more than we use:", extra)):
-        if names_:
-            more = f" and {len(names_) - 1} more" if len(names_) > 1 else ""
-            raise UserError(f"{source} {what} {names_[0]}{more}: is config.json that of these weights?")
-
-
-@contextmanager
-def _opened(source: Path) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
-    """By name, what reads each tensor."""
-    if (source / INDEX).exists():
-        files = sorted(set(_json(source / INDEX)["weight_map"].values()))
-    elif (source / WHOLE).exists():
-        files = [WHOLE]
-    else:
-        other = next(source.glob("*.bin"), None)
-        hint = f" ({other.name} is a pickle, which may run any code: convert it to safetensors first)" if other else ""
-        raise UserError(f"{source} has neither {WHOLE} nor {INDEX}{hint}: download the folder again")
-    with ExitStack() as stack:
-        found = {}
-        for file in files:
-            if not (source / file).exists():
-                raise UserError(f"{source} lacks {file}, which {INDEX} names: download it again")
-            try:
-                opened = stack.enter_context(safe_open(source / file, framework="np"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{source / file} is torn or no safetensors ({error}): download it again") from error
-            found |= {name: _reader(opened, name, source / file) for name in opened.keys()}  # noqa: SIM118
-        yield found
-
-
-def _reader(opened, name: str, file: Path) -> Callable[[], np.ndarray]:
-    def read():
-        kind = opened.get_slice(name).get_dtype()
-        if kind not in ("F32", "F16", "BF16", "F64"):
-            raise UserError(f"tensor {name} of {file} is {kind}: we read F32, F16, BF16 and F64, nothing quantised")
-        return opened.get_tensor(name)
-
-    return read
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
+def _agree(found: Mapping[str, Stored], needed: set[str], unused: set[str], hf: Json, c: Config, source: Path) -> None:
+    """UserError for a tensor that is not there, and for one that the model of config.json does not use."""
+    missing = sorted(needed - found.keys())
+    extra = sorted(name for name in unused if not is_computed(found[name], c))
+    for name in missing[:1]:
         raise UserError(
-            f"cannot read {path} ({error.strerror}): give the folder of a model from Hugging Face"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not a JSON object: download it again")
-    return found
+            f"{source} lacks tensor {name}{_more(missing)}, which config.json with {_flag(name, hf, c, found)} needs: "
+            "correct that, or download the folder again"
+        )
+    for name in extra[:1]:
+        raise UserError(
+            f"{found[name]}{_more(extra)} has no place in a model whose config.json says {_flag(name, hf, c, found)}: "
+            "correct that, or take away what is not of this model"
+        )
+
+
+def _more(names_: list[str]) -> str:
+    return f" and {len(names_) - 1} more" if len(names_) > 1 else ""
+
+
+def _flag(name: str, hf: Json, c: Config, found: Iterable[str]) -> str:
+    """What config.json says that decides whether the model has this tensor."""
+    layer, expert = (re.search(rf"\b(?:{axis})\.(\d+)\.", name) for axis in ("layers|h", "experts"))
+    key = "model_type"
+    if name == names.HEAD:
+        key = "tie_word_embeddings"
+    elif layer and (int(layer[1]) >= c.layers or not any(layer[0] in other for other in found)):
+        key = "n_layer" if hf["model_type"] == "gpt2" else "num_hidden_layers"
+    elif expert and (int(expert[1]) >= c.experts or not any(expert[0] in other for other in found)):
+        key = "num_local_experts" if "num_local_experts" in hf else "num_experts"
+    elif name.endswith(".bias") and hf["model_type"] == "llama":
+        key = "mlp_bias" if ".mlp." in name else "attention_bias"
+    return f"{key} = {json.dumps(hf.get(key))}"

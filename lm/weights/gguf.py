@@ -4,6 +4,8 @@ What llama.cpp calls things. It turns neighbouring pairs where we turn halves, s
 another order.
 """
 
+import dataclasses
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from lm.errors import UserError
 from lm.model.config import Config
+from lm.model.params import BIASED
 from lm.tokenizer import Tokenizer
 from lm.tokenizer.borrowed import BLANK, bundled
 from lm.types import Params
@@ -33,10 +36,12 @@ LAYER = {
     "query_norm": "attn_q_norm.weight",
     "key_norm": "attn_k_norm.weight",
     "attention_out": "attn_output.weight",
+    "attention_out_bias": "attn_output.bias",
     "mlp_norm": "ffn_norm.weight",
     "gate": "ffn_gate.weight",
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
+    **{f"{name}_bias": f"ffn_{name}.bias" for name in ("gate", "up", "down")},
 }
 MATRICES = {"query", "key", "value", "attention_out", "gate", "up", "down"}
 
@@ -78,11 +83,15 @@ def read(path: Path, note: tensors.Note = lambda done, total: None) -> tuple[Con
         )
     found = {tensor.name: tensor for tensor in file.tensors}
     c = shapes.shape(_config(fields, kind, tied="output.weight" not in found))
+    c = dataclasses.replace(c, bias=_bias(found))
     entries = _entries(c)
     needed = {name for name, _, _ in tensors.places(c, entries)}
     for what, names in (("lacks", needed - found.keys()), ("has a tensor more than we use:", found.keys() - needed)):
         if names:
-            raise UserError(f"{path} {what} {min(names)}: it is torn, or of a model that we do not compute")
+            raise UserError(
+                f"{path} {what} {min(names)} (of {kind} with block_count {c.layers}): take another file, "
+                "or convert the model's original folder"
+            )
 
     def tensor(name: str) -> np.ndarray:
         value = _plain(found[name], path)
@@ -91,7 +100,8 @@ def read(path: Path, note: tensors.Note = lambda done, total: None) -> tuple[Con
             value = halves(value, c.heads if part == "attn_q" else c.kv_heads)
         return value
 
-    return c, tensors.read(c, entries, tensor, note), tokenizer_of(fields)
+    params = tensors.read(c, entries, tensor, note, place=lambda name: f"tensor {name} of {path}", says="its metadata")
+    return c, params, tokenizer_of(fields)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -128,23 +138,47 @@ def _value(fields, key: str, default: Any = None) -> Any:
     return fields[key].contents() if key in fields else default
 
 
+def _bias(found: Container[str]) -> str:
+    """Config.bias as the tensors of the first layer have it: no field tells."""
+    there = {name for name in MATRICES if f"blk.0.{LAYER[f'{name}_bias']}" in found}
+    kind = next((kind for kind, names in BIASED.items() if set(names) == there), None)
+    if kind is None:
+        raise UserError(
+            f"this GGUF file has biases of {', '.join(sorted(there))}: we compute those of query, key and value, those "
+            "and the attention's output, or all; take another model"
+        )
+    return kind
+
+
 def _config(fields, kind: str, *, tied: bool) -> dict[str, Any]:
     """What Hugging Face's config.json would say."""
     own = lambda name, default=None: _value(fields, f"{kind}.{name}", default)
-    if own("rope.scaling.type", "none") != "none" or own("expert_count"):
+    scale = {name: own(f"rope.{name}") for name in ("scaling.type", "scaling.factor", "scale_linear")}
+    if any(value not in (None, "none", 0.0, 1.0) for value in scale.values()) or own("expert_count"):
         raise UserError(
             "this GGUF file scales its rotary positions or has experts: convert the model's original folder"
         )
-    heads, width = own("attention.head_count"), own("embedding_length")
+    heads, width, tokens = (
+        own("attention.head_count"),
+        own("embedding_length"),
+        len(fields["tokenizer.ggml.tokens"].data),
+    )
+    size = own("attention.key_length", width // heads)
+    for name, expected in (("rope.dimension_count", size), ("vocab_size", tokens)):
+        if own(name, expected) != expected:
+            raise UserError(
+                f"this GGUF file says {kind}.{name} = {own(name)}, but its heads have {size} dimensions and its "
+                f"tokenizer {tokens} ids: convert the model's original folder"
+            )
     return {
         "model_type": kind,
-        "vocab_size": len(fields["tokenizer.ggml.tokens"].data),
+        "vocab_size": tokens,
         "num_hidden_layers": own("block_count"),
         "hidden_size": width,
         "intermediate_size": own("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": own("attention.head_count_kv", heads),
-        "head_dim": own("attention.key_length", width // heads),
+        "head_dim": size,
         "max_position_embeddings": own("context_length"),
         "rms_norm_eps": float(f"{own('attention.layer_norm_rms_epsilon'):.6g}"),  # it is kept as a float32
         "rope_theta": own("rope.freq_base", 10_000.0),
@@ -156,7 +190,7 @@ def _entries(c: Config) -> list[Entry]:
     found = [Entry("token_embd.weight", ("embedding",), False), Entry("output_norm.weight", ("final_norm",), False)]
     if not c.tied:
         found.append(Entry("output.weight", ("head",), True))
-    absent = {f"{name}_bias" for name in MATRICES} if c.bias == "none" else set()
+    absent = {f"{name}_bias" for name in MATRICES - set(BIASED[c.bias])}
     absent |= set() if c.qk_norm else {"query_norm", "key_norm"}
     names = [name for name in LAYER if name not in absent]
     return found + [Entry(f"blk.{{i}}.{LAYER[name]}", (name,), name in MATRICES) for name in names]
@@ -166,6 +200,7 @@ def tokenizer_of(fields) -> Tokenizer:
     """The tokenizer that a file's fields describe."""
     model, tokens = _value(fields, "tokenizer.ggml.model"), _value(fields, "tokenizer.ggml.tokens")
     kinds = _value(fields, "tokenizer.ggml.token_type")
+    _agree(fields, len(tokens))
     special = [token for token, kind in zip(tokens, kinds) if kind == CONTROL]
     if model in ("gpt2", "gemma4"):
         coder = {"tokenizer": _merges(fields, tokens, kinds, blanks=model == "gemma4").to_str()}
@@ -182,6 +217,20 @@ def tokenizer_of(fields) -> Tokenizer:
         special=special,
         stops=[ids["eos"]] if ids["eos"] is not None else [],
     )
+
+
+def _agree(fields, tokens: int) -> None:
+    """UserError where the file's lists are not of one length, or it names an id that no token has."""
+    for name in ("token_type", "scores"):
+        found = _value(fields, f"tokenizer.ggml.{name}")
+        if found is not None and len(found) != tokens:
+            raise UserError(
+                f"this GGUF file has {tokens} tokens, but {len(found)} entries in tokenizer.ggml.{name}: take another"
+            )
+    for name in ("bos", "eos", "unknown"):
+        i = _value(fields, f"tokenizer.ggml.{name}_token_id", 0)
+        if not 0 <= i < tokens:
+            raise UserError(f"this GGUF file has {tokens} tokens, but {name}_token_id = {i}: take another")
 
 
 def _merges(fields, tokens: list[str], kinds: list[int], *, blanks: bool) -> tokenizers.Tokenizer:

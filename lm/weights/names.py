@@ -16,6 +16,7 @@ class Entry(NamedTuple):
     transposed: bool
 
 
+HEAD = "lm_head.weight"
 PROJECTIONS = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
@@ -68,7 +69,7 @@ def _llama(c: Config, kind: str) -> list[Entry]:
         Entry("model.norm.weight", ("final_norm",), False),
     ]
     if not c.tied:
-        found.append(Entry("lm_head.weight", ("head",), True))
+        found.append(Entry(HEAD, ("head",), True))
     for name, theirs in _layer_norms(c).items():
         if name in layers:
             found.append(Entry(f"model.layers.{{i}}.{theirs}.weight", (name,), False))
@@ -106,7 +107,7 @@ def _gpt2(c: Config) -> list[Entry]:
         Entry("transformer.ln_f.bias", ("final_norm_bias",), False),
     ]
     if not c.tied:
-        found.append(Entry("lm_head.weight", ("head",), True))
+        found.append(Entry(HEAD, ("head",), True))
     for names, theirs in GPT2.items():
         found.append(Entry(f"transformer.h.{{i}}.{theirs}.weight", names, False))
         found.append(Entry(f"transformer.h.{{i}}.{theirs}.bias", tuple(f"{name}_bias" for name in names), False))

@@ -4,13 +4,15 @@ What we cannot compute is refused by name, never left out. A config that nothing
 there.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lm.errors import UserError
 from lm.model.config import Config
+from lm.weights.rope import read_rope, single_value, write_rope
 
 Json = Mapping[str, Any]
 # Of both GELUs, that by tanh; Hugging Face has several names for it.
@@ -25,6 +27,7 @@ class Family(NamedTuple):
     read: Callable[[Json], dict[str, Any]]  # what else config.json says, as keyword arguments of Config
     write: Callable[[Config], dict[str, Any]]  # and back
     only: Mapping[str, Any] = {}  # keys of config.json that we follow at this value only
+    defaults: Mapping[str, Any] = {}  # what transformers takes where config.json lacks a key
 
 
 def shape(hf: Json) -> Config:
@@ -38,10 +41,40 @@ def shape(hf: Json) -> Config:
         if hf.get(key, value) not in (value, None):
             raise UserError(f"config.json has {key} = {hf[key]!r}, which we do not compute for {kind} (only {value!r})")
     try:
-        own = family.read(hf)
-        return Config(**{**family.fixed, **own})
+        c = Config(**{**family.fixed, **family.read(_with_aliases({**family.defaults, **hf}))})
     except KeyError as error:
         raise UserError(f"config.json lacks {error.args[0]}, which {kind} needs: take a complete folder") from error
+    for name in ("rope_scaling", "rope_local_base"):
+        if getattr(c, name) != family.fixed.get(name, getattr(c, name)):
+            raise UserError(
+                f"config.json has {name} {getattr(c, name)!r}, which a {kind} of transformers has not: "
+                "take it away, or give the model_type that has it"
+            )
+    types = hf.get("layer_types")
+    if types is not None and types != _layer_types(c.local):
+        raise UserError(
+            f"config.json has layer_types {types}, but {c.layers} layers and sliding_window "
+            f"{hf.get('sliding_window')}: we compute every k-th layer global, or none; correct what is wrong"
+        )
+    return c
+
+
+def _with_aliases(hf: Json) -> dict[str, Any]:
+    """A config.json in which what has two names has both."""
+    found = dict(hf)
+    for pair in ALIASES:
+        value = single_value({name: hf.get(name) for name in pair})
+        found |= dict.fromkeys(pair, value) if value is not None else {}
+    return found
+
+
+ALIASES = (  # attribute_map of transformers
+    ("n_layer", "num_hidden_layers"),
+    ("n_embd", "hidden_size"),
+    ("n_head", "num_attention_heads"),
+    ("n_positions", "max_position_embeddings"),
+    ("num_experts", "num_local_experts"),
+)
 
 
 def config_json(c: Config, preferred: str = "") -> dict[str, Any]:
@@ -53,8 +86,9 @@ def config_json(c: Config, preferred: str = "") -> dict[str, Any]:
         if any(getattr(c, name) != value for name, value in family.fixed.items()):
             continue
         hf = {"architectures": [family.architecture], "model_type": kind, **family.write(c), **family.only}
-        if dataclasses.replace(shape(hf), **how) == c:
-            return hf
+        with contextlib.suppress(UserError):  # one that this model_type cannot say
+            if dataclasses.replace(shape(hf), **how) == c:
+                return hf
     raise UserError(
         "no architecture of transformers computes this model: of ours these can be exported: the defaults (as Qwen 3), "
         "and whatever lm.model.presets has"
@@ -69,11 +103,13 @@ REFUSED = {
 }
 
 
-def _sizes(hf: Json) -> dict[str, Any]:
+def _sizes(hf: Json, base: float = 10_000.0, local: float = 0.0) -> dict[str, Any]:
+    """base, local: of the rotary positions, where config.json has none."""
     heads = hf["num_attention_heads"]
-    activation = hf.get("hidden_activation") or hf.get("hidden_act") or "silu"
-    if activation not in ACTIVATIONS:
-        raise UserError(f"config.json has the activation {activation!r}: we compute {', '.join(ACTIVATIONS)}")
+    named = {key: hf[key] for key in ("hidden_activation", "hidden_act") if hf.get(key)}
+    for activation in named.values():
+        if activation not in ACTIVATIONS:
+            raise UserError(f"config.json has the activation {activation!r}: we compute {', '.join(ACTIVATIONS)}")
     return {
         "vocab_size": hf["vocab_size"],
         "layers": hf["num_hidden_layers"],
@@ -82,11 +118,11 @@ def _sizes(hf: Json) -> dict[str, Any]:
         "kv_heads": hf.get("num_key_value_heads") or heads,
         "head_size": hf.get("head_dim") or hf["hidden_size"] // heads,
         "hidden": hf["intermediate_size"],
-        "activation": ACTIVATIONS[activation],
+        "activation": single_value({key: ACTIVATIONS[value] for key, value in named.items()}) or "silu",
         "context": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
         "tied": bool(hf.get("tie_word_embeddings")),
-        **_rope(hf),
+        **read_rope(hf, base=base, local=local),
     }
 
 
@@ -103,49 +139,8 @@ def _write_sizes(c: Config) -> dict[str, Any]:
         "max_position_embeddings": c.context,
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied,
-        **_write_rope(c),
+        **write_rope(c),
     }
-
-
-# Newer files say {"rope_parameters": {..., "rope_theta"}}, Gemma 3 one for each kind of layer; older ones "rope_theta"
-# and, where a context is stretched, "rope_scaling". We read both, and write the older, which every version reads.
-def _rope(hf: Json) -> dict[str, Any]:
-    rope = hf.get("rope_parameters") or {}
-    local = rope.get("sliding_attention", {}).get("rope_theta") or hf.get("rope_local_base_freq") or 0.0
-    rope = rope.get("full_attention", rope) or hf.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ("default", *ROPES) or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"config.json scales its rotary positions by {kind!r} or turns a part of each head: not ours")
-    base = {"rope_base": float(rope.get("rope_theta") or hf.get("rope_theta") or 10_000.0), "rope_local_base": local}
-    if kind == "default":
-        return base
-    own = {ours: rope[theirs] for ours, theirs in ROPES[kind].items() if rope.get(theirs) is not None}
-    if "rope_original" in ROPES[kind] and "rope_original" not in own:
-        own["rope_original"] = hf.get("original_max_position_embeddings") or hf["max_position_embeddings"]
-    if kind == "yarn":
-        if not rope.get("truncate", True) or "mscale" in rope:
-            raise UserError("config.json has yarn with truncate = false or an mscale: we round, and have none")
-        own = {"rope_low": 1.0, "rope_high": 32.0, **own}
-    return {**base, "rope_scaling": kind, **own}
-
-
-def _write_rope(c: Config) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_theta": c.rope_base}
-    if c.rope_local_base:
-        rope["rope_local_base_freq"] = c.rope_local_base
-    if c.rope_scaling != "none":
-        own = {theirs: getattr(c, ours) for ours, theirs in ROPES[c.rope_scaling].items() if getattr(c, ours)}
-        rope["rope_scaling"] = {"rope_type": c.rope_scaling, **own}
-    return rope
-
-
-FACTOR = {"rope_factor": "factor"}
-ORIGINAL = {**FACTOR, "rope_original": "original_max_position_embeddings"}
-ROPES = {
-    "linear": FACTOR,
-    "llama3": {**ORIGINAL, "rope_low": "low_freq_factor", "rope_high": "high_freq_factor"},
-    "yarn": {**ORIGINAL, "rope_low": "beta_slow", "rope_high": "beta_fast", "rope_attention": "attention_factor"},
-}
 
 
 def _windows(hf: Json, every: int) -> dict[str, Any]:
@@ -153,18 +148,18 @@ def _windows(hf: Json, every: int) -> dict[str, Any]:
     window, types = hf.get("sliding_window") or 0, hf.get("layer_types")
     if not window or types is not None and "sliding_attention" not in types:
         return {}
-    if types is None:
-        return {"window": window, "global_every": every}
-    every = types.index("full_attention") + 1 if "full_attention" in types else 0
-    pattern = ["full_attention" if every and (i + 1) % every == 0 else "sliding_attention" for i in range(len(types))]
-    if types != pattern:
-        raise UserError(f"config.json has layer_types {types}: we compute every k-th layer global, or none")
+    if types is not None:
+        every = types.index("full_attention") + 1 if "full_attention" in types else 0
     return {"window": window, "global_every": every}
 
 
+def _layer_types(local: Iterable[bool]) -> list[str]:
+    """layer_types, by whether each layer sees only its window."""
+    return ["sliding_attention" if each else "full_attention" for each in local]
+
+
 def _write_windows(c: Config) -> dict[str, Any]:
-    types = ["sliding_attention" if local else "full_attention" for local in c.local]
-    return {"sliding_window": c.window, "layer_types": types}
+    return {"sliding_window": c.window, "layer_types": _layer_types(c.local)}
 
 
 def _gpt2(hf: Json) -> dict[str, Any]:
@@ -211,8 +206,8 @@ def _write_llama(c: Config) -> dict[str, Any]:
     return {**_write_sizes(c), "attention_bias": c.bias in ("attention", "all"), "mlp_bias": c.bias == "all"}
 
 
-def _mistral(hf: Json) -> dict[str, Any]:
-    return {**_sizes(hf), **_windows(hf, every=0)}
+def _mistral(hf: Json, base: float = 10_000.0) -> dict[str, Any]:
+    return {**_sizes(hf, base), "window": hf.get("sliding_window") or 0}
 
 
 def _write_mistral(c: Config) -> dict[str, Any]:
@@ -224,17 +219,21 @@ def _gemma2(hf: Json) -> dict[str, Any]:
 
 
 def _gemma3(hf: Json) -> dict[str, Any]:
-    every = hf.get("sliding_window_pattern") or 6
     # Files from before there were two rotary bases in them mean the values that Gemma 3 was made with.
-    local = {"rope_local_base_freq": 10_000.0, "rope_theta": 1_000_000.0}
-    return {**_gemma({**local, **hf}), **_windows(hf, every=every)}
+    own = _gemma(hf, base=1_000_000.0, local=10_000.0)
+    every = single_value({name: hf.get(name) for name in ("sliding_window_pattern", "_sliding_window_pattern")})
+    types = hf.get("layer_types")
+    if every and types not in (None, _layer_types(bool((i + 1) % every) for i in range(own["layers"]))):
+        raise UserError(
+            f"config.json has sliding_window_pattern {every}, but layer_types {types}: keep the one that is right"
+        )
+    return {**own, **_windows(hf, every or 6)}
 
 
-def _gemma(hf: Json) -> dict[str, Any]:
+def _gemma(hf: Json, base: float = 10_000.0, local: float = 0.0) -> dict[str, Any]:
     caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
     return {
-        "tied": True,
-        **_sizes({"tie_word_embeddings": True, **hf}),
+        **_sizes(hf, base, local),
         **{ours: float(hf.get(theirs) or 0.0) for ours, theirs in caps.items()},
         "attention_scale": hf["query_pre_attn_scalar"] ** -0.5,
         "embedding_scale": math.sqrt(hf["hidden_size"]),
@@ -254,7 +253,11 @@ def _write_gemma(c: Config) -> dict[str, Any]:
 
 
 def _mixtral(hf: Json) -> dict[str, Any]:
-    return {**_mistral(hf), "experts": hf["num_local_experts"], "experts_per_token": hf["num_experts_per_tok"]}
+    return {
+        **_mistral(hf, base=1_000_000.0),
+        "experts": hf["num_local_experts"],
+        "experts_per_token": hf["num_experts_per_tok"],
+    }
 
 
 def _write_mixtral(c: Config) -> dict[str, Any]:
@@ -266,7 +269,7 @@ def _qwen3_moe(hf: Json) -> dict[str, Any]:
     return {
         **_sizes(hf),
         "hidden": hf["moe_intermediate_size"],
-        "experts": hf["num_experts"] if "num_experts" in hf else hf["num_local_experts"],
+        "experts": hf["num_experts"],
         "experts_per_token": hf["num_experts_per_tok"],
         "experts_normalized": bool(hf.get("norm_topk_prob")),
     }
@@ -282,11 +285,24 @@ def _write_qwen3_moe(c: Config) -> dict[str, Any]:
     }
 
 
-PLAIN = dict(norm="rms", gated=True, positions="rope", embedding_scale=1.0, logit_softcap=0.0, attention_softcap=0.0)
+PLAIN = dict(
+    norm="rms",
+    gated=True,
+    positions="rope",
+    rope_local_base=0.0,
+    embedding_scale=1.0,
+    logit_softcap=0.0,
+    attention_softcap=0.0,
+)
 DENSE = dict(PLAIN, experts=0)
 GEMMA = dict(
     norm="rms", gated=True, positions="rope", norm_at="both", norm_unit_offset=True, activation="gelu", bias="none"
 )
+GEMMA_DEFAULTS = {
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 4096,
+}  # of Gemma
 UNWINDOWED = {"use_sliding_window": False}
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
@@ -297,7 +313,13 @@ FAMILIES: dict[str, Family] = {
         only={"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False},
     ),
     "llama": Family("LlamaForCausalLM", dict(DENSE, qk_norm=False), _llama, _write_llama),
-    "mistral": Family("MistralForCausalLM", dict(DENSE, qk_norm=False, bias="none"), _mistral, _write_mistral),
+    "mistral": Family(
+        "MistralForCausalLM",
+        dict(DENSE, qk_norm=False, bias="none"),
+        _mistral,
+        _write_mistral,
+        defaults={"sliding_window": 4096},
+    ),
     "qwen2": Family("Qwen2ForCausalLM", dict(DENSE, qk_norm=False, bias="qkv"), _sizes, _write_sizes, UNWINDOWED),
     "qwen3": Family(
         "Qwen3ForCausalLM",
@@ -306,9 +328,16 @@ FAMILIES: dict[str, Family] = {
         _write_sizes,
         {**UNWINDOWED, "attention_bias": False},
     ),
-    "gemma2": Family("Gemma2ForCausalLM", dict(GEMMA, qk_norm=False), _gemma2, _write_gemma, {"attention_bias": False}),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        dict(GEMMA, qk_norm=False, rope_local_base=0.0),
+        _gemma2,
+        _write_gemma,
+        {"attention_bias": False},
+        {**GEMMA_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
     "gemma3_text": Family(
-        "Gemma3ForCausalLM", dict(GEMMA, qk_norm=True), _gemma3, _write_gemma, {"attention_bias": False}
+        "Gemma3ForCausalLM", dict(GEMMA, qk_norm=True), _gemma3, _write_gemma, {"attention_bias": False}, GEMMA_DEFAULTS
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
@@ -317,7 +346,9 @@ FAMILIES: dict[str, Family] = {
         _write_sizes,
         {"attention_bias": False},
     ),
-    "phi3": Family("Phi3ForCausalLM", dict(DENSE, qk_norm=False, bias="none"), _mistral, _write_mistral),
+    "phi3": Family(
+        "Phi3ForCausalLM", dict(DENSE, qk_norm=False, bias="none", rope_scaling="none"), _mistral, _write_mistral
+    ),
     "mixtral": Family("MixtralForCausalLM", dict(PLAIN, qk_norm=False, bias="none"), _mixtral, _write_mixtral),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",

@@ -32,9 +32,18 @@ def size(c: Config, index: tuple[int, ...], entry: Entry) -> int:
 
 
 def read(
-    c: Config, entries: Iterable[Entry], tensor: Callable[[str], np.ndarray], note: Note = lambda done, total: None
+    c: Config,
+    entries: Iterable[Entry],
+    tensor: Callable[[str], np.ndarray],
+    note: Note = lambda done, total: None,
+    *,
+    place: Callable[[str], str],
+    says: str = "config.json",
 ) -> Params:
-    """Our parameters, float32, from `tensor(name)`. UserError for one of another shape."""
+    """Our parameters, float32, from `tensor(name)`. UserError for one of another shape than the config `says`.
+
+    place: what a message calls the tensor of a name.
+    """
     tree = specs(c)
     params = {name: np.empty(spec.shape, np.float32) for name, spec in tree.items() if name != "layers"}
     params["layers"] = {name: np.empty(spec.shape, np.float32) for name, spec in tree["layers"].items()}
@@ -48,13 +57,37 @@ def read(
         if value.shape != expected:
             theirs = list(reversed(expected)) if entry.transposed else list(expected)
             raise UserError(
-                f"tensor {name} is {list(found.shape)}, but config.json makes it {theirs}: they do not match"
+                f"{place(name)} is {list(found.shape)}, but {says} makes it {theirs}{_sizes(c, entry)}: "
+                "take both from the same model"
             )
         edges = np.cumsum([target.shape[-1] for target in targets])[:-1]
         for target, part in zip(targets, np.split(value, edges, axis=-1)):
             target[...] = part
         note(done, len(wanted))
     return params
+
+
+def _sizes(c: Config, entry: Entry) -> str:
+    return f" (vocabulary {c.vocab_size})" if entry.ours[0] in ("embedding", "head") else ""
+
+
+def check(c: Config, params: Mapping) -> None:
+    """UserError for parameters that are not those of a Config: a file of both would contradict itself."""
+    tree = specs(c)
+    for wanted, there, home in ((tree["layers"], params["layers"], "layers."), (tree, params, "")):
+        for name in sorted(wanted.keys() ^ there.keys()):
+            what = (
+                f"lack {home}{name}, which their config has"
+                if name in wanted
+                else f"have {home}{name} beyond their config"
+            )
+            raise UserError(f"the parameters {what}: load both from the same checkpoint")
+        for name in sorted(wanted.keys() - {"layers"}):
+            if there[name].shape != wanted[name].shape:
+                raise UserError(
+                    f"parameter {home}{name} is {list(there[name].shape)}, but its config makes it "
+                    f"{list(wanted[name].shape)}: load both from the same checkpoint"
+                )
 
 
 def written(c: Config, entries: Iterable[Entry], params: Mapping) -> Iterator[tuple[str, np.ndarray]]:

@@ -19,7 +19,7 @@ JSON, PIECES, CONFIG, GENERATION = (
     "tokenizer_config.json",
     "generation_config.json",
 )
-TEMPLATE = "chat_template.jinja"
+ADDED, TEMPLATE = "added_tokens.json", "chat_template.jinja"
 # Our own template in Jinja, for others to read.
 OWN_TEMPLATE = (
     "{{ '<|bos|>' }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
@@ -51,7 +51,22 @@ def read(source: Path, hf: Mapping[str, Any]) -> Tokenizer:
     named = known.get(tokens.get("eos_token"))
     stops = list(dict.fromkeys(([named] if named is not None else []) + stops))
     special = sorted({*added, *tokens.values()})
-    return bundled(**coder, template=_template(source, config), tokens=tokens, special=special, stops=stops)
+    result = bundled(**coder, template=_template(source, config), tokens=tokens, special=special, stops=stops)
+    _agree(source, result, config)
+    return result
+
+
+def _agree(source: Path, tokenizer: Borrowed, config: Mapping[str, Any]) -> None:
+    """UserError for an added token that the tokenizer has at no id, or at another."""
+    decoder = config.get("added_tokens_decoder", {}).items()
+    added = {CONFIG: [(t["content"], int(i)) for i, t in decoder], ADDED: list(_optional(source / ADDED).items())}
+    for file, tokens in added.items():
+        for token, i in tokens:
+            if tokenizer.id(token) != i:
+                raise UserError(
+                    f"{source / file} says that {token!r} is id {i}, but the tokenizer has {tokenizer.id(token)}: "
+                    f"make {JSON} anew with transformers, or take away the entry"
+                )
 
 
 def _template(source: Path, config: Mapping[str, Any]) -> str:
