@@ -32,6 +32,7 @@ from lm.inherited import reward_from
 from lm.intervals import crossed
 from lm.options import Called, setting
 from lm.pages import COLOURS, INK, interval, signed, svg, templates
+from lm.parts import Parts
 from lm.rewards import REWARDS, Reward
 from lm.rewards.rule import RULE
 from lm.stages import JUDGES, STAGES
@@ -212,23 +213,27 @@ def examined(
         file = path / ANSWERS
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            trained = start if path.parent.name == START else load(path, backend=jax.default_backend(), warn=warn)
-            given = ask(trained.params["lm"], questions.prompts, jax.random.fold_in(jax.random.key(seed), ANSWER))
-            gold, learnt = (judge(questions.prompts.contexts, given.texts) for judge in (REWARDS[rater], proxy))
+            parts = Parts(file.with_suffix(".parts.jsonl"))
+            given = parts.once("answers", lambda: sampled(path, seed))
+            gold, learnt = (judge(questions.prompts.contexts, given["text"]) for judge in (REWARDS[rater], proxy))
             columns = {
                 "conversation": questions.conversations.tolist(),
                 "prompt": questions.prompts.contexts,
-                "text": given.texts,
-                "tokens": given.lengths.tolist(),
-                "stopped": given.stopped.tolist(),
-                "kl": given.kl.tolist(),
+                **given,
                 "gold": gold.tolist(),
                 "proxy": learnt.tolist(),
             }
             rows = [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
             write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            say(f"{path}: gold {gold.mean():.2f}, KL {given.kl.mean():.2f} on {len(gold)} unseen prompts")
+            parts.remove()
+            say(f"{path}: gold {gold.mean():.2f}, KL {np.mean(given['kl']):.2f} on {len(gold)} unseen prompts")
         return read_metrics(file)
+
+    def sampled(path: Path, seed: int) -> dict[str, list]:
+        trained = start if path.parent.name == START else load(path, backend=jax.default_backend(), warn=warn)
+        given = ask(trained.params["lm"], questions.prompts, jax.random.fold_in(jax.random.key(seed), ANSWER))
+        columns = {"tokens": given.lengths, "stopped": given.stopped, "kl": given.kl}
+        return {"text": list(given.texts), **{name: column.tolist() for name, column in columns.items()}}
 
     return answers
 

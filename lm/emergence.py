@@ -23,6 +23,7 @@ from lm.jumps.page import NAME, show, summary_of, written
 from lm.jumps.reading import Ladder, Rung, read
 from lm.jumps.scoring import scored, tasks_for
 from lm.jumps.statistics import curves
+from lm.parts import Parts
 from lm.skills.tasks import TASKS
 from lm.workdir import SUMMARY, load, read_json, write_text
 
@@ -100,12 +101,14 @@ def kept(rung: Rung, settings: Mapping[str, Any], folder: Path) -> Mapping[str, 
         if found["of"] == of:
             return found["scores"]
     trained = load(rung.path, backend=jax.default_backend(), warn=warn)
+    parts = Parts(folder / f"{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]}.parts.jsonl")
     levels = sum(len(TASKS[name].levels) for name in settings["tasks"])
     with Progress(str(rung.path), levels, unit="level") as progress:
         done = iter(range(levels))
-        scores = scored(trained, tell=lambda name, level: progress.update(next(done), {}), **settings)
+        scores = scored(trained, tell=lambda name, level: progress.update(next(done), {}), parts=parts, **settings)
         progress.update(levels, {})
     write_text(file, json.dumps({"of": of, "scores": scores}) + "\n")
+    parts.remove()
     return scores
 
 

@@ -2,9 +2,11 @@
 
     python -m lm.evaluate --config=experiments/evaluate.py --workdir=runs/quickstart/evaluate
 
-Writes WORKDIR/summary.json and WORKDIR/answers.jsonl, a line a prompt with every model's answer and score.
+Writes WORKDIR/summary.json and WORKDIR/answers.jsonl, a line a prompt with every model's answer and score. After a kill
+the same command goes on with the model that it had come to.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -25,6 +27,7 @@ from lm.data.prompts import padded
 from lm.errors import UserError, at_least
 from lm.intervals import average, difference, rate, win_rate
 from lm.options import Called
+from lm.parts import Parts
 from lm.rewards import REWARDS
 from lm.stages import sft
 from lm.stages.next_token import next_token
@@ -33,6 +36,7 @@ from lm.types import Tokens
 from lm.workdir import Trained, Workdir, load, open_workdir, write_text
 
 ANSWERS = "answers.jsonl"
+PARTS = "models.parts.jsonl"  # what an evaluation that goes on after a kill has already
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the scores and answers go")}
 
 
@@ -56,6 +60,7 @@ def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
                 subtrees(config)["evaluate"].function, config.evaluate, workdir, trained, config.seed, name="evaluate"
             )
             workdir.write_summary(summary)
+            Parts(workdir.path / PARTS).remove()
         show(summary)
         return summary
 
@@ -98,21 +103,24 @@ def evaluate(
     text = corpora.within(text, held_out_bytes)
     _, replies = corpora.split(chats.conversations(sources), held_out)
     contexts = shared_prompts(models.values(), chats.prompts(replies, turns=turns), prompt_length)[:prompts]
-    scores, found, told = {}, {}, {}
+    messages = [c.messages for c in contexts]
+    sampler = {"rows_at_once": rows_at_once, "max_new": max_new, "temperature": temperature}
+    parts, scores, found, told = Parts(workdir.path / PARTS), {}, {}, {}
     with Progress("evaluate", len(models), "model") as progress:
         for i, (name, model) in enumerate(models.items()):
-            nats = nats_of(model, packing.documents(model.tokenizer, [d.text for d in text], length), rows_at_once)
-            reply_nats = nats_of(model, sft.rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once)
-            rows = padded([asked(model, c.messages) for c in contexts], [c.messages for c in contexts], prompt_length)
-            sampler = {"rows_at_once": rows_at_once, "max_new": max_new, "temperature": temperature}
-            answers = answerer(model.model, model.params["lm"], model.tokenizer, jit=jax.jit, **sampler)
-            found[name] = given = answers(rows, jax.random.key(seed))
-            scores[name] = REWARDS[rater](rows.contexts, [answer.text for answer in given])
-            told[name] = {
-                "bits_per_byte": float(nats.total) / math.log(2) / sum(len(d.text.encode()) for d in text),
-                "reply_loss": float(reply_nats.value()),
-                **described(given, scores[name]),
-            }
+            made = hashlib.sha256(json.dumps(model.summary).encode()).hexdigest()[:12]  # not by a run in its place
+            losses = parts.once(
+                f"losses of {name} {made}",
+                lambda: losses_of(
+                    model, text, sft.rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once
+                ),
+            )
+            given = parts.once(
+                f"answers of {name} {made}", lambda: answers_of(model, messages, prompt_length, seed, **sampler)
+            )
+            found[name] = [Answer(*each) for each in given]
+            scores[name] = REWARDS[rater](messages, [answer.text for answer in found[name]])
+            told[name] = {**losses, **described(found[name], scores[name])}
             progress.update(i + 1, {"score": told[name]["score"]["value"]})
     write_answers(workdir.path / ANSWERS, contexts, found, scores)
     names = list(models)
@@ -125,6 +133,27 @@ def evaluate(
         "comparisons": [compared(a, b, scores) for a, b in zip(names[1:], names)],
         "seconds": time.monotonic() - start,
     }
+
+
+def losses_of(
+    trained: Trained, text: Sequence[corpora.Document], replies: Tokens, rows_at_once: int
+) -> dict[str, float]:
+    """Bits per byte of held-out text, and nats a token of held-out replies, in rows of one length."""
+    length = replies.inputs.shape[1]
+    nats = nats_of(trained, packing.documents(trained.tokenizer, [d.text for d in text], length), rows_at_once)
+    return {
+        "bits_per_byte": float(nats.total) / math.log(2) / sum(len(d.text.encode()) for d in text),
+        "reply_loss": float(nats_of(trained, replies, rows_at_once).value()),
+    }
+
+
+def answers_of(
+    trained: Trained, contexts: Sequence[list[dict]], prompt_length: int, seed: int, **sampler
+) -> list[Answer]:
+    """An answer of the model to each context."""
+    rows = padded([asked(trained, messages) for messages in contexts], contexts, prompt_length)
+    answers = answerer(trained.model, trained.params["lm"], trained.tokenizer, jit=jax.jit, **sampler)
+    return answers(rows, jax.random.key(seed))
 
 
 def nats_of(trained: Trained, rows: Tokens, rows_at_once: int) -> means.Mean:

@@ -1,7 +1,6 @@
 """What a run says of itself while it trains: metrics of the steps as lines, for the terminal, TensorBoard and later."""
 
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +42,7 @@ class Log:
         self._tokens = rows[-1]["tokens"] if rows else 0
         self._phases, self._before = phases, by_phase(rows[-1]) if rows else dict.fromkeys((*PHASES, OTHER), 0.0)
         self.scored = bool(rows) and any(name.startswith("held_out/") for name in rows[-1])  # where this run takes up
-        self._flushed = time.monotonic()
+        self._trained = phases.training()  # seconds until the last line of means; start-up is behind it
         self._pending: list[tuple[int, Mapping[str, Any], int]] = []
         self._advised: set[str] = set()
 
@@ -51,7 +50,8 @@ class Log:
         self._pending.append((step, metrics, tokens))
 
     def flush(self) -> None:
-        """One line of means over the noted steps. Raises UserError at the first that is not finite, or over a limit."""
+        """One line of means over the noted steps, and the tokens learnt from in a second of training them: evaluation,
+        saving and logging do not count. Raises UserError at the first that is not finite, or over a limit."""
         with self._phases("update"):  # this waits for the devices
             fetched = [(step, jax.device_get(dict(metrics)), tokens) for step, metrics, tokens in self._pending]
         self._pending = []
@@ -70,11 +70,11 @@ class Log:
             if name in values and values[name] >= level and name not in self._advised:
                 self._advised.add(name)
                 warn(f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}: {advice}")
-        now = time.monotonic()
+        trained = self._phases.training()
         tokens = sum(tokens for *_, tokens in fetched)
         self._tokens += tokens
-        values["tokens_per_second"] = tokens / (now - self._flushed)
-        self._flushed = now
+        values["tokens_per_second"] = tokens / (trained - self._trained)
+        self._trained = trained
         self.write(fetched[-1][0], values)
 
     def seconds(self) -> dict[str, float]:
@@ -95,8 +95,10 @@ class Log:
     def _stop_unless_finite(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, number in numbers.items():
             if not math.isfinite(number):
+                # What is held out is scored after its step was saved.
+                good = "earlier checkpoints stay" if name.startswith("held_out/") else "the last good checkpoint stays"
                 raise UserError(
-                    f"{self._stage}: {name} is {number} at step {step}; the last good checkpoint stays in "
+                    f"{self._stage}: {name} is {number} at step {step}; {good} in "
                     f"{self._workdir.checkpoints}: lower optimizer.learning_rate and take a new --workdir"
                 )
 

@@ -6,16 +6,18 @@ from contextlib import contextmanager
 
 import jax
 
-PHASES = ("data", "rollout", "reward", "update", "eval", "save")
+TRAINING = ("data", "rollout", "reward", "update")  # what makes and learns from batches
+PHASES = (*TRAINING, "eval", "save")
 OTHER = "other"  # start-up, logging, whatever no phase claims
 
 
 class Phases:
     """A clock with one hand: `with phases("data"):` gives the seconds within to `data`.
 
-    Phases nest, and time belongs to the innermost: a rollout within data, or within eval, is a rollout. So the parts
-    add up to the time since the clock was made. Compilation counts for the phase that waits for it. What devices do
-    meanwhile is not seen: to count their work, wait for it within its phase. In a profile each phase is a span.
+    Phases nest, and time belongs to the innermost: a rollout within data is a rollout. But all of an evaluation is
+    eval, its rollouts too: the others tell what training takes. So the parts add up to the time since the clock was
+    made. Compilation counts for the phase that waits for it. What devices do meanwhile is not seen: to count their
+    work, wait for it within its phase. In a profile each phase is a span.
     """
 
     def __init__(self):
@@ -25,7 +27,7 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self._turn()
-        self._open.append(name)
+        self._open.append("eval" if "eval" in self._open else name)
         try:
             with jax.profiler.TraceAnnotation(name):
                 yield
@@ -37,6 +39,11 @@ class Phases:
         """Of each phase until now, "other" last."""
         self._turn()
         return dict(self._seconds)
+
+    def training(self) -> float:
+        """Seconds until now of all phases of TRAINING."""
+        spent = self.seconds()
+        return sum(spent[name] for name in TRAINING)
 
     def _turn(self) -> None:
         now = time.monotonic()

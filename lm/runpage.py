@@ -100,6 +100,12 @@ def write(path: str | Path) -> Path:
     return path / PAGE
 
 
+def is_outdated(path: Path) -> bool:
+    """Whether the page of a finished run is missing, or older than its summary."""
+    page = path / PAGE
+    return not page.exists() or page.stat().st_mtime_ns < (path / SUMMARY).stat().st_mtime_ns
+
+
 def compared(summary: Mapping[str, Any]) -> list[tuple[str, float | None, float]]:
     """(metric, before the first step, after the last) of each held-out metric; none where nothing was held out."""
     if "held_out" not in summary:

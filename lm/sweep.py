@@ -8,8 +8,8 @@
 
 Without --grid and --search it runs what the file's sweep() returns. The study lies in WORKDIR/study.db, or at
 --storage, a database URL at which any number of machines join with the same command. Give it again after a kill:
-finished trials are not repeated, others go on. WORKDIR/trials holds the runs; `python -m lm.compare WORKDIR` compares
-them.
+finished trials are not repeated, others go on. With more --trials, values or --seeds it adds what is new.
+WORKDIR/trials holds the runs; `python -m lm.compare WORKDIR` compares them.
 """
 
 import json
@@ -87,7 +87,7 @@ def run(
     """Runs the trials, or joins whoever does; what is then known of each. argv: what a launcher's workers are given."""
     root = folder(flags, source, goal)
     with opened(flags, root, goal) as study:
-        study.enter(plan(flags, source, goal, trials, space), trials)
+        study.enter(plan(flags, source, goal, space), trials)
         if flags.retry_failed:
             study.retry_failed()
         keys = swept(trials, space)
@@ -168,8 +168,8 @@ def opened(flags: Namespace, root: Path, goal: Goal) -> Study:
     )
 
 
-def plan(flags: Namespace, source: Source, goal: Goal, trials: Sequence[Trial], space: Mapping[str, Any]) -> dict:
-    """All that must be the same for whoever joins."""
+def plan(flags: Namespace, source: Source, goal: Goal, space: Mapping[str, Any]) -> dict[str, Any]:
+    """All that must be the same for whoever joins, beside the trials, to which more may be added."""
     return {
         "config": to_dict(source.config({})),
         "metric": goal.metric,
@@ -177,7 +177,6 @@ def plan(flags: Namespace, source: Source, goal: Goal, trials: Sequence[Trial], 
         "pruner": flags.pruner,
         "search": flags.search or "",
         "space": {key: str(distribution) for key, distribution in space.items()},
-        "trials": [[trial.number, trial.overrides, list(trial.seeds)] for trial in trials],
     }
 
 

@@ -49,6 +49,11 @@ FLAGS = {
     "profile": dict(default="", metavar="FIRST:LAST", help="the steps to trace into WORKDIR/profile"),
 }
 
+    def scores(self, done: int) -> bool:
+        """Whether the state after `done` batches is scored on the held-out side."""
+        between = self.evaluate_every and done % self.evaluate_every == 0
+        return bool(not done or between or done >= self.steps)
+
 
 # The stage's update, with some of the config's numbers, by dotted key, replaced by others.
 Build = Callable[[Mapping[str, Any]], Update]
@@ -100,8 +105,11 @@ def run(
                 summary = call(subtrees(config)["data"].function, config.data, workdir, name="data")
             workdir.write_summary(summary)
             runpage.write(workdir.path)
-        elif packages or traced:
-            say(f"{path} has finished: there is nothing to log or to trace")
+        else:
+            if runpage.is_outdated(workdir.path):  # a kill came between the summary and the page
+                runpage.write(workdir.path)
+            if packages or traced:
+                say(f"{path} has finished: there is nothing to log or to trace")
         report(name, summary)
         return summary
 
@@ -227,11 +235,11 @@ def train(
                 trace.Trace(traced, workdir.path / PROFILE) as profile,
             ):
                 log = Log(r.stage, workdir, writers, progress, phases)
-                if not log.scored and (not done or done >= schedule.steps):  # of a run cut short by fewer steps, too
-                    before = held_out(r, evaluate, state)
-                    log.write(done, before)
+                if not log.scored and schedule.scores(done):  # after a kill in the evaluation of a saved state, too
+                    scores = held_out(r, evaluate, state)
+                    log.write(done, scores)
                     if not done:
-                        stop_unless_fresh(r, before)
+                        stop_unless_fresh(r, scores)
                 for i in range(done, schedule.steps):
                     profile.begin(i + 1)
                     batch, tokens = fetched(r, state, i)
@@ -242,17 +250,19 @@ def train(
                         state, metrics = step(state, batch)
                     profile.end(i + 1, metrics)
                     log.note(i + 1, metrics, tokens)
-                    last, stop = i + 1 == schedule.steps, stopping()
-                    due = (i + 1) % schedule.save_every == 0 or last or stop
+                    stop = stopping()
+                    due = (i + 1) % schedule.save_every == 0 or i + 1 == schedule.steps or stop
                     if (i + 1) % schedule.log_every == 0 or due:
                         log.flush()
-                    if last or schedule.evaluate_every and (i + 1) % schedule.evaluate_every == 0:
-                        log.write(i + 1, held_out(r, evaluate, state))
                     if due:
                         with phases("save"), host.turn(checkpoints):
                             checkpoints.save(i + 1, host.real(saved(state)), r.meta)
                     if stop:
                         break
+                    if schedule.scores(i + 1):
+                        with phases("save"):
+                            checkpoints.wait()  # a kill in the evaluation must not cost the steps before it
+                        log.write(i + 1, held_out(r, evaluate, state))
                 with phases("save"):
                     checkpoints.wait()
                 if stopping():

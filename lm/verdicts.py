@@ -16,18 +16,20 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm import record
-from lm.answers import answerer
+from lm.answers import Answer, answerer
 from lm.config import arguments, call, require, to_dict
 from lm.console import Progress, main, say, warn
 from lm.data import chats, corpus as corpora, rankings as records
 from lm.data.prompts import Prompts, fitting, take
 from lm.errors import UserError, at_least
 from lm.options import Called
+from lm.parts import Parts
 from lm.rewards import REWARDS, Reward
 from lm.tokenizer import Tokenizer
 from lm.workdir import Workdir, load, load_reward, open_workdir, write_text
 
 RANKINGS = "rankings.jsonl"
+UNRANKED = "unranked.jsonl"  # answers that the rater has before it
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the rankings go; the same command continues")}
 
 
@@ -103,16 +105,18 @@ def rank(
         max_new=max_new,
         temperature=temperature,
     )
+    parts = Parts(workdir.path / UNRANKED)
     with Progress("rank", len(chosen.ids), "prompt") as progress:
         for first in range(done, len(chosen.ids), prompts_at_once):
             rows = np.arange(first, min(first + prompts_at_once, len(chosen.ids)))
             part = take(chosen, np.repeat(rows, responses))
             key = jax.random.fold_in(jax.random.key(seed), first)
-            given = answers(part, key)
+            given = [Answer(*each) for each in parts.once(f"answers from {first}", lambda: answers(part, key))]
             texts, cut = [answer.text for answer in given], np.array([not answer.stopped for answer in given])
             scores = (judge(part.contexts, texts) - cut_penalty * cut).reshape(-1, responses)
             names = [name_of[id(context)] for context in part.contexts[::responses]]
             records.append(workdir.path / RANKINGS, judged(names, part.contexts[::responses], texts, scores, rater))
+            parts.remove()
             progress.update(int(rows[-1]) + 1, {"score": float(scores.mean())})
     found = records.read(workdir.path / RANKINGS)
     decided = sum(len(records.pairs(r)) for r in found)

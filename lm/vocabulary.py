@@ -7,6 +7,7 @@ from lm import tokenizer as tokenizers
 from lm.console import say
 from lm.data import corpus as corpora
 from lm.errors import at_least
+from lm.parts import Parts
 from lm.workdir import Workdir
 
 
@@ -18,15 +19,23 @@ def fit_tokenizer(
     start = time.monotonic()
     seen, unseen = corpora.split(corpora.documents(corpus), held_out)
     say(f"tokenizer: {len(seen)} documents to learn from, {len(unseen)} held out")
-    tokenizer = tokenizers.train((document.text for document in seen), vocab_size=vocab_size, max_bytes=max_bytes)
-    tokenizer.save(workdir.tokenizer)
+
+    def learn() -> str:
+        found = tokenizers.train((document.text for document in seen), vocab_size=vocab_size, max_bytes=max_bytes)
+        found.save(workdir.tokenizer)
+        return found.fingerprint
+
+    parts = Parts(workdir.path / "vocabulary.parts.jsonl")
+    fingerprint = parts.once("fingerprint", learn)  # a kill while it is measured must not cost it
+    tokenizer = tokenizers.load(workdir.tokenizer)
     size = sum(len(document.text.encode()) for document in unseen)
     ids = tokenizer.encode_all(document.text for document in unseen)
+    parts.remove()
     return {
         "stage": "tokenizer",
         "vocab_size": tokenizer.vocab_size,
         "bytes_per_token": size / sum(map(len, ids)),
         "held_out_bytes": size,
         "seconds": time.monotonic() - start,
-        "fingerprint": tokenizer.fingerprint,
+        "fingerprint": fingerprint,
     }

@@ -113,11 +113,12 @@ def settings(run: Path, stage: str) -> list[str]:
 
 
 def take_snapshots(patch: Callable, folder: Path) -> None:
-    """Copies a stage's workdir before its batches at 1/4 and 3/4 of the way, and just before its last save is complete.
+    """Copies a stage's workdir before its batches at 1/4 and 3/4 of the way, just before its last save is complete, and
+    as its last evaluation begins.
 
     Files that the saving thread moves away meanwhile are missing in the copy, as they may be after a kill.
     """
-    fetched, run, finalize = train.fetched, train.train, checkpoint.Item.finalize
+    fetched, run, finalize, held_out = train.fetched, train.train, checkpoint.Item.finalize, train.held_out
     now = {}
 
     def snapshot(moment: str) -> None:
@@ -135,6 +136,11 @@ def take_snapshots(patch: Callable, folder: Path) -> None:
             snapshot(f"batch {i}")
         return fetched(r, state, i)
 
+    def before_an_evaluation(r, evaluate, state):
+        if int(state.step):
+            snapshot("evaluation")
+        return held_out(r, evaluate, state)
+
     def while_saving(item, directory):
         saving = Path(directory).parent.name.split(".")[0], Path(directory).name.split(".")[0]
         if saving == (str(now["steps"]), "params"):
@@ -143,6 +149,7 @@ def take_snapshots(patch: Callable, folder: Path) -> None:
 
     patch(train, "train", noted)
     patch(train, "fetched", before_a_batch)
+    patch(train, "held_out", before_an_evaluation)
     patch(checkpoint.Item, "finalize", while_saving)
 
 
@@ -193,6 +200,17 @@ def die_before_batch(number: int) -> None:
     train.fetched = lambda r, state, i: die() if i == number else fetched(r, state, i)
 
 
+def die_in_evaluation(number: int) -> None:
+    """With the first held-out batch of the evaluation of that number, counted from 0: that before the first step."""
+    held_out, begun = train.held_out, []
+
+    def dying(r, evaluate, state):
+        begun.append(state)
+        return held_out(r, (lambda *_: die()) if len(begun) > number else evaluate, state)
+
+    train.held_out = dying
+
+
 def die_while_saving(number: int) -> None:
     """In the saving thread, when an item of the checkpoint `number` is written but not sealed."""
     finalize = checkpoint.Item.finalize
@@ -226,7 +244,12 @@ def die_in_update(number: int) -> None:
     ppo.gradient = ticking
 
 
-MOMENTS = {"batch": die_before_batch, "saving": die_while_saving, "update": die_in_update}
+MOMENTS = {
+    "batch": die_before_batch,
+    "evaluation": die_in_evaluation,
+    "saving": die_while_saving,
+    "update": die_in_update,
+}
 
 
 if __name__ == "__main__":

@@ -29,25 +29,39 @@ def program(argv: list[str]) -> None:
             print(json.dumps({"step": step, "loss": loss}), file=metrics, flush=True)
             time.sleep(config.pause)
             if step == 2:
-                FATES[config.fate]()
+                FATES[config.fate](workdir)
         if config.fate != "silent":
             print(json.dumps({"step": step, "held_out/loss": loss}), file=metrics, flush=True)
 
 
-def torn() -> None:
+def torn(workdir: Path) -> None:
     raise UserError("data.rate is torn: mend it")
 
 
-def crash() -> None:
+def crash(workdir: Path) -> None:
     print("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 TB", file=sys.stderr)
     sys.exit(1)
 
 
-def killed() -> None:
+def killed(workdir: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-FATES = {"well": lambda: None, "silent": lambda: None, "torn": torn, "memory": crash, "killed": killed}
+def once(workdir: Path) -> None:
+    """Fails, but not when it is tried again."""
+    if not (workdir / "failed").exists():
+        (workdir / "failed").touch()
+        raise UserError("the disk is full")
+
+
+FATES = {
+    "well": lambda workdir: None,
+    "silent": lambda workdir: None,
+    "torn": torn,
+    "memory": crash,
+    "killed": killed,
+    "once": once,
+}
 
 if __name__ == "__main__":
     try:

@@ -11,7 +11,7 @@ from runs import EXPERIMENTS, ROOT, enter_small_world
 from lm import emergence, runpage, tokenizer as tokenizers, train
 from lm.config import load, module_of
 from lm.errors import UserError
-from lm.jumps import reading, statistics
+from lm.jumps import reading, scoring, statistics
 from lm.jumps.page import sentence, sentences, summary_of
 from lm.jumps.scoring import Programs, asked, newlines, tasks_for
 from lm.jumps.statistics import EDIT, EXACT, LOGPROB, NO, PASS, UNTOLD, YES, curves, judged, share, steepest
@@ -187,6 +187,28 @@ def test_a_second_start_scores_nothing_again(summary, ladder, tmp_path, monkeypa
     rung = reading.read([ladder]).rungs[2]
     assert emergence.kept(rung, {**settings, "seed": 1}, tmp_path / "out" / "scores") == 1
     assert loaded == ["steps5", "steps8"]
+
+
+def test_levels_that_are_scored_outlive_a_kill(summary, ladder, tmp_path, monkeypatch):
+    """Of the seven levels of a run the fourth is killed: the other three are not asked again."""
+    shutil.copytree(ladder / "emergence", tmp_path / "out")
+    lost = next(f for f in (tmp_path / "out/scores").iterdir() if read_json(f)["of"]["run"].endswith("steps5"))
+    before, score, asked = lost.read_bytes(), scoring.judged, []
+    lost.unlink()
+
+    def killed(*args):
+        asked.append(args)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(scoring, "judged", killed)
+    with pytest.raises(KeyboardInterrupt):
+        emergence.run([ladder], output=tmp_path / "out", **QUICK)
+    assert not lost.exists()
+    assert emergence.run([ladder], output=tmp_path / "out", **QUICK) == summary
+    assert len(asked) == 4 + 4 and lost.read_bytes() == before
+    assert len(list((tmp_path / "out/scores").iterdir())) == 3  # nothing is left of the parts
 
 
 def test_log_probabilities_are_those_of_the_whole_text(ladder):

@@ -1,15 +1,17 @@
 """Seconds by phase: a clock that is set by hand, the way a run's phases add up, what waits for devices."""
 
+import statistics
 import time
 from contextlib import contextmanager
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from runs import finished, small, stage_config
 
 from lm import train
 from lm.log import by_phase
-from lm.phases import OTHER, PHASES, Phases
+from lm.phases import OTHER, PHASES, TRAINING, Phases
 from lm.stages.context import Context
 from lm.types import TrainState
 from lm.workdir import read_json, read_metrics
@@ -43,6 +45,21 @@ def test_time_belongs_to_the_innermost_phase(clock):
         raise KeyError
     assert phases.seconds() == {**dict.fromkeys(PHASES, 0), "data": 10, "rollout": 4, "update": 32, OTHER: 17}
     assert list(phases.seconds()) == [*PHASES, OTHER]
+
+
+def test_all_of_an_evaluation_is_eval(clock):
+    """1 of rollout for training, then 2 + 4 + 8 of an evaluation that samples and rewards too: training took 1."""
+    phases = Phases()
+    with phases("data"), phases("rollout"):
+        clock(1)
+    with phases("eval"):
+        clock(2)
+        with phases("update"), phases("rollout"):
+            clock(4)
+        with phases("reward"):
+            clock(8)
+    assert phases.seconds() == {**dict.fromkeys(PHASES, 0), "rollout": 1, "eval": 14, OTHER: 0}
+    assert phases.training() == 1
 
 
 def test_an_open_phase_is_counted_until_now(clock):
@@ -88,6 +105,37 @@ def test_phases_of_a_run(finished, stage, busy):
         column = [row[f"seconds/{name}"] for row in rows]
         assert column == sorted(column) and column[-1] <= spent[name]
     assert all(by_phase(row)[OTHER] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "ppo"])
+def test_speed_is_tokens_over_seconds_of_training(finished, stage):
+    """From line to line, whatever was evaluated and saved in between; the summary takes over the median."""
+    rows = read_metrics(finished / stage)
+    trained = [sum(row[f"seconds/{name}"] for name in TRAINING) for row in rows]
+    tokens, seconds = (np.diff(each) for each in ([row["tokens"] for row in rows], trained))
+    lines = np.array(["tokens_per_second" in row for row in rows[1:]])
+    told = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    assert told == pytest.approx(tokens[lines] / seconds[lines], rel=1e-3)
+    assert len(told) > 1 and seconds[~lines] == pytest.approx(0, abs=1e-2)
+    assert read_json(finished / stage / "summary.json")["tokens_per_second"] == statistics.median(told[1:])
+
+
+def test_a_slow_evaluation_changes_no_speed(finished, small, tmp_path, monkeypatch):
+    """Three seconds after every step: each line's speed is above what it would be with those seconds in it."""
+    evaluated = train.held_out
+
+    def slow(r, evaluate, state):
+        with r.phases("eval"), r.phases("rollout"):
+            time.sleep(3)
+        return evaluated(r, evaluate, state)
+
+    monkeypatch.setattr(train, "held_out", slow)
+    config = stage_config(finished, "pretrain").unlock()
+    config.train.update(steps=3, log_every=1, evaluate_every=1, save_every=1)
+    train.run(config, tmp_path / "pretrain")
+    lines = [row for row in read_metrics(tmp_path / "pretrain") if "tokens_per_second" in row]
+    tokens = np.diff([0, *(row["tokens"] for row in lines)])
+    assert all(row["tokens_per_second"] > n / 3 for row, n in zip(lines[1:], tokens[1:], strict=True))
 
 
 def test_a_resumed_run_goes_on_counting(finished, small, tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from runs import ROOT, TRAINED, assert_same_run, finished, saved, settings, small, stage_config, started
 
-from lm import train
+from lm import runpage, train
 from lm.checkpoint import restore_params
 from lm.console import Interrupted
 from lm.workdir import load, read_json, read_metrics
@@ -23,7 +23,7 @@ __all__ = ["finished", "small"]
 
 
 def moments(stage: str) -> list[str]:
-    return ["batch 1", "batch 3", "saving"] if stage == "ppo" else ["batch 2", "batch 6", "saving"]
+    return [*(["batch 1", "batch 3"] if stage == "ppo" else ["batch 2", "batch 6"]), "saving", "evaluation"]
 
 
 def at_batch(monkeypatch, number: int, event) -> None:
@@ -36,7 +36,8 @@ def at_batch(monkeypatch, number: int, event) -> None:
 
 @pytest.mark.parametrize("stage, moment", [(stage, moment) for stage in TRAINED for moment in moments(stage)])
 def test_what_a_kill_leaves_continues_to_the_same_bits(finished, small, tmp_path, stage, moment):
-    """Before the first checkpoint, between two (the first still being written), and in the middle of the last save."""
+    """Before the first checkpoint, between two (the first still being written), in the middle of the last save, and in
+    the last evaluation."""
     killed = shutil.copytree(finished.parent / "snapshots" / stage / moment, tmp_path / stage)
     assert not (killed / "summary.json").exists()
     train.run(stage_config(finished, stage), killed)
@@ -55,6 +56,66 @@ def test_sigkill(finished, small, tmp_path, stage, moment):
     assert not (workdir / "summary.json").exists()
     train.run(stage_config(finished, stage), workdir)
     assert_same_run(workdir, finished / stage)
+
+
+def batches_learnt_from(monkeypatch) -> list[int]:
+    """The number of every batch that is asked for from now on."""
+    asked, fetched = [], train.fetched
+    monkeypatch.setattr(train, "fetched", lambda r, state, i: asked.append(i) or fetched(r, state, i))
+    return asked
+
+
+@pytest.mark.parametrize("stage, steps", [("pretrain", 8), ("ppo", 4)])
+def test_sigkill_in_the_last_evaluation_costs_no_step(finished, small, tmp_path, monkeypatch, stage, steps):
+    """All steps are saved when it begins; given again, the command makes up for the scores alone."""
+    config, workdir = f"--config={ROOT}/experiments/{stage}.py:tiny", tmp_path / stage
+    process = started("lm.train", config, f"--workdir={workdir}", *settings(finished, stage), moment="evaluation:1")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    last = read_metrics(workdir)[-1]
+    assert last["step"] == steps and "tokens_per_second" in last
+    asked = batches_learnt_from(monkeypatch)
+    train.run(stage_config(finished, stage), workdir)
+    assert asked == []
+    assert_same_run(workdir, finished / stage)
+
+
+@pytest.mark.parametrize("stage, every", [("sft", 4), ("ppo", 2)])
+def test_an_evaluation_on_the_way_is_made_up_for(finished, small, tmp_path, monkeypatch, stage, every):
+    """It falls on a saved step, and a kill falls into it: that step is not learnt again, its scores are the same."""
+
+    def config():
+        found = stage_config(finished, stage).unlock()
+        found.train.evaluate_every = every
+        return found
+
+    train.run(config(), tmp_path / "straight")
+    evaluated = train.held_out
+
+    def interrupted(r, evaluate, state):
+        if int(state.step):
+            shutil.copytree(tmp_path / "run", tmp_path / "killed")  # as it lies there when the evaluation begins
+            raise KeyboardInterrupt
+        return evaluated(r, evaluate, state)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "held_out", interrupted)
+        train.run(config(), tmp_path / "run")
+    asked = batches_learnt_from(monkeypatch)
+    train.run(config(), tmp_path / "killed")
+    assert asked == list(range(every, 2 * every))
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+
+
+def test_a_page_that_a_kill_took_is_made_up_for(finished, small, tmp_path, monkeypatch):
+    """Between the summary and the page; a second start leaves a page that is there alone."""
+    workdir, pages = shutil.copytree(finished / "sft", tmp_path / "sft"), []
+    monkeypatch.setattr(runpage, "write", lambda path: pages.append(path))
+    train.run(stage_config(finished, "sft"), workdir)
+    assert pages == []
+    (workdir / "report.html").unlink()
+    train.run(stage_config(finished, "sft"), workdir)
+    assert pages == [workdir]
 
 
 def test_sigkill_in_the_middle_of_an_update_of_ppo(finished, small, tmp_path):

@@ -186,10 +186,10 @@ def test_a_metric_that_nobody_logs_stops_the_sweep(file, tmp_path):
         swept(file, tmp_path / "t", "--grid", "fate=silent")
 
 
-def started(file: str, folder: Path, *flags: str) -> subprocess.Popen:
-    """The sweep in a process of its own, with the stand-in."""
+def started(file: str, folder: Path, *flags: str, patch: str = "") -> subprocess.Popen:
+    """The sweep in a process of its own, with the stand-in. patch: a statement to run before it."""
     code = (
-        "import sys; from lm import sweep; from lm.console import main; of = sweep.Goal.of\n"
+        f"import sys; from lm import sweep; from lm.console import main; of = sweep.Goal.of\n{patch}\n"
         "sweep.Goal.of = lambda *args: of(*args)._replace(module='tests.sweep_trial')\n"
         "sweep.POLL = 0.02; sweep.shares = lambda jobs: [{}] * (jobs or 1)\n"
         "main(sweep.program)"
@@ -335,8 +335,10 @@ def test_an_empty_sweep_and_none(file, tmp_path):
 
 def test_another_plan_and_a_foreign_folder_are_refused(file, tmp_path):
     swept(file, tmp_path / "s", "--grid", "rate=0.1")
-    with pytest.raises(UserError, match="the study s was begun with another trials: give another --workdir"):
+    with pytest.raises(UserError, match="the study s has 1 trials, and this command leaves out 1 of them: name these"):
         swept(file, tmp_path / "s", "--grid", "rate=0.2")
+    with pytest.raises(UserError, match="the study s was begun with another config: give another --workdir"):
+        swept(file, tmp_path / "s", "--grid", "rate=0.1", "--config.layers=3")
     with pytest.raises(UserError, match="is not a sweep's folder: it holds config.py"):
         swept(file, tmp_path, "--grid", "rate=0.1")
 

@@ -1,5 +1,6 @@
 """What one model makes of every task: greedy answers, samples, and the log-probability of what is right."""
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from lm.answers import answerer
 from lm.data.batches import every
 from lm.data.prompts import bucketed, padded
 from lm.data.rows import pad
+from lm.parts import Parts
 from lm.skills.scores import answered, edit_distance
 from lm.skills.tasks import TASKS, Item, examined, examples
 from lm.tokenizer import Example, Tokenizer
@@ -59,11 +61,13 @@ def scored(
     shots: int,
     seed: int,
     tell: Callable[[str, str], None],
+    parts: Parts,
 ) -> dict[str, dict[str, Any]]:
     """{task: {level: item by item what came of it}}; a level that does not fit the model's context is left out.
 
     exact: whether the greedy answer is right. edit: its edit distance over the characters of the target. logprob: nats
-    of the whole target. tokens: its length. correct: how many of `samples` answers, at temperature 1, are right.
+    of the whole target. tokens: its length. correct: how many of `samples` answers, at temperature 1, are right. parts:
+    keeps what is known of each level.
     """
     levels = [(name, level) for name in tasks for level in TASKS[name].levels]
     targets = [item.target for name, level in levels for item in examined(name, level, count=items, seed=seed)]
@@ -76,7 +80,8 @@ def scored(
         questions = asked(name, level, trained.tokenizer, room, items=items, shots=shots, seed=seed)
         if questions:
             key = jax.random.fold_in(jax.random.key(seed), number)
-            found.setdefault(name, {})[str(level)] = judged(programs, questions, samples, key)
+            score = functools.partial(judged, programs, questions, samples, key)
+            found.setdefault(name, {})[str(level)] = parts.once(f"{name}, level {level}", score)
     return found
 
 

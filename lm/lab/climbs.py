@@ -15,6 +15,7 @@ from lm.data import rankings as records
 from lm.data.corpus import held_out
 from lm.errors import UserError, at_least
 from lm.lab.curves import BEST_OF_N, PPO, Curve, best_of, best_of_n_kl, counts, deviation
+from lm.parts import Parts
 from lm.rewards import REWARDS, Reward
 from lm.rewards.model import ensemble
 from lm.unseen import Asked, answerer
@@ -73,25 +74,36 @@ class Lab:
         """Texts [N][P] of the start's answers and their gold scores f32[N,P]; kept in pool.jsonl."""
         path, lm = self.root / "pool.jsonl", self.start.params["lm"]
         if not path.exists():
-            lines = []
+
+            def drawn(i: int) -> dict[str, list]:
+                key = jax.random.fold_in(jax.random.fold_in(self._key, POOL), i)
+                texts = list(self._ask(lm, self._prompts, key).texts)
+                return {"texts": texts, "gold": self._gold(self.contexts, texts).tolist()}
+
+            lines, parts = [], Parts(path.with_suffix(".parts.jsonl"))
             with Progress("pool", self.samples, "answer") as progress:
                 for i in range(self.samples):
-                    key = jax.random.fold_in(jax.random.fold_in(self._key, POOL), i)
-                    texts = self._ask(lm, self._prompts, key).texts
-                    gold = self._gold(self.contexts, texts)
-                    lines.append(json.dumps({"texts": texts, "gold": gold.tolist()}, ensure_ascii=False) + "\n")
-                    progress.update(i + 1, {"gold": float(gold.mean())})
+                    row = parts.once(f"answer {i}", lambda: drawn(i))
+                    lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+                    progress.update(i + 1, {"gold": float(np.mean(row["gold"]))})
             write_text(path, "".join(lines))
+            parts.remove()
         rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
         return [row["texts"] for row in rows], np.array([row["gold"] for row in rows])
 
-    def measured(self, policy: Trained, proxy: Reward, station: int) -> dict[str, list[float]]:
+    def measured(self, policy: Trained, proxy: Reward, station: int, parts: Parts) -> dict[str, list[float]]:
         """KL, gold and proxy score of each prompt's answers by a policy, their means over the draws."""
-        found = []
-        for draw in range(self._draws):
+
+        def drawn(draw: int) -> dict[str, list]:
             key = jax.random.fold_in(jax.random.fold_in(self._key, station), draw)
             given = self._ask(policy.params["lm"], self._prompts, key)
-            found.append((given.kl, self._gold(self.contexts, given.texts), proxy(self.contexts, given.texts)))
+            return {"kl": given.kl.tolist(), "texts": list(given.texts)}
+
+        found = []
+        for draw in range(self._draws):
+            given = parts.once(f"draw {draw}", lambda: drawn(draw))
+            scores = [judge(self.contexts, given["texts"]) for judge in (self._gold, proxy)]
+            found.append((given["kl"], *scores))
         means = np.mean(np.array(found, np.float64), axis=0)
         return dict(zip(("kl", "gold", "proxy"), means.tolist()))
 
@@ -173,7 +185,9 @@ def ppo_curve(
             file = path / f"measured-{station}.json"
             if not file.exists():
                 policy = load(path, backend=jax.default_backend(), step=station, warn=warn)
-                write_text(file, json.dumps(lab.measured(policy, proxy, station)))
+                parts = Parts(file.with_suffix(".parts.jsonl"))
+                write_text(file, json.dumps(lab.measured(policy, proxy, station, parts)))
+                parts.remove()
             found.append(read_json(file))
             progress.update(i + 1, {name: float(np.mean(values)) for name, values in found[-1].items()})
     kl, said, claimed = (np.array([each[column] for each in found]) for column in ("kl", "gold", "proxy"))

@@ -74,7 +74,7 @@ class Running:
     def __init__(self, claim: Claim, source: Source, goal: Goal, root: Path, devices: Mapping[str, str]):
         self.claim, self._source, self._goal, self._root, self._devices = claim, source, goal, root, devices
         self._left, self._values, self._spent = list(claim.trial.seeds), [], 0.0
-        self._reported = -1
+        self._told = claim.told  # the last (step, value) that the study has been told
         self._next()
 
     def poll(self) -> bool:
@@ -83,20 +83,22 @@ class Running:
         Raises UserError if the run went well but did not log the metric: then no other trial will.
         """
         self.claim.beat()
+        if self.claim.hopeless:
+            return self._pruned()
         code = self._process.poll()
         if code is None:
             if self._hopeless():
+                self.claim.give_up()
                 self._stop()
-                self._over("pruned", self._latest(), None)
-                self.claim.pruned(self._latest(), self._spent)
-                return True
+                return self._pruned()
             return False
         if code:
             error = fault(self._log.read_text(errors="replace"), code)
             self._over("failed", None, error)
             self.claim.failed(error, self._spent)
             return True
-        self._hopeless()  # reports the last values; it is too late to prune
+        while self._hopeless():  # reports the last values; it is too late to prune
+            pass
         self._values.append(last_value(self.workdir, self._goal))
         self._over("complete", self._values[-1], None)
         if self._left:
@@ -107,14 +109,25 @@ class Running:
 
     def give_up(self) -> None:
         """Stops the process, which saves itself, and lets the trial wait for another worker."""
-        self._stop()
+        if not self.claim.hopeless:
+            self._stop()
         self.claim.released()
+
+    def _pruned(self) -> bool:
+        """Tells that the trial ended where the pruner gave it up, however far its process came before it stopped."""
+        _, value = self._told
+        self._over("pruned", value, None)
+        self.claim.pruned(value, self._spent)
+        return True
 
     def _next(self) -> None:
         self._seed = self._left.pop(0)
         name = f"{self.claim.trial.number:04}" + (f"-{self._seed}" if len(self.claim.trial.seeds) > 1 else "")
         self.workdir = self._root / TRIALS / name
         self._log = self._root / TRIALS / f"{name}.log"
+        self._started = time.monotonic()
+        if self.claim.hopeless:
+            return
         wait_for(self.workdir)
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -124,24 +137,17 @@ class Running:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self._devices},
             )
-        self._started = time.monotonic()
-
-    def _rows(self) -> list[dict[str, Any]]:
-        return rows_of(self.workdir, self._goal)
 
     def _hopeless(self) -> bool:
         """Reports what the first seed has newly logged to the study; whether its pruner gives the trial up."""
         if self._values:
             return False
-        new = [row for row in self._rows() if self._goal.watched in row and row["step"] > self._reported]
-        for row in new:
-            self._reported = row["step"]
-            if self.claim.report(row["step"], row[self._goal.watched]):
-                return True
+        for row in rows_of(self.workdir, self._goal):
+            if self._goal.watched in row and (self._told is None or row["step"] > self._told[0]):
+                self._told = row["step"], row[self._goal.watched]
+                if self.claim.report(*self._told):
+                    return True
         return False
-
-    def _latest(self) -> float:
-        return [row[self._goal.watched] for row in self._rows() if self._goal.watched in row][-1]
 
     def _stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)

@@ -9,7 +9,9 @@ of them with `axis`, `product`, `zipped` and +:
 
 import functools
 import itertools
+import json
 import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -118,6 +120,31 @@ def drawn(trial: optuna.Trial, space: Mapping[str, BaseDistribution]) -> dict[st
             suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
             texts[key] = repr(suggest(key, distribution.low, distribution.high, log=distribution.log))
     return texts
+
+
+def value_of(distribution: BaseDistribution, text: str) -> Any:
+    """The value whose text `drawn` gives."""
+    if isinstance(distribution, CategoricalDistribution):
+        return text
+    return int(text) if isinstance(distribution, IntDistribution) else float(text)
+
+
+def extended(old: Sequence[Trial], trials: Sequence[Trial]) -> tuple[list[Trial], int]:
+    """The old trials and then those of `trials` that are not among them, numbered on; how many old ones are not among
+    `trials`. Trials are the same if overrides and seeds are."""
+    left = Counter(map(_content, old))
+    new = []
+    for trial in trials:
+        if left[_content(trial)]:
+            left[_content(trial)] -= 1
+        else:
+            new.append(trial)
+    numbered = [trial._replace(number=len(old) + i) for i, trial in enumerate(new)]
+    return [*old, *numbered], left.total()
+
+
+def _content(trial: Trial) -> str:
+    return json.dumps([trial.overrides, list(trial.seeds)], sort_keys=True)
 
 
 def typed(source: Source, overrides: Mapping[str, str]) -> dict[str, Any]:

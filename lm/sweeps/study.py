@@ -1,7 +1,9 @@
 """The study: what a sweep plans, who has taken what, what came of it; in a database that any number of machines share.
 
 A trial waits until a worker claims it, runs, and is complete, pruned or failed. A worker that dies loses its claim: its
-trial waits again, under the same number and with the same overrides, and goes on in its folder.
+trial waits again, under the same number and with the same overrides, and goes on in its folder. However often that
+happens, what the study holds of it in the end (parameters, intermediate values, state, value) is what it would hold of
+an undisturbed trial, so samplers and pruners learn the same.
 """
 
 import fcntl
@@ -11,7 +13,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +25,13 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, ProgrammingError, SQLAlchemyError
 
 from lm.errors import UserError
-from lm.sweeps.space import Trial, drawn
+from lm.sweeps.space import Trial, drawn, extended, value_of
 from lm.workdir import free
 
 NUMBER, SEEDS, OVERRIDES, ERROR, SECONDS, WORKER = "number", "seeds", "overrides", "error", "seconds", "worker"
+HOPELESS = "hopeless"  # of a trial: its pruner has given it up, though its process may still be saving itself
 PLAN, READY = "plan", "ready"  # of the study: what is tried; whether all trials have been entered
+TRIALS = "trials"  # of the plan: [number, overrides, seeds] of each
 BEAT, GRACE = 15, 120  # seconds between two signs of life; after which a worker elsewhere counts as dead
 POLL = 0.2  # seconds between two looks for what another worker does first
 STATES = {
@@ -85,63 +89,99 @@ class Study:
         self._storage.remove_session()
 
     def enter(self, plan: Mapping[str, Any], trials: Sequence[Trial]) -> None:
-        """Enters the trials, once for all workers: the first does, the others wait, and do it if that one has died.
+        """Enters the trials that are not there yet. The first worker begins, the others wait, and do it if that one has
+        died.
 
-        UserError if the study has another plan.
+        UserError if the study has another plan, or trials that are not among these.
         """
-        text, waited = json.dumps(plan, sort_keys=True), 0.0
+        plan, waited = json.loads(json.dumps(plan)), 0.0
         while not self._first and READY not in self._study.user_attrs and waited < GRACE:
             time.sleep(POLL)
             waited += POLL
         with self._alone():
             attributes = self._study.user_attrs
-            if PLAN in attributes and attributes[PLAN] != text:
-                old = json.loads(attributes[PLAN])
-                keys = [key for key in {**old, **plan} if key not in old or key not in plan or old[key] != plan[key]]
-                raise UserError(
-                    f"the study {self._study.study_name} was begun with another {', '.join(sorted(keys))}: "
-                    "give another --workdir, or --study=NAME"
-                )
-            if READY in attributes:
-                return
-            self._study.set_user_attr(PLAN, text)
+            begun = json.loads(attributes[PLAN]) if PLAN in attributes else {**plan, TRIALS: []}
+            trials = self._agreed(begun, plan, trials)
+            text = json.dumps({**plan, TRIALS: [[t.number, t.overrides, list(t.seeds)] for t in trials]})
+            if PLAN not in attributes:
+                self._study.set_user_attr(PLAN, text)  # first, so that whoever comes now has something to agree with
             entered = {trial.number for trial in self.told()}
             for trial in trials:
                 if trial.number not in entered:
                     self._study.enqueue_trial({}, user_attrs=_attributes(trial))
-            self._study.set_user_attr(READY, True)
+            if begun[TRIALS] and len(trials) > len(begun[TRIALS]):
+                self._study.set_user_attr(PLAN, text)  # last: after a kill before it, the same command adds the rest
+            if READY not in attributes:
+                self._study.set_user_attr(READY, True)
+
+    def _agreed(self, begun: Mapping[str, Any], plan: Mapping[str, Any], trials: Sequence[Trial]) -> list[Trial]:
+        """The trials of the plan that the study was begun with, and those that are new in `trials`."""
+        name, keys = self._study.study_name, {**begun, **plan}.keys() - {TRIALS}
+        other = [key for key in keys if key not in begun or key not in plan or begun[key] != plan[key]]
+        if other:
+            raise UserError(
+                f"the study {name} was begun with another {', '.join(sorted(other))}: "
+                "give another --workdir, or --study=NAME"
+            )
+        old = [Trial(number, overrides, tuple(seeds)) for number, overrides, seeds in begun[TRIALS]]
+        both, lost = extended(old, trials)
+        if lost:
+            raise UserError(
+                f"the study {name} has {len(old)} trials, and this command leaves out {lost} of them: name these too "
+                "(it may add more), give another --workdir, or --study=NAME"
+            )
+        return both
 
     def claim(self, space: Mapping[str, BaseDistribution]) -> "Claim | None":
         """A waiting trial that is now this worker's, its overrides chosen; None if none waits."""
         with self._alone():
             self._bury()
-            for waiting in self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                # Another machine may have been quicker: the database says so.
-                if not self._storage.set_trial_state_values(self._id(waiting), state=TrialState.RUNNING):
-                    continue
-                number = waiting.user_attrs[NUMBER]
-                self._study.sampler = SAMPLERS[self._sampler](self._seed + number)
-                trial = optuna.Trial(self._study, self._id(waiting))
-                trial.set_user_attr(WORKER, self.worker)
-                if OVERRIDES not in waiting.user_attrs:
-                    trial.set_user_attr(OVERRIDES, drawn(trial, space))
-                self._storage.record_heartbeat(self._id(waiting))
-                attributes = trial.user_attrs
-                return Claim(
-                    Trial(number, attributes[OVERRIDES], tuple(attributes[SEEDS])), trial, self._id(waiting), self
-                )
+            trials = current(self._study.get_trials(deepcopy=False))
+            for number in sorted(n for n, trial in trials.items() if trial.state == TrialState.WAITING):
+                trial_id = self._id(trials[number])
+                self._storage.record_heartbeat(trial_id)  # so that others find a claim that a kill cuts short
+                if self._is_taken(trial_id):
+                    return self._claimed(trials[number], trial_id, space)
         return None
+
+    def _is_taken(self, trial_id: int) -> bool:
+        """Sets a waiting trial running; False where another machine was quicker: the database says so."""
+        try:
+            return self._storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+
+    def _claimed(self, found: FrozenTrial, trial_id: int, space: Mapping[str, BaseDistribution]) -> "Claim":
+        attributes = found.user_attrs
+        if OVERRIDES in attributes:  # chosen before: samplers learn from parameters, which a copy of a trial lacks
+            for key in space.keys() - found.params.keys():
+                internal = space[key].to_internal_repr(value_of(space[key], attributes[OVERRIDES][key]))
+                self._storage.set_trial_param(trial_id, key, internal, space[key])
+        # Loaded anew: outside of Study.ask a sampler knows for good only the trials that it read first.
+        study = optuna.load_study(
+            study_name=self._study.study_name,
+            storage=self._storage,
+            sampler=SAMPLERS[self._sampler](self._seed + attributes[NUMBER]),
+            pruner=self._study.pruner,
+        )
+        study.get_trials(deepcopy=False)  # its cache must know the trial before it is written to
+        trial = optuna.Trial(study, trial_id)
+        trial.set_user_attr(WORKER, self.worker)
+        if OVERRIDES not in attributes:
+            trial.set_user_attr(OVERRIDES, drawn(trial, space))
+        chosen = Trial(attributes[NUMBER], trial.user_attrs[OVERRIDES], tuple(attributes[SEEDS]))
+        told = max(found.intermediate_values.items(), default=None)
+        return Claim(chosen, trial, trial_id, self, told, HOPELESS in attributes)
 
     def told(self) -> list[Told]:
         """Every trial as it stands, by number."""
-        newest = {trial.user_attrs[NUMBER]: trial for trial in self._study.get_trials(deepcopy=False)}
-        return [_told(newest[number]) for number in sorted(newest)]
+        trials = current(self._study.get_trials(deepcopy=False))
+        return [_told(trials[number]) for number in sorted(trials)]
 
     def retry_failed(self) -> None:
         """Lets every failed trial wait again."""
         with self._alone():
-            newest = {trial.user_attrs[NUMBER]: trial for trial in self._study.get_trials(deepcopy=False)}
-            for trial in newest.values():
+            for trial in current(self._study.get_trials(deepcopy=False)).values():
                 if trial.state == TrialState.FAIL:
                     _waits_again(self._study, trial)
 
@@ -158,9 +198,13 @@ class Study:
             place.unlink(missing_ok=True)
 
     def release(self, trial_id: int) -> None:
-        """Lets a running trial wait again."""
-        if self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL):
-            _waits_again(self._study, self._storage.get_trial(trial_id))
+        """Lets a running trial wait again, with all that the study was told of it."""
+        trial = self._storage.get_trial(trial_id)
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it is over, or another machine took us for dead
+            if OVERRIDES in trial.user_attrs or not trial.params:
+                self._storage.set_trial_state_values(trial_id, state=TrialState.WAITING)
+            elif self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL):
+                _waits_again(self._study, trial)  # a kill came between two of its draws: all of them are made again
 
     def beat(self, trial_id: int) -> None:
         self._storage.record_heartbeat(trial_id)
@@ -190,11 +234,17 @@ class Claim(NamedTuple):
     optuna: optuna.Trial
     id: int
     study: Study
+    told: tuple[int, float] | None  # the last intermediate value that an earlier worker reported, with its step
+    hopeless: bool  # the pruner gave it up before, and its worker died before it had stopped the run
 
     def report(self, step: int, value: float) -> bool:
         """Notes an intermediate value; whether the pruner calls the trial hopeless."""
         self.optuna.report(value, step)
         return self.optuna.should_prune()
+
+    def give_up(self) -> None:
+        """Notes what the pruner said: it will not say so again of the same values."""
+        self.optuna.set_user_attr(HOPELESS, True)
 
     def beat(self) -> None:
         self.study.beat(self.id)
@@ -262,8 +312,41 @@ def _attributes(trial: Trial) -> dict[str, Any]:
 
 
 def _waits_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Enters a trial that failed once more: what failed stays as it is."""
     kept = {key: trial.user_attrs[key] for key in (NUMBER, SEEDS, OVERRIDES) if key in trial.user_attrs}
-    study.enqueue_trial(trial.params, user_attrs=kept)
+    study.enqueue_trial({}, user_attrs=kept)
+
+
+def current(trials: Sequence[FrozenTrial]) -> dict[int, FrozenTrial]:
+    """The trial of each number that counts: the first that has not failed, else the last. So neither does a failure
+    count that was tried again, nor what two machines have entered at the same moment."""
+    found: dict[int, FrozenTrial] = {}
+    for trial in trials:
+        number = trial.user_attrs[NUMBER]
+        if number not in found or found[number].state == TrialState.FAIL:
+            found[number] = trial
+    return found
+
+
+class Current:
+    """A study as a pruner sees it: without the trials that do not count."""
+
+    def __init__(self, study: optuna.Study):
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, deepcopy: bool = True, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
+        trials = current(self._study.get_trials(deepcopy=deepcopy)).values()
+        return [trial for trial in trials if states is None or trial.state in states]
+
+
+class SuccessiveHalving(optuna.pruners.SuccessiveHalvingPruner):
+    """Optuna's, which compares with failed trials too, but without those that were tried again."""
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        return super().prune(Current(study), trial)
 
 
 def _told(trial: FrozenTrial) -> Told:
@@ -295,6 +378,6 @@ SAMPLERS = {
 # al. 2017). Before, a warm-up says little of what comes.
 PRUNERS = {
     "none": lambda steps: optuna.pruners.NopPruner(),
-    "asha": lambda steps: optuna.pruners.SuccessiveHalvingPruner(min_resource=max(steps // 16, 1)),
+    "asha": lambda steps: SuccessiveHalving(min_resource=max(steps // 16, 1)),
     "median": lambda steps: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=steps // 4),
 }
