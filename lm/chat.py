@@ -254,7 +254,7 @@ def converse(chat: Chat) -> None:
     """Reads lines and answers them until /exit or the end of the input."""
     while True:
         try:
-            line = input("\nyou> ").strip()
+            line = input("\nyou> ").removeprefix("\ufeff").strip()  # a piped file may begin with a byte order mark
         except (EOFError, KeyboardInterrupt):
             print()
             return

@@ -35,6 +35,7 @@ from lm.ranking.results import votes
 from lm.rewards import REWARDS, Reward
 from lm.rewards.judge import RUBRIC, Choice, Judge, by_endpoint, by_model, consistency, position_bias, questions, wins
 from lm.stages import JUDGES
+from lm.textfiles import text_of
 from lm.verdicts import ranks
 from lm.workdir import load, write_text
 
@@ -83,7 +84,7 @@ def rater(judge: str, model: str | None, rubric: str | None) -> tuple[str, Opini
 def read_rubric(path: Path) -> str:
     """The text of a file that a user names."""
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        text = text_of(path).strip()
     except OSError as error:
         raise UserError(f"no rubric at {path} ({error.strerror}): write one, or leave --rubric out") from error
     except UnicodeDecodeError as error:

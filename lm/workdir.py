@@ -19,6 +19,7 @@ from lm.model import Config, Model, lora, make
 from lm.rewards import Reward
 from lm.rewards.model import reward_model
 from lm.stages.ranked import ONE_AXIS, in_order
+from lm.textfiles import text_of
 from lm.tokenizer import Tokenizer, load as load_tokenizer
 from lm.types import Params
 
@@ -204,7 +205,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     file = Path(path) / METRICS if Path(path).is_dir() else Path(path)
     if not file.exists():
         return []
-    lines = file.read_text().split("\n")
+    lines = file.read_bytes().split(b"\n")  # bytes: a kill may tear a character
     lines.pop()  # empty, or torn: a whole row ends in a newline
     try:
         return [json.loads(line) for line in lines]
@@ -220,7 +221,7 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 def read_json(path: Path) -> Any:
     """What a JSON file holds that must be there."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(text_of(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the folder of a run") from error
     except ValueError as error:

@@ -18,7 +18,7 @@ from lm.lab.curves import BEST_OF_N, PPO, Curve, best_of, best_of_n_kl, counts, 
 from lm.rewards import REWARDS, Reward
 from lm.rewards.model import ensemble
 from lm.unseen import Asked, answerer
-from lm.workdir import Trained, load, load_reward, read_json, write_text
+from lm.workdir import Trained, load, load_reward, read_json, read_metrics, write_text
 
 POOL = 2**30 + 3  # role folded into the key, beside those of lm.stages.rollouts and lm.contest
 
@@ -82,7 +82,7 @@ class Lab:
                     lines.append(json.dumps({"texts": texts, "gold": gold.tolist()}, ensure_ascii=False) + "\n")
                     progress.update(i + 1, {"gold": float(gold.mean())})
             write_text(path, "".join(lines))
-        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        rows = read_metrics(path)
         return [row["texts"] for row in rows], np.array([row["gold"] for row in rows])
 
     def measured(self, policy: Trained, proxy: Reward, station: int) -> dict[str, list[float]]:
@@ -108,7 +108,7 @@ def pool(lab: Lab, config: ConfigDict) -> tuple[np.ndarray, dict[int, np.ndarray
             proxy = reward_of(proxy_path(lab.root, size, member))
             write_text(path, json.dumps(proxy(contexts, flat).tolist()))
             say(f"pool: {len(flat):,} answers scored by proxy {member} from {size:,} verdicts")
-        scores = np.array(json.loads(path.read_text())).reshape(len(texts), -1).T
+        scores = np.array(read_json(path)).reshape(len(texts), -1).T
         proxies.setdefault(size, []).append(scores)
     return gold.T, {size: np.array(scores) for size, scores in proxies.items()}
 

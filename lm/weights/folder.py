@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from lm.errors import UserError
 from lm.model.config import Config
+from lm.textfiles import text_of
 from lm.types import Params
 from lm.weights import names, shapes, tensors
 
@@ -135,7 +136,7 @@ def _reader(opened, name: str, file: Path) -> Callable[[], np.ndarray]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(text_of(path))
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}): give the folder of a model from Hugging Face"
