@@ -5,6 +5,7 @@ All must share ids.
 
 import dataclasses
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import jax
@@ -38,6 +39,20 @@ def agreed_tokenizer(path: str, start) -> Tokenizer:
             f"{start.path} was trained with tokenizer and template {start.tokenizer.fingerprint[:8]}, but "
             f"config.tokenizer {path} is {tokenizer.fingerprint[:8]}: leave config.tokenizer empty"
         )
+    return tokenizer
+
+
+def dated(tokenizer: Tokenizer, workdir: Workdir) -> Tokenizer:
+    """The tokenizer as this run has it from its first start on, kept in the workdir.
+
+    A template that tells the date tells one for all starts of a run, or its ids would change overnight: the date that
+    came with the tokenizer, from the run or the converted model that this one starts from, else that of the first
+    start. Whatever loads the run gets that date with it; lm.chat alone, which talks to somebody now, tells today's.
+    """
+    if tokenizer.shows_date:
+        kept = load_tokenizer(workdir.tokenizer).date if workdir.tokenizer.exists() else ""
+        tokenizer = tokenizer.dated(kept or tokenizer.date or date.today().isoformat())
+    tokenizer.save(workdir.tokenizer)
     return tokenizer
 
 

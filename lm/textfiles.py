@@ -1,8 +1,8 @@
 """Text files as editors write them: the one reader for every program that reads what a user names.
 
-UTF-8, with or without a byte order mark; a line ends with \\n or \\r\\n, the last one may lack its end. Nothing else ends
-a line: U+2028, U+0085 or a form feed may stand inside a text, and so inside a JSON string (str.splitlines would cut
-there). Callers word the OSError and the UnicodeDecodeError: they know what the file is for.
+UTF-8, with or without a byte order mark; a line ends with \\n or \\r\\n, the last one may lack its end. Nothing else
+ends a line: U+2028, U+0085 or a form feed may stand inside a text, and so inside a JSON string (str.splitlines would
+cut there). Callers word the OSError and the UnicodeDecodeError: they know what the file is for.
 """
 
 import codecs

@@ -29,7 +29,7 @@ from lm.console import Interrupted, Progress, Writers, main, say, table, warn
 from lm.data.batches import stop_unless_cut
 from lm.errors import UserError, at_least
 from lm.host import ALONE, Host
-from lm.inherited import agreed_shape, agreed_tokenizer, base_of, reward_from, teacher_from
+from lm.inherited import agreed_shape, agreed_tokenizer, base_of, dated, reward_from, teacher_from
 from lm.log import Log
 from lm.model import Config, Model, lora, make
 from lm.model.params import count, flops_per_token, specs
@@ -141,8 +141,7 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     start = host.once(
         config.init_from, lambda: load(config.init_from, backend=backend, warn=warn) if config.init_from else None
     )
-    tokenizer = agreed_tokenizer(config.tokenizer, start)
-    tokenizer.save(workdir.tokenizer)
+    tokenizer = dated(agreed_tokenizer(config.tokenizer, start), workdir)
     shape = agreed_shape(config, tokenizer, start)
     model = make(shape.on(backend))
 
