@@ -117,7 +117,12 @@ def split(items: Sequence[Named], fraction: float) -> tuple[list[Named], list[Na
         sides[held_out(item.name, fraction)].append(item)
     for side, name, way in zip(sides, ("left to train on", "held out"), ("lower", "raise")):
         if not side:
-            raise UserError(f"of {len(items)} documents none is {name} at {fraction:g}: {way} the fraction or add some")
+            names = {item.name for item in items}
+            if len(names) == 1 and 0 < fraction < 1:
+                way = f"all have the name {min(names)!r}, which falls on one side: give them names, or add others"
+            else:
+                way = f"{way} the fraction or add some"
+            raise UserError(f"of {len(items)} documents none is {name} at {fraction:g}: {way}")
     return sides
 
 
