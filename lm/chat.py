@@ -35,7 +35,7 @@ from lm.speculative import Pair, check as check_pair
 from lm.stages import JUDGES
 from lm.streams import speculative_streamer, streamer
 from lm.tokenizer import Message, Tokenizer, prompt
-from lm.workdir import CHECKPOINTS, CONFIG, PIPELINE, Trained, load, read_json, same_tokenizer
+from lm.workdir import CHECKPOINTS, CONFIG, PIPELINE, Trained, load_policy, read_json, same_tokenizer
 
 NEW_TOKENS = 128  # the longest answer, unless the flag says otherwise or the context leaves less
 FLAGS = {
@@ -282,10 +282,7 @@ def note(text: str) -> None:
 
 def policy(workdir: str) -> Trained:
     """What speaks in a workdir, or in a pipeline's folder. UserError for a reward model."""
-    trained = load(policy_folder(Path(workdir)), backend=jax.default_backend(), warn=warn)
-    if trained.stage in JUDGES:
-        raise UserError(f"{workdir} is a reward model, which scores answers and writes none: name a policy")
-    return trained
+    return load_policy(policy_folder(Path(workdir)), backend=jax.default_backend(), warn=warn)
 
 
 def program(argv: list[str]) -> None:

@@ -29,7 +29,7 @@ from lm.stages import sft
 from lm.stages.next_token import next_token
 from lm.tokenizer import prompt
 from lm.types import Tokens
-from lm.workdir import Trained, Workdir, load, open_workdir, write_text
+from lm.workdir import Trained, Workdir, load_policy, open_workdir, write_text
 
 ANSWERS = "answers.jsonl"
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the scores and answers go")}
@@ -43,7 +43,7 @@ def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
         if summary is None:
             record.note(workdir.path, seed=config.seed)
             trained = {
-                name: load(source, backend=jax.default_backend(), warn=warn)
+                name: load_policy(source, backend=jax.default_backend(), warn=warn, name=f"models.{name} ")
                 for name, source in config.models.to_dict().items()
             }
             summary = call(evaluate, config.evaluate, workdir, trained, config.seed, name="evaluate")
@@ -85,6 +85,8 @@ def evaluate(
     at_least(
         1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once
     )
+    for name, trained in models.items():
+        stop_unless_room(name, trained, length=length, prompt_length=prompt_length, max_new=max_new)
     start = time.monotonic()
     _, text = corpora.split(corpora.documents(corpus), held_out)
     text = corpora.within(text, held_out_bytes)
@@ -117,6 +119,16 @@ def evaluate(
         "comparisons": [compared(a, b, scores) for a, b in zip(names[1:], names)],
         "seconds": time.monotonic() - start,
     }
+
+
+def stop_unless_room(name: str, trained: Trained, *, length: int, prompt_length: int, max_new: int) -> None:
+    """UserError for rows, or prompts and answers, that are longer than a model's context."""
+    for what, tokens in (("length", length), ("prompt_length and max_new together", prompt_length + max_new)):
+        if tokens > trained.model.config.context:
+            raise UserError(
+                f"evaluate.{what} is {tokens}, but the context of {name} ({trained.path}) is "
+                f"{trained.model.config.context}: lower it, as all models are measured on the same rows"
+            )
 
 
 def nats_of(trained: Trained, rows: Tokens, rows_at_once: int) -> means.Mean:

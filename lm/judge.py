@@ -33,7 +33,18 @@ from lm.errors import UserError
 from lm.intervals import Estimate
 from lm.ranking.results import votes
 from lm.rewards import REWARDS, Reward
-from lm.rewards.judge import RUBRIC, Choice, Judge, by_endpoint, by_model, consistency, position_bias, questions, wins
+from lm.rewards.judge import (
+    RUBRIC,
+    TOO_LONG,
+    Choice,
+    Judge,
+    by_endpoint,
+    by_model,
+    consistency,
+    position_bias,
+    questions,
+    wins,
+)
 from lm.stages import JUDGES
 from lm.textfiles import text_of
 from lm.verdicts import ranks
@@ -175,8 +186,9 @@ def show(name: str, rankings: Sequence[Ranking], choices: Sequence[Choice]) -> N
     if choices:
         rows += [
             ["items skipped for nonsense", len(own) - len(ranked)],
-            ["answers that were nonsense", len(nonsense)],
-            ["questions cut to the context", sum(choice.cut for choice in choices)],
+            ["answers that were nonsense", len(nonsense) - nonsense.count(TOO_LONG)],
+            ["questions cut to the context", sum(choice.cut and choice.said != TOO_LONG for choice in choices)],
+            ["questions whose answers do not fit it", nonsense.count(TOO_LONG)],
             ["first answer chosen (0.5: no position bias)", shown(position_bias(choices))],
             ["both orders agree", shown(consistency(choices))],
         ]

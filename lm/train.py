@@ -29,7 +29,7 @@ from lm.console import Interrupted, Progress, Writers, main, say, table, warn
 from lm.data.batches import stop_unless_cut
 from lm.errors import UserError, at_least
 from lm.host import ALONE, Host
-from lm.inherited import agreed_shape, agreed_tokenizer, base_of, dated, reward_from, teacher_from
+from lm.inherited import agreed_shape, agreed_tokenizer, base_of, dated, inherited_params, reward_from, teacher_from
 from lm.log import Log
 from lm.model import Config, Model, lora, make
 from lm.model.params import count, flops_per_token, specs
@@ -151,8 +151,9 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     build = functools.partial(built, config, model, teachers)
     build(host.scalars)  # what it refuses is told before the data are read
 
-    def lent(paths, pessimism):
-        return host.once((paths, pessimism), lambda: reward_from(paths, tokenizer, pessimism, jit=host.jit))
+    def lent(paths, pessimism, longest):
+        made = lambda: reward_from(paths, tokenizer, pessimism, longest=longest, jit=host.jit)
+        return host.once((paths, pessimism, longest), made)
 
     context = Context(model, tokenizer, config.seed, host.jit, lent, phases if host.timed else nullcontext)
     data = json.dumps([config.seed, to_dict(config.data)])
@@ -162,7 +163,7 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
         stop_unless_cut(config.data.ramp, config.stage.microbatches)
 
     mesh = call(host.mesh or make_mesh, config.mesh, name="mesh")
-    params, base = dict(start.params) if start else {}, {}
+    params, base = inherited_params(start, config), {}
     if shape.lora_rank:
         base = base_of(shape, params.pop("lm"), workdir, host.turn)
     state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)
