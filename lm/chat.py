@@ -5,7 +5,8 @@
     python -m lm.chat --workdir=runs/large --draft=runs/small --ahead=4
 
 The workdir is a stage's own, or a pipeline's folder, whose last policy then speaks. A model that was only pretrained
-continues the text it is given. /reset starts over, /exit or ctrl-D leaves, ctrl-C cuts an answer short.
+continues the text it is given. A chat template that tells the date tells that on which the chat began, not the one it
+was trained with. /reset starts over, /exit or ctrl-D leaves, ctrl-C cuts an answer short.
 
 --draft names a smaller model with the same tokenizer that proposes tokens, which the large one judges several at a time
 (see lm.speculative): answers are distributed as without it, and come faster where it guesses well.
@@ -15,6 +16,7 @@ import readline  # noqa: F401  gives input() its line editing and history
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import jax
@@ -33,7 +35,7 @@ from lm.speculative import Pair, check as check_pair
 from lm.stages import JUDGES
 from lm.streams import speculative_streamer, streamer
 from lm.tokenizer import Message, Tokenizer, prompt
-from lm.workdir import CHECKPOINTS, CONFIG, PIPELINE, Trained, load, read_json, same_tokenizer
+from lm.workdir import CHECKPOINTS, CONFIG, PIPELINE, Trained, load_policy, read_json, same_tokenizer
 
 NEW_TOKENS = 128  # the longest answer, unless the flag says otherwise or the context leaves less
 FLAGS = {
@@ -127,7 +129,8 @@ class Chat:
             raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
         if max_new is not None and max_new >= self._context:
             raise UserError(f"max_new_tokens is {max_new}, but prompt and answer share {self._context}: lower it")
-        self._trained = trained
+        now = datetime.now().isoformat(timespec="minutes")  # for a template that tells the date
+        self._trained = trained._replace(tokenizer=trained.tokenizer.dated(now))
         self._check(1, 1 if max_new is None else max_new)
         self._note, self._seed, self._max_new, self._stop = note, seed, max_new, tuple(stop)
         self._lm = jax.device_put(trained.params["lm"])
@@ -254,7 +257,7 @@ def converse(chat: Chat) -> None:
     """Reads lines and answers them until /exit or the end of the input."""
     while True:
         try:
-            line = input("\nyou> ").strip()
+            line = input("\nyou> ").removeprefix("\ufeff").strip()  # a piped file may begin with a byte order mark
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -279,10 +282,7 @@ def note(text: str) -> None:
 
 def policy(workdir: str) -> Trained:
     """What speaks in a workdir, or in a pipeline's folder. UserError for a reward model."""
-    trained = load(policy_folder(Path(workdir)), backend=jax.default_backend(), warn=warn)
-    if trained.stage in JUDGES:
-        raise UserError(f"{workdir} is a reward model, which scores answers and writes none: name a policy")
-    return trained
+    return load_policy(policy_folder(Path(workdir)), backend=jax.default_backend(), warn=warn)
 
 
 def program(argv: list[str]) -> None:

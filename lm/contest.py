@@ -33,19 +33,21 @@ from lm.intervals import crossed
 from lm.options import Called, setting
 from lm.pages import COLOURS, INK, interval, signed, svg, templates
 from lm.parts import Parts
-from lm.rewards import REWARDS, Reward
+from lm.rewards import REWARDS
+from lm.rewards.model import row_length
 from lm.rewards.rule import RULE
 from lm.stages import JUDGES, STAGES
 from lm.subtrees import subtrees
 from lm.tokenizer import Tokenizer
 from lm.unseen import Asked, answerer, asked, per_conversation
-from lm.workdir import Trained, load, open_workdir, read_json, read_metrics, write_text
+from lm.workdir import Trained, load, load_policy, open_workdir, read_json, read_metrics, write_text
 
 PAGE = "contest.html"
 START = "start"  # the name of the model that all methods start from, among theirs
 VERDICTS = "verdicts"  # the folder of the rankings that stages without rollouts learn from
 ROLLOUTS, RANKINGS = "rollouts", "rankings"  # the option of a stage's batches that tells what it learns from
 ONE_OF_A_GROUP = {"best_of_n"}  # stages that learn from one answer of each group that they sample
+SIZES = ("prompt_length", "max_new")  # options of what asks a policy
 ANSWER = 2**30 + 2  # role folded into the key of a seed, beside those of lm.stages.rollouts
 SHOWN = 6  # prompts whose answers the page shows
 ENTRIES = ("init_from", "reward_model", "rollouts", "seeds", "methods", VERDICTS, "prompts", "evaluate")
@@ -74,11 +76,10 @@ def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     require(config, ENTRIES, "lm.contest")
     entries, started = checked(config), time.monotonic()
     with open_workdir(path, to_dict(config), harmless=("seeds", "methods")) as workdir:
-        start = load(config.init_from, backend=jax.default_backend(), warn=warn)
-        proxy = reward_from(config.reward_model, start.tokenizer, 0.0)
+        start = load_policy(config.init_from, backend=jax.default_backend(), warn=warn)
         questions = call(functions(config)["prompts"].function, config.prompts, start.tokenizer, name="prompts")
-        examine = functions(config)["evaluate"].function
-        answers = call(examine, config.evaluate, start, questions, proxy, name="evaluate")
+        given = start, questions, config.reward_model, longest_row(config, entries)
+        answers = call(functions(config)["evaluate"].function, config.evaluate, *given, name="evaluate")
         for seed, (name, entry) in itertools.product(config.seeds, entries.items()):
             say(f"\n{name}, seed {seed}: {workdir.path / name / str(seed)}")
             learnt(config, entry, seed, workdir.path, name)
@@ -196,18 +197,39 @@ def budget(config: ConfigDict, entry: Entry, seed: int, root: Path, name: str, t
     }
 
 
+def longest_row(config: ConfigDict, entries: Mapping[str, Entry]) -> int:
+    """Tokens of the longest prompt and answer that any method has the reward model read."""
+
+    def tokens(function: Callable, given: ConfigDict) -> int:
+        known = inspect.signature(function).parameters
+        return row_length(*(given[name] if name in given else known[name].default for name in SIZES))
+
+    return max(
+        tokens(verdicts.rank, config[VERDICTS].rank)
+        if entry.learns_from == RANKINGS
+        else tokens(STAGES[entry.config.stage.name].batches, entry.config.data)
+        for entry in entries.values()
+    )
+
+
 def examined(
     start: Trained,
     questions: Asked,
-    proxy: Reward,
+    reward_model: str,
+    longest: int,
     *,
     rater: str = "rule",
     max_new: int = 32,
     temperature: float = 1.0,
     rows_at_once: int = 128,
 ) -> Callable[[Path, int], Sequence[Mapping[str, Any]]]:
-    """(workdir, seed) -> what its policy (or the start) answers, a record of each prompt, as answers.jsonl keeps it."""
+    """(workdir, seed) -> what its policy (or the start) answers, a record of each prompt, as answers.jsonl keeps it.
+
+    longest: tokens that the reward model must read, here and in the runs of all methods.
+    """
     ask = answerer(start, max_new=max_new, temperature=temperature, rows_at_once=rows_at_once)
+    longest = max(longest, row_length(questions.prompts.ids.shape[1], max_new))
+    proxy = reward_from(reward_model, start.tokenizer, 0.0, longest=longest)
 
     def answers(path: Path, seed: int) -> Sequence[Mapping[str, Any]]:
         file = path / ANSWERS

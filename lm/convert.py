@@ -18,6 +18,7 @@ from lm.checkpoint import Checkpoints
 from lm.config import parsed
 from lm.console import Progress, main, say, warn
 from lm.errors import UserError
+from lm.inherited import dated
 from lm.model.config import Config
 from lm.model.params import count, specs
 from lm.tokenizer import Tokenizer
@@ -92,7 +93,7 @@ def bring_in(source: Path, workdir: Path) -> None:
     stage = "sft" if tokenizer.talks else "pretrain"
     meta = {"stage": stage, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(c)}
     with open_workdir(workdir, {"convert": {"source": str(source), "kind": kind}}) as opened:
-        tokenizer.save(opened.tokenizer)
+        dated(tokenizer, opened)
         with Checkpoints(opened.checkpoints, warn=warn) as checkpoints:
             checkpoints.save(0, {"params": {"lm": params}}, meta)
         parameters = count(specs(c))

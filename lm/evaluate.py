@@ -33,7 +33,7 @@ from lm.stages import sft
 from lm.stages.next_token import next_token
 from lm.tokenizer import prompt
 from lm.types import Tokens
-from lm.workdir import Trained, Workdir, load, open_workdir, write_text
+from lm.workdir import Trained, Workdir, load_policy, open_workdir, write_text
 
 ANSWERS = "answers.jsonl"
 PARTS = "models.parts.jsonl"  # what an evaluation that goes on after a kill has already
@@ -53,7 +53,7 @@ def run(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
         if summary is None:
             record.note(workdir.path, seed=config.seed)
             trained = {
-                name: load(source, backend=jax.default_backend(), warn=warn)
+                name: load_policy(source, backend=jax.default_backend(), warn=warn, name=f"models.{name} ")
                 for name, source in config.models.to_dict().items()
             }
             summary = call(
@@ -98,6 +98,8 @@ def evaluate(
     at_least(
         1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once
     )
+    for name, trained in models.items():
+        stop_unless_room(name, trained, length=length, prompt_length=prompt_length, max_new=max_new)
     start = time.monotonic()
     _, text = corpora.split(corpora.documents(corpus), held_out)
     text = corpora.within(text, held_out_bytes)
@@ -154,6 +156,16 @@ def answers_of(
     rows = padded([asked(trained, messages) for messages in contexts], contexts, prompt_length)
     answers = answerer(trained.model, trained.params["lm"], trained.tokenizer, jit=jax.jit, **sampler)
     return answers(rows, jax.random.key(seed))
+
+
+def stop_unless_room(name: str, trained: Trained, *, length: int, prompt_length: int, max_new: int) -> None:
+    """UserError for rows, or prompts and answers, that are longer than a model's context."""
+    for what, tokens in (("length", length), ("prompt_length and max_new together", prompt_length + max_new)):
+        if tokens > trained.model.config.context:
+            raise UserError(
+                f"evaluate.{what} is {tokens}, but the context of {name} ({trained.path}) is "
+                f"{trained.model.config.context}: lower it, as all models are measured on the same rows"
+            )
 
 
 def nats_of(trained: Trained, rows: Tokens, rows_at_once: int) -> means.Mean:

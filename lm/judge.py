@@ -33,8 +33,20 @@ from lm.errors import UserError
 from lm.intervals import Estimate
 from lm.ranking.results import votes
 from lm.rewards import REWARDS, Reward
-from lm.rewards.judge import RUBRIC, Choice, Judge, by_endpoint, by_model, consistency, position_bias, questions, wins
+from lm.rewards.judge import (
+    RUBRIC,
+    TOO_LONG,
+    Choice,
+    Judge,
+    by_endpoint,
+    by_model,
+    consistency,
+    position_bias,
+    questions,
+    wins,
+)
 from lm.stages import JUDGES
+from lm.textfiles import text_of
 from lm.verdicts import ranks
 from lm.workdir import load, write_text
 
@@ -83,7 +95,7 @@ def rater(judge: str, model: str | None, rubric: str | None) -> tuple[str, Opini
 def read_rubric(path: Path) -> str:
     """The text of a file that a user names."""
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        text = text_of(path).strip()
     except OSError as error:
         raise UserError(f"no rubric at {path} ({error.strerror}): write one, or leave --rubric out") from error
     except UnicodeDecodeError as error:
@@ -174,8 +186,9 @@ def show(name: str, rankings: Sequence[Ranking], choices: Sequence[Choice]) -> N
     if choices:
         rows += [
             ["items skipped for nonsense", len(own) - len(ranked)],
-            ["answers that were nonsense", len(nonsense)],
-            ["questions cut to the context", sum(choice.cut for choice in choices)],
+            ["answers that were nonsense", len(nonsense) - nonsense.count(TOO_LONG)],
+            ["questions cut to the context", sum(choice.cut and choice.said != TOO_LONG for choice in choices)],
+            ["questions whose answers do not fit it", nonsense.count(TOO_LONG)],
             ["first answer chosen (0.5: no position bias)", shown(position_bias(choices))],
             ["both orders agree", shown(consistency(choices))],
         ]

@@ -1,8 +1,9 @@
 """What a run says of itself while it trains: metrics of the steps as lines, for the terminal, TensorBoard and later."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -12,18 +13,35 @@ from lm.errors import UserError
 from lm.phases import OTHER, PHASES, Phases
 from lm.workdir import Workdir, read_metrics
 
-# Metrics at or above a level that say something is amiss, though nothing is lost: said once.
-ADVICE: Mapping[str, tuple[float, str]] = {
-    "equal_groups": (
-        1.0,
+
+class Advice(NamedTuple):
+    """What to say of a metric that is amiss, though nothing is lost; said once."""
+
+    amiss: Callable[[float], bool]
+    lines: int  # on end, before it is said
+    advice: str
+
+
+ADVICE: Mapping[str, Advice] = {
+    "equal_groups": Advice(
+        lambda share: share >= 1,
+        1,
         "in every group all answers got the same reward, so nothing is learnt from them: raise data.temperature or "
         "data.group, or take a reward that tells answers apart",
     ),
-    "empty": (
-        0.5,
+    "empty": Advice(
+        lambda share: share >= 0.5,
+        1,
         "over half of the answers are empty: see rollouts.jsonl; raise stage.beta, or penalise data.rewards",
     ),
+    "kl": Advice(
+        lambda nats: nats < -0.01,
+        5,
+        "a KL is never below 0, and a mean that stays there says that answers are not drawn from the policy that is "
+        "measured: look at sampler_gap, data.temperature and stage.temperature",
+    ),
 }
+LOSSES = ("loss", "policy_loss", "divergence")  # what is learnt from; of weight 0 where every token is masked
 
 
 class Log:
@@ -44,6 +62,7 @@ class Log:
         self.scored = bool(rows) and any(name.startswith("held_out/") for name in rows[-1])  # where this run takes up
         self._trained = phases.training()  # seconds until the last line of means; start-up is behind it
         self._pending: list[tuple[int, Mapping[str, Any], int]] = []
+        self._amiss: Counter = Counter()  # by metric, lines on end
         self._advised: set[str] = set()
 
     def note(self, step: int, metrics, tokens: int) -> None:
@@ -66,16 +85,29 @@ class Log:
                     f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}, over its limit of "
                     f"{limit}: see LIMITS in lm/stages/{self._stage}.py for what it means"
                 )
-        for name, (level, advice) in ADVICE.items():
-            if name in values and values[name] >= level and name not in self._advised:
-                self._advised.add(name)
-                warn(f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}: {advice}")
+        self._advise(values, fetched)
         trained = self._phases.training()
         tokens = sum(tokens for *_, tokens in fetched)
         self._tokens += tokens
         values["tokens_per_second"] = tokens / (trained - self._trained)
         self._trained = trained
         self.write(fetched[-1][0], values)
+
+    def _advise(self, values: Mapping[str, float], fetched: Sequence[tuple[int, Mapping[str, Any], int]]) -> None:
+        """Says of each metric of a line, once, that it is amiss; and of the first batch that nothing is learnt from."""
+        for name, (amiss, lines, advice) in ADVICE.items():
+            if name in values:
+                self._amiss[name] = self._amiss[name] + 1 if amiss(values[name]) else 0
+                if self._amiss[name] == lines and name not in self._advised:
+                    self._advised.add(name)
+                    warn(f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}: {advice}")
+        masked = [step for step, found, _ in fetched for name in LOSSES if name in found and not found[name].weight > 0]
+        if masked and "masked" not in self._advised:
+            self._advised.add("masked")
+            warn(
+                f"{self._stage}: every weight of the batch of step {masked[0]} is 0, so nothing is learnt from it: "
+                "look at its rows (data.length, data.turns, the chat template, equal rewards), or take larger batches"
+            )
 
     def seconds(self) -> dict[str, float]:
         """Spent on each phase until now, by every process that had a part in the run."""

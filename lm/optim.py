@@ -20,9 +20,9 @@ def schedule(
 ) -> optax.Schedule:
     """Learning rate by optimizer step: linear warm-up from 0, then constant, or down to final_fraction of the peak.
 
-    "linear" and "cosine" fall over all remaining steps; "wsd" stays, then falls linearly over the last fifth
-    (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395). "inverse_sqrt" has no end to fall to: after w steps of
-    warm-up it is the peak times sqrt(w / step) (Vaswani et al. 2017, eq. 3, arXiv 1706.03762).
+    "linear" and "cosine" fall over all remaining steps; "wsd" stays, then falls linearly over the last fifth, two steps
+    at least (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395). "inverse_sqrt" has no end to fall to: after w
+    steps of warm-up it is the peak times sqrt(w / step) (Vaswani et al. 2017, eq. 3, arXiv 1706.03762).
     """
     if name not in SCHEDULES:
         raise UserError(f"optimizer.schedule_name is {name!r}; choose one of {', '.join(SCHEDULES)}")
@@ -30,11 +30,12 @@ def schedule(
     if warmup_steps >= total_steps:
         raise UserError(f"optimizer.warmup_steps {warmup_steps} is not below optimizer.total_steps {total_steps}")
     rest, end = total_steps - warmup_steps, learning_rate * final_fraction
+    fall = min(max(rest // 5, 2), rest)  # the first of them is still at the peak
     after = {
         "constant": lambda: optax.constant_schedule(learning_rate),
         "linear": lambda: optax.linear_schedule(learning_rate, end, rest),
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest, final_fraction),
-        "wsd": lambda: optax.linear_schedule(learning_rate, end, max(rest // 5, 1), transition_begin=rest - rest // 5),
+        "wsd": lambda: optax.linear_schedule(learning_rate, end, fall, transition_begin=rest - fall),
         "inverse_sqrt": lambda: lambda i: learning_rate * jnp.sqrt(max(warmup_steps, 1) / (warmup_steps + i + 1)),
     }[name]()
     # Step 0 already moves: the warm-up counts from 1.

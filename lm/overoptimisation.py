@@ -20,13 +20,14 @@ from lm import train, verdicts
 from lm.config import arguments, call, require, to_dict
 from lm.console import main, say, warn
 from lm.errors import UserError, at_least
+from lm.inherited import stop_unless_read
 from lm.lab.climbs import Lab, best_of_n_curves, chosen, climb, pool, ppo_curve, proxy_path
 from lm.lab.page import show, summary_of, written
 from lm.options import Called
 from lm.rewards import REWARDS
 from lm.subtrees import subtrees
 from lm.unseen import asked
-from lm.workdir import load, open_workdir
+from lm.workdir import load_policy, open_workdir
 
 ENTRIES = ("seed", "init_from", "sizes", "reward_steps", "members", "pessimism", "verdicts", "reward", "ppo")
 ENTRIES += ("prompts", "evaluate")
@@ -46,10 +47,11 @@ def run(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     started = time.monotonic()
     with open_workdir(path, to_dict(config)) as workdir:
         root = workdir.path
-        start = load(config.init_from, backend=jax.default_backend(), warn=warn)
+        start = load_policy(config.init_from, backend=jax.default_backend(), warn=warn)
         questions = call(functions(config)["prompts"].function, config.prompts, start.tokenizer, name="prompts")
         measure = functions(config)["evaluate"].function
         lab = call(measure, config.evaluate, root, start, questions, config.seed, name="evaluate")
+        stop_unless_read("proxies are trained on (reward.data.length)", config.reward.data.length, lab.longest)
         say(f"\nverdicts: {root / 'verdicts'}")
         verdicts.run(config.verdicts, root / "verdicts")
         files = [chosen(root, size, config.reward.data.held_out) for size in config.sizes]

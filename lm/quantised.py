@@ -32,7 +32,7 @@ from lm.intervals import average, difference
 from lm.model import Model, make
 from lm.model.quantised import FORMS, stored
 from lm.types import Array, Params, Tokens
-from lm.workdir import CONFIG, Trained, load, read_json, write_text
+from lm.workdir import CONFIG, Trained, load_policy, read_json, write_text
 
 FILE = "quantised.json"
 FLAGS = {
@@ -179,7 +179,7 @@ def show(path: Path, ways: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
 
 def program(argv: list[str]) -> None:
     flags = parsed(argv, __doc__, FLAGS)
-    trained = load(flags.workdir, backend=jax.default_backend(), warn=warn)
+    trained = load_policy(flags.workdir, backend=jax.default_backend(), warn=warn)
     about, pairs = settings(trained, flags), list(itertools.product(forms_in(flags.forms), repeat=2))
     rows = held_out_rows(trained, **about)
     path = trained.path / FILE

@@ -30,7 +30,7 @@ from lm.ranking import prompts, results
 from lm.ranking.app import LOOPBACK, admitted, make_app
 from lm.ranking.results import measured
 from lm.ranking.speakers import Speaker, fill
-from lm.workdir import CHECKPOINTS, PIPELINE, load, load_reward, write_text
+from lm.workdir import CHECKPOINTS, PIPELINE, load, load_reward, same_axes, write_text
 
 RESULTS = "results.html"
 TITLE = "Which answer is better?"
@@ -87,10 +87,12 @@ def models(flags: argparse.Namespace) -> dict[str, Path]:
 
 def prioritise(store: Store, paths: str) -> None:
     """What the reward models are least sure of, or disagree on, is asked first."""
-    judges = [
-        load_reward(path.strip(), backend=jax.default_backend(), centred=False, jit=jax.jit, warn=warn)[1]
+    found = [
+        load_reward(path.strip(), backend=jax.default_backend(), centred=False, jit=jax.jit, warn=warn)
         for path in paths.split(",")
     ]
+    same_axes([trained for trained, _ in found])
+    judges = [judge for _, judge in found]
     items = store.items()
     examples = [item.prompt for item in items for _ in item.responses]
     texts = [text for item in items for text in item.responses]

@@ -28,7 +28,7 @@ from lm.console import Interrupted, Progress, Writers, main, say, table, warn
 from lm.data.batches import stop_unless_cut
 from lm.errors import UserError, at_least
 from lm.host import ALONE, Host
-from lm.inherited import agreed_shape, agreed_tokenizer, base_of, reward_from, teacher_from
+from lm.inherited import agreed_shape, agreed_tokenizer, base_of, dated, inherited_params, reward_from, teacher_from
 from lm.log import Log
 from lm.model import Config, Model, lora, make
 from lm.model.params import count, flops_per_token, specs
@@ -48,11 +48,6 @@ FLAGS = {
     "log": dict(default="", metavar="NAMES", help="wandb, mlflow or both, with a comma: where metrics go too"),
     "profile": dict(default="", metavar="FIRST:LAST", help="the steps to trace into WORKDIR/profile"),
 }
-
-    def scores(self, done: int) -> bool:
-        """Whether the state after `done` batches is scored on the held-out side."""
-        between = self.evaluate_every and done % self.evaluate_every == 0
-        return bool(not done or between or done >= self.steps)
 
 
 # The stage's update, with some of the config's numbers, by dotted key, replaced by others.
@@ -132,8 +127,7 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     start = host.once(
         config.init_from, lambda: load(config.init_from, backend=backend, warn=warn) if config.init_from else None
     )
-    tokenizer = agreed_tokenizer(config.tokenizer, start)
-    tokenizer.save(workdir.tokenizer)
+    tokenizer = dated(agreed_tokenizer(config.tokenizer, start), workdir)
     shape = agreed_shape(config, tokenizer, start)
     model = make(shape.on(backend))
 
@@ -143,8 +137,9 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
     build = functools.partial(built, config, model, teachers)
     build(host.scalars)  # what it refuses is told before the data are read
 
-    def lent(paths, pessimism):
-        return host.once((paths, pessimism), lambda: reward_from(paths, tokenizer, pessimism, jit=host.jit))
+    def lent(paths, pessimism, longest):
+        made = lambda: reward_from(paths, tokenizer, pessimism, longest=longest, jit=host.jit)
+        return host.once((paths, pessimism, longest), made)
 
     context = Context(model, tokenizer, config.seed, host.jit, lent, phases if host.timed else nullcontext)
     data = json.dumps([config.seed, to_dict(config.data)])
@@ -154,7 +149,7 @@ def prepare(config: ConfigDict, workdir: Workdir, phases: Phases, host: Host) ->
         stop_unless_cut(config.data.ramp, config.stage.microbatches)
 
     mesh = call(host.mesh or functions["mesh"].function, config.mesh, name="mesh")
-    params, base = dict(start.params) if start else {}, {}
+    params, base = inherited_params(start, config), {}
     if shape.lora_rank:
         base = base_of(shape, params.pop("lm"), workdir, host.turn)
     state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)

@@ -35,6 +35,11 @@ class Schedule:
         at_least(1, "train", steps=self.steps, log_every=self.log_every, save_every=self.save_every, keep=self.keep)
         at_least(0, "train", evaluate_every=self.evaluate_every, samples=self.samples)
 
+    def scores(self, done: int) -> bool:
+        """Whether the state after `done` batches is scored on the held-out side."""
+        between = self.evaluate_every and done % self.evaluate_every == 0
+        return bool(not done or between or done >= self.steps)
+
 
 def subtrees(config: ConfigDict) -> dict[str, Called]:
     """The function that each subtree of a config calls: the loop, overrides and --help go by it."""

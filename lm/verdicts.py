@@ -22,11 +22,13 @@ from lm.console import Progress, main, say, warn
 from lm.data import chats, corpus as corpora, rankings as records
 from lm.data.prompts import Prompts, fitting, take
 from lm.errors import UserError, at_least
+from lm.inherited import one_reward
 from lm.options import Called
 from lm.parts import Parts
 from lm.rewards import REWARDS, Reward
+from lm.rewards.model import row_length
 from lm.tokenizer import Tokenizer
-from lm.workdir import Workdir, load, load_reward, open_workdir, write_text
+from lm.workdir import Workdir, load_policy, open_workdir, write_text
 
 RANKINGS = "rankings.jsonl"
 UNRANKED = "unranked.jsonl"  # answers that the rater has before it
@@ -85,9 +87,11 @@ def rank(
     at_least(2, "rank", responses=responses)
     at_least(0, "rank", held_out_prompts=held_out_prompts)
     at_least(0, "config", seed=seed)
-    judge = judge_named(rater)
     start = time.monotonic()
-    trained = load(init_from, backend=jax.default_backend(), warn=warn)
+    if rater not in REWARDS and not Path(rater).is_dir():
+        raise UserError(f"rank.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or a reward model's workdir")
+    trained = load_policy(init_from, backend=jax.default_backend(), warn=warn)
+    judge = judge_named(rater, trained.tokenizer, row_length(prompt_length, max_new))
     contexts = chats.prompts(chats.conversations(sources), turns=turns, per_conversation=prompts_per_conversation)
     seen, unseen = corpora.split(contexts, held_out)
     name_of = {id(c.messages): c.name for c in contexts}
@@ -151,13 +155,9 @@ def judged(
     ]
 
 
-def judge_named(rater: str) -> Reward:
-    """One of lm.rewards.REWARDS, or the reward model of a workdir."""
-    if rater in REWARDS:
-        return REWARDS[rater]
-    if not Path(rater).is_dir():
-        raise UserError(f"rank.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or a reward model's workdir")
-    return load_reward(rater, backend=jax.default_backend(), centred=True, jit=jax.jit, warn=warn)[1]
+def judge_named(rater: str, tokenizer: Tokenizer, longest: int) -> Reward:
+    """One of lm.rewards.REWARDS, or the reward model of a workdir, for rows of up to `longest` tokens."""
+    return REWARDS[rater] if rater in REWARDS else one_reward(rater, tokenizer, longest)[1]
 
 
 def both(a: Prompts, b: Prompts) -> Prompts:

@@ -8,7 +8,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -18,7 +18,9 @@ from lm.errors import UserError
 from lm.model import Config, Model, lora, make
 from lm.rewards import Reward
 from lm.rewards.model import reward_model
+from lm.stages import JUDGES
 from lm.stages.ranked import ONE_AXIS, in_order
+from lm.textfiles import text_of
 from lm.tokenizer import Tokenizer, load as load_tokenizer
 from lm.types import Params
 
@@ -175,19 +177,46 @@ def load_reward(
     found = trained.summary["held_out"] if "held_out" in trained.summary else {}
     if "value" not in trained.params or "score_mean" not in found:
         raise UserError(f"{path} is no finished reward model (it is {trained.stage}): train stage reward there first")
-    data = read_json(trained.path / CONFIG)["data"]
     reward = reward_model(
         trained.model,
         trained.params,
         trained.tokenizer,
-        weights=list(in_order(data["axes"] if "axes" in data else ONE_AXIS).values()),
+        weights=list(axes_of(trained).values()),
         offset=found["score_mean"] if centred else 0.0,
         scale=found["score_deviation"] if centred else 1.0,
         length=trained.summary["about"]["length"],
         rows_at_once=64,
         jit=jit,
+        name=str(path),
+        warn=warn,
     )
     return trained, reward
+
+
+def load_policy(path: str | Path, *, backend: str, warn: Callable[[str], None] = print, name: str = "") -> Trained:
+    """As `load`, of a run that writes answers. UserError for a reward model; `name`: where the path was given."""
+    trained = load(path, backend=backend, warn=warn)
+    if trained.stage in JUDGES:
+        raise UserError(f"{name}{path} is a reward model, which scores answers and writes none: name a policy")
+    return trained
+
+
+def axes_of(judge: Trained) -> dict[str, float]:
+    """The axes that a reward model has learnt, in the order of its heads, and what each counts in its total score."""
+    data = read_json(judge.path / CONFIG)["data"]
+    return in_order(data["axes"] if "axes" in data else ONE_AXIS)
+
+
+def same_axes(judges: Sequence[Trained]) -> None:
+    """UserError unless all have learnt the same axes, counted alike: else their scores answer different questions."""
+    first, *others = [(judge.path, axes_of(judge)) for judge in judges]
+    for path, axes in others:
+        if axes != first[1]:
+            said = [", ".join(f"{axis} {weight:g}" for axis, weight in each.items()) for each in (first[1], axes)]
+            raise UserError(
+                f"{first[0]} counts the axes {said[0]}, but {path} counts {said[1]}: an ensemble needs judges of the "
+                "same axes, train them with one data.axes"
+            )
 
 
 def same_tokenizer(trained: Trained, other: Trained) -> None:
@@ -204,7 +233,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     file = Path(path) / METRICS if Path(path).is_dir() else Path(path)
     if not file.exists():
         return []
-    lines = file.read_text().split("\n")
+    lines = file.read_bytes().split(b"\n")  # bytes: a kill may tear a character
     lines.pop()  # empty, or torn: a whole row ends in a newline
     try:
         return [json.loads(line) for line in lines]
@@ -220,7 +249,7 @@ def read_starts(path: Path) -> list[dict[str, Any]]:
 def read_json(path: Path) -> Any:
     """What a JSON file holds that must be there."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(text_of(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give the folder of a run") from error
     except ValueError as error:

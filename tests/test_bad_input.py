@@ -125,12 +125,28 @@ def config_file(folder: Path, name: str, change: str) -> str:
         ("reward", "data.limit=-1", "data.limit is -1; it must be at least 0"),
         ("ppo", "data.rewards.model=0", "data.rewards gives no reward a weight: there is nothing to learn"),
         ("ppo", "data.reward_model=", "a workdir's name is empty: give the folder of a trained stage"),
+        (
+            "ppo",
+            "data.max_new=32",
+            "{finished}/reward was trained on rows of 64 tokens, but a prompt and its answer may have 65 here, which "
+            "it would read cut: lower prompt_length or max_new by 1 in all, or train it with --config.data.length=65",
+        ),
+        (
+            "ppo",
+            "data.reward_model={finished}/reward,{finished}/sft",
+            "{finished}/sft is no finished reward model (it is sft): train stage reward there",
+        ),
+        (
+            "ppo",
+            "init_from={finished}/reward",
+            "config.init_from {finished}/reward is a reward model, which scores answers and writes none: name the ",
+        ),
         ("ppo", "data.rater=rul", "data.rater is 'rul'; choose one of rule, toxicity, "),
         ("ppo", "data.rollouts=15", "a batch of 15 rows cannot be cut into 2 equal parts"),
         (
             "ppo",
             "data.rollouts=512",
-            "ppo: the held-out side holds no whole batch: raise data.held_out, or lower the batch",
+            "data.held_out_rollouts is 16, no whole batch of data.rollouts 512: raise it to 512 at least, or lower",
         ),
         ("ppo", "data.temperature=0", "data.temperature is 0: greedy answers do not explore"),
         (
@@ -264,7 +280,7 @@ def corpora(folder: Path) -> dict[str, Path]:
         ("binary", "no text in {}: 1 files, 1 of them binary, the rest empty"),
         ("blank", "no text in {}: 1 files, 0 of them binary, the rest empty"),
         ("short", "corpus too small for one row: "),
-        ("one.txt", "of 1 documents none is held out at 0.05: raise the fraction or add some"),
+        ("one.txt", "of 1 documents none is held out at 0.05: all have the name 'one.txt#0001', which falls on"),
         ("bad.jsonl", "bad.jsonl:2"),
     ],
 )

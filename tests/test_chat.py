@@ -17,7 +17,7 @@ import pytest
 
 from lm import chat, model
 from lm.answers import answerer, before, certain, cut
-from lm.chat import Chat, newest, policy_folder, printable, settled
+from lm.chat import Chat, converse, newest, policy_folder, printable, settled
 from lm.checkpoint import Checkpoints
 from lm.data.prompts import padded
 from lm.errors import UserError
@@ -383,6 +383,12 @@ def test_a_session_end_to_end(trained_workdir):
     assert "only pretrained: it continues your text" in done.stderr
     assert "error: the prompt has" in done.stderr and "a new conversation" in done.stderr
     assert done.stdout.count("you> ") == 6, "five lines and /exit; what follows it is not read"
+
+
+def test_a_piped_file_may_begin_with_a_byte_order_mark(monkeypatch):
+    """No chat is there to answer: the mark would make a prompt of the command."""
+    monkeypatch.setattr("builtins.input", lambda _: "\ufeff/exit")
+    converse(None)
 
 
 def test_bad_input_is_one_line_and_status_2():

@@ -179,6 +179,9 @@ def test_sentences_say_what_an_interval_allows():
         ("prompts.after=0.05", "prompts.after is 0.05; it must be below prompts.held_out, which is 0.05"),
         ("init_from=nowhere", "there is no workdir nowhere"),
         ("reward_model=nowhere", "there is no workdir nowhere"),
+        ("rloo.data.max_new=33", "reward was trained on rows of 64 tokens, but a prompt and .* may have 66 here"),
+        ("evaluate.max_new=32", "reward was trained on rows of 64 tokens, but a prompt and .* may have 65 here"),
+        ("verdicts.rank.max_new=32", "reward was trained on rows of 64 tokens, but a prompt and .* may have 65 here"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_trained(finished, tmp_path, monkeypatch, override, message):

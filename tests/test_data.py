@@ -387,6 +387,18 @@ def test_rankings_name_line_and_fault(tmp_path, change, fault):
         rankings.read(path)
 
 
+def test_a_hint_says_what_would_help():
+    """One name for all: it falls on one side at any fraction. Two names: a larger fraction parts them."""
+    alike = [corpus.Document("one", str(i)) for i in range(40)]
+    for fraction, side in ((0.02, "held out"), (0.98, "left to train on")):
+        with pytest.raises(UserError, match=f"of 40 documents none is {side} .*: all have the name 'one', which falls"):
+            corpus.split(alike, fraction)
+    with pytest.raises(UserError, match="of 40 documents none is held out at 0: raise the fraction or add some"):
+        corpus.split(alike, 0)
+    with pytest.raises(UserError, match="of 41 documents none is held out at 0.02: raise the fraction or add some"):
+        corpus.split([*alike, corpus.Document("two", "b")], 0.02)
+
+
 def test_rankings_refuse_what_is_no_json(tmp_path):
     path = tmp_path / "r.jsonl"
     with pytest.raises(UserError, match="no rankings at .*r.jsonl"):

@@ -307,7 +307,7 @@ def test_a_coin_says_who_writes_a_batch(small, speech):
     assert own.own.all() and len(own.own) == 8 and people and not any(lesson.own.any() for lesson in people)
     with pytest.raises(UserError, match="data.on_policy is 2; it is a share of batches, from 0 to 1"):
         gkd.batches(context, on_policy=2, **options)
-    with pytest.raises(UserError, match="prompts to answer, no whole batch of data.rollouts 64: raise data.held_out"):
+    with pytest.raises(UserError, match="held_out_rollouts is 8, no whole batch of data.rollouts 64: raise it to 64"):
         gkd.batches(context, **options | {"rollouts": 64})
 
 

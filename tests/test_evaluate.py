@@ -136,11 +136,15 @@ def test_prompts_fit_every_model(finished):
         ("evaluate.rows_at_once=0", "evaluate.rows_at_once is 0; it must be at least 1"),
         ("evaluate.rater=rul", "evaluate.rater is 'rul'; choose one of rule"),
         ("models.ppo=nowhere", "there is no workdir nowhere: train that stage first"),
+        ("models.ppo={finished}/reward", "models.ppo .*/reward is a reward model, which scores answers and"),
+        ("evaluate.length=65", r"evaluate.length is 65, but the context of raw \(.*/pretrain\) is 64: lower it"),
+        ("evaluate.max_new=33", "evaluate.prompt_length and max_new together is 65, but the context of raw .* is 64"),
     ],
 )
 def test_bad_options(finished, small, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
-        evaluate.run(stage_config(finished, "evaluate", override), tmp_path / "evaluate")
+        config = stage_config(finished, "evaluate", override.format(finished=finished))
+        evaluate.run(config, tmp_path / "evaluate")
     assert not (tmp_path / "evaluate" / "summary.json").exists()
 
 

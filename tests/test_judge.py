@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +33,7 @@ from lm.workdir import load
 __all__ = ["finished"]
 
 ASKED = [{"role": "user", "content": "What is a list?"}]
+OLD = {"role": "assistant", "content": "yes " * 600}
 NONSENSE = "As a language model, I like both."
 
 
@@ -394,17 +396,47 @@ def test_a_long_question_loses_its_oldest_turns(finished):
     long = [{"role": "user", "content": "an old question " * 9}, {"role": "assistant", "content": "yes " * 300}, *last]
     whole, cut = ask([Question(last, "a", "b"), Question(long, "a", "b")])
     assert (whole.cut, cut.cut) == (False, True) and cut.first == pytest.approx(whole.first, abs=1e-5)
-    [endless] = ask([Question(last, "a " * 200, "b")])
-    assert endless.cut and 0 <= endless.first <= 1
 
 
-def test_a_model_of_ours_as_judge(finished, people, capsys):
-    run(people, f"--judge={finished}")
-    found = verdicts_of(people, f"judge {finished.name}/ppo")  # the pipeline's last policy
-    assert len(found) == 11 and {kind for kind, _ in found.values()} == {"ranked"}
+def test_answers_that_a_judge_cannot_see_are_not_judged(finished):
+    """Two that differ only in what the context has no room for: no choice, whatever else is asked with them."""
+    _, ask = by_sft(finished, "", questions_at_once=2)
+    last = [{"role": "user", "content": "?"}]
+    whole, endless = ask([Question(last, "a", "b"), Question(last, "a " * 200, "a " * 200 + "b")])
+    assert 0 <= whole.first <= 1 and endless == Choice(None, judge.TOO_LONG, True)
+    assert list(ask([Question(last, "a " * 200, "b")] * 3)) == [endless] * 3
+    [alone] = ask([Question(last, "a", "b")])
+    assert alone.first == pytest.approx(whole.first, abs=1e-5)
+
+
+@pytest.fixture
+def wide(finished, tmp_path):
+    """The pipeline's last policy with a context that the rubric and short answers fit: rotary positions have no end."""
+    workdir = shutil.copytree(finished / "ppo", tmp_path / "wide" / "ppo")
+    for path in workdir.glob("checkpoints/*/meta/metadata"):
+        record = json.loads(path.read_text())
+        record["meta"]["model"]["context"] = 640
+        path.write_text(json.dumps(record))
+    return workdir
+
+
+def test_a_model_of_ours_as_judge(wide, people, capsys):
+    with Store(people / "people.db") as store:
+        store.add([("endless", ASKED, ["a " * 600, "b"], []), ("talk", [*ASKED, OLD, *ASKED], ["a", "b"], [])])
+    run(people, f"--judge={wide}")
+    found = verdicts_of(people, "judge wide/ppo")
+    assert len(found) == 13 and found.pop("endless")[0] == "skipped"
+    assert {kind for kind, _ in found.values()} == {"ranked"}
     shown = printed(capsys)
-    assert shown["questions cut to the context"] == "26"  # of 64 tokens, which RUBRIC alone fills
+    assert shown["questions cut to the context"] == "2"  # those of the long conversation
+    assert shown["questions whose answers do not fit it"] == "2" and shown["answers that were nonsense"] == "0"
     assert "ann" in shown
+
+
+def test_a_judge_whose_context_the_rubric_fills_is_refused(finished, people):
+    with pytest.raises(UserError, match=r"the judge's context is 64 tokens, but the rubric and a question without any"):
+        run(people, f"--judge={finished}")
+    assert verdicts_of(people, f"judge {finished.name}/ppo") == {}
 
 
 @pytest.mark.parametrize(

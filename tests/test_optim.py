@@ -43,6 +43,14 @@ def test_schedules_by_hand(name, steps, expected):
     np.testing.assert_allclose(rates(name, *steps), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rest", range(2, 12))
+def test_wsd_falls_in_every_run_of_two_steps_or_more(rest):
+    """The steps taken are 0 ... rest - 1: the last of them lies below the peak, and the fall is a fifth, or two."""
+    found = rates("wsd", *range(rest), total_steps=rest, warmup_steps=0)
+    assert found[-1] == pytest.approx(0.55)  # half way from 1 to 0.1, as two steps fall
+    assert found[:-1] == pytest.approx([1] * (rest - 1))
+
+
 def test_without_warmup_the_first_step_is_at_the_peak():
     np.testing.assert_allclose(rates("linear", 0, 5, 10, total_steps=10, warmup_steps=0), [1, 0.55, 0.1], rtol=1e-5)
     np.testing.assert_allclose(rates("inverse_sqrt", 0, 3, 8, total_steps=9, warmup_steps=0), [1, 1 / 2, 1 / 3])

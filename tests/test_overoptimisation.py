@@ -245,6 +245,7 @@ def test_sentences_say_what_was_seen():
         ("ppo.train.steps=5", "ppo.train has steps 5, save_every 2 and keep 2: every saved policy is a point"),
         ("evaluate.samples=1", "evaluate.samples is 1; it must be at least 2"),
         ("prompts.turns=0", "prompts.turns is 0; it must be at least 1"),
+        ("reward.data.length=40", r"proxies are trained on \(reward.data.length\) rows of 40 tokens, .* may have 41"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_made(finished, tmp_path, monkeypatch, override, message):

@@ -1,12 +1,18 @@
 """Reward models as rewards: a weighted sum of axes, centred and scaled; ensembles and their doubt."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import finished
 
-from lm.rewards.model import answered, ensemble, rows, scores
+from lm.errors import UserError
+from lm.inherited import one_reward, reward_from
+from lm.rewards.model import answered, ensemble, row_length, rows, scores
+from lm.tokenizer import chat, load as load_tokenizer, prompt
 from lm.workdir import load_reward, read_json
 
 __all__ = ["finished"]
@@ -36,6 +42,56 @@ def test_the_reward_of_a_workdir_is_the_score_at_its_end_token_centred(finished)
     np.testing.assert_allclose(raw([PROMPT] * 3, texts), by_hand, atol=1e-5)
     expected = (np.array(by_hand) - moments["score_mean"]) / moments["score_deviation"]
     np.testing.assert_allclose(centred([PROMPT] * 3, texts), expected, atol=1e-3)
+
+
+def test_what_a_reward_model_cannot_read_whole_is_said_once(finished, capsys):
+    """64 tokens a row. Up to that nothing is said, and beyond it nobody is left to think that it was judged whole."""
+    said = []
+    options = dict(backend="cpu", centred=True, jit=jax.jit, warn=said.append)
+    trained, reward = load_reward(finished / "reward", **options)
+    length = lambda text: len(chat(trained.tokenizer, answered(PROMPT, text)).ids)
+    fits = next(text for n in range(1, 99) if length(text := "a list" + " of" * n) == 64)
+    reward([PROMPT] * 70, ["short"] * 69 + [fits])
+    assert said == []
+    longer = [fits + ending for ending in (" a name", " no", " the class of a list")]
+    reward([PROMPT] * 5, ["short", *longer, fits])
+    longest = max(map(length, longer))
+    assert len(said) == 1 and f"{finished}/reward reads rows of 64 tokens, but 3 of 5 conversations" in said[0]
+    assert f"(up to {longest})" in said[0] and f"--config.data.length={longest}, or shorten the answers" in said[0]
+    reward([PROMPT], longer[:1])
+    assert len(said) == 1
+
+
+def test_a_judge_reads_every_row_that_a_sampler_can_write(finished):
+    """By hand: a prompt of 24 tokens with the marker, and 40 sampled ones without an end token, which the template
+    closes with one more."""
+    tokenizer = load_tokenizer(finished / "reward" / "tokenizer.model")
+    asked = prompt(tokenizer, PROMPT)
+    text = next(t for n in range(1, 99) if len(tokenizer.encode(t := "a list" + " of" * n)) == 40)
+    assert len(chat(tokenizer, answered(PROMPT, text)).ids) == len(asked) + 40 + 1 == row_length(len(asked), 40)
+
+
+def test_a_judge_that_cannot_read_all_is_refused(finished):
+    tokenizer = load_tokenizer(finished / "reward" / "tokenizer.model")
+    one_reward(finished / "reward", tokenizer, 64)
+    message = "reward was trained on rows of 64 tokens, but a prompt and its answer may have 65 here, which it would "
+    for path in (f"{finished}/reward", f"{finished}/reward, {finished}/reward"):
+        with pytest.raises(UserError, match=f"{message}read cut: lower .* by 1 in all, or train it with .*length=65"):
+            reward_from(path, tokenizer, 0.0, longest=65)
+
+
+@pytest.mark.parametrize(
+    "axes, said",
+    [({"overall": 0.5}, "counts overall 0.5"), ({"overall": 1.0, "clear": 1.0}, "counts overall 1, clear 1")],
+)
+def test_an_ensemble_of_judges_that_answer_different_questions_is_refused(finished, tmp_path, axes, said):
+    other = shutil.copytree(finished / "reward", tmp_path / "other")
+    config = read_json(other / "config.json")
+    config["data"]["axes"] = axes
+    (other / "config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(finished / "reward" / "tokenizer.model")
+    with pytest.raises(UserError, match=f"reward counts the axes overall 1, but {other} {said}: an ensemble needs"):
+        reward_from(f"{finished}/reward,{other}", tokenizer, 0.0, longest=64)
 
 
 def test_an_answer_longer_than_a_row_keeps_its_end_token(finished):

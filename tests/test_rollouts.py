@@ -18,7 +18,7 @@ from lm.errors import UserError
 from lm.rewards import weighed
 from lm.rewards.arithmetic import arithmetic
 from lm.stages.answering import conversations
-from lm.stages.rollouts import alike, refilled, table, text_batches
+from lm.stages.rollouts import alike, held_out_prompts, refilled, table, text_batches
 from lm.tokenizer import load as load_tokenizer, prompt
 from lm.types import Completions, Rollouts, Tokens
 from lm.workdir import read_metrics
@@ -252,6 +252,18 @@ def test_a_run_that_does_not_start_where_its_policy_is_stops(finished, small, tm
 def test_options_that_cannot_work_say_so(finished, small, tmp_path, name, override, message):
     with pytest.raises(UserError, match=message):
         train.run(tiny(finished, name, override), tmp_path / "run")
+
+
+def test_what_the_held_out_side_lacks_is_named():
+    """Of 40 prompts there, batches of 16 rollouts, 2 to a prompt: 20 rollouts are one batch, 128 all five."""
+    sizes = dict(rollouts=16, group=2)
+    assert held_out_prompts(40, held_out_rollouts=20, **sizes) == 8
+    assert held_out_prompts(40, held_out_rollouts=128, **sizes) == 40
+    assert held_out_prompts(39, held_out_rollouts=128, **sizes) == 32
+    with pytest.raises(UserError, match="data.held_out_rollouts is 15, no whole batch .* 16: raise it to 16 at least"):
+        held_out_prompts(40, held_out_rollouts=15, **sizes)
+    with pytest.raises(UserError, match="has 7 prompts, no whole batch of 8 .*: raise data.held_out, or lower"):
+        held_out_prompts(7, held_out_rollouts=128, **sizes)
 
 
 def test_equal_rewards_in_every_group_are_said_once_and_lose_nothing(finished, small, tmp_path, capsys):

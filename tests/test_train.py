@@ -254,3 +254,36 @@ def test_a_metric_over_its_limit_stops_the_run(log):
         UserError, match="ppo: sampler_gap is 0.055 by step 2, over its limit of 0.05: see LIMITS in lm/stages/ppo.py"
     ):
         lines.flush()
+
+
+ZERO = Mean(np.float32(0), np.float32(1))  # of every line of a stage that samples
+
+
+def test_a_kl_that_stays_below_zero_is_said_once(log, capsys):
+    """Noise is no advice: below 0 in four lines, then above it. Five lines on end are said, and no sixth again."""
+    lines = log(ppo)
+
+    def note(*values):
+        for value in values:
+            lines.note(1, {"kl": Mean(np.float32(value * 4), np.float32(4)), "sampler_gap": ZERO}, 1)
+            lines.flush()
+        return capsys.readouterr().err
+
+    assert note(-0.5, -0.5, -0.5, -0.5, 0.2, -0.5, -0.5, -0.5, -0.005, -0.5, -0.5, -0.5, -0.5) == ""
+    said = note(-0.5)
+    assert said.startswith("warning: ppo: kl is -0.5 by step 1: a KL is never below 0") and said.count("\n") == 1
+    assert note(-0.5, 0.1, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5) == ""
+
+
+@pytest.mark.parametrize("name, stage", [("loss", pretrain), ("policy_loss", ppo)])
+def test_a_batch_from_which_nothing_is_learnt_is_said_once(log, capsys, name, stage):
+    lines = log(stage)
+    for step, weight in ((1, 3.0), (2, 0.0), (3, 2.0), (4, 0.0)):
+        lines.note(step, {name: Mean(np.float32(weight), np.float32(weight)), "sampler_gap": ZERO}, 1)
+    lines.flush()
+    said = capsys.readouterr().err
+    assert "every weight of the batch of step 2 is 0, so nothing is learnt from it: look at" in said
+    assert said.count("\n") == 1
+    lines.note(5, {name: Mean(np.float32(0), np.float32(0)), "sampler_gap": ZERO}, 1)
+    lines.flush()
+    assert capsys.readouterr().err == ""

@@ -108,10 +108,13 @@ def test_a_reward_model_ranks_and_held_out_prompts_follow(finished, small, tmp_p
         ("responses=1", "rank.responses is 1; it must be at least 2"),
         ("prompt_length=2", "prompts has at most 2 tokens; raise prompt_length"),
         ("prompts_at_once=0", "rank.prompts_at_once is 0; it must be at least 1"),
+        ("rater={finished}/reward", "reward was trained on rows of 64 tokens, but a prompt and its answer may have 71"),
         ("max_new=40", "the prompt has 32 tokens and 40 more were asked for, but the model's context is 64"),
     ],
 )
 def test_bad_options(finished, small, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
-        verdicts.run(stage_config(finished, "rank", f"rank.{override}"), tmp_path / "rank")
+        longer = ["rank.prompt_length=62"] if "finished" in override else []
+        config = stage_config(finished, "rank", f"rank.{override.format(finished=finished)}", *longer)
+        verdicts.run(config, tmp_path / "rank")
     assert not (tmp_path / "rank" / "summary.json").exists()

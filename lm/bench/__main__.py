@@ -32,7 +32,7 @@ from lm.bench.turns import Peer, Run, Timed, interleaved, interpreter
 from lm.config import parsed
 from lm.console import Progress, main, say, warn
 from lm.errors import UserError, at_least
-from lm.workdir import Trained, load
+from lm.workdir import Trained, load, load_policy
 
 SHOWN = {
     "limits": shown.limits,
@@ -95,7 +95,8 @@ def cases(flags, limits: Limits) -> list[Case]:
         result = lambda timed: rollout.result(config, shape, timed, limits)
         found.append(Case("rollout", lambda: rollout.stepper(config, shape), rival, result))
     if "speculation" in flags.what:
-        target, draft = (load(path, backend=jax.default_backend(), warn=warn) for path in (flags.workdir, flags.draft))
+        there = dict(backend=jax.default_backend(), warn=warn)
+        target, draft = (load_policy(path, **there) for path in (flags.workdir, flags.draft))
         for batch in counts("batches", flags.batches):
             shape = generation.Shape(batch, flags.prompt_tokens, flags.new_tokens)
             given = target, draft, speculation.held_out(target, shape), shape

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 
 from lm.errors import UserError
 from lm.skills.drills import pages
+from lm.textfiles import decoded, numbered_lines
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 UNUSED = {
@@ -71,7 +72,8 @@ def read(path: Path) -> tuple[list[Document], int]:
     for file in files:
         name = file.relative_to(root).as_posix()
         try:
-            text = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+            data = file.read_bytes()
+            text = decoded(data)
         except UnicodeDecodeError:
             text = "\0"
         except OSError as error:
@@ -79,7 +81,7 @@ def read(path: Path) -> tuple[list[Document], int]:
         if "\0" in text:
             skipped += 1
         elif file.suffix.lower() == ".jsonl":
-            found += _lines(text, name, file)
+            found += _lines(data, name, file)
         elif text.strip():
             found.append(Document(name, text))
     if not found:
@@ -115,7 +117,12 @@ def split(items: Sequence[Named], fraction: float) -> tuple[list[Named], list[Na
         sides[held_out(item.name, fraction)].append(item)
     for side, name, way in zip(sides, ("left to train on", "held out"), ("lower", "raise")):
         if not side:
-            raise UserError(f"of {len(items)} documents none is {name} at {fraction:g}: {way} the fraction or add some")
+            names = {item.name for item in items}
+            if len(names) == 1 and 0 < fraction < 1:
+                way = f"all have the name {min(names)!r}, which falls on one side: give them names, or add others"
+            else:
+                way = f"{way} the fraction or add some"
+            raise UserError(f"of {len(items)} documents none is {name} at {fraction:g}: {way}")
     return sides
 
 
@@ -207,10 +214,8 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _lines(text: str, name: str, file: Path) -> Iterator[Document]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+def _lines(data: bytes, name: str, file: Path) -> Iterator[Document]:
+    for number, line in numbered_lines(data):
         try:
             value = json.loads(line)["text"]
         except (ValueError, TypeError, KeyError) as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm.errors import UserError
+from lm.textfiles import numbered_lines
 from lm.tokenizer import ROLES
 
 AXES = ("helpful", "clear", "safe", "follows the instruction", "conversational")  # our page asks for 1 to 5 on each
@@ -46,19 +47,18 @@ REQUIRED = tuple(field for field in Ranking._fields if field not in Ranking._fie
 def read(path: str | Path) -> list[Ranking]:
     """Every verdict of a file. UserError names the line and its fault."""
     try:
-        lines = Path(path).read_bytes().decode().split("\n")
+        data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"no rankings at {path} ({error.strerror}): rank some first") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: rankings are JSON, one object a line") from error
     found = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                found.append(checked(json.loads(line)))
-            except ValueError as error:
-                fault = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
-                raise UserError(f"{path}:{number}: {fault}; mend or remove the line") from error
+    for number, line in numbered_lines(data):
+        try:
+            found.append(checked(json.loads(line.decode())))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{number} is not UTF-8 text: rankings are JSON, one object a line") from error
+        except ValueError as error:
+            fault = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(f"{path}:{number}: {fault}; mend or remove the line") from error
     return found
 
 

@@ -14,12 +14,13 @@ from lm.console import Progress, say, warn
 from lm.data import rankings as records
 from lm.data.corpus import held_out
 from lm.errors import UserError, at_least
+from lm.inherited import one_reward
 from lm.lab.curves import BEST_OF_N, PPO, Curve, best_of, best_of_n_kl, counts, deviation
 from lm.parts import Parts
 from lm.rewards import REWARDS, Reward
-from lm.rewards.model import ensemble
+from lm.rewards.model import ensemble, row_length
 from lm.unseen import Asked, answerer
-from lm.workdir import Trained, load, load_reward, read_json, write_text
+from lm.workdir import Trained, load, read_json, read_metrics, write_text
 
 POOL = 2**30 + 3  # role folded into the key, beside those of lm.stages.rollouts and lm.contest
 
@@ -69,6 +70,7 @@ class Lab:
         self.contexts = questions.prompts.contexts
         self._prompts, self._key, self._gold = questions.prompts, jax.random.key(seed), REWARDS[rater]
         self._ask = answerer(start, max_new=max_new, temperature=temperature, rows_at_once=rows_at_once)
+        self.longest = row_length(questions.prompts.ids.shape[1], max_new)
 
     def pool(self) -> tuple[list[list[str]], np.ndarray]:
         """Texts [N][P] of the start's answers and their gold scores f32[N,P]; kept in pool.jsonl."""
@@ -88,8 +90,12 @@ class Lab:
                     progress.update(i + 1, {"gold": float(np.mean(row["gold"]))})
             write_text(path, "".join(lines))
             parts.remove()
-        rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+        rows = read_metrics(path)
         return [row["texts"] for row in rows], np.array([row["gold"] for row in rows])
+
+    def proxy(self, path: Path) -> Reward:
+        """The proxy of a workdir, which must read every prompt and answer whole."""
+        return one_reward(path, self.start.tokenizer, self.longest)[1]
 
     def measured(self, policy: Trained, proxy: Reward, station: int, parts: Parts) -> dict[str, list[float]]:
         """KL, gold and proxy score of each prompt's answers by a policy, their means over the draws."""
@@ -117,16 +123,12 @@ def pool(lab: Lab, config: ConfigDict) -> tuple[np.ndarray, dict[int, np.ndarray
         path = lab.root / "pool" / f"{size}-{member}.json"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            proxy = reward_of(proxy_path(lab.root, size, member))
+            proxy = lab.proxy(proxy_path(lab.root, size, member))
             write_text(path, json.dumps(proxy(contexts, flat).tolist()))
             say(f"pool: {len(flat):,} answers scored by proxy {member} from {size:,} verdicts")
-        scores = np.array(json.loads(path.read_text())).reshape(len(texts), -1).T
+        scores = np.array(read_json(path)).reshape(len(texts), -1).T
         proxies.setdefault(size, []).append(scores)
     return gold.T, {size: np.array(scores) for size, scores in proxies.items()}
-
-
-def reward_of(path: Path) -> Reward:
-    return load_reward(path, backend=jax.default_backend(), centred=True, jit=jax.jit, warn=warn)[1]
 
 
 def together(scores: np.ndarray, pessimism: float) -> np.ndarray:
@@ -176,9 +178,9 @@ def ppo_curve(
     path, stations = ppo_path(lab.root, size, members), config.ppo.train
     stations = list(range(stations.save_every, stations.steps + 1, stations.save_every))
     paths = [proxy_path(lab.root, size, member) for member in range(members)]
-    proxy = reward_of(paths[0])
+    proxy = lab.proxy(paths[0])
     if members > 1:
-        proxy = ensemble([reward_of(each) for each in paths], pessimism=config.pessimism)
+        proxy = ensemble([lab.proxy(each) for each in paths], pessimism=config.pessimism)
     found = []
     with Progress("measured", len(stations), "policy") as progress:
         for i, station in enumerate(stations):

@@ -1,6 +1,7 @@
 """Tables of finished runs: parameters, tokens and loss of each."""
 
 import csv
+import io
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.errors import UserError
+from lm.textfiles import text_of
 
 COLUMNS = ("parameters", "tokens", "loss")
 LEAST = 8  # runs: five numbers are fitted
@@ -30,17 +32,14 @@ def read(path: str | Path) -> Points:
     UserError for a file that cannot be read, a missing column, a cell that is no positive number, too few runs.
     """
     try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True)
-            named = [name.strip() for name in rows.fieldnames or ()]
-            missing = [column for column in COLUMNS if column not in named]
-            if missing:
-                has = ", ".join(named) or "nothing"
-                raise UserError(
-                    f"{path} has no column {missing[0]!r} (it has {has}): name the columns in its first line"
-                )
-            rows.fieldnames = named
-            table = [[cell(path, line, column, row[column]) for column in COLUMNS] for line, row in enumerate(rows, 2)]
+        rows = csv.DictReader(io.StringIO(text_of(path)), skipinitialspace=True)
+        named = [name.strip() for name in rows.fieldnames or ()]
+        missing = [column for column in COLUMNS if column not in named]
+        if missing:
+            has = ", ".join(named) or "nothing"
+            raise UserError(f"{path} has no column {missing[0]!r} (it has {has}): name the columns in its first line")
+        rows.fieldnames = named
+        table = [[cell(path, line, column, row[column]) for column in COLUMNS] for line, row in enumerate(rows, 2)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"cannot read {path} ({error}): give a CSV file with the columns {','.join(COLUMNS)}"

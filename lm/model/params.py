@@ -80,7 +80,7 @@ def layer_specs(c: Config) -> dict:
         layers["gate"] = mlp(c.width, c.hidden, ("width", "hidden"))
     if c.experts:
         layers["router"] = matrix(c.width, c.experts, ("width", None))
-    for name in layers.keys() & set(BIASED[c.bias]):
+    for name in [name for name in layers if name in BIASED[c.bias]]:  # in their order: that of a set is the process's
         layers[f"{name}_bias"] = stacked(layers[name].shape[-1:], layers[name].axes[-1:], 0.0)
     if c.qk_norm:
         whole = c.qk_norm_over == "all"

@@ -8,6 +8,7 @@ from typing import Any
 
 from lm.data.chats import Conversation
 from lm.errors import UserError
+from lm.textfiles import numbered_lines
 from lm.tokenizer import ROLES, unicode
 
 PARSERS: Mapping[str, Callable[[str], Any]] = {".txt": lambda line: {"prompt": line}, ".jsonl": json.loads}
@@ -21,22 +22,21 @@ def read(path: str, warn: Callable[[str], None]) -> list[Conversation]:
     if Path(path).suffix not in PARSERS:
         raise UserError(f"{path}: give prompts as a .txt file, one a line, or as a .jsonl file")
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"no prompts at {path} ({error.strerror}): give a .txt or .jsonl file") from error
     found: dict[str, Conversation] = {}
     faults = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                name, messages = prompt(PARSERS[Path(path).suffix](line.decode().strip()))
-                key = json.dumps(messages)
-                if key in found:
-                    raise ValueError("a prompt that came before")
-                # The name decides what is held out: without one of its own, a prompt is its own source.
-                found[key] = Conversation(name or f"prompt/{hashlib.sha256(key.encode()).hexdigest()[:16]}", messages)
-            except (ValueError, RecursionError) as error:
-                faults.append(f"{path}:{number}: {error}")
+    for number, line in numbered_lines(data):
+        try:
+            name, messages = prompt(PARSERS[Path(path).suffix](line.decode().strip()))
+            key = json.dumps(messages)
+            if key in found:
+                raise ValueError("a prompt that came before")
+            # The name decides what is held out: without one of its own, a prompt is its own source.
+            found[key] = Conversation(name or f"prompt/{hashlib.sha256(key.encode()).hexdigest()[:16]}", messages)
+        except (ValueError, RecursionError) as error:
+            faults.append(f"{path}:{number}: {error}")
     if not found:
         raise UserError(f"no prompt in {path}" + (f", as {faults[0]}" if faults else ": it is empty"))
     if faults:

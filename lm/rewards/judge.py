@@ -40,6 +40,7 @@ REPLY = re.compile(
 )
 FIRST = {"a": 1.0, "b": 0.0, "tie": 0.5}
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of HTTP after which the same request may succeed
+TOO_LONG = "nothing, as the answers do not fit its context"  # what a model says of a question that it cannot read
 REPLY_TOKENS = 1024  # one is enough; this stops a model that rambles
 CONNECT = 10.0  # seconds; a host that has not answered by then is not there, however long a reply may take
 
@@ -127,21 +128,36 @@ def by_model(
 ) -> Judge:
     """A model of ours: P(first) = sigmoid(log p(A) - log p(B)) of the whole replies "A" and "B", end token included.
 
-    A question longer than the context loses the oldest turns of its conversation, and then its oldest tokens.
+    A question longer than the context loses the oldest turns of its conversation; one whose last turn and answers do
+    not fit has no choice: whoever does not see the answers cannot tell which is better. UserError if none ever fits.
     """
     length = model.config.context
+    empty = Question([{"role": "user", "content": ""}], "", "")
+    least = max(len(reply.ids) - 1 for reply in _replies(tokenizer, rubric, empty))
+    if least > length:
+        raise UserError(
+            f"the judge's context is {length} tokens, but the rubric and a question without any words have {least}: "
+            "take a judge with a longer context, or a shorter --rubric"
+        )
     run = jit(lambda lm, tokens: jnp.sum(model.token_logprobs(lm, tokens) * tokens.weights, axis=1))
     lm = jax.tree.map(jnp.asarray, lm)  # on the device once, not for every batch
 
     def judge(questions: Sequence[Question]) -> Iterator[Choice]:
         for start in range(0, len(questions), questions_at_once):
-            part = [_replies(tokenizer, rubric, q, length) for q in questions[start : start + questions_at_once]]
+            part = [_fitting(tokenizer, rubric, q, length) for q in questions[start : start + questions_at_once]]
             replies = [reply for pair, _ in part for reply in pair]
+            if not replies:
+                yield from (Choice(None, TOO_LONG, True) for _ in part)
+                continue
             longest = max(len(reply.ids) for reply in replies) - 1
             rows = pad(replies, min(length, 1 << longest.bit_length()))  # powers of 2: few programs to compile
             [batch] = every(rows, len(LETTERS) * questions_at_once)
-            logprobs = np.asarray(run(lm, batch), np.float64).reshape(-1, len(LETTERS))
-            for (a, b), (_, cut) in zip(logprobs, part):
+            logprobs = iter(np.asarray(run(lm, batch), np.float64).reshape(-1, len(LETTERS)))
+            for pair, cut in part:
+                if not pair:
+                    yield Choice(None, TOO_LONG, True)
+                    continue
+                a, b = next(logprobs)
                 yield Choice(float(1 / (1 + np.exp(b - a))), "", cut)
 
     return judge
@@ -190,14 +206,19 @@ def by_endpoint(
     return judge
 
 
-def _replies(tokenizer: Tokenizer, rubric: str, question: Question, length: int) -> tuple[list[Example], bool]:
-    """The question with each of LETTERS as its reply, trained on the reply alone, and whether it had to be cut."""
+def _replies(tokenizer: Tokenizer, rubric: str, question: Question) -> list[Example]:
+    """The question with each of LETTERS as its reply, trained on the reply alone."""
+    messages = asked(rubric, question)
+    return chats(tokenizer, [[*messages, {"role": "assistant", "content": letter}] for letter in LETTERS])
+
+
+def _fitting(tokenizer: Tokenizer, rubric: str, question: Question, length: int) -> tuple[list[Example], bool]:
+    """`_replies` to as many of the last turns as fit, none where not even the last does; whether any are left out."""
     for oldest in range(len(question.prompt)):
-        messages = asked(rubric, question._replace(prompt=question.prompt[oldest:]))
-        replies = chats(tokenizer, [[*messages, {"role": "assistant", "content": letter}] for letter in LETTERS])
+        replies = _replies(tokenizer, rubric, question._replace(prompt=question.prompt[oldest:]))
         if max(len(reply.ids) for reply in replies) <= length + 1:
             return replies, oldest > 0
-    return [Example(*(np.append(x[:1], x[1:][-length:]) for x in reply)) for reply in replies], True
+    return [], True
 
 
 def _completion(client: httpx.Client, url: str, body: Mapping[str, object], *, retries: int, backoff: float) -> str:

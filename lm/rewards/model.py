@@ -1,6 +1,6 @@
 """A reward model as a reward: a transformer with a scalar head, read at the last real token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,12 @@ def answered(prompt: list[dict], text: str) -> list[dict]:
     return [*prompt, {"role": "assistant", "content": text}]
 
 
+def row_length(prompt: int, new: int) -> int:
+    """Tokens that a judge must read of a prompt of so many and an answer of so many: the template closes one that was
+    cut off with a token more."""
+    return prompt + new + 1
+
+
 def reward_model(
     model: Model,
     params: Params,
@@ -51,16 +57,24 @@ def reward_model(
     length: int,
     rows_at_once: int,
     jit,
+    name: str,
+    warn: Callable[[str], None],
 ) -> Reward:
     """(score - offset) / scale of each answer, the score being the sum of weights[a] * axis a.
 
-    With the moments of the reward model's held-out answers: centred, and of unit deviation.
+    With the moments of the reward model's held-out answers: centred, and of unit deviation. What is longer than its
+    rows is read cut, and `warn` is told so once, by the judge's `name`.
     """
     run = jit(lambda params, tokens: scores(model, params, tokens) @ jnp.asarray(weights))
     params = jax.tree.map(jnp.asarray, params)  # on the device once, not at every call
+    told = []
 
     def reward(examples, texts):
-        tokens = rows(tokenizer, [answered(p, t) for p, t in zip(examples, texts, strict=True)], length)
+        conversations = [answered(p, t) for p, t in zip(examples, texts, strict=True)]
+        tokens = rows(tokenizer, conversations, length)
+        if not told and (fault := unseen(tokenizer, conversations, tokens)):
+            told.append(fault)
+            warn(f"{name} {fault}")
         parts = []
         for start in range(0, len(texts), rows_at_once):
             part = jax.tree.map(lambda x: x[start : start + rows_at_once], tokens)
@@ -70,6 +84,20 @@ def reward_model(
         return (np.concatenate(parts) - offset) / scale
 
     return reward
+
+
+def unseen(tokenizer: Tokenizer, conversations: Sequence[list[dict]], tokens: Tokens) -> str:
+    """What `rows` have lost of the conversations, in words; empty where they hold them whole."""
+    length = tokens.inputs.shape[1]
+    full = [conversations[i] for i in np.flatnonzero((tokens.segments > 0).all(axis=1))]  # no others can be longer
+    longer = [len(chat.ids) for chat in chats(tokenizer, full) if len(chat.ids) > length]
+    if not longer:
+        return ""
+    return (
+        f"reads rows of {length} tokens, but {len(longer)} of {len(conversations)} conversations are longer (up to "
+        f"{max(longer)}): they are judged cut, and such as differ in what is cut get the same score; train it with "
+        f"--config.data.length={max(longer)}, or shorten the answers"
+    )
 
 
 def ensemble(members: Sequence[Reward], *, pessimism: float) -> Reward:

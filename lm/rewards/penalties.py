@@ -10,6 +10,7 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.rewards.rule import words
+from lm.textfiles import text_of
 
 LONGEST_PHRASE = 4  # words of an entry of the word list that are compared
 ENOUGH = 40  # words an answer may have before it is called long
@@ -44,8 +45,8 @@ def listed() -> frozenset[tuple[str, ...]]:
     spec = importlib.util.find_spec("better_profanity")
     if spec is None:
         raise UserError("the word list of reward `toxicity` is not installed: pip install better-profanity==0.7.0")
-    text = (Path(next(iter(spec.submodule_search_locations))) / "profanity_wordlist.txt").read_text()
-    return frozenset(tuple(words(line)) for line in text.splitlines() if words(line))
+    text = text_of(Path(next(iter(spec.submodule_search_locations))) / "profanity_wordlist.txt")
+    return frozenset(tuple(words(line)) for line in text.split("\n") if words(line))
 
 
 @per_answer

@@ -20,7 +20,8 @@ class Context(NamedTuple):
     tokenizer: Tokenizer
     seed: int
     jit: Callable[..., Callable]  # jax.jit in a program, the identity where one wants to step through
-    reward_from: Callable[[str, float], Reward]  # (workdirs, pessimism): a reward model, or an ensemble of several
+    # (workdirs, pessimism, tokens of the longest row it must read): a reward model, or an ensemble of several
+    reward_from: Callable[[str, float, int], Reward]
     # whose seconds they are: "rollout", "reward" or "update"; a program that measures none gives nothing
     phase: Callable[[str], AbstractContextManager] = nullcontext
 

@@ -27,7 +27,7 @@ from lm.stages import conversations
 from lm.stages.answering import rollout
 from lm.stages.context import Batches, Context
 from lm.stages.distillation import comparison, taught
-from lm.stages.rollouts import HELD_OUT, ROLLOUT, checked
+from lm.stages.rollouts import HELD_OUT, ROLLOUT, checked, held_out_prompts
 from lm.types import Array, Tokens
 from lm.update import Update, gradient
 
@@ -97,12 +97,7 @@ def batches(
     )
     train, unseen = corpora.split(chats.prompts(chats.conversations(sources), turns=turns), held_out)
     (train, skipped), (unseen, _) = (fitting(tokenizer, side, prompt_length) for side in (train, unseen))
-    few = min(held_out_rollouts, len(unseen.ids))
-    if few < rollouts:
-        raise UserError(
-            f"the held-out side has {few} prompts to answer, no whole batch of data.rollouts {rollouts}: raise "
-            "data.held_out or data.held_out_rollouts, or lower data.rollouts"
-        )
+    answered = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts)
     order = rows_to_batches.batches(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
     run = context.jit(
         lambda lm, prompts, lengths, key, temperature: rollout(
@@ -122,7 +117,7 @@ def batches(
         return people.train(state, i)
 
     def held_out_batches(state):
-        for start in range(0, few - rollouts + 1, rollouts):
+        for start in range(0, answered, rollouts):
             answers = drawn(state, take(unseen, np.arange(start, start + rollouts)), HELD_OUT, start)
             yield Lesson(answers, np.ones(rollouts, np.float32))
         for rows in people.held_out(state):

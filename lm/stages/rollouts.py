@@ -13,6 +13,7 @@ from lm.errors import UserError, at_least
 from lm.model import Model
 from lm.returns import overlong
 from lm.rewards import REWARDS, Reward, weighed
+from lm.rewards.model import row_length
 from lm.sample import check
 from lm.stages.answering import MARKERS, Answer, Drawn, answers, conversations, rollout
 from lm.stages.context import Batches, Context
@@ -67,14 +68,15 @@ def batches(
     checked(model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=group)
     at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts, exchanges=exchanges)
     at_least(0, "data", resample=resample, overlong_buffer=overlong_buffer)
-    length, longest = prompt_length + max_new - 1, max_new  # tokens of a row, and sampled ones in it
+    more = (exchanges - 1) * (max_new + reply_length) if environment else 0
+    length, longest = prompt_length + max_new - 1 + more, max_new  # tokens of a row, and sampled ones in it
     if environment:
-        length, longest = length + (exchanges - 1) * (max_new + reply_length), exchanges * max_new
+        longest = exchanges * max_new
         context.admit(length)
     answer = answering(
         context, environment, exchanges=exchanges, reply_length=reply_length, max_new=max_new, temperature=temperature
     )
-    worth = judging(context, rewards, reward_model, pessimism, rater)
+    worth = judging(context, rewards, reward_model, pessimism, rater, row_length(prompt_length, max_new + more))
 
     def drawn(state, prompts: Prompts, role: int, number: int) -> Rollouts:
         key = jax.random.fold_in(jax.random.fold_in(state.key, role), number)
@@ -91,12 +93,13 @@ def batches(
     train, unseen = corpora.split(chats.prompts(chats.conversations(sources), turns=turns), held_out)
     (train, skipped), (unseen, _) = (fitting(tokenizer, side, prompt_length) for side in (train, unseen))
     prompts = rollouts // group
+    asked = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts, group=group)
     order = rows_to_batches.batches(np.arange(len(train.ids)), batch_size=prompts, seed=context.seed)
     text, unseen_text = text_batches(context, corpus, text_length, rollouts, held_out)
     about = {"length": length, "prompts": len(train.ids), "held_out_prompts": len(unseen.ids), "skipped": skipped}
 
     def held_out_batches(state):
-        for start in range(0, min(held_out_rollouts // group, len(unseen.ids)) - prompts + 1, prompts):
+        for start in range(0, asked, prompts):
             part = take(unseen, np.arange(start, start + prompts))
             yield drawn(state, part, HELD_OUT, start).replace(text=unseen_text(start // prompts))
 
@@ -125,6 +128,24 @@ def checked(model: Model, prompt: int, *, max_new: int, temperature: float, roll
         raise UserError(f"data.rollouts {rollouts} is no multiple of data.group {group}: change one of the two")
 
 
+def held_out_prompts(there: int, *, held_out_rollouts: int, rollouts: int, group: int = 1) -> int:
+    """How many of the held-out prompts that are `there` are answered: whole batches of them, `group` rollouts each.
+
+    UserError, which names what is too small, where that is not one batch."""
+    if held_out_rollouts < rollouts:
+        raise UserError(
+            f"data.held_out_rollouts is {held_out_rollouts}, no whole batch of data.rollouts {rollouts}: raise it to "
+            f"{rollouts} at least, or lower data.rollouts"
+        )
+    batch = rollouts // group
+    if there < batch:
+        raise UserError(
+            f"the held-out side has {there} prompts, no whole batch of {batch} (data.rollouts {rollouts}, {group} to a "
+            "prompt): raise data.held_out, or lower data.rollouts"
+        )
+    return min(held_out_rollouts // group, there) // batch * batch
+
+
 def answering(
     context: Context, environment: str, *, exchanges: int, reply_length: int, max_new: int, temperature: float
 ) -> Answer:
@@ -147,12 +168,14 @@ def answering(
 
 
 def judging(
-    context: Context, rewards: Mapping[str, float], reward_model: str, pessimism: float, rater: str
+    context: Context, rewards: Mapping[str, float], reward_model: str, pessimism: float, rater: str, longest: int
 ) -> Callable[[Drawn], tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Answers -> their reward f32[B], and what is logged beside it: its parts where there are several, the rater's."""
+    """Answers -> their reward f32[B], and what is logged beside it: its parts where there are several, the rater's.
+
+    longest: tokens of the longest conversation that a reward model must read."""
     if rater and rater not in REWARDS:
         raise UserError(f"data.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or leave it empty")
-    worth = weighed(reward_parts(context, rewards, reward_model, pessimism))
+    worth = weighed(reward_parts(context, rewards, reward_model, pessimism, longest))
     watched = weighed({rater: (0.0, REWARDS[rater])} if rater else {})
 
     def judged(found: Drawn):
@@ -165,7 +188,7 @@ def judging(
 
 
 def reward_parts(
-    context: Context, rewards: Mapping[str, float], reward_model: str, pessimism: float
+    context: Context, rewards: Mapping[str, float], reward_model: str, pessimism: float, longest: int
 ) -> dict[str, tuple[float, Reward]]:
     """Weight and function of each reward whose weight is not 0. UserError for a name that is none."""
     for name in rewards:
@@ -174,7 +197,7 @@ def reward_parts(
     if not any(rewards.values()):
         raise UserError(f"data.rewards gives no reward a weight: there is nothing to learn; set e.g. {MODEL} to 1.0")
     return {
-        name: (weight, context.reward_from(reward_model, pessimism) if name == MODEL else REWARDS[name])
+        name: (weight, context.reward_from(reward_model, pessimism, longest) if name == MODEL else REWARDS[name])
         for name, weight in rewards.items()
         if weight
     }

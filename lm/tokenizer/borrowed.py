@@ -1,6 +1,8 @@
 """Tokenizers that others made: Hugging Face's tokenizer.json, or a sentencepiece model, with a chat template.
 
 A workdir keeps one file, JSON: {"tokenizer": their JSON} or {"sentencepiece": base64}, and template, tokens, stops.
+Where the template may tell the date, the file ends with the one that it tells: else a run resumed on another day would
+go on with other ids.
 """
 
 import base64
@@ -95,14 +97,15 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Borrowed(Tokenizer):
-    """Somebody's tokenizer, as the JSON above."""
+    """Somebody's tokenizer, as the JSON above without the date, and the date."""
 
     proto: bytes
+    date: str = ""
 
     rule = "borrowed 1; trained: what the assistant says, up to the last special token of it"
 
     def __reduce__(self):
-        return Borrowed, (self.proto,)
+        return Borrowed, (self.proto, self.date)
 
     @cached_property
     def _bundle(self) -> dict[str, Any]:
@@ -120,7 +123,7 @@ class Borrowed(Tokenizer):
             raise UserError(
                 "this tokenizer came without a chat template: it can continue text, and hold no conversation"
             )
-        return Template(self._bundle["template"], self._bundle["tokens"])
+        return Template(self._bundle["template"], self._bundle["tokens"], self.date)
 
     @property
     def vocab_size(self) -> int:
@@ -133,6 +136,17 @@ class Borrowed(Tokenizer):
     @property
     def talks(self) -> bool:
         return bool(self._bundle["template"])
+
+    @property
+    def shows_date(self) -> bool:
+        return "strftime_now" in self._bundle["template"]
+
+    def dated(self, date: str) -> "Borrowed":
+        return Borrowed(self.proto, date) if self.shows_date else self
+
+    @property
+    def file(self) -> bytes:
+        return self.proto.removesuffix(b"}") + _ending(self.date) if self.date else self.proto
 
     @property
     def start(self) -> tuple[int, ...]:
@@ -209,11 +223,17 @@ class Borrowed(Tokenizer):
 def opened(proto: bytes, path) -> Borrowed:
     """The tokenizer in the bytes of a workdir's file."""
     try:
-        tokenizer = Borrowed(proto)
+        date = json.loads(proto).get("date", "")
+        tokenizer = Borrowed(proto.removesuffix(_ending(date)) + b"}" if date else proto, date)
         tokenizer.encode("a")
     except Exception as error:  # tokenizers raises Exception itself
         raise UserError(f"{path} is no tokenizer ({error}): convert its model again") from error
     return tokenizer
+
+
+def _ending(date: str) -> bytes:
+    """What stands in the place of the last brace of a file with this date."""
+    return f', "date": {json.dumps(date)}}}'.encode()
 
 
 def bundled(

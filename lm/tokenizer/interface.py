@@ -83,8 +83,22 @@ class Tokenizer(ABC):
         """What comes between an answer's end token and the next answer: a message, its words cut to `limit` tokens."""
 
     @property
+    def shows_date(self) -> bool:
+        """Whether its template may tell the date, so that ids depend on it."""
+        return False
+
+    @property
+    def date(self) -> str:
+        """The moment that its template tells, ISO 8601; empty where none is set."""
+        return ""
+
+    def dated(self, date: str) -> "Tokenizer":
+        """The same tokenizer, with the same fingerprint, whose template tells this date."""
+        return self
+
+    @property
     def fingerprint(self) -> str:
-        """What a later stage must agree with: pieces, special ids, template and mask rule."""
+        """What a later stage must agree with: pieces, special ids, template and mask rule; not the date."""
         return hashlib.sha256(self.proto + self.rule.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -94,12 +108,17 @@ class Tokenizer(ABC):
         """A text's ids as pretraining sees them."""
         return [*self.start, *ids, self.eos]
 
+    @property
+    def file(self) -> bytes:
+        """What `save` writes."""
+        return self.proto
+
     def save(self, path: str | Path) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_bytes(self.proto)
+            temporary.write_bytes(self.file)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
-"""Chat templates as Hugging Face writes them: Jinja, run in a sandbox."""
+"""Chat templates as Hugging Face writes them: Jinja, run in a sandbox. What they say depends on what they are given:
+the date that they show is the tokenizer's, its names are English in every locale, and nothing in them is random."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
@@ -14,19 +16,30 @@ from lm.tokenizer.interface import Message
 PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October")
+MONTHS += ("November", "December")
+COMPOSED = {"%c": "%a %b %e %H:%M:%S %Y", "%x": "%m/%d/%y", "%X": "%H:%M:%S", "%h": "%b"}  # as in the C locale
+
+
 class Rendered(NamedTuple):
     text: str
     said: list[tuple[int, int]]  # characters [begin, end) of what the assistant said, end token and all
 
 
 class Template:
-    """A chat template with the special tokens that it may name."""
+    """A chat template with the special tokens that it may name, and the moment that its strftime_now tells.
 
-    def __init__(self, source: str, tokens: Mapping[str, str]):
+    moment: ISO 8601, such as "2024-05-01"; empty: that of this object's making.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str], moment: str = ""):
+        now = datetime.fromisoformat(moment) if moment else datetime.now()
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: written(now, form)}
+        del environment.filters["random"], environment.globals["lipsum"]
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         try:
             self._template = environment.from_string(source)
@@ -59,6 +72,20 @@ class Template:
                 )
             said.append((len(before), len(after)))
         return Rendered(text, said)
+
+
+def written(moment: datetime, form: str) -> str:
+    """moment.strftime(form) with the names of the C locale, whatever the process has."""
+    names = {
+        "%A": DAYS[moment.weekday()],
+        "%a": DAYS[moment.weekday()][:3],
+        "%B": MONTHS[moment.month - 1],
+        "%b": MONTHS[moment.month - 1][:3],
+        "%p": "AM" if moment.hour < 12 else "PM",
+    }
+    for known in (COMPOSED, names):
+        form = re.sub("%.", lambda found: known.get(found[0], found[0]), form, flags=re.DOTALL)  # noqa: B023
+    return moment.strftime(form)
 
 
 def _refuse(message: str):

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from lm.errors import UserError
 from lm.model.config import Config
 from lm.model.rope import SCALINGS, frequencies
+from lm.textfiles import text_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READ = ("F32", "F16", "BF16", "F64")
@@ -149,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return found
 
     try:
-        found = json.loads(path.read_text(), object_pairs_hook=once)
+        found = json.loads(text_of(path), object_pairs_hook=once)
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}): give the folder of a model from Hugging Face"

@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from lm.errors import UserError
+from lm.textfiles import text_of
 from lm.tokenizer import SPECIAL, Tokenizer
 from lm.tokenizer.borrowed import BLANK, Borrowed, bundled
 from lm.tokenizer.own import Own
@@ -34,7 +35,7 @@ def read(source: Path, hf: Mapping[str, Any]) -> Tokenizer:
     tokens = {key: _text(config[key]) for key in config if key.endswith("_token") and config[key]}
     added = [t["content"] for t in config.get("added_tokens_decoder", {}).values() if t.get("special")]
     if (source / JSON).exists():
-        text = (source / JSON).read_text(encoding="utf-8")
+        text = text_of(source / JSON)
         content = _parsed(text, source / JSON)
         added += [t["content"] for t in content.get("added_tokens", []) if t.get("special")]
         coder = {"tokenizer": text}
@@ -71,7 +72,7 @@ def _agree(source: Path, tokenizer: Borrowed, config: Mapping[str, Any]) -> None
 
 def _template(source: Path, config: Mapping[str, Any]) -> str:
     if (source / TEMPLATE).exists():
-        return (source / TEMPLATE).read_text(encoding="utf-8")
+        return text_of(source / TEMPLATE)
     template = config.get("chat_template") or ""
     if isinstance(template, list):  # several by name
         named = {each["name"]: each["template"] for each in template}
@@ -145,7 +146,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def _optional(path: Path) -> dict[str, Any]:
-    return _parsed(path.read_text(encoding="utf-8"), path) if path.exists() else {}
+    return _parsed(text_of(path), path) if path.exists() else {}
 
 
 def _parsed(text: str, path: Path) -> dict[str, Any]:

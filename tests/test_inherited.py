@@ -1,0 +1,83 @@
+"""What a run takes from another one, and where the two do not go together."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from runs import finished, small, stage_config
+
+from lm import train
+from lm.errors import UserError
+from lm.inherited import inherited_params
+from lm.workdir import load, load_policy, read_json, read_metrics, same_axes
+
+__all__ = ["finished", "small"]
+
+
+def of(finished, stage: str):
+    return load(finished / stage, backend="cpu")
+
+
+def with_axes(config, axes: dict[str, float]):
+    config = config.unlock()
+    config.data.axes, config.stage.axes = dict(axes), dict(axes)
+    return config
+
+
+def test_a_head_is_taken_where_both_mean_the_same_by_it(finished):
+    """PPO's values go on as PPO's values, a reward model's axes as the same axes; a policy's value is no reward."""
+    ppo, reward = stage_config(finished, "ppo"), stage_config(finished, "reward")
+    assert inherited_params(None, ppo) == {}
+    assert set(inherited_params(of(finished, "sft"), ppo)) == {"lm"}
+    assert set(inherited_params(of(finished, "ppo"), ppo)) == {"lm", "value"}
+    assert set(inherited_params(of(finished, "ppo"), reward)) == {"lm"}
+    taken = inherited_params(of(finished, "reward"), reward)
+    assert taken["value"]["score"].shape == (of(finished, "reward").shape.width, 1)
+
+
+def test_a_reward_model_from_a_ppo_policy_learns(finished, small, tmp_path):
+    """Its head is new: with PPO's, whose shape is another, all answers of a batch had the score of the first."""
+    train.run(stage_config(finished, "reward", f"init_from={finished}/ppo"), tmp_path / "run")
+    before, *_, after = read_metrics(tmp_path / "run")
+    assert before["held_out/loss"] == pytest.approx(np.log(2)) and before["held_out/margin"] == 0
+    assert after["held_out/margin"] != 0
+    head = of(tmp_path, "run").params["value"]
+    assert jax.tree.map(np.shape, head) == {"score": (of(finished, "ppo").shape.width, 1), "offset": (1,)}
+
+
+def test_axes_must_be_those_of_the_start(finished):
+    start, config = of(finished, "reward"), stage_config(finished, "reward")
+    with pytest.raises(UserError, match="has learnt the axes overall, data.axes are overall, clear: name the same, or"):
+        inherited_params(start, with_axes(config, {"overall": 1.0, "clear": 0.5}))
+    assert inherited_params(start, with_axes(config, {"overall": 0.5}))  # what an axis counts may change
+    two = config.unlock()
+    two.data.axes, two.stage.axes = {"overall": 1.0, "clear": 0.5}, {"overall": 1.0}
+    with pytest.raises(UserError, match="stage.axes are .*, but data.axes, which the batches bring, .*: give both the"):
+        inherited_params(None, two)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_no_policy_starts_as_a_reward_model(finished, stage):
+    with pytest.raises(UserError, match="init_from .*/reward is a reward model, which scores answers and writes none"):
+        inherited_params(of(finished, "reward"), stage_config(finished, stage))
+
+
+def test_whoever_answers_is_a_policy(finished):
+    assert load_policy(finished / "ppo", backend="cpu").stage == "ppo"
+    with pytest.raises(UserError, match="models.a .*/reward is a reward model, which scores answers and writes none"):
+        load_policy(finished / "reward", backend="cpu", name="models.a ")
+
+
+def test_judges_of_one_question(finished, tmp_path):
+    """Defaults count too: a config that names no axes has learnt the overall ranking."""
+    other = shutil.copytree(finished / "reward", tmp_path / "other")
+    config = read_json(other / "config.json")
+    del config["data"]["axes"]
+    (other / "config.json").write_text(json.dumps(config))
+    same_axes([of(finished, "reward"), load(other, backend="cpu")])
+    config["data"]["axes"] = {"clear": 1.0, "overall": 1.0}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="reward counts the axes overall 1, but .*other counts overall 1, clear 1: an"):
+        same_axes([of(finished, "reward"), load(other, backend="cpu")])
