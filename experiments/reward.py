@@ -42,7 +42,6 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     config.stage = ConfigDict({"name": "reward", "margin": 0.0, "flipped": 0.0, "centring": 0.01})
-    axes = config.data.axes
-    config.stage.axes = ConfigDict({name: axes.get_oneway_ref(name) for name in axes})  # must be equal
+    config.stage.axes = config.data.axes  # must be equal: one dict, so that to set an entry of either sets both
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()

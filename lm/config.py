@@ -214,7 +214,18 @@ def _apply(config: ConfigDict, override: str, path: str, functions: Functions) -
         raise UserError(f"config.{key}={text}: expected {kind}{example}") from None
     node = _node(config, parent)
     with node.unlocked():
-        node[leaf] = value
+        if isinstance(value, dict) and leaf in node:
+            _refill(node[leaf], value)
+        else:
+            node[leaf] = value
+
+
+def _refill(mapping: ConfigDict, entries: Mapping[str, Any]) -> None:
+    """Replaces all entries in place: another subtree may hold the same mapping."""
+    with mapping.unlocked():
+        for name in [name for name in mapping if name not in entries]:
+            del mapping[name]
+        mapping.update(entries)
 
 
 def _node(config: ConfigDict, path: str) -> ConfigDict:
@@ -238,9 +249,9 @@ def _refuse_key(key: str, keys: Mapping[str, Any], called: Mapping[str, Called],
             f"config.{key} is not in {path}{near or f'; give config.{group} as a whole, such as {{{leaf!r}: 1.0}}'}"
         )
     names = [*keys, *(f"{subtree}.{option}" for subtree, each in called.items() for option in each.options)]
-    nor = f", and no option of {called[group].name}" if group in called else ""
-    near = _did_you_mean(key, names, prefix="config.") or ("; --help lists all there are" if called else "")
-    raise UserError(f"config.{key} is not in {path}{nor}{near}")
+    near = _did_you_mean(key, names, prefix="config.")
+    nor = f", and no option of {called[group].name}; --help lists all there are" if group in called else ""
+    raise UserError(f"config.{key} is not in {path}{near or nor}")
 
 
 def _plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

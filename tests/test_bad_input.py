@@ -148,7 +148,7 @@ def config_file(folder: Path, name: str, change: str) -> str:
             "data.rollouts=512",
             "data.held_out_rollouts is 16, no whole batch of data.rollouts 512: raise it to 512 at least, or lower",
         ),
-        ("ppo", "data.temperature=0", "data.temperature is 0: greedy answers do not explore"),
+        ("ppo", "stage.temperature=0", "data.temperature is 0: greedy answers do not explore"),
         (
             "ppo",
             "data.prompt_length=60",
@@ -194,7 +194,7 @@ def test_a_config_of_one_s_own(refused, stage, tmp_path, change, message):
     "name, change, message",
     [
         ("ppo", "config.data.rewards = {'modle': 1.0}", "data.rewards.modle is no reward; choose among model, rule, "),
-        ("reward", "config.data.axes = {'clear': 1.0}", "axes are clear: overall, the ranking itself, must be among "),
+        ("reward", "config.data.axes = {'clear': 1.0}", "stage.axes is {'overall': 1.0}, but data.axes is {'clear"),
         ("reward", "config.data.axes.clear = 1.0", "no verdict scores the axis 'clear' of data.axes: leave it out"),
     ],
 )

@@ -231,8 +231,7 @@ def test_an_option_of_the_function_can_be_set_though_the_file_does_not_list_it(o
     [
         (
             "optimizer.nestrov=true",
-            "config.optimizer.nestrov is not in {file}, and no option of test_config.optimizer; "
-            "did you mean config.optimizer.nesterov?",
+            "config.optimizer.nestrov is not in {file}; did you mean config.optimizer.nesterov?",
         ),
         (
             "optimizer.zzz=1",
@@ -266,6 +265,18 @@ def test_an_option_that_there_is_not_is_named(options_file, override, message):
     with pytest.raises(UserError) as error:
         config.load(options_file, [override], functions)
     assert str(error.value).replace(optimizer.__module__, "test_config") == message.format(file=options_file)
+
+
+def test_a_mapping_that_two_subtrees_share_stays_one(tmp_path):
+    twice = 'c = get(arg).unlock(); c.other = ConfigDict({"axes": c.optimizer.axes}); return c.lock()'
+    text = OPTIONS.replace("get_config", "get") + f"\n\ndef get_config(arg=''):\n    {twice}\n"
+    (tmp_path / "twice.py").write_text(text)
+    for override, axes in (
+        ("optimizer.axes={'overall': 2, 'new': 3.0}", {"overall": 2.0, "new": 3.0}),
+        ("other.axes.fun=1", {"overall": 1.0, "fun": 1.0}),
+    ):
+        loaded = config.load(str(tmp_path / "twice.py"), [override], functions)
+        assert loaded.optimizer.axes.to_dict() == loaded.other.axes.to_dict() == axes
 
 
 CHOOSING = """
@@ -329,7 +340,7 @@ def test_help_lists_every_entry_with_its_value_here_its_default_and_what_it_is(o
     assert rows["optimizer.limit"] == ["None", "None", "`limit`", "ends", "it"]
     assert rows["optimizer.ramp"] == ["()", "()", "`ramp`", "begins"]
     assert set(rows) >= {f"optimizer.{name}" for name in Called(optimizer).options}
-    with pytest.raises(UserError, match="no option of .*optimizer; did you mean config.optimizer.nesterov"):
+    with pytest.raises(UserError, match="nesterof is not in .*; did you mean config.optimizer.nesterov"):
         config.arguments([*argv, "--config.optimizer.nesterof=true"], "train", FLAGS, functions)
     with pytest.raises(SystemExit):
         config.arguments(["--help"], "train", FLAGS, functions)
