@@ -108,7 +108,11 @@ def config_file(folder: Path, name: str, change: str) -> str:
             "{finished}/tokenizer/checkpoints holds no checkpoint: train that stage first",
         ),
         ("sft", "data.turns=3", "data.turns is 3; it must be even"),
-        ("sft", "data.length=3", "none of 767 conversations fits a row of 3 tokens: lengthen the row"),
+        (
+            "sft",
+            "data.length=3",
+            "none of 767 conversations can be learnt from (767 conversations longer than a row of 3 tokens): lengthen",
+        ),
         ("sft", "data.sources=chitchet", "data.sources has 'chitchet'; choose among chitchat, docstrings"),
         ("reward", "data.rankings=nowhere", "no rankings at nowhere (No such file or directory): rank some first"),
         (

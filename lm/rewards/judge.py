@@ -20,6 +20,7 @@ import numpy as np
 from lm.agreement import share
 from lm.data.batches import every
 from lm.data.rows import pad
+from lm.data.truncation import fitted
 from lm.errors import UserError
 from lm.intervals import Estimate
 from lm.model import Model
@@ -197,7 +198,7 @@ def _replies(tokenizer: Tokenizer, rubric: str, question: Question, length: int)
         replies = chats(tokenizer, [[*messages, {"role": "assistant", "content": letter}] for letter in LETTERS])
         if max(len(reply.ids) for reply in replies) <= length + 1:
             return replies, oldest > 0
-    return [Example(*(np.append(x[:1], x[1:][-length:]) for x in reply)) for reply in replies], True
+    return fitted(replies, length + 1, cut="answer", start=tokenizer.start).kept, True
 
 
 def _completion(client: httpx.Client, url: str, body: Mapping[str, object], *, retries: int, backoff: float) -> str:
