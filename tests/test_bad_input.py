@@ -254,7 +254,7 @@ def corpora(folder: Path) -> dict[str, Path]:
     (folder / "blank" / "a.txt").write_text(" \n")
     (folder / "short").mkdir()
     for i in range(40):
-        (folder / "short" / f"{i}.txt").write_text("a")
+        (folder / "short" / f"{i}.txt").write_text(f"{i}")
     (folder / "one.txt").write_text("a")
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     return {name: folder / name for name in ("nowhere", "empty", "binary", "blank", "short", "one.txt", "bad.jsonl")}

@@ -355,6 +355,14 @@ def test_copies_under_other_names_are_on_one_side(copies):
     assert not {item.content for item in train} & {item.content for item in unseen}
 
 
+@pytest.mark.parametrize("name, text", [("a", "text"), ("{}", "text"), ("a", "text {}")])
+def test_what_no_fraction_can_part_says_so(name, text):
+    items = [corpus.Document(name.format(i), text.format(i if name == "a" else "")) for i in range(40)]
+    message = "of 40 documents none is (held out|left to train on): all have one name or one text, so no fraction parts"
+    with pytest.raises(UserError, match=message):
+        corpus.split(items, 0.5)
+
+
 def test_made_sums_are_held_out_in_every_phrasing():
     sums = lambda side: {talk.messages[1]["content"] for talk in side}
     train, unseen = corpus.split(chats.arithmetic(), 0.1)

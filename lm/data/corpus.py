@@ -131,10 +131,16 @@ def split(
     names: dict[str, set[str]] = {}
     for item, digest in zip(items, contents):
         names.setdefault(digest, set()).add(item.name)
+    deciding = [item.name if len(names[digest]) == 1 else digest for item, digest in zip(items, contents)]
     sides = [], []
-    for item, digest in zip(items, contents):
-        sides[held_out(item.name if len(names[digest]) == 1 else digest, fraction)].append(item)
+    for item, name in zip(items, deciding):
+        sides[held_out(name, fraction)].append(item)
     for side, name, way in zip(sides, ("left to train on", "held out"), ("lower", "raise")):
+        if not side and len(items) > 1 and len(set(deciding)) == 1:
+            raise UserError(
+                f"of {len(items)} documents none is {name}: all have one name or one text, so no fraction parts them; "
+                "add others"
+            )
         if not side:
             raise UserError(f"of {len(items)} documents none is {name} at {fraction:g}: {way} the fraction or add some")
     return sides
