@@ -22,6 +22,7 @@ from lm.config import parsed
 from lm.console import main, say, table, warn
 from lm.data import batches
 from lm.data.rankings import Ranking
+from lm.data.verdicts import Verdict, grouped
 from lm.errors import UserError
 from lm.intervals import Estimate, average, rate
 from lm.losses.ranking import preferred
@@ -53,8 +54,9 @@ def measured(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is no reward model (it is {trained.stage}): train stage reward, and name its workdir")
     options = read_json(path / CONFIG)["data"]
     axes = ranked.in_order(options["axes"])
-    _, verdicts, _ = ranked.sides(options["rankings"], options["held_out"])
-    ranks, lengths, scores = scored(trained, verdicts, tuple(axes), options["length"])
+    _, unseen, _ = ranked.sides(options["rankings"], options["held_out"])
+    verdicts, _ = ranked.scored_rows(trained.tokenizer, unseen, tuple(axes), options["length"])
+    ranks, lengths, scores = scored(trained, verdicts, options["length"])
     total = scores @ np.array(list(axes.values()))
     pairs = preferences(ranks[..., 0], total)
     found = {
@@ -71,7 +73,7 @@ def measured(path: str | Path) -> dict[str, Any]:
         "calibration": calibration(pairs),
         "length_correlation": correlation(total[lengths > 0], lengths[lengths > 0]),
         "answers": [[float(x), int(n)] for x, n in zip(total[lengths > 0], lengths[lengths > 0])],
-        "worst": worst(pairs, verdicts, total),
+        "worst": worst(pairs, [verdict.ranking for verdict in verdicts], total),
     }
     write_text(path / NUMBERS, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
     page = templates().get_template("taste.html.jinja").render(root=path, found=found, figures=figures(found))
@@ -79,12 +81,9 @@ def measured(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def scored(
-    trained: Trained, verdicts: Sequence[Ranking], axes: Sequence[str], length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scored(trained: Trained, verdicts: Sequence[Verdict], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ranks i32[V,K,A], lengths in tokens [V,K] (0: no such answer) and scores f64[V,K,A] of every answer."""
-    most = max(len(verdict.responses) for verdict in verdicts)
-    rows = ranked.grouped(trained.tokenizer, verdicts, axes, length, most)
+    rows = grouped(verdicts, length, max(len(verdict.rows) for verdict in verdicts))
     score = jax.jit(functools.partial(ranked.answer_scores, trained.model))
     parts = [score(trained.params, part.tokens) for part in batches.every(rows, ROWS_AT_ONCE)]
     scores = np.concatenate([np.asarray(part, np.float64) for part in parts])[: len(verdicts)]

@@ -108,7 +108,11 @@ def config_file(folder: Path, name: str, change: str) -> str:
             "{finished}/tokenizer/checkpoints holds no checkpoint: train that stage first",
         ),
         ("sft", "data.turns=3", "data.turns is 3; it must be even"),
-        ("sft", "data.length=3", "none of 767 conversations fits a row of 3 tokens: lengthen the row"),
+        (
+            "sft",
+            "data.length=3",
+            "none of 767 conversations can be learnt from (767 conversations longer than a row of 3 tokens): lengthen",
+        ),
         ("sft", "data.sources=chitchet", "data.sources has 'chitchet'; choose among chitchat, docstrings"),
         ("reward", "data.rankings=nowhere", "no rankings at nowhere (No such file or directory): rank some first"),
         (
@@ -266,7 +270,7 @@ def corpora(folder: Path) -> dict[str, Path]:
     (folder / "blank" / "a.txt").write_text(" \n")
     (folder / "short").mkdir()
     for i in range(40):
-        (folder / "short" / f"{i}.txt").write_text("a")
+        (folder / "short" / f"{i}.txt").write_text(f"{i}")
     (folder / "one.txt").write_text("a")
     (folder / "bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     return {name: folder / name for name in ("nowhere", "empty", "binary", "blank", "short", "one.txt", "bad.jsonl")}

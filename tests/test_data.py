@@ -1,5 +1,6 @@
 import json
 import random
+import re
 import sys
 
 import numpy as np
@@ -242,8 +243,8 @@ def example(*ids):
 
 def test_pack_by_hand():
     # sizes 2, 3, 1, 4 in rows of 5; longest first: 4 | 3 | 2 beside the 3 (the best fit) | 1 beside the 4
-    tokens, skipped = rows.pack([example(2, 9, 50), example(2, 8, 51, 52), example(2, 53), example(2, 7, 7, 7, 54)], 5)
-    assert skipped == 0
+    tokens, left_out = rows.pack([example(2, 9, 50), example(2, 8, 51, 52), example(2, 53), example(2, 7, 7, 7, 54)], 5)
+    assert left_out == {"skipped": 0, "untrained": 0}
     assert tokens.inputs.tolist() == [[2, 7, 7, 7, 2], [2, 8, 51, 2, 9]]
     assert tokens.targets.tolist() == [[7, 7, 7, 54, 53], [8, 51, 52, 9, 50]]
     assert tokens.weights.tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 0, 1]]
@@ -254,24 +255,31 @@ def test_pack_by_hand():
 def test_pack_keeps_every_example_whole_and_once():
     draw = random.Random(1)
     examples = [example(2, *(draw.randrange(9, 99) for _ in range(draw.randrange(1, 40)))) for _ in range(200)]
-    tokens, skipped = rows.pack(examples, 32)
+    tokens, left_out = rows.pack(examples, 32)
     found = [
         [*tokens.inputs[r][here], tokens.targets[r][here][-1]]
         for r in range(len(tokens.inputs))
         for s in range(1, tokens.segments[r].max() + 1)
         if (here := tokens.segments[r] == s).any()
     ]
-    whole = [e.ids.tolist() for e in examples if len(e.ids) <= 33]
-    assert sorted(found) == sorted(whole) and skipped == 200 - len(whole) > 0
+    fit = [e for e in examples if len(e.ids) <= 33]
+    whole = [e.ids.tolist() for e in fit if e.weights[1:].any()]
+    assert sorted(found) == sorted(whole)
+    assert left_out == {"skipped": 200 - len(fit), "untrained": len(fit) - len(whole)} and min(left_out.values()) > 0
     assert tokens.weights.sum() == sum(e.weights[1:].sum() for e in examples if len(e.ids) <= 33)
     assert (tokens.segments > 0).mean() > 0.9
 
 
-def test_pack_refuses_only_too_long():
-    tokens, skipped = rows.pack([example(2, 9, 50), example(2, 9, 9, 50)], 2)
-    assert (tokens.inputs.tolist(), skipped) == ([[2, 9]], 1)
-    with pytest.raises(UserError, match="none of 1 conversations fits a row of 1 tokens"):
-        rows.pack([example(2, 9, 50)], 1)
+def test_pack_refuses_only_what_cannot_teach():
+    tokens, left_out = rows.pack([example(2, 9, 50), example(2, 9, 9, 50), example(50, 9, 9)], 2)
+    assert (tokens.inputs.tolist(), left_out) == ([[2, 9]], {"skipped": 1, "untrained": 1})
+    message = (
+        "none of 2 conversations can be learnt from (1 conversations longer than a row of 1 tokens, "
+        "1 conversations with no token to learn (no answer, or it shares a token with the marker before it)): "
+        "lengthen the row"
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        rows.pack([example(2, 9, 50), example(2, 9)], 1)
 
 
 def test_pad_by_hand():

@@ -12,6 +12,7 @@ from runs import EXPERIMENTS, finished, small
 from lm import optim, tokenizer as tokenizers, train
 from lm.config import load
 from lm.data import rankings as records
+from lm.data.verdicts import Verdict
 from lm.errors import UserError
 from lm.rewards.model import answered
 from lm.stages import STAGES, dpo, ipo, kto, preference, reward
@@ -326,7 +327,7 @@ def file(tmp_path):
 @pytest.fixture
 def halves(monkeypatch):
     """The held-out side is what is named so: the real split draws by hash."""
-    both = lambda items, fraction: [[i for i in items if (i.name in "be") == unseen] for unseen in (False, True)]
+    both = lambda items, *_: [[i for i in items if (i.name in "be") == unseen] for unseen in (False, True)]
     monkeypatch.setattr("lm.data.corpus.split", both)
 
 
@@ -342,6 +343,8 @@ def test_verdicts_become_rows(lent, file, halves):
         "undecided": 2,  # f, and d without its long answer
         "equal": 1,  # c
         "skipped": 2,  # of d, of e
+        "shortened": 0,
+        "untrained": 0,
         "empty": 1,  # of b
     }
     (batch,) = found.held_out(None)
@@ -393,12 +396,13 @@ def test_kto_pairs_prompts_with_answers_to_others(lent, file, halves):
 
 
 def test_an_answer_that_would_not_fit_another_prompt_is_passed_over(tokenizer):
-    prompts = [np.arange(10, 10 + n, dtype=np.int32) for n in (4, 20, 4)]
-    answers = [np.full(n, 9, np.int32) for n in (2, 2, 7)]
-    found = [preference.Verdict(p, [a], [1]) for p, a in zip(prompts, answers)]
-    assert len(kto.mismatched(found, 0, 24).ids) == 4 + 2  # of the second
-    assert len(kto.mismatched(found, 1, 24).ids) == 20 + 2  # the third's would make 27: of the first
-    assert len(kto.mismatched(found, 2, 24).ids) == 4 + 2  # the first has the same prompt: of the second
+    said = [(ASKED, "one"), (LATER, "two"), (ASKED, "word " * 9)]
+    found = [Verdict(verdict("x", prompt, [text], [1]), [], [[1]]) for prompt, text in said]
+    whole = lambda prompt, text: tokenizers.chat(tokenizer, answered(prompt, text)).ids.tolist()
+    length = len(whole(LATER, "word " * 9)) - 2
+    expected = [(ASKED, "two"), (LATER, "one"), (ASKED, "two")]  # the third's is too long; the same prompt is no other
+    for i, mixed in enumerate(expected):
+        assert kto.mismatched(tokenizer, found, i, length).ids.tolist() == whole(*mixed)
 
 
 @pytest.mark.parametrize(
@@ -408,14 +412,14 @@ def test_an_answer_that_would_not_fit_another_prompt_is_passed_over(tokenizer):
         (
             dpo,
             [VERDICTS[1], VERDICTS[2]],
-            "{file}: no verdict is left to learn from (1 prefer a text to itself, 0 answers are longer than "
-            "data.length 60): raise it, or rank other answers",
+            "{file}: no verdict is left to learn from (1 verdicts that prefer an answer to the same one): "
+            "raise data.length, or rank other answers",
         ),
         (
             dpo,
             [VERDICTS[0], VERDICTS[3]._replace(name="e")],
-            "{file}: no verdict is left held out (0 prefer a text to itself, 1 answers are longer than "
-            "data.length 60): raise it, or rank other answers",
+            "{file}: no verdict is left held out (1 verdicts with no preference left, 1 answers longer than "
+            "data.length 60): raise data.length, or rank other answers",
         ),
         (
             kto,

@@ -9,6 +9,7 @@ from lm import taste, train
 from lm.config import load
 from lm.data import corpus, ratings
 from lm.data.rankings import checked
+from lm.stages import ranked
 
 __all__ = ["finished", "small"]
 
@@ -58,7 +59,7 @@ def test_a_ranking_compares_one_opener_and_one_bucket_of_raters(found):
 
 
 def test_raters_are_on_one_side(found):
-    seen, unseen = corpus.split(found, 0.2)
+    seen, unseen, _ = ranked.sides("chitchat", 0.2)
     assert not {ranking.name for ranking in seen} & {ranking.name for ranking in unseen}
     assert len(unseen) > 100
 

@@ -101,6 +101,14 @@ def test_an_answer_longer_than_a_row_keeps_its_end_token(finished):
     assert tokens.inputs[0, 0] == trained.tokenizer.bos
 
 
+def test_behind_a_prompt_longer_than_a_row_answers_are_still_seen(finished):
+    """The answer is whole, and before it stands the end of the prompt: different answers have different rewards."""
+    _, reward = load_reward(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
+    long = [{"role": "user", "content": "the object code method? " * 60}]
+    found = reward([long] * 3, ["a name.", "the type of a list", "no"])
+    assert len({round(float(score), 4) for score in found}) == 3
+
+
 @pytest.mark.parametrize("pessimism", [0.0, 1.0])
 def test_an_ensemble_of_one_model_twice_is_that_model(finished, pessimism):
     _, one = load_reward(finished / "reward", backend="cpu", centred=True, jit=jax.jit)

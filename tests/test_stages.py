@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from test_floors import NO_STAGE
 
-from lm import optim
+from lm import optim, tokenizer as tokenizers
+from lm.data.chats import answered
+from lm.data.rankings import Ranking
+from lm.data.verdicts import grouped
 from lm.losses.policy import kl_k1
 from lm.losses.ranking import bradley_terry
 from lm.metrics import Mean
@@ -236,24 +239,25 @@ def test_measures_by_margin_and_of_calibration(verdicts):
     )
 
 
-def test_answers_are_grouped_by_verdict(monkeypatch, rows):
+def test_answers_are_grouped_by_verdict():
     """Rankings of three and of two responses, the second padded with nothing; an axis is ranked where it was scored."""
-
-    def characters(tokenizer, texts, length):
-        ids = [[*map(ord, text), *[0] * (length + 1 - len(text))] for text in texts]
-        return rows(ids, [len(text) for text in texts], start=length + 1)
-
-    monkeypatch.setattr(ranking, "answered", lambda prompt, text: prompt + text)
-    monkeypatch.setattr(ranking, "rows", characters)
+    tokenizer = tokenizers.train(["what is it one two three"], vocab_size=280)
+    asked = [{"role": "user", "content": "what is it"}]
+    record = functools.partial(Ranking, prompt=asked, rater="me", time="2024-05-01T12:00:00+00:00")
     rankings = [
-        SimpleNamespace(prompt="ab", responses=["c", "de", "f"], ranking=[2, 1, 3], axes={"clear": [5, None, 4]}),
-        SimpleNamespace(prompt="x", responses=["y", "zz"], ranking=[1, 2], axes={}),
+        record("a", responses=["one", "two", "three"], ranking=[2, 1, 3], axes={"clear": [5, None, 4]}),
+        record("b", responses=["one", "three"], ranking=[1, 2]),
     ]
-    found = ranking.grouped(None, rankings, ("overall", "clear"), 4, 3)
+    verdicts, counts = ranking.scored_rows(tokenizer, rankings, ("overall", "clear"), 40)
+    found = grouped(verdicts, 40, 3)
     np.testing.assert_array_equal(found.ranks[..., 0], [[2, 1, 3], [1, 2, 0]])
     np.testing.assert_array_equal(found.ranks[..., 1], [[6, 0, 7], [0, 0, 0]])
-    assert [bytes(row[row > 0].tolist()) for row in found.tokens.targets[0]] == [b"bc", b"bde", b"bf"]
-    assert not found.tokens.segments[1, 2].any()
+    for v, record in enumerate(rankings):
+        for k, text in enumerate(record.responses):
+            row = jax.tree.map(lambda x: x[v, k], found.tokens)
+            ids = tokenizers.chat(tokenizer, answered(asked, text)).ids
+            assert row.inputs[row.segments > 0].tolist() == ids.tolist() and not row.weights.any()
+    assert not found.tokens.segments[1, 2].any() and not any(counts.values())
 
 
 def test_score_is_read_at_the_last_real_token_by_length(tiny_model, tiny_lm, seen, rows):

@@ -105,7 +105,7 @@ def test_each_conversation_counts_once():
     [
         ({"turns": 0}, "prompts.turns is 0; it must be at least 1"),
         ({"conversations": -1}, "prompts.conversations is -1; it must be at least 0"),
-        ({"prompt_length": 2}, "prompts has at most 2 tokens; raise prompt_length"),
+        ({"prompt_length": 2}, "longer than prompt_length 2.: raise prompt_length"),
     ],
 )
 def test_bad_options(asked, options, message):

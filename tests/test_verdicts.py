@@ -106,7 +106,7 @@ def test_a_reward_model_ranks_and_held_out_prompts_follow(finished, small, tmp_p
         ("rater=rul", "rank.rater is 'rul'; choose one of rule"),
         ("rater=.", "is no finished reward model|holds no checkpoint"),
         ("responses=1", "rank.responses is 1; it must be at least 2"),
-        ("prompt_length=2", "prompts has at most 2 tokens; raise prompt_length"),
+        ("prompt_length=2", "longer than prompt_length 2.: raise prompt_length"),
         ("prompts_at_once=0", "rank.prompts_at_once is 0; it must be at least 1"),
         ("rater={finished}/reward", "reward was trained on rows of 64 tokens, but a prompt and its answer may have 71"),
         ("max_new=40", "the prompt has 32 tokens and 40 more were asked for, but the model's context is 64"),

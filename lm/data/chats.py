@@ -30,6 +30,11 @@ class Conversation(NamedTuple):
     name: str
     messages: list[dict]  # {"role", "content"}
 
+    @property
+    def content(self) -> str:
+        """Its words: two conversations with the same are never parted by a split. See corpus.split."""
+        return corpus.words(message["content"] for message in self.messages)
+
 
 def chitchat() -> list[Conversation]:
     """Human conversations: whoever speaks first is the user, the other the assistant."""
@@ -60,16 +65,18 @@ def docstrings() -> list[Conversation]:
 def arithmetic() -> list[Conversation]:
     """6,000 made sums, differences and products of digits, each worked out by the calculator of lm.environments.
 
-    The assistant asks for calc(...), the tool replies with the number, the assistant says it.
+    The assistant asks for calc(...), the tool replies with the number, the assistant says it. A conversation bears the
+    name of its sum, so that a sum is held out in every phrasing.
     """
     found = []
     for i in range(6000):
         operator = "+-*"[_draw(f"operator {i}", 3)]
         a, b = (_draw(f"{side} {i}", 10) for side in "ab")
         question = ARITHMETIC[_draw(f"question {i}", len(ARITHMETIC))].format(f"{a} {operator} {b}")
-        value = str(computed(f"{a} {operator} {b}"))
-        turns = ("user", question), ("assistant", f"calc({a} {operator} {b})"), ("tool", value), ("assistant", value)
-        found.append(Conversation(f"arithmetic/{i}", [{"role": role, "content": text} for role, text in turns]))
+        problem = f"{a} {operator} {b}"
+        value = str(computed(problem))
+        turns = ("user", question), ("assistant", f"calc({problem})"), ("tool", value), ("assistant", value)
+        found.append(Conversation(f"arithmetic/{problem}", [{"role": role, "content": text} for role, text in turns]))
     return found
 
 
@@ -101,18 +108,35 @@ def prompts(conversations: Sequence[Conversation], *, turns: int = 3, per_conver
     Each holds the last `turns` messages at most and starts with a user's. Of each conversation `per_conversation` are
     drawn by a hash of its name and the turn (0: all are taken); no context comes twice.
     """
+    return distinct(contexts(conversations, turns=turns, per_conversation=per_conversation))
+
+
+def distinct(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The conversations, each text once: the first that has it."""
     found: dict[tuple[str, ...], Conversation] = {}
+    for conversation in conversations:
+        found.setdefault(tuple(m["content"] for m in conversation.messages), conversation)
+    return list(found.values())
+
+
+def contexts(conversations: Sequence[Conversation], *, turns: int = 3, per_conversation: int = 1) -> list[Conversation]:
+    """Those of `prompts`, as often as they come."""
+    found = []
     for name, messages in conversations:
-        contexts = []
+        asked = []
         for i, message in enumerate(messages):
             if message["role"] == "user" and len(message["content"].split()) >= 3:
                 context = messages[max(0, i + 1 - turns) : i + 1]
                 first = next(j for j, m in enumerate(context) if m["role"] == "user")
-                contexts.append(context[first:])
-        contexts.sort(key=lambda context: _draw(name + context[-1]["content"], 2**32))
-        for context in contexts[: per_conversation or None]:
-            found.setdefault(tuple(m["content"] for m in context), Conversation(name, context))
-    return list(found.values())
+                asked.append(context[first:])
+        asked.sort(key=lambda context: _draw(name + context[-1]["content"], 2**32))
+        found += [Conversation(name, context) for context in asked[: per_conversation or None]]
+    return found
+
+
+def answered(prompt: Sequence[dict], text: str) -> list[dict]:
+    """The conversation with `text` as the assistant's next message."""
+    return [*prompt, {"role": "assistant", "content": text}]
 
 
 def _alternating(turns: Sequence[str]) -> list[dict]:

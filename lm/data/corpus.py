@@ -1,4 +1,7 @@
-"""Documents of real text, each with a name that decides, everywhere and for ever, whether it is held out."""
+"""Documents of real text, each with a name that decides, everywhere and for ever, whether it is held out.
+
+A text that comes under several names is held out by its own words: see `split`.
+"""
 
 import hashlib
 import importlib.util
@@ -8,7 +11,8 @@ import logging
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -27,12 +31,16 @@ UNUSED = {
     "encodings",
 }  # folders of the stdlib: the last is tables
 
-Named = TypeVar("Named")  # anything with a .name
+Named = TypeVar("Named")  # anything with a .name and a .content
 
 
 class Document(NamedTuple):
     name: str
     text: str
+
+    @property
+    def content(self) -> str:
+        return words([self.text])
 
 
 def documents(corpus: str) -> list[Document]:
@@ -110,12 +118,31 @@ def held_out(name: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2**64
 
 
-def split(items: Sequence[Named], fraction: float) -> tuple[list[Named], list[Named]]:
-    """(train, held out), by name."""
+def words(texts: Iterable[str]) -> str:
+    """The texts as one, whatever white space lies between their words."""
+    return " ".join(word for text in texts for word in text.split())
+
+
+def split(
+    items: Sequence[Named], fraction: float, content: Callable[[Named], str] = attrgetter("content")
+) -> tuple[list[Named], list[Named]]:
+    """(train, held out), by name; where one content comes under several names, by the content, so that what is held
+    out is never trained on under another name."""
+    said = (content(item) or item.name for item in items)  # those that say nothing are not the same
+    contents = [hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() for text in said]
+    names: dict[str, set[str]] = {}
+    for item, digest in zip(items, contents):
+        names.setdefault(digest, set()).add(item.name)
+    deciding = [item.name if len(names[digest]) == 1 else digest for item, digest in zip(items, contents)]
     sides = [], []
-    for item in items:
-        sides[held_out(item.name, fraction)].append(item)
+    for item, name in zip(items, deciding):
+        sides[held_out(name, fraction)].append(item)
     for side, name, way in zip(sides, ("left to train on", "held out"), ("lower", "raise")):
+        if not side and len(items) > 1 and len(set(deciding)) == 1:
+            raise UserError(
+                f"of {len(items)} documents none is {name}: all have one name or one text, so no fraction parts them; "
+                "add others"
+            )
         if not side:
             names = {item.name for item in items}
             if len(names) == 1 and 0 < fraction < 1:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.data.chats import Conversation
-from lm.errors import UserError
-from lm.tokenizer import Tokenizer, prompts
+from lm.data.truncation import fitted, nothing_left
+from lm.tokenizer import Example, Tokenizer, prompts
 
 BUCKET = 32  # tokens; prompts are padded to a multiple of it
 
@@ -33,13 +33,16 @@ def padded(rows: Sequence[np.ndarray], contexts: Sequence[list[dict]], length: i
 
 
 def fitting(tokenizer: Tokenizer, conversations: Sequence[Conversation], length: int) -> tuple[Prompts, int]:
-    """The conversations as chat prompts of at most `length` tokens, and how many were longer and left out."""
+    """The conversations as chat prompts of at most `length` tokens, and how many were longer and left out: a judge
+    reads the whole conversation, so none is cut."""
     contexts = [conversation.messages for conversation in conversations]
-    encoded = list(zip(prompts(tokenizer, contexts), contexts))
-    kept = [(ids, messages) for ids, messages in encoded if len(ids) <= length]
-    if not kept:
-        raise UserError(f"none of {len(encoded)} prompts has at most {length} tokens; raise prompt_length")
-    return padded([ids for ids, _ in kept], [messages for _, messages in kept], length), len(encoded) - len(kept)
+    encoded = [Example(ids, np.zeros(len(ids), np.float32)) for ids in prompts(tokenizer, contexts)]
+    fit = fitted(encoded, length, trained=False)
+    if not fit.kept:
+        what, limit = f"none of {len(encoded)} prompts can be asked", f"prompt_length {length}"
+        raise nothing_left(what, fit.counts, things="prompts", limit=limit, way="raise prompt_length")
+    kept = [messages for row, messages in zip(fit.rows, contexts) if row is not None]
+    return padded([row.ids for row in fit.kept], kept, length), fit.counts["skipped"]
 
 
 def take(prompts: Prompts, rows: np.ndarray) -> Prompts:

@@ -4,7 +4,8 @@
      "ranking": [2, 1], "rater": "rule", "time": "2024-05-01T12:00:00+00:00"}
 
 `ranking[i]` is the rank of `responses[i]`: 1 is best, equal ranks are a tie. `name` says what the prompt was taken
-from, so that its verdicts are held out with it. What else is known of a verdict may follow: see `Ranking`.
+from, so that its verdicts are held out with it; a prompt that comes under several names is held out by its own words,
+in all its verdicts. What else is known of a verdict may follow: see `Ranking`.
 """
 
 import json
@@ -14,11 +15,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lm.data import corpus
 from lm.errors import UserError
 from lm.textfiles import numbered_lines
 from lm.tokenizer import ROLES
 
 AXES = ("helpful", "clear", "safe", "follows the instruction", "conversational")  # our page asks for 1 to 5 on each
+OVERALL = "overall"  # the axis that `ranking` itself is
 HIGHEST = 10  # score on any axis that is accepted
 FLAGS = ("toxic", "dangerous", "low quality")
 VERDICTS = ("ranked", "both bad", "skipped")
@@ -39,6 +42,11 @@ class Ranking(NamedTuple):
     sources: Sequence[Mapping[str, Any]] = ()  # of each response: {"model", "fingerprint", "sampler"}
     shown: Sequence[int] = ()  # the responses in the order in which the rater saw them
     seconds: float | None = None  # from showing to verdict
+
+    @property
+    def content(self) -> str:
+        """The words of the prompt: verdicts on the same are never parted by a split. See corpus.split."""
+        return corpus.words(message["content"] for message in self.prompt)
 
 
 REQUIRED = tuple(field for field in Ranking._fields if field not in Ranking._field_defaults)
@@ -77,6 +85,14 @@ def line(ranking: Ranking) -> str:
     record = checked(ranking._asdict())._asdict()
     known = {name: value for name, value in record.items() if name in REQUIRED or value != _default(name)}
     return json.dumps(known, ensure_ascii=False)
+
+
+def axis_ranks(ranking: Ranking, axis: str) -> list[int]:
+    """The rank of each response on an axis: as given, or turned from scores; 0 where it was not scored."""
+    if axis == OVERALL:
+        return list(ranking.ranking)
+    scored = ranking.axes[axis] if axis in ranking.axes else [None] * len(ranking.responses)
+    return [0 if score is None else HIGHEST + 1 - score for score in scored]
 
 
 def pairs(ranking: Ranking) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lm.data.truncation import fitted, nothing_left
 from lm.errors import UserError
 from lm.tokenizer import Example, Tokenizer
 from lm.types import Tokens
@@ -47,16 +48,17 @@ def documents(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tokens
     return stream([tokenizer.document(ids) for ids in tokenizer.encode_all(texts)], length)
 
 
-def pack(examples: Sequence[Example], length: int) -> tuple[Tokens, int]:
-    """Whole conversations packed into rows as isolated segments, and how many were longer than a row and left out.
+def pack(examples: Sequence[Example], length: int) -> tuple[Tokens, dict[str, int]]:
+    """Whole conversations packed into rows as isolated segments, and how many were left out: see truncation.fitted.
 
     Best fit, longest first: each goes to the fullest row that still has room.
     """
+    whole = fitted(examples, length + 1)  # the last token is a target only
+    examples = whole.kept
     sizes = [len(example.ids) - 1 for example in examples]
-    kept = sorted((i for i, size in enumerate(sizes) if size <= length), key=lambda i: -sizes[i])
     rows: list[list[Example]] = []
     room: list[tuple[int, int]] = []  # (free positions, row), sorted
-    for i in kept:
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         fit = bisect.bisect_left(room, (sizes[i], 0))
         free, row = room.pop(fit) if fit < len(room) else (length, len(rows))
         if row == len(rows):
@@ -64,8 +66,9 @@ def pack(examples: Sequence[Example], length: int) -> tuple[Tokens, int]:
         rows[row].append(examples[i])
         bisect.insort(room, (free - sizes[i], row))
     if not rows:
-        raise UserError(f"none of {len(examples)} conversations fits a row of {length} tokens: lengthen the row")
-    return _rows(rows, length), len(examples) - len(kept)
+        what, limit = f"none of {len(whole.rows)} conversations can be learnt from", f"a row of {length} tokens"
+        raise nothing_left(what, whole.counts, things="conversations", limit=limit, way="lengthen the row")
+    return _rows(rows, length), whole.counts
 
 
 def pad(examples: Sequence[Example], length: int) -> Tokens:

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.data.chats import answered
 from lm.data.rows import pad
+from lm.data.truncation import fitted
 from lm.model import Model
 from lm.rewards import Reward
 from lm.tokenizer import Example, Tokenizer, chats
@@ -24,20 +26,16 @@ def scores(model: Model, params: Params, tokens: Tokens) -> Array:
 def rows(tokenizer: Tokenizer, conversations: list[list[dict]], length: int) -> Tokens:
     """One conversation a row, its closing end token among the inputs: that is where it is scored.
 
-    A row holds `length` tokens; a longer answer loses what stands before its end token, never that token.
+    A row holds `length` tokens; of a longer conversation what truncation.fitted keeps, the end token always.
     """
-
-    def example(ids):
-        if len(ids) > length:
-            ids = np.concatenate([ids[: length - 1], ids[-1:]])
-        return Example(np.append(ids, tokenizer.eos).astype(np.int32), np.zeros(len(ids) + 1, np.float32))
-
-    return pad([example(chat.ids) for chat in chats(tokenizer, conversations)], length)
+    whole = chats(tokenizer, conversations, last=True)
+    fit = fitted(whole, length, cut="answer", start=tokenizer.start, trained=False)
+    return pad([scored_row(tokenizer, row) for row in fit.kept], length)
 
 
-def answered(prompt: list[dict], text: str) -> list[dict]:
-    """The conversation with `text` as the assistant's next message."""
-    return [*prompt, {"role": "assistant", "content": text}]
+def scored_row(tokenizer: Tokenizer, row: Example) -> Example:
+    """A conversation whose last token is an input too. Nothing of it is a target that counts."""
+    return Example(np.append(row.ids, tokenizer.eos).astype(np.int32), np.zeros(len(row.ids) + 1, np.float32))
 
 
 def row_length(prompt: int, new: int) -> int:

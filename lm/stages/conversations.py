@@ -21,15 +21,17 @@ def batches(
 ) -> Batches:
     """Rows of `length` tokens of conversations from `sources` (see data.chats), cut into excerpts of `turns` messages.
 
-    The same documents are held out as in pretraining; an excerpt longer than a row is skipped and counted. A `ramp`
-    begins with other batches, as in stage pretrain.
+    The same documents are held out as in pretraining; an excerpt longer than a row, or in which nothing is trained, is
+    left out and counted. A `ramp` begins with other batches, as in stage pretrain.
     """
     context.admit(length)
     at_least(2, "data", turns=turns)
     if turns % 2:
         raise UserError(f"data.turns is {turns}; it must be even, or every other excerpt would open with the assistant")
     train, unseen = corpora.split(chats.conversations(sources), held_out)
-    (train_rows, skipped), (unseen_rows, _) = (rows(context.tokenizer, side, turns, length) for side in (train, unseen))
+    (train_rows, left_out), (unseen_rows, more) = (
+        rows(context.tokenizer, side, turns, length) for side in (train, unseen)
+    )
     batch = rows_to_batches.batches(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
     about = {
         "length": length,
@@ -37,15 +39,16 @@ def batches(
         "rows": len(train_rows.inputs),
         "tokens": int((train_rows.segments > 0).sum()),
         "trained_tokens": int(train_rows.weights.sum()),
-        "skipped": skipped,
+        **left_out,
         "held_out_conversations": len(unseen),
+        **{f"held_out_{name}": count for name, count in more.items()},
     }
     return Batches(lambda state, i: batch(i), lambda state: rows_to_batches.every(unseen_rows, batch_size), about)
 
 
 def rows(
     tokenizer: Tokenizer, conversations: Sequence[chats.Conversation], turns: int, length: int
-) -> tuple[Tokens, int]:
-    """Excerpts packed into rows, and how many were too long for one."""
+) -> tuple[Tokens, dict[str, int]]:
+    """Excerpts packed into rows, and how many were left out."""
     excerpts = chats.excerpts(conversations, turns=turns)
     return packing.pack(templated(tokenizer, [excerpt.messages for excerpt in excerpts]), length)

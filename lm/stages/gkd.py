@@ -83,8 +83,8 @@ def batches(
     """`rollouts` answers of the current student to prompts from `sources`, or `batch_size` rows of conversations.
 
     A coin of weight `on_policy`, a function of (seed, i), says which of the two batch i is. A prompt holds the last
-    `turns` messages; one of more than `prompt_length` tokens is left out. The rows are those of stage distill, of
-    `length` tokens and excerpts that have room for a prompt and its reply.
+    `turns` messages; one of more than `prompt_length` tokens, or that came before, is left out and counted. The rows
+    are those of stage distill, of `length` tokens and excerpts that have room for a prompt and its reply.
     """
     model, tokenizer = context.model, context.tokenizer
     checked(model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=1)
@@ -95,8 +95,11 @@ def batches(
     people = conversations.batches(
         context, sources=sources, turns=even, length=length, batch_size=batch_size, held_out=held_out
     )
-    train, unseen = corpora.split(chats.prompts(chats.conversations(sources), turns=turns), held_out)
-    (train, skipped), (unseen, _) = (fitting(tokenizer, side, prompt_length) for side in (train, unseen))
+    contexts = chats.contexts(chats.conversations(sources), turns=turns)
+    distinct = chats.distinct(contexts)
+    (train, skipped), (unseen, more) = (
+        fitting(tokenizer, side, prompt_length) for side in corpora.split(distinct, held_out)
+    )
     answered = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts)
     order = rows_to_batches.batches(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
     run = context.jit(
@@ -123,7 +126,13 @@ def batches(
         for rows in people.held_out(state):
             yield Lesson(rows, np.zeros(batch_size, np.float32))
 
-    asked = {"prompts": len(train.ids), "held_out_prompts": len(unseen.ids), "skipped_prompts": skipped}
+    asked = {
+        "prompts": len(train.ids),
+        "held_out_prompts": len(unseen.ids),
+        "skipped_prompts": skipped,
+        "held_out_skipped_prompts": more,
+        "repeated_prompts": len(contexts) - len(distinct),
+    }
     return Batches(train_batch, held_out_batches, people.about | asked)
 
 

@@ -20,7 +20,10 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import optax
 
+from lm.data.chats import answered
 from lm.data.rows import pad
+from lm.data.truncation import NOTHING, fitted
+from lm.data.verdicts import Verdict, grouped
 from lm.errors import UserError
 from lm.losses.preference import kto
 from lm.losses.ranking import preferred
@@ -28,8 +31,8 @@ from lm.metrics import Metrics, mean, scalar
 from lm.model import Model
 from lm.stages import preference
 from lm.stages.context import Batches, Context
-from lm.stages.preference import NOTHING, Verdict, answer_logprobs, measures, summary
-from lm.tokenizer import Example
+from lm.stages.preference import answer_logprobs, measures, summary
+from lm.tokenizer import Example, Tokenizer, chats
 from lm.types import Array, Ranked
 from lm.update import Update, annotate, gradient, renewed
 
@@ -98,7 +101,7 @@ def batches(
     """Those of stages.preference, each prompt also with an answer to another prompt."""
     return preference.batches(
         context,
-        with_mismatched,
+        functools.partial(with_mismatched, context.tokenizer),
         rankings=rankings,
         length=length,
         prompts_per_batch=prompts_per_batch,
@@ -107,23 +110,28 @@ def batches(
     )
 
 
-def with_mismatched(verdicts: Sequence[Verdict], length: int, most: int) -> Ranked:
+def with_mismatched(tokenizer: Tokenizer, verdicts: Sequence[Verdict], length: int, most: int) -> Ranked:
     """`grouped`, and for each prompt a row of it with an answer to another. UserError if no prompt has such a row."""
-    rows = [mismatched(verdicts, i, length) for i in range(len(verdicts))]
+    rows = [mismatched(tokenizer, verdicts, i, length) for i in range(len(verdicts))]
     if all(row is NOTHING for row in rows):
         raise UserError(
             f"of {len(verdicts)} verdicts no prompt takes an answer to another one within data.length {length}: KTO's "
             "baseline needs some; rank different prompts, or raise data.length or data.held_out"
         )
-    return preference.grouped(verdicts, length, most).replace(mismatched=pad(rows, length))
+    return grouped(verdicts, length, most).replace(mismatched=pad(rows, length))
 
 
-def mismatched(verdicts: Sequence[Verdict], i: int, length: int) -> Example:
-    """Prompt i with an answer of the next verdict, in a circle, that is on another prompt and fits a row."""
-    prompt = verdicts[i].prompt
+def mismatched(tokenizer: Tokenizer, verdicts: Sequence[Verdict], i: int, length: int) -> Example:
+    """Prompt i with an answer of the next verdict, in a circle, that is on another prompt and fits a row with it; if
+    none does, of the next that leaves room for an end of prompt i."""
+    asked, cut = verdicts[i].ranking, NOTHING
     for k in range(1, len(verdicts)):
-        other = verdicts[(i + k) % len(verdicts)]
-        answer = other.answers[i % len(other.answers)]  # the first, the second, ... in turn: good and bad ones
-        if other.prompt.tolist() != prompt.tolist() and preference.fits(prompt, answer, length):
-            return preference.example(prompt, answer)
-    return NOTHING
+        other = verdicts[(i + k) % len(verdicts)].ranking
+        text = other.responses[i % len(other.responses)]  # the first, the second, ... in turn: good and bad ones
+        if other.content != asked.content:
+            whole = chats(tokenizer, [answered(asked.prompt, text)], last=True)
+            fit = fitted(whole, length + 1, cut="prompt", start=tokenizer.start)
+            if fit.kept and not fit.counts["shortened"]:
+                return fit.kept[0]
+            cut = fit.kept[0] if fit.kept and cut is NOTHING else cut
+    return cut

@@ -50,13 +50,13 @@ def batches(
 
     A ramp of pairs (step, rows) begins with other batches: ((100, 4), (200, 8)) takes 4 rows before step 100, 8 before
     step 200, and `batch_size` from there on. The held-out score uses whole held-out documents up to `held_out_bytes`,
-    in a seeded order.
+    in a seeded order; those beyond are counted as skipped.
     """
     context.admit(length)
     train, unseen = corpora.split(corpora.documents(corpus), held_out)
-    unseen = corpora.within(unseen, held_out_bytes)
+    scored = corpora.within(unseen, held_out_bytes)
     train_rows, unseen_rows = (
-        packing.documents(context.tokenizer, [document.text for document in side], length) for side in (train, unseen)
+        packing.documents(context.tokenizer, [document.text for document in side], length) for side in (train, scored)
     )
     batch = rows_to_batches.batches(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
     about = {
@@ -64,8 +64,9 @@ def batches(
         "documents": len(train),
         "rows": len(train_rows.inputs),
         "tokens": int(train_rows.weights.sum()),
-        "held_out_documents": len(unseen),
-        "held_out_bytes": len(text := "".join(document.text for document in unseen).encode()),
+        "held_out_documents": len(scored),
+        "held_out_skipped": len(unseen) - len(scored),
+        "held_out_bytes": len(text := "".join(document.text for document in scored).encode()),
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
     }
     return Batches(lambda state, i: batch(i), lambda state: rows_to_batches.every(unseen_rows, batch_size), about)

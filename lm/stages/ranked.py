@@ -2,24 +2,27 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm.data import batches as rows_to_batches, corpus as corpora, rankings as records, ratings, store
+from lm.data import batches as rows_to_batches, corpus as corpora, rankings as records, ratings, store, verdicts
+from lm.data.rankings import OVERALL
+from lm.data.truncation import nothing_left
+from lm.data.verdicts import Verdict
 from lm.errors import UserError, at_least
 from lm.losses.ranking import preferred
 from lm.metrics import Mean, Metrics, mean, values
 from lm.model import Model
-from lm.rewards.model import answered, rows, scores
+from lm.rewards.model import scored_row, scores
 from lm.stages.context import Batches, Context
 from lm.tokenizer import Tokenizer
 from lm.types import Array, Ranked, Tokens
 from lm.update import Loss, Update, gradient, value_head
 
-OVERALL = "overall"  # the axis that `ranking` itself is
 ONE_AXIS: Mapping[str, float] = {OVERALL: 1.0}  # an axis and what it counts in the total score
 APART = (1, 2, 3)  # ranks between two answers, the last one and more: accuracy by the rater's margin
 EDGES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the calibration's bins: what the model gives the answer it prefers
@@ -148,27 +151,66 @@ def batches(
 
     `rankings` is a file or database of verdicts (see data.rankings, data.store), or "chitchat" (data.ratings).
     `axes` names what is learnt, "overall" among them, and what each counts in the total score; one that counts 0 still
-    shapes the trunk. All answers of a verdict are in one batch. `limit` > 0 trains on that many verdicts only.
+    shapes the trunk. All answers of a verdict are in one batch. `limit` > 0 trains on that many verdicts only. What a
+    longer answer keeps, data.truncation says; a verdict between two answers of the same tokens is left out. Both are
+    counted.
     """
     context.admit(length)
     at_least(1, "data", prompts_per_batch=prompts_per_batch)
     at_least(0, "data", limit=limit)
     axes = in_order(axes)
-    train, unseen, undecided = sides(rankings, held_out)
-    train = limited(train, limit, context.seed)
-    missing = [axis for axis in axes if axis != OVERALL and not any(axis in r.axes for r in train)]
+    return of_verdicts(
+        context,
+        lambda side: scored_rows(context.tokenizer, side, tuple(axes), length),
+        verdicts.grouped,
+        axes=axes,
+        rankings=rankings,
+        length=length,
+        prompts_per_batch=prompts_per_batch,
+        held_out=held_out,
+        limit=limit,
+    )
+
+
+def of_verdicts(
+    context: Context,
+    laid_out: Callable[[Sequence[records.Ranking]], tuple[list[Verdict], dict[str, int]]],
+    group: Callable[[Sequence[Verdict], int, int], Ranked],
+    *,
+    axes: Iterable[str],
+    rankings: str,
+    length: int,
+    prompts_per_batch: int,
+    held_out: float,
+    limit: int,
+) -> Batches:
+    """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows."""
+    seen, unseen, undecided = sides(rankings, held_out)
+    (train, counts), (unseen, more) = laid_out(limited(seen, limit, context.seed)), laid_out(unseen)
+    counts = {name: count + more[name] for name, count in counts.items()}
+    for side, name in ((train, "to learn from"), (unseen, "held out")):
+        if not side:
+            raise nothing_left(
+                f"{rankings}: no verdict is left {name}",
+                counts,
+                things="answers",
+                limit=f"data.length {length}",
+                way="raise data.length, or rank other answers",
+            )
+    missing = [axis for axis in axes if axis != OVERALL and not any(axis in v.ranking.axes for v in train)]
     if missing:
         raise UserError(f"{rankings}: no verdict scores the axis {missing[0]!r} of data.axes: leave it out")
-    most = max(len(r.responses) for r in [*train, *unseen])
-    train_rows, unseen_rows = (grouped(context.tokenizer, side, tuple(axes), length, most) for side in (train, unseen))
+    most = max(len(verdict.rows) for verdict in [*train, *unseen])
+    train_rows, unseen_rows = (group(side, length, most) for side in (train, unseen))
     batch = rows_to_batches.batches(train_rows, batch_size=prompts_per_batch, seed=context.seed)
     about = {
         "length": length,
         "prompts": len(train),
-        "pairs": sum(len(records.pairs(r)) for r in train),
+        "pairs": sum(verdict.pairs() for verdict in train),
         "held_out_prompts": len(unseen),
-        "held_out_pairs": sum(len(records.pairs(r)) for r in unseen),
-        "undecided": undecided,
+        "held_out_pairs": sum(verdict.pairs() for verdict in unseen),
+        **counts,
+        "undecided": undecided + counts["undecided"],
     }
     held_out_batches = lambda state: rows_to_batches.every(unseen_rows, prompts_per_batch)
     return Batches(lambda state, i: batch(i), held_out_batches, about)
@@ -180,7 +222,8 @@ def sides(rankings: str, held_out: float) -> tuple[list[records.Ranking], list[r
     ranked = [r for r in everything if records.pairs(r)]
     if not ranked:
         raise UserError(f"{rankings}: no ranking prefers one answer to another; rank more answers, or less alike ones")
-    return *corpora.split(ranked, held_out), len(everything) - len(ranked)
+    content = "name" if rankings in ratings.BUILT_IN else "content"  # the same opener is given to many raters
+    return *corpora.split(ranked, held_out, attrgetter(content)), len(everything) - len(ranked)
 
 
 def limited(rankings: Sequence[records.Ranking], limit: int, seed: int) -> list[records.Ranking]:
@@ -189,31 +232,13 @@ def limited(rankings: Sequence[records.Ranking], limit: int, seed: int) -> list[
     return [rankings[i] for i in sorted(order)]
 
 
-def grouped(
-    tokenizer: Tokenizer, rankings: Sequence[records.Ranking], axes: Sequence[str], length: int, most: int
-) -> Ranked:
-    """Leaves [verdicts, `most` answers, ...]; a verdict on fewer answers is padded with rows of nothing, ranked 0."""
-    answers = [answered(r.prompt, text) for r in rankings for text in r.responses]
-    slots = [v * most + i for v, r in enumerate(rankings) for i in range(len(r.responses))]
-
-    def place(x):
-        out = np.zeros((len(rankings) * most, *x.shape[1:]), x.dtype)
-        out[slots] = x
-        return out.reshape(len(rankings), most, *x.shape[1:])
-
-    ranks = [[axis_ranks(r, axis) for axis in axes] for r in rankings]
-    flat = np.array(
-        [[of_axis[i] for of_axis in verdict] for verdict in ranks for i in range(len(verdict[0]))], np.int32
-    )
-    return Ranked(jax.tree.map(place, rows(tokenizer, answers, length)), place(flat))
-
-
-def axis_ranks(ranking: records.Ranking, axis: str) -> list[int]:
-    """The rank of each response on an axis: as given, or turned from scores; 0 where it was not scored."""
-    if axis == OVERALL:
-        return list(ranking.ranking)
-    scored = ranking.axes[axis] if axis in ranking.axes else [None] * len(ranking.responses)
-    return [0 if score is None else records.HIGHEST + 1 - score for score in scored]
+def scored_rows(
+    tokenizer: Tokenizer, rankings: Sequence[records.Ranking], axes: Sequence[str], length: int
+) -> tuple[list[Verdict], dict[str, int]]:
+    """The verdicts that can be learnt from, their answers as a reward model reads them, and what is left out."""
+    found, counts = verdicts.laid_out(tokenizer, rankings, length, axes=axes, cut="answer", trained=False)
+    rows = [[scored_row(tokenizer, row) for row in verdict.rows] for verdict in found]
+    return [verdict._replace(rows=own) for verdict, own in zip(found, rows)], counts
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:

@@ -56,7 +56,8 @@ def batches(
     several, with commas between them: their mean less `pessimism` standard deviations), the others are lm.rewards';
     where there are several, each is logged as reward/NAME. `rater` names one that is logged as score/NAME but never
     learned from. An answer that the limit cut off loses `cut_penalty`; one within `overlong_buffer` tokens of it loses
-    a share (`returns.overlong`). Prompts longer than `prompt_length` tokens are skipped and counted.
+    a share (`returns.overlong`). Prompts longer than `prompt_length` tokens, and those that came before, are left out
+    and counted.
 
     `resample`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by further
     ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of lm.environments', which
@@ -90,13 +91,23 @@ def batches(
             total = total + np.asarray(overlong(found.lengths, limit=longest, buffer=overlong_buffer))
         return Rollouts(found.tokens, np.float32(total), scores, found.stopped, found.logprobs, group=group)
 
-    train, unseen = corpora.split(chats.prompts(chats.conversations(sources), turns=turns), held_out)
-    (train, skipped), (unseen, _) = (fitting(tokenizer, side, prompt_length) for side in (train, unseen))
+    contexts = chats.contexts(chats.conversations(sources), turns=turns)
+    distinct = chats.distinct(contexts)
+    (train, skipped), (unseen, more) = (
+        fitting(tokenizer, side, prompt_length) for side in corpora.split(distinct, held_out)
+    )
     prompts = rollouts // group
     asked = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts, group=group)
     order = rows_to_batches.batches(np.arange(len(train.ids)), batch_size=prompts, seed=context.seed)
     text, unseen_text = text_batches(context, corpus, text_length, rollouts, held_out)
-    about = {"length": length, "prompts": len(train.ids), "held_out_prompts": len(unseen.ids), "skipped": skipped}
+    about = {
+        "length": length,
+        "prompts": len(train.ids),
+        "held_out_prompts": len(unseen.ids),
+        "skipped": skipped,
+        "held_out_skipped": more,
+        "repeated": len(contexts) - len(distinct),
+    }
 
     def held_out_batches(state):
         for start in range(0, asked, prompts):

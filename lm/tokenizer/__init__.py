@@ -41,9 +41,9 @@ def chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:
     return tokenizer.chats([messages])[0]
 
 
-def chats(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> list[Example]:
+def chats(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[Example]:
     """See Tokenizer.chats."""
-    return tokenizer.chats(conversations)
+    return tokenizer.chats(conversations, last=last)
 
 
 def prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:

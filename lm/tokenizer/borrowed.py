@@ -161,9 +161,10 @@ class Borrowed(Tokenizer):
         if not self._bundle["template"]:
             return self.eos
         try:
-            return int(self.chats([PROBE])[0].ids[-1])
+            closing = int(self.chats([PROBE])[0].ids[-1])
         except UserError:  # a template that rewrites its answers can be asked, not learnt from
             return self.eos
+        return closing if closing in self._special else self.eos  # the probe's own words end no answer
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -178,13 +179,14 @@ class Borrowed(Tokenizer):
     def pieces(self, ids: Iterable[int]) -> list[str]:
         return [self._coder.decode([int(i)], special=True) for i in ids]
 
-    def chats(self, conversations: Sequence[Sequence[Message]]) -> list[Example]:
-        return [self._example(checked(messages)) for messages in conversations]
+    def chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[Example]:
+        return [self._example(checked(messages), last) for messages in conversations]
 
-    def _example(self, messages: Sequence[Message]) -> Example:
+    def _example(self, messages: Sequence[Message], only_last: bool) -> Example:
         """The template's text is tokenised once, as a whole. What an assistant's turn holds behind its last special
-        token (a line's end) is not trained, and left out where nothing follows."""
-        text, said = self.template.conversation(messages)
+        token (a line's end) is not trained, and left out where nothing follows. Nor is an answer trained whose first
+        token holds an end of the marker too: whoever is asked has another token there."""
+        text, said = self.template.conversation(messages, last=only_last)
         ids, starts = self._coder.marked(text)
         starts = np.array(starts)
         weights = np.zeros(len(ids), np.float32)
@@ -198,7 +200,8 @@ class Borrowed(Tokenizer):
                 )
             closing = [i for i in inside if ids[i] in self._special]
             last = closing[-1] + 1 if closing else inside[-1] + 1
-            weights[inside[0] : last] = 1
+            if self._coder.marked(text[:begin]).ids == ids[: inside[0]]:
+                weights[inside[0] : last] = 1
         if messages[-1]["role"] != "assistant":
             last = len(ids)
         return Example(np.array(ids[:last], np.int32), weights[:last])

@@ -71,8 +71,12 @@ class Tokenizer(ABC):
         """What each id stands for, special ids by name: for showing a row token by token."""
 
     @abstractmethod
-    def chats(self, conversations: Sequence[Sequence[Message]]) -> list[Example]:
-        """Whole conversations; trained is what the assistant says and the token that ends it. Nothing follows that."""
+    def chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[Example]:
+        """Whole conversations as the template renders them: the ids of every stage come from here and from `prompts`.
+
+        Trained is what the assistant says and the token that ends it; nothing follows that. `last`: only in the last
+        message, which must be the assistant's.
+        """
 
     @abstractmethod
     def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:

@@ -100,20 +100,21 @@ class Own(Tokenizer):
     def _piece(self, i: int) -> str:
         return self._processor.id_to_piece(i).replace(BLANK, " ") if i < self.vocab_size else f"<{i}>"
 
-    def chats(self, conversations: Sequence[Sequence[Message]]) -> list[Example]:
+    def chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[Example]:
         """`<|bos|>`, then for each message `<|role|>` content `<|end|>`; all their contents are encoded in one call.
 
         Trained as targets: the content of assistant messages and their `<|end|>`, so that answers learn to stop; not
-        role markers, not what others said.
+        role markers, not what others said. `last`: of the last message alone.
         """
         said = [message["content"] for messages in conversations for message in checked(messages)]
         contents = iter(self.encode_all(said))
-        return [self._example(messages, contents) for messages in conversations]
+        return [self._example(messages, contents, last) for messages in conversations]
 
-    def _example(self, messages: Sequence[Message], contents: Iterator[list[int]]) -> Example:
+    def _example(self, messages: Sequence[Message], contents: Iterator[list[int]], last: bool) -> Example:
         ids, weights = [self.bos], [0.0]
-        for message in messages:
-            content, trained = next(contents), float(message["role"] == "assistant")
+        for i, message in enumerate(messages):
+            content, counts = next(contents), not last or i + 1 == len(messages)
+            trained = float(message["role"] == "assistant" and counts)
             ids += [self.roles[message["role"]], *content, self.end]
             weights += [0.0] + [trained] * (len(content) + 1)
         return Example(np.array(ids, np.int32), np.array(weights, np.float32))

@@ -55,16 +55,22 @@ class Template:
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses this conversation: {error}") from error
 
-    def conversation(self, messages: Sequence[Message]) -> Rendered:
+    def conversation(self, messages: Sequence[Message], *, last: bool = False) -> Rendered:
         """The whole as text, and where the assistant speaks: what follows the marker, up to the next message.
 
-        UserError where the template rewrites earlier turns in the light of later ones: no mask is true of both.
+        `last`: in the last message alone. UserError where the template rewrites earlier turns in the light of later
+        ones, or a question in the light of its answer: no mask is true of both.
         """
         text, said = self.render(messages, asked=False), []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or last and i + 1 < len(messages):
                 continue
             before, after = self.render(messages[:i], asked=True), self.render(messages[: i + 1], asked=False)
+            if not text.startswith(before) and i + 1 == len(messages):
+                raise UserError(
+                    "the chat template writes an answer that is there otherwise than it asks for one, so that no mask "
+                    "parts question and answer: take another template"
+                )
             if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
                 raise UserError(
                     "the chat template rewrites earlier answers when later ones come, so they cannot be masked: "
