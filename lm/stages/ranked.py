@@ -185,8 +185,8 @@ def of_verdicts(
     limit: int,
 ) -> Batches:
     """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows."""
-    seen, unseen, undecided = sides(rankings, held_out)
-    (train, counts), (unseen, more) = laid_out(limited(seen, limit, context.seed)), laid_out(unseen)
+    ranked, aside, undecided = sides(rankings, held_out)
+    (train, counts), (unseen, more) = laid_out(limited(ranked, limit, context.seed)), laid_out(aside)
     counts = {name: count + more[name] for name, count in counts.items()}
     for side, name in ((train, "to learn from"), (unseen, "held out")):
         if not side:
