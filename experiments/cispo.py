@@ -1,7 +1,7 @@
 """CISPO: REINFORCE whose importance weights are cut, never its gradients.
 
 Paper: MiniMax 2025, arXiv 2506.13585.
-Command: python -m lm.train --config=experiments/cispo.py --workdir=runs/cispo
+Command: python -m lm train --config=experiments/cispo.py --workdir=runs/cispo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
 Expect: held-out score/rule from 4.2 to 5.9 at a KL of 23.1 nats an answer, in 39 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: stage.high, optimizer.learning_rate.
@@ -9,12 +9,12 @@ Change first: stage.high, optimizer.learning_rate.
 
 from ml_collections import ConfigDict
 
-from lm.config import beside
+from lm.core.config import sibling_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
-    config = beside(__file__, "grpo").get_config(arg).unlock()
+    config = sibling_config(__file__, "grpo").get_config(arg).unlock()
     shared = ("entropy_bonus", "correction", "refresh", "epochs", "minibatch_count", "temperature")
     config.stage = ConfigDict({"name": "cispo", "high": 4.0, **{name: config.stage.get_ref(name) for name in shared}})
     return config.lock()

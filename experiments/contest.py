@@ -3,7 +3,7 @@
 Method: every method gets 1,536 answers, scored by the same reward model, and learns from each twice. PPO, GRPO, RLOO
 and best-of-n sample them as they go; DPO gets 768 pairs of answers of the SFT model, ranked by that reward model.
 Paper: those of experiments/ppo.py, grpo.py, rloo.py, dpo.py, best_of_n.py, whose settings are taken but for those here.
-Command: python -m lm.contest --config=experiments/contest.py --workdir=runs/contest
+Command: python -m lm contest --config=experiments/contest.py --workdir=runs/contest
 Needs: runs/quickstart/sft and runs/quickstart/reward.
 Expect: over SFT by the rule GRPO +1.66 [1.53, 1.79], best-of-n +1.51 [1.32, 1.69], RLOO +1.44 [1.31, 1.58], PPO +1.41
 [1.09, 1.73], DPO +0.91 [0.81, 1.01], on 367 prompts; 36 minutes on two busy cores of an AMD EPYC.
@@ -14,7 +14,7 @@ Change first: methods, seeds, rollouts.
 
 from ml_collections import ConfigDict
 
-from lm.config import beside
+from lm.core.config import sibling_config
 
 METHODS = ("ppo", "grpo", "rloo", "dpo", "best_of_n")  # who takes part
 OTHERS = ("dr_grpo", "gspo", "cispo", "reinforce_pp", "ipo", "kto", "simpo", "orpo")  # --config.methods="('ppo','kto')"
@@ -53,7 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
 
     for name in (*METHODS, *OTHERS):
-        config[name] = method = beside(__file__, name).get_config("tiny" if tiny else "").unlock()
+        config[name] = method = sibling_config(__file__, name).get_config("tiny" if tiny else "").unlock()
         method.init_from = config.get_oneway_ref("init_from")
         method.data.held_out = config.prompts.get_oneway_ref("held_out")
         steps = method.train.get_ref("steps")
@@ -70,7 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.dpo.stage.beta = 0.3
     config.best_of_n.optimizer.learning_rate = 6e-5
 
-    config.verdicts = beside(__file__, "rank").get_config("tiny" if tiny else "").unlock()
+    config.verdicts = sibling_config(__file__, "rank").get_config("tiny" if tiny else "").unlock()
     config.verdicts.init_from = config.get_oneway_ref("init_from")
     rank = config.verdicts.rank
     rank.rater = config.get_oneway_ref("reward_model")

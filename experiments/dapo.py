@@ -1,7 +1,7 @@
 """DAPO: clip-higher, dynamic sampling, token mean, a price on answers near the limit; no KL.
 
 Paper: Yu et al. 2025, arXiv 2503.14476.
-Command: python -m lm.train --config=experiments/dapo.py --workdir=runs/dapo
+Command: python -m lm train --config=experiments/dapo.py --workdir=runs/dapo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
 Expect: held-out score/rule from 4.2 to 5.9 at a KL of 16.9 nats an answer, in 45 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: stage.high, data.resample, data.overlong_buffer.
@@ -9,12 +9,12 @@ Change first: stage.high, data.resample, data.overlong_buffer.
 
 from ml_collections import ConfigDict
 
-from lm.config import beside
+from lm.core.config import sibling_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
-    config = beside(__file__, "grpo").get_config(arg).unlock()
+    config = sibling_config(__file__, "grpo").get_config(arg).unlock()
     shared = ("entropy_bonus", "correction", "refresh", "epochs", "minibatch_count", "temperature")
     config.stage = ConfigDict(
         {"name": "dapo", "low": 0.2, "high": 0.28, **{name: config.stage.get_ref(name) for name in shared}}

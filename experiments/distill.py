@@ -1,7 +1,7 @@
 """Distillation: a student a fifth of the SFT model's size learns, from nothing, to say what that model would say.
 
 Paper: Hinton et al. 2015, arXiv 1503.02531; Agarwal et al. 2023, arXiv 2306.13649 (the divergences).
-Command: python -m lm.train --config=experiments/distill.py --workdir=runs/quickstart/distill
+Command: python -m lm train --config=experiments/distill.py --workdir=runs/quickstart/distill
 Needs: runs/quickstart/sft, the teacher.
 Expect: held-out divergence from 3.62 to 0.38 nats, reply loss from 8.00 to 4.65, in 150 s on 2 busy cores of an AMD
 EPYC (Zen 4). On the same batches the same student comes to 5.03 by stage sft, 4.95 by beta 0.5, 5.44 by beta 1. If it

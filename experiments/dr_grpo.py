@@ -1,7 +1,7 @@
 """Dr. GRPO: GRPO without the group's deviation and the answer's own length, so that only a constant scales it.
 
 Paper: Liu et al. 2025, arXiv 2503.20783.
-Command: python -m lm.train --config=experiments/dr_grpo.py --workdir=runs/dr_grpo
+Command: python -m lm train --config=experiments/dr_grpo.py --workdir=runs/dr_grpo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
 Expect: held-out score/rule from 4.2 to 5.5 at a KL of 7.9 nats an answer, in 42 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: data.group, optimizer.learning_rate.
@@ -9,12 +9,12 @@ Change first: data.group, optimizer.learning_rate.
 
 from ml_collections import ConfigDict
 
-from lm.config import beside
+from lm.core.config import sibling_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
-    config = beside(__file__, "grpo").get_config(arg).unlock()
+    config = sibling_config(__file__, "grpo").get_config(arg).unlock()
     shared = ("entropy_bonus", "correction", "refresh", "epochs", "minibatch_count", "temperature")
     config.stage = ConfigDict(
         {

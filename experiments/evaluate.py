@@ -1,6 +1,6 @@
 """The raw, the fine-tuned and the PPO model on the same unseen text and prompts, with intervals and win rates.
 
-Command: python -m lm.evaluate --config=experiments/evaluate.py --workdir=runs/quickstart/evaluate
+Command: python -m lm evaluate --config=experiments/evaluate.py --workdir=runs/quickstart/evaluate
 Needs: runs/quickstart/pretrain, sft and ppo.
 Expect: rater's score 3.0 raw, 4.5 SFT, 5.6 PPO on 119 prompts, in 38 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: models (any workdirs, by the name to show), evaluate.prompts, evaluate.temperature.

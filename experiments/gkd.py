@@ -1,7 +1,7 @@
 """On-policy distillation: a small student writes, and at each word learns what the PPO policy would have said there.
 
 Paper: Agarwal et al. 2023, arXiv 2306.13649.
-Command: python -m lm.train --config=experiments/gkd.py --workdir=runs/quickstart/gkd
+Command: python -m lm train --config=experiments/gkd.py --workdir=runs/quickstart/gkd
 Needs: runs/quickstart/distill, the student, and runs/quickstart/ppo, the teacher, which is five times its size.
 Expect: divergence on its own words from 0.88 to 0.22 nats a token, agreement from 0.31 to 0.83, in 215 s on 2 shared
 cores of an AMD EPYC (Zen 4). It sees no reward, yet the rater's score of its answers goes from 4.50 to 5.56 (+-0.07;

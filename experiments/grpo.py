@@ -1,7 +1,7 @@
 """GRPO on the SFT model: eight answers a prompt, each judged against the others; no value network.
 
 Paper: Shao et al. 2024, arXiv 2402.03300.
-Command: python -m lm.train --config=experiments/grpo.py --workdir=runs/grpo
+Command: python -m lm train --config=experiments/grpo.py --workdir=runs/grpo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
 Expect: held-out score/rule from 4.2 to 5.9 at a KL of 10.1 nats an answer, in 46 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: stage.beta, data.group, optimizer.learning_rate.
@@ -9,12 +9,12 @@ Change first: stage.beta, data.group, optimizer.learning_rate.
 
 from ml_collections import ConfigDict
 
-from lm.config import beside
+from lm.core.config import sibling_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
-    config = beside(__file__, "ppo").get_config(arg).unlock()
+    config = sibling_config(__file__, "ppo").get_config(arg).unlock()
     config.stage = ConfigDict(
         {
             "name": "grpo",

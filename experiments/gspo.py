@@ -1,7 +1,7 @@
 """GSPO: the ratio and the clip of whole answers.
 
 Paper: Zheng et al. 2025, arXiv 2507.18071.
-Command: python -m lm.train --config=experiments/gspo.py --workdir=runs/gspo
+Command: python -m lm train --config=experiments/gspo.py --workdir=runs/gspo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
 Expect: held-out score/rule from 4.2 to 5.9 at a KL of 5.1 nats an answer, in 40 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: stage.low, stage.high, optimizer.learning_rate.
@@ -9,12 +9,12 @@ Change first: stage.low, stage.high, optimizer.learning_rate.
 
 from ml_collections import ConfigDict
 
-from lm.config import beside
+from lm.core.config import sibling_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
-    config = beside(__file__, "grpo").get_config(arg).unlock()
+    config = sibling_config(__file__, "grpo").get_config(arg).unlock()
     shared = ("entropy_bonus", "correction", "refresh", "epochs", "minibatch_count", "temperature")
     config.stage = ConfigDict(
         {

@@ -3,20 +3,20 @@
 Method: the base is frozen, in 8 bits; A and B of every attention matrix are learnt (460,800 numbers). B starts at zero.
 Paper: Hu et al. 2021 (LoRA), arXiv 2106.09685; Dettmers et al. 2023 (QLoRA), arXiv 2305.14314; Allal et al. 2025
 (SmolLM2), arXiv 2502.02737.
-Command: python -m lm.train --config=experiments/lora.py --workdir=runs/lora
-Needs: runs/smollm2 (python -m lm.convert --source=smollm2-135m --workdir=runs/smollm2).
+Command: python -m lm train --config=experiments/lora.py --workdir=runs/lora
+Needs: runs/smollm2 (python -m lm convert --source=smollm2-135m --workdir=runs/smollm2).
 Expect: held-out loss from 4.71 to 3.95 nats a reply token, 23,893 tokens, 23 minutes on 2 cores that others kept busy.
 Change first: init_from (any policy's workdir), model.lora_rank and lora_targets, optimizer.learning_rate.
 """
 
 from ml_collections import ConfigDict
 
-from lm.config import beside
+from lm.core.config import sibling_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
-    config = beside(__file__, "sft").get_config(arg).unlock()
+    config = sibling_config(__file__, "sft").get_config(arg).unlock()
     tiny = arg == "tiny"
     config.model = ConfigDict(
         {"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": "query,key,value,attention_out", "lora_base": "int8"}

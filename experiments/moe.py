@@ -3,7 +3,7 @@
 Method: pretraining as in experiments/pretrain.py, two layers, 1024 tokens a step; each token takes 2 of 8 experts.
 Paper: Fedus et al. 2021 (Switch), arXiv 2101.03961; router z-loss of Zoph et al. 2022, arXiv 2202.08906; no token is
 dropped, Gale et al. 2022, arXiv 2211.15841.
-Command: python -m lm.sweep --config=experiments/moe.py --workdir=runs/moe
+Command: python -m lm sweep --config=experiments/moe.py --workdir=runs/moe
 Needs: runs/quickstart/tokenizer (experiments/tokenizer.py).
 Expect: so early, no gain: held-out bits per byte 2.919 with 1,542,912 parameters, 2.867 dense with 656,128 (one seed,
 102,400 tokens, of which an expert sees a quarter). The mixture's training balance rises to 1.35 and ends at 1.12. Its
@@ -14,15 +14,15 @@ Change first: model.experts and model.experts_per_token (model.hidden with them)
 
 from ml_collections import ConfigDict
 
-from lm.config import beside
-from lm.sweeps.space import axis, zipped
+from lm.core.config import sibling_config
+from lm.sweep.space import axis, zip_axes
 
 TAKEN = 2  # experts a token
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The mixture. `arg`: "" or "tiny"."""
-    config = beside(__file__, "pretrain").get_config(arg).unlock()
+    config = sibling_config(__file__, "pretrain").get_config(arg).unlock()
     if arg != "tiny":
         config.model.layers = 2
         config.model.context = config.data.length = 128
@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def sweep(arg: str = "") -> list[dict]:
     """The mixture, and the dense model whose one MLP is as wide as a token's experts together."""
     model = get_config(arg).model
-    return zipped(
+    return zip_axes(
         axis("model.experts", model.experts, 0),
         axis("model.hidden", model.hidden, model.hidden * TAKEN),
         axis("stage.balance", 0.01, 0.0),

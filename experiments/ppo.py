@@ -2,7 +2,7 @@
 
 Paper: Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593.
 Details: Huang et al. 2024, arXiv 2403.17031.
-Command: python -m lm.train --config=experiments/ppo.py --workdir=runs/quickstart/ppo
+Command: python -m lm train --config=experiments/ppo.py --workdir=runs/quickstart/ppo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
 Expect: held-out score/rule from 4.2 to 5.6 at a KL of 4.1 nats an answer, in 51 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: stage.beta (the price of leaving the SFT model), optimizer.learning_rate, train.steps.

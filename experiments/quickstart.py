@@ -2,7 +2,7 @@
 
 Method: tokenizer, pretraining, SFT, ranking, reward model, PPO, evaluation, report; a stage's config lies beside this
 file under its name.
-Command: python -m lm.pipeline --config=experiments/quickstart.py
+Command: python -m lm pipeline --config=experiments/quickstart.py
 The rater that ranks is a published rule (lm.rewards.rule.RULE), so that what PPO learns can be checked by reading.
 Expect: 412 s on 2 cores of an AMD EPYC (Zen 4); quickstart.md has the table.
 Change first: --config.corpus=PATH (your own text for tokenizer and pretraining), --workdir.
@@ -10,7 +10,7 @@ Change first: --config.corpus=PATH (your own text for tokenizer and pretraining)
 
 from ml_collections import ConfigDict
 
-from lm.config import beside
+from lm.core.config import sibling_config
 
 STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate")
 
@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict({"root": "runs/quickstart", "corpus": "stdlib,chitchat", "stages": STAGES})
     root = config.get_ref("root")
     for name in STAGES:
-        config[name] = beside(__file__, name).get_config(arg).unlock()
+        config[name] = sibling_config(__file__, name).get_config(arg).unlock()
 
     config.tokenizer.data.corpus = config.get_oneway_ref("corpus")
     config.pretrain.data.corpus = config.get_oneway_ref("corpus")

@@ -1,7 +1,7 @@
 """A reward model of real people's taste: 3,705 conversations rated for wit, interest and mood by those who had them.
 
 Paper: Plackett-Luce over groups of one opener, as Song et al. 2023, eq. 4, arXiv 2306.17492; data: Myers et al. 2020.
-Command: python -m lm.train --config=experiments/ratings.py --workdir=runs/ratings
+Command: python -m lm train --config=experiments/ratings.py --workdir=runs/ratings
 Needs: runs/quickstart/pretrain, which has read most of these conversations but none of their ratings.
 Expect: held-out accuracy 0.655 [0.622, 0.689] on 1,358 pairs of raters it never saw; had the longer conversation always
 won, 0.665: what it has learnt is mostly length. 3 minutes on 2 cores of an AMD EPYC (Zen 4). A weight of 0 in data.axes

@@ -1,7 +1,7 @@
 """A Bradley-Terry reward model from ranked pairs of answers, starting as the SFT model.
 
 Paper: Stiennon et al. 2020, arXiv 2009.01325; Ouyang et al. 2022, eq. 1, arXiv 2203.02155.
-Command: python -m lm.train --config=experiments/reward.py --workdir=runs/quickstart/reward
+Command: python -m lm train --config=experiments/reward.py --workdir=runs/quickstart/reward
 Needs: runs/quickstart/sft and runs/quickstart/rank/rankings.jsonl (any file of that format).
 Expect: accuracy 0.87 +- 0.03 on held-out pairs, in 44 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: train.steps (too many overfit: watch held_out/accuracy), optimizer.learning_rate.

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on human conversations and questions about the standard library.
 
 Paper: Ouyang et al. 2022, sec. 3.5, arXiv 2203.02155.
-Command: python -m lm.train --config=experiments/sft.py --workdir=runs/quickstart/sft
+Command: python -m lm train --config=experiments/sft.py --workdir=runs/quickstart/sft
 Needs: runs/quickstart/pretrain. Loss on the assistant's replies and their end token only.
 Expect: held-out loss from 5.13 to 4.19 nats a reply token, in 86 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: train.steps, optimizer.learning_rate, data.sources.

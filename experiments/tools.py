@@ -2,8 +2,8 @@
 
 What the calculator says is context, never trained; the verifier looks at the last answer only.
 Paper: Shao et al. 2024, arXiv 2402.03300; masking the tool's tokens: Jin et al. 2025 (Search-R1), arXiv 2503.09516.
-Command: python -m lm.train --config=experiments/tools.py --workdir=runs/tools/grpo
-Needs: runs/tools/sft, from python -m lm.train --config=experiments/sft.py --workdir=runs/tools/sft
+Command: python -m lm train --config=experiments/tools.py --workdir=runs/tools/grpo
+Needs: runs/tools/sft, from python -m lm train --config=experiments/sft.py --workdir=runs/tools/sft
 --config.data.sources=arithmetic --config.data.length=64 --config.train.steps=65 --config.optimizer.total_steps=65
 --config.optimizer.learning_rate=1e-3 --config.init_from=runs/quickstart/pretrain
 Expect: held-out sums that are right from 0.26 to 0.34 at a KL of 4.0 nats, in 8 minutes on busy cores of an AMD EPYC.
@@ -12,12 +12,12 @@ Change first: optimizer.learning_rate, train.steps, data.exchanges.
 
 from ml_collections import ConfigDict
 
-from lm.config import beside
+from lm.core.config import sibling_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
-    config = beside(__file__, "grpo").get_config(arg).unlock()
+    config = sibling_config(__file__, "grpo").get_config(arg).unlock()
     tiny = arg == "tiny"
     config.init_from = "runs/tools/sft"
     config.stage.beta = 0.04

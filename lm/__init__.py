@@ -1,4 +1,8 @@
-"""From random matrices to an assistant. A program, python -m lm.NAME, first gets an environment that makes it fast."""
+"""Everything that turns random matrices into an assistant; `python -m lm` lists the commands.
+
+Rooms from low to high: core, losses, model, tokenizer, optim, data, runs, generate, rewards, weights, stages, report, train,
+evaluate, compare, feedback, serve, sweep, bench, pipeline, studies. A file imports from its own room and lower ones.
+"""
 
 import os as _os
 import platform as _platform
@@ -6,7 +10,7 @@ import sys as _sys
 from pathlib import Path as _Path
 
 
-def _restarted() -> None:
+def restart_with_fast_environment() -> None:
     """Replaces this process by itself with huge pages for malloc and a cache for compiled programs, unless it has them.
 
     Both are read before the first line of Python runs; at this place nothing has been imported that would be twice.
@@ -27,5 +31,5 @@ def _restarted() -> None:
         _os.execv(_sys.executable, [_sys.executable, *_sys.orig_argv[1:]])
 
 
-if _sys.orig_argv[1:2] == ["-m"] and _sys.orig_argv[2].partition(".")[0] == "lm":
-    _restarted()
+if _sys.orig_argv[1:2] == ["-m"] and _sys.orig_argv[2].startswith("lm."):  # a program of a room, started by itself
+    restart_with_fast_environment()

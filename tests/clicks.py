@@ -16,12 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm.config import parsed
-from lm.console import main, say, table
-from lm.data import chats, corpus
+from lm.core.config import parsed_flags
+from lm.data import conversations, sources
+from lm.feedback.auto_rank import ranks_from_scores
 from lm.rewards import REWARDS
-from lm.verdicts import ranks
-from lm.workdir import read_json
+from lm.runs.console import print_table, run_program, say
+from lm.runs.workdir import read_json
 from tests.clicker import click_through
 
 FLAGS = {
@@ -41,14 +41,16 @@ def noisy_rule(noise: float, seed: int):
     def choose(prompt: list[dict], responses: Sequence[str]) -> list[int]:
         scores = REWARDS["rule"]([prompt] * len(responses), responses)
         upside_down = random.Random(f"{seed} {prompt[-1]['content']}").random() < noise
-        return ranks(-scores if upside_down else scores)
+        return ranks_from_scores(-scores if upside_down else scores)
 
     return choose
 
 
 def write_prompts(path: Path, count: int, seed: int) -> None:
     """Prompts that no stage of the quickstart holds out, a few more than there will be clicks."""
-    seen, _ = corpus.split(chats.prompts(chats.conversations("chitchat"), turns=1), 0.05)
+    seen, _ = sources.split_held_out(
+        conversations.prompt_contexts(conversations.load_conversations("chitchat"), turns=1), 0.05
+    )
     seen = [conversation for conversation in seen if len(conversation.messages[-1]["content"]) < 120]
     drawn = random.Random(seed).sample(seen, count)
     path.write_text("".join(json.dumps({"name": c.name, "prompt": c.messages}) + "\n" for c in drawn))
@@ -61,7 +63,13 @@ def run(*command: str) -> None:
 
 def clicked(workdir: Path, quickstart: Path, flags) -> int:
     """Serves the page, ranks through it, and stops it; returns how many rankings were saved."""
-    command = ["lm.rank", f"--workdir={workdir}", f"--models={quickstart / 'sft'}", "--responses=4", "--port=0"]
+    command = [
+        "lm.feedback.rank",
+        f"--workdir={workdir}",
+        f"--models={quickstart / 'sft'}",
+        "--responses=4",
+        "--port=0",
+    ]
     command += [f"--prompts={workdir / 'prompts.jsonl'}", "--max_new_tokens=32"]
     say(f"\n$ python -m {' '.join(command)}")
     server = subprocess.Popen([sys.executable, "-u", "-m", *command], stdout=subprocess.PIPE, text=True)
@@ -77,14 +85,14 @@ def clicked(workdir: Path, quickstart: Path, flags) -> int:
 
 
 def program(argv: list[str]) -> None:
-    flags = parsed(argv, __doc__, FLAGS)
+    flags = parsed_flags(argv, __doc__, FLAGS)
     workdir, quickstart = Path(flags.workdir), Path(flags.quickstart)
     workdir.mkdir(parents=True, exist_ok=True)
     write_prompts(workdir / "prompts.jsonl", flags.clicks + flags.clicks // 10, flags.seed)
     say(f"{clicked(workdir, quickstart, flags)} rankings clicked")
-    run("lm.rank", f"--workdir={workdir}", "--results")
+    run("lm.feedback.rank", f"--workdir={workdir}", "--results")
     run(
-        "lm.train",
+        "lm.train.loop",
         "--config=experiments/reward.py",
         f"--workdir={workdir / 'reward'}",
         f"--config.init_from={quickstart / 'sft'}",
@@ -93,16 +101,16 @@ def program(argv: list[str]) -> None:
         "--config.data.held_out=0.3",
         f"--config.stage.flipped={flags.noise}",
     )
-    run("lm.taste", f"--workdir={workdir / 'reward'}")
+    run("lm.report.reward_model", f"--workdir={workdir / 'reward'}")
     run(
-        "lm.train",
+        "lm.train.loop",
         "--config=experiments/ppo.py",
         f"--workdir={workdir / 'ppo'}",
         f"--config.init_from={quickstart / 'sft'}",
         f"--config.data.reward_model={workdir / 'reward'}",
     )
     run(
-        "lm.evaluate",
+        "lm.evaluate.models",
         "--config=experiments/evaluate.py",
         f"--workdir={workdir / 'evaluate'}",
         f"--config.models.raw={quickstart / 'pretrain'}",
@@ -111,7 +119,7 @@ def program(argv: list[str]) -> None:
     )
     held_out = read_json(workdir / "reward" / "summary.json")["held_out"]
     last = read_json(workdir / "evaluate" / "summary.json")["comparisons"][-1]
-    table(
+    print_table(
         "From clicks to a better policy",
         ["", "", ""],
         [
@@ -131,4 +139,4 @@ def shown(estimate: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(program)
+    run_program(program)

@@ -22,16 +22,16 @@ import numpy as np
 import pytest
 
 from lm import model
-from lm.types import Tokens
+from lm.core.types import Tokens
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> model.Model:
     """Vocabulary 31 (odd on purpose), two query heads a kv head, float32, unrolled: it compiles fastest so."""
-    config = model.Config(
+    config = model.ModelConfig(
         vocab_size=31, layers=2, width=16, heads=4, kv_heads=2, head_size=8, hidden=24, context=64, query_blocks=1
     )
-    return model.make(config.on("cpu"))
+    return model.make_model(config.on("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from lm import checkpoint, console, pipeline, record, runpage, train, train_config
-from lm.config import load
-from lm.data import corpus
-from lm.phases import PHASES
-from lm.stages import ppo
-from lm.workdir import read_metrics
+from lm.core.config import load_config
+from lm.data import sources
+from lm.pipeline import runner
+from lm.report import run
+from lm.runs import checkpoint, console, metadata
+from lm.runs.timing import PHASES
+from lm.runs.workdir import read_metrics
+from lm.stages.rl import ppo
+from lm.train import config, loop
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -67,9 +70,9 @@ def one_device(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.shardin
 
 
 def enter_small_world(patch: Callable) -> None:
-    patch(corpus, "dialogues", made_dialogues)
-    patch(train_config, "make_mesh", one_device)
-    patch(record, "peak_flops", lambda: (1e10, "made up, as measuring takes time"))
+    patch(sources, "chitchat_dialogues", made_dialogues)
+    patch(config, "make_mesh", one_device)
+    patch(metadata, "peak_flops", lambda: (1e10, "made up, as measuring takes time"))
 
 
 @functools.cache
@@ -79,7 +82,9 @@ def base(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         enter_small_world(patch.setattr)
         take_snapshots(patch.setattr, folder / "snapshots")
-        pipeline.run(load(f"{EXPERIMENTS / 'quickstart.py'}:tiny", [f"root={folder / 'run'}", f"corpus={text}"]))
+        runner.run_pipeline(
+            load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny", [f"root={folder / 'run'}", f"corpus={text}"])
+        )
     return folder
 
 
@@ -93,13 +98,13 @@ def finished(tmp_path_factory) -> Path:
 def small(monkeypatch) -> None:
     """The small world for a test's own runs in this process. They draw no page of their own."""
     enter_small_world(monkeypatch.setattr)
-    monkeypatch.setattr(runpage, "write", lambda path: path)
+    monkeypatch.setattr(run, "write_run_page", lambda path: path)
 
 
 def stage_config(run: Path, stage: str, *overrides: str):
     """The config of one stage of the finished pipeline."""
     quickstart = [f"root={run}", f"corpus={run.parent / 'text'}", *(f"{stage}.{override}" for override in overrides)]
-    return load(f"{EXPERIMENTS / 'quickstart.py'}:tiny", quickstart)[stage]
+    return load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny", quickstart)[stage]
 
 
 def settings(run: Path, stage: str) -> list[str]:
@@ -118,7 +123,12 @@ def take_snapshots(patch: Callable, folder: Path) -> None:
 
     Files that the saving thread moves away meanwhile are missing in the copy, as they may be after a kill.
     """
-    fetched, run, finalize, held_out = train.fetched, train.train, checkpoint.Item.finalize, train.held_out
+    fetched, run, finalize, held_out = (
+        loop.device_batch,
+        loop.run_training_loop,
+        checkpoint.SealedPyTreeHandler.finalize,
+        loop.held_out_metrics,
+    )
     now = {}
 
     def snapshot(moment: str) -> None:
@@ -147,10 +157,10 @@ def take_snapshots(patch: Callable, folder: Path) -> None:
             snapshot("saving")
         finalize(item, directory)
 
-    patch(train, "train", noted)
-    patch(train, "fetched", before_a_batch)
-    patch(train, "held_out", before_an_evaluation)
-    patch(checkpoint.Item, "finalize", while_saving)
+    patch(loop, "run_training_loop", noted)
+    patch(loop, "device_batch", before_a_batch)
+    patch(loop, "held_out_metrics", before_an_evaluation)
+    patch(checkpoint.SealedPyTreeHandler, "finalize", while_saving)
 
 
 def started(module: str, *arguments: str, moment: str = "never") -> subprocess.Popen:
@@ -196,31 +206,31 @@ def die(*_) -> None:
 
 
 def die_before_batch(number: int) -> None:
-    fetched = train.fetched
-    train.fetched = lambda r, state, i: die() if i == number else fetched(r, state, i)
+    fetched = loop.device_batch
+    loop.device_batch = lambda r, state, i: die() if i == number else fetched(r, state, i)
 
 
 def die_in_evaluation(number: int) -> None:
     """With the first held-out batch of the evaluation of that number, counted from 0: that before the first step."""
-    held_out, begun = train.held_out, []
+    held_out, begun = loop.held_out_metrics, []
 
     def dying(r, evaluate, state):
         begun.append(state)
         return held_out(r, (lambda *_: die()) if len(begun) > number else evaluate, state)
 
-    train.held_out = dying
+    loop.held_out_metrics = dying
 
 
 def die_while_saving(number: int) -> None:
     """In the saving thread, when an item of the checkpoint `number` is written but not sealed."""
-    finalize = checkpoint.Item.finalize
+    finalize = checkpoint.SealedPyTreeHandler.finalize
 
     def half_way(item, directory):
         if Path(directory).parent.name.startswith(f"{number}."):
             die()
         finalize(item, directory)
 
-    checkpoint.Item.finalize = half_way
+    checkpoint.SealedPyTreeHandler.finalize = half_way
 
 
 def die_in_update(number: int) -> None:
@@ -258,4 +268,4 @@ if __name__ == "__main__":
     if moment != "never":
         name, number = moment.split(":")
         MOMENTS[name](int(number))
-    console.main(importlib.import_module(module).program)
+    console.run_program(importlib.import_module(module).program)

@@ -1,4 +1,4 @@
-"""What the tests of lm.scaling run in the place of lm.train: a run that costs nothing and obeys a known law.
+"""What the tests of lm.studies.scaling.study run in the place of lm.train.loop: a run that costs nothing and obeys a known law.
 
 Its loss is that of LAW at its parameters, counted here by hand, and its tokens, but for a spread of SPREAD.
 """
@@ -10,8 +10,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lm.config import arguments, to_dict
-from lm.errors import UserError
+from lm.core.config import flags_and_config, to_dict
+from lm.core.errors import UserError
 
 LAW = {"E": 1.5, "A": 40.0, "B": 90.0, "alpha": 0.4, "beta": 0.4}
 SPREAD = 0.002
@@ -19,7 +19,7 @@ FLAGS = {"workdir": dict(required=True)}
 
 
 def program(argv: list[str]) -> None:
-    flags, config = arguments(argv, __doc__, FLAGS)
+    flags, config = flags_and_config(argv, __doc__, FLAGS)
     workdir, m = Path(flags.workdir), config.model
     workdir.mkdir(exist_ok=True)
     if (workdir / "torn").exists():

@@ -1,4 +1,4 @@
-"""What the tests of sweeps run in the place of lm.train: a trial that costs nothing and does what its config says.
+"""What the tests of sweeps run in the place of lm.train.loop: a trial that costs nothing and does what its config says.
 
 loss after step t of the config's `train.steps`: (log10(rate) + 2)^2 + 0.01 * seed + 1 / t
 """
@@ -11,14 +11,14 @@ import sys
 import time
 from pathlib import Path
 
-from lm.config import arguments, to_dict
-from lm.errors import UserError
+from lm.core.config import flags_and_config, to_dict
+from lm.core.errors import UserError
 
 FLAGS = {"workdir": dict(required=True)}
 
 
 def program(argv: list[str]) -> None:
-    flags, config = arguments(argv, __doc__, FLAGS)
+    flags, config = flags_and_config(argv, __doc__, FLAGS)
     workdir = Path(flags.workdir)
     workdir.mkdir(exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(to_dict(config)))

@@ -7,12 +7,12 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from lm import sharding
-from lm.errors import UserError
-from lm.model import adapters
-from lm.sample import sample
-from lm.speculative import speculate
-from lm.stages import pretrain, sft
+from lm.core import sharding
+from lm.core.errors import UserError
+from lm.generate.sampler import sample
+from lm.generate.speculative import speculative_sample
+from lm.model import flax_adapter
+from lm.stages.pretraining import pretrain, sft
 
 VOCAB, WIDTH = 17, 16
 
@@ -63,8 +63,8 @@ class Dropping(nnx.Module):
 
 
 MODELS = {
-    "linen": lambda **more: adapters.of_linen(Linen(), context=32, **more),
-    "nnx": lambda **more: adapters.of_nnx(lambda rngs: Nnx(rngs=rngs), context=32, head="logits", **more),
+    "linen": lambda **more: flax_adapter.model_from_linen(Linen(), context=32, **more),
+    "nnx": lambda **more: flax_adapter.model_from_nnx(lambda rngs: Nnx(rngs=rngs), context=32, head="logits", **more),
 }
 EACH = pytest.mark.parametrize("name", MODELS)
 
@@ -87,7 +87,9 @@ def test_the_pretrain_stage_learns_a_cycle(name, rows):
     drawn = jax.jit(lambda lm: sample(model, lm, *asked, **greedy))(lm)
     assert drawn.tokens.tolist() == [[4, 5, 6, 0], [2, 3, 4, 5]], "prompts of mixed length, without a cache"
     untrained = model.init(jax.random.key(0))
-    judged, told = jax.jit(lambda lm, draft: speculate(model, model, lm, draft, *asked, **greedy))(lm, untrained)
+    judged, told = jax.jit(lambda lm, draft: speculative_sample(model, model, lm, draft, *asked, **greedy))(
+        lm, untrained
+    )
     assert judged.tokens.tolist() == drawn.tokens.tolist() and np.all(told.accepted < told.proposed)
 
 
@@ -127,29 +129,29 @@ def test_axes_of_ones_own_split():
 @EACH
 def test_verified_lets_a_causal_module_pass(name):
     model = MODELS[name]()
-    assert adapters.verified(model, model.init(jax.random.key(0))) is model
+    assert flax_adapter.verified_model(model, model.init(jax.random.key(0))) is model
 
 
 def test_verified_tells_what_a_module_has_seen():
-    leaking = adapters.of_linen(Linen(causal=False), context=32)
+    leaking = flax_adapter.model_from_linen(Linen(causal=False), context=32)
     with pytest.raises(UserError, match="not causal: position 0 changes with the later token 1"):
-        adapters.verified(leaking, leaking.init(jax.random.key(0)))
+        flax_adapter.verified_model(leaking, leaking.init(jax.random.key(0)))
 
     class Mixing(linen.Module):
         @linen.compact
         def __call__(self, inputs, positions, segments):
             return jnp.cumsum(linen.Embed(VOCAB, WIDTH)(inputs), axis=1)
 
-    mixing = adapters.of_linen(Mixing(), context=32)
+    mixing = flax_adapter.model_from_linen(Mixing(), context=32)
     with pytest.raises(UserError, match="mixes segments: position 4 changes with token 0 of another segment"):
-        adapters.verified(mixing, mixing.init(jax.random.key(0)))
+        flax_adapter.verified_model(mixing, mixing.init(jax.random.key(0)))
 
 
 def test_modules_that_will_not_do():
     with pytest.raises(UserError, match=r"Statistics holds variables that are no parameters \(batch_stats\)"):
-        adapters.of_linen(Statistics(), context=32)
+        flax_adapter.model_from_linen(Statistics(), context=32)
     with pytest.raises(UserError, match="Dropping holds variables that are no parameters"):
-        adapters.of_nnx(lambda rngs: Dropping(rngs=rngs), context=32)
+        flax_adapter.model_from_nnx(lambda rngs: Dropping(rngs=rngs), context=32)
 
     class Pooled(linen.Module):
         @linen.compact
@@ -157,4 +159,4 @@ def test_modules_that_will_not_do():
             return linen.Embed(VOCAB, WIDTH)(inputs).mean(axis=1)
 
     with pytest.raises(UserError, match=r"the module gives \(1, 16\)"):
-        adapters.of_linen(Pooled(), context=32)
+        flax_adapter.model_from_linen(Pooled(), context=32)

@@ -5,8 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from lm.agreement import bootstrap, cohen_kappa, krippendorff_alpha, reliability, strengths
-from lm.intervals import Z95, average
+from lm.core.statistics import Z95, mean_estimate
+from lm.feedback.agreement import (
+    bootstrap_estimate,
+    bradley_terry_strengths,
+    cohen_kappa,
+    krippendorff_alpha,
+    rater_reliability,
+)
 
 NONE = math.nan
 # Krippendorff 2011, Computing Krippendorff's Alpha-Reliability, section C: four observers, twelve units, gaps.
@@ -60,7 +66,7 @@ def test_kappa():
 
 def test_two_players():
     """30 games to 10: s_a - s_b = log 3 with error sqrt(1 / 30 + 1 / 10), and a has half of both."""
-    found = strengths([("a", "b", 1.0)] * 30 + [("b", "a", 1.0)] * 10)
+    found = bradley_terry_strengths([("a", "b", 1.0)] * 30 + [("b", "a", 1.0)] * 10)
     value, se, low, high = found["a"]
     assert value == pytest.approx(math.log(3) / 2, abs=5e-4)
     assert se == pytest.approx(math.sqrt(1 / 30 + 1 / 10) / 2, abs=5e-4)
@@ -69,22 +75,22 @@ def test_two_players():
 
 
 def test_a_tie_is_half_a_win():
-    won_and_lost = strengths([("a", "b", 1.0), ("a", "b", 0.0), ("b", "c", 1.0)])
-    tied = strengths([("a", "b", 0.5), ("b", "a", 0.5), ("b", "c", 1.0)])
+    won_and_lost = bradley_terry_strengths([("a", "b", 1.0), ("a", "b", 0.0), ("b", "c", 1.0)])
+    tied = bradley_terry_strengths([("a", "b", 0.5), ("b", "a", 0.5), ("b", "c", 1.0)])
     assert np.allclose(list(tied.values()), list(won_and_lost.values()))
 
 
 def test_an_unbeaten_player_is_finite():
-    found = strengths([("a", "b", 1.0)] * 20 + [("b", "c", 1.0)] * 5 + [("c", "b", 1.0)] * 5)
+    found = bradley_terry_strengths([("a", "b", 1.0)] * 20 + [("b", "c", 1.0)] * 5 + [("c", "b", 1.0)] * 5)
     assert found["a"].value > 4 and np.isfinite(found["a"]).all()
     assert found["a"].low < found["c"].high  # 20 games do not say how far above
     assert sum(estimate.value for estimate in found.values()) == pytest.approx(0, abs=1e-9)
-    assert strengths([]) == {}
+    assert bradley_terry_strengths([]) == {}
 
 
 def test_those_who_never_met():
     """(a, b) and (c, d) played: a and c may be far apart, which the intervals say."""
-    found = strengths([(*pair, score) for pair in ("ab", "cd") for score in [1.0] * 30 + [0.0] * 10])
+    found = bradley_terry_strengths([(*pair, score) for pair in ("ab", "cd") for score in [1.0] * 30 + [0.0] * 10])
     assert found["a"].value == pytest.approx(found["c"].value) and found["a"].se > 3
 
 
@@ -99,7 +105,7 @@ def test_known_strengths_are_covered():
             for i, j in pairs
             for _ in range(20)
         ]
-        covered += [low <= s <= high for s, (_, _, low, high) in zip(true, strengths(games).values())]
+        covered += [low <= s <= high for s, (_, _, low, high) in zip(true, bradley_terry_strengths(games).values())]
     assert 0.93 < np.mean(covered) < 0.97
 
 
@@ -111,7 +117,7 @@ def test_reliability():
     c:  1 -1  0  1  .  .      of a, b:  1*  1  0*  -  -  -
     """
     a, b, c = [1, 1, 0, -1, 1, NONE], [1, 1, 0, 1, 0, 1], [1, -1, 0, 1, NONE, NONE]
-    *found, idle = reliability(np.array([a, b, c, [NONE] * 6]))
+    *found, idle = rater_reliability(np.array([a, b, c, [NONE] * 6]))
     assert [estimate.value for estimate in found] == pytest.approx([2 / 4, 2 / 3, 2 / 3])
     assert 0 < found[0].low < 0.5 < found[0].high < 1
     assert np.isnan(idle).all()
@@ -120,12 +126,12 @@ def test_reliability():
 def test_bootstrap():
     """Of a mean it is nearly the normal interval; a resample without an answer is left out."""
     x = np.random.default_rng(1).normal(3, 2, 400)
-    assert bootstrap(np.mean, x) == pytest.approx(average(x), abs=0.05)
-    assert bootstrap(np.mean, x) == bootstrap(np.mean, x) != bootstrap(np.mean, x, seed=1)
-    kappa = bootstrap(lambda ratings: cohen_kappa(*ratings), [[1, 0, 1], [1, 0, 0]], count=200)
+    assert bootstrap_estimate(np.mean, x) == pytest.approx(mean_estimate(x), abs=0.05)
+    assert bootstrap_estimate(np.mean, x) == bootstrap_estimate(np.mean, x) != bootstrap_estimate(np.mean, x, seed=1)
+    kappa = bootstrap_estimate(lambda ratings: cohen_kappa(*ratings), [[1, 0, 1], [1, 0, 0]], count=200)
     assert kappa.value == pytest.approx(0.4) and np.isfinite(kappa).all()
-    assert np.isnan(bootstrap(krippendorff_alpha, np.ones((2, 3)))).all()
-    assert np.isnan(bootstrap(np.mean, np.ones(0))).all()
+    assert np.isnan(bootstrap_estimate(krippendorff_alpha, np.ones((2, 3)))).all()
+    assert np.isnan(bootstrap_estimate(np.mean, np.ones(0))).all()
 
 
 def test_bootstrap_covers():
@@ -137,6 +143,6 @@ def test_bootstrap_covers():
         return np.where(draw.random((2, units)) < 0.3, noise, truth).astype(float)
 
     for _ in range(60):
-        _, _, low, high = bootstrap(krippendorff_alpha, ratings(60), count=200)
+        _, _, low, high = bootstrap_estimate(krippendorff_alpha, ratings(60), count=200)
         covered.append(low <= 0.7**2 <= high)  # both follow the truth with probability 0.7 each, else agree by chance
     assert 0.85 < np.mean(covered) <= 1

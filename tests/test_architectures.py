@@ -12,10 +12,10 @@ import pytest
 from test_model import TOKENS, A, B, C, packed
 
 from lm import model
-from lm.errors import UserError
-from lm.model.attention import softcapped
+from lm.core.errors import UserError
+from lm.generate.sampler import prompt_completion_rows, sample
+from lm.model.attention import softcapped_logits
 from lm.model.params import flops_per_token
-from lm.sample import joined, sample
 
 WINDOWED = dict(window=3, global_every=2, rope_local_base=100.0, attention_softcap=1.0, logit_softcap=2.0)
 GEMMA = dict(WINDOWED, norm_at="both", norm_unit_offset=True, activation="gelu", embedding_scale=4.0)
@@ -28,7 +28,7 @@ def made(tiny_model):
     """(changes of the tiny config) -> the model, and a decoder whose every leaf is off its starting value."""
 
     def of(**changes):
-        m = model.make(dataclasses.replace(tiny_model.config, **changes))
+        m = model.make_model(dataclasses.replace(tiny_model.config, **changes))
         lm = jax.jit(m.init)(jax.random.key(0))
         leaves, treedef = jax.tree.flatten(lm)
         draw = np.random.default_rng(0)
@@ -124,14 +124,14 @@ def test_packed_rows_score_as_separate_ones_with_windows_and_learned_positions(m
 def test_caps_hold_in_the_loss_and_in_sampling(made):
     """Rules 6 and 11: both see c tanh(logits / c), before any temperature; sampler and trainer agree."""
     m, lm = made(logit_softcap=0.5)
-    bare = model.make(dataclasses.replace(m.config, logit_softcap=0.0))
+    bare = model.make_model(dataclasses.replace(m.config, logit_softcap=0.0))
     lm = {**lm, "embedding": 3 * lm["embedding"]}
     prompts, lengths = np.array([[3, 14, 15], [9, 2, 0]], np.int32), np.array([3, 2], np.int32)
 
     @jax.jit
     def run(lm):
         drawn = sample(m, lm, prompts, lengths, jax.random.key(0), max_new=5, temperature=0.7)
-        tokens, logprobs = joined(prompts, lengths, drawn)
+        tokens, logprobs = prompt_completion_rows(prompts, lengths, drawn)
         x = bare.hidden(lm, tokens.inputs, tokens.positions, tokens.segments)
         return tokens, logprobs, bare.logits(lm, x), m.token_logprobs(lm, tokens, temperature=0.7)
 
@@ -146,8 +146,8 @@ def test_caps_hold_in_the_loss_and_in_sampling(made):
 def test_softcap_by_hand():
     """2 tanh(1 / 2) = 0.924; near nothing it is the identity, far out the cap; 0 is no cap."""
     x = jnp.array([0.0, 1.0, 1e-3, 100.0, -100.0])
-    np.testing.assert_allclose(softcapped(x, 2.0), [0, 0.9242343, 1e-3, 2, -2], rtol=1e-5)
-    assert softcapped(x, 0.0) is x
+    np.testing.assert_allclose(softcapped_logits(x, 2.0), [0, 0.9242343, 1e-3, 2, -2], rtol=1e-5)
+    assert softcapped_logits(x, 0.0) is x
 
 
 def test_flops_of_windows_and_experts(tiny_model):
@@ -179,4 +179,4 @@ def test_flops_of_windows_and_experts(tiny_model):
 )
 def test_bad_configs(changes, message):
     with pytest.raises(UserError, match=message):
-        model.Config(vocab_size=8, **changes)
+        model.ModelConfig(vocab_size=8, **changes)

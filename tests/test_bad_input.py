@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 from runs import EXPERIMENTS, ROOT, finished, saved, settings, small, stage_config
 
-from lm import checkpoint, console, evaluate, inherited, pipeline, sharding, tokenizer, train, train_config, verdicts
-from lm.checkpoint import restore_params
-from lm.workdir import load, open_workdir, read_json, read_metrics
+from lm import tokenizer
+from lm.core import sharding
+from lm.evaluate import models
+from lm.feedback import auto_rank
+from lm.pipeline import runner
+from lm.runs import checkpoint, console
+from lm.runs.checkpoint import restore_params
+from lm.runs.workdir import load_trained_model, open_workdir, read_json, read_metrics
+from lm.train import config, loop, warm_start
 
 __all__ = ["finished", "small"]
 
@@ -24,7 +30,7 @@ def refused(capsys, monkeypatch, small):
     def of(program, *flags) -> str:
         monkeypatch.setattr(sys, "argv", ["", *map(str, flags)])
         with pytest.raises(SystemExit) as exit:
-            console.main(program.program)
+            console.run_program(program.program)
         said = capsys.readouterr()
         assert exit.value.code == 2
         assert said.err.startswith("error: ") and said.err.endswith("\n") and said.err.count("\n") == 1, said.err
@@ -162,36 +168,45 @@ def config_file(folder: Path, name: str, change: str) -> str:
 )
 def test_values(refused, stage, finished, tmp_path, name, override, message):
     names = {"finished": finished, "file": EXPERIMENTS / f"{name}.py"}
-    assert message.format(**names) in refused(train, *stage(name, override.format(**names)))
+    assert message.format(**names) in refused(loop, *stage(name, override.format(**names)))
     assert not (tmp_path / name / "summary.json").exists()
 
 
 def test_a_mended_config_may_take_the_folder_of_the_bad_one(refused, stage, tmp_path, capsys):
-    refused(train, *stage("pretrain", "data.batch_size=0", "train.steps=2", "optimizer.warmup_steps=1"))
-    train.program(stage("pretrain", "train.steps=2", "optimizer.warmup_steps=1"))
+    refused(loop, *stage("pretrain", "data.batch_size=0", "train.steps=2", "optimizer.warmup_steps=1"))
+    loop.program(stage("pretrain", "train.steps=2", "optimizer.warmup_steps=1"))
     assert "config changed since the last start: data.batch_size: 0 -> 8\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ("config.optimizer.lr = 1e-3", "optimizer.lr is not an option of lm.optim.make; did you mean learning_rate?"),
+        (
+            "config.optimizer.lr = 1e-3",
+            "optimizer.lr is not an option of lm.optim.optimizers.make_optimizer; did you mean learning_rate?",
+        ),
         ("config.optimizer.beta = 0.9", "optimizer.beta is not an option of adamw, which has b1, b2, eps"),
         (
             "config.data.ramp, config.stage.microbatches = ((2, 4), (4, 6)), 4",
             "data.ramp has 6 rows before step 4, which cannot be cut into 4 equal parts: change them, or "
             "stage.microbatches",
         ),
-        ("config.data.lenght = 64", "data.lenght is not an option of lm.stages.pretrain.batches; did you mean length?"),
+        (
+            "config.data.lenght = 64",
+            "data.lenght is not an option of lm.stages.pretraining.pretrain.batches; did you mean length?",
+        ),
         ("config.model.vocab_size = 100", "model.vocab_size is 100, but the tokenizer has 512 pieces: leave it out"),
-        ("config.stage.name = 'ppo'", "stage.z_loss is not an option of lm.stages.ppo.make"),
-        ("del config.mesh", "the config has no `mesh`: is it a config of lm.train?"),
-        ("del config.optimizer.total_steps", "optimizer.total_steps is missing: lm.optim.make has no default for it"),
+        ("config.stage.name = 'ppo'", "stage.z_loss is not an option of lm.stages.rl.ppo.make"),
+        ("del config.mesh", "the config has no `mesh`: is it a config of lm.train.loop?"),
+        (
+            "del config.optimizer.total_steps",
+            "optimizer.total_steps is missing: lm.optim.optimizers.make_optimizer has no default for it",
+        ),
     ],
 )
 def test_a_config_of_one_s_own(refused, stage, tmp_path, change, message):
     flags = stage("pretrain")[1:]
-    assert refused(train, config_file(tmp_path, "pretrain", change), *flags) == message
+    assert refused(loop, config_file(tmp_path, "pretrain", change), *flags) == message
 
 
 @pytest.mark.parametrize(
@@ -203,12 +218,12 @@ def test_a_config_of_one_s_own(refused, stage, tmp_path, change, message):
     ],
 )
 def test_rewards_and_axes_that_are_not_there(refused, stage, tmp_path, name, change, message):
-    assert message in refused(train, config_file(tmp_path, name, change), *stage(name)[1:])
+    assert message in refused(loop, config_file(tmp_path, name, change), *stage(name)[1:])
 
 
 def test_sizes_come_with_init_from(refused, stage, finished, tmp_path):
     flags = stage("sft")[1:]
-    said = refused(train, config_file(tmp_path, "sft", "config.model.width = 64"), *flags)
+    said = refused(loop, config_file(tmp_path, "sft", "config.model.width = 64"), *flags)
     assert said == f"config.model changes the shape of the model in {finished}/pretrain: leave its sizes out"
 
 
@@ -224,25 +239,29 @@ def test_sizes_come_with_init_from(refused, stage, finished, tmp_path):
     ],
 )
 def test_flags(refused, flags, message):
-    assert refused(train, *flags) == message
+    assert refused(loop, *flags) == message
 
 
 @pytest.mark.parametrize(
     "program, name, message",
     [
         (
-            train,
+            loop,
             "quickstart",
-            "the config has no stage.name: is it a config of lm.train? (lm.pipeline runs experiments/quickstart.py)",
+            "the config has no stage.name: is it a config of lm.train.loop? (lm.pipeline.runner runs experiments/quickstart.py)",
         ),
         (
-            train,
+            loop,
             "rank",
-            "the config has no stage.name: is it a config of lm.train? (lm.pipeline runs experiments/quickstart.py)",
+            "the config has no stage.name: is it a config of lm.train.loop? (lm.pipeline.runner runs experiments/quickstart.py)",
         ),
-        (pipeline, "sft", "the config has no `stages`: is it a config of lm.pipeline? (lm.train runs a single stage)"),
-        (verdicts, "sft", "the config has no `rank`: is it a config of lm.verdicts?"),
-        (evaluate, "rank", "the config has no `models`: is it a config of lm.evaluate?"),
+        (
+            runner,
+            "sft",
+            "the config has no `stages`: is it a config of lm.pipeline.runner? (lm.train.loop runs a single stage)",
+        ),
+        (auto_rank, "sft", "the config has no `rank`: is it a config of lm.feedback.auto_rank?"),
+        (models, "rank", "the config has no `models`: is it a config of lm.evaluate.models?"),
     ],
 )
 def test_another_program_s_config(refused, tmp_path, program, name, message):
@@ -252,12 +271,12 @@ def test_another_program_s_config(refused, tmp_path, program, name, message):
 
 def test_a_stage_that_the_config_does_not_have(refused, tmp_path):
     said = refused(
-        pipeline,
+        runner,
         f"--config={EXPERIMENTS / 'quickstart.py'}",
         "--config.stages=('tokenizer','dpo')",
         f"--workdir={tmp_path / 'run'}",
     )
-    assert said == "the config has no `dpo`: is it a config of lm.pipeline?"
+    assert said == "the config has no `dpo`: is it a config of lm.pipeline.runner?"
     assert not (tmp_path / "run").exists()
 
 
@@ -290,7 +309,7 @@ def corpora(folder: Path) -> dict[str, Path]:
 )
 def test_a_corpus_to_pretrain_on(refused, stage, tmp_path, name, message):
     path = corpora(tmp_path)[name]
-    assert message.format(path) in refused(train, *stage("pretrain", f"data.corpus={path}"))
+    assert message.format(path) in refused(loop, *stage("pretrain", f"data.corpus={path}"))
 
 
 @pytest.mark.parametrize(
@@ -309,7 +328,7 @@ def test_a_corpus_to_pretrain_on(refused, stage, tmp_path, name, message):
 )
 def test_a_tokenizer_s_size(refused, finished, tmp_path, override, message):
     flags = [f"--config={EXPERIMENTS / 'tokenizer.py'}:tiny", f"--workdir={tmp_path / 'run'}", f"--config.{override}"]
-    assert message in refused(train, *flags, f"--config.data.corpus={finished.parent / 'text'}")
+    assert message in refused(loop, *flags, f"--config.data.corpus={finished.parent / 'text'}")
     assert not (tmp_path / "run" / "tokenizer.model").exists()
 
 
@@ -317,41 +336,41 @@ def test_a_tokenizer_s_size(refused, finished, tmp_path, override, message):
 def other(finished, tmp_path_factory) -> Path:
     """The workdir of another tokenizer, of 400 pieces."""
     folder = tmp_path_factory.mktemp("other")
-    train.run(stage_config(finished, "tokenizer", "data.vocab_size=400"), folder)
+    loop.train_stage(stage_config(finished, "tokenizer", "data.vocab_size=400"), folder)
     return folder
 
 
 def test_a_tokenizer_beside_init_from_must_agree(refused, stage, finished, other):
-    said = refused(train, *stage("sft", f"tokenizer={other}"))
+    said = refused(loop, *stage("sft", f"tokenizer={other}"))
     assert said.startswith(f"{finished}/pretrain was trained with tokenizer and template ")
     assert said.endswith(": leave config.tokenizer empty")
-    inherited.agreed_tokenizer(
-        f"{finished}/tokenizer", load(finished / "pretrain", backend="cpu")
+    warm_start.tokenizer_for_run(
+        f"{finished}/tokenizer", load_trained_model(finished / "pretrain", backend="cpu")
     )  # the same one will do
 
 
 def test_init_from_with_another_tokenizer(refused, stage, finished, other, tmp_path):
     swapped = shutil.copytree(finished / "pretrain", tmp_path / "swapped")
     shutil.copy(other / "tokenizer.model", swapped)
-    said = refused(train, *stage("sft", f"init_from={swapped}"))
+    said = refused(loop, *stage("sft", f"init_from={swapped}"))
     assert said.startswith(f"{swapped}: its checkpoint was trained with tokenizer and template ")
     assert said.endswith(": restore that file, or train the stage again")
 
 
 def test_init_from_with_another_template(refused, stage, monkeypatch):
-    monkeypatch.setattr(tokenizer.own.Own, "rule", "template 2")
-    assert "pretrain: its checkpoint was trained with tokenizer and template" in refused(train, *stage("sft"))
+    monkeypatch.setattr(tokenizer.own.SentencePieceTokenizer, "rule", "template 2")
+    assert "pretrain: its checkpoint was trained with tokenizer and template" in refused(loop, *stage("sft"))
 
 
 def test_a_reward_model_of_another_tokenizer(refused, stage, finished, other, tmp_path):
     judge = shutil.copytree(finished / "reward", tmp_path / "judge")
     shutil.copy(other / "tokenizer.model", judge)
-    fingerprint = tokenizer.load(other / "tokenizer.model").fingerprint
+    fingerprint = tokenizer.load_tokenizer(other / "tokenizer.model").fingerprint
     for meta in judge.glob("checkpoints/*/meta/metadata"):
         record = json.loads(meta.read_text())
         record["meta"]["fingerprint"] = fingerprint
         meta.write_text(json.dumps(record))
-    said = refused(train, *stage("ppo", f"data.reward_model={judge}"))
+    said = refused(loop, *stage("ppo", f"data.reward_model={judge}"))
     assert said.startswith(f"{judge} was trained with tokenizer and template {fingerprint[:8]}, but this run has ")
 
 
@@ -363,7 +382,7 @@ def test_a_workdir_of_another_config(refused, stage, finished, tmp_path):
         f"--workdir={workdir}",
         f"--config.init_from={finished}/pretrain",
     ]
-    assert refused(train, *flags, "--config.optimizer.learning_rate=1", "--config.seed=3") == (
+    assert refused(loop, *flags, "--config.optimizer.learning_rate=1", "--config.seed=3") == (
         f"{workdir} was made with another config (optimizer.learning_rate: 0.001 -> 1.0, seed: 0 -> 3): "
         "give another --workdir, or remove this one"
     )
@@ -372,7 +391,7 @@ def test_a_workdir_of_another_config(refused, stage, finished, tmp_path):
 
 def test_a_harmless_change_is_named_and_continues(finished, small, tmp_path, capsys):
     workdir = shutil.copytree(finished.parent / "snapshots" / "sft" / "saving", tmp_path / "sft")
-    train.run(stage_config(finished, "sft", "train.log_every=1"), workdir)
+    loop.train_stage(stage_config(finished, "sft", "train.log_every=1"), workdir)
     said = capsys.readouterr().out
     assert f"{workdir}: config changed since the last start: train.log_every: 4 -> 1\n" in said
     assert f"continues from step 4 of {workdir}" in said
@@ -382,26 +401,26 @@ def test_a_harmless_change_is_named_and_continues(finished, small, tmp_path, cap
 
 def test_two_processes_on_one_workdir(refused, stage, finished, tmp_path):
     with open_workdir(tmp_path / "sft", {}):
-        said = refused(train, *stage("sft"))
+        said = refused(loop, *stage("sft"))
     assert said == f"{tmp_path / 'sft'} is in use by process {os.getpid()}: wait for it, or give another --workdir"
 
 
 def test_a_folder_of_something_else(refused, stage, tmp_path):
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "thesis.tex").write_text("x")
-    assert "is not a run's folder: it holds thesis.tex but no config.json" in refused(train, *stage("sft"))
+    assert "is not a run's folder: it holds thesis.tex but no config.json" in refused(loop, *stage("sft"))
     assert [path.name for path in (tmp_path / "sft").iterdir() if path.name != ".lock"] == ["thesis.tex"]
 
 
 def test_a_mesh_that_does_not_fit(refused, stage, monkeypatch):
-    monkeypatch.setattr(train_config, "make_mesh", sharding.make_mesh)
-    said = refused(train, *stage("pretrain", "mesh.data=3"))
+    monkeypatch.setattr(config, "make_mesh", sharding.make_mesh)
+    said = refused(loop, *stage("pretrain", "mesh.data=3"))
     assert said.startswith("mesh {'data': 3, 'fsdp': 1, 'tensor': 1} does not fit 8 device(s)")
 
 
 def test_a_loss_that_is_not_finite(refused, stage, tmp_path):
     """The first step flings the parameters away; the second sees it, and what the first saved can still be read."""
-    said = refused(train, *stage("pretrain", "optimizer.learning_rate=1e30", "train.save_every=1"))
+    said = refused(loop, *stage("pretrain", "optimizer.learning_rate=1e30", "train.save_every=1"))
     checkpoints = tmp_path / "pretrain" / "checkpoints"
     assert "is nan at step 2; the last good checkpoint stays in " in said
     assert said.endswith(f"{checkpoints}: lower optimizer.learning_rate and take a new --workdir")
@@ -417,8 +436,8 @@ def test_every_checkpoint_torn(refused, finished, tmp_path):
     for step in ("4", "8"):
         shutil.rmtree(workdir / "checkpoints" / step / "opt_state")
     config = stage_config(finished, "sft")
-    with pytest.raises(train.UserError, match="has no undamaged checkpoint: remove that folder to start from step 0"):
-        train.run(config, workdir)
+    with pytest.raises(loop.UserError, match="has no undamaged checkpoint: remove that folder to start from step 0"):
+        loop.train_stage(config, workdir)
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["4", "8"]
 
 
@@ -433,7 +452,7 @@ def test_a_checkpoint_of_another_model(refused, stage, finished, tmp_path):
         f"--workdir={workdir}",
         f"--config.init_from={finished}/pretrain",
     ]
-    said = refused(train, *flags)
+    said = refused(loop, *flags)
     assert said.startswith(f"checkpoint {workdir}/checkpoints/8 is of another model or optimizer: ")
     assert said.endswith("use its config, or another --workdir")
     assert saved(workdir) == before
@@ -461,35 +480,35 @@ def disk(tmp_path):
 def test_a_full_disk_keeps_what_was_saved(refused, stage, finished, small, disk, tmp_path):
     """A checkpoint takes 600 kB, so 900 hold one and not two. With room the run continues to the same bits."""
     full = disk(900) / "pretrain"
-    said = refused(train, *stage("pretrain", workdir=full))
+    said = refused(loop, *stage("pretrain", workdir=full))
     assert said == (
         f"cannot save a checkpoint in {full}/checkpoints: No space left on device; make room there or choose "
         "another --workdir, then start again: the run will continue from step 4"
     )
     assert [folder.name for folder in (full / "checkpoints").iterdir()] == ["4"]
     roomy = shutil.copytree(full, tmp_path / "roomy")
-    train.run(stage_config(finished, "pretrain"), roomy)
+    loop.train_stage(stage_config(finished, "pretrain"), roomy)
     assert saved(roomy) == saved(finished / "pretrain")
 
 
 def test_a_disk_too_full_for_the_tokenizer(refused, stage, disk):
     full = disk(12) / "pretrain"
-    assert refused(train, *stage("pretrain", workdir=full)) == (
+    assert refused(loop, *stage("pretrain", workdir=full)) == (
         "No space left on device: make room, then give the same command again"
     )
 
 
 def test_a_refused_write_without_a_disk_of_one_s_own(refused, stage, monkeypatch, tmp_path):
     """The same as a full disk, for those who may not mount one: the checkpoint's second save is refused."""
-    finalize = checkpoint.Item.finalize
+    finalize = checkpoint.SealedPyTreeHandler.finalize
 
     def full(item, directory):
         if Path(directory).parent.name.startswith("8."):
             raise OSError(28, "No space left on device")
         finalize(item, directory)
 
-    monkeypatch.setattr(checkpoint.Item, "finalize", full)
-    said = refused(train, *stage("pretrain"))
+    monkeypatch.setattr(checkpoint.SealedPyTreeHandler, "finalize", full)
+    said = refused(loop, *stage("pretrain"))
     assert said.startswith(f"cannot save a checkpoint in {tmp_path}/pretrain/checkpoints: No space left on device; ")
     assert [folder.name for folder in (tmp_path / "pretrain" / "checkpoints").iterdir()] == ["4"]
 
@@ -500,7 +519,7 @@ def test_the_program_itself(finished, tmp_path):
         [
             sys.executable,
             "-m",
-            "lm.train",
+            "lm.train.loop",
             f"--config={EXPERIMENTS / 'sft.py'}:tiny",
             f"--workdir={tmp_path / 'run'}",
             "--config.init_from=nowhere",

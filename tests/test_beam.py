@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from lm import model
-from lm.beam import beam
-from lm.errors import UserError
-from lm.sample import joined, sample
+from lm.core.errors import UserError
+from lm.generate.beam import beam_search
+from lm.generate.sampler import prompt_completion_rows, sample
 
 V, NEW, STOP = 5, 3, (0, 3)
 PROMPTS, LENGTHS = np.array([[1, 2, 4], [2, 9, 9], [4, 1, 9]], np.int32) % V, np.array([3, 1, 2], np.int32)
@@ -20,10 +20,10 @@ PROMPTS, LENGTHS = np.array([[1, 2, 4], [2, 9, 9], [4, 1, 9]], np.int32) % V, np
 @pytest.fixture(scope="module")
 def five():
     """A model of five tokens, and its decoder: of key 5, as a narrow beam does lose the best of some prompt here."""
-    config = model.Config(
+    config = model.ModelConfig(
         vocab_size=V, layers=1, width=8, heads=2, kv_heads=1, head_size=4, hidden=8, context=16, query_blocks=1
     )
-    made = model.make(config.on("cpu"))
+    made = model.make_model(config.on("cpu"))
     lm = jax.jit(made.init)(jax.random.key(0))
     leaves, treedef = jax.tree.flatten(lm)
     keys = jax.random.split(jax.random.key(5), len(leaves))
@@ -34,7 +34,7 @@ def five():
 def search(five):
     """(prompts, lengths, **options) -> Completions and scores, as numpy arrays."""
     made, lm = five
-    compiled = functools.cache(lambda **options: jax.jit(functools.partial(beam, made, **options)))
+    compiled = functools.cache(lambda **options: jax.jit(functools.partial(beam_search, made, **options)))
 
     def run(prompts=PROMPTS, lengths=LENGTHS, max_new=NEW, **options):
         return jax.tree.map(np.asarray, compiled(max_new=max_new, **options)(lm, prompts, lengths))
@@ -128,7 +128,7 @@ def test_width_one_without_stop_ids_is_greedy(five, search):
     greedy = jax.jit(lambda: sample(made, lm, PROMPTS, LENGTHS, jax.random.key(0), max_new=6, temperature=0.0))()
     np.testing.assert_array_equal(found.tokens, greedy.tokens)
     np.testing.assert_allclose(found.logprobs.sum(axis=1), scores[:, 0], rtol=1e-5)
-    tokens, logprobs = joined(jnp.asarray(PROMPTS), LENGTHS, jax.tree.map(jnp.asarray, found))
+    tokens, logprobs = prompt_completion_rows(jnp.asarray(PROMPTS), LENGTHS, jax.tree.map(jnp.asarray, found))
     np.testing.assert_allclose(logprobs, jax.jit(made.token_logprobs)(lm, tokens) * tokens.weights, atol=1e-5)
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from runs import finished
 
-from lm import hardware
-from lm.bench import __main__ as bench, generation, rollout, shown, speculation, startup, training, turns
-from lm.bench.limits import Limits
-from lm.bench.sizes import SIZES, counts, threads
-from lm.config import parsed
-from lm.data.chats import Conversation
-from lm.errors import UserError
-from lm.model.params import count, specs
-from lm.weights.shapes import config_json, shape as read_back
+from lm.bench import __main__ as bench, generation, rollout, speculation, startup, tables, training, turns
+from lm.bench.limits import DeviceLimits
+from lm.bench.sizes import SIZES, parsed_counts, thread_count
+from lm.core.config import parsed_flags
+from lm.core.errors import UserError
+from lm.data.conversations import Conversation
+from lm.model.params import param_count, param_specs
+from lm.runs import hardware
+from lm.weights.config_map import config_json, model_config_from_json as read_back
 
 __all__ = ["finished"]
 TINY = SIZES["tiny"]
@@ -26,8 +26,8 @@ TALKS = [Conversation(f"talk {i}", [{"role": "user", "content": f"what do you se
 @pytest.fixture
 def limits(monkeypatch):
     """A machine of 1 GFLOP/s that reads 1 MB/s, so that no test measures it."""
-    monkeypatch.setattr(Limits, "look", lambda self: None)
-    return Limits({"float32": 1e9, "bfloat16": 2e9}, 1e6)
+    monkeypatch.setattr(DeviceLimits, "look", lambda self: None)
+    return DeviceLimits({"float32": 1e9, "bfloat16": 2e9}, 1e6)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def scripts(tmp_path, monkeypatch):
     def saying(code: str, *names: str) -> str:
         for name in names:
             (tmp_path / name).write_text(code)
-        monkeypatch.setattr(turns, "PEERS", tmp_path)
+        monkeypatch.setattr(turns, "PEERS_DIR", tmp_path)
         return sys.executable
 
     return saying
@@ -52,7 +52,7 @@ def said(**phases: float) -> str:
 def test_a_peer_is_told_the_work_and_its_last_line_is_read(scripts):
     code = "import json, sys; print(0); print(json.dumps(sys.argv[1:]))"
     peer = turns.Peer(scripts(code, "peer.py"), "peer.py", {"rows": 2})
-    assert peer.steps(3) == ["--rows=2", f"--threads={threads()}", "--steps=3"]
+    assert peer.steps(3) == ["--rows=2", f"--threads={thread_count()}", "--steps=3"]
 
 
 def test_a_peer_that_cannot_run_is_one_line(scripts, tmp_path):
@@ -66,9 +66,9 @@ def test_a_peer_that_cannot_run_is_one_line(scripts, tmp_path):
 def test_torch_is_this_python_if_it_has_it(monkeypatch):
     monkeypatch.setattr(turns, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--peer=torch: this Python has no torch; give --peer=PYTHON"):
-        turns.interpreter("torch")
+        turns.peer_interpreter("torch")
     monkeypatch.setattr(turns, "find_spec", lambda name: name)
-    assert turns.interpreter("torch") == sys.executable and turns.interpreter("/a/python") == "/a/python"
+    assert turns.peer_interpreter("torch") == sys.executable and turns.peer_interpreter("/a/python") == "/a/python"
 
 
 def test_sides_take_turns_and_are_compared_by_medians_bests_and_turn_by_turn(scripts):
@@ -76,14 +76,14 @@ def test_sides_take_turns_and_are_compared_by_medians_bests_and_turn_by_turn(scr
     seconds, told = iter([1.0, 2.0, 3.0, 4.0]), []
     ours = lambda steps: [{"step": next(seconds)} for _ in range(steps)]
     peer = turns.Peer(scripts(said(step=4.0, cpu=7.0), "peer.py"), "peer.py", {})
-    timed = turns.interleaved(ours, peer, turns=2, steps=2, after=told.append)
-    found = turns.summed_up(timed, "step", units=10)
+    timed = turns.interleaved_timings(ours, peer, turns=2, steps=2, after=told.append)
+    found = turns.timing_summary(timed, "step", units=10)
     assert told == [{"step": 2.0}, {"step": 4.0}]
     assert found["per_second"]["ours"] == {"median": 4.0, "best": 10.0}
     assert found["per_second"]["peer"] == pytest.approx({"median": 10 / 6, "best": 2.5})
     assert (found["ratio"]["median"], found["ratio"]["best"]) == pytest.approx((2.4, 4.0))
     assert found["ratio"]["each_turn"] == pytest.approx([4.0, 12 / 7])
-    assert found["threads"] == {"ours": threads(), "peer": 3} and found["peer"]["best"]["cpu"] == 7.0
+    assert found["threads"] == {"ours": thread_count(), "peer": 3} and found["peer"]["best"]["cpu"] == 7.0
     assert found["turns"]["ours"] == [[1.0, 2.0], [3.0, 4.0]]
 
 
@@ -93,13 +93,13 @@ def test_a_grpo_step_counts_five_passes():
     Of size S a layer has 4 x 256^2 in attention and 3 x 256 x 704 in its MLP, the head 256 x 4096.
     """
     parameters = 4 * (4 * 256**2 + 3 * 256 * 704) + 256 * 4096
-    assert rollout.flops(SIZES["S"].config, rollout.Shape()) == 2 * parameters * 32 * 128 * 5
+    assert rollout.step_flops(SIZES["S"].config, rollout.RolloutShape()) == 2 * parameters * 32 * 128 * 5
 
 
 def test_bytes_that_a_decode_step_reads():
     """Tiny: 2 layers of 4 x 32^2 + 3 x 32 x 64 and a head of 32 x 256 make 28,672 parameters. Two rows after 3 tokens
     attend to 4, then to 5: 4.5 on average, each 2 layers x (key and value) x 32 numbers."""
-    shape = generation.Shape(batch=2, prompt=3, new=2)
+    shape = generation.GenerationShape(batch=2, prompt=3, new=2)
     assert generation.bytes_per_step(TINY.config, shape, "float32") == 4 * (28_672 + 2 * 4.5 * 2 * 2 * 32)
     assert generation.bytes_per_step(TINY.config, shape, "bfloat16") == 2 * (28_672 + 2 * 4.5 * 2 * 2 * 32)
 
@@ -107,13 +107,13 @@ def test_bytes_that_a_decode_step_reads():
 def test_a_window_is_all_that_is_read():
     """A window of 4 on every second layer: 4 both times there, 4 and then 5 on the other one."""
     config = TINY.config.__class__(**{**vars(TINY.config), "window": 4, "global_every": 2})
-    shape = generation.Shape(batch=1, prompt=3, new=2)
+    shape = generation.GenerationShape(batch=1, prompt=3, new=2)
     assert generation.bytes_per_step(config, shape, "float32") == 4 * (28_672 + (4 + 4.5) * 2 * 32)
 
 
 def test_flops_are_held_against_the_float32_ceiling(limits):
     """64 tokens in 1 s. 6 x 28,672 parameters and, over 16.5 keys, 12 x 32 numbers in each of 2 layers, a token."""
-    timed = turns.Timed([[{"step": 1.0}]], [], {})
+    timed = turns.Timings([[{"step": 1.0}]], [], {})
     found = training.result("tiny", TINY, "bfloat16", timed, limits)
     assert found["flops_per_second"] == pytest.approx(64 * (6 * 28_672 + 12 * 32 * 16.5 * 2))
     assert found["of_peak"] == pytest.approx(found["flops_per_second"] / 1e9)
@@ -121,8 +121,8 @@ def test_flops_are_held_against_the_float32_ceiling(limits):
 
 
 def test_decoding_is_held_against_the_bandwidth(limits):
-    timed = turns.Timed([[{"prefill": 0.5, "decode": 2.0, "whole": 2.5}]], [], {})
-    shape = generation.Shape(batch=2, prompt=3, new=5)
+    timed = turns.Timings([[{"prefill": 0.5, "decode": 2.0, "whole": 2.5}]], [], {})
+    shape = generation.GenerationShape(batch=2, prompt=3, new=5)
     found = generation.result("tiny", TINY.config, shape, "float32", timed, limits)
     assert found["of_bandwidth"] == pytest.approx(found["bytes_per_step"] * 5 / 2.0 / 1e6)
     assert found["per_second"]["ours"]["median"] == 4 and found["decode_per_second"] == 5
@@ -140,7 +140,7 @@ def test_bandwidth_is_bytes_over_the_fastest(monkeypatch):
 def test_the_peer_s_model_is_ours(name):
     """The config.json that it is told reads back as our shape, or lm.weights would refuse it."""
     config = SIZES[name].config
-    assert count(specs(read_back(config_json(config, "llama")))) == count(specs(config))
+    assert param_count(param_specs(read_back(config_json(config, "llama")))) == param_count(param_specs(config))
 
 
 def test_a_whole_run(limits, scripts, tmp_path, capsys):
@@ -150,7 +150,7 @@ def test_a_whole_run(limits, scripts, tmp_path, capsys):
     flags = f"training generation --sizes=tiny --dtypes=auto,bfloat16 --batches=2 --new_tokens=4 --turns=1 --steps=2 \
         --peer={python} --json={file}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "Limits", lambda: limits)
+        patch.setattr(bench, "DeviceLimits", lambda: limits)
         bench.program(flags.split())
     (line,) = file.read_text().splitlines()
     found = json.loads(line)
@@ -166,26 +166,30 @@ def test_a_whole_run(limits, scripts, tmp_path, capsys):
 
 
 def test_a_grpo_step_is_generation_and_update(limits, capsys):
-    shape = rollout.Shape(prompts=1, group=2, prompt=4, new=4)
-    timed = turns.interleaved(rollout.stepper(TINY.config, shape), None, turns=1, steps=1, after=lambda row: None)
+    shape = rollout.RolloutShape(prompts=1, group=2, prompt=4, new=4)
+    timed = turns.interleaved_timings(
+        rollout.timed_steps(TINY.config, shape), None, turns=1, steps=1, after=lambda row: None
+    )
     ((row,),) = timed.ours
     assert row["step"] == pytest.approx(row["generation"] + row["update"]) and min(row.values()) > 0
-    shown.rollout([rollout.result(TINY.config, shape, timed, limits)])
+    tables.print_rollout([rollout.result(TINY.config, shape, timed, limits)])
     assert "generation" in capsys.readouterr().out
 
 
 def test_a_draft_that_is_the_model_itself_is_always_right(finished, limits, capsys, monkeypatch):
     """Greedy: all proposals are accepted. Warm: some, and no more. Both sides of a step are timed."""
-    monkeypatch.setattr(bench, "Limits", lambda: limits)
+    monkeypatch.setattr(bench, "DeviceLimits", lambda: limits)
     monkeypatch.setattr(speculation, "TEMPERATURES", (0.0, 1.0))
     monkeypatch.setattr(speculation.chats, "conversations", lambda source: TALKS)
     monkeypatch.setattr(speculation.corpora, "split", lambda talks, fraction: ([], talks))
     flags = f"--workdir={finished}/sft --batches=2 --prompt_tokens=40 --new_tokens=8 --turns=1 --steps=1 --ahead=2"
     found = {}
     for draft in ("sft", "pretrain"):
-        given = parsed(f"speculation {flags} --draft={finished}/{draft}".split(), "", bench.FLAGS, bench.POSITIONAL)
-        found[draft] = bench.measured(given)["speculation"]
-        bench.show({"speculation": found[draft]})
+        given = parsed_flags(
+            f"speculation {flags} --draft={finished}/{draft}".split(), "", bench.FLAGS, bench.POSITIONAL
+        )
+        found[draft] = bench.measurements(given)["speculation"]
+        bench.print_measurements({"speculation": found[draft]})
     own, other = found["sft"][0], found["pretrain"][0]
     assert own["accepted"]["value"] == 1 and own["tokens_a_pass"]["value"] > other["tokens_a_pass"]["value"] >= 1
     assert 0 <= other["accepted"]["value"] < 1 and own["temperature"] == 0 and found["sft"][1]["temperature"] == 1
@@ -200,17 +204,21 @@ def test_a_start_ends_with_its_first_step(tmp_path, monkeypatch):
     """Its own rows count, not the score before it; what fails is told."""
     code = "import pathlib, sys, json; d = pathlib.Path(sys.argv[1]); d.mkdir(); (d / 'metrics.jsonl').write_text("
     rows = "".join(json.dumps({"step": i}) + "\\n" for i in (0, 1))
-    monkeypatch.setattr(startup, "command", lambda name, path, *flags: [sys.executable, "-c", f"{code}'{rows}')", path])
-    assert 0 < startup.first_step(tmp_path, "a", cache=tmp_path) < 60
-    monkeypatch.setattr(startup, "command", lambda name, path, *flags: [sys.executable, "-c", "raise OSError('no')"])
+    monkeypatch.setattr(
+        startup, "train_command", lambda name, path, *flags: [sys.executable, "-c", f"{code}'{rows}')", path]
+    )
+    assert 0 < startup.first_step_seconds(tmp_path, "a", cache=tmp_path) < 60
+    monkeypatch.setattr(
+        startup, "train_command", lambda name, path, *flags: [sys.executable, "-c", "raise OSError('no')"]
+    )
     with pytest.raises(UserError, match="failed: OSError: no"):
-        startup.first_step(tmp_path, "b", cache=tmp_path)
+        startup.first_step_seconds(tmp_path, "b", cache=tmp_path)
 
 
 def test_a_start_has_none_of_what_our_own_restart_added(monkeypatch, tmp_path):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     monkeypatch.setenv("KEPT", "yes")
-    found = startup.environment(tmp_path)
+    found = startup.child_environment(tmp_path)
     assert "GLIBC_TUNABLES" not in found and found["KEPT"] == "yes"
     assert found["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path)
 
@@ -237,15 +245,15 @@ def test_peers_only_on_a_cpu(monkeypatch):
     monkeypatch.setattr(bench.jax, "default_backend", lambda: "gpu")
     flags = SimpleNamespace(what=[], steps=1, turns=1, new_tokens=1, prompt_tokens=1, peer="python", json="")
     with pytest.raises(UserError, match="the peers run on a CPU, and this is a gpu: leave --peer out"):
-        bench.checked(flags)
+        bench.check_flags(flags)
 
 
 def test_counts_are_each_taken_once():
-    assert counts("batches", "1, 32,1") == [1, 32]
+    assert parsed_counts("batches", "1, 32,1") == [1, 32]
 
 
 def test_a_batch_is_whole_rows_of_next_tokens():
-    batch = training.drawn(TINY)
+    batch = training.random_batch(TINY)
     assert batch.inputs.shape == batch.targets.shape == (2, 32) and (batch.weights == 1).all()
     np.testing.assert_array_equal(batch.inputs[:, 1:], batch.targets[:, :-1])
 
@@ -255,7 +263,7 @@ def test_pytorch_does_the_same_work():
     """Its first loss, of random weights on random tokens, is near that of an even guess: log 256."""
     trained = training.peer(sys.executable, TINY, "bfloat16").steps(1)
     assert trained["losses"][0] == pytest.approx(np.log(256), rel=0.05)
-    generated = generation.peer(sys.executable, TINY.config, generation.Shape(2, 4, 3), "float32").steps(1)
+    generated = generation.peer(sys.executable, TINY.config, generation.GenerationShape(2, 4, 3), "float32").steps(1)
     for found in (trained, generated):
         assert len(found["seconds"]) == 1 and min(found["seconds"][0].values()) > 0
-        assert found["threads"] == threads() and set(found["versions"]) == {"transformers", "torch"}
+        assert found["threads"] == thread_count() and set(found["versions"]) == {"transformers", "torch"}

@@ -9,9 +9,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lm import tokenizer as tk
-from lm.errors import UserError
-from lm.tokenizer.borrowed import bundled
-from lm.weights.vocabularies import converted, read, write
+from lm.core.errors import UserError
+from lm.tokenizer.huggingface import tokenizer_from_parts
+from lm.weights.tokenizers import huggingface_tokenizer, read_tokenizer_files, write_tokenizer_files
 
 TEXTS = ["the cat sees the dog. ", "a bird and the cat, 1234 times\n", "def f(x):\n    return x + 1\n"] * 20
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -41,7 +41,7 @@ def bytewise() -> str:
 
 
 def borrowed(bytewise, template=CHATML, stops=(0,)):
-    return bundled(
+    return tokenizer_from_parts(
         tokenizer=bytewise, template=template, tokens={"eos_token": SPECIAL[0]}, special=SPECIAL, stops=stops
     )
 
@@ -57,7 +57,7 @@ def test_every_text_comes_back_and_holds_no_special_id(bytewise, text):
 
 def test_what_the_assistant_says_is_trained_and_its_end(bytewise):
     tokenizer = borrowed(bytewise)
-    example = tk.chat(tokenizer, TALK)
+    example = tk.encode_chat(tokenizer, TALK)
     pieces = tokenizer.pieces(example.ids)
     assert "".join(pieces) == (
         "<|im_start|>user\nthe cat?<|im_end|>\n<|im_start|>assistant\nthe dog.<|im_end|>\n"
@@ -72,11 +72,11 @@ def test_what_the_assistant_says_is_trained_and_its_end(bytewise):
 
 def test_a_prompt_and_a_reply_are_what_the_whole_conversation_says(bytewise):
     tokenizer = borrowed(bytewise)
-    whole = tk.chat(tokenizer, TALK).ids
-    asked = tk.prompt(tokenizer, TALK[:3])
+    whole = tk.encode_chat(tokenizer, TALK).ids
+    asked = tk.encode_prompt(tokenizer, TALK[:3])
     np.testing.assert_array_equal(asked, whole[: len(asked)])
     answer = tokenizer.encode("the dog.")
-    first = tk.prompt(tokenizer, TALK[:1])
+    first = tk.encode_prompt(tokenizer, TALK[:1])
     reply = tokenizer.reply("user", "a bird", limit=10)
     np.testing.assert_array_equal([*first, *answer, tokenizer.end, *reply], asked)
     assert len(tokenizer.reply("user", "a bird", limit=1)) < len(reply)
@@ -85,7 +85,7 @@ def test_a_prompt_and_a_reply_are_what_the_whole_conversation_says(bytewise):
 def test_it_travels_and_is_known_again(bytewise, tmp_path):
     tokenizer = borrowed(bytewise)
     tokenizer.save(tmp_path / "tokenizer.model")
-    again = tk.load(tmp_path / "tokenizer.model")
+    again = tk.load_tokenizer(tmp_path / "tokenizer.model")
     assert again == tokenizer == pickle.loads(pickle.dumps(tokenizer))
     assert again.fingerprint == tokenizer.fingerprint
     other = borrowed(bytewise, CHATML.replace("\n", " "))
@@ -112,9 +112,9 @@ def test_a_template_that_rewrites_answers_cannot_be_learnt_from(bytewise):
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = borrowed(bytewise, forgets)
-    assert len(tk.prompt(tokenizer, TALK[:3]))
+    assert len(tk.encode_prompt(tokenizer, TALK[:3]))
     with pytest.raises(UserError, match="rewrites earlier answers"):
-        tk.chat(tokenizer, TALK)
+        tk.encode_chat(tokenizer, TALK)
 
 
 def test_an_answer_that_no_token_begins(bytewise):
@@ -126,14 +126,14 @@ def test_an_answer_that_no_token_begins(bytewise):
     tokenizer = borrowed(bytewise, glued)
     assert "the" in tokenizer.pieces(range(tokenizer.vocab_size))
     with pytest.raises(UserError, match="marker and an answer share a token"):
-        tk.chat(tokenizer, [{"role": "user", "content": "\n"}, {"role": "assistant", "content": "e"}])
+        tk.encode_chat(tokenizer, [{"role": "user", "content": "\n"}, {"role": "assistant", "content": "e"}])
 
 
 def test_without_template_or_end(bytewise):
     tokenizer = borrowed(bytewise, "")
     assert not tokenizer.talks and tokenizer.stops == (0,)
     with pytest.raises(UserError, match="without a chat template"):
-        tk.chat(tokenizer, TALK)
+        tk.encode_chat(tokenizer, TALK)
     with pytest.raises(UserError, match="names no token that ends a text"):
         borrowed(bytewise, stops=())
 
@@ -142,17 +142,17 @@ def test_a_torn_file(bytewise, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(borrowed(bytewise).proto[:-100])
     with pytest.raises(UserError, match="is no tokenizer"):
-        tk.load(path)
+        tk.load_tokenizer(path)
 
 
 @pytest.fixture(scope="module")
 def own():
-    return tk.train(TEXTS, vocab_size=310)
+    return tk.train_tokenizer(TEXTS, vocab_size=310)
 
 
 def test_our_own_tokenizer_is_the_same_elsewhere(own):
     """As tokenizer.json it gives the ids that sentencepiece gives."""
-    elsewhere = converted(own)
+    elsewhere = huggingface_tokenizer(own)
     texts = [*TEXTS[:3], "", " ", "   x  y", "\n\n\tif x:\r\n", "é\u0301 😀 中", "2024 <|end|>"]
     elsewhere.encode_special_tokens = True
     for text in texts:
@@ -164,13 +164,13 @@ def test_our_own_tokenizer_is_the_same_elsewhere(own):
 
 
 def test_our_own_tokenizer_comes_back_from_a_folder(own, tmp_path):
-    said = write(tmp_path, own)
-    back = read(tmp_path, said)
+    said = write_tokenizer_files(tmp_path, own)
+    back = read_tokenizer_files(tmp_path, said)
     assert back.stops == (own.end, own.eos) and back.start == own.start and back.vocab_size == own.vocab_size
-    ours, theirs = tk.chat(own, TALK), tk.chat(back, TALK)
+    ours, theirs = tk.encode_chat(own, TALK), tk.encode_chat(back, TALK)
     np.testing.assert_array_equal(ours.ids, theirs.ids)
     np.testing.assert_array_equal(ours.weights, theirs.weights)
-    np.testing.assert_array_equal(tk.prompt(own, TALK[:3]), tk.prompt(back, TALK[:3]))
+    np.testing.assert_array_equal(tk.encode_prompt(own, TALK[:3]), tk.encode_prompt(back, TALK[:3]))
     assert own.reply("tool", "the cat", 9) == back.reply("tool", "the cat", 9)
 
 
@@ -181,10 +181,10 @@ def test_a_sentencepiece_model_of_others(own, tmp_path):
         "chat_template": "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}",
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
-    back = read(tmp_path, {"eos_token_id": 3})
+    back = read_tokenizer_files(tmp_path, {"eos_token_id": 3})
     assert back.encode_all(TEXTS[:3]) == own.encode_all(TEXTS[:3])
     user, end = own.roles["user"], own.end
-    assert tk.prompt(back, TALK[:1]).tolist() == [user, *own.encode("the cat?"), end]
+    assert tk.encode_prompt(back, TALK[:1]).tolist() == [user, *own.encode("the cat?"), end]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_bad_folders(tmp_path, files, message):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        read(tmp_path, {"eos_token_id": 0})
+        read_tokenizer_files(tmp_path, {"eos_token_id": 0})
 
 
 def test_added_tokens_that_the_tokenizer_lacks(own, bytewise, tmp_path):
@@ -212,14 +212,14 @@ def test_added_tokens_that_the_tokenizer_lacks(own, bytewise, tmp_path):
         (path / "added_tokens.json").write_text(json.dumps(known))
         decoder = {str(i): {"content": token} for token, i in known.items()}
         (path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
-        read(path, {"eos_token_id": 2})
+        read_tokenizer_files(path, {"eos_token_id": 2})
         (path / "added_tokens.json").write_text(json.dumps({**known, "<|call|>": 9000}))
         with pytest.raises(UserError, match="added_tokens.json says that .* is id 9000, but the tokenizer has Non"):
-            read(path, {"eos_token_id": 2})
+            read_tokenizer_files(path, {"eos_token_id": 2})
         (path / "added_tokens.json").unlink()
         decoder = {"5": {"content": next(iter(known))}}
         (path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
         with pytest.raises(
             UserError, match="tokenizer_config.json says that .* is id 5, but the tokenizer has 1: make"
         ):
-            read(path, {"eos_token_id": 2})
+            read_tokenizer_files(path, {"eos_token_id": 2})

@@ -6,14 +6,14 @@ import itertools
 import jax.numpy as jnp
 import pytest
 
-from lm.certify import __main__ as program, sampled
-from lm.certify.certificate import AGREES, RECORDED, claim, measured
-from lm.certify.objectives import sought
-from lm.certify.world import POLICIES, ragged
-from lm.errors import UserError
-from lm.returns import centred, last_token
-from lm.stages import policy
-from lm.stages.policy import within_group
+from lm.core.errors import UserError
+from lm.losses.advantages import centered_group_advantages, last_token_mask
+from lm.stages.rl import policy_gradient
+from lm.stages.rl.policy_gradient import advantages_within_group
+from lm.studies.gradients import __main__ as program, on_policy_losses
+from lm.studies.gradients.certificate import GRADIENT_RECORDER, UNBIASED_TOLERANCE, certificate_of, certificate_result
+from lm.studies.gradients.objectives import expected_reward_loss
+from lm.studies.gradients.tiny_world import POLICIES, ragged_world
 
 
 @pytest.fixture(scope="module")
@@ -21,46 +21,55 @@ def table():
     return POLICIES["tabular"]()
 
 
-@pytest.mark.parametrize("section", program.SECTIONS | program.STILL)
+@pytest.mark.parametrize("section", program.SECTIONS | program.STATIONARY_SECTIONS)
 def test_every_certificate_holds_for_a_table_of_logits(table, section):
-    found = [measured(c) for c in (program.SECTIONS | program.STILL)[section](table)]
+    found = [certificate_result(c) for c in (program.SECTIONS | program.STATIONARY_SECTIONS)[section](table)]
     assert found
     for m in found:
         assert m.holds, m
-        assert (m.residue if m.scale is not None else m.off) > 1e-3 if m.biased else m.off < AGREES, m
+        assert (m.residue if m.scale is not None else m.off) > 1e-3 if m.biased else m.off < UNBIASED_TOLERANCE, m
 
 
 def shifted(learn):
     """Log-probs of the next target on each token."""
-    recipe = sampled.recipe()
+    recipe = on_policy_losses.rloo_without_kl()
     wrong = lambda logprobs, batch: recipe.objective(jnp.roll(logprobs, 1, axis=1), batch)
     return learn(recipe._replace(objective=wrong))
 
 
 def unmasked(learn):
     """The last token of every answer, its end, left out."""
-    recipe = sampled.recipe()
-    return learn(recipe._replace(average=lambda x, w: recipe.average(x, w * (1 - last_token(w)))))
+    recipe = on_policy_losses.rloo_without_kl()
+    return learn(recipe._replace(average=lambda x, w: recipe.average(x, w * (1 - last_token_mask(w)))))
 
 
 def own_baseline(learn):
     """The mean of the whole group, whose factor nobody mends."""
-    return learn(sampled.recipe(within_group(centred)))
+    return learn(on_policy_losses.rloo_without_kl(advantages_within_group(centered_group_advantages)))
 
 
 @pytest.mark.parametrize("broken", [shifted, unmasked, own_baseline])
 def test_a_wrong_update_is_caught(table, broken):
-    w = ragged(table)
-    learn = functools.partial(policy.learner, table.model, RECORDED)
-    good = claim(w, "", "E r", sought(w), learn(sampled.recipe()), sampled.rollouts(w))
-    assert measured(good).holds
-    assert not measured(good._replace(update=broken(learn))).holds
+    w = ragged_world(table)
+    learn = functools.partial(policy_gradient.policy_gradient_update, table.model, GRADIENT_RECORDER)
+    good = certificate_of(
+        w,
+        "",
+        "E r",
+        expected_reward_loss(w),
+        learn(on_policy_losses.rloo_without_kl()),
+        on_policy_losses.rollout_batches(w),
+    )
+    assert certificate_result(good).holds
+    assert not certificate_result(good._replace(update=broken(learn))).holds
 
 
 def test_an_unbiased_update_that_is_said_to_be_biased_is_caught(table):
-    w = ragged(table)
-    update = policy.learner(table.model, RECORDED, sampled.recipe())
-    assert not measured(claim(w, "", "E r", sought(w), update, sampled.rollouts(w), biased=True)).holds
+    w = ragged_world(table)
+    update = policy_gradient.policy_gradient_update(table.model, GRADIENT_RECORDER, on_policy_losses.rloo_without_kl())
+    assert not certificate_result(
+        certificate_of(w, "", "E r", expected_reward_loss(w), update, on_policy_losses.rollout_batches(w), biased=True)
+    ).holds
 
 
 def test_numbers_cannot_be_written_where_there_is_no_folder(tmp_path):
@@ -70,5 +79,8 @@ def test_numbers_cannot_be_written_where_there_is_no_folder(tmp_path):
 
 def test_a_small_transformer_is_certified_too():
     """REINFORCE without baseline, the KL in the reward, and RLOO, through the real model."""
-    found = [measured(c) for c in itertools.islice(sampled.first_update(POLICIES["transformer"]()), 3)]
-    assert [m.name for m in found][-1] == "RLOO" and all(m.holds and m.off < AGREES for m in found)
+    found = [
+        certificate_result(c)
+        for c in itertools.islice(on_policy_losses.first_update_certificates(POLICIES["transformer"]()), 3)
+    ]
+    assert [m.name for m in found][-1] == "RLOO" and all(m.holds and m.off < UNBIASED_TOLERANCE for m in found)

@@ -15,17 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import chat, model
-from lm.answers import answerer, before, certain, cut
-from lm.chat import Chat, converse, newest, policy_folder, printable, settled
-from lm.checkpoint import Checkpoints
-from lm.data.prompts import padded
-from lm.errors import UserError
-from lm.sample import sample
-from lm.speculative import Pair, speculate
-from lm.streams import speculative_streamer, streamer
-from lm.tokenizer import Tokenizer, prompt, train
-from lm.workdir import Trained, load
+from lm import model
+from lm.core.errors import UserError
+from lm.data.prompts import padded_prompts
+from lm.generate.engine import answer_from_ids, batch_answerer, text_before_stop, text_without_partial_stop
+from lm.generate.sampler import sample
+from lm.generate.speculative import TargetDraft, speculative_sample
+from lm.generate.streaming import speculative_token_streamer, token_streamer
+from lm.runs.checkpoint import Checkpoints
+from lm.runs.workdir import TrainedModel, load_trained_model
+from lm.serve import chat
+from lm.serve.chat import Chat, policy_folder, printable_text, recent_messages, run_chat, stable_text
+from lm.tokenizer import Tokenizer, encode_prompt, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog. How are you today? I am fine, thank you. Grüße! 日本 😀\n"
@@ -33,16 +34,16 @@ TEXT = "The quick brown fox jumps over the lazy dog. How are you today? I am fin
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train([TEXT * 20], vocab_size=320)
+    return train_tokenizer([TEXT * 20], vocab_size=320)
 
 
 @pytest.fixture(scope="module")
 def trained_workdir(tokenizer, tmp_path_factory):
-    """make(stage) -> a workdir of that stage as lm.train leaves it, of a random model that has hardly a bias."""
-    config = model.Config(
+    """make(stage) -> a workdir of that stage as lm.train.loop leaves it, of a random model that has hardly a bias."""
+    config = model.ModelConfig(
         vocab_size=tokenizer.vocab_size, layers=2, width=16, heads=2, kv_heads=1, head_size=8, hidden=24, context=64
     )
-    lm = jax.jit(model.make(config.on("cpu")).init)(jax.random.key(0))
+    lm = jax.jit(model.make_model(config.on("cpu")).init)(jax.random.key(0))
     parent = tmp_path_factory.mktemp("runs")
 
     def make(stage: str) -> Path:
@@ -65,25 +66,25 @@ def terminal(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def sft(trained_workdir) -> Trained:
-    return load(trained_workdir("sft"), backend="cpu")
+def sft(trained_workdir) -> TrainedModel:
+    return load_trained_model(trained_workdir("sft"), backend="cpu")
 
 
 def run(*flags: str, stdin: str = "") -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "lm.chat", *flags]
+    command = [sys.executable, "-m", "lm.serve.chat", *flags]
     return subprocess.run(command, input=stdin, env=environment, capture_output=True, text=True)
 
 
-def sampled(trained: Trained, ids, key, *, stop=None, **options) -> list[int]:
-    """Row 0 of what lm.sample.sample draws."""
+def sampled(trained: TrainedModel, ids, key, *, stop=None, **options) -> list[int]:
+    """Row 0 of what lm.generate.sampler.sample draws."""
     stop = trained.tokenizer.stops if stop is None else stop
     draw = jax.jit(lambda lm, ids, lengths: sample(trained.model, lm, ids, lengths, key, stop=stop, **options))
     drawn = draw(trained.params["lm"], jnp.array(ids)[None], jnp.array([len(ids)]))
     return drawn.tokens[0, : drawn.lengths[0]].tolist()
 
 
-def scripted(trained: Trained, text: str, note=pytest.fail, **options) -> Chat:
+def scripted(trained: TrainedModel, text: str, note=pytest.fail, **options) -> Chat:
     """A chat whose model always says `text`."""
     talk = Chat(trained, note, **options)
     talk._stream = lambda *args, **kwargs: iter([*trained.tokenizer.encode(text), trained.tokenizer.end])
@@ -106,7 +107,7 @@ def compiled(stream) -> tuple[int, int]:
 )
 def test_streamed_tokens_are_those_of_sample(sft, lengths, sampler):
     """Around the edges of a bucket (32), and to the last position of the context (64). One decode step is compiled."""
-    stream = streamer(sft.model, **sampler)
+    stream = token_streamer(sft.model, **sampler)
     for length in lengths:
         ids = np.random.default_rng(length).integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
         key, max_new = jax.random.key(length), 64 - length
@@ -117,7 +118,7 @@ def test_streamed_tokens_are_those_of_sample(sft, lengths, sampler):
 
 
 def test_a_stream_ends_with_the_stop_token(sft):
-    stream = streamer(sft.model, temperature=1.0, top_k=0, top_p=1.0)
+    stream = token_streamer(sft.model, temperature=1.0, top_k=0, top_p=1.0)
     ids, key = np.array([2, 30, 31], np.int32), jax.random.key(0)
     free = list(stream(sft.params["lm"], ids, key, max_new=8, stop=()))
     ended = free[: free.index(free[3]) + 1]  # had the fourth token, wherever it comes first, been a stop token
@@ -130,31 +131,33 @@ def test_a_new_prompt_length_compiles_nothing(sft):
     64, in an array of any width, and 61 do not."""
     traced = []
     counting = lambda f: jax.jit(lambda *given: (traced.append(given), f(*given))[1])
-    ask = answerer(sft.model, sft.params["lm"], sft.tokenizer, jit=counting, rows_at_once=2, max_new=4, temperature=0.0)
-    stream = streamer(sft.model, temperature=0.0, top_k=0, top_p=1.0)
+    ask = batch_answerer(
+        sft.model, sft.params["lm"], sft.tokenizer, jit=counting, rows_at_once=2, max_new=4, temperature=0.0
+    )
+    stream = token_streamer(sft.model, temperature=0.0, top_k=0, top_p=1.0)
     draw = np.random.default_rng(0)
     for length, width in ((5, 5), (17, 20), (30, 30), (60, 90)):
         ids = draw.integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
         said = sampled(sft, ids, jax.random.key(0), max_new=4, temperature=0.0)
         assert list(stream(sft.params["lm"], ids, jax.random.key(0), max_new=4, stop=sft.tokenizer.stops)) == said
-        (answer,) = ask(padded([ids], [[]], width), jax.random.key(0))
+        (answer,) = ask(padded_prompts([ids], [[]], width), jax.random.key(0))
         assert answer.text == sft.tokenizer.decode(said) and answer.length == len(said)
     assert len(traced) == 2 and compiled(stream) == (2, 1)
     with pytest.raises(UserError, match="the prompt has 61 tokens and 4 more were asked for, .* context is 64"):
-        ask(padded([np.ones(61, np.int32)], [[]], 61), jax.random.key(0))
+        ask(padded_prompts([np.ones(61, np.int32)], [[]], 61), jax.random.key(0))
 
 
 def test_a_stream_with_a_draft_is_speculates(sft):
     """Across a bucket's edge and to the end of the context, stops included; one program of rounds. What is told of the
     proposals adds up to Acceptance."""
     draft, told = jax.tree.map(lambda x: 0.98 * x, sft.params["lm"]), []
-    models, settings = Pair(sft.model, sft.model), dict(temperature=0.8, top_k=20)
+    models, settings = TargetDraft(sft.model, sft.model), dict(temperature=0.8, top_k=20)
     tell = lambda *counts: told.append(counts)
-    stream = speculative_streamer(models, draft, tell, ahead=3, **settings)
+    stream = speculative_token_streamer(models, draft, tell, ahead=3, **settings)
     for length, max_new, stop in ((5, 20, ()), (30, 34, (7, 30)), (33, 31, ())):
         ids = np.random.default_rng(length).integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
         key = jax.random.key(length)
-        run = jax.jit(functools.partial(speculate, *models, max_new=max_new, ahead=3, stop=stop, **settings))
+        run = jax.jit(functools.partial(speculative_sample, *models, max_new=max_new, ahead=3, stop=stop, **settings))
         drawn, counts = run(sft.params["lm"], draft, ids[None], np.array([length], np.int32), key)
         told.clear()
         streamed = list(stream(sft.params["lm"], ids, key, max_new=max_new, stop=stop))
@@ -178,8 +181,8 @@ def test_a_chat_with_a_draft_tells_what_it_was_worth(sft, trained_workdir, capsy
 
 
 def test_drafts_that_do_not_fit(sft):
-    other = train([TEXT * 20], vocab_size=310)
-    short = sft._replace(model=model.make(dataclasses.replace(sft.model.config, context=40)))
+    other = train_tokenizer([TEXT * 20], vocab_size=310)
+    short = sft._replace(model=model.make_model(dataclasses.replace(sft.model.config, context=40)))
     with pytest.raises(
         UserError, match=f"trained with .* {other.fingerprint[:8]}, but .* {sft.tokenizer.fingerprint[:8]}"
     ):
@@ -205,8 +208,10 @@ def test_answers_follow_the_conversation(sft):
         {"role": "user", "content": "Why?"},
         {"role": "assistant", "content": said[1]},
     ]
-    ids = sampled(sft, prompt(sft.tokenizer, talk.messages[:3]), jax.random.fold_in(jax.random.key(5), 1), max_new=6)
-    assert said[1] == printable(sft.tokenizer.decode(ids))
+    ids = sampled(
+        sft, encode_prompt(sft.tokenizer, talk.messages[:3]), jax.random.fold_in(jax.random.key(5), 1), max_new=6
+    )
+    assert said[1] == printable_text(sft.tokenizer.decode(ids))
     assert talk.ended == (ids[-1] in sft.tokenizer.stops)
 
 
@@ -214,9 +219,9 @@ def test_characters_come_out_whole(tokenizer):
     """é is 2 bytes, 漢 3, 😀 4; none has a piece of its own in this vocabulary, so each is as many ids."""
     byte = {piece: i for i, piece in enumerate(tokenizer.pieces(range(tokenizer.vocab_size)))}
     ids = [byte[f"<0x{b:02X}>"] for b in "é漢😀".encode()]
-    assert [settled(tokenizer, ids[:n]) for n in range(10)] == [""] + [""] + ["é"] * 3 + ["é漢"] * 4 + ["é漢😀"]
+    assert [stable_text(tokenizer, ids[:n]) for n in range(10)] == [""] + [""] + ["é"] * 3 + ["é漢"] * 4 + ["é漢😀"]
     broken = ids[:3] + ids[5:]  # 漢 loses two of its bytes: what follows settles it
-    assert settled(tokenizer, broken[:3]) == "é" and settled(tokenizer, broken) == "é\ufffd😀"
+    assert stable_text(tokenizer, broken[:3]) == "é" and stable_text(tokenizer, broken) == "é\ufffd😀"
 
 
 @pytest.mark.parametrize(
@@ -246,30 +251,34 @@ def test_a_stop_string_that_never_comes_leaves_the_limit(sft):
 
 
 def test_stop_strings_by_hand():
-    assert before("a b c", ["c", "b"]) == ("a ", True) and before("abc", ["d"]) == ("abc", False)
-    assert before("xyz", ["xyz", "y"]) == before("xy", ["xyz", "y"]) == ("x", True)  # more text changes nothing
-    assert before("anything", []) == ("anything", False)
-    assert [certain(text, ["STOP", "\n\n"]) for text in ("a", "aS", "aST", "aSTo", "a\n", "")] == [
+    assert text_before_stop("a b c", ["c", "b"]) == ("a ", True) and text_before_stop("abc", ["d"]) == ("abc", False)
+    assert (
+        text_before_stop("xyz", ["xyz", "y"]) == text_before_stop("xy", ["xyz", "y"]) == ("x", True)
+    )  # more text changes nothing
+    assert text_before_stop("anything", []) == ("anything", False)
+    assert [text_without_partial_stop(text, ["STOP", "\n\n"]) for text in ("a", "aS", "aST", "aSTo", "a\n", "")] == [
         "a", "a", "a", "aSTo", "a", ""
     ]  # fmt: skip
 
 
 def test_a_stop_string_cuts_an_answer_of_many(tokenizer):
-    """As lm.answers does it: the length counts the tokens until the string is whole."""
+    """As lm.generate.engine does it: the length counts the tokens until the string is whole."""
     ids = [*tokenizer.encode("The quick brown fox jumps"), tokenizer.end]
     for stops in ([], ["lazy"]):
-        assert cut(tokenizer, ids, True, stops) == (tokenizer.decode(ids), len(ids), True)
-    text, length, stopped = cut(tokenizer, ids, False, ["jumps", "ck b"])
+        assert answer_from_ids(tokenizer, ids, True, stops) == (tokenizer.decode(ids), len(ids), True)
+    text, length, stopped = answer_from_ids(tokenizer, ids, False, ["jumps", "ck b"])
     assert (text, stopped) == ("The qui", True)
     assert "ck b" in tokenizer.decode(ids[:length]) and "ck b" not in tokenizer.decode(ids[: length - 1])
 
 
 def test_many_answers_with_a_stop_string(sft):
     """Each is the free one's beginning; an empty stop string is refused."""
-    ids = [prompt(sft.tokenizer, [{"role": "user", "content": text}]) for text in ("How are you?", "Why?", "fox")]
-    rows = padded(ids, [[], [], []], 24)
+    ids = [
+        encode_prompt(sft.tokenizer, [{"role": "user", "content": text}]) for text in ("How are you?", "Why?", "fox")
+    ]
+    rows = padded_prompts(ids, [[], [], []], 24)
     ask = functools.partial(
-        answerer, sft.model, sft.params["lm"], sft.tokenizer, jit=jax.jit, rows_at_once=3, max_new=8
+        batch_answerer, sft.model, sft.params["lm"], sft.tokenizer, jit=jax.jit, rows_at_once=3, max_new=8
     )
     free = ask()(rows, jax.random.key(0))
     stop = free[0].text[3:5]
@@ -281,7 +290,7 @@ def test_many_answers_with_a_stop_string(sft):
 
 
 def test_control_characters_never_reach_the_terminal():
-    assert printable("a\x1b[2J\x07b\r\x9b1mc\x7f\u202f\n\td😀") == "a[2Jb1mc\u202f\n\td😀"
+    assert printable_text("a\x1b[2J\x07b\r\x9b1mc\x7f\u202f\n\td😀") == "a[2Jb1mc\u202f\n\td😀"
 
 
 def test_an_escape_sequence_from_the_model_is_disarmed(sft):
@@ -292,11 +301,13 @@ def test_an_escape_sequence_from_the_model_is_disarmed(sft):
 
 def test_newest_leaves_out_whole_exchanges(tokenizer):
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("abcde")]
-    size = len(prompt(tokenizer, messages))  # bos, 5 x (role, letter, end), the assistant's marker: 1 + 15 + 1
+    size = len(encode_prompt(tokenizer, messages))  # bos, 5 x (role, letter, end), the assistant's marker: 1 + 15 + 1
     assert size == 17
-    assert newest(tokenizer, messages, 17) == messages
-    assert newest(tokenizer, messages, 16) == newest(tokenizer, messages, 11) == messages[2:]  # 17 - 6 = 11
-    assert newest(tokenizer, messages, 1) == messages[4:]
+    assert recent_messages(tokenizer, messages, 17) == messages
+    assert (
+        recent_messages(tokenizer, messages, 16) == recent_messages(tokenizer, messages, 11) == messages[2:]
+    )  # 17 - 6 = 11
+    assert recent_messages(tokenizer, messages, 1) == messages[4:]
 
 
 def test_the_oldest_exchanges_go_and_it_is_said_once(sft):
@@ -304,7 +315,7 @@ def test_the_oldest_exchanges_go_and_it_is_said_once(sft):
     talk = scripted(sft, "quick", notes.append, max_new=40)
     for text in ("one", "two", "three", "four"):
         list(talk.answer(text))
-        assert len(prompt(sft.tokenizer, talk.messages[:-1])) <= 64 - 40
+        assert len(encode_prompt(sft.tokenizer, talk.messages[:-1])) <= 64 - 40
     assert notes == [
         "the conversation has outgrown the context of 64 tokens: from now on its oldest exchanges are left out"
     ]
@@ -327,7 +338,7 @@ def test_requests_that_cannot_be_served(sft):
     talk = scripted(sft, "fine")
     list(talk.answer("hi"))
     before = list(talk.messages)
-    size = len(prompt(sft.tokenizer, [{"role": "user", "content": "dog " * 40}]))
+    size = len(encode_prompt(sft.tokenizer, [{"role": "user", "content": "dog " * 40}]))
     with pytest.raises(UserError, match=f"the prompt has {size} tokens, but the model's context is 64: shorten it"):
         talk.answer("dog " * 40)
     with pytest.raises(UserError, match="the prompt is empty"):
@@ -367,9 +378,9 @@ def test_one_answer_end_to_end(trained_workdir, sft):
         "--max_new_tokens=8",
         "--temperature=1",
     )
-    ids = prompt(sft.tokenizer, [{"role": "user", "content": "How are you?"}])
+    ids = encode_prompt(sft.tokenizer, [{"role": "user", "content": "How are you?"}])
     drawn = sampled(sft, ids, jax.random.fold_in(jax.random.key(3), 0), max_new=8)
-    assert done.stdout == printable(sft.tokenizer.decode(drawn)) + "\n", done.stderr
+    assert done.stdout == printable_text(sft.tokenizer.decode(drawn)) + "\n", done.stderr
     assert done.returncode == 0
 
 
@@ -388,7 +399,7 @@ def test_a_session_end_to_end(trained_workdir):
 def test_a_piped_file_may_begin_with_a_byte_order_mark(monkeypatch):
     """No chat is there to answer: the mark would make a prompt of the command."""
     monkeypatch.setattr("builtins.input", lambda _: "\ufeff/exit")
-    converse(None)
+    run_chat(None)
 
 
 def test_bad_input_is_one_line_and_status_2():

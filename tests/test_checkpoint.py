@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from lm.checkpoint import Checkpoints, restore_params
-from lm.errors import UserError
+from lm.core.errors import UserError
+from lm.runs.checkpoint import Checkpoints, restore_params
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1e-3, 0.0, 100)))
 

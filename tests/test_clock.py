@@ -16,14 +16,17 @@ from ml_collections import ConfigDict
 from runs import ROOT, assert_same_run, small
 from tokenizers import decoders, models, pre_tokenizers
 
-from lm import chat, convert, inherited, tokenizer as tk, train
-from lm.config import load as load_config
-from lm.errors import UserError
-from lm.model import Config, make
-from lm.tokenizer import template
-from lm.tokenizer.borrowed import Borrowed, bundled
-from lm.tokenizer.template import Template, written
-from lm.workdir import load
+from lm import tokenizer as tk
+from lm.core.config import load_config
+from lm.core.errors import UserError
+from lm.model import ModelConfig, make_model
+from lm.runs.workdir import load_trained_model
+from lm.serve import chat
+from lm.tokenizer import chat_template
+from lm.tokenizer.chat_template import ChatTemplate, formatted_time
+from lm.tokenizer.huggingface import HuggingFaceTokenizer, tokenizer_from_parts
+from lm.train import loop, warm_start
+from lm.weights import convert
 
 __all__ = ["small"]
 
@@ -35,7 +38,7 @@ DATED = (
 ASKED = [{"role": "user", "content": "what day is it?"}]
 
 
-def dated_tokenizer(source: str = DATED) -> Borrowed:
+def dated_tokenizer(source: str = DATED) -> HuggingFaceTokenizer:
     """One token a byte, and a template that tells the date."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {piece: i for i, piece in enumerate(["<|start|>", "<|end|>", *alphabet])}
@@ -43,12 +46,12 @@ def dated_tokenizer(source: str = DATED) -> Borrowed:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(["<|start|>", "<|end|>"])
-    return bundled(tokenizer=made.to_str(), template=source, special=["<|start|>", "<|end|>"], stops=[1])
+    return tokenizer_from_parts(tokenizer=made.to_str(), template=source, special=["<|start|>", "<|end|>"], stops=[1])
 
 
 def said(tokenizer) -> str:
     """What a prompt holds before the question."""
-    return "".join(tokenizer.pieces(tk.prompt(tokenizer, ASKED))).partition("<|end|>")[0]
+    return "".join(tokenizer.pieces(tk.encode_prompt(tokenizer, ASKED))).partition("<|end|>")[0]
 
 
 @pytest.fixture
@@ -66,8 +69,8 @@ def clock(monkeypatch):
             def today(cls):
                 return cls.fromisoformat(day)
 
-        monkeypatch.setattr(template, "datetime", Now)
-        monkeypatch.setattr(inherited, "date", Today)
+        monkeypatch.setattr(chat_template, "datetime", Now)
+        monkeypatch.setattr(warm_start, "date", Today)
         monkeypatch.setattr(chat, "datetime", Now)
 
     return at
@@ -80,11 +83,11 @@ def test_a_date_is_part_of_the_file_and_not_of_the_fingerprint(tmp_path, clock):
     assert plain.shows_date and said(dated) == "<|start|>system\nToday is Wednesday, 01 May 2024."
     for name, tokenizer in (("plain", plain), ("dated", dated)):
         tokenizer.save(tmp_path / name)
-        again = tk.load(tmp_path / name)
+        again = tk.load_tokenizer(tmp_path / name)
         assert again == tokenizer == pickle.loads(pickle.dumps(tokenizer)) and again.date == tokenizer.date
         assert again.fingerprint == plain.fingerprint
     assert (tmp_path / "plain").read_bytes() == plain.proto
-    assert said(tk.load(tmp_path / "dated")) == said(dated)
+    assert said(tk.load_tokenizer(tmp_path / "dated")) == said(dated)
     assert json.loads((tmp_path / "dated").read_bytes())["date"] == "2024-05-01"
 
 
@@ -92,7 +95,7 @@ def test_a_template_without_a_date_has_none(tmp_path):
     silent = dated_tokenizer(DATED.replace("{{ strftime_now('%A, %d %B %Y') }}", "a day"))
     assert not silent.shows_date and silent.dated("2024-05-01") == silent and silent.date == ""
     assert silent.file == silent.proto
-    own = tk.train(["some text to learn from. "] * 50, vocab_size=290)
+    own = tk.train_tokenizer(["some text to learn from. "] * 50, vocab_size=290)
     assert not own.shows_date and own.dated("2024-05-01") is own
 
 
@@ -101,19 +104,19 @@ def test_the_words_of_a_date_are_english(moment):
     """As the C locale writes them, and no name is asked of the process."""
     now = datetime.fromisoformat(moment)
     for form in ("%a %A %b %B %p %d %Y", "%c", "%x %X", "%d %h %y 100%%", "%-d of %B", "%H:%M %Z|%", "%%B"):
-        assert written(now, form) == now.strftime(form)
+        assert formatted_time(now, form) == now.strftime(form)
 
     class Elsewhere(datetime):
         def strftime(self, form):
             return "?" if any(f"%{name}" in form for name in "aAbBhcxXp") else super().strftime(form)
 
-    assert written(Elsewhere.fromisoformat(moment), "%a %B %c %p") == now.strftime("%a %B %c %p")
+    assert formatted_time(Elsewhere.fromisoformat(moment), "%a %B %c %p") == now.strftime("%a %B %c %p")
 
 
 @pytest.mark.parametrize("source", ["{{ messages | random }}", "{{ lipsum() }}"])
 def test_nothing_in_a_template_is_random(source):
     with pytest.raises(UserError, match="the chat template"):
-        Template(source, {}).render(ASKED, asked=True)
+        ChatTemplate(source, {}).render(ASKED, asked=True)
 
 
 def sft(tokenizer: Path, steps: int, init_from: str = "") -> ConfigDict:
@@ -135,26 +138,29 @@ def test_a_run_resumed_after_midnight_is_the_same_run(small, tmp_path, clock):
     dated_tokenizer().save(tmp_path / "tokenizer.model")
     straight, parted = tmp_path / "straight", tmp_path / "parted"
     clock("2024-05-01")
-    train.run(sft(tmp_path / "tokenizer.model", 2), straight)
-    train.run(sft(tmp_path / "tokenizer.model", 1), parted)
+    loop.train_stage(sft(tmp_path / "tokenizer.model", 2), straight)
+    loop.train_stage(sft(tmp_path / "tokenizer.model", 1), parted)
     (parted / "summary.json").unlink()
     clock("2024-05-02")
-    train.run(sft(tmp_path / "tokenizer.model", 2), parted)
+    loop.train_stage(sft(tmp_path / "tokenizer.model", 2), parted)
     assert_same_run(straight, parted)
-    first = said(load(parted, backend="cpu").tokenizer)
+    first = said(load_trained_model(parted, backend="cpu").tokenizer)
     assert first == "<|start|>system\nToday is Wednesday, 01 May 2024."
 
     clock("2024-05-09")
-    train.run(sft(tmp_path / "tokenizer.model", 1, init_from=parted), tmp_path / "next")
-    assert said(load(tmp_path / "next", backend="cpu").tokenizer) == first
-    train.run(sft(tmp_path / "tokenizer.model", 1), tmp_path / "other")  # the same file, started a week later
-    assert said(load(tmp_path / "other", backend="cpu").tokenizer) == "<|start|>system\nToday is Thursday, 09 May 2024."
+    loop.train_stage(sft(tmp_path / "tokenizer.model", 1, init_from=parted), tmp_path / "next")
+    assert said(load_trained_model(tmp_path / "next", backend="cpu").tokenizer) == first
+    loop.train_stage(sft(tmp_path / "tokenizer.model", 1), tmp_path / "other")  # the same file, started a week later
+    assert (
+        said(load_trained_model(tmp_path / "other", backend="cpu").tokenizer)
+        == "<|start|>system\nToday is Thursday, 09 May 2024."
+    )
 
     with pytest.MonkeyPatch.context() as patch:  # whoever asks the run is told its date; who talks to it, today's
         asked = []
         patch.setattr(chat.Chat, "_answered", lambda self, ids, max_new: asked.append(ids) or iter(()))
-        list(chat.Chat(load(parted, backend="cpu"), pytest.fail, max_new=4).answer("what?"))
-        pieces = load(parted, backend="cpu").tokenizer.pieces(asked[0])
+        list(chat.Chat(load_trained_model(parted, backend="cpu"), pytest.fail, max_new=4).answer("what?"))
+        pieces = load_trained_model(parted, backend="cpu").tokenizer.pieces(asked[0])
     assert "".join(pieces).startswith("<|start|>system\nToday is Thursday, 09 May 2024.<|end|><|start|>user")
 
 
@@ -162,22 +168,22 @@ def test_a_converted_model_has_the_date_of_its_conversion(tmp_path, monkeypatch,
     """So that ranking, evaluation and training over midnight ask it the same."""
     tokenizer = dated_tokenizer()
     sizes = dict(layers=1, width=8, heads=1, kv_heads=1, head_size=8, hidden=8)
-    config = Config(vocab_size=tokenizer.vocab_size, **sizes)
-    params = jax.tree.map(np.asarray, make(config.on("cpu")).init(jax.random.key(0)))
-    monkeypatch.setattr(convert, "read", lambda source: (config, params, tokenizer, "llama"))
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, **sizes)
+    params = jax.tree.map(np.asarray, make_model(config.on("cpu")).init(jax.random.key(0)))
+    monkeypatch.setattr(convert, "read_source", lambda source: (config, params, tokenizer, "llama"))
     clock("2024-05-01")
-    convert.bring_in(tmp_path / "theirs", tmp_path / "run")
+    convert.import_model(tmp_path / "theirs", tmp_path / "run")
     clock("2024-05-02")
-    assert load(tmp_path / "run", backend="cpu").tokenizer.date == "2024-05-01"
+    assert load_trained_model(tmp_path / "run", backend="cpu").tokenizer.date == "2024-05-01"
 
 
 ORDERS = """
 import hashlib, json
 from lm.data import chats, corpus
-from lm.data.store import Item
+from lm.data.annotations import Item
 from lm.model import Config
 from lm.model.params import specs
-from lm.skills.tasks import TASKS, examined
+from lm.data.tasks.skills import TASKS, examined
 from lm.weights.names import entries
 c = Config(vocab_size=32, bias="qkv")
 talk = chats.arithmetic()[:200]

@@ -6,9 +6,9 @@ from types import MappingProxyType
 import pytest
 from ml_collections import ConfigDict
 
-from lm import config
-from lm.errors import UserError
-from lm.options import Called
+from lm.core import config
+from lm.core.errors import UserError
+from lm.core.options import ConfigFunction
 
 FILE = """
 from ml_collections import ConfigDict, config_dict
@@ -34,9 +34,9 @@ def file(tmp_path):
 
 
 def test_argument_after_the_colon_reaches_get_config(file):
-    assert config.load(file).model.width == 64
-    assert config.load(f"{file}:tiny").model.width == 8
-    assert config.load(file).is_locked
+    assert config.load_config(file).model.width == 64
+    assert config.load_config(f"{file}:tiny").model.width == 8
+    assert config.load_config(file).is_locked
 
 
 @pytest.mark.parametrize(
@@ -62,12 +62,12 @@ def test_argument_after_the_colon_reaches_get_config(file):
 )
 def test_override_takes_the_type_of_what_it_replaces(file, override, expected):
     key = override.partition("=")[0]
-    value = config.flatten(config.load(file, [override]).to_dict())[key]
+    value = config.flatten(config.load_config(file, [override]).to_dict())[key]
     assert value == expected and type(value) is type(expected)
 
 
 def test_reference_follows_an_override(file):
-    loaded = config.load(file, ["corpus=my.txt"])
+    loaded = config.load_config(file, ["corpus=my.txt"])
     assert loaded.data.corpus == "my.txt"
     assert config.to_dict(loaded)["data"]["corpus"] == "my.txt"
 
@@ -106,27 +106,27 @@ def test_reference_follows_an_override(file):
 )
 def test_bad_override_is_named(file, override, message):
     with pytest.raises(UserError) as error:
-        config.load(file, [override])
+        config.load_config(file, [override])
     assert str(error.value) == message.format(file=file)
 
 
 def test_bad_file_is_named(tmp_path, file):
     with pytest.raises(UserError, match="there is no config file nowhere.py: give --config="):
-        config.load("nowhere.py:tiny")
+        config.load_config("nowhere.py:tiny")
     with pytest.raises(UserError, match="quick.py has no variant 'huge': 'huge'"):
-        config.load(f"{file}:huge")
+        config.load_config(f"{file}:huge")
     (tmp_path / "other.py").write_text("x = 1")
     with pytest.raises(UserError, match=r"other.py has no get_config\(arg\)"):
-        config.load(str(tmp_path / "other.py"))
+        config.load_config(str(tmp_path / "other.py"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="config.json is not a Python file"):
-        config.load(str(tmp_path / "config.json"))
+        config.load_config(str(tmp_path / "config.json"))
 
 
 def test_a_fault_of_the_file_itself_keeps_its_traceback(tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(arg=''):\n    return 1 / 0\n")
     with pytest.raises(ZeroDivisionError):
-        config.load(str(tmp_path / "broken.py"))
+        config.load_config(str(tmp_path / "broken.py"))
 
 
 def test_to_dict_is_json_and_flatten_keeps_empty_groups():
@@ -140,7 +140,7 @@ def make(model, params=None, *, learning_rate, betas=(0.9, 0.95), steps=10):
 
 def test_call_passes_options_and_extras():
     options = ConfigDict({"learning_rate": 0.1, "betas": (0.5, 0.6)})
-    assert config.call(make, options, "m", name="optimizer", steps=3) == ("m", None, 0.1, (0.5, 0.6), 3)
+    assert config.call_with_options(make, options, "m", name="optimizer", steps=3) == ("m", None, 0.1, (0.5, 0.6), 3)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_call_passes_options_and_extras():
 )
 def test_call_names_what_does_not_fit(options, message):
     with pytest.raises(UserError) as error:
-        config.call(make, options, "m", name="optimizer", steps=3)
+        config.call_with_options(make, options, "m", name="optimizer", steps=3)
     assert str(error.value).replace(make.__module__, "test_config") == message
 
 
@@ -183,7 +183,7 @@ def optimizer(
 
 
 def functions(config):
-    return {"optimizer": Called(optimizer)} if "optimizer" in config else {}
+    return {"optimizer": ConfigFunction(optimizer)} if "optimizer" in config else {}
 
 
 OPTIONS = """
@@ -218,12 +218,12 @@ def options_file(tmp_path):
     ],
 )
 def test_an_option_of_the_function_can_be_set_though_the_file_does_not_list_it(options_file, override, expected):
-    loaded = config.load(options_file, [f"optimizer.{override}"], functions)
+    loaded = config.load_config(options_file, [f"optimizer.{override}"], functions)
     value = loaded.to_dict()["optimizer"][override.partition("=")[0].partition(".")[0]]
     assert value == expected and type(value) is type(expected)
     assert loaded.is_locked
     with pytest.raises(UserError, match="config.optimizer.b2 is not in"):
-        config.load(options_file, ["optimizer.b2=1"])  # nobody has said what the subtree calls
+        config.load_config(options_file, ["optimizer.b2=1"])  # nobody has said what the subtree calls
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_an_option_of_the_function_can_be_set_though_the_file_does_not_list_it(o
 )
 def test_an_option_that_there_is_not_is_named(options_file, override, message):
     with pytest.raises(UserError) as error:
-        config.load(options_file, [override], functions)
+        config.load_config(options_file, [override], functions)
     assert str(error.value).replace(optimizer.__module__, "test_config") == message.format(file=options_file)
 
 
@@ -275,7 +275,7 @@ def test_a_mapping_that_two_subtrees_share_stays_one(tmp_path):
         ("optimizer.axes={'overall': 2, 'new': 3.0}", {"overall": 2.0, "new": 3.0}),
         ("other.axes.fun=1", {"overall": 1.0, "fun": 1.0}),
     ):
-        loaded = config.load(str(tmp_path / "twice.py"), [override], functions)
+        loaded = config.load_config(str(tmp_path / "twice.py"), [override], functions)
         assert loaded.optimizer.axes.to_dict() == loaded.other.axes.to_dict() == axes
 
 
@@ -297,10 +297,12 @@ def test_the_order_of_overrides_does_not_matter_where_one_names_the_function(tmp
         pass
 
     def chosen(config):
-        return {"stage": Called({"a": of_a, "b": of_b}[config.stage.name])}
+        return {"stage": ConfigFunction({"a": of_a, "b": of_b}[config.stage.name])}
 
     for order in (["stage.y=3", "stage.name=b"], ["stage.name=b", "stage.y=3"]):
-        assert config.load(str(tmp_path / "choosing.py"), order, chosen).to_dict() == {"stage": {"name": "b", "y": 3.0}}
+        assert config.load_config(str(tmp_path / "choosing.py"), order, chosen).to_dict() == {
+            "stage": {"name": "b", "y": 3.0}
+        }
 
 
 FOLLOWING = """
@@ -317,7 +319,7 @@ def test_what_follows_can_be_set_alone_in_any_order_and_writes_nothing_back(tmp_
     (tmp_path / "following.py").write_text(FOLLOWING)
 
     def steps(*overrides):
-        loaded = config.load(str(tmp_path / "following.py"), overrides)
+        loaded = config.load_config(str(tmp_path / "following.py"), overrides)
         return loaded.train.steps, loaded.optimizer.total_steps
 
     assert steps() == (4, 4)
@@ -330,7 +332,7 @@ def test_what_follows_can_be_set_alone_in_any_order_and_writes_nothing_back(tmp_
 def test_help_lists_every_entry_with_its_value_here_its_default_and_what_it_is(options_file, capsys):
     argv = [f"--config={options_file}", "--config.optimizer.b2=0.5", "--help"]
     with pytest.raises(SystemExit) as ended:
-        config.arguments(argv, "train", FLAGS, functions)
+        config.flags_and_config(argv, "train", FLAGS, functions)
     said = capsys.readouterr().out
     assert ended.value.code == 0
     rows = {line.split()[0]: line.split()[1:] for line in said[said.index("entries of") :].split("\n") if line.strip()}
@@ -339,11 +341,11 @@ def test_help_lists_every_entry_with_its_value_here_its_default_and_what_it_is(o
     assert rows["optimizer.learning_rate"][:2] == ["0.001", "none"]
     assert rows["optimizer.limit"] == ["None", "None", "`limit`", "ends", "it"]
     assert rows["optimizer.ramp"] == ["()", "()", "`ramp`", "begins"]
-    assert set(rows) >= {f"optimizer.{name}" for name in Called(optimizer).options}
+    assert set(rows) >= {f"optimizer.{name}" for name in ConfigFunction(optimizer).options}
     with pytest.raises(UserError, match="nesterof is not in .*; did you mean config.optimizer.nesterov"):
-        config.arguments([*argv, "--config.optimizer.nesterof=true"], "train", FLAGS, functions)
+        config.flags_and_config([*argv, "--config.optimizer.nesterof=true"], "train", FLAGS, functions)
     with pytest.raises(SystemExit):
-        config.arguments(["--help"], "train", FLAGS, functions)
+        config.flags_and_config(["--help"], "train", FLAGS, functions)
     assert "--workdir" in capsys.readouterr().out
 
 
@@ -352,7 +354,7 @@ FLAGS = {"workdir": dict(required=True, help="where the run lives"), "top_k": di
 
 def test_arguments_reads_flags_and_config(file):
     argv = [f"--config={file}:tiny", "--config.corpus", "x.txt", "--workdir", "w", "--config.model.tied=false"]
-    namespace, loaded = config.arguments(argv, "train", FLAGS)
+    namespace, loaded = config.flags_and_config(argv, "train", FLAGS)
     assert (namespace.workdir, namespace.top_k) == ("w", 0)
     assert (loaded.model.width, loaded.corpus, loaded.model.tied) == (8, "x.txt", False)
 
@@ -377,14 +379,14 @@ def test_arguments_reads_flags_and_config(file):
 )
 def test_bad_arguments_are_named(argv, message):
     with pytest.raises(UserError) as error:
-        config.arguments(argv, "train", FLAGS)
+        config.flags_and_config(argv, "train", FLAGS)
     assert str(error.value) == message
 
 
 def test_what_has_no_flag_may_stand_among_flags():
-    flags = config.parsed(["a", "--top_k=5", "b"], "chat", FLAGS | {"workdir": {}}, {"folders": dict(nargs="*")})
+    flags = config.parsed_flags(["a", "--top_k=5", "b"], "chat", FLAGS | {"workdir": {}}, {"folders": dict(nargs="*")})
     assert flags.folders == ["a", "b"] and flags.top_k == 5
 
 
 def test_parsed_needs_no_config():
-    assert config.parsed(["--workdir=w", "--top_k=5"], "chat", FLAGS).top_k == 5
+    assert config.parsed_flags(["--workdir=w", "--top_k=5"], "chat", FLAGS).top_k == 5

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from lm import console
-from lm.console import Interrupted, Progress, Writers
-from lm.errors import UserError
+from lm.core.errors import UserError
+from lm.runs import console
+from lm.runs.console import MetricWriters, Progress, SigtermExit
 
 
 def exit_of(error: BaseException | None) -> int:
@@ -21,7 +21,7 @@ def exit_of(error: BaseException | None) -> int:
             raise error
 
     try:
-        console.main(program)
+        console.run_program(program)
     except SystemExit as exit:
         return exit.code
     return 0
@@ -37,7 +37,7 @@ def exit_of(error: BaseException | None) -> int:
             "error: no corpus x.txt: give --config.corpus=PATH\n",
         ),
         (KeyboardInterrupt(), 130, "interrupted: the same command continues from the last checkpoint\n"),
-        (Interrupted(), 143, "stopped by SIGTERM and saved: the same command continues\n"),
+        (SigtermExit(), 143, "stopped by SIGTERM and saved: the same command continues\n"),
         (SystemExit(7), 7, ""),
     ],
 )
@@ -49,7 +49,7 @@ def test_main_exits_with_one_line(capsys, error, code, line):
 def test_main_passes_the_command_line_and_keeps_tracebacks_of_bugs(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["program", "--a=1"])
     seen = []
-    console.main(seen.append)
+    console.run_program(seen.append)
     assert seen == [["--a=1"]]
     with pytest.raises(ZeroDivisionError):
         exit_of(ZeroDivisionError())
@@ -117,13 +117,13 @@ def test_say_and_warn_are_single_plain_lines_in_a_pipe(capsys):
 
 def test_table_fits_80_columns_and_loses_nothing(capsys):
     prompt = "What does shutil.copyfile do? " * 6
-    console.table("Answers", ["prompt", "score", "count"], [[prompt, 0.123456, 3], ["[short]", 12.0, 40]])
+    console.print_table("Answers", ["prompt", "score", "count"], [[prompt, 0.123456, 3], ["[short]", 12.0, 40]])
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line.rstrip()) for line in lines) <= 80
     text = " ".join(" ".join(lines).split())
     assert "Answers" in text and "0.1235" in text and "[short]" in text and "\033" not in text
     assert text.count("shutil.copyfile") == 6
-    console.table("Nothing", ["a", "b"], [])
+    console.print_table("Nothing", ["a", "b"], [])
     assert "Nothing" in capsys.readouterr().out
 
 
@@ -155,7 +155,7 @@ def test_live_line_on_a_terminal():
 
 
 def test_writers_make_tensorboard_files(tmp_path):
-    with Writers(tmp_path, purge_step=3) as writers:
+    with MetricWriters(tmp_path, purge_step=3) as writers:
         writers.write(3, {"loss": 1.5})
     files = list((tmp_path / "tensorboard").iterdir())
     assert len(files) == 1 and b"loss" in files[0].read_bytes()

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, enter_small_world, finished
 
-from lm import contest, train
-from lm.config import load
-from lm.data import corpus, rankings
-from lm.errors import UserError
-from lm.intervals import crossed
+from lm.core.config import load_config
+from lm.core.errors import UserError
+from lm.core.statistics import crossed_mean
+from lm.data import preferences, sources
 from lm.rewards import REWARDS
-from lm.workdir import load as loaded, read_json, read_metrics
+from lm.runs.workdir import load_trained_model as loaded, read_json, read_metrics
+from lm.studies.methods import study
+from lm.train import loop
 
 __all__ = ["finished"]
 
@@ -23,13 +24,13 @@ SEEDS, METHODS = (0, 1), ("rloo", "dpo")
 
 def contest_config(run, *overrides):
     given = (f"init_from={run}/sft", f"reward_model={run}/reward", f"methods={METHODS}", *overrides)
-    return load(f"{EXPERIMENTS / 'contest.py'}:tiny", given)
+    return load_config(f"{EXPERIMENTS / 'contest.py'}:tiny", given)
 
 
 @pytest.fixture(scope="module")
 def root(finished, tmp_path_factory):
     """A contest of two methods and two seeds that was stopped in the third of its runs and started again."""
-    path, fetched = tmp_path_factory.mktemp("contest") / "run", train.fetched
+    path, fetched = tmp_path_factory.mktemp("contest") / "run", loop.device_batch
     with pytest.MonkeyPatch.context() as patch:
         enter_small_world(patch.setattr)
 
@@ -38,12 +39,12 @@ def root(finished, tmp_path_factory):
                 raise KeyboardInterrupt
             return fetched(r, state, i)
 
-        patch.setattr(train, "fetched", stopped)
+        patch.setattr(loop, "device_batch", stopped)
         with pytest.raises(KeyboardInterrupt):
-            contest.run(contest_config(finished), path)
+            study.run_methods_study(contest_config(finished), path)
         shutil.copytree(path, path.with_name("before"))
-        patch.setattr(train, "fetched", fetched)
-        contest.run(contest_config(finished), path)
+        patch.setattr(loop, "device_batch", fetched)
+        study.run_methods_study(contest_config(finished), path)
     return path
 
 
@@ -68,9 +69,9 @@ def test_everybody_has_the_same_start_judge_and_number_of_answers(root, finished
         assert {(config["init_from"], config["seed"]) for config in configs.values()} == {(f"{finished}/sft", seed)}
         assert configs["rloo"]["train"]["steps"] * configs["rloo"]["data"]["rollouts"] == 64
         assert configs["rloo"]["data"]["reward_model"] == f"{finished}/reward"
-        seen = rankings.read(configs["dpo"]["data"]["rankings"])
+        seen = preferences.read_jsonl_rankings(configs["dpo"]["data"]["rankings"])
         assert {ranking.rater for ranking in seen} == {f"{finished}/reward"}
-        apart = [corpus.held_out(ranking.name, 0.05) for ranking in seen]
+        apart = [sources.is_held_out(ranking.name, 0.05) for ranking in seen]
         assert apart == [False] * 32 + [True] * 16  # 64 answers to learn from, and some to be measured on
         assert read_json(root / "dpo" / str(seed) / "summary.json")["about"]["held_out_prompts"] <= 16
 
@@ -102,7 +103,7 @@ def test_the_table_follows_from_the_answers(root, summary):
     }
     for name, told in summary["methods"].items():
         gain = gold[name] - gold["start"]
-        assert told["gain"] == pytest.approx(crossed(gain)._asdict())
+        assert told["gain"] == pytest.approx(crossed_mean(gain)._asdict())
         assert [one["gain"] for one in told["seeds"]] == pytest.approx(gain.mean(axis=1))
     (pair,) = summary["pairs"]
     assert list(summary["methods"]) == [pair["a"], pair["b"]]  # the best first
@@ -123,7 +124,7 @@ def test_budgets(root, summary, finished):
     texts = [
         text
         for seed in SEEDS
-        for r in rankings.read(root / "verdicts" / str(seed) / "rankings.jsonl")[:32]
+        for r in preferences.read_jsonl_rankings(root / "verdicts" / str(seed) / "rankings.jsonl")[:32]
         for text in r.responses
     ]
     assert told["sampled"] == pytest.approx(sum(len(tokenizer.encode(text)) + 1 for text in texts) / 2)
@@ -132,7 +133,7 @@ def test_budgets(root, summary, finished):
 def test_the_page_holds_what_it_shows(root, summary):
     page = (root / "contest.html").read_text()
     assert page.count("<svg") == 2 and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
-    for sentence in contest.sentences(summary):
+    for sentence in study.conclusion_sentences(summary):
         assert sentence.split(":")[0] in page
     assert all(f"<td>{name}</td>" in page for name in ("start", *METHODS))
 
@@ -143,14 +144,14 @@ def estimate(low, high):
 
 def test_sentences_say_what_an_interval_allows():
     methods = {
-        name: {"gain": gain, "where": contest.where(gain)}
+        name: {"gain": gain, "where": study.interval_position(gain)}
         for name, gain in (("a", estimate(0.1, 0.3)), ("b", estimate(-0.1, 0.3)), ("c", estimate(-0.5, -0.1)))
     }
     pairs = [
-        {"a": a, "b": b, **gain, "where": contest.where(gain)}
+        {"a": a, "b": b, **gain, "where": study.interval_position(gain)}
         for a, b, gain in (("a", "b", estimate(-0.1, 0.3)), ("a", "c", estimate(0.2, 0.8)))
     ]
-    assert contest.sentences({"methods": methods, "pairs": pairs, "seeds": [0]}) == [
+    assert study.conclusion_sentences({"methods": methods, "pairs": pairs, "seeds": [0]}) == [
         "a: +0.20 [+0.10, +0.30]; its interval lies above zero: it beats the start.",
         "b: +0.10 [−0.10, +0.30]; its interval includes zero: no difference from the start can be told.",
         "c: −0.30 [−0.50, −0.10]; its interval lies below zero: it is worse than the start.",
@@ -186,9 +187,9 @@ def test_sentences_say_what_an_interval_allows():
 )
 def test_bad_input_is_refused_before_anything_is_trained(finished, tmp_path, monkeypatch, override, message):
     enter_small_world(monkeypatch.setattr)
-    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(loop, "run_training_loop", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError, match=message):
-        contest.run(contest_config(finished, override), tmp_path / "contest")
+        study.run_methods_study(contest_config(finished, override), tmp_path / "contest")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_nobody_has_another_start_judge_or_part_of_the_data(finished, key, value
     del inside[last]  # in our config it follows the contest's
     inside[last] = value
     with pytest.raises(UserError, match=f"{key} is {value}, the contest's is .*: nobody may have another"):
-        contest.checked(config)
+        study.method_entries(config)
 
 
 def test_schedules_are_as_long_as_their_runs(finished):
@@ -226,9 +227,9 @@ def test_a_stage_whose_answers_cannot_be_counted_is_refused(finished):
     config = contest_config(finished, "methods=('rloo',)").unlock()
     config.rloo.data.resample = 1
     with pytest.raises(UserError, match="rloo.data.resample draws answers beyond the budget: set it to 0"):
-        contest.checked(config)
+        study.method_entries(config)
 
 
 def test_the_same_folder_refuses_another_contest(root, finished):
     with pytest.raises(UserError, match="was made with another config .*give another --workdir"):
-        contest.run(contest_config(finished, "rollouts=128"), root)
+        study.run_methods_study(contest_config(finished, "rollouts=128"), root)

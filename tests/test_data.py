@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 
-from lm.data import chats, corpus, prompts, rankings, rows
-from lm.data.batches import batches
-from lm.errors import UserError
-from lm.tokenizer import Example
-from lm.types import Tokens
+from lm.core.errors import UserError
+from lm.core.types import Tokens
+from lm.data import conversations, packing, preferences, prompts, sources
+from lm.data.batches import batch_function
+from lm.tokenizer import TokenizedExample
 
 # Corpora
 
@@ -29,8 +29,8 @@ def test_folder(tmp_path, caplog):
     (tmp_path / ".git" / "x.txt").write_text("hidden")
     expected = [("a.txt", "hé\nho"), ("b/a.py", "x = 1\n"), ("c.MD", "# c")]
     expected += [("d.jsonl#0001", "one"), ("d.jsonl#0003", "two")]
-    assert corpus.read(tmp_path) == (expected, 2)
-    assert corpus.documents(str(tmp_path)) == expected
+    assert sources.read_documents(tmp_path) == (expected, 2)
+    assert sources.load_documents(str(tmp_path)) == expected
     assert "skipped 2 files" in caplog.text
 
 
@@ -38,7 +38,7 @@ def test_one_file_is_cut_into_blocks_that_lose_nothing(tmp_path):
     paragraphs = [f"Paragraph {i} says something.\nAnd more.\n\n" + "\n" * (i % 2) for i in range(400)]
     text = "".join(paragraphs) + "line\n" * 300
     (tmp_path / "book.txt").write_text(text)
-    found = corpus.documents(str(tmp_path / "book.txt"))
+    found = sources.load_documents(str(tmp_path / "book.txt"))
     assert "".join(d.text for d in found) == text
     assert found[0].name == "book.txt#0001" and [d.name for d in found] == sorted({d.name for d in found})
     assert 40 <= len(found) <= 110 and all(len(d.text) >= 200 for d in found[:-1])
@@ -48,7 +48,7 @@ def test_one_file_is_cut_into_blocks_that_lose_nothing(tmp_path):
 def test_bad_corpora(tmp_path):
     def refused(path, fault):
         with pytest.raises(UserError, match=fault):
-            corpus.documents(str(path))
+            sources.load_documents(str(path))
 
     refused(tmp_path / "none", "no corpus at .*none: .*stdlib")
     refused("stdlib,none", "no corpus at stdlib,none: .*chitchat")
@@ -67,7 +67,7 @@ def test_bad_corpora(tmp_path):
 
 
 def test_stdlib_leaves_out_tests():
-    documents = corpus.documents("stdlib")
+    documents = sources.load_documents("stdlib")
     names = [d.name for d in documents]
     assert names == sorted(set(names))
     assert {"stdlib/shutil.py", "stdlib/json/__init__.py", "stdlib/topics/for"} <= set(names)
@@ -77,22 +77,22 @@ def test_stdlib_leaves_out_tests():
 
 
 def test_held_out_is_decided_by_the_name_alone():
-    documents = [corpus.Document(f"d{i}", "") for i in range(4000)]
-    train, held = corpus.split(documents, 0.05)
+    documents = [sources.Document(f"d{i}", "") for i in range(4000)]
+    train, held = sources.split_held_out(documents, 0.05)
     assert sorted(train + held) == sorted(documents)
     assert 150 < len(held) < 250  # 200 expected, deviation sqrt(4000 * .05 * .95) = 14
-    assert corpus.split(documents[::-2], 0.05)[1] == [d for d in documents[::-2] if d in held]
-    assert {d for d in documents if corpus.held_out(d.name, 0.01)} < set(held)
+    assert sources.split_held_out(documents[::-2], 0.05)[1] == [d for d in documents[::-2] if d in held]
+    assert {d for d in documents if sources.is_held_out(d.name, 0.01)} < set(held)
     # sha256("stdlib/shutil.py") begins 93b6, and 0x93b6 / 0x10000 = 0.577: the figure must never move
-    assert [corpus.held_out("stdlib/shutil.py", f) for f in (0.0, 0.576, 0.578, 1.0)] == [False, False, True, True]
+    assert [sources.is_held_out("stdlib/shutil.py", f) for f in (0.0, 0.576, 0.578, 1.0)] == [False, False, True, True]
 
 
 def test_split_refuses_an_empty_side():
-    documents = [corpus.Document("a", ""), corpus.Document("b", "")]
+    documents = [sources.Document("a", ""), sources.Document("b", "")]
     with pytest.raises(UserError, match="of 2 documents none is held out at 0: raise"):
-        corpus.split(documents, 0.0)
+        sources.split_held_out(documents, 0.0)
     with pytest.raises(UserError, match="of 2 documents none is left to train on at 1: lower"):
-        corpus.split(documents, 1.0)
+        sources.split_held_out(documents, 1.0)
 
 
 # Conversations
@@ -123,11 +123,11 @@ def turns(*contents):
 
 
 def test_chitchat_merges_cleans_and_drops(chitchat):
-    assert chats.chitchat() == [
+    assert conversations.chitchat_conversations() == [
         ("chitchat/one", turns("Hello how are you?", "fine", "ok")),
         ("chitchat/two", turns("what about exams now?", "over")),
     ]
-    assert corpus.documents("chitchat") == [
+    assert sources.load_documents("chitchat") == [
         ("chitchat/one", "Hello how are you?\nfine\nok\n"),
         ("chitchat/two", "what about exams now?\nover\n"),
     ]
@@ -137,7 +137,7 @@ def test_chitchat_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "chitchat_dataset", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install chitchat-dataset"):
-        chats.chitchat()
+        conversations.chitchat_conversations()
 
 
 SOURCE = '''
@@ -163,28 +163,36 @@ class File:
 
 
 def test_docstrings(monkeypatch):
-    modules = [corpus.Document("stdlib/tools/__init__.py", SOURCE), corpus.Document("stdlib/_tools.py", SOURCE)]
-    monkeypatch.setattr(corpus, "modules", lambda: modules)
-    found = chats.docstrings()
+    modules = [sources.Document("stdlib/tools/__init__.py", SOURCE), sources.Document("stdlib/_tools.py", SOURCE)]
+    monkeypatch.setattr(sources, "stdlib_modules", lambda: modules)
+    found = conversations.docstring_conversations()
     assert {c.name for c in found} == {"stdlib/tools/__init__.py"}
     assert [c.messages[1]["content"] for c in found] == [
         "Tools for files.", "Copy a to b, e.g. on disk.", "A file on disk.", "Close the file."
     ]  # fmt: skip
     for conversation, name in zip(found, ("tools", "tools.copy", "tools.File", "tools.File.close")):
         assert [m["role"] for m in conversation.messages] == ["user", "assistant"]
-        assert conversation.messages[0]["content"] in [q.format(name) for q in chats.QUESTIONS]
-    assert chats.docstrings() == found
+        assert conversation.messages[0]["content"] in [q.format(name) for q in conversations.QUESTION_TEMPLATES]
+    assert conversations.docstring_conversations() == found
 
 
 def test_excerpts_keep_every_reply():
-    conversation = chats.Conversation("c", turns("a", "b", "c", "d", "e", "f", "g"))
-    assert chats.excerpts([conversation], turns=4) == [("c", turns("a", "b", "c", "d")), ("c", turns("e", "f", "g"))]
-    assert chats.excerpts([conversation], turns=2)[-1] == ("c", turns("e", "f"))  # nobody answers g
+    conversation = conversations.Conversation("c", turns("a", "b", "c", "d", "e", "f", "g"))
+    assert conversations.conversation_excerpts([conversation], turns=4) == [
+        ("c", turns("a", "b", "c", "d")),
+        ("c", turns("e", "f", "g")),
+    ]
+    assert conversations.conversation_excerpts([conversation], turns=2)[-1] == (
+        "c",
+        turns("e", "f"),
+    )  # nobody answers g
 
 
 def test_prompts_end_in_a_users_turn():
-    talk = chats.Conversation("c", turns("is it far?", "no", "ok", "yes", "then let us go", "now", "why so fast?"))
-    found = chats.prompts([talk], per_conversation=0)
+    talk = conversations.Conversation(
+        "c", turns("is it far?", "no", "ok", "yes", "then let us go", "now", "why so fast?")
+    )
+    found = conversations.prompt_contexts([talk], per_conversation=0)
     assert {tuple(m["content"] for m in p.messages) for p in found} == {
         ("is it far?",),
         ("ok", "yes", "then let us go"),
@@ -192,8 +200,8 @@ def test_prompts_end_in_a_users_turn():
     }  # "ok" has too few words
     assert all(p.messages[0]["role"] == p.messages[-1]["role"] == "user" and p.name == "c" for p in found)
     # two turns at most, starting with the user's: the assistant's turn falls away
-    assert all(len(p.messages) == 1 for p in chats.prompts([talk], turns=2))
-    assert chats.prompts([talk]) == chats.prompts([talk, talk]) == found[:1]
+    assert all(len(p.messages) == 1 for p in conversations.prompt_contexts([talk], turns=2))
+    assert conversations.prompt_contexts([talk]) == conversations.prompt_contexts([talk, talk]) == found[:1]
 
 
 # Rows
@@ -201,19 +209,19 @@ def test_prompts_end_in_a_users_turn():
 
 def test_bucketed_by_hand():
     """Multiples of 32, but no more than the limit."""
-    assert [prompts.bucketed(n, 80) for n in (1, 32, 33, 64, 65, 80)] == [32, 32, 64, 64, 80, 80]
-    assert prompts.bucketed(5, 20) == 20
+    assert [prompts.bucket_length(n, 80) for n in (1, 32, 33, 64, 65, 80)] == [32, 32, 64, 64, 80, 80]
+    assert prompts.bucket_length(5, 20) == 20
 
 
 def test_stream_by_hand():
-    tokens = rows.stream([[2, 9, 3], [2, 7, 8, 3], [2, 3]], 4)
+    tokens = packing.stream_rows([[2, 9, 3], [2, 7, 8, 3], [2, 3]], 4)
     # 2 9 3 2 | 7 8 3 2 | 3: nine tokens are eight inputs and eight targets; weight 0 on the first token of a document
     assert tokens.inputs.tolist() == [[2, 9, 3, 2], [7, 8, 3, 2]]
     assert tokens.targets.tolist() == [[9, 3, 2, 7], [8, 3, 2, 3]]
     assert tokens.weights.tolist() == [[1, 1, 0, 1], [1, 1, 0, 1]]
     assert tokens.positions.tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
     assert tokens.segments.tolist() == [[1, 1, 1, 2], [1, 1, 1, 2]]
-    padded = rows.stream([[2, 9, 3], [], [2, 7, 8, 3], [2, 3]], 5)
+    padded = packing.stream_rows([[2, 9, 3], [], [2, 7, 8, 3], [2, 3]], 5)
     assert padded.segments.tolist() == [[1, 1, 1, 2, 2], [1, 1, 2, 0, 0]]
     assert padded.weights.tolist() == [[1, 1, 0, 1, 1], [1, 0, 1, 0, 0]]
     assert padded.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
@@ -223,7 +231,7 @@ def test_stream_by_hand():
 def test_stream_loses_no_target():
     draw = random.Random(0)
     documents = [[2, *(draw.randrange(9, 99) for _ in range(draw.randrange(40))), 3] for _ in range(60)]
-    tokens = rows.stream(documents, 16)
+    tokens = packing.stream_rows(documents, 16)
     trained = tokens.weights > 0
     assert tokens.weights.sum() == sum(map(len, documents)) - len(documents)
     assert tokens.targets[trained].tolist() == [i for document in documents for i in document[1:]]
@@ -231,19 +239,21 @@ def test_stream_loses_no_target():
 
 
 def test_stream_refuses_too_little():
-    assert rows.stream([[2, 9, 9, 9, 3]], 4).inputs.shape == (1, 4)
+    assert packing.stream_rows([[2, 9, 9, 9, 3]], 4).inputs.shape == (1, 4)
     for documents, count in (([[2, 9, 9, 3]], 4), ([], 0)):
         with pytest.raises(UserError, match=f"too small for one row: {count} tokens, a row needs 5"):
-            rows.stream(documents, 4)
+            packing.stream_rows(documents, 4)
 
 
 def example(*ids):
-    return Example(np.array(ids, np.int32), np.array([i >= 50 for i in ids], np.float32))
+    return TokenizedExample(np.array(ids, np.int32), np.array([i >= 50 for i in ids], np.float32))
 
 
 def test_pack_by_hand():
     # sizes 2, 3, 1, 4 in rows of 5; longest first: 4 | 3 | 2 beside the 3 (the best fit) | 1 beside the 4
-    tokens, left_out = rows.pack([example(2, 9, 50), example(2, 8, 51, 52), example(2, 53), example(2, 7, 7, 7, 54)], 5)
+    tokens, left_out = packing.packed_rows(
+        [example(2, 9, 50), example(2, 8, 51, 52), example(2, 53), example(2, 7, 7, 7, 54)], 5
+    )
     assert left_out == {"skipped": 0, "untrained": 0}
     assert tokens.inputs.tolist() == [[2, 7, 7, 7, 2], [2, 8, 51, 2, 9]]
     assert tokens.targets.tolist() == [[7, 7, 7, 54, 53], [8, 51, 52, 9, 50]]
@@ -255,7 +265,7 @@ def test_pack_by_hand():
 def test_pack_keeps_every_example_whole_and_once():
     draw = random.Random(1)
     examples = [example(2, *(draw.randrange(9, 99) for _ in range(draw.randrange(1, 40)))) for _ in range(200)]
-    tokens, left_out = rows.pack(examples, 32)
+    tokens, left_out = packing.packed_rows(examples, 32)
     found = [
         [*tokens.inputs[r][here], tokens.targets[r][here][-1]]
         for r in range(len(tokens.inputs))
@@ -271,7 +281,7 @@ def test_pack_keeps_every_example_whole_and_once():
 
 
 def test_pack_refuses_only_what_cannot_teach():
-    tokens, left_out = rows.pack([example(2, 9, 50), example(2, 9, 9, 50), example(50, 9, 9)], 2)
+    tokens, left_out = packing.packed_rows([example(2, 9, 50), example(2, 9, 9, 50), example(50, 9, 9)], 2)
     assert (tokens.inputs.tolist(), left_out) == ([[2, 9]], {"skipped": 1, "untrained": 1})
     message = (
         "none of 2 conversations can be learnt from (1 conversations longer than a row of 1 tokens, "
@@ -279,18 +289,18 @@ def test_pack_refuses_only_what_cannot_teach():
         "lengthen the row"
     )
     with pytest.raises(UserError, match=re.escape(message)):
-        rows.pack([example(2, 9, 50), example(2, 9)], 1)
+        packing.packed_rows([example(2, 9, 50), example(2, 9)], 1)
 
 
 def test_pad_by_hand():
-    tokens = rows.pad([example(2, 9, 50), example(2, 8, 51, 52)], 4)
+    tokens = packing.padded_rows([example(2, 9, 50), example(2, 8, 51, 52)], 4)
     assert tokens.inputs.tolist() == [[2, 9, 0, 0], [2, 8, 51, 0]]
     assert tokens.targets.tolist() == [[9, 50, 0, 0], [8, 51, 52, 0]]
     assert tokens.weights.tolist() == [[0, 1, 0, 0], [0, 1, 1, 0]]
     assert tokens.positions.tolist() == [[0, 1, 0, 0], [0, 1, 2, 0]]
     assert tokens.segments.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
     with pytest.raises(UserError, match="example 1 has 4 tokens, a row takes 3"):
-        rows.pad([example(2, 9, 50), example(2, 8, 51, 52)], 2)
+        packing.padded_rows([example(2, 9, 50), example(2, 8, 51, 52)], 2)
 
 
 # Batches
@@ -301,37 +311,37 @@ def numbered(count):
 
 
 def test_a_batch_depends_on_seed_and_index_alone():
-    first, second = (batches(numbered(10), batch_size=4, seed=3) for _ in range(2))
+    first, second = (batch_function(numbered(10), batch_size=4, seed=3) for _ in range(2))
     backwards = {i: second(i)["x"] for i in reversed(range(12))}
     for i in range(12):
         np.testing.assert_array_equal(first(i)["x"], backwards[i])
         np.testing.assert_array_equal(first(i)["x"][:, None] * [1, 10], first(i)["y"])
-    other = batches(numbered(10), batch_size=4, seed=4)
+    other = batch_function(numbered(10), batch_size=4, seed=4)
     assert any((other(i)["x"] != first(i)["x"]).any() for i in range(5))
 
 
 def test_every_epoch_holds_each_row_once_in_a_new_order():
-    batch = batches(numbered(10), batch_size=4, seed=0)
+    batch = batch_function(numbered(10), batch_size=4, seed=0)
     drawn = np.concatenate([batch(i)["x"] for i in range(5)]).reshape(2, 10)  # 5 * 4 = 2 epochs of 10
     assert [sorted(epoch) for epoch in drawn.tolist()] == [list(range(10))] * 2
     assert (drawn[0] != drawn[1]).any()
-    plain = batches(numbered(10), batch_size=4, seed=0, shuffle=False)
+    plain = batch_function(numbered(10), batch_size=4, seed=0, shuffle=False)
     assert np.concatenate([plain(i)["x"] for i in range(5)]).tolist() == [*range(10)] * 2
 
 
 def test_few_rows_repeat_and_types_stay():
-    tokens = rows.pad([example(2, 9, 50), example(2, 50)], 3)
-    batch = batches(tokens, batch_size=5, seed=0)(0)
+    tokens = packing.padded_rows([example(2, 9, 50), example(2, 50)], 3)
+    batch = batch_function(tokens, batch_size=5, seed=0)(0)
     assert isinstance(batch, Tokens) and batch.inputs.shape == (5, 3) and batch.weights.dtype == np.float32
     for faulty in ({"x": np.zeros(0)}, {"x": np.zeros(2), "y": np.zeros(3)}, {}):
         with pytest.raises(UserError, match="cannot draw batches"):
-            batches(faulty, batch_size=1, seed=0)
+            batch_function(faulty, batch_size=1, seed=0)
 
 
 def test_a_ramp_takes_the_same_rows_in_the_same_order():
     """2 rows before step 2, 3 before step 5, then 4: 4 + 9 = 13 rows, and 4 a batch from row 13 on."""
-    whole = np.concatenate([batches(numbered(10), batch_size=4, seed=5)(i)["x"] for i in range(7)])
-    ramped = batches(numbered(10), batch_size=4, seed=5, ramp=((2, 2), (5, 3)))
+    whole = np.concatenate([batch_function(numbered(10), batch_size=4, seed=5)(i)["x"] for i in range(7)])
+    ramped = batch_function(numbered(10), batch_size=4, seed=5, ramp=((2, 2), (5, 3)))
     found = [ramped(i)["x"] for i in reversed(range(8))][::-1]  # a function of (seed, i) all the same
     assert [len(x) for x in found] == [2, 2, 3, 3, 3, 4, 4, 4]
     np.testing.assert_array_equal(np.concatenate(found), whole[:25])
@@ -351,27 +361,27 @@ def test_a_ramp_takes_the_same_rows_in_the_same_order():
 )
 def test_bad_ramps(ramp, message):
     with pytest.raises(UserError, match=message):
-        batches(numbered(10), batch_size=4, seed=0, ramp=ramp)
+        batch_function(numbered(10), batch_size=4, seed=0, ramp=ramp)
 
 
 # Rankings
 
-RANKING = rankings.Ranking(
+RANKING = preferences.Ranking(
     "chitchat/one", turns("how are you?"), ["fine", "bad é", "good"], [2, 3, 2], "rule", "2024-05-01T12:00:00+00:00"
 )
 
 
 def test_rankings_come_back(tmp_path):
     path = tmp_path / "run" / "rankings.jsonl"
-    rankings.append(path, [RANKING])
-    rankings.append(path, [RANKING._replace(ranking=[1, 1, 1]), RANKING])
-    assert rankings.read(path) == [RANKING, RANKING._replace(ranking=[1, 1, 1]), RANKING]
+    preferences.append_rankings(path, [RANKING])
+    preferences.append_rankings(path, [RANKING._replace(ranking=[1, 1, 1]), RANKING])
+    assert preferences.read_jsonl_rankings(path) == [RANKING, RANKING._replace(ranking=[1, 1, 1]), RANKING]
 
 
 def test_pairs_are_the_strict_preferences():
-    assert rankings.pairs(RANKING) == [(0, 1), (2, 1)]
-    assert rankings.pairs(RANKING._replace(ranking=[3, 2, 1])) == [(1, 0), (2, 0), (2, 1)]
-    assert rankings.pairs(RANKING._replace(ranking=[1, 1, 1])) == []
+    assert preferences.preference_pairs(RANKING) == [(0, 1), (2, 1)]
+    assert preferences.preference_pairs(RANKING._replace(ranking=[3, 2, 1])) == [(1, 0), (2, 0), (2, 1)]
+    assert preferences.preference_pairs(RANKING._replace(ranking=[1, 1, 1])) == []
 
 
 @pytest.mark.parametrize(
@@ -392,28 +402,28 @@ def test_rankings_name_line_and_fault(tmp_path, change, fault):
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join(json.dumps(record) for record in (RANKING._asdict(), RANKING._asdict() | change)))
     with pytest.raises(UserError, match=f"r.jsonl:2: .*{fault}"):
-        rankings.read(path)
+        preferences.read_jsonl_rankings(path)
 
 
 def test_a_hint_says_what_would_help():
     """One name for all: it falls on one side at any fraction. Two names: a larger fraction parts them."""
-    alike = [corpus.Document("one", str(i)) for i in range(40)]
+    alike = [sources.Document("one", str(i)) for i in range(40)]
     for fraction, side in ((0.02, "held out"), (0.98, "left to train on")):
         with pytest.raises(UserError, match=f"of 40 documents none is {side} .*: all have the name 'one', which falls"):
-            corpus.split(alike, fraction)
+            sources.split_held_out(alike, fraction)
     with pytest.raises(UserError, match="of 40 documents none is held out at 0: raise the fraction or add some"):
-        corpus.split(alike, 0)
+        sources.split_held_out(alike, 0)
     with pytest.raises(UserError, match="of 41 documents none is held out at 0.02: raise the fraction or add some"):
-        corpus.split([*alike, corpus.Document("two", "b")], 0.02)
+        sources.split_held_out([*alike, sources.Document("two", "b")], 0.02)
 
 
 def test_rankings_refuse_what_is_no_json(tmp_path):
     path = tmp_path / "r.jsonl"
     with pytest.raises(UserError, match="no rankings at .*r.jsonl"):
-        rankings.read(path)
+        preferences.read_jsonl_rankings(path)
     path.write_text(json.dumps(RANKING._asdict())[:-5])
     with pytest.raises(UserError, match=r"r.jsonl:1: not JSON"):
-        rankings.read(path)
+        preferences.read_jsonl_rankings(path)
     path.write_bytes(b"\xff\n")
     with pytest.raises(UserError, match="not UTF-8"):
-        rankings.read(path)
+        preferences.read_jsonl_rankings(path)

@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, assert_same_run, made_dialogues, small
 
-from lm import inherited, model as models, optim, sharding, tokenizer, train
-from lm.checkpoint import Checkpoints
-from lm.config import load
-from lm.errors import UserError
-from lm.host import ALONE
-from lm.losses.distillation import jensen_shannon, kl
-from lm.model.scores import chunked
-from lm.stages import distill, gkd
-from lm.stages.context import Context
-from lm.stages.distillation import comparison
-from lm.workdir import open_workdir
+from lm import model as models, tokenizer
+from lm.core import sharding
+from lm.core.config import load_config
+from lm.core.errors import UserError
+from lm.losses.distillation import jensen_shannon, kl_divergence
+from lm.model.logprobs import map_position_chunks
+from lm.optim import optimizers
+from lm.runs.checkpoint import Checkpoints
+from lm.runs.workdir import open_workdir
+from lm.stages.context import StageContext
+from lm.stages.distillation import distill, gkd
+from lm.stages.distillation.teacher_divergence import divergence_from_teacher
+from lm.train import loop, warm_start
+from lm.train.host import SINGLE_RUN_HOST
 
 __all__ = ["small"]
 
@@ -63,7 +66,7 @@ def test_between_the_ends():
 def test_near_its_ends_it_is_beta_times_a_kl():
     """Agarwal et al. 2023, sec. 2: the limits of JSD / beta and JSD / (1 - beta) are the two KLs."""
     teacher, student = (jax.nn.log_softmax(jax.random.normal(key, (4, V))) for key in jax.random.split(KEY))
-    forward, reverse = kl(teacher, student), kl(student, teacher)
+    forward, reverse = kl_divergence(teacher, student), kl_divergence(student, teacher)
     np.testing.assert_allclose(jensen_shannon(student, teacher, beta=0.002) / 0.002, forward, rtol=0.02)
     np.testing.assert_allclose(jensen_shannon(student, teacher, beta=0.998) / 0.002, reverse, rtol=0.02)
 
@@ -103,14 +106,14 @@ def test_what_only_the_teacher_cannot_say_costs_the_reverse_kl_everything():
 @pytest.fixture(scope="module")
 def pair(tiny_model):
     """A student and a teacher of another shape, with the decoders of both, off their starting values."""
-    student = models.make(dataclasses.replace(tiny_model.config, layers=1))
-    teacher = models.make(dataclasses.replace(student.config, width=24, heads=2, kv_heads=1, tied=False))
+    student = models.make_model(dataclasses.replace(tiny_model.config, layers=1))
+    teacher = models.make_model(dataclasses.replace(student.config, width=24, heads=2, kv_heads=1, tied=False))
     lm, teacher_lm = (jax.tree.map(lambda x: 1.5 * x, jax.jit(net.init)(KEY)) for net in (student, teacher))
     return SimpleNamespace(model=student, lm=lm, teacher=teacher, teacher_lm=teacher_lm)
 
 
 def optimizer(learning_rate=0.01):
-    return optim.make(
+    return optimizers.make_optimizer(
         learning_rate=learning_rate, total_steps=1000, schedule_name="constant", weight_decay=0.0, eps=1e-5
     )
 
@@ -181,10 +184,10 @@ def test_microbatches_do_not_change_the_update(pair, rows):
 def test_chunked_equals_plain(pair, rows):
     """Rule 10, in value and gradient: 7 positions as 3 + 3 + 1, the last piece filled up."""
     tokens = ragged(rows)
-    chunky = models.make(dataclasses.replace(pair.model.config, loss_chunk=3))
+    chunky = models.make_model(dataclasses.replace(pair.model.config, loss_chunk=3))
     found = []
     for net in (pair.model, chunky):
-        compare = comparison(net, pair.teacher, beta=0.5, temperature=0.7)
+        compare = divergence_from_teacher(net, pair.teacher, beta=0.5, temperature=0.7)
         loss = lambda lm: jnp.sum(compare(lm, pair.teacher_lm, tokens).divergence * tokens.weights)
         found.append((jax.jit(compare)(pair.lm, pair.teacher_lm, tokens), jax.jit(jax.grad(loss))(pair.lm)))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
@@ -194,10 +197,10 @@ def test_chunked_equals_plain(pair, rows):
 def test_logits_of_neither_exist_at_once(pair, rows):
     """No array of all positions times the vocabulary in the program of a chunked step, forward or backward."""
     tokens = ragged(rows)
-    chunky = models.make(dataclasses.replace(pair.model.config, loss_chunk=3))
+    chunky = models.make_model(dataclasses.replace(pair.model.config, loss_chunk=3))
     sizes = []
     for net in (pair.model, chunky):
-        compare = comparison(net, pair.teacher, beta=0.5, temperature=1.0)
+        compare = divergence_from_teacher(net, pair.teacher, beta=0.5, temperature=1.0)
         loss = lambda lm: jnp.sum(compare(lm, pair.teacher_lm, tokens).divergence)
         sizes.append("4,7,31]" in str(jax.make_jaxpr(jax.grad(loss))(pair.lm)))
     assert sizes == [True, False]
@@ -207,7 +210,7 @@ def test_chunks_keep_trees_and_further_axes():
     x, y = np.arange(24.0).reshape(2, 6, 2), np.arange(12).reshape(2, 6)
     function = lambda x, y: {"sum": x.sum(-1) + y, "both": x * y[..., None]}
     for size in (0, 1, 4, 5, 6, 7):
-        jax.tree.map(np.testing.assert_array_equal, chunked(function, x, y, size=size), function(x, y))
+        jax.tree.map(np.testing.assert_array_equal, map_position_chunks(function, x, y, size=size), function(x, y))
 
 
 @pytest.mark.parametrize("stage", [distill, gkd])
@@ -224,11 +227,11 @@ def test_options_that_make_no_sense(pair, stage, options, message):
 
 
 def test_a_teacher_must_have_the_student_s_logits_and_context(pair, rows):
-    other = models.make(dataclasses.replace(pair.teacher.config, vocab_size=V + 1))
+    other = models.make_model(dataclasses.replace(pair.teacher.config, vocab_size=V + 1))
     with pytest.raises(UserError, match="logits for 31 tokens and stage.teacher for 32, a teacher with another vocab"):
         distill.make(pair.model, optimizer(), teacher=other)
-    short = models.make(dataclasses.replace(pair.teacher.config, context=6))
-    compare = comparison(pair.model, short, beta=0.0, temperature=1.0)
+    short = models.make_model(dataclasses.replace(pair.teacher.config, context=6))
+    compare = divergence_from_teacher(pair.model, short, beta=0.0, temperature=1.0)
     with pytest.raises(UserError, match="rows of 7 tokens are longer than stage.teacher's context of 6"):
         compare(pair.lm, pair.teacher_lm, ragged(rows))
 
@@ -263,7 +266,7 @@ def test_held_out_tells_the_student_s_words_from_people_s(pair, rows):
     """Rows 0 and 2 are its own; each kind is the mean of its own rows, and equals what stage distill says of them."""
     tokens = ragged(rows)
     update, state = begun(pair, gkd, beta=0.5)
-    found = numbers(jax.jit(update.evaluate)(state, gkd.Lesson(tokens, np.array([1, 0, 1, 0], np.float32))))
+    found = numbers(jax.jit(update.evaluate)(state, gkd.HeldOutRows(tokens, np.array([1, 0, 1, 0], np.float32))))
     plain, _ = begun(pair, distill, beta=0.5)
     own, people = (
         numbers(jax.jit(plain.evaluate)(state, jax.tree.map(lambda x: x[start::2], tokens))) for start in (0, 1)
@@ -278,14 +281,16 @@ def test_held_out_tells_the_student_s_words_from_people_s(pair, rows):
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
     """A tokenizer of made conversations."""
-    found = tokenizer.train((turn for _, turns in made_dialogues() for turn in turns), vocab_size=320, max_bytes=10**6)
+    found = tokenizer.train_tokenizer(
+        (turn for _, turns in made_dialogues() for turn in turns), vocab_size=320, max_bytes=10**6
+    )
     found.save(tmp_path_factory.mktemp("speech") / "tokenizer.model")
     return found
 
 
 def net(speech, **sizes):
     common = dict(vocab_size=speech.vocab_size, layers=1, heads=2, kv_heads=1, head_size=8, hidden=24, context=64)
-    return models.make(models.Config(**common, **sizes).on("cpu"))
+    return models.make_model(models.ModelConfig(**common, **sizes).on("cpu"))
 
 
 def test_a_coin_says_who_writes_a_batch(small, speech):
@@ -293,7 +298,7 @@ def test_a_coin_says_who_writes_a_batch(small, speech):
     student = net(speech, width=16)
     state = SimpleNamespace(params={"lm": jax.jit(student.init)(KEY)}, key=KEY)
     options = dict(prompt_length=32, max_new=8, rollouts=8, length=60, batch_size=4, held_out=0.05, held_out_rollouts=8)
-    context = Context(student, speech, 0, jax.jit, None)
+    context = StageContext(student, speech, 0, jax.jit, None)
     batches = {share: gkd.batches(context, on_policy=share, **options) for share in (0.0, 0.5, 1.0)}
     kinds = {share: [len(found.train(state, i).inputs) for i in range(12)] for share, found in batches.items()}
     assert set(kinds[0.0]) == {4} and set(kinds[1.0]) == {8} and 2 <= kinds[0.5].count(8) <= 10
@@ -339,7 +344,7 @@ def config(teacher):
         given = [f"stage.teacher={teacher}", f"tokenizer={teacher}", "optimizer.warmup_steps=1"]
         given += ["train.steps=4", "train.log_every=2", "train.save_every=2"]
         given += ["model.layers=1"] if stage == "distill" else []  # the other's come with init_from
-        return load(f"{EXPERIMENTS / stage}.py:tiny", [*given, *overrides])
+        return load_config(f"{EXPERIMENTS / stage}.py:tiny", [*given, *overrides])
 
     return of
 
@@ -347,16 +352,18 @@ def config(teacher):
 def test_a_taught_run_resumes_to_the_same_bits(small, config, tmp_path):
     """What a kill after the checkpoint of step 2 would leave; the teacher is loaded anew, never saved."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    summary = train.run(config("distill"), straight)
+    summary = loop.train_stage(config("distill"), straight)
     assert summary["held_out"]["divergence"] < summary["before"]["divergence"]
     assert not [path for path in (straight / "checkpoints").rglob("*") if "teacher" in path.name]
     shutil.copytree(straight, killed)
     shutil.rmtree(killed / "checkpoints" / "4")
     (killed / "summary.json").unlink()
-    train.run(config("distill"), killed)
+    loop.train_stage(config("distill"), killed)
     assert_same_run(killed, straight)
     # then the student goes on with its own words
-    summary = train.run(config("gkd", f"init_from={straight}", "data.on_policy=1.0", "tokenizer="), tmp_path / "gkd")
+    summary = loop.train_stage(
+        config("gkd", f"init_from={straight}", "data.on_policy=1.0", "tokenizer="), tmp_path / "gkd"
+    )
     assert summary["held_out"]["own_divergence"] < summary["before"]["own_divergence"]
 
 
@@ -364,9 +371,11 @@ def test_a_taught_run_resumes_to_the_same_bits(small, config, tmp_path):
 def strangers(teacher, tmp_path_factory):
     """Workdirs that can teach nobody: of another tokenizer, and of a reward model."""
     folder = tmp_path_factory.mktemp("strangers")
-    other = tokenizer.train((" ".join(turns) for _, turns in made_dialogues()), vocab_size=310, max_bytes=10**6)
+    other = tokenizer.train_tokenizer(
+        (" ".join(turns) for _, turns in made_dialogues()), vocab_size=310, max_bytes=10**6
+    )
     left_behind(folder / "foreign", "sft", other, net(other, width=16))
-    known = tokenizer.load(teacher / "tokenizer.model")
+    known = tokenizer.load_tokenizer(teacher / "tokenizer.model")
     left_behind(folder / "judge", "reward", known, net(known, width=16))
     return folder
 
@@ -384,7 +393,7 @@ def strangers(teacher, tmp_path_factory):
 )
 def test_bad_teachers_are_one_line(small, config, strangers, tmp_path, override, message):
     with pytest.raises(UserError) as error:
-        train.run(config("distill", override.format(strangers)), tmp_path / "run")
+        loop.train_stage(config("distill", override.format(strangers)), tmp_path / "run")
     said = str(error.value)
     assert message.format(strangers) in said and "\n" not in said
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -393,18 +402,20 @@ def test_bad_teachers_are_one_line(small, config, strangers, tmp_path, override,
 def test_a_teacher_that_is_not_named(small, config, tmp_path):
     forgetful = config("distill").unlock()
     del forgetful.stage.teacher
-    with pytest.raises(UserError, match="stage.teacher is missing: lm.stages.distill.make has no default for it"):
-        train.run(forgetful, tmp_path / "run")
+    with pytest.raises(
+        UserError, match="stage.teacher is missing: lm.stages.distillation.distill.make has no default for it"
+    ):
+        loop.train_stage(forgetful, tmp_path / "run")
 
 
 def test_a_teacher_of_another_shape_lies_on_the_mesh_like_any_network(speech, teacher):
     """Its leaves, the untied head that the student lacks included, are split by their own logical axes."""
     student = net(speech, width=16)
-    trained = inherited.teacher_from(str(teacher), speech)
+    trained = warm_start.teacher_from_workdir(str(teacher), speech)
     update = distill.make(student, optimizer(), teacher=trained.model)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    given = student, 0, {}, {}, {"teacher": trained}, mesh, ALONE
-    state, shardings = train.initial_state(lambda scalars: update, *given)
+    given = student, 0, {}, {}, {"teacher": trained}, mesh, SINGLE_RUN_HOST
+    state, shardings = loop.initial_state(lambda scalars: update, *given)
     found = state.frozen["teacher"]
     jax.tree.map(np.testing.assert_array_equal, found, trained.params["lm"])
     for leaf in (found["head"], found["embedding"], found["layers"]["query"], state.params["lm"]["layers"]["query"]):

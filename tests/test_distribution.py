@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.distribution import adjusted, picked
+from lm.model.logits import sampling_logits, values_at_ids
 
 PROBS = [0.1, 0.5, 0.15, 0.25]
 
 
 def probs(logits, **options):
-    return jax.nn.softmax(adjusted(jnp.asarray(logits, jnp.float32), **options), axis=-1)
+    return jax.nn.softmax(sampling_logits(jnp.asarray(logits, jnp.float32), **options), axis=-1)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_temperature_zero_is_argmax_the_first_of_equals():
 
 def test_rows_are_independent():
     logits = np.random.default_rng(0).normal(size=(3, 4, 7)).astype(np.float32)
-    together = adjusted(jnp.asarray(logits), temperature=0.7, top_k=5, top_p=0.8)
-    alone = adjusted(jnp.asarray(logits[1, 2]), temperature=0.7, top_k=5, top_p=0.8)
+    together = sampling_logits(jnp.asarray(logits), temperature=0.7, top_k=5, top_p=0.8)
+    alone = sampling_logits(jnp.asarray(logits[1, 2]), temperature=0.7, top_k=5, top_p=0.8)
     np.testing.assert_array_equal(together[1, 2], alone)
     assert 1 <= int(jnp.isfinite(alone).sum()) <= 5
 
@@ -64,5 +64,5 @@ def test_rows_are_independent():
 def test_picked_is_a_gather():
     x = jnp.array([[1.0, 2.0, -jnp.inf], [4.0, 5.0, 6.0]])
     ids = jnp.array([2, 0])
-    np.testing.assert_array_equal(picked(x, ids), [-jnp.inf, 4.0])
-    np.testing.assert_array_equal(jax.grad(lambda x: picked(x, ids)[1])(x), [[0, 0, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(values_at_ids(x, ids), [-jnp.inf, 4.0])
+    np.testing.assert_array_equal(jax.grad(lambda x: values_at_ids(x, ids)[1])(x), [[0, 0, 0], [1, 0, 0]])

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from runs import finished, made_dialogues, small, stage_config
 
-from lm import evaluate
-from lm.answers import Answer, answerer
-from lm.data import corpus
-from lm.data.chats import Conversation
-from lm.data.prompts import padded, take
-from lm.errors import UserError
+from lm.core.errors import UserError
+from lm.data import sources
+from lm.data.conversations import Conversation
+from lm.data.prompts import padded_prompts, prompts_at
+from lm.evaluate import models
+from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.rewards import REWARDS
-from lm.tokenizer import load as load_tokenizer, prompt
-from lm.workdir import load, read_json
+from lm.runs.workdir import load_trained_model, read_json
+from lm.tokenizer import encode_prompt, load_tokenizer
 
 __all__ = ["finished", "small"]
 
@@ -32,7 +32,7 @@ def lines(finished) -> list[dict]:
 
 
 def test_every_model_answers_the_same_unseen_prompts(lines, summary):
-    turns = {tuple(turns[:3]) for name, turns in made_dialogues() if corpus.held_out(name, 0.05)}
+    turns = {tuple(turns[:3]) for name, turns in made_dialogues() if sources.is_held_out(name, 0.05)}
     prompts = [tuple(message["content"] for message in line["prompt"]) for line in lines]
     assert len(set(prompts)) == len(lines) == summary["prompts"] > 10
     assert all(any(prompt in (whole[:1], whole) for whole in turns) for prompt in prompts)
@@ -70,24 +70,24 @@ def test_losses_are_those_the_stages_report(finished, summary):
 
 def test_a_comparison_by_hand():
     """Differences 2, 0, -1, 2: mean 0.75 with se 0.75 (see test_intervals); won, tied, lost, won: 0.625."""
-    compared = evaluate.compared("a", "b", {"a": np.array([3.0, 1, 2, 2]), "b": np.array([1.0, 1, 3, 0])})
+    compared = models.paired_comparison("a", "b", {"a": np.array([3.0, 1, 2, 2]), "b": np.array([1.0, 1, 3, 0])})
     assert (compared["a"], compared["b"]) == ("a", "b")
     assert compared["difference"]["value"] == 0.75 and compared["difference"]["se"] == pytest.approx(0.75)
     assert compared["win_rate"]["value"] == 0.625
 
 
 def test_a_description_by_hand():
-    given = [Answer("", 4, True), Answer("", 8, False)]
-    told = evaluate.described(given, np.array([7.0, 3.0]))
+    given = [GeneratedAnswer("", 4, True), GeneratedAnswer("", 8, False)]
+    told = models.answer_statistics(given, np.array([7.0, 3.0]))
     assert {name: estimate["value"] for name, estimate in told.items()} == {"score": 5, "stopped": 0.5, "length": 6}
 
 
 def test_a_model_is_asked_as_it_was_trained(finished):
     tokenizer = load_tokenizer(finished / "tokenizer" / "tokenizer.model")
     messages = [{"role": "user", "content": "the name"}, {"role": "assistant", "content": "a list"}]
-    plain = evaluate.asked(SimpleNamespace(tokenizer=tokenizer, stage="pretrain"), messages)
+    plain = models.prompt_ids(SimpleNamespace(tokenizer=tokenizer, stage="pretrain"), messages)
     assert plain[0] == tokenizer.bos and tokenizer.decode(plain) == "the name\na list\n"
-    chat = evaluate.asked(SimpleNamespace(tokenizer=tokenizer, stage="ppo"), messages)
+    chat = models.prompt_ids(SimpleNamespace(tokenizer=tokenizer, stage="ppo"), messages)
     roles = tokenizer.roles
     assert [int(i) for i in chat if i in (*roles.values(), tokenizer.end)] == [
         roles["user"],
@@ -100,12 +100,12 @@ def test_a_model_is_asked_as_it_was_trained(finished):
 
 def test_an_answer_depends_on_its_place_not_on_what_follows(finished):
     """Five prompts, four at a time, and the first three of them alone: the same answers, each within its limit."""
-    trained = load(finished / "sft", backend="cpu")
+    trained = load_trained_model(finished / "sft", backend="cpu")
     contexts = [[{"role": "user", "content": text}] for text in ("the name", "the type", "a list", "the form", "test")]
-    rows = padded([prompt(trained.tokenizer, context) for context in contexts], contexts, 16)
+    rows = padded_prompts([encode_prompt(trained.tokenizer, context) for context in contexts], contexts, 16)
 
-    ask = answerer(trained.model, trained.params["lm"], trained.tokenizer, rows_at_once=4, jit=jax.jit, max_new=6)
-    five, three = ask(rows, jax.random.key(0)), ask(take(rows, np.arange(3)), jax.random.key(0))
+    ask = batch_answerer(trained.model, trained.params["lm"], trained.tokenizer, rows_at_once=4, jit=jax.jit, max_new=6)
+    five, three = ask(rows, jax.random.key(0)), ask(prompts_at(rows, np.arange(3)), jax.random.key(0))
     assert five[:3] == three and len(five) == 5
     assert len(set(five)) == 5  # chunks and rows draw with keys of their own
     assert all(1 <= answer.length <= 6 and (answer.stopped or answer.length == 6) for answer in five)
@@ -118,15 +118,15 @@ def test_prompts_fit_every_model(finished):
     contexts = [
         Conversation(text, [{"role": "user", "content": text}]) for text in ("the name", "the name of the type")
     ]
-    sizes = [[len(evaluate.asked(model, context.messages)) for context in contexts] for model in models]
+    sizes = [[len(models.prompt_ids(model, context.messages)) for context in contexts] for model in models]
     assert sizes[0][0] < sizes[1][0] < sizes[0][1] < sizes[1][1]
-    assert evaluate.shared_prompts(models, contexts, sizes[1][1]) == contexts
-    assert evaluate.shared_prompts(models[:1], contexts, sizes[0][1]) == contexts
-    assert evaluate.shared_prompts(models, contexts, sizes[0][1]) == contexts[:1]
+    assert models.shared_prompts(models, contexts, sizes[1][1]) == contexts
+    assert models.shared_prompts(models[:1], contexts, sizes[0][1]) == contexts
+    assert models.shared_prompts(models, contexts, sizes[0][1]) == contexts[:1]
     with pytest.raises(
         UserError, match=f"no held-out prompt has at most {sizes[1][0] - 1} tokens; raise evaluate.prompt_length"
     ):
-        evaluate.shared_prompts(models, contexts, sizes[1][0] - 1)
+        models.shared_prompts(models, contexts, sizes[1][0] - 1)
 
 
 @pytest.mark.parametrize(
@@ -144,12 +144,12 @@ def test_prompts_fit_every_model(finished):
 def test_bad_options(finished, small, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         config = stage_config(finished, "evaluate", override.format(finished=finished))
-        evaluate.run(config, tmp_path / "evaluate")
+        models.run_evaluation(config, tmp_path / "evaluate")
     assert not (tmp_path / "evaluate" / "summary.json").exists()
 
 
 def test_a_finished_evaluation_is_shown_again(finished, small, capsys):
     before = (finished / "evaluate" / "answers.jsonl").read_bytes()
-    evaluate.run(stage_config(finished, "evaluate"), finished / "evaluate")
+    models.run_evaluation(stage_config(finished, "evaluate"), finished / "evaluate")
     assert "sft over raw: score" in capsys.readouterr().out
     assert (finished / "evaluate" / "answers.jsonl").read_bytes() == before

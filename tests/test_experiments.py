@@ -11,40 +11,36 @@ import pytest
 from ml_collections import ConfigDict
 from runs import EXPERIMENTS, TRAINED, finished, settings, small
 
-from lm import (
-    contest,
-    evaluate,
-    model,
-    optim,
-    overoptimisation,
-    scaling,
-    sharding,
-    train,
-    train_config,
-    unseen,
-    verdicts,
-    vocabulary,
-)
-from lm.config import arguments, flatten, load, module_of, to_dict
-from lm.errors import UserError
-from lm.lab import climbs
-from lm.ladder import planned
+from lm import model
+from lm.core import sharding
+from lm.core.config import config_module, flags_and_config, flatten, load_config, to_dict
+from lm.core.errors import UserError
+from lm.core.options import keyword_parameters, option_type
+from lm.evaluate import models, policies
+from lm.feedback import auto_rank
 from lm.model import params
-from lm.options import keywords, kind_of_option
+from lm.optim import optimizers
+from lm.runs.workdir import read_json
 from lm.stages import STAGES
-from lm.subtrees import subtrees
-from lm.workdir import read_json
+from lm.studies.methods import study as methods_study
+from lm.studies.overoptimization import measure, study as overoptimization_study
+from lm.studies.scaling import ladder, study as scaling_study
+from lm.sweep.config_functions import config_functions
+from lm.train import loop, tokenizer_stage
 
 __all__ = ["finished", "small"]
 
 FILES = sorted(path.stem for path in EXPERIMENTS.glob("*.py"))
 EACH = pytest.mark.parametrize("name", FILES)
-OF_MANY = {"contest": contest.examined, "overoptimisation": climbs.Lab}  # and what their `evaluate` goes to
+OF_MANY = {
+    "contest": methods_study.answer_recorder,
+    "overoptimisation": measure.GoldEvaluator,
+}  # and what their `evaluate` goes to
 BOTH = pytest.mark.parametrize("variant", ["", ":tiny"])
 
 
 def config_of(name: str, variant: str = ""):
-    return load(f"{EXPERIMENTS / name}.py{variant}")
+    return load_config(f"{EXPERIMENTS / name}.py{variant}")
 
 
 def parts(name: str, config) -> dict:
@@ -59,8 +55,12 @@ def parts(name: str, config) -> dict:
 
 def functions_of(name: str):
     """What says the function that each subtree of an experiment calls."""
-    own = {"contest": contest.functions, "overoptimisation": overoptimisation.functions, "scaling": scaling.functions}
-    return own[name] if name in own else subtrees
+    own = {
+        "contest": methods_study.study_functions,
+        "overoptimisation": overoptimization_study.study_functions,
+        "scaling": scaling_study.study_functions,
+    }
+    return own[name] if name in own else config_functions
 
 
 def checked(name: str, config) -> None:
@@ -70,31 +70,31 @@ def checked(name: str, config) -> None:
     if name == "quickstart":
         functions = {}
     elif name in OF_MANY:
-        functions = {"prompts": unseen.asked, "evaluate": OF_MANY[name]}
+        functions = {"prompts": policies.held_out_prompts, "evaluate": OF_MANY[name]}
     elif name == "rank":
-        functions = {"rank": verdicts.rank}
+        functions = {"rank": auto_rank.rank_sampled_answers}
     elif name == "evaluate":
-        functions = {"evaluate": evaluate.evaluate}
+        functions = {"evaluate": models.evaluate_models}
     elif name == "tokenizer":
-        functions = {"data": vocabulary.fit_tokenizer}
+        functions = {"data": tokenizer_stage.fit_tokenizer}
     else:
         stage = STAGES[config.stage.name]
         functions = {
-            "model": model.Config,
-            "optimizer": optim.make,
+            "model": model.ModelConfig,
+            "optimizer": optimizers.make_optimizer,
             "stage": stage.make,
             "data": stage.batches,
             "mesh": sharding.make_mesh,
-            "train": train_config.Schedule,
+            "train": config.TrainingSchedule,
         }
         if name == "scaling":
-            functions |= {"vocabulary": vocabulary.fit_tokenizer, "ladder": planned.ladder}
+            functions |= {"vocabulary": tokenizer_stage.fit_tokenizer, "ladder": ladder.ladder_plan}
     for subtree, function in functions.items():
         options = {
             key: value for key, value in config[subtree].to_dict().items() if (subtree, key) != ("stage", "name")
         }
-        if function is model.Config:
-            options["vocab_size"] = 1  # lm.train adds the tokenizer's
+        if function is model.ModelConfig:
+            options["vocab_size"] = 1  # lm.train.loop adds the tokenizer's
         given = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
         inspect.signature(function).bind(*given, **options)
     if not parts(name, config):
@@ -144,7 +144,7 @@ def test_its_docstring_names_a_command_that_runs_it(name, monkeypatch):
     text = docstring(name)
     assert "Change first: " in text and ("Paper: " in text or name in ("quickstart", "evaluate"))
     program, argv = command(name)
-    _, config = arguments(argv, program.__doc__, program.FLAGS)
+    _, config = flags_and_config(argv, program.__doc__, program.FLAGS)
     assert config.to_dict() == config_of(name).to_dict()
 
 
@@ -156,7 +156,7 @@ def test_help_of_its_program_lists_every_option(name, monkeypatch, capsys):
         program.program([*argv, "--help"])
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
     for subtree, called in functions_of(name)(config_of(name)).items():
-        for option, parameter in keywords(called.listed or inspect.signature(called.function)).items():
+        for option, parameter in keyword_parameters(called.listed or inspect.signature(called.function)).items():
             default = "none" if parameter.default is parameter.empty else repr(parameter.default)
             if not isinstance(parameter.default, Mapping):
                 assert f"  {default}" in rows[f"{subtree}.{option}"], f"{subtree}.{option}"
@@ -189,7 +189,7 @@ def test_schedules_are_as_long_as_their_runs(variant):
 
 def test_overrides_reach_whatever_refers_to_them():
     path = str(EXPERIMENTS / "quickstart.py")
-    config = load(path, ["root=elsewhere", "corpus=mine", "sft.train.steps=7", "ppo.stage.temperature=0.8"])
+    config = load_config(path, ["root=elsewhere", "corpus=mine", "sft.train.steps=7", "ppo.stage.temperature=0.8"])
     assert config.sft.init_from == "elsewhere/pretrain" and config.ppo.data.reward_model == "elsewhere/reward"
     assert config.evaluate.models.to_dict() == {
         name: f"elsewhere/{stage}" for name, stage in (("raw", "pretrain"), ("sft", "sft"), ("ppo", "ppo"))
@@ -253,16 +253,16 @@ def test_what_follows_another_entry_can_be_set_alone_and_in_any_order(name):
             texts = [f"{key}={value}" for key, value in both]
             path = str(EXPERIMENTS / f"{name}.py")
             for order in (texts, texts[::-1]):
-                assert flatten(load(path, order).to_dict()) == with_values(config, *both), order
+                assert flatten(load_config(path, order).to_dict()) == with_values(config, *both), order
 
 
 def test_a_schedule_of_its_own_leaves_the_run_as_long_as_it_was():
     for overrides in (["train.steps=6", "optimizer.total_steps=14"], ["optimizer.total_steps=14", "train.steps=6"]):
-        config = load(f"{EXPERIMENTS / 'sft.py'}", overrides)
+        config = load_config(f"{EXPERIMENTS / 'sft.py'}", overrides)
         assert (config.train.steps, config.optimizer.total_steps) == (6, 14)
-    config = load(f"{EXPERIMENTS / 'sft.py'}", ["optimizer.total_steps=14"])
+    config = load_config(f"{EXPERIMENTS / 'sft.py'}", ["optimizer.total_steps=14"])
     assert (config.train.steps, config.optimizer.total_steps) == (170, 14)
-    config = load(f"{EXPERIMENTS / 'sft.py'}", ["train.steps=6"])
+    config = load_config(f"{EXPERIMENTS / 'sft.py'}", ["train.steps=6"])
     assert (config.train.steps, config.optimizer.total_steps) == (6, 6)
 
 
@@ -280,12 +280,12 @@ def test_a_schedule_of_its_own_leaves_the_run_as_long_as_it_was():
     ],
 )
 def test_what_must_be_equal_is_refused_in_one_line_where_it_is_not(name, override, error):
-    config = load(str(EXPERIMENTS / f"{name}.py"), [override], subtrees)
+    config = load_config(str(EXPERIMENTS / f"{name}.py"), [override], config_functions)
     if error is None:
-        train_config.stop_unless_equal(config, subtrees(config))
+        config.check_equal_options(config, config_functions(config))
         return
     with pytest.raises(UserError, match=error) as caught:
-        train_config.stop_unless_equal(config, subtrees(config))
+        config.check_equal_options(config, config_functions(config))
     assert "\n" not in str(caught.value)
 
 
@@ -296,14 +296,14 @@ def test_every_option_of_every_function_can_be_set_and_shows(name):
     listed, texts, expected = config.to_dict(), [], {}
     for subtree, called in functions(config).items():
         for option, parameter in called.options.items():
-            key, kind = f"{subtree}.{option}", kind_of_option(parameter)
+            key, kind = f"{subtree}.{option}", option_type(parameter)
             if parameter.default is parameter.empty:
                 continue
             default = dict(parameter.default) if dict in kind.types else parameter.default
             texts.append(f"{key}={default}")
             expected[key] = list(default) if isinstance(default, tuple) else default
     assert texts
-    given = to_dict(load(path, texts, functions))
+    given = to_dict(load_config(path, texts, functions))
     for key, value in expected.items():
         node = given
         for part in key.split("."):
@@ -313,7 +313,7 @@ def test_every_option_of_every_function_can_be_set_and_shows(name):
         with pytest.raises(
             UserError, match=f"config.{subtree}.no_such_thing is not in .*{name}.py, and no option of lm."
         ):
-            load(path, [f"{subtree}.no_such_thing=1"], functions)
+            load_config(path, [f"{subtree}.no_such_thing=1"], functions)
     assert config_of(name).to_dict() == listed
 
 
@@ -326,7 +326,7 @@ def test_what_a_file_lists_is_of_the_type_that_the_function_takes(name):
             node = node[part]
         for option, value in node.items():
             if option in called.options:
-                kind = kind_of_option(called.options[option])
+                kind = option_type(called.options[option])
                 value = dict(value) if isinstance(value, ConfigDict) else value
                 assert type(value) in kind.types, f"{subtree}.{option}"
 
@@ -340,15 +340,17 @@ def test_tiny_trains_a_few_steps(finished, name):
 
 
 def test_the_mixture_trains_and_its_twin_works_as_much_on_a_token(finished, small, tmp_path):
-    """By lm.train, on the finished pipeline's tokenizer and text. The router is what the mixture computes beside."""
+    """By lm.train.loop, on the finished pipeline's tokenizer and text. The router is what the mixture computes beside."""
     flags = [flag.removeprefix("--config.") for flag in settings(finished, "pretrain")]
     path = f"{EXPERIMENTS / 'moe.py'}:tiny"
-    held_out = train.run(load(path, flags), tmp_path / "moe")["held_out"]
+    held_out = loop.train_stage(load_config(path, flags), tmp_path / "moe")["held_out"]
     assert 0.9 < held_out["balance"] < 2 and held_out["router_z"] >= 0 and held_out["bits_per_byte"] > 1
     mixture, dense = (
-        model.Config(vocab_size=300, **load(path, [f"{key}={value}" for key, value in changes.items()]).model)
-        for changes in module_of(str(EXPERIMENTS / "moe.py")).sweep("tiny")
+        model.ModelConfig(
+            vocab_size=300, **load_config(path, [f"{key}={value}" for key, value in changes.items()]).model
+        )
+        for changes in config_module(str(EXPERIMENTS / "moe.py")).sweep("tiny")
     )
     router = mixture.layers * mixture.width * mixture.experts
     assert mixture.experts and not dense.experts
-    assert params.matmul_count(mixture) == params.matmul_count(dense) + router
+    assert params.matmul_param_count(mixture) == params.matmul_param_count(dense) + router

@@ -8,20 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import model, optim
-from lm.errors import UserError
+from lm import model
+from lm.core.errors import UserError
 from lm.model import lora
-from lm.model.experts import Routing, balance, routed, router_z
-from lm.model.quantised import stored
-from lm.stages import pretrain, sft
-from lm.stages.next_token import next_token
+from lm.model.moe import Routing, load_balancing_loss, moe_mlp, router_z_loss
+from lm.model.quantization import quantized_params
+from lm.optim import optimizers
+from lm.stages.pretraining import pretrain, sft
+from lm.stages.pretraining.next_token import next_token_loss
 
 E, K, D, F = 4, 2, 8, 6
 
 
 @pytest.fixture(scope="module")
 def mixture(tiny_model) -> model.Model:
-    return model.make(dataclasses.replace(tiny_model.config, experts=E, experts_per_token=K, hidden=12))
+    return model.make_model(dataclasses.replace(tiny_model.config, experts=E, experts_per_token=K, hidden=12))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def silu(x):
 )
 def test_routed_equals_a_loop_over_experts(changes):
     """In float64, a token and an expert at a time; and the gradient of one entry by finite differences."""
-    c = model.Config(vocab_size=9, width=D, hidden=F, experts=E, experts_per_token=K)
+    c = model.ModelConfig(vocab_size=9, width=D, hidden=F, experts=E, experts_per_token=K)
     c = dataclasses.replace(c, **changes)
     draw = np.random.default_rng(0)
     layer = {
@@ -66,7 +67,7 @@ def test_routed_equals_a_loop_over_experts(changes):
                 out[b, t] += p[e] / total * (h @ layer["down"][e])
         return out
 
-    run = jax.jit(lambda layer: routed(c, layer, jnp.asarray(x, jnp.float32), jax.nn.silu))
+    run = jax.jit(lambda layer: moe_mlp(c, layer, jnp.asarray(x, jnp.float32), jax.nn.silu))
     single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), layer)
     out, routing = run(single)
     np.testing.assert_allclose(out, by_hand(layer), rtol=1e-4, atol=1e-5)
@@ -91,30 +92,30 @@ def of_shares(chosen, probabilities) -> Routing:
 def test_balance_by_hand():
     """Even: E / k sum_e (k / E) (1 / E) = 1. All on one of four: 4 / 1 * 1 * 1 = 4. Padding does not count."""
     even = of_shares(np.tile([[1, 1, 0, 0], [0, 0, 1, 1]], (2, 1)), np.full((4, 4), 0.25))
-    np.testing.assert_allclose(balance(even, jnp.ones((1, 4))), 1)
+    np.testing.assert_allclose(load_balancing_loss(even, jnp.ones((1, 4))), 1)
     one = of_shares([[1, 0, 0, 0]] * 4, [[1, 0, 0, 0]] * 4)
-    np.testing.assert_allclose(balance(one, jnp.ones((1, 4))), 4)
+    np.testing.assert_allclose(load_balancing_loss(one, jnp.ones((1, 4))), 4)
     # Two tokens count: f = (1, 1/2, 1/2, 0), P = (0.5, 0.3, 0.1, 0.1): 4 / 2 * (0.5 + 0.15 + 0.05) = 1.4.
     mixed = of_shares(
         [[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]], [[0.6, 0.4, 0, 0], [0.4, 0.2, 0.2, 0.2], [0, 0, 0, 1]]
     )
-    np.testing.assert_allclose(balance(mixed, jnp.array([[1.0, 1.0, 0.0]])), 1.4, rtol=1e-6)
-    assert balance(mixed, jnp.zeros((1, 3))) == 0
+    np.testing.assert_allclose(load_balancing_loss(mixed, jnp.array([[1.0, 1.0, 0.0]])), 1.4, rtol=1e-6)
+    assert load_balancing_loss(mixed, jnp.zeros((1, 3))) == 0
     # The mean over layers: of 1.4 and 4.
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b[:, :, :3]]), mixed, one)
-    np.testing.assert_allclose(balance(both, jnp.array([[1.0, 1.0, 0.0]])), 2.7, rtol=1e-6)
+    np.testing.assert_allclose(load_balancing_loss(both, jnp.array([[1.0, 1.0, 0.0]])), 2.7, rtol=1e-6)
 
 
 def test_router_z_by_hand():
     """Two layers whose routers' logsumexp is 1 and 3: (1 + 9) / 2 = 5."""
     routing = Routing(jnp.ones((2, 1, 1, 4)), jnp.ones((2, 1, 1, 4)), jnp.array([1.0, 3.0]).reshape(2, 1, 1))
-    np.testing.assert_array_equal(router_z(routing), [[5.0]])
+    np.testing.assert_array_equal(router_z_loss(routing), [[5.0]])
 
 
 def test_the_terms_of_the_loss(mixture, fresh, rows):
     """Of all tokens but padding, trained or not; logged without their coefficients. No NaN where all is padding."""
     tokens, padding = tokens_of(rows), jax.tree.map(np.zeros_like, tokens_of(rows))
-    loss = jax.jit(functools.partial(next_token(mixture, balance=0.01, router_z=0.001), {"lm": fresh}, {}))
+    loss = jax.jit(functools.partial(next_token_loss(mixture, balance=0.01, router_z=0.001), {"lm": fresh}, {}))
     terms, metrics = loss(tokens, jax.random.key(0))
     _, routing = jax.jit(mixture.routed)(fresh, tokens.inputs, tokens.positions, tokens.segments)
     real = tokens.segments > 0
@@ -145,7 +146,7 @@ def skewed(fresh):
 def test_a_skewed_router_learns_to_share(mixture, fresh, rows):
     """Half of the experts idle: balance is 2. It falls to 1, as every router learns; without the term it stays."""
     batches = [tokens_of(rows, seed) for seed in range(4)]
-    optimizer = optim.make(learning_rate=3e-3, total_steps=100, schedule_name="constant")
+    optimizer = optimizers.make_optimizer(learning_rate=3e-3, total_steps=100, schedule_name="constant")
 
     @jax.jit
     def run(coefficient):
@@ -167,15 +168,15 @@ def test_a_skewed_router_learns_to_share(mixture, fresh, rows):
 @pytest.mark.parametrize("stage, name", [(pretrain, "balance"), (sft, "router_z")])
 def test_a_model_without_experts_has_neither(stage, name, tiny_model):
     with pytest.raises(UserError, match=f"stage.{name} is 0.01, but the model has no experts: leave it out, or set"):
-        stage.make(tiny_model, optim.make(learning_rate=1.0, total_steps=1), **{name: 0.01})
+        stage.make(tiny_model, optimizers.make_optimizer(learning_rate=1.0, total_steps=1), **{name: 0.01})
 
 
 def test_experts_of_a_base_kept_in_8_bits(mixture, fresh, rows):
     """Adapters on a frozen mixture: its experts' columns are scaled as those of other matrices are."""
     c = dataclasses.replace(mixture.config, lora_rank=1, lora_base="int8")
-    adapted, tokens = model.make(c), tokens_of(rows)
-    base, adapters = stored(c.lora_base, fresh), jax.jit(adapted.init)(jax.random.key(1))
+    adapted, tokens = model.make_model(c), tokens_of(rows)
+    base, adapters = quantized_params(c.lora_base, fresh), jax.jit(adapted.init)(jax.random.key(1))
     assert base["layers"]["gate"].dtype == jnp.int8
-    found = jax.jit(adapted.token_logprobs)(lora.joined(adapters, {lora.BASE: base}), tokens)
-    expected = jax.jit(mixture.token_logprobs)(lora.merged(c, base, adapters), tokens)
+    found = jax.jit(adapted.token_logprobs)(lora.adapters_over_base(adapters, {lora.FROZEN_BASE: base}), tokens)
+    expected = jax.jit(mixture.token_logprobs)(lora.merged_params(c, base, adapters), tokens)
     np.testing.assert_allclose(found, expected, atol=2e-4)

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 from runs import finished, small, stage_config
 
-from lm import train
-from lm.errors import UserError
-from lm.inherited import inherited_params
-from lm.workdir import load, load_policy, read_json, read_metrics, same_axes
+from lm.core.errors import UserError
+from lm.rewards.load import check_same_axes
+from lm.runs.workdir import load_trained_model, read_json, read_metrics
+from lm.train import loop
+from lm.train.warm_start import inherited_params, load_policy
 
 __all__ = ["finished", "small"]
 
 
 def of(finished, stage: str):
-    return load(finished / stage, backend="cpu")
+    return load_trained_model(finished / stage, backend="cpu")
 
 
 def with_axes(config, axes: dict[str, float]):
@@ -39,7 +40,7 @@ def test_a_head_is_taken_where_both_mean_the_same_by_it(finished):
 
 def test_a_reward_model_from_a_ppo_policy_learns(finished, small, tmp_path):
     """Its head is new: with PPO's, whose shape is another, all answers of a batch had the score of the first."""
-    train.run(stage_config(finished, "reward", f"init_from={finished}/ppo"), tmp_path / "run")
+    loop.train_stage(stage_config(finished, "reward", f"init_from={finished}/ppo"), tmp_path / "run")
     before, *_, after = read_metrics(tmp_path / "run")
     assert before["held_out/loss"] == pytest.approx(np.log(2)) and before["held_out/margin"] == 0
     assert after["held_out/margin"] != 0
@@ -76,8 +77,8 @@ def test_judges_of_one_question(finished, tmp_path):
     config = read_json(other / "config.json")
     del config["data"]["axes"]
     (other / "config.json").write_text(json.dumps(config))
-    same_axes([of(finished, "reward"), load(other, backend="cpu")])
+    check_same_axes([of(finished, "reward"), load_trained_model(other, backend="cpu")])
     config["data"]["axes"] = {"clear": 1.0, "overall": 1.0}
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="reward counts the axes overall 1, but .*other counts overall 1, clear 1: an"):
-        same_axes([of(finished, "reward"), load(other, backend="cpu")])
+        check_same_axes([of(finished, "reward"), load_trained_model(other, backend="cpu")])

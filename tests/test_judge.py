@@ -18,17 +18,27 @@ import numpy as np
 import pytest
 from runs import finished, started
 
-from lm import judge as programs
-from lm.agreement import cohen_kappa
-from lm.data.store import Store, Verdict
-from lm.errors import UserError
-from lm.intervals import rate
-from lm.model import make
-from lm.rewards import REWARDS, judge
-from lm.rewards.judge import RUBRIC, Choice, Question, by_endpoint, by_model, questions, understood, verdict, wins
-from lm.tokenizer import prompt
-from lm.verdicts import ranks
-from lm.workdir import load
+from lm.core.errors import UserError
+from lm.core.statistics import success_rate
+from lm.data.annotations import Annotation, AnnotationStore
+from lm.feedback import judge as programs
+from lm.feedback.agreement import cohen_kappa
+from lm.feedback.auto_rank import ranks_from_scores
+from lm.model import make_model
+from lm.rewards import REWARDS, llm_judge
+from lm.rewards.llm_judge import (
+    RUBRIC,
+    JudgeChoice,
+    PairQuestion,
+    endpoint_judge,
+    model_judge,
+    pair_questions,
+    pair_verdict,
+    parsed_reply,
+    win_counts,
+)
+from lm.runs.workdir import load_trained_model
+from lm.tokenizer import encode_prompt
 
 __all__ = ["finished"]
 
@@ -91,7 +101,7 @@ def serve():
 def pauses(monkeypatch) -> list[float]:
     """The seconds that a judge would have waited between attempts; none are."""
     waited = []
-    monkeypatch.setattr(judge, "time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr(llm_judge, "time", SimpleNamespace(sleep=waited.append))
     return waited
 
 
@@ -107,13 +117,13 @@ def people(tmp_path):
     ann prefers the longer response of the first eight pairs and the shorter one of the last two; bob skipped one.
     """
     pairs = [["x", "xxx"] if i < 6 else ["xxx", "x"] for i in range(10)]
-    with Store(tmp_path / "people.db") as store:
+    with AnnotationStore(tmp_path / "people.db") as store:
         store.add((f"item {i}", ASKED, [f"{i}{text}" for text in pair], []) for i, pair in enumerate(pairs))
         store.add([("three", ASKED, ["t", "ttt", "tt"], [])])
         for i, item in enumerate(store.items()[:10]):
-            longest = ranks(np.array([len(text) for text in item.responses]))
-            store.record(Verdict(f"ann {i}", item.id, "ann", longest if i < 8 else longest[::-1]))
-        store.record(Verdict("bob 0", item.id, "bob", [1, 1], "skipped"))
+            longest = ranks_from_scores(np.array([len(text) for text in item.responses]))
+            store.record(Annotation(f"ann {i}", item.id, "ann", longest if i < 8 else longest[::-1]))
+        store.record(Annotation("bob 0", item.id, "bob", [1, 1], "skipped"))
     return tmp_path
 
 
@@ -122,7 +132,7 @@ def run(people, *flags: str) -> None:
 
 
 def verdicts_of(people, rater: str) -> dict[str, tuple[str, list[int]]]:
-    with Store(people / "people.db") as store:
+    with AnnotationStore(people / "people.db") as store:
         return {r.name: (r.verdict, r.ranking) for r in store.rankings() if r.rater == rater}
 
 
@@ -134,51 +144,51 @@ def printed(capsys) -> dict[str, str]:
 
 @pytest.mark.parametrize("said", ["A", "a", "A.", " A\n", "Answer: A", "[[A]]", "(A)", "**A**", "The answer is A."])
 def test_kindly_understood(said):
-    assert understood(said) == 1
-    assert understood(re.sub(r"A\b|\ba\b", "B", said)) == 0
-    assert understood(re.sub(r"A\b|\ba\b", "Tie", said)) == 0.5
+    assert parsed_reply(said) == 1
+    assert parsed_reply(re.sub(r"A\b|\ba\b", "B", said)) == 0
+    assert parsed_reply(re.sub(r"A\b|\ba\b", "Tie", said)) == 0.5
 
 
 @pytest.mark.parametrize("said", ["", "C", "AB", "A or B", "Answer", "A, because B is rude", "I like A", NONSENSE])
 def test_strictly_understood(said):
-    assert understood(said) is None
+    assert parsed_reply(said) is None
 
 
 def test_verdict():
     """Both orders must say the same: P(a) is `forward`, and 1 - `backward`."""
-    assert verdict(1, 0) == 1 and verdict(0, 1) == -1
-    assert verdict(1, 1) == verdict(0, 0) == 0  # the first whatever it is, and the second
-    assert verdict(1, 0.5) == verdict(0.5, 0) == verdict(0.5, 0.5) == 0
-    assert verdict(0.8, 0.6) == 0  # 0.8 and 0.4
-    assert verdict(0.54, 0.48) == 0 and verdict(0.54, 0.42) == 1  # means of 0.53 and 0.56, margin 0.05
-    assert verdict(0.54, 0.48, margin=0.01) == 1
+    assert pair_verdict(1, 0) == 1 and pair_verdict(0, 1) == -1
+    assert pair_verdict(1, 1) == pair_verdict(0, 0) == 0  # the first whatever it is, and the second
+    assert pair_verdict(1, 0.5) == pair_verdict(0.5, 0) == pair_verdict(0.5, 0.5) == 0
+    assert pair_verdict(0.8, 0.6) == 0  # 0.8 and 0.4
+    assert pair_verdict(0.54, 0.48) == 0 and pair_verdict(0.54, 0.42) == 1  # means of 0.53 and 0.56, margin 0.05
+    assert pair_verdict(0.54, 0.48, margin=0.01) == 1
 
 
-def choices(*probabilities: float | None) -> list[Choice]:
-    return [Choice(p, "") for p in probabilities]
+def choices(*probabilities: float | None) -> list[JudgeChoice]:
+    return [JudgeChoice(p, "") for p in probabilities]
 
 
 def test_wins():
     """Of a, b, c: a beats b, a and c tie as the orders disagree, c beats b: 1.5, 0 and 1.5."""
-    asked = questions(ASKED, ["a", "b", "c"])
+    asked = pair_questions(ASKED, ["a", "b", "c"])
     assert [(q.first, q.second) for q in asked] == [tuple(pair) for pair in "ab ba ac ca bc cb".split()]
-    assert wins(choices(1, 0, 1, 1, 0, 1), 3) == pytest.approx([1.5, 0, 1.5])
-    assert wins(choices(1, 0, 1, None, 0, 1), 3) is None
+    assert win_counts(choices(1, 0, 1, 1, 0, 1), 3) == pytest.approx([1.5, 0, 1.5])
+    assert win_counts(choices(1, 0, 1, None, 0, 1), 3) is None
 
 
 def test_bias_and_consistency():
     """First in 3 of the 5 that decide; of three pairs without nonsense the first two agree, one of them on a tie."""
     said = choices(1, 0, 0.5, 0.5, 1, 1, 0, None)
-    assert judge.position_bias(said) == rate([True, False, True, True, False])
-    assert judge.consistency(said) == rate([True, True, False])
-    assert np.isnan(judge.position_bias(choices(0.5, None))).all()
+    assert llm_judge.position_bias(said) == success_rate([True, False, True, True, False])
+    assert llm_judge.order_consistency(said) == success_rate([True, True, False])
+    assert np.isnan(llm_judge.position_bias(choices(0.5, None))).all()
 
 
 def test_what_is_asked(serve):
     """The rubric, the conversation and both answers; no warmth; the key if there is one."""
     endpoint = serve(longer)
-    asked = [Question([*ASKED, {"role": "assistant", "content": "Guess."}, *ASKED], "short", "longer")]
-    assert list(by_endpoint(endpoint.url, "m", "Be fair.", api_key="secret")(asked)) == [Choice(0.0, "B")]
+    asked = [PairQuestion([*ASKED, {"role": "assistant", "content": "Guess."}, *ASKED], "short", "longer")]
+    assert list(endpoint_judge(endpoint.url, "m", "Be fair.", api_key="secret")(asked)) == [JudgeChoice(0.0, "B")]
     [body] = endpoint.bodies
     assert (body["model"], body["temperature"], endpoint.keys) == ("m", 0, ["Bearer secret"])
     system, user = body["messages"]
@@ -189,8 +199,8 @@ def test_what_is_asked(serve):
 
 def test_choices_come_in_order_however_long_they_take(serve):
     endpoint = serve(lambda first, _: time.sleep(0.002 * int(first)) or "AB"[int(first) % 2])
-    asked = [Question(ASKED, str(i), "x") for i in range(20, 0, -1)]
-    assert [c.said for c in by_endpoint(endpoint.url, "m", at_once=5)(asked)] == ["A", "B"] * 10
+    asked = [PairQuestion(ASKED, str(i), "x") for i in range(20, 0, -1)]
+    assert [c.said for c in endpoint_judge(endpoint.url, "m", at_once=5)(asked)] == ["A", "B"] * 10
     assert endpoint.keys == [None] * 20
 
 
@@ -248,8 +258,8 @@ def test_nothing_but_nonsense(serve, people):
 def test_a_fault_that_passes_is_waited_out(serve, people, pauses):
     faults = iter([(500, "oh"), (503, "busy")])
     endpoint = serve(lambda *pair: next(faults, None) or longer(*pair))
-    asked = questions(ASKED, ["a", "bb"])
-    assert [c.first for c in by_endpoint(endpoint.url, "m", at_once=1, backoff=0.5)(asked)] == [0, 1]
+    asked = pair_questions(ASKED, ["a", "bb"])
+    assert [c.first for c in endpoint_judge(endpoint.url, "m", at_once=1, backoff=0.5)(asked)] == [0, 1]
     assert pauses == [0, 0.5, 1.0, 0] and len(endpoint.bodies) == 4
 
 
@@ -266,7 +276,7 @@ def test_a_fault_that_passes_is_waited_out(serve, people, pauses):
 def test_a_fault_that_stays(serve, pauses, reply, attempts, fault):
     endpoint = serve(lambda *_: reply)
     with pytest.raises(UserError, match=fault) as error:
-        list(by_endpoint(endpoint.url, "m")([Question(ASKED, "a", "b")]))
+        list(endpoint_judge(endpoint.url, "m")([PairQuestion(ASKED, "a", "b")]))
     assert len(endpoint.bodies) == attempts and "\n" not in str(error.value)
     assert pauses == [0, 1, 2, 4, 8][:attempts]
 
@@ -281,7 +291,7 @@ def test_an_endpoint_that_is_not_there(serve, people, pauses):
 
 def test_an_empty_reply_is_nonsense(serve):
     endpoint = serve(lambda *_: (200, completion(None)))
-    assert list(by_endpoint(endpoint.url, "m")([Question(ASKED, "a", "b")])) == [Choice(None, "")]
+    assert list(endpoint_judge(endpoint.url, "m")([PairQuestion(ASKED, "a", "b")])) == [JudgeChoice(None, "")]
 
 
 def test_a_failure_loses_nothing_that_was_judged(serve, people, capsys):
@@ -289,8 +299,10 @@ def test_a_failure_loses_nothing_that_was_judged(serve, people, capsys):
     number = itertools.count()
     endpoint = serve(lambda *pair: (400, "broken") if next(number) == 9 else longer(*pair))
     with pytest.MonkeyPatch.context() as patch:
-        one_by_one = lambda *args, **options: by_endpoint(*args, at_once=1, **options)  # so that the tenth is the tenth
-        patch.setattr(programs, "by_endpoint", one_by_one)
+        one_by_one = lambda *args, **options: endpoint_judge(
+            *args, at_once=1, **options
+        )  # so that the tenth is the tenth
+        patch.setattr(programs, "endpoint_judge", one_by_one)
         with pytest.raises(UserError, match="answered 400"):
             run(people, f"--judge={endpoint.url}", "--model=m")
         before = verdicts_of(people, "judge m")
@@ -308,7 +320,7 @@ def test_a_kill_loses_nothing_that_was_judged(serve, people):
     number, gate = itertools.count(), threading.Event()
     endpoint = serve(lambda *pair: (next(number) < 16 or gate.wait(60)) and longer(*pair))  # stops at 16 of 26
     flags = [f"--judge={endpoint.url}", "--model=m"]
-    with started("lm.judge", f"--workdir={people}", *flags) as process:
+    with started("lm.feedback.judge", f"--workdir={people}", *flags) as process:
         deadline = time.monotonic() + 60
         while len(verdicts_of(people, "judge m")) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -344,18 +356,18 @@ def test_a_limit_and_another_rubric(serve, people, tmp_path):
 def test_a_rule(people, capsys):
     """Its scores give the ranks; there are no orders to compare."""
     run(people, "--judge=rule")
-    with Store(people / "people.db") as store:
+    with AnnotationStore(people / "people.db") as store:
         found = [r for r in store.rankings() if r.rater == "rule"]
     assert len(found) == 11
     for r in found:
-        assert r.ranking == ranks(REWARDS["rule"]([r.prompt] * len(r.responses), r.responses))
+        assert r.ranking == ranks_from_scores(REWARDS["rule"]([r.prompt] * len(r.responses), r.responses))
     shown = printed(capsys)
     assert shown["items"] == "11" and "ann" in shown and "both orders agree" not in shown
     assert not (people / "judges").exists()
 
 
 def test_nobody_else(tmp_path, capsys):
-    with Store(tmp_path / "people.db") as store:
+    with AnnotationStore(tmp_path / "people.db") as store:
         store.add([("one", ASKED, ["a", "b"], [])])
     run(tmp_path, "--judge=rule")
     assert "nobody else has ranked these items yet" in capsys.readouterr().out
@@ -363,21 +375,21 @@ def test_nobody_else(tmp_path, capsys):
 
 def by_sft(finished, rubric: str, **options):
     """The SFT policy as a judge, its context widened from 64 tokens, which the bare question alone would fill."""
-    trained = load(finished / "sft", backend="cpu")
-    model = make(dataclasses.replace(trained.model.config, context=256))
-    return trained, by_model(model, trained.params["lm"], trained.tokenizer, rubric, jit=jax.jit, **options)
+    trained = load_trained_model(finished / "sft", backend="cpu")
+    model = make_model(dataclasses.replace(trained.model.config, context=256))
+    return trained, model_judge(model, trained.params["lm"], trained.tokenizer, rubric, jit=jax.jit, **options)
 
 
 def test_a_model_weighs_its_own_replies(finished):
     """P(first) = p("A<|end|>") / (p("A<|end|>") + p("B<|end|>")), whatever else is in the batch."""
     trained, ask = by_sft(finished, "", questions_at_once=4)
     tokenizer, model, lm = trained.tokenizer, trained.model, trained.params["lm"]
-    short = [Question([{"role": "user", "content": "?"}], *pair) for pair in ("ab", "ba", "ac", "cb", "bb")]
+    short = [PairQuestion([{"role": "user", "content": "?"}], *pair) for pair in ("ab", "ba", "ac", "cb", "bb")]
     with jax.default_matmul_precision("float32"):
         found = list(ask(short))
     assert len(found) == 5 and not any(choice.cut for choice in found)
     for question, choice in zip(short, found):
-        ids = prompt(tokenizer, judge.asked("", question))
+        ids = encode_prompt(tokenizer, llm_judge.judge_messages("", question))
         totals = []
         for letter in "AB":
             reply = [*tokenizer.encode(letter), tokenizer.end]
@@ -394,7 +406,7 @@ def test_a_long_question_loses_its_oldest_turns(finished):
     _, ask = by_sft(finished, "")
     last = [{"role": "user", "content": "?"}]
     long = [{"role": "user", "content": "an old question " * 9}, {"role": "assistant", "content": "yes " * 300}, *last]
-    whole, cut = ask([Question(last, "a", "b"), Question(long, "a", "b")])
+    whole, cut = ask([PairQuestion(last, "a", "b"), PairQuestion(long, "a", "b")])
     assert (whole.cut, cut.cut) == (False, True) and cut.first == pytest.approx(whole.first, abs=1e-5)
 
 
@@ -402,10 +414,10 @@ def test_answers_that_a_judge_cannot_see_are_not_judged(finished):
     """Two that differ only in what the context has no room for: no choice, whatever else is asked with them."""
     _, ask = by_sft(finished, "", questions_at_once=2)
     last = [{"role": "user", "content": "?"}]
-    whole, endless = ask([Question(last, "a", "b"), Question(last, "a " * 200, "a " * 200 + "b")])
-    assert 0 <= whole.first <= 1 and endless == Choice(None, judge.TOO_LONG, True)
-    assert list(ask([Question(last, "a " * 200, "b")] * 3)) == [endless] * 3
-    [alone] = ask([Question(last, "a", "b")])
+    whole, endless = ask([PairQuestion(last, "a", "b"), PairQuestion(last, "a " * 200, "a " * 200 + "b")])
+    assert 0 <= whole.first <= 1 and endless == JudgeChoice(None, llm_judge.TOO_LONG_REPLY, True)
+    assert list(ask([PairQuestion(last, "a " * 200, "b")] * 3)) == [endless] * 3
+    [alone] = ask([PairQuestion(last, "a", "b")])
     assert alone.first == pytest.approx(whole.first, abs=1e-5)
 
 
@@ -421,7 +433,7 @@ def wide(finished, tmp_path):
 
 
 def test_a_model_of_ours_as_judge(wide, people, capsys):
-    with Store(people / "people.db") as store:
+    with AnnotationStore(people / "people.db") as store:
         store.add([("endless", ASKED, ["a " * 600, "b"], []), ("talk", [*ASKED, OLD, *ASKED], ["a", "b"], [])])
     run(people, f"--judge={wide}")
     found = verdicts_of(people, "judge wide/ppo")

@@ -11,12 +11,12 @@ import pytest
 from runs import finished
 
 from lm import model
-from lm.errors import UserError
+from lm.core.errors import UserError
+from lm.core.sharding import make_mesh
 from lm.model import kernels
 from lm.model.attention import causal_attention
 from lm.model.kernels import cudnn_attention, splash_attention
-from lm.sharding import make_mesh
-from lm.workdir import load
+from lm.runs.workdir import load_trained_model
 
 __all__ = ["finished"]
 cudnn = functools.partial(cudnn_attention, implementation="xla")
@@ -80,15 +80,15 @@ def test_a_scanned_stack_of_two_kinds_of_layers(tiny_model, monkeypatch):
     lm = jax.jit(tiny_model.init)(jax.random.key(0))
 
     def states(attention):
-        m = model.make(dataclasses.replace(mixed, attention=attention))
+        m = model.make_model(dataclasses.replace(mixed, attention=attention))
         return jax.jit(m.hidden)(lm, ids, np.broadcast_to(np.arange(20), (2, 20)), segments)
 
-    monkeypatch.setitem(kernels.IMPLEMENTATIONS, "splash", splash)
+    monkeypatch.setitem(kernels.ATTENTION_KERNELS, "splash", splash)
     same(states("splash"), states("xla"))
 
 
 def test_auto_is_the_platforms_kernel_where_it_can():
-    c = model.Config(vocab_size=8)
+    c = model.ModelConfig(vocab_size=8)
     assert [c.on(backend).attention for backend in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
     for changes in ({"attention_softcap": 1.0}, {"head_size": 12}, {"head_size": 256}, {"dtype": "float32"}):
         other = dataclasses.replace(c, **changes)
@@ -118,7 +118,7 @@ def test_auto_is_the_platforms_kernel_where_it_can():
 )
 def test_what_an_implementation_cannot_do(changes, message):
     with pytest.raises(UserError, match=message):
-        model.Config(vocab_size=8, **changes).on("cpu")
+        model.ModelConfig(vocab_size=8, **changes).on("cpu")
 
 
 def test_a_run_of_another_platform_is_read_here(finished, tmp_path):
@@ -128,6 +128,6 @@ def test_a_run_of_another_platform_is_read_here(finished, tmp_path):
         told = file.read_text()
         assert '"attention": "auto"' in told
         file.write_text(told.replace('"attention": "auto"', '"attention": "splash"'))
-    here, there = (load(path, backend=backend) for backend in ("cpu", "tpu"))
+    here, there = (load_trained_model(path, backend=backend) for backend in ("cpu", "tpu"))
     assert (here.shape.attention, here.model.config.attention) == ("auto", "xla")
     assert (there.shape.attention, there.model.config.attention) == ("splash", "splash")

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.model.linear import linear, matched, mixed, row_major
-from lm.model.scores import of_targets
-from lm.sharding import make_mesh, shard
+from lm.core.sharding import make_mesh, shard
+from lm.model.logprobs import target_logprobs
+from lm.model.matmul import attention_output, linear, query_key_scores, row_major
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}  # bfloat16 keeps 8 bits: sums of a dozen such products
@@ -50,9 +50,9 @@ def test_products_of_attention(dtype):
     q, k, weights = (
         normal(*shape, seed=i, dtype=dtype) for i, shape in enumerate([(2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 5, 7)])
     )
-    same_gradients(matched, lambda q, k: jnp.einsum("bkth,bksh->bkts", q, k), q, k, dtype=dtype)
-    same_gradients(mixed, lambda w, v: jnp.einsum("bkts,bksh->bkth", w, v), weights, k, dtype=dtype)
-    assert matched(q, k).dtype == jnp.float32 and mixed(weights, k).dtype == q.dtype
+    same_gradients(query_key_scores, lambda q, k: jnp.einsum("bkth,bksh->bkts", q, k), q, k, dtype=dtype)
+    same_gradients(attention_output, lambda w, v: jnp.einsum("bkts,bksh->bkth", w, v), weights, k, dtype=dtype)
+    assert query_key_scores(q, k).dtype == jnp.float32 and attention_output(weights, k).dtype == q.dtype
 
 
 def test_a_row_major_array_is_the_same_array_under_vmap_and_over_devices():
@@ -76,12 +76,12 @@ def test_scores_of_targets(split):
         return jnp.sum(normal(8, 5, seed=2) * pair[0] + normal(8, 5, seed=3) * jnp.square(pair[1]))
 
     expected = jax.value_and_grad(lambda x: mixture(plain(x)))(logits)
-    ours = jax.jit(jax.value_and_grad(lambda x: mixture(of_targets(shard(x, "batch", None, "vocab"), targets))))
+    ours = jax.jit(jax.value_and_grad(lambda x: mixture(target_logprobs(shard(x, "batch", None, "vocab"), targets))))
     if split:
         with jax.set_mesh(make_mesh(data=4, tensor=2)):
             found = ours(logits)
     else:
         found = ours(logits)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
-    halves = of_targets(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), jnp.int32))
+    halves = target_logprobs(jnp.zeros((1, 1, 2)), jnp.zeros((1, 1), jnp.int32))
     np.testing.assert_allclose(jnp.stack(halves).ravel(), [-np.log(2), np.log(2)], rtol=1e-6)

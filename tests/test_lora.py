@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, finished, settings, small
 
-from lm import console, model, optim, train
-from lm.errors import UserError
+from lm import model
+from lm.core.errors import UserError
 from lm.model import lora
-from lm.model.params import count
-from lm.model.quantised import stored
-from lm.stages import grpo, pretrain
-from lm.update import seen
-from lm.workdir import load, read_metrics
+from lm.model.params import param_count
+from lm.model.quantization import quantized_params
+from lm.optim import optimizers
+from lm.optim.combinators import inference_state
+from lm.runs import console
+from lm.runs.workdir import load_trained_model, read_metrics
+from lm.stages.pretraining import pretrain
+from lm.stages.rl import grpo
+from lm.train import loop
 
 __all__ = ["finished", "small"]
 
@@ -26,15 +30,15 @@ __all__ = ["finished", "small"]
 def adapted(tiny_model):
     """The tiny model with adapters of rank 2 on two of its matrices."""
     config = dataclasses.replace(tiny_model.config, lora_rank=2, lora_alpha=4.0, lora_targets="query,down")
-    return model.make(config)
+    return model.make_model(config)
 
 
 def update(adapted, tiny_lm, rows, base="float32", steps=3):
     """State and metrics after some pretraining steps on one batch."""
     tokens = rows(np.arange(48).reshape(4, 12) % 29 + 1, [12, 9, 12, 7])
-    step = pretrain.make(adapted, optim.make(learning_rate=1e-2, total_steps=10))
+    step = pretrain.make(adapted, optimizers.make_optimizer(learning_rate=1e-2, total_steps=10))
     key = jax.random.key(0)
-    state = step.init(key, {"lm": adapted.init(key)}, {lora.BASE: stored(base, tiny_lm)})
+    state = step.init(key, {"lm": adapted.init(key)}, {lora.FROZEN_BASE: quantized_params(base, tiny_lm)})
     run, found = jax.jit(step.update), []
     for _ in range(steps):
         state, metrics = run(state, tokens)
@@ -49,16 +53,16 @@ def test_only_adapters_are_learnt_and_the_first_output_is_the_bases(adapted, tin
     assert losses[0] == pytest.approx(mean, rel=1e-5) and losses[2] < losses[0] - 0.05
     assert set(state.params["lm"]["layers"]) == {"query_a", "query_b", "down_a", "down_b"}
     # Rank 2 of two layers: query 16 x 32, down 24 x 16: 2 x 2 x (16 + 32 + 24 + 16) = 352
-    assert sum(x.size for x in jax.tree.leaves(state.params)) == count(lora.adapter_specs(adapted.config)) == 352
-    jax.tree.map(np.testing.assert_array_equal, state.frozen[lora.BASE], tiny_lm)
+    assert sum(x.size for x in jax.tree.leaves(state.params)) == param_count(lora.lora_specs(adapted.config)) == 352
+    jax.tree.map(np.testing.assert_array_equal, state.frozen[lora.FROZEN_BASE], tiny_lm)
     moments = [x for x in jax.tree.leaves(state.opt_state) if getattr(x, "ndim", 0) >= 2]
     assert sum(x.size for x in moments) == 2 * 352
 
 
 def test_merged_is_the_same_model(adapted, tiny_model, tiny_lm, rows):
     state, _, tokens = update(adapted, tiny_lm, rows)
-    merged = lora.merged(adapted.config, tiny_lm, state.params["lm"])
-    apart = adapted.token_logprobs(seen(state).params["lm"], tokens)
+    merged = lora.merged_params(adapted.config, tiny_lm, state.params["lm"])
+    apart = adapted.token_logprobs(inference_state(state).params["lm"], tokens)
     np.testing.assert_allclose(tiny_model.token_logprobs(merged, tokens), apart, atol=2e-5)
     assert jax.tree.structure(merged) == jax.tree.structure(dict(tiny_lm))
     # By hand, one entry: W + alpha / rank times row of A times column of B.
@@ -71,26 +75,28 @@ def test_merged_is_the_same_model(adapted, tiny_model, tiny_lm, rows):
 def test_a_smaller_base_is_close_and_learns(adapted, tiny_model, tiny_lm, rows, base, gap):
     state, losses, tokens = update(adapted, tiny_lm, rows, base=base)
     assert losses[2] < losses[0] - 0.05
-    kept = state.frozen[lora.BASE]["layers"]
+    kept = state.frozen[lora.FROZEN_BASE]["layers"]
     assert kept["gate"].dtype == {"bfloat16": jnp.bfloat16, "int8": jnp.int8}[base]
-    apart = adapted.token_logprobs(seen(state).params["lm"], tokens)
-    merged = lora.merged(dataclasses.replace(adapted.config, lora_base=base), kept_base(state), state.params["lm"])
+    apart = adapted.token_logprobs(inference_state(state).params["lm"], tokens)
+    merged = lora.merged_params(
+        dataclasses.replace(adapted.config, lora_base=base), kept_base(state), state.params["lm"]
+    )
     np.testing.assert_allclose(tiny_model.token_logprobs(merged, tokens), apart, atol=2e-4)
-    plain = lora.merged(adapted.config, tiny_lm, state.params["lm"])
+    plain = lora.merged_params(adapted.config, tiny_lm, state.params["lm"])
     assert 0 < np.abs(tiny_model.token_logprobs(plain, tokens) - apart)[tokens.weights > 0].max() < gap
 
 
 def kept_base(state):
-    return jax.tree.map(np.asarray, state.frozen[lora.BASE])
+    return jax.tree.map(np.asarray, state.frozen[lora.FROZEN_BASE])
 
 
 def test_a_reference_is_adapters_only(adapted, tiny_lm):
     """KL to the start is 0 before the first step, and the reference costs no second decoder."""
-    step = grpo.make(adapted, optim.make(learning_rate=1e-2, total_steps=10))
+    step = grpo.make(adapted, optimizers.make_optimizer(learning_rate=1e-2, total_steps=10))
     key = jax.random.key(0)
-    state = step.init(key, {"lm": adapted.init(key)}, {lora.BASE: tiny_lm})
+    state = step.init(key, {"lm": adapted.init(key)}, {lora.FROZEN_BASE: tiny_lm})
     assert set(state.frozen["ref"]) == {"layers"}
-    there = seen(state)
+    there = inference_state(state)
     jax.tree.map(np.testing.assert_array_equal, there.frozen["ref"], there.params["lm"])
     assert "embedding" in there.frozen["ref"]
 
@@ -99,7 +105,7 @@ def run(capsys, monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["", *map(str, flags)])
     code = 0
     try:
-        console.main(train.program)
+        console.run_program(loop.program)
     except SystemExit as exit:
         code = exit.code
     return code, capsys.readouterr()
@@ -113,8 +119,8 @@ def test_a_workdir_of_adapters_is_a_whole_model_to_others(finished, tmp_path, ca
     assert code == 0, said.err
     code, said = run(capsys, monkeypatch, *flags, "--config.train.steps=8")
     assert code == 0 and "continues from step 4" in said.out
-    trained = load(tmp_path / "sft", backend="cpu")
-    assert trained.shape == load(finished / "pretrain", backend="cpu").shape
+    trained = load_trained_model(tmp_path / "sft", backend="cpu")
+    assert trained.shape == load_trained_model(finished / "pretrain", backend="cpu").shape
     assert trained.params["lm"]["layers"]["query"].dtype == np.float32
     rows = [row for row in read_metrics(tmp_path / "sft") if "held_out/loss" in row]
     assert [row["step"] for row in rows][0] == 0 and rows[-1]["step"] == 8
@@ -137,14 +143,14 @@ def test_it_goes_on_upon_its_own_base(finished, tmp_path, capsys, monkeypatch, s
     shutil.copytree(finished / "sft", source)
     code, said = run(capsys, monkeypatch, *flags, f"--workdir={tmp_path / 'stopped'}", "--config.train.steps=8")
     assert code == 0 and "continues from step 4" in said.out
-    ends = [load(tmp_path / name, backend="cpu").params for name in ("through", "stopped")]
+    ends = [load_trained_model(tmp_path / name, backend="cpu").params for name in ("through", "stopped")]
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
 def test_refused(tiny_model, finished, tmp_path, capsys, monkeypatch, small):
     bad = dataclasses.replace(tiny_model.config, lora_rank=2, lora_targets="query,embedding")
     with pytest.raises(UserError, match="lora_targets names 'embedding'; this model has attention_out, down, gate"):
-        model.make(bad)
+        model.make_model(bad)
     flags = [f"--config={EXPERIMENTS / 'lora.py'}:tiny", f"--workdir={tmp_path / 'p'}"]
     code, said = run(capsys, monkeypatch, *flags, "--config.init_from=", f"--config.tokenizer={finished / 'tokenizer'}")
     assert code == 2 and "model.lora_rank needs a model to adapt: set config.init_from" in said.err

@@ -26,18 +26,18 @@ def expected(logits, of_token):
 
 def test_bradley_terry():
     # -log sigmoid(2 - 1) = log(1 + e^-1) = 0.313262; equal scores give log 2; far apart it is linear, not infinite
-    got = ranking.bradley_terry(jnp.array([2.0, 0.5, -100.0]), jnp.array([1.0, 0.5, 100.0]))
+    got = ranking.bradley_terry_loss(jnp.array([2.0, 0.5, -100.0]), jnp.array([1.0, 0.5, 100.0]))
     np.testing.assert_allclose(got, [0.313262, math.log(2), 200.0], rtol=1e-6)
 
 
 def test_bradley_terry_with_a_margin_and_wrong_verdicts():
     # d = 2 - 1 - 0.5 = 0.5; sigmoid 0.622459; 0.9 * 0.622459 + 0.1 * 0.377541 = 0.597967; -log = 0.514219
-    got = ranking.bradley_terry(jnp.array([2.0]), jnp.array([1.0]), margin=0.5, flipped=0.1)
+    got = ranking.bradley_terry_loss(jnp.array([2.0]), jnp.array([1.0]), margin=0.5, flipped=0.1)
     np.testing.assert_allclose(got, [0.514219], rtol=1e-5)
     # however far on the wrong side the scores are, a verdict that may be wrong costs -log 0.1 and pulls no more
-    far = lambda x: ranking.bradley_terry(x, 0.0, flipped=0.1)
+    far = lambda x: ranking.bradley_terry_loss(x, 0.0, flipped=0.1)
     np.testing.assert_allclose(far(-50.0), -math.log(0.1), rtol=1e-6)
-    assert abs(jax.grad(far)(-50.0)) < 1e-6 and jax.grad(lambda x: ranking.bradley_terry(x, 0.0))(-50.0) == -1
+    assert abs(jax.grad(far)(-50.0)) < 1e-6 and jax.grad(lambda x: ranking.bradley_terry_loss(x, 0.0))(-50.0) == -1
 
 
 RANKS = jnp.array([[2, 1, 3, 0]])
@@ -46,25 +46,25 @@ SCORES = jnp.array([[0.5, 1.0, -0.5, 9.0]])
 
 def test_plackett_luce():
     # best is 1: log(1 + e^-0.5 + e^-1.5) = 0.604126; then 0 before 2: log(1 + e^-1) = 0.313262; the last has no choice
-    got = ranking.plackett_luce(SCORES, RANKS)
+    got = ranking.plackett_luce_loss(SCORES, RANKS)
     np.testing.assert_allclose(got, [[0.313262, 0.604126, 0.0, 0.0]], rtol=1e-4)
-    assert jax.grad(lambda s: ranking.plackett_luce(s, RANKS).sum())(SCORES)[0, 3] == 0  # no such answer
+    assert jax.grad(lambda s: ranking.plackett_luce_loss(s, RANKS).sum())(SCORES)[0, 3] == 0  # no such answer
 
 
 def test_plackett_luce_is_a_distribution_over_orders():
     orders = [[1, 2, 3], [1, 3, 2], [2, 1, 3], [2, 3, 1], [3, 1, 2], [3, 2, 1]]
     scores = jnp.tile(SCORES[:, :3], (6, 1))
-    each = jnp.exp(-ranking.plackett_luce(scores, jnp.array(orders)).sum(axis=1))
+    each = jnp.exp(-ranking.plackett_luce_loss(scores, jnp.array(orders)).sum(axis=1))
     np.testing.assert_allclose(each.sum(), 1, rtol=1e-6)
 
 
 def test_plackett_luce_of_two_is_bradley_terry():
-    got = ranking.plackett_luce(jnp.array([[0.3, 1.1], [0.3, 1.1]]), jnp.array([[1, 2], [2, 1]])).sum(axis=1)
-    np.testing.assert_allclose(got, ranking.bradley_terry(jnp.array([0.3, 1.1]), jnp.array([1.1, 0.3])), rtol=1e-6)
+    got = ranking.plackett_luce_loss(jnp.array([[0.3, 1.1], [0.3, 1.1]]), jnp.array([[1, 2], [2, 1]])).sum(axis=1)
+    np.testing.assert_allclose(got, ranking.bradley_terry_loss(jnp.array([0.3, 1.1]), jnp.array([1.1, 0.3])), rtol=1e-6)
 
 
 def test_plackett_luce_of_a_tie_compares_its_members_with_the_worse_only():
-    got = ranking.plackett_luce(SCORES[:, :3], jnp.array([[1, 1, 2]]))
+    got = ranking.plackett_luce_loss(SCORES[:, :3], jnp.array([[1, 1, 2]]))
     np.testing.assert_allclose(got, [[math.log(1 + math.exp(-1.0)), math.log(1 + math.exp(-1.5)), 0]], rtol=1e-5)
 
 
@@ -115,7 +115,7 @@ def test_sequence_ratio_is_the_geometric_mean_of_a_row():
 
 def test_truncated_reinforce_cuts_the_weight_and_keeps_the_gradient():
     # weight min(ratio, 3): ratio 2 -> 2, ratio 5 -> 3; gradient -weight * A whatever the ratio, log p only its carrier
-    of_logprob = lambda x, ratio: policy.truncated_reinforce(x, ratio, 2.0, high=2.0)
+    of_logprob = lambda x, ratio: policy.truncated_reinforce_loss(x, ratio, 2.0, high=2.0)
     np.testing.assert_allclose(jax.grad(of_logprob)(-1.0, 2.0), -4.0)
     np.testing.assert_allclose(jax.grad(of_logprob)(-1.0, 5.0), -6.0)
     assert jax.grad(of_logprob, argnums=1)(-1.0, 2.0) == 0
@@ -132,7 +132,7 @@ def test_truncated_reinforce_cuts_the_weight_and_keeps_the_gradient():
 )
 def test_clipped_value(value, old, target, loss, slope):
     """Rule 4: 0.5 * max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2)."""
-    got = jax.value_and_grad(policy.clipped_value)(value, old, target, clip=0.2)
+    got = jax.value_and_grad(policy.clipped_value_loss)(value, old, target, clip=0.2)
     np.testing.assert_allclose(got, [loss, slope], rtol=1e-5)
 
 

@@ -1,8 +1,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lm import metrics
-from lm.metrics import Mean, mean, row_mean, row_sum, scalar
+from lm.core import metrics
+from lm.core.metrics import Mean, mean, row_mean, row_sum, scalar_metric
 
 
 def test_mean_divides_once_at_the_very_end():
@@ -18,7 +18,7 @@ def test_weights():
     assert mean(jnp.array([2.0, 6.0]), jnp.array([1.0, 3.0])).value() == 5.0
     # a coefficient scales the term and leaves what it is divided by
     assert (0.5 * Mean(jnp.float32(8), jnp.float32(4))) == Mean(jnp.float32(4), jnp.float32(4))
-    assert scalar(7).value() == 7.0 and scalar(7).weight == 1.0
+    assert scalar_metric(7).value() == 7.0 and scalar_metric(7).weight == 1.0
 
 
 def test_weight_zero_equals_deleting_the_token():
@@ -45,8 +45,8 @@ def test_three_averages_of_tokens_in_rows():
 
 
 def test_add_and_values():
-    a = {"x": Mean(jnp.float32(1), jnp.float32(2)), "y": scalar(1)}
-    total = metrics.values(metrics.add(a, a | {"x": Mean(jnp.float32(2), jnp.float32(2))}))
+    a = {"x": Mean(jnp.float32(1), jnp.float32(2)), "y": scalar_metric(1)}
+    total = metrics.metric_values(metrics.metric_sum(a, a | {"x": Mean(jnp.float32(2), jnp.float32(2))}))
     assert total == {"x": 0.75, "y": 1.0}  # (1 + 2) / (2 + 2), (1 + 1) / 2
     assert all(type(value) is float for value in total.values())
-    np.testing.assert_equal(metrics.values({}), {})
+    np.testing.assert_equal(metrics.metric_values({}), {})

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
-from lm import model, optim
-from lm.errors import UserError
-from lm.model.attention import attention, by_position, causal_attention, grouped
-from lm.model.params import count, flops_per_token, matmul_count, specs
-from lm.model.rope import frequencies, rope_angles, rotated
-from lm.types import Tokens
+from lm import model
+from lm.core.errors import UserError
+from lm.core.types import Tokens
+from lm.model.attention import causal_attention, masked_attention, merged_heads, queries_by_kv_head
+from lm.model.params import flops_per_token, matmul_param_count, param_count, param_specs
+from lm.model.rope import apply_rope, rope_angles, rope_frequencies
+from lm.optim import optimizers
 
 
 def packed(*rows, length):
@@ -45,7 +46,7 @@ TOKENS = packed([A, B, C], [D], [], length=12)  # three segments, one row of 9 a
 
 
 def variant(tiny_model, **changes):
-    return model.make(dataclasses.replace(tiny_model.config, **changes))
+    return model.make_model(dataclasses.replace(tiny_model.config, **changes))
 
 
 def numpy_logits(c, lm, tokens):
@@ -244,7 +245,9 @@ def test_grouped_query_attention_equals_repeated_heads():
 
     @jax.jit
     def attend(k, v):
-        return by_position(attention(grouped(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2), mask))
+        return merged_heads(
+            masked_attention(queries_by_kv_head(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+        )
 
     shared = np.asarray(attend(k, v))
     np.testing.assert_allclose(shared, attend(np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)), atol=1e-6)
@@ -254,12 +257,12 @@ def test_grouped_query_attention_equals_repeated_heads():
 def test_attention_that_may_see_nothing_gives_zero():
     q, ones = jnp.ones((1, 1, 1, 2, 2)), jnp.ones((1, 1, 2, 2))
     mask = jnp.array([[[True, False], [False, False]]])
-    np.testing.assert_array_equal(attention(q, ones, ones, mask)[0, 0, 0], [[1, 1], [0, 0]])
+    np.testing.assert_array_equal(masked_attention(q, ones, ones, mask)[0, 0, 0], [[1, 1], [0, 0]])
 
 
 def test_rotary_positions_are_relative():
     q, k = normal(2, 1, 1, 1, 8)
-    turned = jax.jit(lambda x, position: rotated(x, rope_angles(position, frequencies(8, 100.0))))
+    turned = jax.jit(lambda x, position: apply_rope(x, rope_angles(position, rope_frequencies(8, 100.0))))
     turn = lambda x, position: np.asarray(turned(x, np.array([[position]])))
     product = lambda m, n: np.vdot(turn(q, m), turn(k, n))
     np.testing.assert_allclose(product(3, 1), product(13, 11), rtol=1e-4)
@@ -278,12 +281,12 @@ def test_sizes_by_hand(tiny_model):
     Products: 2 * 2688 + 496 = 5872. FLOPs a token at length 9 (rule 15): 6 * 5872 + 6 * 2 layers * 32 * 10 = 39072.
     """
     c = tiny_model.config
-    assert count(specs(c)) == 496 + 2 * (1024 + 512 + 1152 + 48) + 16
-    assert count(specs(dataclasses.replace(c, tied=False))) == count(specs(c)) + 496
-    assert matmul_count(c) == matmul_count(dataclasses.replace(c, tied=False)) == 5872
+    assert param_count(param_specs(c)) == 496 + 2 * (1024 + 512 + 1152 + 48) + 16
+    assert param_count(param_specs(dataclasses.replace(c, tied=False))) == param_count(param_specs(c)) + 496
+    assert matmul_param_count(c) == matmul_param_count(dataclasses.replace(c, tied=False)) == 5872
     assert flops_per_token(c, 9) == 39072
     shapes = jax.eval_shape(tiny_model.init, jax.random.key(0))
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == count(specs(c))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == param_count(param_specs(c))
     axes = jax.tree.map(len, tiny_model.axes["lm"], is_leaf=lambda x: isinstance(x, tuple))
     assert axes == jax.tree.map(lambda x: len(x.shape), shapes)
 
@@ -310,7 +313,7 @@ def test_bfloat16_computes_and_float32_keeps(tiny_model, tiny_lm):
     x = jax.eval_shape(half.hidden, tiny_lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments)
     assert x.dtype == jnp.bfloat16 and jax.eval_shape(half.logits, tiny_lm, x).dtype == jnp.float32
     grads = jax.eval_shape(jax.grad(lambda lm: jnp.sum(half.token_logprobs(lm, TOKENS))), tiny_lm)
-    state = jax.eval_shape(optim.make(learning_rate=1e-3, total_steps=10).init, tiny_lm)
+    state = jax.eval_shape(optimizers.make_optimizer(learning_rate=1e-3, total_steps=10).init, tiny_lm)
     floats = [x.dtype for x in jax.tree.leaves((grads, state)) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert len(floats) >= 3 * len(jax.tree.leaves(tiny_lm)) and set(floats) == {jnp.dtype("float32")}
     logprobs = [np.asarray(jax.jit(m.token_logprobs)(tiny_lm, TOKENS)) for m in (half, tiny_model)]
@@ -319,7 +322,7 @@ def test_bfloat16_computes_and_float32_keeps(tiny_model, tiny_lm):
 
 
 def test_auto_is_settled_by_the_backend():
-    c = model.Config(vocab_size=8)
+    c = model.ModelConfig(vocab_size=8)
     assert dataclasses.asdict(c.on("cpu")).items() >= {"dtype": "float32", "scan": "no"}.items()
     assert dataclasses.asdict(c.on("gpu")).items() >= {"dtype": "bfloat16", "scan": "yes", "query_blocks": 1}.items()
     assert "auto" not in dataclasses.asdict(c.on("cpu")).values()
@@ -342,4 +345,4 @@ def test_auto_is_settled_by_the_backend():
 )
 def test_bad_configs(changes, message):
     with pytest.raises(UserError, match=message):
-        model.Config(vocab_size=8, **changes)
+        model.ModelConfig(vocab_size=8, **changes)

@@ -10,21 +10,21 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from lm import optim
-from lm.config import load
-from lm.errors import UserError
-from lm.inherited import agreed_shape
-from lm.metrics import mean
-from lm.model import Config, make
-from lm.types import Tokens
-from lm.update import gradient
+from lm.core.config import load_config
+from lm.core.errors import UserError
+from lm.core.metrics import mean
+from lm.core.types import Tokens
+from lm.model import ModelConfig, make_model
+from lm.optim import optimizers
+from lm.optim.update import gradient
+from lm.train.warm_start import model_config_for_run
 
 BASE = 16
 
 
-def shaped(width: int, base: int, **options) -> Config:
+def shaped(width: int, base: int, **options) -> ModelConfig:
     heads = width // 8
-    return Config(
+    return ModelConfig(
         vocab_size=31, layers=2, width=width, heads=heads, kv_heads=heads, head_size=8, hidden=3 * width,
         context=16, base_width=base, **options,
     ).on("cpu")  # fmt: skip
@@ -44,8 +44,8 @@ def made_rows() -> Tokens:
 
 def moved(width: int, base: int, steps: int = 4) -> float:
     """How far the logits have moved after some steps of Adam, as a root mean square."""
-    model, rows = make(shaped(width, base)), made_rows()
-    optimizer = optim.make(
+    model, rows = make_model(shaped(width, base)), made_rows()
+    optimizer = optimizers.make_optimizer(
         learning_rate=0.01, total_steps=100, schedule_name="constant", weight_decay=0.0, clip_norm=0.0, base_width=base
     )
 
@@ -70,13 +70,13 @@ def test_logits_move_no_further_the_wider_and_without_it_they_do():
 
 
 def test_at_the_base_width_nothing_is_changed():
-    plain, mup = make(shaped(64, 0)), make(shaped(64, 64))
+    plain, mup = make_model(shaped(64, 0)), make_model(shaped(64, 64))
     one, other = plain.init(jax.random.key(0)), mup.init(jax.random.key(0))
     assert all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
     x = jnp.linspace(-1, 1, 64)[None]
     np.testing.assert_array_equal(plain.logits(one, x), mup.logits(one, x))
     ones = jax.tree.map(jnp.ones_like, one)
-    steps, _ = optim.width_scaled(64).update(ones, optax.EmptyState(), one)
+    steps, _ = optimizers.scale_by_width(64).update(ones, optax.EmptyState(), one)
     assert all(map(np.array_equal, jax.tree.leaves(ones), jax.tree.leaves(steps)))
 
 
@@ -84,13 +84,13 @@ def test_at_the_base_width_nothing_is_changed():
 def test_what_is_scaled(tied):
     """Width 64 of base 16: matrices of the blocks step a quarter as far, embedding, head and norms as ever; the
     embedding and the head start at 1 / sqrt(16), the logits are a quarter of the product."""
-    model = make(shaped(64, 16, tied=tied))
+    model = make_model(shaped(64, 16, tied=tied))
     lm = model.init(jax.random.key(0))
     assert float(jnp.std(lm["embedding"])) == pytest.approx(0.88 / 4, rel=0.05)  # cut at two deviations: 0.88 of one
     x = jnp.ones((1, 64))
     matrix = lm["embedding"].T if tied else lm["head"]
     np.testing.assert_allclose(model.logits(lm, x), x @ matrix / 4, rtol=1e-5)
-    scale = optim.width_scaled(16)
+    scale = optimizers.scale_by_width(16)
     ones = jax.tree.map(jnp.ones_like, {"lm": lm})
     steps, _ = scale.update(ones, scale.init(ones), {"lm": lm})
     whole = jax.tree.map(lambda leaf: float(leaf.mean()), steps["lm"])
@@ -102,7 +102,7 @@ def test_what_is_scaled(tied):
 def test_weight_decay_is_not_scaled():
     """A gradient of 0: the matrix shrinks by learning rate times decay at any width."""
     params = {"lm": {"embedding": jnp.ones((3, 64)), "layers": {"query": jnp.ones((1, 64, 64))}}}
-    optimizer = optim.make(
+    optimizer = optimizers.make_optimizer(
         learning_rate=0.01, total_steps=9, schedule_name="constant", weight_decay=0.5, clip_norm=0.0, base_width=16
     )
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -114,13 +114,13 @@ def test_weight_decay_is_not_scaled():
 def test_what_is_refused(monkeypatch):
     for name in ("muon", "adafactor"):
         with pytest.raises(UserError, match=f"optimizer.base_width is 16 for {name}; it must be 0, or a width for ad"):
-            optim.make(name=name, learning_rate=0.1, total_steps=10, base_width=16)
+            optimizers.make_optimizer(name=name, learning_rate=0.1, total_steps=10, base_width=16)
     with pytest.raises(UserError, match="model.base_width is -1; it must be at least 0"):
         dataclasses.replace(shaped(16, 0), base_width=-1)
 
 
 def test_the_ladder_s_model_and_optimizer_agree():
-    config = load("experiments/scaling.py", ["model.base_width=64"])
+    config = load_config("experiments/scaling.py", ["model.base_width=64"])
     assert config.optimizer.base_width == 64
 
 
@@ -130,7 +130,7 @@ def test_half_of_it_is_refused():
     for model, optimizer in (({"base_width": 16}, {}), ({}, {"base_width": 16})):
         config = ConfigDict({"init_from": "", "model": model, "optimizer": optimizer})
         with pytest.raises(UserError, match=r"optimizer.base_width is \d+, model.base_width \d+: muP needs both"):
-            agreed_shape(config, tokenizer, None)
+            model_config_for_run(config, tokenizer, None)
     start = SimpleNamespace(shape=shaped(16, 16))
     config = ConfigDict({"init_from": "w", "model": {}, "optimizer": {}})
-    assert agreed_shape(config, tokenizer, start) == start.shape
+    assert model_config_for_run(config, tokenizer, start) == start.shape

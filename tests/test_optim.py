@@ -9,19 +9,20 @@ import numpy as np
 import optax
 import pytest
 
-from lm import model, optim
-from lm.checkpoint import Checkpoints
-from lm.config import call
-from lm.errors import UserError
-from lm.metrics import mean
-from lm.sharding import make_mesh, put_batch, state_shardings
-from lm.update import gradient
+from lm import model
+from lm.core.config import call_with_options
+from lm.core.errors import UserError
+from lm.core.metrics import mean
+from lm.core.sharding import make_mesh, put_batch, state_shardings
+from lm.optim import optimizers
+from lm.optim.update import gradient
+from lm.runs.checkpoint import Checkpoints
 
 RATE = 0.01
 
 
 def rates(name, *steps, total_steps=110, warmup_steps=10, final_fraction=0.1):
-    schedule = optim.schedule(
+    schedule = optimizers.learning_rate_schedule(
         name=name, learning_rate=RATE, total_steps=total_steps, warmup_steps=warmup_steps, final_fraction=final_fraction
     )
     return [float(schedule(step)) / RATE for step in steps]
@@ -70,11 +71,11 @@ def test_bad_schedules():
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_mask_names_exactly_the_matrices(tied, tiny_model):
     """Rule 10: no weight decay on norms and embeddings; nor on the scalar head, which starts at zero to stay small."""
-    m = model.make(dataclasses.replace(tiny_model.config, tied=tied))
+    m = model.make_model(dataclasses.replace(tiny_model.config, tied=tied))
     params = jax.eval_shape(lambda key: {"lm": m.init(key), "value": m.init_value(key)}, jax.random.key(0))
     decayed = {
         jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, yes in jax.tree_util.tree_flatten_with_path(optim.decay_mask(params))[0]
+        for path, yes in jax.tree_util.tree_flatten_with_path(optimizers.weight_decay_mask(params))[0]
         if yes
     }
     matrices = {"query", "key", "value", "attention_out", "gate", "up", "down"}
@@ -82,7 +83,7 @@ def test_decay_mask_names_exactly_the_matrices(tied, tiny_model):
 
 
 def stepped(params, grads, **options):
-    optimizer = optim.make(learning_rate=RATE, total_steps=100, schedule_name="constant", **options)
+    optimizer = optimizers.make_optimizer(learning_rate=RATE, total_steps=100, schedule_name="constant", **options)
 
     def step(params, grads):
         updates, state = optimizer.update(grads, optimizer.init(params), params)
@@ -152,7 +153,7 @@ def test_adafactor_s_first_step_by_hand():
 @pytest.fixture(scope="module")
 def everything(tiny_model):
     """Parameters of every kind: an untied head and a scalar head too."""
-    untied = model.make(dataclasses.replace(tiny_model.config, tied=False))
+    untied = model.make_model(dataclasses.replace(tiny_model.config, tied=False))
     return {"lm": untied.init(jax.random.key(0)), "value": untied.init_value(jax.random.key(1))}
 
 
@@ -164,11 +165,11 @@ def named(tree):
 
 def test_muon_takes_the_matrices_of_the_blocks_and_no_other(everything):
     """Trap 5: by its own rule optax would take the embedding, and leave every stacked matrix to Adam."""
-    labels = named(optim.muon_labels(everything))
+    labels = named(optimizers.muon_labels(everything))
     matrices = {"query", "key", "value", "attention_out", "gate", "up", "down"}
     assert {name for name, label in labels.items() if label == "muon"} == {f"lm/layers/{name}" for name in matrices}
     assert set(labels.values()) == {"muon", "adamw"} and labels["value/score"] == labels["lm/head"] == "adamw"
-    state = optim.make(name="muon", learning_rate=RATE, total_steps=10).init(everything)
+    state = optimizers.make_optimizer(name="muon", learning_rate=RATE, total_steps=10).init(everything)
     moments = named(state)
     assert {name.split("nu/")[1] for name in moments if "/nu/" in name} == {
         name for name, label in labels.items() if label == "adamw"
@@ -184,7 +185,7 @@ def noise(everything):
 
 
 def muon_update(grads):
-    transform = optim.muon()
+    transform = optimizers.muon()
     return jax.jit(lambda grads: transform.update(grads, transform.init(grads), grads)[0])(grads)
 
 
@@ -216,25 +217,25 @@ def test_what_muon_leaves_takes_adam_s_step(everything, noise):
     assert not np.allclose(muon["lm"]["layers"]["query"], adamw["lm"]["layers"]["query"])
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_every_optimizer_decays_the_matrices_alone(everything, name):
     """Rule 10. Without a gradient only the decay moves anything: w - 0.01 * 0.5 * w."""
     still = jax.tree.map(jnp.zeros_like, everything)
     new, state = stepped(everything, still, name=name, weight_decay=0.5)
-    decayed = named(optim.decay_mask(everything))
+    decayed = named(optimizers.weight_decay_mask(everything))
     for leaf, before in named(everything).items():
         np.testing.assert_allclose(named(new)[leaf], before * (0.995 if decayed[leaf] else 1), rtol=1e-6, err_msg=leaf)
     assert {str(x.dtype) for x in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_the_learning_rate_may_be_traced(noise, name):
     """Two runs side by side under vmap are the two runs."""
     grads = {"layers": {"key": noise["lm"]["layers"]["key"]}, "final_norm": noise["lm"]["final_norm"]}
     options = dict(name=name, total_steps=9, warmup_steps=2, schedule_name="wsd")
 
     def after(rate):
-        optimizer = optim.make(learning_rate=rate, **options)
+        optimizer = optimizers.make_optimizer(learning_rate=rate, **options)
         updates, state = optimizer.update(grads, optimizer.init(grads), grads)
         return updates, optax.tree.get(state, "learning_rate", filtering=is_array)
 
@@ -245,12 +246,14 @@ def test_the_learning_rate_may_be_traced(noise, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), updates, one_by_one)
 
 
-@pytest.mark.parametrize("name", optim.SCHEDULES)
+@pytest.mark.parametrize("name", optimizers.SCHEDULES)
 def test_the_peak_of_every_schedule_may_be_traced(name):
     options = dict(name=name, total_steps=9, warmup_steps=2, final_fraction=0.1)
-    found = jax.vmap(lambda peak: optim.schedule(learning_rate=peak, **options)(7))(jnp.array([0.1, 0.2]))
+    found = jax.vmap(lambda peak: optimizers.learning_rate_schedule(learning_rate=peak, **options)(7))(
+        jnp.array([0.1, 0.2])
+    )
     np.testing.assert_allclose(
-        found, [optim.schedule(learning_rate=peak, **options)(7) for peak in (0.1, 0.2)], rtol=1e-6
+        found, [optimizers.learning_rate_schedule(learning_rate=peak, **options)(7) for peak in (0.1, 0.2)], rtol=1e-6
     )
 
 
@@ -258,7 +261,7 @@ def is_array(_, value):
     return isinstance(value, jax.Array)
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_every_optimizer_on_a_mesh_and_back_from_the_disk(name, tiny_model, tiny_lm, noise, tmp_path):
     """A step over data, fsdp and tensor gives one device's parameters, and its memory is saved and restored bitwise."""
 
@@ -273,7 +276,7 @@ def test_every_optimizer_on_a_mesh_and_back_from_the_disk(name, tiny_model, tiny
         return term, {"loss": term}
 
     options = {"min_dim_size_to_factor": 8} if name == "adafactor" else {}
-    optimizer = optim.make(name=name, learning_rate=RATE, total_steps=10, ema_decay=0.9, **options)
+    optimizer = optimizers.make_optimizer(name=name, learning_rate=RATE, total_steps=10, ema_decay=0.9, **options)
     update, batch = gradient(loss, optimizer), np.ones(8, np.float32)
     alone = jax.jit(update.init)(jax.random.key(0), {"lm": some(tiny_lm)}, {})
     expected, _ = jax.jit(update.update)(alone, batch)
@@ -297,26 +300,30 @@ def test_every_optimizer_on_a_mesh_and_back_from_the_disk(name, tiny_model, tiny
 
 def test_the_average_by_hand():
     """Plain descent from 8 on gradients 1, 2, 4 passes 7, 5, 1; at decay 1/2 the mean is 7, (7/2 + 5) / (3/2), ..."""
-    transform = optax.chain(optax.scale(-1.0), optim.weight_average(0.5))
+    transform = optax.chain(optax.scale(-1.0), optimizers.weight_average(0.5))
     params = {"w": jnp.array([8.0])}
     state = transform.init(params)
-    np.testing.assert_array_equal(optim.average(state)["w"], [8])  # before the first step: the weights themselves
+    np.testing.assert_array_equal(
+        optimizers.averaged_params(state)["w"], [8]
+    )  # before the first step: the weights themselves
     for slope, expected in ((1.0, 7), (2.0, (3.5 + 5) / 1.5), (4.0, (1.75 + 2.5 + 1) / 1.75)):
         updates, state = transform.update({"w": jnp.array([slope])}, state, params)
         np.testing.assert_array_equal(updates["w"], [-slope])
         params = optax.apply_updates(params, updates)
-        np.testing.assert_allclose(optim.average(state)["w"], [expected], rtol=1e-6)
+        np.testing.assert_allclose(optimizers.averaged_params(state)["w"], [expected], rtol=1e-6)
 
 
 def test_the_average_changes_no_update(everything, noise):
     (plain, without), (averaged, memory) = (stepped(everything, noise, ema_decay=decay) for decay in (0.0, 0.99))
     jax.tree.map(np.testing.assert_array_equal, plain, averaged)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), optim.average(memory), averaged)
-    assert optim.average(without) == {}
-    taken = optim.with_average(memory, {})
-    assert optim.average(taken) == {} and len(jax.tree.leaves(taken)) == len(jax.tree.leaves(without)) + 1  # its count
-    back = optim.with_average(taken, averaged)
-    assert jax.tree.structure(back) == jax.tree.structure(memory) and optim.average(back) is averaged
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), optimizers.averaged_params(memory), averaged)
+    assert optimizers.averaged_params(without) == {}
+    taken = optimizers.with_averaged_params(memory, {})
+    assert (
+        optimizers.averaged_params(taken) == {} and len(jax.tree.leaves(taken)) == len(jax.tree.leaves(without)) + 1
+    )  # its count
+    back = optimizers.with_averaged_params(taken, averaged)
+    assert jax.tree.structure(back) == jax.tree.structure(memory) and optimizers.averaged_params(back) is averaged
 
 
 @pytest.mark.parametrize(
@@ -330,16 +337,18 @@ def test_the_average_changes_no_update(everything, noise):
         ({"beta": 0.9}, "optimizer.beta is not an option of adamw, which has b1, b2, eps"),
         (
             {"name": "muon", "iteration": 3},
-            "optimizer.iteration is not an option of lm.optim.make; did you mean iteratio",
+            "optimizer.iteration is not an option of lm.optim.optimizers.make_optimizer; did you mean iteratio",
         ),
         ({"ema_decay": 1.0}, "optimizer.ema_decay is 1.0; it must be from 0"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(UserError, match=message):
-        call(optim.make, {"learning_rate": RATE, "total_steps": 10, **options}, name="optimizer")
+        call_with_options(
+            optimizers.make_optimizer, {"learning_rate": RATE, "total_steps": 10, **options}, name="optimizer"
+        )
 
 
 def test_the_signature_names_the_options_of_every_optimizer():
-    known = set(inspect.signature(optim.make).parameters)
+    known = set(inspect.signature(optimizers.make_optimizer).parameters)
     assert known > {"name", "learning_rate", "b2", "decay_rate", "beta", "iterations"} and "options" not in known

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, enter_small_world, finished
 
-from lm import overoptimisation, train
-from lm.config import load
-from lm.data import corpus, rankings
-from lm.errors import UserError
-from lm.intervals import average
-from lm.lab import climbs, curves, page
+from lm.core.config import load_config
+from lm.core.errors import UserError
+from lm.core.statistics import mean_estimate
+from lm.data import preferences, sources
 from lm.rewards import REWARDS
-from lm.workdir import read_json
+from lm.runs.workdir import read_json
+from lm.studies.overoptimization import curves, measure, page, study
+from lm.train import loop
 
 __all__ = ["finished"]
 
@@ -32,7 +32,9 @@ def by_enumeration(values, by, n) -> float:
 
 def test_best_of_n_by_hand():
     """Of 3 answers with proxies 1, 2, 3 and gold 10, 20, 60, two are drawn: {1,2} gives 20, the other two pairs 60."""
-    assert curves.best_of(np.array([[10.0, 20.0, 60.0]]), np.array([[1.0, 2.0, 3.0]]), 2) == pytest.approx([140 / 3])
+    assert curves.best_of_n_mean(np.array([[10.0, 20.0, 60.0]]), np.array([[1.0, 2.0, 3.0]]), 2) == pytest.approx(
+        [140 / 3]
+    )
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -40,7 +42,7 @@ def test_best_of_n_is_the_mean_over_every_choice(n):
     """Of 7 answers, with ties by the proxy and without."""
     draw = np.random.default_rng(0)
     values, by = draw.normal(size=(2, 7)), np.array([draw.normal(size=7), [1.0, 3.0, 2.0, 3.0, 1.0, 3.0, 2.0]])
-    found = curves.best_of(values, by, n)
+    found = curves.best_of_n_mean(values, by, n)
     assert found == pytest.approx([by_enumeration(*pair, n) for pair in zip(values, by)])
     if n == 1:
         assert found == pytest.approx(values.mean(axis=1))
@@ -48,14 +50,14 @@ def test_best_of_n_is_the_mean_over_every_choice(n):
 
 def test_best_of_n_of_a_large_pool_is_finite():
     by = np.random.default_rng(0).normal(size=(2, 1000))
-    assert curves.best_of(by, by, 1000) == pytest.approx(by.max(axis=1))
-    assert np.all(np.diff([curves.best_of(by, by, n) for n in (1, 10, 100, 500)], axis=0) > 0)
+    assert curves.best_of_n_mean(by, by, 1000) == pytest.approx(by.max(axis=1))
+    assert np.all(np.diff([curves.best_of_n_mean(by, by, n) for n in (1, 10, 100, 500)], axis=0) > 0)
 
 
 def test_the_kl_of_best_of_n():
     """log 2 - 1/2 and log 4 - 3/4; nothing for n = 1. The n go up to the pool, each once."""
     assert curves.best_of_n_kl(np.array([1, 2, 4])) == pytest.approx([0, 0.193147, 0.636294], abs=1e-6)
-    found = curves.counts(16)
+    found = curves.best_of_n_counts(16)
     assert found[0] == 1 and found[-1] == 16 and found == sorted(set(found))
 
 
@@ -63,17 +65,17 @@ def test_the_kl_of_best_of_n():
 def test_a_fit_recovers_what_made_the_curve(form, d):
     """alpha 1.5, beta 0.4; at d = 0 there is nothing to learn, and log 0 harms nobody."""
     made = d * (1.5 - 0.4 * d) if form == curves.BEST_OF_N else d * (1.5 - 0.4 * np.log(np.maximum(d, 1e-9)))
-    assert curves.fitted(form, d, made) == pytest.approx([1.5, 0.4])
-    peak = curves.PEAKS[form](1.5, 0.4)
+    assert curves.fitted_coefficients(form, d, made) == pytest.approx([1.5, 0.4])
+    peak = curves.CURVE_PEAKS[form](1.5, 0.4)
     assert peak == pytest.approx({curves.BEST_OF_N: 1.5 / 0.8, curves.PPO: math.exp(1.5 / 0.4 - 1)}[form])
-    value = lambda x: np.array([1.5, 0.4]) @ curves.FORMS[form](np.array([x]))
+    value = lambda x: np.array([1.5, 0.4]) @ curves.CURVE_FORMS[form](np.array([x]))
     assert value(peak) > value(0.99 * peak) and value(peak) > value(1.01 * peak)
 
 
-def curve(gold, kl=None, method=curves.PPO, members=1) -> curves.Curve:
+def curve(gold, kl=None, method=curves.PPO, members=1) -> curves.RewardCurve:
     gold = np.asarray(gold, float)
     kl = np.repeat(np.linspace(0.5, 9, len(gold))[:, None], gold.shape[1], axis=1) if kl is None else kl
-    return curves.Curve(method, 50, members, list(range(len(gold))), kl, gold, 2 * gold)
+    return curves.RewardCurve(method, 50, members, list(range(len(gold))), kl, gold, 2 * gold)
 
 
 def noisy(d, *, alpha: float, beta: float, prompts: int = 200, deviation: float = 1.0) -> np.ndarray:
@@ -83,23 +85,23 @@ def noisy(d, *, alpha: float, beta: float, prompts: int = 200, deviation: float 
 
 def test_coefficients_come_with_intervals_that_hold_the_truth():
     d = np.sqrt(np.linspace(0.5, 9, 12))
-    found = curves.coefficients(curve(gold := noisy(d, alpha=1.0, beta=0.5)), gold)
+    found = curves.coefficient_estimates(curve(gold := noisy(d, alpha=1.0, beta=0.5)), gold)
     for name, truth in (("alpha", 1.0), ("beta", 0.5)):
         told = found[name]
         assert told["low"] < truth < told["high"] and told["low"] < told["value"] < told["high"]
         assert told["high"] - told["low"] < 0.5
     assert found["peak"] == pytest.approx(math.exp(found["alpha"]["value"] / found["beta"]["value"] - 1))
-    rising = curves.coefficients(curve(gold := noisy(d, alpha=1.0, beta=-0.5)), gold)
+    rising = curves.coefficient_estimates(curve(gold := noisy(d, alpha=1.0, beta=-0.5)), gold)
     assert rising["peak"] is None  # it has none
 
 
 def test_a_fall_is_seen_where_there_is_one():
     d = np.sqrt(np.linspace(0.5, 9, 12))
-    falls = curves.fall(curve(noisy(d, alpha=1.0, beta=0.9)))
+    falls = curves.gold_decline(curve(noisy(d, alpha=1.0, beta=0.9)))
     assert falls.high < 0
-    flat = curves.fall(curve(noisy(d, alpha=0.0, beta=0.0)))
+    flat = curves.gold_decline(curve(noisy(d, alpha=0.0, beta=0.0)))
     assert flat.low < 0 < flat.high
-    rises = curves.fall(curve(noisy(d, alpha=1.0, beta=0.0, deviation=0.1)))
+    rises = curves.gold_decline(curve(noisy(d, alpha=1.0, beta=0.0, deviation=0.1)))
     assert (rises.value, rises.low, rises.high) == (0, 0, 0)
 
 
@@ -110,30 +112,30 @@ def test_choosing_the_luckiest_station_costs_nothing():
     for _ in range(200):
         gold = draw.normal(size=(30, 60))
         best = gold[np.argmax(gold.mean(axis=1))]
-        naive += average(gold[-1] - best).high < 0
-        found += curves.fall(curve(gold)).high < 0
+        naive += mean_estimate(gold[-1] - best).high < 0
+        found += curves.gold_decline(curve(gold)).high < 0
     assert naive > 40 and found < 15
 
 
 def test_deviations_are_within_prompts():
     """Two prompts whose answers vary by 1 around means far apart: (variance 2 + 2) / 2, not that of the means."""
-    assert curves.deviation(np.array([[-1.0, 1.0], [99.0, 101.0]])) == pytest.approx(math.sqrt(2))
+    assert curves.within_prompt_deviation(np.array([[-1.0, 1.0], [99.0, 101.0]])) == pytest.approx(math.sqrt(2))
 
 
 def test_an_ensemble_is_that_of_the_rewards():
     """Mean less half a deviation: 2 - 0.5 and 5 - 0."""
-    assert climbs.together(np.array([[1.0, 5.0], [3.0, 5.0]]), 0.5).tolist() == [1.5, 5.0]
+    assert measure.ensemble_scores(np.array([[1.0, 5.0], [3.0, 5.0]]), 0.5).tolist() == [1.5, 5.0]
 
 
 def lab_config(run, *overrides):
     given = (f"init_from={run}/sft", "sizes=(8,)", "reward_steps=(2,)", *overrides)
-    return load(f"{EXPERIMENTS / 'overoptimisation.py'}:tiny", given)
+    return load_config(f"{EXPERIMENTS / 'overoptimization.py'}:tiny", given)
 
 
 @pytest.fixture(scope="module")
 def root(finished, tmp_path_factory):
     """A lab with one size and two proxies that was stopped as the second PPO began, and started again."""
-    path, run = tmp_path_factory.mktemp("lab") / "run", train.run
+    path, run = tmp_path_factory.mktemp("lab") / "run", loop.train_stage
     with pytest.MonkeyPatch.context() as patch:
         enter_small_world(patch.setattr)
 
@@ -142,12 +144,12 @@ def root(finished, tmp_path_factory):
                 raise KeyboardInterrupt
             return run(config, workdir)
 
-        patch.setattr(train, "run", stopped)
+        patch.setattr(loop, "train_stage", stopped)
         with pytest.raises(KeyboardInterrupt):
-            overoptimisation.run(lab_config(finished), path)
+            study.run_overoptimization(lab_config(finished), path)
         shutil.copytree(path, path.with_name("before"))
-        patch.setattr(train, "run", run)
-        overoptimisation.run(lab_config(finished), path)
+        patch.setattr(loop, "train_stage", run)
+        study.run_overoptimization(lab_config(finished), path)
     return path
 
 
@@ -167,11 +169,15 @@ def test_a_second_start_goes_on_where_the_first_stopped(root):
 def test_proxies_learn_from_the_first_verdicts_of_the_gold_rater(root):
     """Both members from the same 8, each in an order of its own; the held-out ones are all there."""
     seen, unseen = [], []
-    for ranking in rankings.read(root / "verdicts" / "rankings-8.jsonl"):
-        (unseen if corpus.held_out(ranking.name, 0.15) else seen).append(ranking)
-    every = [r for r in rankings.read(root / "verdicts" / "rankings.jsonl") if rankings.pairs(r)]
-    assert seen == [r for r in every if not corpus.held_out(r.name, 0.15)][:8]
-    assert unseen == [r for r in every if corpus.held_out(r.name, 0.15)] != []
+    for ranking in preferences.read_jsonl_rankings(root / "verdicts" / "rankings-8.jsonl"):
+        (unseen if sources.is_held_out(ranking.name, 0.15) else seen).append(ranking)
+    every = [
+        r
+        for r in preferences.read_jsonl_rankings(root / "verdicts" / "rankings.jsonl")
+        if preferences.preference_pairs(r)
+    ]
+    assert seen == [r for r in every if not sources.is_held_out(r.name, 0.15)][:8]
+    assert unseen == [r for r in every if sources.is_held_out(r.name, 0.15)] != []
     configs = [read_json(root / "reward" / "8" / str(member) / "config.json") for member in (0, 1)]
     assert [config["seed"] for config in configs] == [0, 1]
     assert {config["data"]["rankings"] for config in configs} == {str(root / "verdicts" / "rankings-8.jsonl")}
@@ -193,7 +199,7 @@ def test_every_climb_has_its_curve(root, summary):
     named = {(c["method"], c["members"]): c for c in summary["curves"]}
     assert set(named) == {(method, members) for method in (curves.BEST_OF_N, curves.PPO) for members in (1, 2)}
     for (method, _), told in named.items():
-        assert told["stations"] == (curves.counts(8) if method == curves.BEST_OF_N else [2, 4])
+        assert told["stations"] == (curves.best_of_n_counts(8) if method == curves.BEST_OF_N else [2, 4])
         assert len(told["distance"]) == len(told["gold"]) == len(told["proxy"]) == len(told["stations"])
     start = named[curves.BEST_OF_N, 1]
     assert start["distance"][0] < 2e-3 and start["gold"][0]["value"] == pytest.approx(0, abs=1e-9)
@@ -222,7 +228,7 @@ def test_sentences_say_what_was_seen():
         {**each, "name": "c", "highest": 2, "fall": up, "turns": False},
     ]
     one = {"method": curves.PPO, "verdicts": 50, **down}
-    assert page.sentences({"curves": told, "ensembles": [one, {**one, **noise}]})[:5] == [
+    assert page.conclusion_sentences({"curves": told, "ensembles": [one, {**one, **noise}]})[:5] == [
         "a: gold +0.50 at the end (distance 3.0), highest +1.00 at 2.0: it turns down, by −0.50 [−0.80, −0.20].",
         "b: gold +0.50 at the end (distance 3.0), highest +1.00 at 2.0: whether it turns down is inside the noise "
         "(−0.10 [−0.30, +0.10]).",
@@ -250,9 +256,9 @@ def test_sentences_say_what_was_seen():
 )
 def test_bad_input_is_refused_before_anything_is_made(finished, tmp_path, monkeypatch, override, message):
     enter_small_world(monkeypatch.setattr)
-    monkeypatch.setattr(overoptimisation.verdicts, "run", lambda *_: pytest.fail("ranked"))
+    monkeypatch.setattr(study.verdicts, "run", lambda *_: pytest.fail("ranked"))
     with pytest.raises(UserError, match=message):
-        overoptimisation.run(lab_config(finished, override), tmp_path / "lab")
+        study.run_overoptimization(lab_config(finished, override), tmp_path / "lab")
 
 
 def test_prompts_that_somebody_learns_from_are_refused(finished):
@@ -260,9 +266,9 @@ def test_prompts_that_somebody_learns_from_are_refused(finished):
     del config.ppo.data.held_out  # in our config it follows prompts.held_out
     config.ppo.data.held_out = 0.1
     with pytest.raises(UserError, match="ppo.data.held_out is 0.1, prompts.held_out 0.05: they must be the same"):
-        overoptimisation.check(config)
+        study.check_config(config)
 
 
 def test_too_few_verdicts_are_told(root, finished):
     with pytest.raises(UserError, match="the gold rater decided only .* pairs to learn from, sizes asks for 1,000"):
-        climbs.chosen(root, 1000, 0.15)
+        measure.ranking_subset_file(root, 1000, 0.15)

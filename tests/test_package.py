@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lm.config import load
+from lm.core.config import load_config
 from lm.stages import STAGES
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +148,7 @@ def test_configs_take_the_overrides_of_the_pages(page):
         if config and "NAME" not in config:
             overrides = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
             path = str(ROOT / config.removeprefix("--config="))
-            load(path, [override for override in overrides if not PLACEHOLDER.search(override)])
+            load_config(path, [override for override in overrides if not PLACEHOLDER.search(override)])
 
 
 def test_experiments_page_lists_every_config_page_and_stage():

@@ -17,14 +17,22 @@ import numpy as np
 import optax
 import pytest
 
+from lm.core.metrics import mean, row_mean, row_sum
+from lm.core.types import RankedAnswers, Rollouts, Tokens
 from lm.losses import distillation, policy, preference, ranking
-from lm.metrics import mean, row_mean, row_sum
+from lm.losses.advantages import (
+    centered_group_advantages,
+    gae,
+    group_advantages,
+    kl_rewards,
+    leave_one_out_advantages,
+    overlong_penalty,
+    whiten,
+)
 from lm.model import decoder
-from lm.returns import centred, gae, kl_rewards, leave_one_out, overlong, standardised, whiten
+from lm.optim.update import gradient
 from lm.stages import STAGES
-from lm.stages.policy import surrogate
-from lm.types import Ranked, Rollouts, Tokens
-from lm.update import gradient
+from lm.stages.rl.policy_gradient import policy_gradient_loss
 
 PEERS = Path(__file__).parent / "peers"
 STORED = json.loads((PEERS / "fixtures.json").read_text())
@@ -57,7 +65,7 @@ def with_k3(average, a):
 
 def cispo(a):
     # TRL's epsilon_high is the bound of the ratio itself, ours its distance from 1
-    each = policy.truncated_reinforce(a.logprobs, ratio(a), a.advantages[:, None], high=1.3 - 1)
+    each = policy.truncated_reinforce_loss(a.logprobs, ratio(a), a.advantages[:, None], high=1.3 - 1)
     return mean(each, a.weights).value()
 
 
@@ -87,7 +95,7 @@ def trl_whiten(x, weights):
 def ppo(a):
     known, states = ppo_signal(a)
     of_policy = policy.clipped_surrogate(ratio(a), known["advantages"], low=0.2, high=0.2)
-    of_value = policy.clipped_value(a.values, a.old_values, known["returns"], clip=0.2)
+    of_value = policy.clipped_value_loss(a.values, a.old_values, known["returns"], clip=0.2)
     return mean(of_policy, a.weights).value() + 0.1 * mean(of_value, states).value()
 
 
@@ -106,11 +114,11 @@ def pair(x):
 
 def dpo(a, *, beta=0.1, smoothing=0.0):
     rewards = beta * answer_sum(a.logprobs - a.ref_logprobs, a)
-    return jnp.mean(preference.dpo(*pair(rewards), smoothing=smoothing))
+    return jnp.mean(preference.dpo_loss(*pair(rewards), smoothing=smoothing))
 
 
 def ipo(a):
-    return jnp.mean(preference.ipo(*pair(answer_mean(a.logprobs - a.ref_logprobs, a)), beta=0.5))
+    return jnp.mean(preference.ipo_loss(*pair(answer_mean(a.logprobs - a.ref_logprobs, a)), beta=0.5))
 
 
 def kto(a):
@@ -118,22 +126,24 @@ def kto(a):
     rewards = answer_sum(a.logprobs - a.ref_logprobs, a)
     mismatched, _ = pair(answer_sum(a.old_logprobs - a.ref_logprobs, a))
     baseline = jnp.maximum(jnp.mean(mismatched), 0.0)
-    return jnp.mean(preference.kto(rewards, baseline, desirable, beta=0.5, undesirable_weight=1.2))
+    return jnp.mean(preference.kto_loss(rewards, baseline, desirable, beta=0.5, undesirable_weight=1.2))
 
 
 def orpo(a):
     chosen, weights = pair(a.logprobs)[0], pair(a.weights)[0]
     # TRL's cross entropy counts the prompt too; this prompt is one token, which nothing predicts
-    return mean(-chosen, weights).value() + 0.25 * jnp.mean(preference.orpo_odds(*pair(answer_mean(a.logprobs, a))))
+    return mean(-chosen, weights).value() + 0.25 * jnp.mean(
+        preference.odds_ratio_loss(*pair(answer_mean(a.logprobs, a)))
+    )
 
 
 def simpo(a):
-    return jnp.mean(preference.simpo(*pair(answer_mean(a.logprobs, a)), beta=2.0, gamma=0.5))
+    return jnp.mean(preference.simpo_loss(*pair(answer_mean(a.logprobs, a)), beta=2.0, gamma=0.5))
 
 
 def reward(a, *, margin=0.0, centring=0.0):
     chosen, rejected = pair(a.scores)
-    ordered = ranking.bradley_terry(chosen, rejected, margin=margin)
+    ordered = ranking.bradley_terry_loss(chosen, rejected, margin=margin)
     return jnp.mean(ordered) + centring * jnp.mean(jnp.square(chosen + rejected))
 
 
@@ -172,18 +182,18 @@ LOSSES: Mapping[str, Callable] = {
 
 def leave_one_out_with_k1(a):
     kl = answer_sum(policy.kl_k1(a.old_logprobs, a.ref_logprobs), a)
-    return {"advantages": leave_one_out(a.rewards - 0.05 * kl, GROUP)}
+    return {"advantages": leave_one_out_advantages(a.rewards - 0.05 * kl, GROUP)}
 
 
 SIGNALS: Mapping[str, Callable] = {
-    "standardised": lambda a: {"advantages": standardised(a.rewards, GROUP)},
-    "centred": lambda a: {"advantages": centred(a.rewards, GROUP)},
-    "leave one out": lambda a: {"advantages": leave_one_out(a.rewards, GROUP)},
+    "standardised": lambda a: {"advantages": group_advantages(a.rewards, GROUP)},
+    "centred": lambda a: {"advantages": centered_group_advantages(a.rewards, GROUP)},
+    "leave one out": lambda a: {"advantages": leave_one_out_advantages(a.rewards, GROUP)},
     "leave one out, k1 in the reward": leave_one_out_with_k1,
     "whiten": lambda a: {"whitened": trl_whiten(a.token_advantages, a.weights)},
     "ppo": lambda a: ppo_signal(a)[0],
     "ppo, k3 in the reward, gamma 0.9": lambda a: ppo_signal(a, kl=policy.kl_k3, gamma=0.9)[0],
-    "overlong": lambda a: {"penalties": overlong(jnp.sum(a.weights, axis=1), limit=5, buffer=4)},
+    "overlong": lambda a: {"penalties": overlong_penalty(jnp.sum(a.weights, axis=1), limit=5, buffer=4)},
 }
 
 
@@ -246,7 +256,7 @@ def numbered(rows):
 def pairs(**more):
     """Four prompts with two answers each, the first preferred."""
     rows = jnp.stack(pair(jnp.arange(len(INPUTS["weights"]))), axis=1)
-    return Ranked(numbered(rows), jnp.broadcast_to(jnp.array([[1], [2]]), (*rows.shape, 1)), **more)
+    return RankedAnswers(numbered(rows), jnp.broadcast_to(jnp.array([[1], [2]]), (*rows.shape, 1)), **more)
 
 
 @pytest.mark.parametrize("case", PREFERENCES)
@@ -290,7 +300,7 @@ def test_gradient_and_advantages_of_a_group_stage_equal_trl(stage):
     )
     close(recipe.advantages(batch), np.array(STORED["signals"][advantages]["advantages"])[:, None] * a.weights)
     if loss:
-        update = gradient(surrogate(TABLE, recipe, entropy_bonus=0.0, temperature=1.0), KEPT)
+        update = gradient(policy_gradient_loss(TABLE, recipe, entropy_bonus=0.0, temperature=1.0), KEPT)
         after, _ = update.update(update.init(jax.random.key(0), {"lm": a.logprobs}, {}), batch)
         close(after.opt_state["lm"], STORED["losses"][loss]["logprobs"])
 
@@ -301,7 +311,7 @@ def test_the_arrays_reach_what_the_losses_bend_at():
     bad, good = (side[:, None] & (a.weights > 0) for side in (a.advantages < 0, a.advantages > 0))
     assert jnp.any((ratio(a) > 1.3) & bad) and jnp.any((ratio(a) < 0.8) & bad) and jnp.any((ratio(a) > 1.3) & good)
     assert {1.0, LONGEST} <= set(np.array(jnp.sum(a.weights, axis=1)))
-    assert len(set(np.array(a.rewards[GROUP:]))) == 1 and not jnp.any(standardised(a.rewards, GROUP)[GROUP:])
+    assert len(set(np.array(a.rewards[GROUP:]))) == 1 and not jnp.any(group_advantages(a.rewards, GROUP)[GROUP:])
     far = jnp.abs(a.values - a.old_values)
     assert jnp.any(far > 0.2) and jnp.any(far < 0.2)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lm.rewards import REWARDS, weighed
+from lm.rewards import REWARDS, weighted_reward
 
 
 def said(name: str, message: str, answer: str) -> float:
@@ -38,7 +38,7 @@ def test_by_reading(name, message, answer, value):
 
 def test_a_weighed_sum_keeps_its_parts_apart():
     parts = {"form": (2.0, REWARDS["form"]), "length": (0.5, REWARDS["length"])}
-    total, each = weighed(parts)([[{"role": "user", "content": "hi"}]] * 2, ["word " * 60, "Fine."])
+    total, each = weighted_reward(parts)([[{"role": "user", "content": "hi"}]] * 2, ["word " * 60, "Fine."])
     np.testing.assert_allclose(total, [-2.25, 0.0])  # 2 * -1 + 0.5 * -0.5
     np.testing.assert_allclose(each["form"], [-1, 0])
     np.testing.assert_allclose(each["length"], [-0.5, 0])

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from runs import finished, small, stage_config
 
-from lm import train
-from lm.log import by_phase
-from lm.phases import OTHER, PHASES, TRAINING, Phases
-from lm.stages.context import Context
-from lm.types import TrainState
-from lm.workdir import read_json, read_metrics
+from lm.core.types import TrainState
+from lm.runs.logger import phase_seconds
+from lm.runs.timing import OTHER_PHASE, PHASES, TRAINING_PHASES, PhaseTimer
+from lm.runs.workdir import read_json, read_metrics
+from lm.stages.context import StageContext
+from lm.train import loop
 
 __all__ = ["finished", "small"]
 
@@ -32,7 +32,7 @@ def clock(monkeypatch):
 
 def test_time_belongs_to_the_innermost_phase(clock):
     """1 before, data 2 + 8 around a rollout of 4, 16 after; an error within gives its 32 to update all the same."""
-    phases = Phases()
+    phases = PhaseTimer()
     clock(1)
     with phases("data"):
         clock(2)
@@ -43,13 +43,13 @@ def test_time_belongs_to_the_innermost_phase(clock):
     with pytest.raises(KeyError), phases("update"):
         clock(32)
         raise KeyError
-    assert phases.seconds() == {**dict.fromkeys(PHASES, 0), "data": 10, "rollout": 4, "update": 32, OTHER: 17}
-    assert list(phases.seconds()) == [*PHASES, OTHER]
+    assert phases.seconds() == {**dict.fromkeys(PHASES, 0), "data": 10, "rollout": 4, "update": 32, OTHER_PHASE: 17}
+    assert list(phases.seconds()) == [*PHASES, OTHER_PHASE]
 
 
 def test_all_of_an_evaluation_is_eval(clock):
     """1 of rollout for training, then 2 + 4 + 8 of an evaluation that samples and rewards too: training took 1."""
-    phases = Phases()
+    phases = PhaseTimer()
     with phases("data"), phases("rollout"):
         clock(1)
     with phases("eval"):
@@ -58,12 +58,12 @@ def test_all_of_an_evaluation_is_eval(clock):
             clock(4)
         with phases("reward"):
             clock(8)
-    assert phases.seconds() == {**dict.fromkeys(PHASES, 0), "rollout": 1, "eval": 14, OTHER: 0}
+    assert phases.seconds() == {**dict.fromkeys(PHASES, 0), "rollout": 1, "eval": 14, OTHER_PHASE: 0}
     assert phases.training() == 1
 
 
 def test_an_open_phase_is_counted_until_now(clock):
-    phases = Phases()
+    phases = PhaseTimer()
     with phases("save"):
         clock(3)
         assert phases.seconds()["save"] == 3
@@ -73,7 +73,7 @@ def test_an_open_phase_is_counted_until_now(clock):
 
 def test_what_no_phase_claims_is_the_rest_of_the_seconds():
     row = {"seconds": 10.0, "seconds/data": 1.0, "seconds/update": 6.0, "loss": 3.0}
-    assert by_phase(row) == {**dict.fromkeys(PHASES, 0.0), "data": 1.0, "update": 6.0, OTHER: 3.0}
+    assert phase_seconds(row) == {**dict.fromkeys(PHASES, 0.0), "data": 1.0, "update": 6.0, OTHER_PHASE: 3.0}
 
 
 def test_sampling_waits_for_the_update_first():
@@ -87,10 +87,10 @@ def test_sampling_waits_for_the_update_first():
         hands.append(f"-{name}")
 
     state = TrainState(step=0, params=jnp.ones(1), opt_state=(), key=None, frozen={})
-    with Context(None, None, 0, None, None, phase).sampling(state):
+    with StageContext(None, None, 0, None, None, phase).sampling(state):
         hands.append("drawn")
     assert hands == ["+update", "-update", "+rollout", "drawn", "-rollout"]
-    with Context(None, None, 0, None, None).sampling(state):  # nobody measures
+    with StageContext(None, None, 0, None, None).sampling(state):  # nobody measures
         pass
 
 
@@ -98,20 +98,20 @@ def test_sampling_waits_for_the_update_first():
 def test_phases_of_a_run(finished, stage, busy):
     summary, rows = read_json(finished / stage / "summary.json"), read_metrics(finished / stage)
     spent = summary["seconds_by_phase"]
-    assert list(spent) == [*PHASES, OTHER]
+    assert list(spent) == [*PHASES, OTHER_PHASE]
     assert {name for name in PHASES if spent[name] > 0} == set(busy.split())
     assert sum(spent.values()) == pytest.approx(summary["seconds"])
     for name in PHASES:
         column = [row[f"seconds/{name}"] for row in rows]
         assert column == sorted(column) and column[-1] <= spent[name]
-    assert all(by_phase(row)[OTHER] > 0 for row in rows)
+    assert all(phase_seconds(row)[OTHER_PHASE] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "ppo"])
 def test_speed_is_tokens_over_seconds_of_training(finished, stage):
     """From line to line, whatever was evaluated and saved in between; the summary takes over the median."""
     rows = read_metrics(finished / stage)
-    trained = [sum(row[f"seconds/{name}"] for name in TRAINING) for row in rows]
+    trained = [sum(row[f"seconds/{name}"] for name in TRAINING_PHASES) for row in rows]
     tokens, seconds = (np.diff(each) for each in ([row["tokens"] for row in rows], trained))
     lines = np.array(["tokens_per_second" in row for row in rows[1:]])
     told = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
@@ -122,17 +122,17 @@ def test_speed_is_tokens_over_seconds_of_training(finished, stage):
 
 def test_a_slow_evaluation_changes_no_speed(finished, small, tmp_path, monkeypatch):
     """Three seconds after every step: each line's speed is above what it would be with those seconds in it."""
-    evaluated = train.held_out
+    evaluated = loop.held_out_metrics
 
     def slow(r, evaluate, state):
         with r.phases("eval"), r.phases("rollout"):
             time.sleep(3)
         return evaluated(r, evaluate, state)
 
-    monkeypatch.setattr(train, "held_out", slow)
+    monkeypatch.setattr(loop, "held_out_metrics", slow)
     config = stage_config(finished, "pretrain").unlock()
     config.train.update(steps=3, log_every=1, evaluate_every=1, save_every=1)
-    train.run(config, tmp_path / "pretrain")
+    loop.train_stage(config, tmp_path / "pretrain")
     lines = [row for row in read_metrics(tmp_path / "pretrain") if "tokens_per_second" in row]
     tokens = np.diff([0, *(row["tokens"] for row in lines)])
     assert all(row["tokens_per_second"] > n / 3 for row, n in zip(lines[1:], tokens[1:], strict=True))
@@ -140,10 +140,10 @@ def test_a_slow_evaluation_changes_no_speed(finished, small, tmp_path, monkeypat
 
 def test_a_resumed_run_goes_on_counting(finished, small, tmp_path):
     """Every phase begins where the first two steps left it, and gains by the third, save for the scores at its end."""
-    train.run(stage_config(finished, "ppo", "train.steps=2"), tmp_path / "ppo")
-    before = by_phase(read_metrics(tmp_path / "ppo")[-1])
-    summary = train.run(stage_config(finished, "ppo", "train.steps=3"), tmp_path / "ppo")
-    added = by_phase(next(row for row in read_metrics(tmp_path / "ppo") if row["step"] == 3))
+    loop.train_stage(stage_config(finished, "ppo", "train.steps=2"), tmp_path / "ppo")
+    before = phase_seconds(read_metrics(tmp_path / "ppo")[-1])
+    summary = loop.train_stage(stage_config(finished, "ppo", "train.steps=3"), tmp_path / "ppo")
+    added = phase_seconds(next(row for row in read_metrics(tmp_path / "ppo") if row["step"] == 3))
     for name, seconds in before.items():
         assert seconds < added[name] or name == "eval" and seconds == added[name], name
         assert seconds < summary["seconds_by_phase"][name], name

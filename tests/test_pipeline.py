@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from runs import EXPERIMENTS, TRAINED, assert_same_run, finished, small, started
 
-from lm import pipeline
-from lm.config import load
-from lm.data import rankings
-from lm.errors import UserError
-from lm.workdir import read_json, read_metrics
+from lm.core.config import load_config
+from lm.core.errors import UserError
+from lm.data import preferences
+from lm.pipeline import runner
+from lm.runs.workdir import read_json, read_metrics
 
 __all__ = ["finished", "small"]
 
@@ -30,7 +30,7 @@ def survived(finished, tmp_path_factory) -> Path:
     """The run folder of a pipeline that was killed at every moment of KILLS and started again each time."""
     run = tmp_path_factory.mktemp("killed") / "run"
     command = (
-        "lm.pipeline",
+        "lm.pipeline.runner",
         f"--config={EXPERIMENTS / 'quickstart.py'}:tiny",
         f"--workdir={run}",
         f"--config.corpus={finished.parent / 'text'}",
@@ -58,7 +58,8 @@ def test_a_killed_pipeline_ends_in_the_same_tokenizer_rankings_and_answers(finis
     one, other = ((run / "tokenizer" / "tokenizer.model").read_bytes() for run in (finished, survived))
     assert one == other
     one, other = (
-        [r._replace(time="") for r in rankings.read(run / "rank" / "rankings.jsonl")] for run in (finished, survived)
+        [r._replace(time="") for r in preferences.read_jsonl_rankings(run / "rank" / "rankings.jsonl")]
+        for run in (finished, survived)
     )
     assert one == other
     one, other = ((run / "evaluate" / "answers.jsonl").read_bytes() for run in (finished, survived))
@@ -78,11 +79,11 @@ def test_a_finished_pipeline_does_nothing_again(survived, small):
         }
 
     before = contents()
-    config = load(f"{EXPERIMENTS / 'quickstart.py'}:tiny", [f"root={survived}"])
+    config = load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny", [f"root={survived}"])
     text = read_json(survived / "pretrain" / "config.json")["data"]["corpus"]
     with config.unlocked():
         config.corpus = text
-    pipeline.run(config)
+    runner.run_pipeline(config)
     assert contents() == before
 
 
@@ -97,31 +98,31 @@ def test_the_record(finished):
 
 def test_a_kill_as_the_record_is_written_is_no_foreign_folder(tmp_path):
     (tmp_path / "pipeline.json.tmp").write_text('{"stag')
-    record = pipeline.taken_up(tmp_path, ["a", "b"])
+    record = runner.pipeline_record(tmp_path, ["a", "b"])
     assert record == read_json(tmp_path / "pipeline.json") == {"stages": ["a", "b"], "seconds": {}}
-    assert pipeline.taken_up(tmp_path, ["a", "b"]) == record
+    assert runner.pipeline_record(tmp_path, ["a", "b"]) == record
 
 
 def test_folders_that_are_not_this_pipeline_s(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="thesis is not a pipeline's folder: it holds thesis.tex but no pipeline.json"):
-        pipeline.taken_up(tmp_path / "thesis", ["a"])
+        runner.pipeline_record(tmp_path / "thesis", ["a"])
     with pytest.raises(UserError, match="cannot make the folder .*thesis.tex: File exists; give another --workdir"):
-        pipeline.taken_up(tmp_path / "thesis" / "thesis.tex", ["a"])
+        runner.pipeline_record(tmp_path / "thesis" / "thesis.tex", ["a"])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "pipeline.json").write_text(json.dumps({"stages": ["a", "b"]}))
     with pytest.raises(
         UserError, match="run has stages a, b, the config a: give another --workdir, or remove this one"
     ):
-        pipeline.taken_up(tmp_path / "run", ["a"])
+        runner.pipeline_record(tmp_path / "run", ["a"])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["pipeline.json", "run", "thesis", "thesis.tex"]
 
 
 def test_a_slash_at_the_end_makes_no_other_config(monkeypatch):
     configs = []
-    monkeypatch.setattr(pipeline, "run", configs.append)
+    monkeypatch.setattr(runner, "run_pipeline", configs.append)
     for workdir in ("some/run", "some/run/"):
-        pipeline.program([f"--config={EXPERIMENTS / 'quickstart.py'}", f"--workdir={workdir}"])
+        runner.program([f"--config={EXPERIMENTS / 'quickstart.py'}", f"--workdir={workdir}"])
     assert configs[0].to_dict() == configs[1].to_dict()
     assert configs[0].sft.init_from == "some/run/pretrain"

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import model, optim
-from lm.errors import UserError
-from lm.returns import leave_one_out, standardised
-from lm.stages import best_of_n, cispo, dapo, dr_grpo, grpo, gspo, policy, ppo, reinforce_pp, rloo
-from lm.stages.answering import rollout
-from lm.types import Rollouts
+from lm import model
+from lm.core.errors import UserError
+from lm.core.types import Rollouts
+from lm.losses.advantages import group_advantages, leave_one_out_advantages
+from lm.optim import optimizers
+from lm.stages.rl import best_of_n, cispo, dapo, dr_grpo, grpo, gspo, policy_gradient, ppo, reinforce_pp, rloo
+from lm.stages.rl.multi_turn import rollout_rows
 
 KEY = jax.random.key(0)
 V, T = 31, 0.7
@@ -21,14 +22,16 @@ EACH = pytest.mark.parametrize("stage", GROUPED, ids=lambda stage: stage.__name_
 
 
 def optimizer(learning_rate=0.01):
-    return optim.make(learning_rate=learning_rate, total_steps=1000, schedule_name="constant", weight_decay=0.0)
+    return optimizers.make_optimizer(
+        learning_rate=learning_rate, total_steps=1000, schedule_name="constant", weight_decay=0.0
+    )
 
 
 @pytest.fixture(scope="module")
 def shallow():
     """One layer: these tests spend their time on compiling."""
-    shape = model.Config(vocab_size=V, layers=1, width=16, heads=2, kv_heads=2, head_size=8, hidden=24, context=16)
-    return model.make(shape.on("cpu"))
+    shape = model.ModelConfig(vocab_size=V, layers=1, width=16, heads=2, kv_heads=2, head_size=8, hidden=24, context=16)
+    return model.make_model(shape.on("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def rollouts(shallow, lm):
     """Four answers each to three ragged prompts; the second prompt's are all worth the same."""
     prompts = np.random.default_rng(0).integers(1, V, (3, 5)).astype(np.int32).repeat(4, axis=0)
     lengths = np.array([5, 3, 1], np.int32).repeat(4)
-    run = jax.jit(functools.partial(rollout, shallow, max_new=6, temperature=T, stop=(3, 5, 11)))
+    run = jax.jit(functools.partial(rollout_rows, shallow, max_new=6, temperature=T, stop=(3, 5, 11)))
     tokens, logprobs, completions = run(lm, prompts, lengths, KEY)
     assert 0 < completions.stopped.sum() < 12
     rewards = jnp.array([1.0, 0.0, 0.5, 2.0] + [0.1] * 4 + [3.0, 3.0, -1.0, 0.0])
@@ -58,10 +61,10 @@ def values(metrics):
 
 def annotated(shallow, lm, batch, recipe, *, correction=0.0, ref=None):
     """What a method's objective is given, with `ref` as the reference."""
-    update = policy.learner(shallow, optimizer(), recipe, temperature=T)
+    update = policy_gradient.policy_gradient_update(shallow, optimizer(), recipe, temperature=T)
     state = update.init(KEY, {"lm": lm}, {"ref": ref or other(lm)})
-    batch, _, _ = policy.scored(shallow, state, batch, temperature=T)
-    return policy.corrected(batch.replace(advantages=recipe.advantages(batch)), correction)
+    batch, _, _ = policy_gradient.annotated_rollouts(shallow, state, batch, temperature=T)
+    return policy_gradient.importance_corrected(batch.replace(advantages=recipe.advantages(batch)), correction)
 
 
 @EACH
@@ -126,7 +129,7 @@ def test_kl_is_in_the_reward_of_rloo(shallow, lm, rollouts):
     w = np.asarray(batch.tokens.weights)
     kl = ((np.asarray(batch.old_logprobs) - np.asarray(batch.ref_logprobs)) * w).sum(axis=1)
     assert np.abs(kl).max() > 0.1
-    by_hand = leave_one_out(jnp.asarray(np.asarray(rollouts.rewards) - 0.5 * kl), 4)
+    by_hand = leave_one_out_advantages(jnp.asarray(np.asarray(rollouts.rewards) - 0.5 * kl), 4)
     np.testing.assert_allclose(batch.advantages, np.asarray(by_hand)[:, None] * (w > 0), atol=1e-5)
 
 
@@ -140,7 +143,7 @@ def test_reinforce_pp_whitens_rewards_to_go_over_the_whole_batch(shallow, lm, ro
 
 
 def test_best_of_n_keeps_the_first_best_answer_of_groups_that_differ(rollouts):
-    kept = best_of_n.best(rollouts)
+    kept = best_of_n.best_answers(rollouts)
     np.testing.assert_array_equal(kept.rewards, [2.0, jnp.float32(0.1), 3.0])
     np.testing.assert_array_equal(kept.tokens.inputs, rollouts.tokens.inputs[jnp.array([3, 4, 8])])
     assert kept.group == 1 and not kept.tokens.weights[1].any()
@@ -230,7 +233,7 @@ def test_it_raises_the_frequency_of_a_rewarded_token(stage, shallow, lm):
     @jax.jit
     def step(state, i):
         key = jax.random.fold_in(jax.random.key(1), i)
-        tokens, logprobs, drawn = rollout(shallow, state.params["lm"], prompts, lengths, key, max_new=6)
+        tokens, logprobs, drawn = rollout_rows(shallow, state.params["lm"], prompts, lengths, key, max_new=6)
         rewards = jnp.mean(drawn.tokens == 7, axis=1)
         return update.update(state, Rollouts(tokens, rewards, {}, drawn.stopped, logprobs, group=4))
 
@@ -243,5 +246,5 @@ def test_it_raises_the_frequency_of_a_rewarded_token(stage, shallow, lm):
 
 def test_standardised_is_what_grpo_uses(shallow, lm, rollouts):
     batch = annotated(shallow, lm, rollouts, grpo.make.__wrapped__())
-    by_hand = np.asarray(standardised(rollouts.rewards, 4))[:, None] * (np.asarray(batch.tokens.weights) > 0)
+    by_hand = np.asarray(group_advantages(rollouts.rewards, 4))[:, None] * (np.asarray(batch.tokens.weights) > 0)
     np.testing.assert_allclose(batch.advantages, by_hand, rtol=1e-6)

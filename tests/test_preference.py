@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, finished, small
 
-from lm import optim, tokenizer as tokenizers, train
-from lm.config import load
-from lm.data import rankings as records
-from lm.data.verdicts import Verdict
-from lm.errors import UserError
-from lm.rewards.model import answered
-from lm.stages import STAGES, dpo, ipo, kto, preference, reward
-from lm.stages.context import Context
-from lm.types import Ranked
+from lm import tokenizer as tokenizers
+from lm.core.config import load_config
+from lm.core.errors import UserError
+from lm.core.types import RankedAnswers
+from lm.data import preferences as records
+from lm.data.tokenized_rankings import TokenizedRanking
+from lm.optim import optimizers
+from lm.rewards.reward_model import conversation_with_answer
+from lm.stages import STAGES
+from lm.stages.context import StageContext
+from lm.stages.preference import dpo, ipo, kto, preference_batches
+from lm.stages.reward_model import reward
+from lm.train import loop
 
 __all__ = ["finished", "small"]
 
@@ -36,7 +40,9 @@ EACH = pytest.mark.parametrize("name", OPTIONS)
 
 # eps 1e-5 as in rule 4: where a gradient is rounding noise, Adam with a smaller one would divide noise by noise.
 def optimizer():
-    return optim.make(learning_rate=0.01, total_steps=1000, schedule_name="constant", weight_decay=0.0, eps=1e-5)
+    return optimizers.make_optimizer(
+        learning_rate=0.01, total_steps=1000, schedule_name="constant", weight_decay=0.0, eps=1e-5
+    )
 
 
 def other(lm):
@@ -48,7 +54,7 @@ def ranked(rows, ids, lengths, ranks, starts):
     P, K, n = np.shape(ids)
     tokens = rows(np.reshape(ids, (P * K, n)), np.reshape(lengths, -1), start=np.repeat(starts, K))
     tokens = jax.tree.map(lambda x: x.reshape(P, K, n - 1), tokens)
-    return Ranked(tokens, np.asarray(ranks, np.int32)[..., None])
+    return RankedAnswers(tokens, np.asarray(ranks, np.int32)[..., None])
 
 
 LENGTHS = np.array([[8, 5, 6], [8, 7, 1], [6, 9, 4], [5, 5, 5]])
@@ -156,7 +162,7 @@ def test_orpo_adds_the_nll_of_the_preferred_over_their_own_tokens(learner, verdi
 
 def test_kto_by_hand(learner, verdicts, by_hand, summed, tiny_lm):
     """Labels: + of the order's best, - of its worst, none of its middle; + -; + - -; none where all tie."""
-    desirable, undesirable = kto.labels(verdicts.ranks)
+    desirable, undesirable = kto.desirability_labels(verdicts.ranks)
     assert desirable.tolist() == [[False, True, False], [True, False, False], [True, False, False], [False] * 3]
     assert undesirable.tolist() == [[False, False, True], [False, True, False], [False, True, True], [False] * 3]
     step, state = learner("kto")
@@ -186,12 +192,12 @@ def test_starts_where_its_contract_says(name, learner, verdicts, tiny_lm):
     losses = {"dpo": math.log(2), "ipo": 1.0, "kto": (3 * 1.5 + 4 * 0.5) / 7 / 2}
     np.testing.assert_allclose(found["loss"].value(), losses[name], rtol=1e-6)
     assert found["margin"].value() == 0 and found["accuracy"].value() == 0.5
-    for key, (value, tolerance) in STAGES[name].START.items():
+    for key, (value, tolerance) in STAGES[name].start_metrics.items():
         assert abs(found[key].value() - value) <= tolerance / 100
 
 
 def test_nothing_is_promised_of_a_start_without_a_reference():
-    assert STAGES["orpo"].START == STAGES["simpo"].START == {}
+    assert STAGES["orpo"].start_metrics == STAGES["simpo"].start_metrics == {}
 
 
 @EACH
@@ -305,12 +311,12 @@ VERDICTS = [
 @pytest.fixture(scope="module")
 def tokenizer():
     text = " ".join(message["content"] for message in LATER) + " ".join(t for v in VERDICTS for t in v.responses)
-    return tokenizers.train([text], vocab_size=300)
+    return tokenizers.train_tokenizer([text], vocab_size=300)
 
 
 @pytest.fixture
 def lent(tiny_model, tokenizer):
-    return Context(tiny_model, tokenizer, 0, jax.jit, None)
+    return StageContext(tiny_model, tokenizer, 0, jax.jit, None)
 
 
 @pytest.fixture
@@ -318,7 +324,7 @@ def file(tmp_path):
     def of(verdicts):
         path = tmp_path / "rankings.jsonl"
         path.unlink(missing_ok=True)
-        records.append(path, verdicts)
+        records.append_rankings(path, verdicts)
         return str(path)
 
     return of
@@ -328,7 +334,7 @@ def file(tmp_path):
 def halves(monkeypatch):
     """The held-out side is what is named so: the real split draws by hash."""
     both = lambda items, *_: [[i for i in items if (i.name in "be") == unseen] for unseen in (False, True)]
-    monkeypatch.setattr("lm.data.corpus.split", both)
+    monkeypatch.setattr("lm.data.sources.split_held_out", both)
 
 
 def test_verdicts_become_rows(lent, file, halves):
@@ -356,7 +362,7 @@ def test_verdicts_become_rows(lent, file, halves):
             if batch.ranks[p, k] == 0:
                 assert not row.segments.any() and not row.weights.any()
                 continue
-            ids = tokenizers.chat(tokenizer, answered(ranking.prompt, text)).ids
+            ids = tokenizers.encode_chat(tokenizer, conversation_with_answer(ranking.prompt, text)).ids
             n = len(ids) - 1
             assert row.inputs[:n].tolist() == ids[:-1].tolist() and row.targets[:n].tolist() == ids[1:].tolist()
             assert row.segments.tolist() == [1] * n + [0] * (60 - n)
@@ -387,22 +393,22 @@ def test_kto_pairs_prompts_with_answers_to_others(lent, file, halves):
     (batch,) = found.held_out(None)  # b and e: e's first answer after b's prompt, b's second after e's
     tokenizer = lent.tokenizer
     for row, prompt, text in ((0, LATER, "x"), (1, ASKED, "a long answer")):
-        ids = tokenizers.chat(tokenizer, answered(prompt, text)).ids
+        ids = tokenizers.encode_chat(tokenizer, conversation_with_answer(prompt, text)).ids
         tokens = jax.tree.map(lambda x: x[row], batch.mismatched)
         assert tokens.inputs[tokens.segments > 0].tolist() == ids[:-1].tolist()
         assert tokens.targets[tokens.weights > 0].tolist() == [*tokenizer.encode(text), tokenizer.end]
-    sides = preference.batches(lent, rankings=file(VERDICTS), length=60, prompts_per_batch=2)
+    sides = preference_batches.batches(lent, rankings=file(VERDICTS), length=60, prompts_per_batch=2)
     jax.tree.map(np.testing.assert_array_equal, batch.replace(mismatched=None), next(sides.held_out(None)))
 
 
 def test_an_answer_that_would_not_fit_another_prompt_is_passed_over(tokenizer):
     said = [(ASKED, "one"), (LATER, "two"), (ASKED, "word " * 9)]
-    found = [Verdict(verdict("x", prompt, [text], [1]), [], [[1]]) for prompt, text in said]
-    whole = lambda prompt, text: tokenizers.chat(tokenizer, answered(prompt, text)).ids.tolist()
+    found = [TokenizedRanking(verdict("x", prompt, [text], [1]), [], [[1]]) for prompt, text in said]
+    whole = lambda prompt, text: tokenizers.encode_chat(tokenizer, conversation_with_answer(prompt, text)).ids.tolist()
     length = len(whole(LATER, "word " * 9)) - 2
     expected = [(ASKED, "two"), (LATER, "one"), (ASKED, "two")]  # the third's is too long; the same prompt is no other
     for i, mixed in enumerate(expected):
-        assert kto.mismatched(tokenizer, found, i, length).ids.tolist() == whole(*mixed)
+        assert kto.mismatched_example(tokenizer, found, i, length).ids.tolist() == whole(*mixed)
 
 
 @pytest.mark.parametrize(
@@ -439,8 +445,8 @@ def test_verdicts_that_teach_nothing_are_refused(stage, verdicts, message, lent,
 @EACH
 def test_its_config_trains_a_few_steps(name, finished, small, tmp_path):
     run = {"init_from": finished / "sft", "data.rankings": finished / "rank" / "rankings.jsonl"}
-    config = load(f"{EXPERIMENTS / name}.py:tiny", [f"{key}={value}" for key, value in run.items()])
-    summary = train.run(config, tmp_path / name)
+    config = load_config(f"{EXPERIMENTS / name}.py:tiny", [f"{key}={value}" for key, value in run.items()])
+    summary = loop.train_stage(config, tmp_path / name)
     before, after = summary["before"], summary["held_out"]
     assert summary["steps"] == 8 and summary["stage"] == name and summary["about"]["prompts"] > 8
     assert before["loss"] != after["loss"] and after["accuracy_se"] > 0

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.losses.preference import dpo, ipo, kto, log_odds, orpo_odds, simpo
-from lm.losses.ranking import bradley_terry
+from lm.losses.preference import dpo_loss, ipo_loss, kto_loss, log_odds, odds_ratio_loss, simpo_loss
+from lm.losses.ranking import bradley_terry_loss
 
 
 def slope(loss, *at):
@@ -19,15 +19,15 @@ def slope(loss, *at):
 
 def test_dpo():
     # -log sigmoid(0.7 + 0.3) = log(1 + e^-1) = 0.313262; equal rewards give log 2; far apart it is linear, not infinite
-    got = dpo(jnp.array([0.7, 0.5, -100.0]), jnp.array([-0.3, 0.5, 100.0]))
+    got = dpo_loss(jnp.array([0.7, 0.5, -100.0]), jnp.array([-0.3, 0.5, 100.0]))
     np.testing.assert_allclose(got, [0.313262, math.log(2), 200.0], rtol=1e-5)
     # the gradient is -sigmoid(-d): one half where policy = reference, all of it on a verdict that is far from learnt
-    np.testing.assert_allclose([slope(dpo, 0.0, 0.0), slope(dpo, -100.0, 0.0)], [-0.5, -1.0])
+    np.testing.assert_allclose([slope(dpo_loss, 0.0, 0.0), slope(dpo_loss, -100.0, 0.0)], [-0.5, -1.0])
 
 
 def test_dpo_with_smoothing():
     # 0.9 * 0.313262 + 0.1 * (0.313262 + 1) = 0.413262; policy = reference costs log 2, whatever the smoothing
-    smoothed = functools.partial(dpo, smoothing=0.1)
+    smoothed = functools.partial(dpo_loss, smoothing=0.1)
     np.testing.assert_allclose(
         smoothed(jnp.array([1.0, 0.5]), jnp.array([0.0, 0.5])), [0.413262, math.log(2)], rtol=1e-5
     )
@@ -36,29 +36,29 @@ def test_dpo_with_smoothing():
     assert slope(smoothed, 4.0, 0.0) > 0 > slope(smoothed, 1.0, 0.0)
     # a verdict that may be wrong still pulls with 1 - smoothing; `flipped` of bradley_terry lets go of it instead
     np.testing.assert_allclose(slope(smoothed, -50.0, 0.0), -0.9, rtol=1e-6)
-    assert abs(slope(functools.partial(bradley_terry, flipped=0.1), -50.0, 0.0)) < 1e-6
+    assert abs(slope(functools.partial(bradley_terry_loss, flipped=0.1), -50.0, 0.0)) < 1e-6
 
 
 def test_dpo_as_beta_goes_to_zero_is_the_plain_difference_of_log_probs():
     """-log sigmoid(beta d) = log 2 - beta d / 2 + O(beta^2): raise one, lower the other, by however much already."""
-    by_beta = lambda logprob: dpo(1e-4 * logprob, 0.0) / 1e-4
+    by_beta = lambda logprob: dpo_loss(1e-4 * logprob, 0.0) / 1e-4
     np.testing.assert_allclose([slope(by_beta, x) for x in (-5.0, 0.0, 5.0)], [-0.5] * 3, rtol=1e-3)
 
 
 def test_ipo():
     # beta 0.5 asks for a lead of 1: (0.7 - 0.2 - 1)^2 = 0.25; policy = reference: 1 / (4 beta^2) = 1
-    half = functools.partial(ipo, beta=0.5)
+    half = functools.partial(ipo_loss, beta=0.5)
     np.testing.assert_allclose(half(jnp.array([0.7, 0.3]), jnp.array([0.2, 0.3])), [0.25, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(ipo(jnp.float32(0.0), 0.0, beta=0.1), 25.0, rtol=1e-6)
+    np.testing.assert_allclose(ipo_loss(jnp.float32(0.0), 0.0, beta=0.1), 25.0, rtol=1e-6)
     # slope 2 (d - 1): none at the lead asked for, backwards beyond it
     np.testing.assert_allclose([slope(half, x, 0.0) for x in (0.0, 1.0, 1.5)], [-2.0, 0.0, 1.0])
 
 
 def test_kto():
     # beta (r - z) = 0.5 * (3 - 1) = 1: desirable 1 - sigmoid(1) = 0.268941, undesirable 1 - sigmoid(-1) = 0.731059
-    got = kto(jnp.array([3.0, 3.0]), jnp.float32(1.0), jnp.array([True, False]), beta=0.5)
+    got = kto_loss(jnp.array([3.0, 3.0]), jnp.float32(1.0), jnp.array([True, False]), beta=0.5)
     np.testing.assert_allclose(got, [0.268941, 0.731059], rtol=1e-5)
-    weighed = kto(
+    weighed = kto_loss(
         jnp.array([3.0, 3.0]),
         jnp.float32(1.0),
         jnp.array([True, False]),
@@ -71,7 +71,7 @@ def test_kto():
 
 @pytest.mark.parametrize("desirable, sign", [(True, -1), (False, 1)])
 def test_kto_pulls_most_at_the_reference_point_and_not_at_all_far_from_it(desirable, sign):
-    loss = lambda r: kto(r, 2.0, desirable, beta=0.5)
+    loss = lambda r: kto_loss(r, 2.0, desirable, beta=0.5)
     np.testing.assert_allclose(slope(loss, 2.0), sign * 0.5 / 4)  # beta sigmoid'(0)
     np.testing.assert_allclose([slope(loss, -98.0), slope(loss, 102.0)], [0, 0], atol=1e-7)
 
@@ -88,16 +88,16 @@ def test_log_odds():
 
 def test_orpo():
     # odds of p = 0.5 and 0.2 are 1 and 1/4: -log sigmoid(log 4) = -log(4 / 5) = 0.223144; equal answers give log 2
-    got = orpo_odds(jnp.log(jnp.array([0.5, 0.3])), jnp.log(jnp.array([0.2, 0.3])))
+    got = odds_ratio_loss(jnp.log(jnp.array([0.5, 0.3])), jnp.log(jnp.array([0.2, 0.3])))
     np.testing.assert_allclose(got, [0.223144, math.log(2)], rtol=1e-5)
 
 
 def test_simpo():
     # 2 * (-0.7 + 1.5) - 1 = 0.6: log(1 + e^-0.6) = 0.437488; equal means still lack gamma: log(1 + e) = 1.313262
-    asked = functools.partial(simpo, beta=2.0, gamma=1.0)
+    asked = functools.partial(simpo_loss, beta=2.0, gamma=1.0)
     np.testing.assert_allclose(asked(jnp.array([-0.7, -1.0]), jnp.array([-1.5, -1.0])), [0.437488, 1.313262], rtol=1e-5)
     # as beta goes to 0 nothing is compared: -log sigmoid(-gamma), and no gradient
-    unscaled = functools.partial(simpo, beta=0.0, gamma=1.0)
+    unscaled = functools.partial(simpo_loss, beta=0.0, gamma=1.0)
     np.testing.assert_allclose(unscaled(jnp.float32(-1.0), -2.0), 1.313262, rtol=1e-5)
     assert slope(unscaled, -1.0, -2.0) == 0
 
@@ -118,7 +118,9 @@ def population(loss, beats, logits):
 def test_dpo_is_least_at_the_optimum_of_reward_less_kl():
     """Verdicts are Bradley-Terry with reward r: no gradient at p* = p_ref exp(r / beta) / Z, which RLHF would find."""
     r = jnp.array([1.0, -0.5, 0.2, 0.9, -1.3])
-    loss = functools.partial(population, lambda a, b: dpo(BETA * a, BETA * b), jax.nn.sigmoid(r[:, None] - r[None, :]))
+    loss = functools.partial(
+        population, lambda a, b: dpo_loss(BETA * a, BETA * b), jax.nn.sigmoid(r[:, None] - r[None, :])
+    )
     optimum = jax.nn.log_softmax(REFERENCE + r / BETA)
     objective = lambda logits: (
         jnp.exp(jax.nn.log_softmax(logits)) @ (r - BETA * (jax.nn.log_softmax(logits) - REFERENCE))
@@ -134,7 +136,7 @@ def test_ipo_is_least_at_the_optimum_of_win_rate_less_kl():
     """Any preferences, cycles too: no gradient at p* = p_ref exp(P(wins) / beta) / Z (Azar et al. 2023, theorem 3)."""
     draw = np.random.default_rng(0).uniform(size=(5, 5))
     beats = jnp.asarray(np.triu(draw, 1) + np.tril(1 - draw.T, -1) + 0.5 * np.eye(5), jnp.float32)
-    loss = functools.partial(population, functools.partial(ipo, beta=BETA), beats)
+    loss = functools.partial(population, functools.partial(ipo_loss, beta=BETA), beats)
     optimum = jax.nn.log_softmax(REFERENCE + beats @ DRAWN / BETA)
     np.testing.assert_allclose(jax.grad(loss)(optimum), 0.0, atol=1e-6)
     assert jnp.max(jnp.abs(jax.grad(loss)(REFERENCE))) > 0.01
@@ -143,5 +145,5 @@ def test_ipo_is_least_at_the_optimum_of_win_rate_less_kl():
 def test_where_one_side_always_wins_ipo_stops_and_dpo_does_not():
     """P = 1: DPO's gradient only fades with the lead, IPO's is zero at 1 / (2 beta) and turns."""
     leads = jnp.array([0.0, 1.0, 5.0, 20.0])
-    assert jnp.all(jax.vmap(jax.grad(lambda d: dpo(BETA * d, 0.0)))(leads) < 0)
-    assert jnp.sign(jax.vmap(jax.grad(lambda d: ipo(d, 0.0, beta=0.1)))(leads)).tolist() == [-1, -1, 0, 1]
+    assert jnp.all(jax.vmap(jax.grad(lambda d: dpo_loss(BETA * d, 0.0)))(leads) < 0)
+    assert jnp.sign(jax.vmap(jax.grad(lambda d: ipo_loss(d, 0.0, beta=0.1)))(leads)).tolist() == [-1, -1, 0, 1]

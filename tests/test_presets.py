@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from lm import model
 from lm.model import presets
-from lm.model.params import count, specs
-from lm.weights import shapes
+from lm.model.params import param_count, param_specs
+from lm.weights import config_map
 
 NAMES = [name for name, _ in inspect.getmembers(presets, inspect.isfunction) if not name.startswith("_")]
 # What transformers calls those whose own name it does not use.
@@ -19,8 +19,8 @@ KINDS = {"llama2": "llama", "llama3": "llama", "smollm2": "llama", "gemma3": "ge
 EACH = pytest.mark.parametrize("name", NAMES)
 
 
-def config_of(name) -> model.Config:
-    return model.Config(**ConfigDict(getattr(presets, name)()).to_dict())
+def config_of(name) -> model.ModelConfig:
+    return model.ModelConfig(**ConfigDict(getattr(presets, name)()).to_dict())
 
 
 def stated(name, pattern) -> str | None:
@@ -32,8 +32,8 @@ def stated(name, pattern) -> str | None:
 def test_it_has_the_parameters_that_it_states(name):
     """Exactly; and within 5 % of the name that its authors gave it."""
     c, exactly = config_of(name), int(stated(name, r"^([\d,]+) parameters").replace(",", ""))
-    assert count(specs(c)) == exactly
-    shapes = jax.eval_shape(model.make(c.on("cpu")).init, jax.random.key(0))
+    assert param_count(param_specs(c)) == exactly
+    shapes = jax.eval_shape(model.make_model(c.on("cpu")).init, jax.random.key(0))
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == exactly
     if name != "olmo2_1b":
         number, unit = re.fullmatch(r"([\d.]+)([BM])", stated(name, r'"(.*?)"')).groups()
@@ -44,8 +44,8 @@ def test_the_parameters_of_a_token():
     """All but those of the experts that it does not take: 12.9B of Mixtral, 3.3B of Qwen 3."""
     for name in ("mixtral_8x7b", "qwen3_30b_a3b"):
         c = config_of(name)
-        experts = sum(math.prod(spec.shape) for spec in specs(c)["layers"].values() if len(spec.shape) == 4)
-        active = count(specs(c)) - experts + experts * c.experts_per_token // c.experts
+        experts = sum(math.prod(spec.shape) for spec in param_specs(c)["layers"].values() if len(spec.shape) == 4)
+        active = param_count(param_specs(c)) - experts + experts * c.experts_per_token // c.experts
         assert abs(active / 1e9 - float(stated(name, r"([\d.]+)B of them"))) < 0.06, name
 
 
@@ -56,8 +56,8 @@ def test_transformers_can_say_it(name):
     kind = KINDS.get(named, named)
     if c.experts and kind == "qwen3":
         kind = "qwen3_moe"
-    hf = shapes.config_json(c, kind)
-    assert hf["model_type"] == kind and shapes.shape(hf) == c
+    hf = config_map.config_json(c, kind)
+    assert hf["model_type"] == kind and config_map.model_config_from_json(hf) == c
 
 
 def test_they_are_all_here():

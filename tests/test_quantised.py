@@ -12,14 +12,15 @@ import pytest
 from runs import enter_small_world, finished
 from test_architectures import GEMMA, GPT, MIXTURE, made
 
-from lm import model, quantised
-from lm.beam import beam
-from lm.chat import Chat
-from lm.errors import UserError
-from lm.model.attention import attention
-from lm.model.quantised import heads_in_int8, in_int8, stored
-from lm.sample import decode, prefill, sample
-from lm.workdir import load
+from lm import model
+from lm.core.errors import UserError
+from lm.evaluate import quantization
+from lm.generate.beam import beam_search
+from lm.generate.sampler import decode_step, prefill, sample
+from lm.model.attention import masked_attention
+from lm.model.quantization import quantize_heads_int8, quantize_int8, quantized_params
+from lm.runs.workdir import load_trained_model
+from lm.serve.chat import Chat
 
 __all__ = ["finished", "made"]
 IDS = np.random.default_rng(0).integers(1, 31, (2, 14)).astype(np.int32)
@@ -30,18 +31,18 @@ POSITIONS = np.maximum(np.arange(14) - PADDED[:, None], 0)
 
 def test_int8_by_hand():
     """A column's largest is 127: 0.5 / (1 / 127) = 63.5, which rounds to the even 64. By rows, 0.5 is the largest."""
-    w, scale = in_int8(jnp.array([[1.0, 0.0], [-0.5, 0.0]]))
+    w, scale = quantize_int8(jnp.array([[1.0, 0.0], [-0.5, 0.0]]))
     assert w.tolist() == [[127, 0], [-64, 0]] and scale[0, 0] == pytest.approx(1 / 127)
-    w, scale = in_int8(jnp.array([[1.0, 0.0], [-0.5, 0.0]]), axis=-1)
+    w, scale = quantize_int8(jnp.array([[1.0, 0.0], [-0.5, 0.0]]), axis=-1)
     assert w.tolist() == [[127, 0], [-127, 0]] and scale[1, 0] == pytest.approx(0.5 / 127)
-    kept, of_heads = heads_in_int8(jnp.array([[1.0, -0.5], [0.0, 0.0]]))
+    kept, of_heads = quantize_heads_int8(jnp.array([[1.0, -0.5], [0.0, 0.0]]))
     assert kept.tolist() == [[127, -64], [0, 0]] and of_heads[0] == pytest.approx(1 / 127)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_stored_weights_are_themselves_within_half_a_step(tied, made):
     m, lm = made(tied=tied)
-    kept = stored("int8", lm, ends=True)
+    kept = quantized_params("int8", lm, ends=True)
     inside = {f"{name}": (kept["layers"], lm["layers"]) for name in ("query", "down")}
     for name, (tree, source) in {**inside, **{n: (kept, lm) for n in ("embedding", "head") if n in lm}}.items():
         assert tree[name].dtype == np.int8
@@ -49,8 +50,8 @@ def test_stored_weights_are_themselves_within_half_a_step(tied, made):
         assert np.all(gap <= 0.5001 * tree[f"{name}_scale"]) and gap.max() > 0
     assert kept["embedding_scale"].shape == (31, 1) and kept["layers"]["down_scale"].shape == (2, 1, 16)
     np.testing.assert_array_equal(kept["layers"]["query_norm"], lm["layers"]["query_norm"])
-    assert stored("int8", lm)["embedding"] is lm["embedding"]
-    assert stored("bfloat16", lm)["embedding"].dtype == jnp.bfloat16 and stored("float32", lm) is lm
+    assert quantized_params("int8", lm)["embedding"] is lm["embedding"]
+    assert quantized_params("bfloat16", lm)["embedding"].dtype == jnp.bfloat16 and quantized_params("float32", lm) is lm
 
 
 def expanded(lm):
@@ -66,7 +67,7 @@ def expanded(lm):
 @pytest.mark.parametrize("changes", [GEMMA, {**MIXTURE, "tied": False}, GPT], ids=["gemma", "mixture", "gpt"])
 def test_the_forward_pass_reads_stored_weights_as_what_they_stand_for(changes, made):
     m, lm = made(**changes)
-    kept = stored("int8", lm, ends=True)
+    kept = quantized_params("int8", lm, ends=True)
     logits = jax.jit(lambda lm: m.logits(lm, m.hidden(lm, IDS, POSITIONS, SEGMENTS)))
     found, real = np.asarray(logits(kept)), SEGMENTS > 0
     np.testing.assert_allclose(found[real], logits(expanded(kept))[real], rtol=1e-4, atol=2e-5)
@@ -79,14 +80,14 @@ def test_attention_to_int8_is_attention_to_the_expanded_numbers():
     draw = np.random.default_rng(0)
     q, k, v = (draw.normal(size=(2, *shape, 5, 8)).astype(np.float32) for shape in ((2, 2), (2,), (2,)))
     mask = np.broadcast_to(np.tri(5, dtype=bool), (2, 5, 5))
-    (k, of_keys), (v, of_values) = heads_in_int8(k), heads_in_int8(v)
-    found = attention(q, k, v, mask, of_keys, of_values, scale=0.3, softcap=2.0)
-    whole = attention(q, k * of_keys[..., None], v * of_values[..., None], mask, scale=0.3, softcap=2.0)
+    (k, of_keys), (v, of_values) = quantize_heads_int8(k), quantize_heads_int8(v)
+    found = masked_attention(q, k, v, mask, of_keys, of_values, scale=0.3, softcap=2.0)
+    whole = masked_attention(q, k * of_keys[..., None], v * of_values[..., None], mask, scale=0.3, softcap=2.0)
     np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
 
 
 def eight(m, **changes):
-    return model.make(dataclasses.replace(m.config, cache="int8", **changes))
+    return model.make_model(dataclasses.replace(m.config, cache="int8", **changes))
 
 
 @pytest.mark.parametrize("changes", [{}, {"window": 3}, GEMMA, MIXTURE], ids=["plain", "windowed", "gemma", "mixture"])
@@ -122,12 +123,12 @@ def test_sampling_and_beam_search_go_through_an_int8_cache(made):
     shared = run(IDS[:, :9], lengths, samples=2)
     apart = run(np.repeat(IDS[:, :9], 2, axis=0), np.repeat(lengths, 2))
     np.testing.assert_array_equal(shared.tokens, apart.tokens)
-    best, scores = jax.jit(functools.partial(beam, kept, width=2, max_new=4))(lm, IDS[:, :9], lengths)
+    best, scores = jax.jit(functools.partial(beam_search, kept, width=2, max_new=4))(lm, IDS[:, :9], lengths)
     logits, cache = jax.jit(functools.partial(prefill, kept, capacity=13))(lm, IDS[:, :9], lengths)
     total, rows = 0.0, best.tokens[::2]  # the best hypothesis of each prompt, its tokens fed one by one
     for t in range(4):
         total += jnp.take_along_axis(jax.nn.log_softmax(logits), rows[:, t : t + 1], axis=1)[:, 0]
-        logits, cache = decode(kept, lm, rows[:, t], lengths + t, cache)
+        logits, cache = decode_step(kept, lm, rows[:, t], lengths + t, cache)
     np.testing.assert_allclose(scores[:, 0], total, rtol=1e-4, atol=1e-4)
 
 
@@ -135,11 +136,11 @@ def test_refused(tiny_model, tiny_lm):
     with pytest.raises(UserError, match="model.cache is 'int4'; choose one of auto, float32, bfloat16, int8"):
         dataclasses.replace(tiny_model.config, cache="int4")
     with pytest.raises(UserError, match="the weights are to be kept as 'int4'; choose one of float32, bfloat16, int8"):
-        stored("int4", tiny_lm)
+        quantized_params("int4", tiny_lm)
 
 
 def run(capsys, path, *flags):
-    quantised.program([f"--workdir={path}", "--rows=6", "--length=24", "--rows_at_once=4", *flags])
+    quantization.program([f"--workdir={path}", "--rows=6", "--length=24", "--rows_at_once=4", *flags])
     return capsys.readouterr().out
 
 
@@ -151,8 +152,8 @@ def test_the_program_decodes_what_the_full_pass_scores(finished, tmp_path, capsy
     assert "way 4/4" in said and "B/token" in said
     left = json.loads((path / "quantised.json").read_text())
     assert [(way["weights"], way["cache"]) for way in left["table"]][1:3] == [("float32", "int8"), ("int8", "float32")]
-    trained = load(path, backend="cpu")
-    rows = quantised.held_out_rows(trained, **left["about"])
+    trained = load_trained_model(path, backend="cpu")
+    rows = quantization.held_out_rows(trained, **left["about"])
     counted = rows.weights * (np.arange(24) >= 12)
     logprobs = jax.jit(trained.model.token_logprobs)(trained.params["lm"], rows)
     expected = -np.sum(logprobs * counted, axis=1) / counted.sum(axis=1)
@@ -181,13 +182,15 @@ def test_the_program_decodes_what_the_full_pass_scores(finished, tmp_path, capsy
 def test_the_program_refuses(flags, message, finished, monkeypatch):
     enter_small_world(monkeypatch.setattr)
     with pytest.raises(UserError, match=message):
-        quantised.program([f"--workdir={finished / 'pretrain'}", "--length=24", *flags])
+        quantization.program([f"--workdir={finished / 'pretrain'}", "--length=24", *flags])
 
 
 def test_chat_from_8_bits(finished):
-    """The flags of lm.chat: it answers from them, from other weights and another cache than the run's."""
-    trained = load(finished / "sft", backend="cpu")
-    talk = Chat(quantised.served(trained, weights="int8", cache="int8"), pytest.fail, max_new=4, temperature=0)
+    """The flags of lm.serve.chat: it answers from them, from other weights and another cache than the run's."""
+    trained = load_trained_model(finished / "sft", backend="cpu")
+    talk = Chat(
+        quantization.with_storage_dtypes(trained, weights="int8", cache="int8"), pytest.fail, max_new=4, temperature=0
+    )
     assert talk._lm["embedding"].dtype == jnp.int8
-    assert quantised.served(trained) is trained
+    assert quantization.with_storage_dtypes(trained) is trained
     assert isinstance("".join(talk.answer("How are you today?")), str) and talk.messages[-1]["role"] == "assistant"

@@ -12,12 +12,12 @@ import uvicorn
 from runs import finished, small
 from test_bad_input import refused
 
-from lm import rank
-from lm.console import Interrupted
-from lm.data.store import Store, Verdict, read
-from lm.errors import UserError
-from lm.ranking import speakers
-from lm.workdir import load, load_reward
+from lm.core.errors import UserError
+from lm.data.annotations import Annotation, AnnotationStore, read_rankings
+from lm.feedback import answering_models, rank
+from lm.rewards.load import load_reward_model
+from lm.runs.console import SigtermExit
+from lm.runs.workdir import load_trained_model
 
 __all__ = ["finished", "refused", "small"]
 
@@ -29,7 +29,7 @@ QUESTIONS = [f"the {word} is what?" for word in "object class type value name me
 def no_server(monkeypatch):
     """The server stops as soon as it would serve; answers are drawn four prompts at a time."""
     monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: [each.close() for each in sockets])
-    monkeypatch.setattr(speakers, "AT_ONCE", 4)
+    monkeypatch.setattr(answering_models, "PROMPTS_AT_ONCE", 4)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def asking(finished, tmp_path):
 
 
 def items(workdir):
-    with Store(workdir / "people.db") as store:
+    with AnnotationStore(workdir / "people.db") as store:
         return store.items()
 
 
@@ -55,7 +55,7 @@ def test_models_answer_in_turn(asking, finished, tmp_path, capsys):
     assert [item.prompt[0]["content"] for item in found] == QUESTIONS
     sampler = {"seed": 7, "max_new_tokens": 6, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     fingerprints = {
-        name: speakers.fingerprint(load(finished / stage, backend="cpu").params)
+        name: answering_models.params_sha256(load_trained_model(finished / stage, backend="cpu").params)
         for name, stage in (("sft", "sft"), ("after", "ppo"))
     }
     for i, item in enumerate(found):
@@ -71,22 +71,22 @@ def test_models_answer_in_turn(asking, finished, tmp_path, capsys):
 def test_the_same_command_goes_on(asking, tmp_path, monkeypatch, capsys):
     """Stopped after four prompts it comes to the answers of a run that was not; then there is nothing left to do."""
     run(tmp_path / "whole", *asking)
-    add = Store.add
+    add = AnnotationStore.add
 
     def stopped_after(store, new):
         os.kill(os.getpid(), signal.SIGTERM)
         return add(store, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "add", stopped_after)
-        with pytest.raises(Interrupted):
+        patch.setattr(AnnotationStore, "add", stopped_after)
+        with pytest.raises(SigtermExit):
             run(tmp_path / "cut", *asking)
     assert len(items(tmp_path / "cut")) == 4
     capsys.readouterr()
     run(tmp_path / "cut", *asking)
     assert "answers: 5 prompts were answered, 4 had been before" in capsys.readouterr().out
     assert items(tmp_path / "cut") == items(tmp_path / "whole")
-    monkeypatch.setattr(Store, "add", pytest.fail)
+    monkeypatch.setattr(AnnotationStore, "add", pytest.fail)
     run(tmp_path / "cut", *asking)
     assert "answers: 0 prompts were answered, 9 had been before" in capsys.readouterr().out
     run(tmp_path / "cut", "--port=0")
@@ -113,25 +113,25 @@ def test_doubt_by_hand():
     """One model: p = sigmoid(log 3) = 3/4, so 3/16. Two that say 3/4 and 1/4: p = 1/2, so 1/4: 3/16 and the variance
     1/16. Three responses: the mean over their pairs."""
     log3 = np.log(3)
-    assert rank.doubt(np.array([[log3, 0.0]])) == pytest.approx(3 / 16)
-    assert rank.doubt(np.array([[log3, 0.0], [0.0, log3]])) == pytest.approx(1 / 4)
-    assert rank.doubt(np.array([[log3, 0.0, 0.0]])) == pytest.approx((3 / 16 + 3 / 16 + 1 / 4) / 3)
+    assert rank.reward_uncertainty(np.array([[log3, 0.0]])) == pytest.approx(3 / 16)
+    assert rank.reward_uncertainty(np.array([[log3, 0.0], [0.0, log3]])) == pytest.approx(1 / 4)
+    assert rank.reward_uncertainty(np.array([[log3, 0.0, 0.0]])) == pytest.approx((3 / 16 + 3 / 16 + 1 / 4) / 3)
 
 
 def test_what_a_reward_model_is_least_sure_of_comes_first(asking, finished, tmp_path):
     run(tmp_path, *asking, f"--reward={finished}/reward,{finished}/reward")
-    _, judge = load_reward(finished / "reward", backend="cpu", centred=False, jit=jax.jit)
-    with Store(tmp_path / "people.db") as store:
+    _, judge = load_reward_model(finished / "reward", backend="cpu", centred=False, jit=jax.jit)
+    with AnnotationStore(tmp_path / "people.db") as store:
         gaps = [abs(float(np.diff(judge([item.prompt] * 2, item.responses))[0])) for item in store.unjudged("ann")]
     assert len(gaps) == 9 and gaps == sorted(gaps) and gaps[0] < gaps[-1]
 
 
 def test_import_export_and_results(asking, tmp_path, capsys):
     run(tmp_path / "w", *asking)
-    with Store(tmp_path / "w" / "people.db") as store:
+    with AnnotationStore(tmp_path / "w" / "people.db") as store:
         for item in store.items():
             for rater in ("ann", "ben"):
-                store.record(Verdict(f"{rater} {item.id}", item.id, rater, [1, 2], seconds=1.5))
+                store.record(Annotation(f"{rater} {item.id}", item.id, rater, [1, 2], seconds=1.5))
     capsys.readouterr()
     run(tmp_path / "w", f"--export={tmp_path / 'out.jsonl'}", "--results")
     said = capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_import_export_and_results(asking, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "18 verdicts imported into" in said and ", 0 were there already" in said
     assert "0 verdicts imported into" in said and ", 18 were there already" in said
-    assert read(tmp_path / "new" / "people.db") == read(tmp_path / "out.jsonl")
+    assert read_rankings(tmp_path / "new" / "people.db") == read_rankings(tmp_path / "out.jsonl")
 
 
 def test_other_machines_come_by_a_secret_address(asking, tmp_path, capsys):
@@ -202,7 +202,7 @@ def test_bad_input(refused, finished, tmp_path, flags, message):
     (tmp_path / "p.pdf").write_text("is it?\n")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "rankings.jsonl").write_text("")
-    Store(tmp_path / "old" / "people.db").close()
+    AnnotationStore(tmp_path / "old" / "people.db").close()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         names = {"tmp": tmp_path, "run": finished, "taken": taken.getsockname()[1]}
         if "workdir" not in flags[0]:

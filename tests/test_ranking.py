@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from lm.data import rankings as records
-from lm.data.rankings import Ranking
-from lm.data.store import Store, Unavailable, Verdict
-from lm.errors import UserError
-from lm.ranking import prompts, results
-from lm.ranking.app import COOKIE, make_app, order
+from lm.core.errors import UserError
+from lm.data import preferences as records
+from lm.data.annotations import Annotation, AnnotationStore, StoreUnavailable
+from lm.data.preferences import Ranking
+from lm.feedback import prompt_file, results
+from lm.feedback.app import COOKIE_NAME, display_order, make_app
 
 BASE = "http://127.0.0.1:8000"
 ATTACK = "</script><script>alert('1')</script><b>"
@@ -27,7 +27,7 @@ def item(number: int, count: int = 2) -> tuple:
 
 @pytest.fixture
 def store(tmp_path):
-    with Store(tmp_path / "people.db") as opened:
+    with AnnotationStore(tmp_path / "people.db") as opened:
         opened.add([item(0), item(1, 4), item(2)])
         yield opened
 
@@ -72,7 +72,7 @@ def test_a_verdict_is_recorded_once(client, store):
         assert client.post("/verdict", json=verdict).json() == {"recorded": "k"}
     [ranking] = store.rankings()
     assert (ranking.axes, ranking.flags, ranking.seconds) == (details["axes"], details["flags"], 2.5)
-    assert ranking.shown == order(store.item(1), "ann")
+    assert ranking.shown == display_order(store.item(1), "ann")
     assert client.get("/next?rater=ann").json()["item"]["id"] == 2
     assert client.get("/next?rater=ann").json()["judged"] == 1
     assert "duplicate verdict: ann has judged item 1" in refused(
@@ -89,8 +89,8 @@ def test_undo_shows_the_same_item_in_the_same_order(client):
 
 def test_the_order_is_random_and_fixed(store):
     four = store.item(2)
-    orders = [order(four, f"rater {i}") for i in range(400)]
-    assert orders == [order(four, f"rater {i}") for i in range(400)]
+    orders = [display_order(four, f"rater {i}") for i in range(400)]
+    assert orders == [display_order(four, f"rater {i}") for i in range(400)]
     first = np.bincount([o[0] for o in orders], minlength=4)
     assert all(60 <= count <= 140 for count in first), "100 of 400 on average; the deviation is 8.7"
 
@@ -149,7 +149,7 @@ def test_only_named_raters(store):
 
 def test_a_database_that_cannot_be_written_for_now(client, store, monkeypatch):
     def full(verdict):
-        raise Unavailable("cannot write people.db: database or disk is full; make room there and try again")
+        raise StoreUnavailable("cannot write people.db: database or disk is full; make room there and try again")
 
     verdict = said(client)
     with monkeypatch.context() as patch:
@@ -188,7 +188,7 @@ def test_other_machines_need_the_token(store):
     assert "set-cookie" not in client.get("/").headers
     entered = client.get("/?token=secret")
     assert entered.status_code == 200
-    assert entered.headers["set-cookie"] == f"{COOKIE}=secret; HttpOnly; SameSite=Strict; Path=/"
+    assert entered.headers["set-cookie"] == f"{COOKIE_NAME}=secret; HttpOnly; SameSite=Strict; Path=/"
     assert client.get("/next?rater=ann").status_code == 200, "the cookie does from now on"
     assert client.post("/verdict", json=said(client)).status_code == 200
 
@@ -226,7 +226,7 @@ def test_export_is_what_the_reward_stage_reads(client, store, tmp_path):
     response = client.get("/export")
     assert 'filename="rankings.jsonl"' in response.headers["content-disposition"]
     (tmp_path / "rankings.jsonl").write_bytes(response.content)
-    assert records.read(tmp_path / "rankings.jsonl") == store.rankings()
+    assert records.read_jsonl_rankings(tmp_path / "rankings.jsonl") == store.rankings()
 
 
 def judged(number: int, rater: str, ranking: list[int], count: int = 2, **more) -> Ranking:
@@ -242,7 +242,7 @@ def test_results_by_hand():
     skipped = judged(12, "ben", [1, 1], verdict="skipped")
     bad = judged(13, "ann", [1, 1], verdict="both bad")
     tied = judged(14, "ann", [1, 1], axes={"safe": [4, None]}, flags=[["toxic"], []])
-    found = results.results([*ann, *ben, skipped, bad, tied])
+    found = results.ranking_results([*ann, *ben, skipped, bad, tied])
     first, second = found.raters
     assert (first.name, first.verdicts, first.ties, first.bad, first.skipped) == ("ann", 14, 1, 1, 0)
     assert (second.verdicts, second.skipped, first.seconds) == (13, 1, 5.5)
@@ -264,7 +264,7 @@ def test_results_by_hand():
 
 
 def test_a_rater_s_last_verdict_on_an_item_counts():
-    found = results.results([judged(0, "ann", [1, 2]), judged(0, "ann", [2, 1])])
+    found = results.ranking_results([judged(0, "ann", [1, 2]), judged(0, "ann", [2, 1])])
     assert [r.ranking for r in found.judged] == [[2, 1]]
 
 
@@ -272,7 +272,9 @@ def test_the_results_page(client, store):
     assert "Nobody has judged anything yet." in client.get("/results").text
     for i, rater in enumerate(["ann", "ben", "<i>eve</i>"]):
         for number, ranking in ((1, [1, 2]), (2, [1, 2, 3, 3 + i]), (3, [1 + i % 2, 1])):
-            store.record(Verdict(f"{rater} {number}", number, rater, ranking, axes={"clear": [1 + i] * len(ranking)}))
+            store.record(
+                Annotation(f"{rater} {number}", number, rater, ranking, axes={"clear": [1 + i] * len(ranking)})
+            )
     page = client.get("/results").text
     assert "<script" not in page and "<i>" not in page and ATTACK not in page, "all text is escaped"
     assert "&lt;i&gt;eve&lt;/i&gt;" in page and page.count("<svg") == 3
@@ -283,16 +285,16 @@ def test_the_results_page(client, store):
 
 def test_results_of_one_rater_without_sources(store):
     bare = [judged(i, "rule", [1, 2], sources=(), shown=()) for i in range(3)]
-    page = results.page(bare, title="t")
+    page = results.results_page(bare, title="t")
     assert "No two models were compared." in page and "Nobody disagrees about anything." in page
-    assert results.page([judged(0, "ann", [1, 1], verdict="skipped")], title="t")
+    assert results.results_page([judged(0, "ann", [1, 1], verdict="skipped")], title="t")
 
 
 def test_prompts_from_files(tmp_path):
     warned = []
     text = tmp_path / "p.txt"
     text.write_bytes("How are you?\n\n  Wie geht's?  \r\nHow are you?\n\xff\n".encode("latin-1"))
-    found = prompts.read(str(text), warned.append)
+    found = prompt_file.read_prompts(str(text), warned.append)
     assert [c.messages for c in found] == [
         [{"role": "user", "content": "How are you?"}],
         [{"role": "user", "content": "Wie geht's?"}],
@@ -305,8 +307,8 @@ def test_prompts_from_files(tmp_path):
     lines.write_text(
         "\n".join(map(json.dumps, [{"prompt": "hi"}, {"messages": said, "name": "n"}, {"prompt": said[2:]}]))
     )
-    assert [c.messages[-1]["content"] for c in prompts.read(str(lines), pytest.fail)] == ["hi", "c", "c"]
-    assert prompts.read(str(lines), pytest.fail)[1] == ("n", said)
+    assert [c.messages[-1]["content"] for c in prompt_file.read_prompts(str(lines), pytest.fail)] == ["hi", "c", "c"]
+    assert prompt_file.read_prompts(str(lines), pytest.fail)[1] == ("n", said)
 
 
 @pytest.mark.parametrize(
@@ -327,8 +329,8 @@ def test_lines_that_are_no_prompt(tmp_path, line, fault):
     path = tmp_path / "p.jsonl"
     path.write_text(line)
     with pytest.raises(UserError, match=f"no prompt in {path}, as {path}:1: .*{fault}"):
-        prompts.read(str(path), pytest.fail)
+        prompt_file.read_prompts(str(path), pytest.fail)
     warned = []
     path.write_text(f'{line}\n{{"prompt": "one usable line works"}}\n')
-    assert len(prompts.read(str(path), warned.append)) == 1
+    assert len(prompt_file.read_prompts(str(path), warned.append)) == 1
     assert "1 of 2 lines will not do" in warned[0] and fault in warned[0]

@@ -13,10 +13,11 @@ import uvicorn
 from clicker import CHROMIUM, GONE_ON, chromium, enter, introduce, rank, rank_all
 from runs import EXPERIMENTS, finished, small, started
 
-from lm import rank as program, train
-from lm.config import load
-from lm.data.store import Store, Unavailable, read
-from lm.ranking.app import make_app
+from lm.core.config import load_config
+from lm.data.annotations import AnnotationStore, StoreUnavailable, read_rankings
+from lm.feedback import rank as program
+from lm.feedback.app import make_app
+from lm.train import loop
 
 __all__ = ["finished", "small"]
 
@@ -45,7 +46,7 @@ def page(browser):
 @pytest.fixture
 def store(tmp_path):
     """Two items of two responses, one of four."""
-    with Store(tmp_path / "people.db") as opened:
+    with AnnotationStore(tmp_path / "people.db") as opened:
         for number, count in enumerate((2, 4, 2)):
             prompt = [{"role": "user", "content": f"prompt {number} {ATTACK}"}]
             opened.add([(f"n{number}", prompt, [f"answer {i} {ATTACK}" for i in range(count)], [])])
@@ -111,7 +112,7 @@ def test_four_by_key(page, store):
 
 def test_every_kind_of_ranking_can_be_clicked(page, tmp_path):
     kinds = [[1, 1, 1, 1], [1, 2, 2, 2], [2, 1, 2, 4], [1, 1, 3, 3], [4, 3, 2, 1], [1, 3, 3, 1]]
-    with Store(tmp_path / "people.db") as store:
+    with AnnotationStore(tmp_path / "people.db") as store:
         store.add((f"n{i}", [{"role": "user", "content": f"{i}"}], list("abcd"), []) for i in range(len(kinds)))
         with served(store) as url:
             enter(page, url, "ann")
@@ -177,7 +178,7 @@ def test_a_full_disk_for_a_while(page, store, monkeypatch):
     def full(verdict):
         if not refusals:
             refusals.append(verdict)
-            raise Unavailable("cannot write people.db: database or disk is full; make room there and try again")
+            raise StoreUnavailable("cannot write people.db: database or disk is full; make room there and try again")
         record(verdict)
 
     monkeypatch.setattr(store, "record", full)
@@ -226,7 +227,7 @@ def free_port() -> int:
 
 def serving(*flags: str):
     """The program in a process of its own, once it serves."""
-    process = started("lm.rank", *flags)
+    process = started("lm.feedback.rank", *flags)
     said = []
     for line in process.stdout:
         said.append(line)
@@ -258,11 +259,11 @@ def test_from_clicks_to_a_reward_model(page, finished, small, tmp_path):
     assert ("Your verdict is kept in this browser" in notice) == bool(kept), "unless the server knew of it already"
     server.communicate()
     acknowledged = int(page.locator("#counts").text_content().split()[0])
-    assert acknowledged <= len(read(workdir / program.PEOPLE)) <= acknowledged + 1
+    assert acknowledged <= len(read_rankings(workdir / program.PEOPLE_DB)) <= acknowledged + 1
     server = serving(*flags)  # what the models have answered is there
     page.wait_for_function("() => document.getElementById('notice').hidden")
     after = int(page.locator("#counts").text_content().split()[0])
-    assert after == acknowledged + 1 == len(read(workdir / program.PEOPLE)), "each verdict once"
+    assert after == acknowledged + 1 == len(read_rankings(workdir / program.PEOPLE_DB)), "each verdict once"
     longest = lambda prompt, texts: [1 + sum(len(other) > len(text) for other in texts) for text in texts]
     page.locator("#rater").click()
     introduce(page, "ben")
@@ -280,8 +281,8 @@ def learn_from(workdir: Path, finished: Path, folder: Path) -> None:
     """Exports the verdicts, trains on the file and on the database, and finds the same."""
     program.program([f"--workdir={workdir}", f"--export={folder / 'rankings.jsonl'}"])
     losses = []
-    for source in (folder / "rankings.jsonl", workdir / program.PEOPLE):
+    for source in (folder / "rankings.jsonl", workdir / program.PEOPLE_DB):
         overrides = [f"init_from={finished}/sft", f"data.rankings={source}", "data.held_out=0.3"]
-        config = load(f"{EXPERIMENTS / 'reward.py'}:tiny", overrides)
-        losses.append(train.run(config, folder / f"reward {source.suffix}")["held_out"]["loss"])
+        config = load_config(f"{EXPERIMENTS / 'reward.py'}:tiny", overrides)
+        losses.append(loop.train_stage(config, folder / f"reward {source.suffix}")["held_out"]["loss"])
     assert losses[0] == losses[1]

@@ -5,25 +5,26 @@ import hashlib
 import pytest
 from runs import EXPERIMENTS, finished, small
 
-from lm import taste, train
-from lm.config import load
-from lm.data import corpus, ratings
-from lm.data.rankings import checked
-from lm.stages import ranked
+from lm.core.config import load_config
+from lm.data import ratings, sources
+from lm.data.preferences import ranking_from_record
+from lm.report import reward_model
+from lm.stages.reward_model import ranking_batches
+from lm.train import loop
 
 __all__ = ["finished", "small"]
 
 
 @pytest.fixture(scope="module")
 def found():
-    return ratings.chitchat()
+    return ratings.chitchat_rankings()
 
 
 def test_every_ranking_is_one_that_stage_reward_reads(found):
     assert len(found) > 900
     for ranking in found:
-        assert checked(ranking._asdict()) == ranking
-        assert 2 <= len(ranking.responses) <= ratings.MOST
+        assert ranking_from_record(ranking._asdict()) == ranking
+        assert 2 <= len(ranking.responses) <= ratings.MAX_CONVERSATIONS
 
 
 def test_ranks_follow_the_sum_of_three_ratings(found):
@@ -34,11 +35,11 @@ def test_ranks_follow_the_sum_of_three_ratings(found):
 
 
 def test_no_conversation_twice_and_only_rated_ones_with_a_reply(found):
-    dataset = corpus.chitchat_dataset().values()
+    dataset = sources.chitchat_dataset().values()
     texts = {
-        "\n".join(f"- {text}" for _, text in corpus.turns_of(conversation))
+        "\n".join(f"- {text}" for _, text in sources.speaker_turns(conversation))
         for conversation in dataset
-        if "ratings" in conversation and len(corpus.turns_of(conversation)) > 1
+        if "ratings" in conversation and len(sources.speaker_turns(conversation)) > 1
     }
     responses = [text for ranking in found for text in ranking.responses]
     assert set(responses) <= texts and 3500 < len(responses) <= 3705
@@ -47,30 +48,30 @@ def test_no_conversation_twice_and_only_rated_ones_with_a_reply(found):
 
 def test_a_ranking_compares_one_opener_and_one_bucket_of_raters(found):
     first = {}
-    for conversation in corpus.chitchat_dataset().values():
-        turns = corpus.turns_of(conversation)
+    for conversation in sources.chitchat_dataset().values():
+        turns = sources.speaker_turns(conversation)
         if "ratings" in conversation and len(turns) > 1:
             first["\n".join(f"- {text}" for _, text in turns), conversation["prompt"]] = turns[0][0]
     for ranking in found[::50]:
         for text in ranking.responses:
             sender = first[text, ranking.prompt[0]["content"]]
-            bucket = int.from_bytes(hashlib.sha256(sender.encode()).digest()[:8], "big") % ratings.BUCKETS
+            bucket = int.from_bytes(hashlib.sha256(sender.encode()).digest()[:8], "big") % ratings.RATER_BUCKETS
             assert ranking.name == f"chitchat/raters/{bucket}"
 
 
 def test_raters_are_on_one_side(found):
-    seen, unseen, _ = ranked.sides("chitchat", 0.2)
+    seen, unseen, _ = ranking_batches.split_rankings("chitchat", 0.2)
     assert not {ranking.name for ranking in seen} & {ranking.name for ranking in unseen}
     assert len(unseen) > 100
 
 
 def test_the_config_trains_a_few_steps(finished, small, tmp_path):
     """Stage listwise on real ratings with four heads, as experiments/ratings.py:tiny has it."""
-    config = load(f"{EXPERIMENTS / 'ratings.py'}:tiny", [f"init_from={finished / 'pretrain'}"])
-    summary = train.run(config, tmp_path / "ratings")
+    config = load_config(f"{EXPERIMENTS / 'ratings.py'}:tiny", [f"init_from={finished / 'pretrain'}"])
+    summary = loop.train_stage(config, tmp_path / "ratings")
     assert summary["steps"] == 8 and summary["stage"] == "listwise" and summary["about"]["prompts"] == 64
     before, after = summary["before"], summary["held_out"]
     for axis in ("", "/witty", "/interesting", "/upbeat"):
         assert before[f"accuracy{axis}"] == 0.5 != after[f"accuracy{axis}"]  # each head has moved
-    told = taste.measured(tmp_path / "ratings")
+    told = reward_model.measure_reward_model(tmp_path / "ratings")
     assert list(told["axes"]) == ["overall", "interesting", "upbeat", "witty"]

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lm import pages, report
-from lm.data import chats, rows
-from lm.errors import UserError
+from lm.core.errors import UserError
+from lm.data import conversations, packing
+from lm.report import pipeline
 from lm.rewards.rule import CRITERIA, RULE
-from lm.tokenizer import Tokenizer, chat, train
+from lm.runs import html
+from lm.tokenizer import Tokenizer, encode_chat, train_tokenizer
 
 ATTACK = '<script>alert("x")</script><img src=http://evil.example/x.png onerror=1>'
 STAGES = ["tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate"]
@@ -29,21 +30,22 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
-def conversations() -> list[chats.Conversation]:
+def conversations() -> list[conversations.Conversation]:
     return [
-        chats.Conversation(f"made/{name}", [user(f"How are you, {name}?"), assistant("I am fine.")]) for name in NAMES
+        conversations.Conversation(f"made/{name}", [user(f"How are you, {name}?"), assistant("I am fine.")])
+        for name in NAMES
     ]
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train(["How are you today? I am fine, thank you, Ada, Bo, Cy and Di.\n" * 40], vocab_size=310)
+    return train_tokenizer(["How are you today? I am fine, thank you, Ada, Bo, Cy and Di.\n" * 40], vocab_size=310)
 
 
 @pytest.fixture
 def run(tmp_path, tokenizer, monkeypatch) -> Path:
     """A finished run folder, written by hand."""
-    monkeypatch.setitem(chats.SOURCES, "made", conversations)
+    monkeypatch.setitem(conversations.CONVERSATION_SOURCES, "made", conversations)
     write = lambda name, value: (tmp_path / name).write_text(json.dumps(value))
     write("pipeline.json", {"stages": STAGES, "seconds": dict.fromkeys(STAGES, 60.0)})
     trained = {"steps": 30, "parameters": 1_234_567, "tokens": 40_000, "model_flops": 8e9, "seconds": 50.0, "mfu": 0.05}
@@ -159,7 +161,7 @@ class Elements(HTMLParser):
 
 
 def page_of(run: Path) -> tuple[str, Elements]:
-    page = report.write(run).read_text()
+    page = pipeline.write_report(run).read_text()
     return page, Elements(page)
 
 
@@ -189,7 +191,7 @@ def test_every_section_and_the_claims_as_measured(run):
     assert "tied one" not in text and text.index("Is your dog well?") < text.index("worse"), "decided ones, best first"
     assert text.count("score 4 · ended by itself") == text.count("score 3 · cut off") == 8
     assert "score 17" in text and "score 18" not in text, "eight prompts"
-    assert report.write(run).read_text() == page, "the same folder gives the same page"
+    assert pipeline.write_report(run).read_text() == page, "the same folder gives the same page"
     assert [path for path in run.iterdir() if "tmp" in path.name] == []
 
 
@@ -208,7 +210,7 @@ def test_nothing_is_loaded(run):
     assert links and all(value.startswith("#") for value in links), "only the marks inside the pictures"
     assert not [tag for tag, _ in found.tags if tag in ("link", "iframe", "object", "embed", "base")]
     assert not re.search(r"@import|url\((?!#)", page)
-    assert pages.INK not in page and "currentColor" in page
+    assert html.TEXT_COLOR not in page and "currentColor" in page
 
 
 @pytest.mark.parametrize("missing", STAGES)
@@ -230,9 +232,10 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(
-        UserError, match="no run of lm.pipeline or lm.train: it holds no pipeline.json, nor a stage's config"
+        UserError,
+        match="no run of lm.pipeline.runner or lm.train.loop: it holds no pipeline.json, nor a stage's config",
     ):
-        report.program([f"--workdir={tmp_path}"])
+        pipeline.program([f"--workdir={tmp_path}"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -246,8 +249,8 @@ def test_colours_mark_exactly_what_the_assistant_says(tokenizer):
     """Two conversations in a row of 64, the longer one first: trained are the assistant's words and their <|end|>."""
     short = [user("Bo?"), assistant("I am fine.")]
     long = [{"role": "system", "content": "Cy"}, *short, user("How are you?"), assistant("Ada")]
-    examples = [chat(tokenizer, short), chat(tokenizer, long)]
-    first, second, padding = report.coloured(tokenizer, rows.pack(examples, 64)[0], 0)
+    examples = [encode_chat(tokenizer, short), encode_chat(tokenizer, long)]
+    first, second, padding = pipeline.row_pieces(tokenizer, packing.packed_rows(examples, 64)[0], 0)
     said = lambda pieces, kind: "".join(piece.text for piece in pieces if piece.kind == kind)
     assert said(first, "trained") == "I am fine.<|end|>Ada<|end|>"
     assert said(first, "context") == (
@@ -268,11 +271,13 @@ def test_the_row_on_the_page(run, tokenizer):
 
 
 def test_a_single_stage_gets_its_own_page(run, capsys):
-    report.program([f"--workdir={run / 'pretrain'}"])
+    pipeline.program([f"--workdir={run / 'pretrain'}"])
     assert capsys.readouterr().out == f"report: {run / 'pretrain' / 'report.html'}\n"
     assert "<h1>pretrain</h1>" in (run / "pretrain" / "report.html").read_text()
-    with pytest.raises(UserError, match="evaluate is no run of lm.pipeline or lm.train: .* nor a stage's config.json"):
-        report.write(run / "evaluate")
+    with pytest.raises(
+        UserError, match="evaluate is no run of lm.pipeline.runner or lm.train.loop: .* nor a stage's config.json"
+    ):
+        pipeline.write_report(run / "evaluate")
 
 
 def test_an_mfu_over_one_is_explained(run):

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from runs import ROOT, TRAINED, assert_same_run, finished, saved, settings, small, stage_config, started
 
-from lm import runpage, train
-from lm.checkpoint import restore_params
-from lm.console import Interrupted
-from lm.workdir import load, read_json, read_metrics
+from lm.report import run
+from lm.runs.checkpoint import restore_params
+from lm.runs.console import SigtermExit
+from lm.runs.workdir import load_trained_model, read_json, read_metrics
+from lm.train import loop
 
 __all__ = ["finished", "small"]
 
@@ -28,9 +29,9 @@ def moments(stage: str) -> list[str]:
 
 def at_batch(monkeypatch, number: int, event) -> None:
     """Has `event()` happen when the loop asks for this batch."""
-    fetched = train.fetched
+    fetched = loop.device_batch
     monkeypatch.setattr(
-        train, "fetched", lambda r, state, i: (event() if i == number else None, fetched(r, state, i))[1]
+        loop, "device_batch", lambda r, state, i: (event() if i == number else None, fetched(r, state, i))[1]
     )
 
 
@@ -40,7 +41,7 @@ def test_what_a_kill_leaves_continues_to_the_same_bits(finished, small, tmp_path
     the last evaluation."""
     killed = shutil.copytree(finished.parent / "snapshots" / stage / moment, tmp_path / stage)
     assert not (killed / "summary.json").exists()
-    train.run(stage_config(finished, stage), killed)
+    loop.train_stage(stage_config(finished, stage), killed)
     assert_same_run(killed, finished / stage)
 
 
@@ -50,18 +51,18 @@ def test_what_a_kill_leaves_continues_to_the_same_bits(finished, small, tmp_path
 def test_sigkill(finished, small, tmp_path, stage, moment):
     config = f"--config={ROOT}/experiments/{stage}.py:tiny"
     workdir = tmp_path / stage
-    process = started("lm.train", config, f"--workdir={workdir}", *settings(finished, stage), moment=moment)
+    process = started("lm.train.loop", config, f"--workdir={workdir}", *settings(finished, stage), moment=moment)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (workdir / "summary.json").exists()
-    train.run(stage_config(finished, stage), workdir)
+    loop.train_stage(stage_config(finished, stage), workdir)
     assert_same_run(workdir, finished / stage)
 
 
 def batches_learnt_from(monkeypatch) -> list[int]:
     """The number of every batch that is asked for from now on."""
-    asked, fetched = [], train.fetched
-    monkeypatch.setattr(train, "fetched", lambda r, state, i: asked.append(i) or fetched(r, state, i))
+    asked, fetched = [], loop.device_batch
+    monkeypatch.setattr(loop, "device_batch", lambda r, state, i: asked.append(i) or fetched(r, state, i))
     return asked
 
 
@@ -69,13 +70,15 @@ def batches_learnt_from(monkeypatch) -> list[int]:
 def test_sigkill_in_the_last_evaluation_costs_no_step(finished, small, tmp_path, monkeypatch, stage, steps):
     """All steps are saved when it begins; given again, the command makes up for the scores alone."""
     config, workdir = f"--config={ROOT}/experiments/{stage}.py:tiny", tmp_path / stage
-    process = started("lm.train", config, f"--workdir={workdir}", *settings(finished, stage), moment="evaluation:1")
+    process = started(
+        "lm.train.loop", config, f"--workdir={workdir}", *settings(finished, stage), moment="evaluation:1"
+    )
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     last = read_metrics(workdir)[-1]
     assert last["step"] == steps and "tokens_per_second" in last
     asked = batches_learnt_from(monkeypatch)
-    train.run(stage_config(finished, stage), workdir)
+    loop.train_stage(stage_config(finished, stage), workdir)
     assert asked == []
     assert_same_run(workdir, finished / stage)
 
@@ -89,8 +92,8 @@ def test_an_evaluation_on_the_way_is_made_up_for(finished, small, tmp_path, monk
         found.train.evaluate_every = every
         return found
 
-    train.run(config(), tmp_path / "straight")
-    evaluated = train.held_out
+    loop.train_stage(config(), tmp_path / "straight")
+    evaluated = loop.held_out_metrics
 
     def interrupted(r, evaluate, state):
         if int(state.step):
@@ -99,10 +102,10 @@ def test_an_evaluation_on_the_way_is_made_up_for(finished, small, tmp_path, monk
         return evaluated(r, evaluate, state)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "held_out", interrupted)
-        train.run(config(), tmp_path / "run")
+        patch.setattr(loop, "held_out_metrics", interrupted)
+        loop.train_stage(config(), tmp_path / "run")
     asked = batches_learnt_from(monkeypatch)
-    train.run(config(), tmp_path / "killed")
+    loop.train_stage(config(), tmp_path / "killed")
     assert asked == list(range(every, 2 * every))
     assert_same_run(tmp_path / "killed", tmp_path / "straight")
 
@@ -110,11 +113,11 @@ def test_an_evaluation_on_the_way_is_made_up_for(finished, small, tmp_path, monk
 def test_a_page_that_a_kill_took_is_made_up_for(finished, small, tmp_path, monkeypatch):
     """Between the summary and the page; a second start leaves a page that is there alone."""
     workdir, pages = shutil.copytree(finished / "sft", tmp_path / "sft"), []
-    monkeypatch.setattr(runpage, "write", lambda path: pages.append(path))
-    train.run(stage_config(finished, "sft"), workdir)
+    monkeypatch.setattr(run, "write_run_page", lambda path: pages.append(path))
+    loop.train_stage(stage_config(finished, "sft"), workdir)
     assert pages == []
     (workdir / "report.html").unlink()
-    train.run(stage_config(finished, "sft"), workdir)
+    loop.train_stage(stage_config(finished, "sft"), workdir)
     assert pages == [workdir]
 
 
@@ -122,7 +125,7 @@ def test_sigkill_in_the_middle_of_an_update_of_ppo(finished, small, tmp_path):
     """From the checkpoint of step 2 on, in the first minibatch of the second epoch of step 3."""
     workdir = shutil.copytree(finished.parent / "snapshots" / "ppo" / "saving", tmp_path / "ppo")
     process = started(
-        "lm.train",
+        "lm.train.loop",
         f"--config={ROOT}/experiments/ppo.py:tiny",
         f"--workdir={workdir}",
         *settings(finished, "ppo"),
@@ -132,12 +135,12 @@ def test_sigkill_in_the_middle_of_an_update_of_ppo(finished, small, tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert f"continues from step 2 of {workdir}" in out
     assert read_metrics(workdir)[-1]["step"] == 2
-    train.run(stage_config(finished, "ppo"), workdir)
+    loop.train_stage(stage_config(finished, "ppo"), workdir)
     assert_same_run(workdir, finished / "ppo")
 
 
 def test_sigkill_of_the_program_as_it_is(finished, tmp_path):
-    """No small world: `python -m lm.train` on the one device of a laptop, killed at whatever moment this is.
+    """No small world: `python -m lm train` on the one device of a laptop, killed at whatever moment this is.
 
     Held against an undisturbed run of its own: XLA shares a matrix product out to as many threads as there are devices
     or cores, and the sum's rounding follows.
@@ -148,7 +151,7 @@ def test_sigkill_of_the_program_as_it_is(finished, tmp_path):
         command = [
             sys.executable,
             "-m",
-            "lm.train",
+            "lm.train.loop",
             f"--config={ROOT}/experiments/pretrain.py:tiny",
             f"--workdir={workdir}",
             *settings(finished, "pretrain"),
@@ -172,7 +175,7 @@ def wait_for(metrics: Path, rows: int, process: subprocess.Popen) -> None:
 
 def test_sigterm_saves_the_step_and_exits_with_143(finished, tmp_path):
     process = started(
-        "lm.train",
+        "lm.train.loop",
         f"--config={ROOT}/experiments/pretrain.py:tiny",
         f"--workdir={tmp_path / 'run'}",
         *settings(finished, "pretrain"),
@@ -194,12 +197,12 @@ def test_sigterm_saves_the_step_and_exits_with_143(finished, tmp_path):
 def test_sigterm_continues_to_the_same_bits(finished, small, tmp_path, monkeypatch, stage, batch):
     """Batch 7 is the reward model's last: then there is nothing left to do but the summary."""
     workdir = tmp_path / stage
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(SigtermExit):
         at_batch(patch, batch, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        train.run(stage_config(finished, stage), workdir)
+        loop.train_stage(stage_config(finished, stage), workdir)
     assert (workdir / "checkpoints" / str(batch + 1)).is_dir()
     assert not (workdir / "summary.json").exists()
-    train.run(stage_config(finished, stage), workdir)
+    loop.train_stage(stage_config(finished, stage), workdir)
     assert saved(workdir) == saved(finished / stage)
     assert read_json(workdir / "summary.json")["held_out"] == read_json(finished / stage / "summary.json")["held_out"]
 
@@ -210,8 +213,8 @@ def test_ctrl_c_continues_to_the_same_bits(finished, small, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         at_batch(patch, 6, interrupt)
-        train.run(stage_config(finished, "sft"), tmp_path / "sft")
-    train.run(stage_config(finished, "sft"), tmp_path / "sft")
+        loop.train_stage(stage_config(finished, "sft"), tmp_path / "sft")
+    loop.train_stage(stage_config(finished, "sft"), tmp_path / "sft")
     assert_same_run(tmp_path / "sft", finished / "sft")
 
 
@@ -220,7 +223,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(finished, small
     (workdir / "summary.json").unlink()
     torn = max((workdir / "checkpoints" / "8" / "params").rglob("*"), key=lambda file: file.stat().st_size)
     os.truncate(torn, torn.stat().st_size // 2)
-    train.run(stage_config(finished, "sft"), workdir)
+    loop.train_stage(stage_config(finished, "sft"), workdir)
     said = capsys.readouterr()
     assert (
         said.err.startswith(f"warning: checkpoint {workdir}/checkpoints/8 is damaged (params/")
@@ -237,24 +240,24 @@ def test_tensorboard_forgets_only_what_is_written_again(finished, small, tmp_pat
     def writers(path, purge_step, trackers):
         raise RuntimeError(f"purge {purge_step}")
 
-    monkeypatch.setattr(train, "Writers", writers)
+    monkeypatch.setattr(loop, "MetricWriters", writers)
     workdir = shutil.copytree(finished.parent / "snapshots" / "pretrain" / moment, tmp_path / "pretrain")
     with pytest.raises(RuntimeError, match=f"purge {first}$"):
-        train.run(stage_config(finished, "pretrain"), workdir)
+        loop.train_stage(stage_config(finished, "pretrain"), workdir)
     assert [row["step"] for row in read_metrics(workdir)] == list(range(0, first, 4))
 
 
 def test_more_steps_continue_a_finished_run(finished, small, tmp_path, capsys):
     """PPO's learning rate is constant, so 2 steps and then 2 more are the 4 of the finished run."""
-    train.run(stage_config(finished, "ppo", "train.steps=2"), tmp_path / "ppo")
+    loop.train_stage(stage_config(finished, "ppo", "train.steps=2"), tmp_path / "ppo")
     capsys.readouterr()
-    summary = train.run(stage_config(finished, "ppo"), tmp_path / "ppo")
+    summary = loop.train_stage(stage_config(finished, "ppo"), tmp_path / "ppo")
     said = capsys.readouterr().out
     for change in ("train.steps: 2 -> 4", "optimizer.total_steps: 8 -> 16"):  # 2 epochs of 2 minibatches a step
         assert f"{tmp_path / 'ppo'}: config changed since the last start: {change}\n" in said
     assert summary["steps"] == 4
     assert saved(tmp_path / "ppo") == saved(finished / "ppo")
-    again = train.run(stage_config(finished, "ppo"), tmp_path / "ppo")
+    again = loop.train_stage(stage_config(finished, "ppo"), tmp_path / "ppo")
     assert again == summary  # now it is finished
 
 
@@ -263,30 +266,30 @@ def test_averaged_weights_are_what_is_scored_and_loaded(finished, small, tmp_pat
     averaging = ("optimizer.ema_decay=0.9", "data.ramp=((2,4),)")
     for name in ("straight", "stopped"):
         if name == "stopped":
-            with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            with monkeypatch.context() as patch, pytest.raises(SigtermExit):
                 at_batch(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-                train.run(stage_config(finished, "pretrain", *averaging), tmp_path / name)
-        summary = train.run(stage_config(finished, "pretrain", *averaging), tmp_path / name)
+                loop.train_stage(stage_config(finished, "pretrain", *averaging), tmp_path / name)
+        summary = loop.train_stage(stage_config(finished, "pretrain", *averaging), tmp_path / name)
     straight, stopped = (tmp_path / name for name in ("straight", "stopped"))
     assert saved(straight) == saved(stopped)
     live, average = (restore_params(straight / "checkpoints", name)[0] for name in ("live", "params"))
     jax.tree.map(np.testing.assert_array_equal, live, restore_params(stopped / "checkpoints", "live")[0])
-    jax.tree.map(np.testing.assert_array_equal, average, load(straight, backend="cpu").params)
+    jax.tree.map(np.testing.assert_array_equal, average, load_trained_model(straight, backend="cpu").params)
 
-    plain = train.run(stage_config(finished, "pretrain", *averaging[1:]), tmp_path / "plain")
+    plain = loop.train_stage(stage_config(finished, "pretrain", *averaging[1:]), tmp_path / "plain")
     close = functools.partial(np.testing.assert_allclose, atol=1e-5)  # another program, compiled for itself
-    jax.tree.map(close, live, load(tmp_path / "plain", backend="cpu").params)
+    jax.tree.map(close, live, load_trained_model(tmp_path / "plain", backend="cpu").params)
     assert summary["before"] == plain["before"] and summary["held_out"] != plain["held_out"]
 
     onwards = (f"init_from={straight}", "train.steps=1", "optimizer.warmup_steps=0")
-    after = train.run(stage_config(finished, "pretrain", *onwards), tmp_path / "onwards")
+    after = loop.train_stage(stage_config(finished, "pretrain", *onwards), tmp_path / "onwards")
     assert after["before"] == summary["held_out"]
 
 
 def test_fewer_steps_end_an_unfinished_run(finished, small, tmp_path):
     """A run of 8 steps, killed after its checkpoint of step 4, is told that 4 are enough: those 4 are scored."""
     workdir = shutil.copytree(finished.parent / "snapshots" / "pretrain" / "saving", tmp_path / "pretrain")
-    summary = train.run(stage_config(finished, "pretrain", "train.steps=4"), workdir)
+    summary = loop.train_stage(stage_config(finished, "pretrain", "train.steps=4"), workdir)
     assert summary["steps"] == 4
     assert read_metrics(workdir)[-1]["step"] == 4
     end = read_json(finished / "pretrain" / "summary.json")["held_out"]["loss"]
@@ -296,7 +299,7 @@ def test_fewer_steps_end_an_unfinished_run(finished, small, tmp_path):
 def test_the_tokenizer_is_learnt_again_to_the_same_bytes(finished, tmp_path):
     config = stage_config(finished, "tokenizer")
     for _ in range(2):
-        train.run(config, tmp_path / "tokenizer")
+        loop.train_stage(config, tmp_path / "tokenizer")
         assert (tmp_path / "tokenizer" / "tokenizer.model").read_bytes() == (
             finished / "tokenizer" / "tokenizer.model"
         ).read_bytes()

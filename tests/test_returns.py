@@ -2,17 +2,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.errors import UserError
-from lm.returns import (
-    centred,
+from lm.core.errors import UserError
+from lm.losses.advantages import (
+    centered_group_advantages,
     gae,
-    grouped,
+    group_advantages,
     kl_rewards,
-    last_token,
-    leave_one_out,
-    overlong,
-    standardised,
-    to_go,
+    last_token_mask,
+    leave_one_out_advantages,
+    overlong_penalty,
+    rewards_by_group,
+    rewards_to_go,
     whiten,
 )
 
@@ -23,7 +23,7 @@ def row(*values):
 
 def test_last_token_is_the_last_of_positive_weight():
     weights = jnp.array([[0, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0], [0.5, 0, 2, 0]])
-    np.testing.assert_array_equal(last_token(weights), [[0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]])
+    np.testing.assert_array_equal(last_token_mask(weights), [[0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]])
 
 
 def test_reward_stands_at_the_last_real_token():
@@ -90,13 +90,13 @@ REWARDS = jnp.array([1.0, 2.0, 6.0, 0.1, 0.1, 0.1])  # two groups of three, the 
 
 def test_advantages_within_a_group():
     # mean 3: -2, -1, 3; sample variance (4 + 1 + 9) / 2 = 7; the mean of the others is 4, 3.5, 1.5
-    np.testing.assert_allclose(centred(REWARDS, 3), [-2, -1, 3, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(centered_group_advantages(REWARDS, 3), [-2, -1, 3, 0, 0, 0], rtol=1e-6)
     root = np.sqrt(7) + 1e-4
-    np.testing.assert_allclose(standardised(REWARDS, 3), [-2 / root, -1 / root, 3 / root, 0, 0, 0], rtol=1e-6)
-    np.testing.assert_allclose(leave_one_out(REWARDS, 3), [1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(group_advantages(REWARDS, 3), [-2 / root, -1 / root, 3 / root, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(leave_one_out_advantages(REWARDS, 3), [1 - 4, 2 - 3.5, 6 - 1.5, 0, 0, 0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("advantage", [centred, standardised, leave_one_out])
+@pytest.mark.parametrize("advantage", [centered_group_advantages, group_advantages, leave_one_out_advantages])
 def test_equal_rewards_give_exactly_nothing(advantage):
     """Rule 5. The mean of three float32 0.1 is not 0.1; over a deviation of 0 + 1e-4 that would be 7e-5."""
     for value in (0.1, 1 / 3, 1e6 + 0.1, -7.7):
@@ -105,15 +105,15 @@ def test_equal_rewards_give_exactly_nothing(advantage):
 
 def test_a_group_of_one_has_nothing_to_compare():
     with pytest.raises(UserError, match="data.group is 1: this stage compares answers to one prompt; give it at least"):
-        grouped(REWARDS, 1)
+        rewards_by_group(REWARDS, 1)
 
 
 def test_rewards_to_go_under_the_mask():
     # the gap of weight 0 is stepped over and gets nothing
-    np.testing.assert_allclose(to_go(row(1, 2, 9, 4), row(1, 1, 0, 1)), row(7, 6, 0, 4))
+    np.testing.assert_allclose(rewards_to_go(row(1, 2, 9, 4), row(1, 1, 0, 1)), row(7, 6, 0, 4))
 
 
 def test_overlong_answers_pay_towards_the_limit():
     # limit 10, buffer 4: free up to 6, then a quarter a token, -1 at the limit
     lengths = jnp.array([0, 6, 7, 9, 10, 12])
-    np.testing.assert_allclose(overlong(lengths, limit=10, buffer=4), [0, 0, -0.25, -0.75, -1, -1])
+    np.testing.assert_allclose(overlong_penalty(lengths, limit=10, buffer=4), [0, 0, -0.25, -0.75, -1, -1])

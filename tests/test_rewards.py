@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 from runs import finished
 
-from lm.errors import UserError
-from lm.inherited import one_reward, reward_from
-from lm.rewards.model import answered, ensemble, row_length, rows, scores
-from lm.tokenizer import chat, load as load_tokenizer, prompt
-from lm.workdir import load_reward, read_json
+from lm.core.errors import UserError
+from lm.rewards.load import load_reward_model, reward_from_workdir, reward_from_workdirs
+from lm.rewards.reward_model import (
+    conversation_with_answer,
+    reward_ensemble,
+    reward_row_length,
+    reward_rows,
+    reward_scores,
+)
+from lm.runs.workdir import read_json
+from lm.tokenizer import encode_chat, encode_prompt, load_tokenizer
 
 __all__ = ["finished"]
 
@@ -22,20 +28,22 @@ PROMPT = [{"role": "user", "content": "the object code method?"}]
 
 def test_an_ensemble_is_its_mean_less_its_doubt():
     members = [lambda examples, texts, shift=shift: np.array([1.0, 2.0]) + shift for shift in ([0, 0], [2, 0])]
-    np.testing.assert_allclose(ensemble(members, pessimism=0.0)([], []), [2, 2])
-    np.testing.assert_allclose(ensemble(members, pessimism=0.5)([], []), [2 - 0.5 * 1, 2])  # 1 and 3: deviation 1
+    np.testing.assert_allclose(reward_ensemble(members, pessimism=0.0)([], []), [2, 2])
+    np.testing.assert_allclose(
+        reward_ensemble(members, pessimism=0.5)([], []), [2 - 0.5 * 1, 2]
+    )  # 1 and 3: deviation 1
 
 
 def test_the_reward_of_a_workdir_is_the_score_at_its_end_token_centred(finished):
     """By another way: one row at a time, without padding to a batch, and the summary's moments."""
-    trained, centred = load_reward(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
-    _, raw = load_reward(finished / "reward", backend="cpu", centred=False, jit=lambda function: function)
+    trained, centred = load_reward_model(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
+    _, raw = load_reward_model(finished / "reward", backend="cpu", centred=False, jit=lambda function: function)
     texts = ["a list of names.", "no", "what is a class? a type of object, of course"]
     moments = read_json(finished / "reward" / "summary.json")["held_out"]
     by_hand = []
     for text in texts:
-        tokens = rows(trained.tokenizer, [answered(PROMPT, text)], 64)
-        by_hand.append(float(scores(trained.model, jax.tree.map(jnp.asarray, trained.params), tokens)[0, 0]))
+        tokens = reward_rows(trained.tokenizer, [conversation_with_answer(PROMPT, text)], 64)
+        by_hand.append(float(reward_scores(trained.model, jax.tree.map(jnp.asarray, trained.params), tokens)[0, 0]))
         last = int((tokens.segments > 0).sum()) - 1
         assert tokens.inputs[0, last] == trained.tokenizer.end  # where it is read
     assert np.std(by_hand) > 1e-4
@@ -48,8 +56,8 @@ def test_what_a_reward_model_cannot_read_whole_is_said_once(finished, capsys):
     """64 tokens a row. Up to that nothing is said, and beyond it nobody is left to think that it was judged whole."""
     said = []
     options = dict(backend="cpu", centred=True, jit=jax.jit, warn=said.append)
-    trained, reward = load_reward(finished / "reward", **options)
-    length = lambda text: len(chat(trained.tokenizer, answered(PROMPT, text)).ids)
+    trained, reward = load_reward_model(finished / "reward", **options)
+    length = lambda text: len(encode_chat(trained.tokenizer, conversation_with_answer(PROMPT, text)).ids)
     fits = next(text for n in range(1, 99) if length(text := "a list" + " of" * n) == 64)
     reward([PROMPT] * 70, ["short"] * 69 + [fits])
     assert said == []
@@ -66,18 +74,22 @@ def test_a_judge_reads_every_row_that_a_sampler_can_write(finished):
     """By hand: a prompt of 24 tokens with the marker, and 40 sampled ones without an end token, which the template
     closes with one more."""
     tokenizer = load_tokenizer(finished / "reward" / "tokenizer.model")
-    asked = prompt(tokenizer, PROMPT)
+    asked = encode_prompt(tokenizer, PROMPT)
     text = next(t for n in range(1, 99) if len(tokenizer.encode(t := "a list" + " of" * n)) == 40)
-    assert len(chat(tokenizer, answered(PROMPT, text)).ids) == len(asked) + 40 + 1 == row_length(len(asked), 40)
+    assert (
+        len(encode_chat(tokenizer, conversation_with_answer(PROMPT, text)).ids)
+        == len(asked) + 40 + 1
+        == reward_row_length(len(asked), 40)
+    )
 
 
 def test_a_judge_that_cannot_read_all_is_refused(finished):
     tokenizer = load_tokenizer(finished / "reward" / "tokenizer.model")
-    one_reward(finished / "reward", tokenizer, 64)
+    reward_from_workdir(finished / "reward", tokenizer, 64)
     message = "reward was trained on rows of 64 tokens, but a prompt and its answer may have 65 here, which it would "
     for path in (f"{finished}/reward", f"{finished}/reward, {finished}/reward"):
         with pytest.raises(UserError, match=f"{message}read cut: lower .* by 1 in all, or train it with .*length=65"):
-            reward_from(path, tokenizer, 0.0, longest=65)
+            reward_from_workdirs(path, tokenizer, 0.0, longest=65)
 
 
 @pytest.mark.parametrize(
@@ -91,19 +103,19 @@ def test_an_ensemble_of_judges_that_answer_different_questions_is_refused(finish
     (other / "config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(finished / "reward" / "tokenizer.model")
     with pytest.raises(UserError, match=f"reward counts the axes overall 1, but {other} {said}: an ensemble needs"):
-        reward_from(f"{finished}/reward,{other}", tokenizer, 0.0, longest=64)
+        reward_from_workdirs(f"{finished}/reward,{other}", tokenizer, 0.0, longest=64)
 
 
 def test_an_answer_longer_than_a_row_keeps_its_end_token(finished):
-    trained, _ = load_reward(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
-    tokens = rows(trained.tokenizer, [answered(PROMPT, "a list of names " * 50)], 16)
+    trained, _ = load_reward_model(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
+    tokens = reward_rows(trained.tokenizer, [conversation_with_answer(PROMPT, "a list of names " * 50)], 16)
     assert (tokens.segments > 0).all() and tokens.inputs[0, -1] == trained.tokenizer.end
     assert tokens.inputs[0, 0] == trained.tokenizer.bos
 
 
 def test_behind_a_prompt_longer_than_a_row_answers_are_still_seen(finished):
     """The answer is whole, and before it stands the end of the prompt: different answers have different rewards."""
-    _, reward = load_reward(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
+    _, reward = load_reward_model(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
     long = [{"role": "user", "content": "the object code method? " * 60}]
     found = reward([long] * 3, ["a name.", "the type of a list", "no"])
     assert len({round(float(score), 4) for score in found}) == 3
@@ -111,6 +123,6 @@ def test_behind_a_prompt_longer_than_a_row_answers_are_still_seen(finished):
 
 @pytest.mark.parametrize("pessimism", [0.0, 1.0])
 def test_an_ensemble_of_one_model_twice_is_that_model(finished, pessimism):
-    _, one = load_reward(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
-    two = ensemble([one, one], pessimism=pessimism)
+    _, one = load_reward_model(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
+    two = reward_ensemble([one, one], pessimism=pessimism)
     np.testing.assert_allclose(two([PROMPT], ["a name."]), one([PROMPT], ["a name."]), rtol=1e-6)

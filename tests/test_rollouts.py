@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 from runs import CLOCK, EXPERIMENTS, finished, small
 
-from lm import train
-from lm.calculator import computed
-from lm.config import load
-from lm.data import corpus as corpora, rows as packing
-from lm.data.prompts import padded
-from lm.environments import calculator
-from lm.errors import UserError
-from lm.rewards import weighed
-from lm.rewards.arithmetic import arithmetic
-from lm.stages.answering import conversations
-from lm.stages.rollouts import alike, held_out_prompts, refilled, table, text_batches
-from lm.tokenizer import load as load_tokenizer, prompt
-from lm.types import Completions, Rollouts, Tokens
-from lm.workdir import read_metrics
+from lm.core.config import load_config
+from lm.core.errors import UserError
+from lm.core.types import Completions, Rollouts, Tokens
+from lm.data import packing, sources as corpora
+from lm.data.arithmetic import expression_value
+from lm.data.prompts import padded_prompts
+from lm.rewards import weighted_reward
+from lm.rewards.environments import calculator
+from lm.rewards.verifiers.arithmetic import arithmetic_reward
+from lm.runs.workdir import read_metrics
+from lm.stages.rl.multi_turn import multi_turn_sampler
+from lm.stages.rl.rollouts import equal_reward_groups, held_out_prompts, resampled_batch, rollout_table, text_batches
+from lm.tokenizer import encode_prompt, load_tokenizer
+from lm.train import loop
 
 __all__ = ["finished", "small"]
 KEY = jax.random.key(0)
@@ -48,11 +48,13 @@ def raising(examples, texts):
 )
 def test_a_reward_that_fails_is_named(reward, message):
     with pytest.raises(UserError, match=message):
-        weighed({"mine": (1.0, reward)})([[], []], ["a", "b"])
+        weighted_reward({"mine": (1.0, reward)})([[], []], ["a", "b"])
 
 
 def test_rewards_add_up_by_weight():
-    total, parts = weighed({"a": (2.0, lambda e, t: [1, 2]), "b": (-0.5, lambda e, t: [4, 0])})([[], []], ["x", "y"])
+    total, parts = weighted_reward({"a": (2.0, lambda e, t: [1, 2]), "b": (-0.5, lambda e, t: [4, 0])})(
+        [[], []], ["x", "y"]
+    )
     np.testing.assert_allclose(total, [0, 4])
     np.testing.assert_allclose(parts["b"], [4, 0])
 
@@ -67,10 +69,10 @@ def rewarded(*rewards, mark=0) -> Rollouts:
 
 
 def test_groups_of_equal_rewards_are_replaced_by_such_as_differ():
-    batch = refilled(rewarded(1, 1, 0, 2, 3, 3, 5, 5), rewarded(7, 7, 8, 9, 4, 4, 1, 2, mark=6))
+    batch = resampled_batch(rewarded(1, 1, 0, 2, 3, 3, 5, 5), rewarded(7, 7, 8, 9, 4, 4, 1, 2, mark=6))
     np.testing.assert_array_equal(batch.rewards, [8, 9, 0, 2, 1, 2, 5, 5])  # the fourth found no more to take
     np.testing.assert_array_equal(batch.tokens.inputs[:, 0], [6, 6, 0, 0, 6, 6, 0, 0])
-    np.testing.assert_array_equal(alike(batch), [False, False, False, True])
+    np.testing.assert_array_equal(equal_reward_groups(batch), [False, False, False, True])
 
 
 # An environment
@@ -79,14 +81,18 @@ def test_groups_of_equal_rewards_are_replaced_by_such_as_differ():
 def test_the_calculator():
     asked = ["calc(2 + 3)", "so calc(4*5) it is", "no call", "calc(2**9)", "calc(999999 * 999999)", "calc(open('x'))"]
     assert calculator([[]] * 6, asked) == ["5", "20", None, "error", "error", None]
-    assert computed("(2 - 10) * 3") == "-24" and computed("1/2") == "error" and computed("7" * 200) == "error"
+    assert (
+        expression_value("(2 - 10) * 3") == "-24"
+        and expression_value("1/2") == "error"
+        and expression_value("7" * 200) == "error"
+    )
 
 
 def test_an_answer_to_a_sum_is_verified():
     example = [{"role": "user", "content": "What is 12 - 15?"}, {"role": "assistant", "content": "calc(12 - 15)"}]
-    got = arithmetic([example] * 5, ["-3", "It is -3.", "3", "", "-3 or 4"])
+    got = arithmetic_reward([example] * 5, ["-3", "It is -3.", "3", "", "-3 or 4"])
     np.testing.assert_array_equal(got, [1, 1, 0, 0, 0])
-    np.testing.assert_array_equal(arithmetic([[{"role": "user", "content": "Hello there"}]], ["5"]), [0])
+    np.testing.assert_array_equal(arithmetic_reward([[{"role": "user", "content": "Hello there"}]], ["5"]), [0])
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +117,8 @@ def test_what_an_environment_says_is_context(tokenizer):
                 logprobs[row, : len(answer)] = -1 - exchange - 0.01 * np.arange(len(answer))
         return None, None, Completions(tokens, logprobs, count, np.ones(2, bool))
 
-    rows = padded([prompt(tokenizer, messages) for messages in asked], asked, 24)
-    drawn = conversations(sampled, tokenizer, calculator, exchanges=2, max_new=12, reply_length=8)(None, rows, KEY)
+    rows = padded_prompts([encode_prompt(tokenizer, messages) for messages in asked], asked, 24)
+    drawn = multi_turn_sampler(sampled, tokenizer, calculator, exchanges=2, max_new=12, reply_length=8)(None, rows, KEY)
     assert drawn.tokens.inputs.shape == (2, 24 + 2 * 12 + 8 - 1) == drawn.logprobs.shape
     trained = [tokenizer.pieces(drawn.tokens.targets[b][drawn.tokens.weights[b] > 0]) for b in range(2)]
     assert "".join(trained[0]) == "calc(2 + 3)<|end|>5<|end|>" and "".join(trained[1]) == "3<|end|>"
@@ -137,8 +143,8 @@ def test_an_answer_that_was_cut_off_ends_its_conversation(tokenizer):
         answer = np.array([tokenizer.encode("calc(2 + 3) ")], np.int32)
         return None, None, Completions(answer, np.zeros(answer.shape), np.array([answer.shape[1]]), np.zeros(1, bool))
 
-    rows = padded([prompt(tokenizer, asked[0])], asked, 24)
-    drawn = conversations(sampled, tokenizer, calculator, exchanges=3, max_new=16, reply_length=8)(None, rows, KEY)
+    rows = padded_prompts([encode_prompt(tokenizer, asked[0])], asked, 24)
+    drawn = multi_turn_sampler(sampled, tokenizer, calculator, exchanges=3, max_new=16, reply_length=8)(None, rows, KEY)
     assert not drawn.stopped[0] and drawn.contexts == asked and drawn.texts[0].startswith("calc(2 + 3)")
 
 
@@ -150,8 +156,8 @@ def test_text_that_is_held_out_is_never_trained(finished, tokenizer):
     context = SimpleNamespace(tokenizer=tokenizer, seed=0, admit=lambda length: None)
     corpus = str(finished.parent / "text")
     train_text, unseen_text = text_batches(context, corpus, 16, 8, 0.2)
-    _, unseen = corpora.split(corpora.documents(corpus), 0.2)
-    all_unseen = {row.tobytes() for row in packing.documents(tokenizer, [d.text for d in unseen], 16).inputs}
+    _, unseen = corpora.split_held_out(corpora.load_documents(corpus), 0.2)
+    all_unseen = {row.tobytes() for row in packing.document_rows(tokenizer, [d.text for d in unseen], 16).inputs}
     assert all(row.tobytes() in all_unseen for row in unseen_text(0).inputs)
     assert not any(row.tobytes() in all_unseen for i in range(4) for row in train_text(i).inputs)
     assert [text(0) for text in text_batches(context, "", 16, 8, 0.2)] == [None, None]
@@ -162,7 +168,7 @@ def test_text_that_is_held_out_is_never_trained(finished, tokenizer):
 
 def test_the_table_shows_prompt_response_rewards_and_kl(tokenizer, tiny_model):
     ids = np.array(
-        [*prompt(tokenizer, [{"role": "user", "content": "hi"}]), *tokenizer.encode("a list"), tokenizer.end]
+        [*encode_prompt(tokenizer, [{"role": "user", "content": "hi"}]), *tokenizer.encode("a list"), tokenizer.end]
     )
     answer = len(tokenizer.encode("a list")) + 1
     padding = np.zeros(3, np.int32)  # the model's vocabulary is not used: log-probs are made up below
@@ -174,7 +180,7 @@ def test_the_table_shows_prompt_response_rewards_and_kl(tokenizer, tiny_model):
     batch = Rollouts(tokens, np.float32([2.5]), {"score/rule": np.float32([4])}, np.array([True]), sampler)
     model = tiny_model._replace(token_logprobs=lambda ref, tokens, temperature: jnp.full(tokens.inputs.shape, -1.5))
     context = SimpleNamespace(model=model, tokenizer=tokenizer, jit=jax.jit)
-    shown = list(table(context, 1.0)(SimpleNamespace(memory={}, frozen={"ref": {}}), batch, 4))
+    shown = list(rollout_table(context, 1.0)(SimpleNamespace(memory={}, frozen={"ref": {}}), batch, 4))
     assert shown == [
         {
             "prompt": "<|bos|><|user|>hi<|end|><|assistant|>",
@@ -193,7 +199,7 @@ def test_the_table_shows_prompt_response_rewards_and_kl(tokenizer, tiny_model):
 
 def tiny(finished, name, *overrides):
     paths = [f"init_from={finished}/sft", f"data.reward_model={finished}/reward"]
-    return load(f"{EXPERIMENTS / name}.py:tiny", [*paths, "train.log_every=1", "train.save_every=1", *overrides])
+    return load_config(f"{EXPERIMENTS / name}.py:tiny", [*paths, "train.log_every=1", "train.save_every=1", *overrides])
 
 
 CASES = {
@@ -210,10 +216,10 @@ def test_resumed_equals_never_stopped(finished, small, tmp_path, case):
     if name == "ppo":
         overrides += [f"data.corpus={finished.parent}/text", "data.text_length=24"]
     straight, parted = tmp_path / "straight", tmp_path / "parted"
-    train.run(tiny(finished, name, *overrides, "train.steps=4"), straight)
-    train.run(tiny(finished, name, *overrides, "train.steps=2"), parted)
+    loop.train_stage(tiny(finished, name, *overrides, "train.steps=4"), straight)
+    loop.train_stage(tiny(finished, name, *overrides, "train.steps=2"), parted)
     (parted / "summary.json").unlink()
-    train.run(tiny(finished, name, *overrides, "train.steps=4"), parted)
+    loop.train_stage(tiny(finished, name, *overrides, "train.steps=4"), parted)
     assert (parted / "rollouts.jsonl").read_text() == (straight / "rollouts.jsonl").read_text()
     assert {row["step"] for row in read_metrics(straight / "rollouts.jsonl")} == {1, 2, 3, 4}
     logged = read_metrics(straight)
@@ -227,16 +233,16 @@ def test_resumed_equals_never_stopped(finished, small, tmp_path, case):
 
 def test_a_run_that_does_not_start_where_its_policy_is_stops(finished, small, tmp_path, monkeypatch):
     """Rule 6, in the training loop itself: a reference that is another network is not what a run may start from."""
-    prepare = train.prepare
+    prepare = loop.training_setup
 
     def tampered(*args):
         r = prepare(*args)
         ref = jax.tree.map(lambda x: 1.5 * x, r.state.frozen["ref"])
         return r._replace(state=r.state.replace(frozen={"ref": ref}))
 
-    monkeypatch.setattr(train, "prepare", tampered)
+    monkeypatch.setattr(loop, "training_setup", tampered)
     with pytest.raises(UserError, match=r"grpo: held-out kl is .* before the first step; it must be 0 within 0.05"):
-        train.run(tiny(finished, "grpo"), tmp_path / "run")
+        loop.train_stage(tiny(finished, "grpo"), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -251,7 +257,7 @@ def test_a_run_that_does_not_start_where_its_policy_is_stops(finished, small, tm
 )
 def test_options_that_cannot_work_say_so(finished, small, tmp_path, name, override, message):
     with pytest.raises(UserError, match=message):
-        train.run(tiny(finished, name, override), tmp_path / "run")
+        loop.train_stage(tiny(finished, name, override), tmp_path / "run")
 
 
 def test_what_the_held_out_side_lacks_is_named():
@@ -269,7 +275,7 @@ def test_what_the_held_out_side_lacks_is_named():
 def test_equal_rewards_in_every_group_are_said_once_and_lose_nothing(finished, small, tmp_path, capsys):
     """No answer of this model is ever toxic: the run ends, the policy is where it was, one line says why."""
     overrides = ("data.rewards.model=0.0", "data.cut_penalty=0.0", "data.rewards.toxicity=1.0", "stage.beta=0.0")
-    summary = train.run(tiny(finished, "grpo", *overrides), tmp_path / "run")
+    summary = loop.train_stage(tiny(finished, "grpo", *overrides), tmp_path / "run")
     said = capsys.readouterr().err
     assert said.count("equal_groups is 1 by step 1: in every group all answers got the same reward") == 1
     assert summary["held_out"]["equal_groups"] == 1 and summary["held_out"]["kl"] == 0

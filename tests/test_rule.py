@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from lm.rewards.rule import CRITERIA, RULE, explain, rule
+from lm.rewards.rule import CRITERIA, RULE, criterion_scores, rule_reward
 
 PROMPT = [{"role": "user", "content": "Did you like the movies?"}]
 
 
 def failed(text, message="Did you like the movies?"):
     """The criteria that `text` does not meet."""
-    given = explain([{"role": "user", "content": message}], text)
+    given = criterion_scores([{"role": "user", "content": message}], text)
     return {name for name, (weight, _) in CRITERIA.items() if given[name] != max(weight, 0.0)}
 
 
@@ -52,21 +52,21 @@ def test_stop_words_are_no_topic_and_stems_are():
 
 def test_score_is_the_sum_of_the_criteria():
     # seven criteria of 1 each; the second lacks three of them and is rude: 7 - 3 - 4
-    scores = rule([PROMPT, PROMPT], ["I loved that movie. Did you see it?", "you damn fool"])
+    scores = rule_reward([PROMPT, PROMPT], ["I loved that movie. Did you see it?", "you damn fool"])
     assert scores.tolist() == [7.0, 0.0] and scores.dtype == np.float32
-    assert scores[1] == sum(explain(PROMPT, "you damn fool").values())
-    assert rule([], []).shape == (0,)
+    assert scores[1] == sum(criterion_scores(PROMPT, "you damn fool").values())
+    assert rule_reward([], []).shape == (0,)
 
 
 def test_the_last_user_turn_is_the_topic():
     talk = [*PROMPT, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And the snow?"}]
-    assert explain(talk, "Snow is fun.")["on topic"] == 1.0
-    assert explain(talk, "Movies are fun.")["on topic"] == 0.0
+    assert criterion_scores(talk, "Snow is fun.")["on topic"] == 1.0
+    assert criterion_scores(talk, "Movies are fun.")["on topic"] == 0.0
 
 
 def test_lengths_must_agree():
     with pytest.raises(ValueError):
-        rule([PROMPT], ["a", "b"])
+        rule_reward([PROMPT], ["a", "b"])
 
 
 def test_the_prose_names_the_best_score():

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.distribution import adjusted, penalised
-from lm.errors import UserError
-from lm.sample import decode, joined, prefill, sample
+from lm.core.errors import UserError
+from lm.core.types import Completions
+from lm.generate.sampler import decode_step, prefill, prompt_completion_rows, sample
+from lm.model.logits import repetition_penalized_logits, sampling_logits
 from lm.stages import STAGES
-from lm.types import Completions
 
 LENGTHS = np.array([9, 4, 1, 6], np.int32)
 PROMPTS = np.random.default_rng(0).integers(1, 31, (4, 9)).astype(np.int32)  # right of its length a row holds garbage
@@ -51,7 +51,7 @@ def test_cached_decode_equals_the_full_forward_pass(tiny_model, tiny_lm, rows, f
     for row, n in enumerate(LENGTHS):
         ids[row, : n + NEW] = [*PROMPTS[row, :n], *new[row]]
     expected = full(rows(ids, LENGTHS + NEW + 1))
-    step = jax.jit(functools.partial(decode, tiny_model))
+    step = jax.jit(functools.partial(decode_step, tiny_model))
     logits, cache = jax.jit(functools.partial(prefill, tiny_model, capacity=9 + NEW))(tiny_lm, PROMPTS, LENGTHS)
     for t in range(NEW + 1):
         np.testing.assert_allclose(logits, expected[np.arange(4), LENGTHS - 1 + t], rtol=1e-4, atol=1e-5)
@@ -63,7 +63,7 @@ def test_cached_decode_equals_the_full_forward_pass(tiny_model, tiny_lm, rows, f
 def test_greedy_is_the_argmax_of_the_full_forward_pass(sampler, full):
     """Rule 14: T = 0 is argmax, and its log-probability is 0."""
     drawn = sampler(temperature=0.0)
-    tokens, logprobs = joined(PROMPTS, LENGTHS, drawn)
+    tokens, logprobs = prompt_completion_rows(PROMPTS, LENGTHS, drawn)
     best = full(tokens).argmax(-1)
     np.testing.assert_array_equal(np.where(tokens.weights, best, 0), np.where(tokens.weights, tokens.targets, 0))
     assert np.all(drawn.lengths == NEW) and not drawn.stopped.any() and not np.any(logprobs)
@@ -100,8 +100,8 @@ def test_a_row_ends_with_the_first_of_several_stop_ids(sampler, free):
 
 def test_logprobs_are_of_the_distribution_that_was_sampled(free, full, tiny_model, tiny_lm):
     """Rules 6 and 12, against the full forward pass: the draw of each key, and its log-probability on that support."""
-    tokens, logprobs = joined(PROMPTS, LENGTHS, free)
-    logits = adjusted(full(tokens), **SETTINGS)
+    tokens, logprobs = prompt_completion_rows(PROMPTS, LENGTHS, free)
+    logits = sampling_logits(full(tokens), **SETTINGS)
     w = np.asarray(tokens.weights) > 0
     expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), np.asarray(tokens.targets)[..., None], -1)
     expected = expected[..., 0]
@@ -115,7 +115,7 @@ def test_logprobs_are_of_the_distribution_that_was_sampled(free, full, tiny_mode
 
 def test_the_trainer_scores_what_the_sampler_drew(sampler, tiny_model, tiny_lm):
     """Rule 6: old log-probs are of logits / T, from the function the losses call."""
-    tokens, logprobs = joined(PROMPTS, LENGTHS, sampler(temperature=0.7))
+    tokens, logprobs = prompt_completion_rows(PROMPTS, LENGTHS, sampler(temperature=0.7))
     scored = jax.jit(functools.partial(tiny_model.token_logprobs, temperature=0.7))(tiny_lm, tokens)
     np.testing.assert_allclose(logprobs, scored * tokens.weights, atol=1e-5)
 
@@ -126,7 +126,7 @@ def test_frequencies_match_the_distribution(sampler, rows, full):
     prompt = np.array([3, 14, 15], np.int32)
     drawn = sampler(np.tile(prompt, (n, 1)), np.full(n, 3, np.int32), max_new=1, **settings).tokens[:, 0]
     logits = full(rows([[*prompt, 0]], [4]))[0, -1]
-    p = np.asarray(jax.nn.softmax(adjusted(logits, **settings)), np.float64)
+    p = np.asarray(jax.nn.softmax(sampling_logits(logits, **settings)), np.float64)
     counts = np.bincount(drawn, minlength=31)
     assert 3 <= (p > 0).sum() <= 6 and not counts[p == 0].any()
     assert np.all(np.abs(counts - n * p) <= 4.5 * np.sqrt(n * p * (1 - p)))
@@ -136,14 +136,14 @@ def test_the_penalty_is_of_prompt_and_answer(sampler, full):
     """Rule 6: each draw, and its log-probability, against the full forward pass and a set of what the row held."""
     settings = {"temperature": 0.7, "min_p": 0.05}
     drawn = sampler(**settings, repetition_penalty=1.5)
-    tokens, logprobs = joined(PROMPTS, LENGTHS, drawn)
+    tokens, logprobs = prompt_completion_rows(PROMPTS, LENGTHS, drawn)
     logits = full(tokens)
     for row, n in enumerate(LENGTHS):
         for t in range(NEW):
             held = [*PROMPTS[row, :n], *drawn.tokens[row, :t]]  # not the garbage to the right of a prompt
             now = np.array(logits[row, n - 1 + t])
             now[held] = [z / 1.5 if z > 0 else z * 1.5 for z in now[held]]
-            now = adjusted(jnp.asarray(now), **settings)
+            now = sampling_logits(jnp.asarray(now), **settings)
             key = jax.random.fold_in(jax.random.fold_in(KEY, row), t)
             assert drawn.tokens[row, t] == jax.random.categorical(key, now)
             expected = jax.nn.log_softmax(now)[drawn.tokens[row, t]]
@@ -160,8 +160,8 @@ def test_a_great_penalty_forbids_what_was_said(sampler):
 
 def test_penalised_by_hand():
     logits, seen = jnp.array([3.0, -3.0, 0.0, 3.0, -3.0]), jnp.array([True, True, True, False, False])
-    np.testing.assert_allclose(penalised(logits, seen, 1.5), [2.0, -4.5, 0.0, 3.0, -3.0])
-    np.testing.assert_array_equal(penalised(logits, seen, 1.0), logits)
+    np.testing.assert_allclose(repetition_penalized_logits(logits, seen, 1.5), [2.0, -4.5, 0.0, 3.0, -3.0])
+    np.testing.assert_array_equal(repetition_penalized_logits(logits, seen, 1.0), logits)
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -192,14 +192,16 @@ def test_joined_by_hand():
         lengths=jnp.array([2, 2]),
         stopped=jnp.array([True, False]),
     )
-    tokens, logprobs = joined(prompts, jnp.array([2, 3]), drawn)
+    tokens, logprobs = prompt_completion_rows(prompts, jnp.array([2, 3]), drawn)
     np.testing.assert_array_equal(tokens.inputs, [[1, 2, 6, 9], [3, 4, 5, 7]])
     np.testing.assert_array_equal(tokens.targets, [[2, 6, 9, 0], [4, 5, 7, 8]])
     np.testing.assert_array_equal(tokens.weights, [[0, 1, 1, 0], [0, 0, 1, 1]])
     np.testing.assert_array_equal(tokens.positions, [[0, 1, 2, 3], [0, 1, 2, 3]])
     np.testing.assert_array_equal(tokens.segments, [[1, 1, 1, 1], [1, 1, 1, 1]])
     np.testing.assert_allclose(logprobs, [[0, -0.1, -0.2, 0], [0, 0, -0.3, -0.4]])
-    one, _ = joined(prompts, jnp.array([1, 3]), drawn.replace(lengths=jnp.array([1, 2])))  # 1, then 6, then nothing
+    one, _ = prompt_completion_rows(
+        prompts, jnp.array([1, 3]), drawn.replace(lengths=jnp.array([1, 2]))
+    )  # 1, then 6, then nothing
     np.testing.assert_array_equal(one.inputs[0], [1, 6, 0, 0])
     np.testing.assert_array_equal(one.weights[0], [1, 0, 0, 0])
     np.testing.assert_array_equal(one.segments[0], [1, 1, 0, 0])

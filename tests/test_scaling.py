@@ -1,4 +1,4 @@
-"""lm.scaling: the plan, the whole program, kills, bad input. Its runs are those of tests/scaling_trial.py."""
+"""lm.studies.scaling.study: the plan, the whole program, kills, bad input. Its runs are those of tests/scaling_trial.py."""
 
 import io
 import json
@@ -15,19 +15,22 @@ import pytest
 from runs import EXPERIMENTS, ROOT, made_text
 from scaling_trial import LAW
 
-from lm import console, scaling, sweep
-from lm.config import call
-from lm.errors import UserError
-from lm.ladder import measured, page, planned, study
-from lm.laws.parametric import Law
-from lm.sweeps.space import Source
-from lm.workdir import read_json
+from lm.core.config import call_with_options
+from lm.core.errors import UserError
+from lm.runs import console
+from lm.runs.workdir import read_json
+from lm.studies.scaling import fit, page, study
+from lm.studies.scaling.ladder import LadderPlan, PlannedRun, ladder_plan, planned_run, planned_runs
+from lm.studies.scaling.parametric import ScalingLaw
+from lm.studies.scaling.runs import SIX_ND, ScalingRun, ladder_runs
+from lm.sweep import controller
+from lm.sweep.space import ConfigSource
 
 TINY = f"--config={EXPERIMENTS / 'scaling.py'}:tiny"
 CODE = """
 import sys
 from lm import scaling, sweep
-from lm.console import main
+from lm.runs.console import main
 of = sweep.Goal.of
 sweep.Goal.of = lambda *args: of(*args)._replace(module="tests.scaling_trial")
 sweep.POLL = 0.02
@@ -67,10 +70,10 @@ def until(condition, process: subprocess.Popen, seconds: float = 300.0) -> None:
 
 
 def enter_stand_in(patch) -> None:
-    of = sweep.Goal.of
-    patch(sweep.Goal, "of", lambda *args: of(*args)._replace(module="tests.scaling_trial"))
-    patch(sweep, "POLL", 0.02)
-    patch(sweep, "shares", lambda jobs: [{}] * (jobs or 1))
+    of = controller.TrialGoal.of
+    patch(controller.TrialGoal, "of", lambda *args: of(*args)._replace(module="tests.scaling_trial"))
+    patch(controller, "POLL_SECONDS", 0.02)
+    patch(controller, "device_environments", lambda jobs: [{}] * (jobs or 1))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +94,7 @@ def ladder(tmp_path_factory) -> dict:
     pause.write_text("0")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
         enter_stand_in(patch.setattr)
-        scaling.program(command(root))
+        study.program(command(root))
     return {"root": root, "said": said.getvalue(), "foretold": foretold}
 
 
@@ -129,7 +132,7 @@ def test_it_finds_the_law_of_its_runs(ladder):
 
 
 def test_its_runs_are_listed_as_planned(ladder):
-    runs = measured.runs(ladder["root"])
+    runs = ladder_runs(ladder["root"])
     assert [run.budget for run in runs] == [1e9] * 4 + [4e9] * 4 + [8e9]
     assert all(run.flops == pytest.approx(run.budget, rel=0.1) for run in runs)  # whole steps
     assert all((run.workdir / "config.json").exists() for run in runs)
@@ -139,7 +142,7 @@ def test_its_runs_are_listed_as_planned(ladder):
 
 def test_another_config_is_refused(ladder, capsys):
     with pytest.raises(UserError, match="was made with another config .ladder.larger: "):
-        scaling.program(command(ladder["root"], "--config.ladder.larger=9e9"))
+        study.program(command(ladder["root"], "--config.ladder.larger=9e9"))
 
 
 def test_a_failed_run_stops_it_with_its_error(ladder, tmp_path, monkeypatch):
@@ -148,35 +151,35 @@ def test_a_failed_run_stops_it_with_its_error(ladder, tmp_path, monkeypatch):
     (root / "trials" / "0000").mkdir(parents=True)
     (root / "trials" / "0000" / "torn").touch()
     (root / "sweep.json").write_text("{}")
-    source = Source(TINY.removeprefix("--config="))
-    flags = scaling.parsed([], "", scaling.FLAGS)
+    source = ConfigSource(TINY.removeprefix("--config="))
+    flags = study.parsed_flags([], "", study.FLAGS)
     with pytest.raises(UserError, match="1 of 1 runs in .* failed; the first: the disk is torn: mend it; .*--retry_f"):
-        scaling.swept(flags, source, root, [planned.rung(source, 1e9, 8)])
+        study.run_planned(flags, source, root, [planned_run(source, 1e9, 8)])
 
 
 def test_without_valleys_the_law_is_told_alone(tmp_path):
     """Runs that are all too small: the loss falls with size at every budget, so no best size is told."""
-    law, found = Law(**LAW), []
+    law, found = ScalingLaw(**LAW), []
     for budget in (1e9, 4e9):
         for width, n in zip((8, 16, 24, 32), (200.0, 300.0, 450.0, 700.0)):
             tokens = round(budget / 6 / n)
             loss = law.loss(n, tokens) + 0.3 * math.log(n / 200) * (1 - math.log(n / 200))
-            found.append(measured.Run(tmp_path, budget, width, round(n), round(n / 2), tokens, budget, loss, 1.0, 0.1))
-    plan = planned.Ladder((1e9, 4e9), 4, 8e9, (1.0, 2.0), 20)
-    parabolas, laws = study.fitted(found, plan)
-    rung = planned.Rung(8e9, 40, 900, 400, 5400.0, 100, 1_000_000)
-    assert study.best_size(parabolas, laws, 8e9) == laws[measured.SIX].law.optimum(8e9)[0]
+            found.append(ScalingRun(tmp_path, budget, width, round(n), round(n / 2), tokens, budget, loss, 1.0, 0.1))
+    plan = LadderPlan((1e9, 4e9), 4, 8e9, (1.0, 2.0), 20)
+    parabolas, laws = fit.fitted_laws(found, plan)
+    rung = PlannedRun(8e9, 40, 900, 400, 5400.0, 100, 1_000_000)
+    assert fit.compute_optimal_size(parabolas, laws, 8e9) == laws[SIX_ND].law.optimum(8e9)[0]
     larger = found[-1]._replace(budget=8e9, parameters=900, tokens=1_000_000)
-    summary = study.summary_of(found, parabolas, laws, study.foretold(laws, rung), larger, "then")
+    summary = fit.scaling_summary(found, parabolas, laws, fit.loss_prediction(laws, rung), larger, "then")
     assert "NaN" not in json.dumps(summary) and all(one["sizes"] is None for one in summary["growth"].values())
-    assert sum("so no growth is told" in sentence for sentence in study.sentences(summary)) == 3
-    assert "nan" not in page.written(tmp_path, summary, parabolas, laws)[0].read_text().lower()
+    assert sum("so no growth is told" in sentence for sentence in fit.conclusion_sentences(summary)) == 3
+    assert "nan" not in page.write_page(tmp_path, summary, parabolas, laws)[0].read_text().lower()
 
 
 def refused(capsys, monkeypatch, *flags) -> str:
     monkeypatch.setattr(sys, "argv", ["", *map(str, flags)])
     with pytest.raises(SystemExit) as exit:
-        console.main(scaling.program)
+        console.run_program(study.program)
     said = capsys.readouterr().err
     assert exit.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
     return said.removeprefix("error: ").strip()
@@ -201,15 +204,15 @@ def test_what_is_given_together(capsys, monkeypatch):
     assert "leave --config and --workdir out" in refused(capsys, monkeypatch, "--points=a.csv", TINY)
     assert refused(capsys, monkeypatch).startswith("give --config=experiments/scaling.py and --workdir=DIR, or --poi")
     other = f"--config={EXPERIMENTS / 'pretrain.py'}"
-    assert "the config has no `vocabulary`: is it a config of lm.scaling?" in refused(
+    assert "the config has no `vocabulary`: is it a config of lm.studies.scaling.study?" in refused(
         capsys, monkeypatch, other, "--workdir=x"
     )
 
 
 def test_the_plan_spends_each_budget(monkeypatch):
-    source = Source(f"{EXPERIMENTS / 'scaling.py'}")
-    plan = call(planned.ladder, source.config({}).ladder, name="ladder")
-    rungs = planned.rungs(plan, source)
+    source = ConfigSource(f"{EXPERIMENTS / 'scaling.py'}")
+    plan = call_with_options(ladder_plan, source.config({}).ladder, name="ladder")
+    rungs = planned_runs(plan, source)
     assert len(rungs) == 25 and plan.budgets == pytest.approx([4e10, 10**11.1021, 4e11, 10**12.1021, 4e12], rel=1e-4)
     for rung in rungs:
         assert rung.tokens * rung.flops_per_token == pytest.approx(rung.budget, rel=0.01)
@@ -220,12 +223,12 @@ def test_the_plan_spends_each_budget(monkeypatch):
 
 
 def test_anyone_s_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scaling, "DRAWS", 50)
-    law, rows = Law(**LAW), ["parameters,tokens,loss"]
+    monkeypatch.setattr(study, "BOOTSTRAP_DRAWS", 50)
+    law, rows = ScalingLaw(**LAW), ["parameters,tokens,loss"]
     for n in (1e4, 3e4, 1e5, 3e5):
         rows += [f"{n:.0f},{d:.0f},{law.loss(n, d):.5f}" for d in (1e5, 1e6, 1e7)]
     (tmp_path / "runs.csv").write_text("\n".join(rows))
-    scaling.program([f"--points={tmp_path / 'runs.csv'}"])
+    study.program([f"--points={tmp_path / 'runs.csv'}"])
     said = capsys.readouterr().out
     found = {line.split()[0]: line.split()[1:] for line in said.split("\n") if line.split()[:1] and "[" in line}
     for name, value in LAW.items():

@@ -10,11 +10,14 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from lm import model, optim
-from lm.errors import UserError
-from lm.sharding import make_mesh, partition, put_batch, shard, state_shardings
-from lm.stages import ppo, pretrain, reward, sft
-from lm.types import Ranked, Rollouts
+from lm import model
+from lm.core.errors import UserError
+from lm.core.sharding import make_mesh, partition_spec, put_batch, shard, state_shardings
+from lm.core.types import RankedAnswers, Rollouts
+from lm.optim import optimizers
+from lm.stages.pretraining import pretrain, sft
+from lm.stages.reward_model import reward
+from lm.stages.rl import ppo
 
 ROWS = 16  # so that two minibatches or microbatches still have a row for each of eight devices
 
@@ -22,10 +25,10 @@ ROWS = 16  # so that two minibatches or microbatches still have a row for each o
 @pytest.fixture(scope="module")
 def small():
     """Every size divides by two, so that each axis really is split; vocabulary, heads, hidden and width alike."""
-    config = model.Config(
+    config = model.ModelConfig(
         vocab_size=32, layers=2, width=16, heads=4, kv_heads=2, head_size=4, hidden=24, context=32, query_blocks=1
     )
-    return model.make(config.on("cpu"))
+    return model.make_model(config.on("cpu"))
 
 
 def test_sizes_and_what_is_left():
@@ -53,12 +56,12 @@ def test_a_mesh_that_does_not_fit(wrong):
 
 def test_partition_by_hand():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    assert partition(("vocab", "width"), (32, 16), mesh) == P("tensor", "fsdp")
-    assert partition(("vocab", "width"), (31, 16), mesh) == P(None, "fsdp")  # 31 does not divide: whole
-    assert partition(("batch", None, "heads"), (8, 5, 4), mesh) == P(("data", "fsdp"), None, "tensor")
-    assert partition(("batch", "width"), (8, 16), mesh) == P(("data", "fsdp"), None)  # fsdp is taken by the rows
-    assert partition((None, None), (8, 16), mesh) == P(None, None)
-    assert partition(("batch", "vocab"), (8, 32), make_mesh()) == P("data", None)
+    assert partition_spec(("vocab", "width"), (32, 16), mesh) == P("tensor", "fsdp")
+    assert partition_spec(("vocab", "width"), (31, 16), mesh) == P(None, "fsdp")  # 31 does not divide: whole
+    assert partition_spec(("batch", None, "heads"), (8, 5, 4), mesh) == P(("data", "fsdp"), None, "tensor")
+    assert partition_spec(("batch", "width"), (8, 16), mesh) == P(("data", "fsdp"), None)  # fsdp is taken by the rows
+    assert partition_spec((None, None), (8, 16), mesh) == P(None, None)
+    assert partition_spec(("batch", "vocab"), (8, 32), make_mesh()) == P("data", None)
 
 
 def test_shard_is_the_identity_without_a_mesh():
@@ -97,7 +100,7 @@ def batch_of(stage, rows, seed):
         )
     if stage is reward:
         pairs = jax.tree.map(lambda a, b: np.stack([a, b], axis=1), tokens, tokens_of(rows, seed + 100))
-        return Ranked(pairs, np.tile(np.array([[1], [2]], np.int32), (ROWS, 1, 1)))
+        return RankedAnswers(pairs, np.tile(np.array([[1], [2]], np.int32), (ROWS, 1, 1)))
     return tokens
 
 
@@ -126,9 +129,9 @@ def updated(small, start, rows):
     def run(stage, mesh, **options):
         m, lm = small, start
         if "balance" in options:
-            m = model.make(dataclasses.replace(small.config, experts=4))
+            m = model.make_model(dataclasses.replace(small.config, experts=4))
             lm = decoder(m)
-        update = stage.make(m, optim.make(**OPTIMIZER), **options)
+        update = stage.make(m, optimizers.make_optimizer(**OPTIMIZER), **options)
         state = jax.jit(update.init)(jax.random.key(0), {"lm": lm}, {})
         step, put = jax.jit(update.update), lambda batch: batch
         if mesh is not None:

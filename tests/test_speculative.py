@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from lm import model
-from lm.distribution import adjusted
-from lm.errors import UserError
-from lm.sample import joined, sample
-from lm.speculative import acceptance, residual, speculate
+from lm.core.errors import UserError
+from lm.generate.sampler import prompt_completion_rows, sample
+from lm.generate.speculative import acceptance_probability, residual_logits, speculative_sample
+from lm.model.logits import sampling_logits
 
 LENGTHS = np.array([9, 4, 1, 6], np.int32)
 PROMPTS = np.random.default_rng(0).integers(1, 31, (4, 9)).astype(np.int32)  # right of its length a row holds garbage
@@ -32,7 +32,7 @@ def off(lm, noise: float, seed: int = 0):
 def run(tiny_model, tiny_lm):
     """(**options) -> Completions and Acceptance of the tiny model with a draft that guesses some of its tokens."""
     compiled = functools.cache(
-        lambda **options: jax.jit(functools.partial(speculate, tiny_model, tiny_model, **options))
+        lambda **options: jax.jit(functools.partial(speculative_sample, tiny_model, tiny_model, **options))
     )
     near = off(tiny_lm, 0.1)
 
@@ -46,19 +46,21 @@ def run(tiny_model, tiny_lm):
 def test_acceptance_and_residual_by_hand():
     """p = (.5, .5, 0, 0), q = (.2, .1, .7, 0): min(1, p / q) = 1, 1, 0; p - q = .3, .4, -, -, which is 3/7 and 4/7."""
     p, q = jnp.log(jnp.array([[0.5, 0.5, 0, 0], [0.2, 0.1, 0.7, 0]]))
-    np.testing.assert_allclose(acceptance(p, q), [1, 1, 0, 1], atol=1e-6)
-    np.testing.assert_allclose(jax.nn.softmax(residual(p, q)), [3 / 7, 4 / 7, 0, 0], atol=1e-6)
-    np.testing.assert_allclose(acceptance(q, p)[:2], [0.4, 0.2], atol=1e-6)  # only what p may propose is of interest
-    np.testing.assert_array_equal(residual(p, p), p)  # nothing is left: it is never drawn from, but for rounding
+    np.testing.assert_allclose(acceptance_probability(p, q), [1, 1, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(jax.nn.softmax(residual_logits(p, q)), [3 / 7, 4 / 7, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        acceptance_probability(q, p)[:2], [0.4, 0.2], atol=1e-6
+    )  # only what p may propose is of interest
+    np.testing.assert_array_equal(residual_logits(p, p), p)  # nothing is left: it is never drawn from, but for rounding
 
 
 def test_what_is_emitted_is_distributed_as_the_target():
     """q(x) min(1, p/q) + (1 - sum of it) residual(x) = p(x), for every p and q, supports that differ included."""
     logits = np.random.default_rng(0).normal(size=(2, 50, V)).astype(np.float32) * 2
-    p, q = (jax.nn.log_softmax(adjusted(x, top_k=k)) for x, k in zip(jnp.asarray(logits), (3, 2)))
-    kept = np.exp(q) * acceptance(p, q)
+    p, q = (jax.nn.log_softmax(sampling_logits(x, top_k=k)) for x, k in zip(jnp.asarray(logits), (3, 2)))
+    kept = np.exp(q) * acceptance_probability(p, q)
     refused = 1 - np.sum(kept, axis=-1, keepdims=True)
-    np.testing.assert_allclose(kept + refused * jax.nn.softmax(residual(p, q)), np.exp(p), atol=1e-6)
+    np.testing.assert_allclose(kept + refused * jax.nn.softmax(residual_logits(p, q)), np.exp(p), atol=1e-6)
     assert np.any(np.isinf(p) & ~np.isinf(q)) and 0.1 < np.mean(refused) < 0.9
 
 
@@ -66,19 +68,22 @@ def test_what_is_emitted_is_distributed_as_the_target():
 def test_frequencies_of_whole_answers(settings):
     """6144 answers of 3 tokens by two different models of 4: each count within 4.5 deviations of the target's n p."""
     n, prompt = 6144, [1, 3]
-    config = model.Config(
+    config = model.ModelConfig(
         vocab_size=V, layers=1, width=8, heads=2, kv_heads=1, head_size=4, hidden=8, context=16, query_blocks=1
     )
-    target, draft = model.make(config.on("cpu")), model.make(dataclasses.replace(config, window=2).on("cpu"))
+    target, draft = (
+        model.make_model(config.on("cpu")),
+        model.make_model(dataclasses.replace(config, window=2).on("cpu")),
+    )
     lm = off(jax.jit(target.init)(jax.random.key(0)), 0.7)
     draft_lm = off(lm, 0.3, seed=1)
     long = np.array(list(itertools.product(range(V), repeat=LONG)), np.int32)
     ids = np.concatenate([np.tile(prompt, (len(long), 1)), long], axis=1).astype(np.int32)
     positions = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
     logits = target.logits(lm, target.hidden(lm, ids, positions, np.ones_like(ids)))[:, 1:-1]
-    each = np.take_along_axis(np.asarray(jax.nn.softmax(adjusted(logits, **settings))), long[..., None], axis=-1)
+    each = np.take_along_axis(np.asarray(jax.nn.softmax(sampling_logits(logits, **settings))), long[..., None], axis=-1)
     p = np.prod(each[..., 0].astype(np.float64), axis=1)
-    go = jax.jit(functools.partial(speculate, target, draft, max_new=LONG, ahead=2, **settings))
+    go = jax.jit(functools.partial(speculative_sample, target, draft, max_new=LONG, ahead=2, **settings))
     drawn, told = go(lm, draft_lm, np.tile(np.array(prompt, np.int32), (n, 1)), np.full(n, 2, np.int32), KEY)
     counts = np.bincount(np.asarray(drawn.tokens) @ [V**2, V, 1], minlength=V**LONG)
     assert np.all(np.abs(counts - n * p) <= 4.5 * np.sqrt(n * p * (1 - p))) and (counts > 0).sum() >= 8
@@ -89,16 +94,16 @@ def test_frequencies_of_whole_answers(settings):
 @pytest.mark.parametrize("changes", [{}, dict(window=3, global_every=2)], ids=["plain", "windows"])
 def test_greedy_is_samples_and_logprobs_are_the_trainers(changes, tiny_model):
     """Rules 6 and 14: ragged prompts, grouped queries, rings that take slots back; a draft that is refused at times."""
-    m = model.make(dataclasses.replace(tiny_model.config, **changes))
+    m = model.make_model(dataclasses.replace(tiny_model.config, **changes))
     lm = off(jax.jit(m.init)(jax.random.key(0)), 0.1)
     given = lm, off(lm, 0.03, seed=1), PROMPTS, LENGTHS, KEY
-    go = lambda **options: jax.jit(functools.partial(speculate, m, m, max_new=NEW, ahead=3, **options))(*given)
+    go = lambda **options: jax.jit(functools.partial(speculative_sample, m, m, max_new=NEW, ahead=3, **options))(*given)
     drawn, told = go(temperature=0.0)
     greedy = jax.jit(functools.partial(sample, m, max_new=NEW, temperature=0.0))(lm, PROMPTS, LENGTHS, KEY)
     jax.tree.map(np.testing.assert_array_equal, drawn, greedy)
     assert 0.2 < told.accepted.sum() / told.proposed.sum() < 0.95 and len(set(told.rounds.tolist())) > 1
     drawn, told = go(temperature=0.7)
-    tokens, logprobs = joined(PROMPTS, LENGTHS, drawn)
+    tokens, logprobs = prompt_completion_rows(PROMPTS, LENGTHS, drawn)
     scored = jax.jit(functools.partial(m.token_logprobs, temperature=0.7))(lm, tokens)
     np.testing.assert_allclose(logprobs, scored * tokens.weights, atol=2e-5)
     assert np.all(drawn.lengths == NEW) and 0.2 < told.accepted.sum() / told.proposed.sum() < 0.95
@@ -154,6 +159,6 @@ def test_a_row_ends_with_the_first_of_several_stop_ids(run):
 )
 def test_bad_requests(changes, message, tiny_model, tiny_lm):
     changes = {"draft": {}, "max_new": NEW, **changes}
-    draft = model.make(dataclasses.replace(tiny_model.config, **changes.pop("draft")))
+    draft = model.make_model(dataclasses.replace(tiny_model.config, **changes.pop("draft")))
     with pytest.raises(UserError, match=message):
-        speculate(tiny_model, draft, tiny_lm, tiny_lm, PROMPTS, LENGTHS, KEY, **changes)
+        speculative_sample(tiny_model, draft, tiny_lm, tiny_lm, PROMPTS, LENGTHS, KEY, **changes)

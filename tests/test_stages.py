@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 from test_floors import NO_STAGE
 
-from lm import optim, tokenizer as tokenizers
-from lm.data.chats import answered
-from lm.data.rankings import Ranking
-from lm.data.verdicts import grouped
+from lm import tokenizer as tokenizers
+from lm.core.metrics import Mean
+from lm.core.types import RankedAnswers, Rollouts
+from lm.data.conversations import conversation_with_answer
+from lm.data.preferences import Ranking
+from lm.data.tokenized_rankings import ranked_answers_batch
+from lm.losses.advantages import whiten
 from lm.losses.policy import kl_k1
-from lm.losses.ranking import bradley_terry
-from lm.metrics import Mean
-from lm.returns import whiten
-from lm.rewards.model import scores
-from lm.stages import STAGES, answering as sampling, listwise, policy, ppo, pretrain, ranked as ranking, reward, sft
-from lm.types import Ranked, Rollouts
+from lm.losses.ranking import bradley_terry_loss
+from lm.optim import optimizers
+from lm.rewards.reward_model import reward_scores
+from lm.stages import STAGES
+from lm.stages.pretraining import pretrain, sft
+from lm.stages.reward_model import listwise, ranking_batches as ranking, reward
+from lm.stages.rl import multi_turn as sampling, policy_gradient, ppo
 
 KEY = jax.random.key(0)
 T = 0.7
@@ -29,7 +33,9 @@ V = 31
 
 
 def optimizer(learning_rate=0.01):
-    return optim.make(learning_rate=learning_rate, total_steps=1000, schedule_name="constant", weight_decay=0.0)
+    return optimizers.make_optimizer(
+        learning_rate=learning_rate, total_steps=1000, schedule_name="constant", weight_decay=0.0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +125,7 @@ def ranked(rows, ids, lengths, ranks):
     P, K, n = np.shape(ids)
     tokens = rows(np.reshape(ids, (P * K, n)), np.reshape(lengths, -1))
     ranks = np.asarray(ranks, np.int32).reshape(P, K, -1)
-    return Ranked(jax.tree.map(lambda x: x.reshape(P, K, n - 1), tokens), ranks)
+    return RankedAnswers(jax.tree.map(lambda x: x.reshape(P, K, n - 1), tokens), ranks)
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +206,8 @@ def test_axes_have_heads_of_their_own(tiny_model, tiny_lm, rows):
     batch = ranked(rows, ids, [[6, 5]] * 3, ranks)
     params = headed(tiny_lm, (2,))
     s = np.asarray(ranking.answer_scores(tiny_model, params, batch.tokens), np.float64)
-    loss = ranking.rank_loss(
-        tiny_model, lambda s, ranks: bradley_terry(s[:, 0], s[:, 1]), axes=("overall", "clear"), centring=0.0
+    loss = ranking.ranking_loss(
+        tiny_model, lambda s, ranks: bradley_terry_loss(s[:, 0], s[:, 1]), axes=("overall", "clear"), centring=0.0
     )
     terms, metrics = loss(params, {}, batch, KEY)
     assert metrics["loss"].weight == 3 and metrics["loss/clear"].weight == 1
@@ -211,7 +217,7 @@ def test_axes_have_heads_of_their_own(tiny_model, tiny_lm, rows):
 
 
 def test_centring_is_the_mean_square_of_a_pair_s_sum(tiny_model, tiny_lm, verdicts, by_hand):
-    loss = ranking.rank_loss(tiny_model, lambda s, ranks: s[:, 0], axes=("overall",), centring=0.01)
+    loss = ranking.ranking_loss(tiny_model, lambda s, ranks: s[:, 0], axes=("overall",), centring=0.01)
     terms, _ = loss(headed(tiny_lm, (1,)), {}, verdicts, KEY)
     sums = np.array([by_hand[p, i] + by_hand[p, j] for p, i, j in BETTER])
     np.testing.assert_allclose(terms["overall centring"].value(), 0.01 * per_prompt(sums**2), rtol=1e-5)
@@ -220,14 +226,16 @@ def test_centring_is_the_mean_square_of_a_pair_s_sum(tiny_model, tiny_lm, verdic
 def test_measures_by_margin_and_of_calibration(verdicts):
     """Leads of the four pairs: 0.2, 2.2, 2 and -1; said 0.55, 0.90, 0.88 and 0.73; the last is wrong."""
     total = jnp.array([[2.0, 2.2, 0.0], [0.0, 1.0, 0.0]])
-    found = {name: (float(m.total), float(m.weight)) for name, m in ranking.measures(total, verdicts).items()}
+    found = {
+        name: (float(m.total), float(m.weight)) for name, m in ranking.reward_model_metrics(total, verdicts).items()
+    }
     assert found["apart 1"] == (2, 3) and found["apart 2"] == (1, 1) and found["apart 3"] == (0, 0)
     sigmoid = lambda x: 1 / (1 + math.exp(-x))
     for low, lead, was_right in ((0.5, 0.2, 1), (0.9, 2.2, 1), (0.8, 2.0, 1), (0.7, 1.0, 0)):
         np.testing.assert_allclose(found[f"said {low}"], (sigmoid(lead), 1), rtol=1e-5)
         assert found[f"true {low}"] == (was_right, 1)
     about = {"held_out_prompts": 2}
-    metrics = ranking.measures(total, verdicts) | {"accuracy": Mean(jnp.float32(1), jnp.float32(2))}
+    metrics = ranking.reward_model_metrics(total, verdicts) | {"accuracy": Mean(jnp.float32(1), jnp.float32(2))}
     told = ranking.summary(metrics, about)
     gaps = [1 - sigmoid(0.2), 1 - sigmoid(2.2), 1 - sigmoid(2.0), sigmoid(1.0)]
     np.testing.assert_allclose(told["calibration_error"], np.mean(gaps), rtol=1e-5)
@@ -241,21 +249,21 @@ def test_measures_by_margin_and_of_calibration(verdicts):
 
 def test_answers_are_grouped_by_verdict():
     """Rankings of three and of two responses, the second padded with nothing; an axis is ranked where it was scored."""
-    tokenizer = tokenizers.train(["what is it one two three"], vocab_size=280)
+    tokenizer = tokenizers.train_tokenizer(["what is it one two three"], vocab_size=280)
     asked = [{"role": "user", "content": "what is it"}]
     record = functools.partial(Ranking, prompt=asked, rater="me", time="2024-05-01T12:00:00+00:00")
     rankings = [
         record("a", responses=["one", "two", "three"], ranking=[2, 1, 3], axes={"clear": [5, None, 4]}),
         record("b", responses=["one", "three"], ranking=[1, 2]),
     ]
-    verdicts, counts = ranking.scored_rows(tokenizer, rankings, ("overall", "clear"), 40)
-    found = grouped(verdicts, 40, 3)
+    verdicts, counts = ranking.reward_model_rows(tokenizer, rankings, ("overall", "clear"), 40)
+    found = ranked_answers_batch(verdicts, 40, 3)
     np.testing.assert_array_equal(found.ranks[..., 0], [[2, 1, 3], [1, 2, 0]])
     np.testing.assert_array_equal(found.ranks[..., 1], [[6, 0, 7], [0, 0, 0]])
     for v, record in enumerate(rankings):
         for k, text in enumerate(record.responses):
             row = jax.tree.map(lambda x: x[v, k], found.tokens)
-            ids = tokenizers.chat(tokenizer, answered(asked, text)).ids
+            ids = tokenizers.encode_chat(tokenizer, conversation_with_answer(asked, text)).ids
             assert row.inputs[row.segments > 0].tolist() == ids.tolist() and not row.weights.any()
     assert not found.tokens.segments[1, 2].any() and not any(counts.values())
 
@@ -263,7 +271,7 @@ def test_answers_are_grouped_by_verdict():
 def test_score_is_read_at_the_last_real_token_by_length(tiny_model, tiny_lm, seen, rows):
     """Rule 9: never by id. Padding is 0 and so is a real token here; the score is of the prefix, whatever follows."""
     params = headed(tiny_lm, (1,))
-    score = jax.jit(functools.partial(scores, tiny_model, params))
+    score = jax.jit(functools.partial(reward_scores, tiny_model, params))
     tokens = rows([[5, 9, 0, 0, 1], [5, 9, 4, 8, 1], [0, 0, 0, 0, 0]], [4, 5, 1])  # inputs 5 9 0; 5 9 4 8; none
     every = np.asarray(tiny_model.value(params["value"], seen(tokens)[0]))[..., 0]
     np.testing.assert_allclose(score(tokens)[:, 0], [every[0, 2], every[1, 3], 0], rtol=1e-5)
@@ -294,7 +302,7 @@ def rollouts(tiny_model, tiny_lm):
     """Eight answers of the tiny model at temperature 0.7 to ragged prompts, with made-up rewards."""
     draw = np.random.default_rng(0)
     prompts, lengths = draw.integers(1, V, (8, 5)).astype(np.int32), np.array([5, 3, 1, 4, 5, 2, 5, 3], np.int32)
-    run = jax.jit(functools.partial(sampling.rollout, tiny_model, max_new=6, temperature=T, stop=(3, 5, 11)))
+    run = jax.jit(functools.partial(sampling.rollout_rows, tiny_model, max_new=6, temperature=T, stop=(3, 5, 11)))
     tokens, logprobs, completions = run(tiny_lm, prompts, lengths, KEY)
     assert 0 < completions.stopped.sum() < 8
     rewards = jnp.asarray(draw.normal(size=8), jnp.float32)
@@ -330,7 +338,7 @@ def test_ppo_starts_where_the_policy_is(tiny_model, tiny_lm, rollouts):
 def test_another_temperature_would_trip_the_gate(rollouts, seen):
     """Rule 6: drawn at 0.7 and scored at 1.0 is two distributions; the gap is far above its limit."""
     gap = np.abs(seen(rollouts.tokens)[1].logprobs - rollouts.sampler_logprobs)
-    assert np.average(gap, weights=rollouts.tokens.weights) > 2 * policy.LIMITS["sampler_gap"]
+    assert np.average(gap, weights=rollouts.tokens.weights) > 2 * policy_gradient.METRIC_LIMITS["sampler_gap"]
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +346,7 @@ def annotated(tiny_model, tiny_lm, rollouts):
     """The rollouts with their signal: a reference that is another network, a value head that is not zero."""
     memory = {"beta": jnp.float32(0.5)}
     state = SimpleNamespace(params=headed(tiny_lm), frozen={"ref": other(tiny_lm)}, memory=memory)
-    signal = ppo.signal(tiny_model, gamma=1.0, lam=1.0, whitened=True, correction=0.0, temperature=T)
+    signal = ppo.gae_annotation(tiny_model, gamma=1.0, lam=1.0, whitened=True, correction=0.0, temperature=T)
     return jax.jit(lambda batch: signal(state, batch))(rollouts)
 
 
@@ -357,7 +365,7 @@ def test_kl_is_not_counted_in_the_loss_again(annotated, tiny_model, tiny_lm):
     """Rule 4: whatever the reference says, the annotated batch has the same loss."""
     batch, _ = annotated
     options = {"clip": 0.2, "dual_clip": 0.0, "value_clip": 0.2, "value_coefficient": 0.1, "entropy_bonus": 0.0}
-    loss = ppo.surrogate(tiny_model, **options, temperature=T)
+    loss = ppo.actor_critic_loss(tiny_model, **options, temperature=T)
     run = jax.jit(lambda batch: loss(headed(tiny_lm), {}, batch, KEY)[0])
     once, again = run(batch), run(batch.replace(ref_logprobs=7 * batch.ref_logprobs - 3))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, once, again))
@@ -387,7 +395,9 @@ def test_ppo_raises_the_frequency_of_a_rewarded_token(tiny_model, fresh):
     @jax.jit
     def step(state, i):
         key = jax.random.fold_in(jax.random.key(1), i)
-        tokens, logprobs, drawn = sampling.rollout(tiny_model, state.params["lm"], prompts, lengths, key, max_new=6)
+        tokens, logprobs, drawn = sampling.rollout_rows(
+            tiny_model, state.params["lm"], prompts, lengths, key, max_new=6
+        )
         rewards = jnp.mean(drawn.tokens == 7, axis=1)
         return update.update(state, Rollouts(tokens, rewards, {}, drawn.stopped, logprobs))
 

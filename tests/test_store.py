@@ -11,10 +11,19 @@ import pytest
 from runs import ROOT
 from test_bad_input import disk
 
-from lm.data import rankings as records, store as stores
-from lm.data.rankings import Ranking
-from lm.data.store import LATEST, STANDING, UNJUDGED, Item, Store, Unavailable, Verdict, read
-from lm.errors import UserError
+from lm.core.errors import UserError
+from lm.data import annotations as stores, preferences as records
+from lm.data.annotations import (
+    SELECT_LATEST,
+    SELECT_STANDING,
+    SELECT_UNJUDGED,
+    Annotation,
+    AnnotationStore,
+    RankingItem,
+    StoreUnavailable,
+    read_rankings,
+)
+from lm.data.preferences import Ranking
 
 __all__ = ["disk"]
 
@@ -29,26 +38,26 @@ def item(number: int) -> tuple:
 @pytest.fixture
 def store(tmp_path):
     """With three items."""
-    with Store(tmp_path / "people.db") as opened:
+    with AnnotationStore(tmp_path / "people.db") as opened:
         assert opened.add(map(item, range(3))) == 3
         yield opened
 
 
 def test_a_verdict_comes_back_as_a_ranking(store, tmp_path):
     details = {"axes": {"helpful": [5, None]}, "flags": [[], ["toxic"]], "shown": [1, 0], "seconds": 1.5}
-    store.record(Verdict("key", 2, "Änn", [1, 2], **details))
-    store.record(Verdict("other key", 3, "ben", [1, 1], "skipped"))
+    store.record(Annotation("key", 2, "Änn", [1, 2], **details))
+    store.record(Annotation("other key", 3, "ben", [1, 1], "skipped"))
     first, second = store.rankings()
     assert first._replace(time="") == Ranking(*item(1)[:3], [1, 2], "Änn", "", sources=SOURCES, **details)
     assert second == Ranking(*item(2)[:3], [1, 1], "ben", second.time, "skipped", sources=SOURCES)
     assert first.time <= second.time
-    records.append(tmp_path / "rankings.jsonl", [first, second])
-    assert read(tmp_path / "rankings.jsonl") == read(store.path) == [first, second]
+    records.append_rankings(tmp_path / "rankings.jsonl", [first, second])
+    assert read_rankings(tmp_path / "rankings.jsonl") == read_rankings(store.path) == [first, second]
 
 
 def test_items(store):
-    assert store.items() == [Item(i + 1, *item(i)) for i in range(3)]
-    assert store.item(2) == Item(2, *item(1))
+    assert store.items() == [RankingItem(i + 1, *item(i)) for i in range(3)]
+    assert store.item(2) == RankingItem(2, *item(1))
     assert store.add([item(3), item(1)]) == 1, "one is known already"
     with pytest.raises(UserError, match="there is no item 9 in .*people.db"):
         store.item(9)
@@ -57,35 +66,35 @@ def test_items(store):
 def test_what_is_next(store):
     """Highest priority first, then fewest verdicts, then in order; never twice to the same rater."""
     assert store.next("ann").id == 1
-    store.record(Verdict("a", 1, "ann", [1, 2]))
+    store.record(Annotation("a", 1, "ann", [1, 2]))
     assert (store.next("ann").id, store.next("ben").id) == (2, 2)
     store.prioritise({3: 0.25, 1: 0.1})
     assert (store.next("ann").id, [i.id for i in store.unjudged("ben")]) == (3, [3, 1, 2])
-    store.record(Verdict("b", 3, "ann", [1, 1], "skipped"))
-    store.record(Verdict("c", 2, "ann", [1, 1], "both bad"))
+    store.record(Annotation("b", 3, "ann", [1, 1], "skipped"))
+    store.record(Annotation("c", 2, "ann", [1, 1], "both bad"))
     assert store.next("ann") is None and store.unjudged("ann") == []
     assert (store.progress("ann"), store.progress("ben")) == ((3, 3), (0, 3))
 
 
 def test_the_same_key_is_the_same_verdict_and_another_is_a_duplicate(store):
     for _ in range(3):
-        store.record(Verdict("key", 1, "ann", [2, 1]))
+        store.record(Annotation("key", 1, "ann", [2, 1]))
     with pytest.raises(UserError, match="duplicate verdict: ann has judged item 1; undo that one first"):
-        store.record(Verdict("another", 1, "ann", [1, 2]))
-    store.record(Verdict("ben's", 1, "ben", [1, 2]))
+        store.record(Annotation("another", 1, "ann", [1, 2]))
+    store.record(Annotation("ben's", 1, "ben", [1, 2]))
     assert [(r.rater, r.ranking) for r in store.rankings()] == [("ann", [2, 1]), ("ben", [1, 2])]
 
 
 def test_undo(store):
     assert store.undo("ann") is None
-    store.record(Verdict("a", 1, "ann", [1, 2]))
-    store.record(Verdict("b", 2, "ann", [1, 2]))
-    store.record(Verdict("c", 1, "ben", [1, 2]))
+    store.record(Annotation("a", 1, "ann", [1, 2]))
+    store.record(Annotation("b", 2, "ann", [1, 2]))
+    store.record(Annotation("c", 1, "ben", [1, 2]))
     assert store.undo("ann").id == 2
     assert (store.progress("ann"), len(store.rankings())) == ((1, 3), 2)
-    store.record(Verdict("b", 2, "ann", [1, 2]))
+    store.record(Annotation("b", 2, "ann", [1, 2]))
     assert store.progress("ann") == (1, 3), "a late repetition does not bring it back"
-    store.record(Verdict("d", 2, "ann", [2, 1]))
+    store.record(Annotation("d", 2, "ann", [2, 1]))
     assert [store.undo("ann").id, store.undo("ann").id, store.undo("ann")] == [2, 1, None]
     with sqlite3.connect(store.path) as db:
         kept = db.execute("SELECT key, withdrawn FROM verdicts ORDER BY id").fetchall()
@@ -112,16 +121,16 @@ def test_undo(store):
 )
 def test_what_cannot_be_recorded(store, said, message):
     with pytest.raises(UserError, match=message):
-        store.record(Verdict(**{"key": "k", "item": 1, "rater": "ann", "ranking": [1, 2], **said}))
+        store.record(Annotation(**{"key": "k", "item": 1, "rater": "ann", "ranking": [1, 2], **said}))
     assert store.rankings() == []
-    store.record(Verdict("k", 1, "ann", [1, 2]))
+    store.record(Annotation("k", 1, "ann", [1, 2]))
 
 
 def test_merge(store, tmp_path):
-    store.record(Verdict("a", 1, "ann", [1, 2]))
-    store.record(Verdict("b", 2, "ann", [1, 1], "both bad"))
+    store.record(Annotation("a", 1, "ann", [1, 2]))
+    store.record(Annotation("b", 2, "ann", [1, 1], "both bad"))
     bare = Ranking("n", [{"role": "user", "content": "hi"}], ["x", "y"], [1, 2], "rule", "2024-05-01T12:00:00+00:00")
-    with Store(tmp_path / "other.db") as other:
+    with AnnotationStore(tmp_path / "other.db") as other:
         assert other.merge(store.rankings()) == (2, 0)
         assert other.merge([*store.rankings(), bare]) == (1, 2)
         assert other.rankings() == [bare, *store.rankings()], "in order of time"
@@ -138,7 +147,7 @@ def _failing(bare):
 
 def test_ten_thousand(tmp_path):
     """Each of the queries behind a click walks an index, none sorts or scans."""
-    with Store(tmp_path / "people.db") as store:
+    with AnnotationStore(tmp_path / "people.db") as store:
         assert store.add(map(item, range(5_000))) == 5_000
         given = [
             Ranking(*item(i)[:3], [1, 2], rater, f"2024-05-01T12:00:{i % 60:02}+00:00", sources=SOURCES)
@@ -148,7 +157,11 @@ def test_ten_thousand(tmp_path):
         assert store.merge(given) == (10_000, 0)
         assert (len(store.rankings()), store.progress("ann"), store.next("ann")) == (10_000, (5_000, 5_000), None)
         assert store.next("cleo").id == 1
-        for query, arguments in ((f"{UNJUDGED} LIMIT 1", ["ann"]), (STANDING, ["ann", 1]), (LATEST, ["ann"])):
+        for query, arguments in (
+            (f"{SELECT_UNJUDGED} LIMIT 1", ["ann"]),
+            (SELECT_STANDING, ["ann", 1]),
+            (SELECT_LATEST, ["ann"]),
+        ):
             with sqlite3.connect(store.path) as db:
                 plan = " ".join(row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}", arguments))
             assert "USING INDEX" in plan or "USING COVERING INDEX" in plan
@@ -157,10 +170,10 @@ def test_ten_thousand(tmp_path):
 
 def test_two_connections_and_many_threads(store):
     """Every rater's verdict is there once, whichever connection and thread brought it."""
-    with Store(store.path) as other:
+    with AnnotationStore(store.path) as other:
         assert other.items() == store.items()
         tasks = [
-            threading.Thread(target=s.record, args=[Verdict(f"{rater}/{i}", i, f"rater {rater}", [1, 2])])
+            threading.Thread(target=s.record, args=[Annotation(f"{rater}/{i}", i, f"rater {rater}", [1, 2])])
             for rater in range(6)
             for i in (1, 2, 3)
             for s in (store, other)
@@ -173,33 +186,33 @@ def test_two_connections_and_many_threads(store):
 
 
 def test_a_locked_file(store, monkeypatch):
-    monkeypatch.setattr(stores, "PATIENCE", 0.05)
-    with Store(store.path) as impatient, sqlite3.connect(store.path, isolation_level=None) as db:
+    monkeypatch.setattr(stores, "LOCK_TIMEOUT", 0.05)
+    with AnnotationStore(store.path) as impatient, sqlite3.connect(store.path, isolation_level=None) as db:
         db.execute("BEGIN IMMEDIATE")
-        with pytest.raises(Unavailable, match="people.db is locked by another process: try again when it is done"):
-            impatient.record(Verdict("k", 1, "ann", [1, 2]))
+        with pytest.raises(StoreUnavailable, match="people.db is locked by another process: try again when it is done"):
+            impatient.record(Annotation("k", 1, "ann", [1, 2]))
         assert impatient.next("ann").id == 1, "reading goes on"
         db.execute("COMMIT")
-        impatient.record(Verdict("k", 1, "ann", [1, 2]))
+        impatient.record(Annotation("k", 1, "ann", [1, 2]))
     assert store.progress("ann") == (1, 3)
 
 
 def test_a_full_disk(disk):
     """What was acknowledged stays; with room again the same verdict goes in."""
     folder = disk(400)
-    with Store(folder / "people.db") as store:
+    with AnnotationStore(folder / "people.db") as store:
         store.add(map(item, range(3)))
-        store.record(Verdict("a", 1, "ann", [1, 2]))
+        store.record(Annotation("a", 1, "ann", [1, 2]))
         filling = folder / "filling"
         with filling.open("wb", buffering=0) as file, pytest.raises(OSError):
             while True:
                 file.write(bytes(4096))
-        with pytest.raises(Unavailable, match="cannot write .*people.db: .*; make room there and try again"):
+        with pytest.raises(StoreUnavailable, match="cannot write .*people.db: .*; make room there and try again"):
             for i in range(3, 400):  # what the log has room for already goes in
                 store.add([item(i)])
         filling.unlink()
         assert [r.rater for r in store.rankings()] == ["ann"]
-        store.record(Verdict("b", 2, "ann", [1, 2]))
+        store.record(Annotation("b", 2, "ann", [1, 2]))
         assert store.progress("ann")[0] == 2
 
 
@@ -207,39 +220,39 @@ def test_files_that_are_none_of_ours(tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("not a database\n" * 100)
     with pytest.raises(UserError, match="notes.txt is no database, or a damaged one"):
-        Store(text)
+        AnnotationStore(text)
     assert text.read_text() == "not a database\n" * 100
     foreign = tmp_path / "foreign.db"
     with sqlite3.connect(foreign) as db:
         db.execute("CREATE TABLE songs (title)")
     before = foreign.read_bytes()
     with pytest.raises(UserError, match="foreign.db is a database of something else: name another file"):
-        Store(foreign)
+        AnnotationStore(foreign)
     assert foreign.read_bytes() == before
     with pytest.raises(UserError, match="cannot use .*: unable to open database file"):
-        Store(tmp_path)
+        AnnotationStore(tmp_path)
     with pytest.raises(UserError, match="cannot write .*notes.txt/people.db: "):
-        Store(text / "people.db")
+        AnnotationStore(text / "people.db")
     with pytest.raises(UserError, match="no rankings at .*nowhere"):
-        read(tmp_path / "nowhere")
+        read_rankings(tmp_path / "nowhere")
 
 
 def test_another_version(tmp_path):
-    with Store(tmp_path / "people.db") as store:
+    with AnnotationStore(tmp_path / "people.db") as store:
         store._rows("PRAGMA user_version = 2")
     with pytest.raises(UserError, match="has version 2 of our tables, but this program knows 1"):
-        Store(tmp_path / "people.db")
+        AnnotationStore(tmp_path / "people.db")
 
 
 def test_two_processes_make_the_file_at_once(tmp_path):
-    code = f"from lm.data.store import Store; Store({str(tmp_path / 'people.db')!r}).close()"
+    code = f"from lm.data.annotations import Store; Store({str(tmp_path / 'people.db')!r}).close()"
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE) for _ in range(4)]
     assert [(p.communicate()[1], p.returncode) for p in processes] == [(b"", 0)] * 4
 
 
 WRITER = """
 import json, sys
-from lm.data.store import Store, Verdict
+from lm.data.annotations import Store, Verdict
 with Store(sys.argv[1]) as store:
     for item in store.items():
         store.record(Verdict(f"key {item.id}", item.id, "ann", [1, 2]))
@@ -249,7 +262,7 @@ with Store(sys.argv[1]) as store:
 
 def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path):
     path = tmp_path / "people.db"
-    with Store(path) as store:
+    with AnnotationStore(path) as store:
         store.add(map(item, range(2_000)))
     for stop_at in (40, 300):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -257,7 +270,7 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path):
         writer.send_signal(signal.SIGKILL)
         acknowledged += map(json.loads, writer.stdout.read().split())
         writer.wait()
-        with Store(path) as store:
+        with AnnotationStore(path) as store:
             recorded = len(store.rankings())
             assert len(acknowledged) <= recorded <= len(acknowledged) + 1, "the last may not have been told any more"
             assert acknowledged == list(range(1, len(acknowledged) + 1))

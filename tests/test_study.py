@@ -12,10 +12,10 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 from test_sweep import file, stand_in, started, swept, until
 
-from lm.errors import UserError
-from lm.sweeps import space, study as studies
-from lm.sweeps.study import NUMBER, SAMPLERS, Study, current
-from lm.workdir import read_metrics
+from lm.core.errors import UserError
+from lm.runs.workdir import read_metrics
+from lm.sweep import space, study as studies
+from lm.sweep.study import NUMBER, OPTUNA_SAMPLERS, Study, current_trials
 
 __all__ = ["file", "stand_in"]
 
@@ -28,7 +28,7 @@ METRIC = "--metric=loss"  # which the silent ones log too
 @pytest.fixture
 def knowing(monkeypatch):
     """TPE that learns from the third trial on, not from the eleventh: in it a trial's record decides later draws."""
-    monkeypatch.setitem(SAMPLERS, "tpe", lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=2))
+    monkeypatch.setitem(OPTUNA_SAMPLERS, "tpe", lambda seed: optuna.samplers.TPESampler(seed=seed, n_startup_trials=2))
 
 
 def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
@@ -37,7 +37,7 @@ def trials_of(folder: Path) -> list[optuna.trial.FrozenTrial]:
 
 def records(folder: Path) -> dict[int, tuple]:
     """What samplers and pruners learn of each trial."""
-    return {number: record(trial) for number, trial in current(trials_of(folder)).items()}
+    return {number: record(trial) for number, trial in current_trials(trials_of(folder)).items()}
 
 
 def record(trial: optuna.trial.FrozenTrial) -> tuple:
@@ -49,7 +49,7 @@ def test_a_search_draws_what_optuna_draws(file, tmp_path, knowing):
     swept(file, tmp_path / "s", "--search=tpe", "--trials=6", "--space", "rate=log:1e-4:1", METRIC)
     plain = optuna.create_study(direction="minimize")
     for number in range(6):
-        plain.sampler = SAMPLERS["tpe"](number)
+        plain.sampler = OPTUNA_SAMPLERS["tpe"](number)
         trial = plain.ask()
         plain.tell(trial, (math.log10(trial.suggest_float("rate", 1e-4, 1, log=True)) + 2) ** 2 + 1 / 4)
     assert [trial.params for trial in trials_of(tmp_path)] == [trial.params for trial in plain.trials]
@@ -98,26 +98,26 @@ def study(folder: Path, url: str, pruner: str = "none") -> Study:
 
 def test_a_trial_that_a_machine_took_over_teaches_the_same(tmp_path, monkeypatch):
     """The other machine has died: no sign of life, and its locks are out of sight."""
-    monkeypatch.setattr(studies, "GRACE", 1)
-    monkeypatch.setattr(studies, "BEAT", 1)
+    monkeypatch.setattr(studies, "GRACE_SECONDS", 1)
+    monkeypatch.setattr(studies, "HEARTBEAT_SECONDS", 1)
     values, found = {1: 3.0, 2: 2.0}, {}
     ranges = {"rate": FloatDistribution(1e-4, 1, log=True)}
     for name in ("straight", "taken"):
         url = f"sqlite:///{tmp_path / f'{name}.db'}"
         if name == "taken":
             gone = study(tmp_path / "gone", url)
-            gone.enter({}, space.searched(1, [0]))
+            gone.enter({}, space.search_trials(1, [0]))
             gone.claim(ranges).report(1, values[1])
             time.sleep(3)
         with study(tmp_path / name, url) as living:
-            living.enter({}, space.searched(1, [0]))
+            living.enter({}, space.search_trials(1, [0]))
             claim = living.claim(ranges)
             for step, value in values.items():
                 claim.report(step, value)
             claim.complete(2.0, 1.0)
             assert living.claim(ranges) is None and [one.state for one in living.told()] == ["complete"]
         trials = optuna.load_study(study_name="s", storage=url).trials
-        found[name] = {number: record(trial) for number, trial in current(trials).items()}
+        found[name] = {number: record(trial) for number, trial in current_trials(trials).items()}
     assert len(trials) == 2 and trials[0].state == TrialState.FAIL
     assert found["taken"] == found["straight"] and found["taken"][0][2].keys() == {"rate"}
 
@@ -125,7 +125,7 @@ def test_a_trial_that_a_machine_took_over_teaches_the_same(tmp_path, monkeypatch
 def test_a_kill_between_two_draws_changes_neither(tmp_path, monkeypatch):
     """The second parameter would be drawn first by a sampler that begins anew."""
     ranges = {"rate": FloatDistribution(1e-4, 1, log=True), "decay": FloatDistribution(0, 1)}
-    drawn, found = studies.drawn, {}
+    drawn, found = studies.sampled_overrides, {}
 
     def torn(trial, given):
         drawn(trial, {"rate": given["rate"]})
@@ -135,14 +135,14 @@ def test_a_kill_between_two_draws_changes_neither(tmp_path, monkeypatch):
         url = f"sqlite:///{tmp_path / f'{name}.db'}"
         if name == "torn":
             killed = study(tmp_path / name, url)
-            killed.enter({}, space.searched(1, [0]))
-            monkeypatch.setattr(studies, "drawn", torn)
+            killed.enter({}, space.search_trials(1, [0]))
+            monkeypatch.setattr(studies, "sampled_overrides", torn)
             with pytest.raises(KeyboardInterrupt):
                 killed.claim(ranges)
-            monkeypatch.setattr(studies, "drawn", drawn)
+            monkeypatch.setattr(studies, "sampled_overrides", drawn)
             killed._place.close()  # as the kernel does when a process dies
         with study(tmp_path / name, url) as living:
-            living.enter({}, space.searched(1, [0]))
+            living.enter({}, space.search_trials(1, [0]))
             found[name] = dict(living.claim(ranges).optuna.params)
     assert found["torn"] == found["straight"] and len(found["torn"]) == 2
 
@@ -158,7 +158,7 @@ def test_a_pruned_trial_is_pruned_however_often_it_is_killed(file, tmp_path):
     process.kill()
     process.wait()
     # Running._stop: the pruner has spoken, the process is to save itself, and the worker dies.
-    die = "from lm.sweeps.runs import Running; import os; Running._stop = lambda self: os.kill(os.getpid(), 9)"
+    die = "from lm.sweep.trials import Running; import os; Running._stop = lambda self: os.kill(os.getpid(), 9)"
     process = started(file, tmp_path / "stopped" / "s", *flags, patch=die)
     assert process.wait() == -signal.SIGKILL
     assert records(tmp_path / "stopped")[4][0] == "RUNNING"
@@ -174,7 +174,7 @@ def test_asha_does_not_count_a_failure_that_was_tried_again(tmp_path):
     """Past step 1 of 16, a sixteenth, only the best quarter goes on: two of eight. The value of a trial that failed and
     was tried again, counted twice, would take both places."""
     with study(tmp_path / "s", f"sqlite:///{tmp_path / 'study.db'}", pruner="asha") as s:
-        s.enter({}, space.planned([{"rate": str(i)} for i in range(8)], [0]))
+        s.enter({}, space.trials_of_points([{"rate": str(i)} for i in range(8)], [0]))
         first = s.claim({})
         assert not first.report(1, 1.0)
         first.failed("the disk is full", 1.0)
@@ -182,7 +182,7 @@ def test_asha_does_not_count_a_failure_that_was_tried_again(tmp_path):
         again = s.claim({})
         assert again.trial.number == 0  # it comes before those that have not been tried
         assert not again.report(1, 1.0)
-        seen = studies.Current(s._study).get_trials()
+        seen = studies.CurrentStudy(s._study).get_trials()
         assert [trial.user_attrs[NUMBER] for trial in seen] == list(range(8))
         assert sum("completed_rung_0" in trial.system_attrs for trial in seen) == 1
         # 1, 5, 5, 5, 5, 5, 5, 4: the best two are 1 and 4. With 1 twice they would be 1 and 1.
@@ -220,7 +220,7 @@ def test_a_finished_grid_takes_more_values_and_seeds(file, tmp_path):
 
 def test_what_a_kill_left_out_of_a_growing_study_is_entered(tmp_path, monkeypatch):
     with study(tmp_path / "s", f"sqlite:///{tmp_path / 'study.db'}") as s:
-        s.enter({}, space.searched(2, [0]))
+        s.enter({}, space.search_trials(2, [0]))
         enqueue, entered = s._study.enqueue_trial, []
 
         def killed(*args, **options):
@@ -230,18 +230,18 @@ def test_what_a_kill_left_out_of_a_growing_study_is_entered(tmp_path, monkeypatc
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(s._study, "enqueue_trial", killed)
-            s.enter({}, space.searched(5, [0]))
+            s.enter({}, space.search_trials(5, [0]))
         assert [one.number for one in s.told()] == [0, 1, 2]
-        s.enter({}, space.searched(5, [0]))
+        s.enter({}, space.search_trials(5, [0]))
         assert [one.number for one in s.told()] == [0, 1, 2, 3, 4]
-        s.enter({}, space.searched(5, [0]))
+        s.enter({}, space.search_trials(5, [0]))
         assert len(s._study.trials) == 5
 
 
 def test_two_machines_that_add_the_same_trials_run_each_once(tmp_path):
     """Neither saw the other's when it added its own: the first of each number counts."""
     with study(tmp_path / "s", f"sqlite:///{tmp_path / 'study.db'}") as s:
-        s.enter({}, space.planned([{"rate": "1"}, {"rate": "2"}], [0]))
+        s.enter({}, space.trials_of_points([{"rate": "1"}, {"rate": "2"}], [0]))
         s._study.enqueue_trial({}, user_attrs=dict(s._study.trials[1].user_attrs))
         for number in range(2):
             claim = s.claim({})

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from lm import hardware, summary
-from lm.summary import summed_up, utilisation
+from lm.runs import hardware, summary
+from lm.runs.summary import model_flops_utilization, run_summary
 
 
 def line(step, tokens, data, update, **more):
@@ -24,11 +24,13 @@ def test_utilisation():
         line(2, 200, 1.5, 10.5),
         line(3, 500, 2.5, 12.5, **means),
     ]
-    assert utilisation(rows, 4.0, 1000.0) == pytest.approx(0.3)
-    assert utilisation(rows, 4.0, None) is None, "nobody knows the peak"
-    assert utilisation(rows[:2], 4.0, 1000.0) is None, "nothing but compilation"
+    assert model_flops_utilization(rows, 4.0, 1000.0) == pytest.approx(0.3)
+    assert model_flops_utilization(rows, 4.0, None) is None, "nobody knows the peak"
+    assert model_flops_utilization(rows[:2], 4.0, 1000.0) is None, "nothing but compilation"
     old = {"step": 1, "tokens": 100, "seconds": 3.0, **means}
-    assert utilisation([old, *rows], 4.0, 1000.0) == pytest.approx(0.3), "rows from before there were phases"
+    assert model_flops_utilization([old, *rows], 4.0, 1000.0) == pytest.approx(0.3), (
+        "rows from before there were phases"
+    )
 
 
 def test_summed_up():
@@ -38,7 +40,7 @@ def test_summed_up():
         line(10, 200, 2.0, 2.0, tokens_per_second=30.0),
         {"step": 10, "tokens": 200, "held_out/loss": 3.0},
     ]
-    found = summed_up(rows, flops_per_token=6.0, seconds={"data": 2.0, "update": 5.0, "other": 1.0}, peak=6e3)
+    found = run_summary(rows, flops_per_token=6.0, seconds={"data": 2.0, "update": 5.0, "other": 1.0}, peak=6e3)
     assert found["seconds"] == 8 and found["tokens"] == 200 and found["model_flops"] == 1200
     assert found["tokens_per_second"] == 30, "the first interval holds compilation"
     assert found["mfu"] == pytest.approx(6 * 50 / 6e3)
@@ -103,5 +105,5 @@ def test_memory_is_the_fullest_device_s_where_it_counts(monkeypatch):
 def test_the_summary_asks_the_machine(monkeypatch):
     monkeypatch.setattr(summary, "peak_memory", lambda: (7, "device"))
     rows = [{"step": 0, "tokens": 0, "held_out/loss": 4.0}, line(1, 9, 1.0, 1.0, tokens_per_second=1.0)]
-    found = summed_up(rows, flops_per_token=1.0, seconds={"other": 1.0}, peak=None)
+    found = run_summary(rows, flops_per_token=1.0, seconds={"other": 1.0}, peak=None)
     assert (found["peak_memory_bytes"], found["peak_memory_of"], found["mfu"]) == (7, "device", None)

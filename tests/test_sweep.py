@@ -1,4 +1,4 @@
-"""lm.sweep: what is tried, who takes what, what becomes of it. Trials are tests/sweep_trial.py but for two."""
+"""lm.sweep.controller: what is tried, who takes what, what becomes of it. Trials are tests/sweep_trial.py but for two."""
 
 import os
 import shutil
@@ -14,19 +14,18 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from runs import EXPERIMENTS, ROOT, base
 
-from lm import sweep
-from lm.config import load
-from lm.errors import UserError
-from lm.sweeps import launch, space
-from lm.sweeps.board import as_table, counted, shown
-from lm.sweeps.runs import Goal, command, fault
-from lm.sweeps.space import Source, axis, product, zipped
-from lm.sweeps.study import Study, Told
-from lm.workdir import read_json, read_metrics
+from lm.core.config import load_config
+from lm.core.errors import UserError
+from lm.runs.workdir import read_json, read_metrics
+from lm.sweep import controller, launch, space
+from lm.sweep.board import state_counts_text, trial_table, trials_to_show
+from lm.sweep.space import ConfigSource, axis, product, zip_axes
+from lm.sweep.study import Study, TrialStatus
+from lm.sweep.trials import TrialGoal, failure_reason, trial_command
 
 CONFIG = """
 from ml_collections import ConfigDict
-from lm.sweeps.space import axis, product
+from lm.sweep.space import axis, product
 
 def get_config(arg=""):
     return ConfigDict(dict(seed=0, rate=0.1, pause=0.0, fate="well", sizes=(1, 2), layers=2,
@@ -46,15 +45,15 @@ def file(tmp_path) -> str:
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     """Trials are the stand-in's, polled often."""
-    of = Goal.of
-    monkeypatch.setattr(sweep.Goal, "of", lambda *args: of(*args)._replace(module="tests.sweep_trial"))
-    monkeypatch.setattr(sweep, "POLL", 0.02)
-    monkeypatch.setattr(sweep, "shares", lambda jobs: [{}] * (jobs or 1))
+    of = TrialGoal.of
+    monkeypatch.setattr(controller.TrialGoal, "of", lambda *args: of(*args)._replace(module="tests.sweep_trial"))
+    monkeypatch.setattr(controller, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(controller, "device_environments", lambda jobs: [{}] * (jobs or 1))
 
 
 def swept(file: str, folder: Path, *flags: str) -> list[dict]:
     """What lies beside the runs, by number."""
-    sweep.program([f"--config={file}", f"--workdir={folder}", *flags])
+    controller.program([f"--config={file}", f"--workdir={folder}", *flags])
     return told(folder)
 
 
@@ -65,21 +64,24 @@ def told(folder: Path) -> list[dict]:
 def test_axes_multiply_and_zip():
     a, b = axis("a", 1, 2), axis("b", 3, 4)
     assert product(a, b) == [{"a": 1, "b": 3}, {"a": 1, "b": 4}, {"a": 2, "b": 3}, {"a": 2, "b": 4}]
-    assert zipped(a, b) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
+    assert zip_axes(a, b) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
     with pytest.raises(ValueError):
-        zipped(a, axis("b", 3))
+        zip_axes(a, axis("b", 3))
 
 
 def test_a_grid_is_cut_outside_brackets(file):
-    assert space.of_grid(["sizes=(1,2),(3,4)", "rate=1e-3"]) == [
+    assert space.grid_points(["sizes=(1,2),(3,4)", "rate=1e-3"]) == [
         {"sizes": "(1,2)", "rate": "1e-3"},
         {"sizes": "(3,4)", "rate": "1e-3"},
     ]
-    assert space.typed(Source(file), {"sizes": "(3,4)", "rate": "1e-3"}) == {"sizes": [3, 4], "rate": 0.001}
+    assert space.typed_overrides(ConfigSource(file), {"sizes": "(3,4)", "rate": "1e-3"}) == {
+        "sizes": [3, 4],
+        "rate": 0.001,
+    }
 
 
 def test_a_space_has_the_types_of_the_config(file):
-    found = space.of_space(["rate=log:1e-4:1e-1", "layers=1:8", "fate=well,torn"], Source(file))
+    found = space.search_space(["rate=log:1e-4:1e-1", "layers=1:8", "fate=well,torn"], ConfigSource(file))
     assert found == {
         "rate": FloatDistribution(1e-4, 1e-1, log=True),
         "layers": IntDistribution(1, 8),
@@ -88,19 +90,19 @@ def test_a_space_has_the_types_of_the_config(file):
 
 
 def test_options_that_the_file_does_not_list_can_be_swept(file, tmp_path, capsys):
-    source = Source(str(EXPERIMENTS / "sft.py"))
-    assert space.typed(source, {"optimizer.b2": "0.9", "train.evaluate_every": "5"}) == {
+    source = ConfigSource(str(EXPERIMENTS / "sft.py"))
+    assert space.typed_overrides(source, {"optimizer.b2": "0.9", "train.evaluate_every": "5"}) == {
         "optimizer.b2": 0.9,
         "train.evaluate_every": 5,
     }
-    found = space.of_space(["optimizer.b2=0.9:0.999", "train.keep=1:3", "model.dtype=float32,bfloat16"], source)
+    found = space.search_space(["optimizer.b2=0.9:0.999", "train.keep=1:3", "model.dtype=float32,bfloat16"], source)
     assert found == {
         "optimizer.b2": FloatDistribution(0.9, 0.999),
         "train.keep": IntDistribution(1, 3),
         "model.dtype": CategoricalDistribution(["float32", "bfloat16"]),
     }
-    pipeline = Source(str(EXPERIMENTS / "quickstart.py"))
-    assert space.typed(pipeline, {"ppo.stage.kl_gain": "0.2"}) == {"ppo.stage.kl_gain": 0.2}
+    pipeline = ConfigSource(str(EXPERIMENTS / "quickstart.py"))
+    assert space.typed_overrides(pipeline, {"ppo.stage.kl_gain": "0.2"}) == {"ppo.stage.kl_gain": 0.2}
     grid = ["--grid", "optimizer.b2=0.9,0.99", "optimizer.total_steps=200,300"]
     assert swept(str(EXPERIMENTS / "sft.py"), tmp_path / "s", *grid, "--dry_run") == []
     assert "optimizer.b2" in capsys.readouterr().out
@@ -189,7 +191,7 @@ def test_a_metric_that_nobody_logs_stops_the_sweep(file, tmp_path):
 def started(file: str, folder: Path, *flags: str, patch: str = "") -> subprocess.Popen:
     """The sweep in a process of its own, with the stand-in. patch: a statement to run before it."""
     code = (
-        f"import sys; from lm import sweep; from lm.console import main; of = sweep.Goal.of\n{patch}\n"
+        f"import sys; from lm import sweep; from lm.runs.console import main; of = sweep.Goal.of\n{patch}\n"
         "sweep.Goal.of = lambda *args: of(*args)._replace(module='tests.sweep_trial')\n"
         "sweep.POLL = 0.02; sweep.shares = lambda jobs: [{}] * (jobs or 1)\n"
         "main(sweep.program)"
@@ -350,54 +352,58 @@ def test_dry_run_touches_nothing(file, tmp_path, capsys):
 
 
 def test_the_goal_of_a_pipeline_is_a_stage():
-    goal = Goal.of(load(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "", "")
+    goal = TrialGoal.of(load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "", "")
     assert (goal.part, goal.metric, goal.direction) == ("ppo", "held_out/reward", "maximize")
-    goal = Goal.of(load(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "reward:held_out/accuracy", "")
+    goal = TrialGoal.of(load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "reward:held_out/accuracy", "")
     assert (goal.part, goal.watched, goal.direction) == ("reward", "accuracy", "maximize")
     with pytest.raises(UserError, match="nowhere is no stage of the config; choose among tokenizer, pretrain"):
-        Goal.of(load(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "nowhere:loss", "")
-    with pytest.raises(UserError, match="lm.sweep varies configs of lm.train and lm.pipeline"):
-        Goal.of(load(f"{EXPERIMENTS / 'evaluate.py'}:tiny"), "", "")
+        TrialGoal.of(load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "nowhere:loss", "")
+    with pytest.raises(UserError, match="lm.sweep.controller varies configs of lm.train.loop and lm.pipeline.runner"):
+        TrialGoal.of(load_config(f"{EXPERIMENTS / 'evaluate.py'}:tiny"), "", "")
 
 
 def test_every_seed_of_a_pipeline_is_set():
-    given = command(
-        Source(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "lm.pipeline", {"ppo.stage.beta": "0.2"}, 3, Path("w")
+    given = trial_command(
+        ConfigSource(f"{EXPERIMENTS / 'quickstart.py'}:tiny"),
+        "lm.pipeline.runner",
+        {"ppo.stage.beta": "0.2"},
+        3,
+        Path("w"),
     )
     assert {"--config.sft.seed=3", "--config.ppo.seed=3", "--config.ppo.stage.beta=0.2", "--workdir=w"} <= set(given)
 
 
 def test_faults_in_one_line():
-    assert fault("a\nTraceback\nValueError: no\n", 1) == "ValueError: no"
-    assert fault("error: first\nmore\n", 2) == "first"
-    assert fault("", 3) == "ended with status 3"
-    assert fault("", -11) == "ended by signal 11"
+    assert failure_reason("a\nTraceback\nValueError: no\n", 1) == "ValueError: no"
+    assert failure_reason("error: first\nmore\n", 2) == "first"
+    assert failure_reason("", 3) == "ended with status 3"
+    assert failure_reason("", -11) == "ended by signal 11"
 
 
 def test_devices_are_shared_out():
-    assert launch.shared("cpu", 8, None, {}) == [{}] and launch.shared("cpu", 1, 2, {}) == [{}, {}]
+    assert launch.split_devices("cpu", 8, None, {}) == [{}] and launch.split_devices("cpu", 1, 2, {}) == [{}, {}]
     name = "CUDA_VISIBLE_DEVICES"
-    assert launch.shared("gpu", 2, None, {}) == [{name: "0"}, {name: "1"}]
-    assert launch.shared("gpu", 4, 2, {name: "4,5,6,7"}) == [{name: "4,5"}, {name: "6,7"}]
-    assert [share["TPU_VISIBLE_CHIPS"] for share in launch.shared("tpu", 4, 2, {})] == ["0,1", "2,3"]
+    assert launch.split_devices("gpu", 2, None, {}) == [{name: "0"}, {name: "1"}]
+    assert launch.split_devices("gpu", 4, 2, {name: "4,5,6,7"}) == [{name: "4,5"}, {name: "6,7"}]
+    assert [share["TPU_VISIBLE_CHIPS"] for share in launch.split_devices("tpu", 4, 2, {})] == ["0,1", "2,3"]
     with pytest.raises(UserError, match="--jobs=3 is more than the 2 devices"):
-        launch.shared("gpu", 2, 3, {})
-    assert launch.shares(2) == [{}, {}]
+        launch.split_devices("gpu", 2, 3, {})
+    assert launch.device_environments(2) == [{}, {}]
 
 
 def test_the_board_shows_what_matters():
     def one(number, state, value=None):
-        return Told(number, state, {"a.rate": f"0.{number}1"}, (0,), value, None, None, None, None)
+        return TrialStatus(number, state, {"a.rate": f"0.{number}1"}, (0,), value, None, None, None, None)
 
     told = [
         *(one(i, "complete", 1.0) for i in range(40)),
         one(40, "running"),
         *(one(i, "waiting") for i in range(41, 60)),
     ]
-    assert counted(told) == "60 trials: 40 complete, 1 running, 19 waiting"
-    numbers = [each.number for each in shown(told)]
+    assert state_counts_text(told) == "60 trials: 40 complete, 1 running, 19 waiting"
+    numbers = [each.number for each in trials_to_show(told)]
     assert len(numbers) == 24 and numbers[-5:] == [40, 41, 42, 43, 44] and numbers[:2] == [21, 22]
-    assert as_table(told[:2], ["a.rate"]) == (["trial", "rate", "value"], [["0", "0.01", "1"], ["1", "0.11", "1"]])
+    assert trial_table(told[:2], ["a.rate"]) == (["trial", "rate", "value"], [["0", "0.01", "1"], ["1", "0.11", "1"]])
 
 
 @pytest.mark.parametrize("launcher, package", [("slurm", "submitit"), ("ray", "ray")])
@@ -434,7 +440,7 @@ def test_the_study_knows_who_died(tmp_path):
         )
 
     gone = study()
-    gone.enter({}, space.planned([{"rate": "0.1"}], [0]))
+    gone.enter({}, space.trials_of_points([{"rate": "0.1"}], [0]))
     assert gone.claim({}).trial.overrides == {"rate": "0.1"}
     with study() as living:
         assert living.claim({}) is None  # the other one has it, and lives

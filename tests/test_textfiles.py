@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from lm import judge, workdir
-from lm.data import corpus, rankings, store
-from lm.laws import points
-from lm.ranking import prompts
-from lm.textfiles import decoded, numbered_lines
-from lm.weights import folder, vocabularies
+from lm.core.textfiles import decoded_text, numbered_lines
+from lm.data import annotations, preferences, sources
+from lm.feedback import judge, prompt_file
+from lm.runs import workdir
+from lm.studies.scaling import points
+from lm.weights import folder, tokenizers
 
 SEPARATORS = "a\u2028b\u2029c\x85d\x0ce"  # what str.splitlines would part
 ASKED = [{"role": "user", "content": f"Why {SEPARATORS}?"}]
@@ -42,18 +42,21 @@ def told(warning: str):
 
 # name of the file, what it holds, and the reader: what it returns must not depend on the editor
 READERS = {
-    "prompts.txt": (f"What is {SEPARATORS}?\nWhy is it?\n", lambda path: prompts.read(str(path), told)),
-    "prompts.jsonl": (json_lines({"prompt": ASKED}, {"prompt": "b"}), lambda path: prompts.read(str(path), told)),
-    "rankings.jsonl": (json_lines(ranking(1), ranking(2)), rankings.read),
-    "verdicts.jsonl": (json_lines(ranking(1), ranking(2)), store.read),
-    "corpus.jsonl": (json_lines({"text": SEPARATORS}, {"text": "b"}), lambda path: corpus.read(path)[0]),
+    "prompts.txt": (f"What is {SEPARATORS}?\nWhy is it?\n", lambda path: prompt_file.read_prompts(str(path), told)),
+    "prompts.jsonl": (
+        json_lines({"prompt": ASKED}, {"prompt": "b"}),
+        lambda path: prompt_file.read_prompts(str(path), told),
+    ),
+    "rankings.jsonl": (json_lines(ranking(1), ranking(2)), preferences.read_jsonl_rankings),
+    "verdicts.jsonl": (json_lines(ranking(1), ranking(2)), annotations.read_rankings),
+    "corpus.jsonl": (json_lines({"text": SEPARATORS}, {"text": "b"}), lambda path: sources.read_documents(path)[0]),
     "rubric.txt": ("Be fair.\nBe kind.\n", judge.read_rubric),
     "runs.csv": (
         "parameters,tokens,loss\n" + "".join(f"{i + 1},{i + 2},3.5\n" for i in range(9)),
-        lambda path: [column.tolist() for column in points.read(path)],
+        lambda path: [column.tolist() for column in points.read_points(path)],
     ),
     "config.json": ('{\n"model_type": "llama"\n}\n', lambda path: folder.read_config(path.parent)),
-    "tokenizer_config.json": ('{\n"eos_token": "é"\n}\n', vocabularies._optional),
+    "tokenizer_config.json": ('{\n"eos_token": "é"\n}\n', tokenizers._optional_json),
     "summary.json": ('{\n"stage": "é"\n}\n', workdir.read_json),
 }
 
@@ -74,11 +77,14 @@ def test_rows_are_whole_whatever_their_text_holds(tmp_path):
     """By count and by content: two rows with every separator inside stay two."""
     path = tmp_path / "rankings.jsonl"
     path.write_text(json_lines(ranking(1), ranking(2)), encoding="utf-8")
-    found = rankings.read(path)
+    found = preferences.read_jsonl_rankings(path)
     assert [r.name for r in found] == ["n1", "n2"] and found[0].responses[0] == SEPARATORS
     path = tmp_path / "prompts.txt"
     path.write_text(f"What is {SEPARATORS}?\nWhy is it?\n", encoding="utf-8")
-    assert [c.messages[0]["content"] for c in prompts.read(str(path), told)] == [f"What is {SEPARATORS}?", "Why is it?"]
+    assert [c.messages[0]["content"] for c in prompt_file.read_prompts(str(path), told)] == [
+        f"What is {SEPARATORS}?",
+        "Why is it?",
+    ]
 
 
 @pytest.mark.parametrize("editor", ["a byte order mark", "CRLF", "all three"])
@@ -87,13 +93,13 @@ def test_a_document_of_a_corpus(tmp_path, editor):
     for name in ("a.txt", "b.md"):
         (tmp_path / name).write_bytes(EDITORS[editor](b"one\n\ntwo\n"))
     end = "" if editor == "all three" else "\n"
-    assert corpus.read(tmp_path)[0] == [(name, f"one\n\ntwo{end}") for name in ("a.txt", "b.md")]
+    assert sources.read_documents(tmp_path)[0] == [(name, f"one\n\ntwo{end}") for name in ("a.txt", "b.md")]
 
 
 def test_a_chat_template_in_a_file_of_its_own(tmp_path):
     for editor in EDITORS.values():
-        (tmp_path / vocabularies.TEMPLATE).write_bytes(editor(b"{{ messages[0].content }}\n"))
-        text = vocabularies._template(tmp_path, {})
+        (tmp_path / tokenizers.CHAT_TEMPLATE_FILE).write_bytes(editor(b"{{ messages[0].content }}\n"))
+        text = tokenizers._chat_template(tmp_path, {})
         assert text.rstrip("\n") == "{{ messages[0].content }}"
 
 
@@ -101,14 +107,14 @@ def test_joined_files_have_marks_inside():
     """`cat a.jsonl b.jsonl` of two files with marks."""
     data = b'\xef\xbb\xbf{"a": 1}\r\n\xef\xbb\xbf{"a": 2}\r\n\xef\xbb\xbf\r\n  \n'
     assert list(numbered_lines(data)) == [(1, b'{"a": 1}'), (2, b'{"a": 2}')]
-    assert decoded(data).startswith('{"a": 1}\n')
+    assert decoded_text(data).startswith('{"a": 1}\n')
 
 
 def test_a_row_that_is_no_text_is_named_by_its_line(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"What is it?\n\xff\xfe\n")
     warnings = []
-    assert len(prompts.read(str(path), warnings.append)) == 1
+    assert len(prompt_file.read_prompts(str(path), warnings.append)) == 1
     assert "1 of 2 lines will not do" in warnings[0] and f"{path}:2: " in warnings[0]
 
 

@@ -1,12 +1,12 @@
-"""lm.together: members that compute together get what each would get alone, whatever the others do."""
+"""lm.sweep.vmap_group: members that compute together get what each would get alone, whatever the others do."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.errors import UserError
-from lm.together import Part, Together, real
+from lm.core.errors import UserError
+from lm.sweep.vmap_group import MemberArray, VmapGroup, materialized
 
 
 def descend(jit, rate: float, steps: int, start: float) -> np.ndarray:
@@ -19,14 +19,14 @@ def descend(jit, rate: float, steps: int, start: float) -> np.ndarray:
 
 
 def test_members_get_what_they_would_get_alone():
-    group = Together(3)
+    group = VmapGroup(3)
     found = group.run(lambda m: descend(group.jit, 0.1 * (m + 1), 4, float(m)))
     for m, x in enumerate(found):
         np.testing.assert_allclose(x, 5 - (5 - m) * (1 - 0.1 * (m + 1)) ** 4, rtol=1e-6)
 
 
 def test_members_may_part_ways():
-    group = Together(4)
+    group = VmapGroup(4)
 
     def work(m):
         if m == 2:
@@ -42,7 +42,7 @@ def test_members_may_part_ways():
 
 def test_another_function_may_come_first():
     """Member 1 asks for the second function before the first: both are made in turn."""
-    group = Together(2)
+    group = VmapGroup(2)
 
     def work(m):
         double, square = group.jit(lambda x: 2 * x), group.jit(lambda x: x * x)
@@ -53,7 +53,7 @@ def test_another_function_may_come_first():
 
 
 def test_one_program_is_compiled_and_what_is_shared_is_not_copied():
-    group, traced, table = Together(3), [], jnp.arange(4.0)
+    group, traced, table = VmapGroup(3), [], jnp.arange(4.0)
 
     def work(m):
         def look(table, i):
@@ -67,37 +67,37 @@ def test_one_program_is_compiled_and_what_is_shared_is_not_copied():
 
 
 def test_numbers_in_a_closure_must_agree():
-    group = Together(2)
+    group = VmapGroup(2)
     found = group.run(lambda rate: group.jit(lambda x: x * rate)(np.float32(1)))
     errors = [error for error in found if isinstance(error, UserError)]
     assert len(errors) == 1 and "cannot differ in rate" in str(errors[0])
 
 
 def test_an_error_of_the_computation_reaches_every_member():
-    group = Together(2)
+    group = VmapGroup(2)
     found = group.run(lambda m: group.jit(lambda x: x if x > 0 else -x)(np.float32(m)))
     assert all(isinstance(error, jax.errors.TracerBoolConversionError) for error in found)
 
 
 def test_once_is_made_once_and_its_error_is_everybodys():
-    group, made = Together(3), []
+    group, made = VmapGroup(3), []
     assert group.run(lambda m: group.once("key", lambda: made.append(m) or len(made))) == [1, 1, 1]
 
     def torn():
         raise UserError("torn")
 
-    group = Together(2)
+    group = VmapGroup(2)
     assert [str(error) for error in group.run(lambda m: group.once("key", torn))] == ["torn", "torn"]
 
 
 def test_results_of_a_program_that_keeps_them_are_parts_and_keys_are_keys():
-    group = Together(2)
+    group = VmapGroup(2)
 
     def work(m):
         keep = group.jit(lambda key, x: (jax.random.fold_in(key, 1), x + 1), out_shardings=())
         key, x = keep(jax.random.key(m), jnp.zeros(2))
-        assert isinstance(x, Part) and (x.shape, x.dtype, x.sharding) == ((2,), jnp.float32, None)
-        assert isinstance(real(x), jax.Array)
+        assert isinstance(x, MemberArray) and (x.shape, x.dtype, x.sharding) == ((2,), jnp.float32, None)
+        assert isinstance(materialized(x), jax.Array)
         return jax.random.bits(key), np.asarray(x)
 
     for m, (bits, x) in enumerate(group.run(work)):
@@ -106,5 +106,5 @@ def test_results_of_a_program_that_keeps_them_are_parts_and_keys_are_keys():
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_any_number_of_members(count):
-    group = Together(count)
+    group = VmapGroup(count)
     assert group.run(lambda m: float(group.jit(lambda x: x + 1)(np.float32(m)))) == [m + 1.0 for m in range(count)]

@@ -6,22 +6,23 @@ from types import SimpleNamespace
 import pytest
 from runs import EXPERIMENTS
 
-from lm import trackers, train
-from lm.config import load
-from lm.console import Writers
-from lm.errors import UserError
-from lm.trackers import Tracker, named, opened
-from lm.workdir import read_json
+from lm.core.config import load_config
+from lm.core.errors import UserError
+from lm.runs import trackers
+from lm.runs.console import MetricWriters
+from lm.runs.trackers import Tracker, open_trackers, tracker_packages
+from lm.runs.workdir import read_json
+from lm.train import loop
 
 
 @pytest.fixture
 def run(tmp_path):
-    """run(log): what lm.train does when asked for these trackers; the folder must stay as it was if it refuses."""
+    """run(log): what lm.train.loop does when asked for these trackers; the folder must stay as it was if it refuses."""
 
     def of(log, name="pretrain"):
-        config = load(f"{EXPERIMENTS / name}.py:tiny")
+        config = load_config(f"{EXPERIMENTS / name}.py:tiny")
         with pytest.raises(UserError) as refused:
-            train.run(config, tmp_path / "run", log=log)
+            loop.train_stage(config, tmp_path / "run", log=log)
         assert not (tmp_path / "run").exists()
         return str(refused.value)
 
@@ -44,7 +45,7 @@ def test_the_tokenizer_takes_no_steps(run, monkeypatch):
 
 
 def test_none_is_asked_for():
-    assert named("") == {}
+    assert tracker_packages("") == {}
 
 
 @pytest.fixture
@@ -60,35 +61,35 @@ def made_up(monkeypatch):
 
         return open_one
 
-    monkeypatch.setattr(trackers, "OPENING", {name: opening(name) for name in ("one", "two")})
+    monkeypatch.setattr(trackers, "TRACKERS", {name: opening(name) for name in ("one", "two")})
     return events
 
 
 def test_ids_are_kept_so_that_a_resumed_run_continues(made_up, tmp_path):
-    opened({"one": None}, tmp_path, {})
-    opened({"one": None, "two": None}, tmp_path, {})
-    opened({"two": None}, tmp_path, {})
+    open_trackers({"one": None}, tmp_path, {})
+    open_trackers({"one": None, "two": None}, tmp_path, {})
+    open_trackers({"two": None}, tmp_path, {})
     assert [id for _, _, id in made_up] == [None, "one-1", None, "two-1"]
     assert read_json(tmp_path / "trackers.json") == {"one": "one-1", "two": "two-1"}
 
 
 def test_without_trackers_nothing_is_left(tmp_path):
-    assert opened({}, tmp_path, {}) == [] and list(tmp_path.iterdir()) == []
+    assert open_trackers({}, tmp_path, {}) == [] and list(tmp_path.iterdir()) == []
 
 
 def test_one_that_cannot_begin_is_one_line_and_the_others_are_closed(made_up, monkeypatch, tmp_path):
     def refuse(*_):
         raise RuntimeError("no API key\n  configured")
 
-    monkeypatch.setitem(trackers.OPENING, "two", refuse)
+    monkeypatch.setitem(trackers.TRACKERS, "two", refuse)
     said = "--log=two cannot begin: no API key configured; mend that, or leave two out of --log"
     with pytest.raises(UserError, match=said):
-        opened({"one": None, "two": None}, tmp_path, {})
+        open_trackers({"one": None, "two": None}, tmp_path, {})
     assert made_up[-1] == ("one", "close") and not (tmp_path / "trackers.json").exists()
 
 
 def test_writers_write_to_all(made_up, tmp_path):
-    with Writers(tmp_path, trackers=opened({"one": None, "two": None}, tmp_path, {})) as writers:
+    with MetricWriters(tmp_path, trackers=open_trackers({"one": None, "two": None}, tmp_path, {})) as writers:
         writers.write(3, {"loss": 1.5})
     assert made_up[2:] == [
         ("one", "write", 3, {"loss": 1.5}),
@@ -112,7 +113,7 @@ def test_one_that_fails_is_told_of_once_and_left_behind(tmp_path, capsys):
         raise OSError("disk full")
 
     pair = [Tracker("a", "1", lost, close), Tracker("b", "2", lambda step, values: seen.append(-step), close)]
-    with Writers(tmp_path, trackers=pair) as writers:
+    with MetricWriters(tmp_path, trackers=pair) as writers:
         for step in (1, 2, 3):
             writers.write(step, {"loss": 1.0})
     assert seen == [1, -1, 2, -2, -3]
@@ -129,8 +130,8 @@ def two_starts(name, workdir):
     """A run that is written to at step 1, and again at 1 and 2 by the process that takes it up; its id, both times."""
     ids = []
     for last in (1, 2):
-        tracker = opened(named(name), workdir, CONFIG | {"steps": last})[0]
-        with Writers(workdir, trackers=[tracker]) as writers:
+        tracker = open_trackers(tracker_packages(name), workdir, CONFIG | {"steps": last})[0]
+        with MetricWriters(workdir, trackers=[tracker]) as writers:
             for step in range(1, last + 1):
                 writers.write(step, {"loss": 1.0 / step, "held_out/loss": 2.0 / step})
         ids.append(tracker.id)

@@ -9,17 +9,20 @@ import numpy as np
 import pytest
 from runs import CLOCK, EXPERIMENTS, TRAINED, finished, made_dialogues, saved, settings, small, stage_config
 
-from lm import optim, sharding, train, train_config
-from lm.checkpoint import restore_params
-from lm.data import chats, corpus
-from lm.errors import UserError
-from lm.log import Log
-from lm.metrics import Mean
+from lm.core import sharding
+from lm.core.errors import UserError
+from lm.core.metrics import Mean
+from lm.data import conversations, sources
 from lm.model.params import flops_per_token
-from lm.phases import Phases
-from lm.stages import ppo, pretrain
-from lm.tokenizer import chat, load as load_tokenizer, prompt
-from lm.workdir import load, open_workdir, read_json, read_metrics
+from lm.optim import optimizers
+from lm.runs.checkpoint import restore_params
+from lm.runs.logger import MetricsLogger
+from lm.runs.timing import PhaseTimer
+from lm.runs.workdir import load_trained_model, open_workdir, read_json, read_metrics
+from lm.stages.pretraining import pretrain
+from lm.stages.rl import ppo
+from lm.tokenizer import encode_chat, encode_prompt, load_tokenizer
+from lm.train import config, loop
 
 __all__ = ["finished", "small"]
 
@@ -27,7 +30,7 @@ __all__ = ["finished", "small"]
 @pytest.fixture
 def eight(small, monkeypatch):
     """The small world with the whole mesh."""
-    monkeypatch.setattr(train_config, "make_mesh", sharding.make_mesh)
+    monkeypatch.setattr(config, "make_mesh", sharding.make_mesh)
 
 
 def assert_close(one, other) -> None:
@@ -52,7 +55,7 @@ def assert_close(one, other) -> None:
 
 @pytest.mark.parametrize("stage", TRAINED)
 def test_a_mesh_over_the_data_gives_one_device_s_numbers(finished, eight, tmp_path, stage):
-    summary = train.run(stage_config(finished, stage), tmp_path / stage)
+    summary = loop.train_stage(stage_config(finished, stage), tmp_path / stage)
     assert summary["device"].startswith("8 x ")
     assert_close(tmp_path / stage, finished / stage)
 
@@ -61,7 +64,7 @@ def test_a_mesh_over_the_data_gives_one_device_s_numbers(finished, eight, tmp_pa
 def test_a_mesh_of_all_axes_takes_up_what_one_device_began(finished, eight, tmp_path, stage):
     """The first half of the run is one device's; its checkpoint is restored onto data 2, fsdp 2, tensor 2."""
     workdir = shutil.copytree(finished.parent / "snapshots" / stage / "saving", tmp_path / stage)
-    train.run(stage_config(finished, stage, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), workdir)
+    loop.train_stage(stage_config(finished, stage, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), workdir)
     assert_close(workdir, finished / stage)
 
 
@@ -87,7 +90,7 @@ def test_what_a_stage_leaves_behind(finished, stage):
     }
     assert summary["tokens"] == rows[-1]["tokens"] > 0
     passes = config.stage.epochs if stage == "ppo" else 1
-    per_token = flops_per_token(load(workdir, backend="cpu").shape, summary["about"]["length"])
+    per_token = flops_per_token(load_trained_model(workdir, backend="cpu").shape, summary["about"]["length"])
     assert summary["model_flops"] == passes * per_token * summary["tokens"]
     assert sorted(folder.name for folder in (workdir / "checkpoints").iterdir()) == [str(steps // 2), str(steps)]
     assert list((workdir / "tensorboard").iterdir())
@@ -111,18 +114,18 @@ def test_what_is_too_long_is_skipped_and_counted(finished):
     """A row of 64 tokens takes excerpts of up to 65, as the last is a target only; a prompt of PPO has 32 at most."""
     tokenizer = load_tokenizer(finished / "tokenizer" / "tokenizer.model")
     said = [
-        chats.Conversation(
+        conversations.Conversation(
             name, [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
         )
         for name, turns in made_dialogues()
     ]
-    train_side, _ = corpus.split(said, 0.05)
+    train_side, _ = sources.split_held_out(said, 0.05)
     about = read_json(finished / "sft" / "summary.json")["about"]
     assert about["conversations"] == len(train_side)
-    assert about["skipped"] == sum(len(chat(tokenizer, c.messages).ids) > 65 for c in train_side) > 0
-    contexts, _ = corpus.split(chats.prompts(said, turns=3), 0.05)
+    assert about["skipped"] == sum(len(encode_chat(tokenizer, c.messages).ids) > 65 for c in train_side) > 0
+    contexts, _ = sources.split_held_out(conversations.prompt_contexts(said, turns=3), 0.05)
     about = read_json(finished / "ppo" / "summary.json")["about"]
-    assert about["skipped"] == sum(len(prompt(tokenizer, c.messages)) > 32 for c in contexts) > 0
+    assert about["skipped"] == sum(len(encode_prompt(tokenizer, c.messages)) > 32 for c in contexts) > 0
     assert about["prompts"] == len(contexts) - about["skipped"]
 
 
@@ -130,7 +133,7 @@ def test_ppo_adds_up_its_rewards_and_logs_each(finished, small, tmp_path):
     """An ensemble of one model twice, and two penalties; a part of weight 0 is left out; a cut answer loses 1."""
     weights = ["data.rewards.model=2", "data.rewards.length=0", "data.rewards.form=0.5", "data.rewards.repetition=1"]
     twice = [f"data.reward_model={finished}/reward,{finished}/reward", "data.pessimism=1"]
-    train.run(stage_config(finished, "ppo", "train.steps=1", *weights, *twice), tmp_path / "ppo")
+    loop.train_stage(stage_config(finished, "ppo", "train.steps=1", *weights, *twice), tmp_path / "ppo")
     row = read_metrics(tmp_path / "ppo")[1]
     parts = {name: row[f"reward/{name}"] for name in ("model", "form", "repetition")}
     assert not {"reward/length", "reward/toxicity"} & set(row) and parts["form"] < 0
@@ -141,7 +144,7 @@ def test_ppo_adds_up_its_rewards_and_logs_each(finished, small, tmp_path):
 def test_scores_on_the_way_and_fewer_checkpoints(finished, small, tmp_path):
     config = stage_config(finished, "pretrain")
     config.train = {"steps": 5, "save_every": 2, "keep": 1, "log_every": 3, "evaluate_every": 2}
-    train.run(config, tmp_path / "run")
+    loop.train_stage(config, tmp_path / "run")
     rows = [(row["step"], "loss" in row) for row in read_metrics(tmp_path / "run")]
     # A line of means before every save too, so that a resumed run finds its tokens and seconds there.
     assert rows == [(0, False), (2, True), (2, False), (3, True), (4, True), (4, False), (5, True), (5, False)]
@@ -155,12 +158,12 @@ def test_options_that_the_file_does_not_list_do_what_they_say_and_are_in_the_wor
 
     def adamw(*, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8):
         given.update(b1=b1, b2=b2)
-        return optim.adamw(b1=b1, b2=b2, eps=eps)
+        return optimizers.adamw(b1=b1, b2=b2, eps=eps)
 
-    monkeypatch.setitem(optim.OPTIMIZERS, "adamw", adamw)
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "adamw", adamw)
     options = ["train.steps=4", "train.evaluate_every=2", "train.keep=1", "optimizer.b2=0.5", "model.remat=block"]
     flags = [*settings(finished, "sft"), *(f"--config.{option}" for option in options)]
-    train.program([f"--config={EXPERIMENTS / 'sft.py'}:tiny", f"--workdir={tmp_path / 'run'}", *flags])
+    loop.program([f"--config={EXPERIMENTS / 'sft.py'}:tiny", f"--workdir={tmp_path / 'run'}", *flags])
     config = read_json(tmp_path / "run" / "config.json")
     assert config["train"] == {"steps": 4, "log_every": 4, "save_every": 4, "evaluate_every": 2, "keep": 1}
     assert (config["optimizer"]["b2"], config["optimizer"]["total_steps"], config["model"]) == (
@@ -171,7 +174,7 @@ def test_options_that_the_file_does_not_list_do_what_they_say_and_are_in_the_wor
     assert given == {"b1": 0.9, "b2": 0.5}
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows if "held_out/loss" in row] == [0, 2, 4]
-    assert load(tmp_path / "run", backend="cpu").shape.remat == "block"
+    assert load_trained_model(tmp_path / "run", backend="cpu").shape.remat == "block"
 
 
 def test_a_run_that_began_without_such_an_option_goes_on(finished, small, tmp_path, capsys):
@@ -179,8 +182,8 @@ def test_a_run_that_began_without_such_an_option_goes_on(finished, small, tmp_pa
     argv = [f"--config={EXPERIMENTS / 'sft.py'}:tiny", f"--workdir={workdir}"]
     argv += [f"--config.init_from={read_json(workdir / 'config.json')['init_from']}"]
     with pytest.raises(UserError, match="was made with another config .optimizer.b2: absent -> 0.5.:"):
-        train.program([*argv, "--config.optimizer.b2=0.5"])
-    train.program([*argv, "--config.train.keep=1"])  # it may keep less, as the schedule may be another
+        loop.program([*argv, "--config.optimizer.b2=0.5"])
+    loop.program([*argv, "--config.train.keep=1"])  # it may keep less, as the schedule may be another
     assert "config changed since the last start: train.keep: absent -> 1" in capsys.readouterr().out.replace("\n", " ")
     assert [folder.name for folder in (workdir / "checkpoints").iterdir()] == ["8"]
     assert saved(workdir) == saved(finished / "sft")
@@ -190,9 +193,9 @@ def test_a_sampler_of_another_distribution_than_the_loss_is_refused(finished, sm
     config = stage_config(finished, "ppo")
     config.data.temperature = 0.7
     with pytest.raises(UserError, match="stage.temperature is 1.0, but data.temperature is 0.7: "):
-        train.run(config, tmp_path / "run")
+        loop.train_stage(config, tmp_path / "run")
     config.stage.temperature = 0.7
-    assert train.run(config, tmp_path / "run")["steps"] == config.train.steps
+    assert loop.train_stage(config, tmp_path / "run")["steps"] == config.train.steps
 
 
 @pytest.fixture
@@ -209,7 +212,7 @@ def log(tmp_path):
 
     def of(stage):
         workdirs.append(open_workdir(tmp_path / "run", {}))
-        return Log(stage, workdirs[-1], Nowhere(), Nowhere(), Phases())
+        return MetricsLogger(stage, workdirs[-1], Nowhere(), Nowhere(), PhaseTimer())
 
     yield of
     for workdir in workdirs:
@@ -246,12 +249,13 @@ def test_the_first_step_that_is_not_finite_is_named(log, tmp_path, bad):
 
 def test_a_metric_over_its_limit_stops_the_run(log):
     lines = log(ppo)
-    gap = ppo.LIMITS["sampler_gap"]
+    gap = ppo.METRIC_LIMITS["sampler_gap"]
     lines.note(1, {"sampler_gap": Mean(np.float32(gap * 0.9), np.float32(1))}, 1)
     lines.flush()
     lines.note(2, {"sampler_gap": Mean(np.float32(gap * 1.1), np.float32(1))}, 1)
     with pytest.raises(
-        UserError, match="ppo: sampler_gap is 0.055 by step 2, over its limit of 0.05: see LIMITS in lm/stages/ppo.py"
+        UserError,
+        match="ppo: sampler_gap is 0.055 by step 2, over its limit of 0.05: see LIMITS in lm/stages/rl/ppo.py",
     ):
         lines.flush()
 

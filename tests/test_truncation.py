@@ -11,20 +11,21 @@ import tokenizers
 from test_borrowed import CHATML, SPECIAL, TEXTS, bytewise
 
 from lm import model as models, tokenizer as tk
-from lm.data import chats, corpus, rankings as records, truncation
-from lm.data.chats import Conversation, answered
-from lm.errors import UserError
-from lm.stages import JUDGES, SAMPLERS, STAGES, ranked
-from lm.stages.context import Context
-from lm.tokenizer import Example
-from lm.tokenizer.borrowed import bundled
+from lm.core.errors import UserError
+from lm.data import conversations, preferences as records, sources, truncation
+from lm.data.conversations import Conversation, conversation_with_answer
+from lm.stages import REWARD_MODEL_STAGES, ROLLOUT_STAGES, STAGES
+from lm.stages.context import StageContext
+from lm.stages.reward_model import ranking_batches
+from lm.tokenizer import TokenizedExample
+from lm.tokenizer.huggingface import tokenizer_from_parts
 
 __all__ = ["bytewise"]
 
 POLICIES = ("dpo", "ipo", "kto", "orpo", "simpo")  # learn from verdicts
-PREFERENCES = (*JUDGES, *POLICIES)
+PREFERENCES = (*REWARD_MODEL_STAGES, *POLICIES)
 SUPERVISED = ("sft", "distill")
-SAMPLING = (*SAMPLERS, "gkd")
+SAMPLING = (*ROLLOUT_STAGES, "gkd")
 TRIMS = CHATML.replace("message['content']", "message['content'] | trim")
 LAST_ONLY = (  # earlier answers lose their words, as those of models that think lose their thoughts
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -43,8 +44,8 @@ def turns(*texts):
 @pytest.fixture(scope="module")
 def tokenizer(bytewise):
     """name -> one of ours, or one of others with a template."""
-    ours = tk.train(TEXTS, vocab_size=310)
-    borrowed = functools.partial(bundled, tokens={"eos_token": SPECIAL[0]}, special=SPECIAL, stops=(0,))
+    ours = tk.train_tokenizer(TEXTS, vocab_size=310)
+    borrowed = functools.partial(tokenizer_from_parts, tokens={"eos_token": SPECIAL[0]}, special=SPECIAL, stops=(0,))
     pieces = {"pieces": ours.proto, "special": ["<|user|>", "<|assistant|>", "<|end|>"], "stops": (3,)}
     theirs = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}" + (
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -54,18 +55,18 @@ def tokenizer(bytewise):
         "chatml": borrowed(tokenizer=bytewise, template=CHATML),
         "trims": borrowed(tokenizer=bytewise, template=TRIMS),
         "last only": borrowed(tokenizer=bytewise, template=LAST_ONLY),
-        "sentencepiece": bundled(template=theirs, tokens={"eos_token": "<|eos|>"}, **pieces),
+        "sentencepiece": tokenizer_from_parts(template=theirs, tokens={"eos_token": "<|eos|>"}, **pieces),
     }
 
 
 @pytest.fixture(scope="module")
 def context(tokenizer):
     """name of a tokenizer -> what a program lends a stage."""
-    shape = models.Config(
+    shape = models.ModelConfig(
         vocab_size=310, layers=1, width=16, heads=2, kv_heads=2, head_size=8, hidden=16, context=512, query_blocks=1
     )
     worth = lambda paths, pessimism: lambda examples, texts: np.zeros(len(texts), np.float32)
-    return lambda name: Context(models.make(shape.on("cpu")), tokenizer[name], 0, jax.jit, worth)
+    return lambda name: StageContext(models.make_model(shape.on("cpu")), tokenizer[name], 0, jax.jit, worth)
 
 
 def verdict(name, prompt, responses, ranking=(1, 2)):
@@ -77,7 +78,7 @@ def rankings(tmp_path):
     def of(verdicts):
         path = tmp_path / "rankings.jsonl"
         path.unlink(missing_ok=True)
-        records.append(path, verdicts)
+        records.append_rankings(path, verdicts)
         return str(path)
 
     return of
@@ -92,7 +93,7 @@ def many(responses, prompt=LONG, count=30):
 
 
 def example(*ids):
-    return Example(np.array(ids, np.int32), np.array([i >= 50 for i in ids], np.float32))
+    return TokenizedExample(np.array(ids, np.int32), np.array([i >= 50 for i in ids], np.float32))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def example(*ids):
     ],
 )
 def test_a_longer_row_keeps_the_end_of_the_prompt_and_the_answer(cut, tokens, kept):
-    found = truncation.fitted([example(2, 11, 12, 13, 50, 51, 52)], tokens, cut=cut, start=(2,), trained=False)
+    found = truncation.truncated_rows([example(2, 11, 12, 13, 50, 51, 52)], tokens, cut=cut, start=(2,), trained=False)
     [row] = found.rows
     assert (row and row.ids.tolist()) == kept
     assert found.counts["skipped"] == (kept is None)
@@ -122,9 +123,9 @@ def test_a_longer_row_keeps_the_end_of_the_prompt_and_the_answer(cut, tokens, ke
 def test_a_row_without_a_trained_target_is_left_out_and_counted():
     """The first token is never a target."""
     given = [example(2, 50), example(2, 9), example(50, 9)]
-    assert truncation.fitted(given, 5).counts == {"skipped": 0, "untrained": 2}
-    assert truncation.fitted(given, 5).kept == given[:1]
-    assert truncation.fitted(given, 5, trained=False).kept == given
+    assert truncation.truncated_rows(given, 5).counts == {"skipped": 0, "untrained": 2}
+    assert truncation.truncated_rows(given, 5).kept == given[:1]
+    assert truncation.truncated_rows(given, 5, trained=False).kept == given
 
 
 # One layout
@@ -136,7 +137,7 @@ def test_a_row_without_a_trained_target_is_left_out_and_counted():
 def test_every_stage_has_the_ids_of_the_conversation(name, prompt, text, tokenizer, context, rankings, monkeypatch):
     """Prompt + answer + end token: as the template renders all of it, at once, for every stage."""
     tokenizer, lent = tokenizer[name], context(name)
-    whole = answered(prompt, text)
+    whole = conversation_with_answer(prompt, text)
     if name == "own":
         said = [[tokenizer.roles[m["role"]], *tokenizer.encode(m["content"]), tokenizer.end] for m in whole]
         expected = [tokenizer.bos, *(i for ids in said for i in ids)]
@@ -144,17 +145,19 @@ def test_every_stage_has_the_ids_of_the_conversation(name, prompt, text, tokeniz
         rendered = tokenizer.template.render(whole, asked=False).removesuffix("\n")
         expected = tokenizer._coder.marked(rendered).ids
     assert expected[-1] == tokenizer.end
-    asked = tk.prompt(tokenizer, prompt).tolist()
+    asked = tk.encode_prompt(tokenizer, prompt).tolist()
     assert expected[: len(asked)] == asked  # what RL samples from
     own = expected[len(asked) :]
 
     path = rankings([verdict("n", prompt, [text, "other"]), *many(["a", "b"], ASKED)])
-    monkeypatch.setattr("lm.stages.ranked.corpora.split", lambda items, *_: (items[9:], items[:9]))
+    monkeypatch.setattr(
+        "lm.stages.reward_model.ranking_batches.corpora.split", lambda items, *_: (items[9:], items[:9])
+    )
     for stage in PREFERENCES:
         [batch] = STAGES[stage].batches(lent, rankings=path, length=80, prompts_per_batch=9).held_out(None)
         row = jax.tree.map(lambda x: x[0, 0], batch.tokens)
         ids = row.inputs[row.segments > 0].tolist()
-        if stage in JUDGES:
+        if stage in REWARD_MODEL_STAGES:
             assert ids == expected
         else:
             assert [*ids, row.targets[row.segments > 0][-1]] == expected
@@ -162,8 +165,12 @@ def test_every_stage_has_the_ids_of_the_conversation(name, prompt, text, tokeniz
 
     if name == "last only" and prompt is LATER:
         return  # no mask of several answers is true there: see test_borrowed
-    monkeypatch.setitem(chats.SOURCES, "made", lambda: [Conversation(f"n{i}", whole) for i in range(2)])
-    monkeypatch.setattr("lm.stages.conversations.corpora.split", lambda items, *_: (items[:1], items[1:]))
+    monkeypatch.setitem(
+        conversations.CONVERSATION_SOURCES, "made", lambda: [Conversation(f"n{i}", whole) for i in range(2)]
+    )
+    monkeypatch.setattr(
+        "lm.stages.pretraining.conversation_batches.corpora.split", lambda items, *_: (items[:1], items[1:])
+    )
     for stage in SUPERVISED:
         rows = STAGES[stage].batches(lent, sources="made", length=80, batch_size=1).train(None, 0)
         assert [*rows.inputs[rows.segments > 0], rows.targets[rows.segments > 0][-1]] == expected
@@ -177,12 +184,14 @@ def test_an_answer_whose_first_token_is_also_the_marker_s_is_not_learnt(bytewise
     newline = "\u010a"  # a newline, as byte-level BPE spells it
     source["model"]["vocab"][newline * 2] = max(source["model"]["vocab"].values()) + 1
     source["model"]["merges"].insert(0, [newline, newline])
-    merging = bundled(tokenizer=json.dumps(source), template=CHATML, tokens={}, special=SPECIAL, stops=(0,))
-    plain, merged = tk.chats(merging, [turns("a", "b"), turns("a", "\n\nb")])
+    merging = tokenizer_from_parts(
+        tokenizer=json.dumps(source), template=CHATML, tokens={}, special=SPECIAL, stops=(0,)
+    )
+    plain, merged = tk.encode_chats(merging, [turns("a", "b"), turns("a", "\n\nb")])
     assert plain.weights.sum() == 2 and merged.weights.sum() == 0
-    several = tk.chat(merging, turns("a", "\n\nb", "a", "b"))
+    several = tk.encode_chat(merging, turns("a", "\n\nb", "a", "b"))
     assert several.weights.sum() == 2  # the other answer is
-    assert truncation.fitted([plain, merged], 99).counts == {"skipped": 0, "untrained": 1}
+    assert truncation.truncated_rows([plain, merged], 99).counts == {"skipped": 0, "untrained": 1}
 
 
 def test_a_template_that_closes_no_answer_ends_with_the_document(bytewise):
@@ -190,14 +199,14 @@ def test_a_template_that_closes_no_answer_ends_with_the_document(bytewise):
     template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}" + (
         "{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
-    assert bundled(tokenizer=bytewise, template=template, special=SPECIAL, stops=(0,)).stops == (0,)
+    assert tokenizer_from_parts(tokenizer=bytewise, template=template, special=SPECIAL, stops=(0,)).stops == (0,)
 
 
 def test_a_template_that_asks_otherwise_than_it_answers_is_refused(bytewise):
     thinks = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
-    tokenizer = bundled(tokenizer=bytewise, template=thinks, special=SPECIAL, stops=(0,))
+    tokenizer = tokenizer_from_parts(tokenizer=bytewise, template=thinks, special=SPECIAL, stops=(0,))
     with pytest.raises(UserError, match="writes an answer that is there otherwise than it asks for one"):
-        tk.chats(tokenizer, [turns("a", "b")], last=True)
+        tk.encode_chats(tokenizer, [turns("a", "b")], last=True)
 
 
 # Stages that learn from verdicts
@@ -216,8 +225,8 @@ def test_prompts_longer_than_a_row_leave_the_answers_to_learn_from(stage, name, 
     batch = found.train(None, 0).tokens
     first, second = batch.inputs[:, 0], batch.inputs[:, 1]
     assert (batch.segments == 1).all() and (first != second).any(axis=1).all()
-    whole = tk.chat(lent.tokenizer, answered(LONG, "yes")).ids.tolist()
-    row = [*first[0], *([] if stage in JUDGES else batch.targets[0, 0, -1:])]
+    whole = tk.encode_chat(lent.tokenizer, conversation_with_answer(LONG, "yes")).ids.tolist()
+    row = [*first[0], *([] if stage in REWARD_MODEL_STAGES else batch.targets[0, 0, -1:])]
     opening = list(lent.tokenizer.start)
     assert row[: len(opening)] == opening and row[len(opening) :] == whole[len(opening) - len(row) :]
 
@@ -236,7 +245,7 @@ def test_a_run_with_nothing_left_to_learn_is_refused(stage, name, responses, len
     with pytest.raises(UserError) as error:
         STAGES[stage].batches(context(name), rankings=path, length=length)
     if reason is None:  # a judge's rows are the end token alone; a policy's have no room
-        cut = stage in JUDGES
+        cut = stage in REWARD_MODEL_STAGES
         reason = "answer to the same one, 60 answers shortened to" if cut else "60 answers longer than data.length 1"
     assert str(error.value).startswith(f"{path}: no verdict is left to learn from (30 ")
     assert reason in str(error.value) and str(error.value).endswith("): raise data.length, or rank other answers")
@@ -256,7 +265,7 @@ def test_what_cannot_teach_is_left_out_and_counted(stage, name, twice, context, 
     jax.tree.map(np.testing.assert_array_equal, found.train(None, 1), without.train(None, 1))
 
 
-@pytest.mark.parametrize("stage", JUDGES)
+@pytest.mark.parametrize("stage", REWARD_MODEL_STAGES)
 def test_answers_that_are_the_same_once_cut_are_left_out(stage, context, rankings):
     """Longer than a row, and different only behind its end."""
     alike = [verdict(f"b{i}", turns(f"word {i}"), ["the cat " * 30 + end for end in "xy"]) for i in range(10)]
@@ -270,7 +279,7 @@ def test_answers_that_are_the_same_once_cut_are_left_out(stage, context, ranking
 @pytest.fixture
 def made(monkeypatch):
     def of(conversations):
-        monkeypatch.setitem(chats.SOURCES, "made", lambda: conversations)
+        monkeypatch.setitem(conversations.CONVERSATION_SOURCES, "made", lambda: conversations)
         return {"sources": "made", "held_out": 0.3}
 
     return of
@@ -327,10 +336,10 @@ def test_a_prompt_under_several_names_is_on_one_side(rankings):
     asked = lambda side: {" ".join(r.prompt[0]["content"].split()) for r in side}
     before: set[str] = set()
     for fraction in (0.1, 0.3, 0.6):
-        train, unseen, _ = ranked.sides(path, fraction)
+        train, unseen, _ = ranking_batches.split_rankings(path, fraction)
         assert len(train) + len(unseen) == 600 and not asked(train) & asked(unseen)
         assert {r.name for r in unseen if r.name.startswith("alone")} == {
-            r.name for r in alone if corpus.held_out(r.name, fraction)
+            r.name for r in alone if sources.is_held_out(r.name, fraction)
         }
         assert before < asked(unseen)  # a larger fraction holds out more, and what was held out stays so
         before = asked(unseen)
@@ -338,36 +347,38 @@ def test_a_prompt_under_several_names_is_on_one_side(rankings):
 
 
 def test_a_rater_s_verdicts_stay_together_though_openers_repeat():
-    train, unseen, _ = ranked.sides("chitchat", 0.2)
+    train, unseen, _ = ranking_batches.split_rankings("chitchat", 0.2)
     assert not {r.name for r in train} & {r.name for r in unseen}
 
 
 @pytest.mark.parametrize("copies", ["documents", "conversations"])
 def test_copies_under_other_names_are_on_one_side(copies):
     make = (
-        corpus.Document
+        sources.Document
         if copies == "documents"
         else lambda name, text: Conversation(name, turns(*text.splitlines(), "yes"))
     )
     items = [make(f"{copy}/{i}", f"text number {i}\nand more of it") for copy in "abc" for i in range(100)]
-    train, unseen = corpus.split(items, 0.3)
+    train, unseen = sources.split_held_out(items, 0.3)
     assert len(train) + len(unseen) == 300
     assert not {item.content for item in train} & {item.content for item in unseen}
 
 
 @pytest.mark.parametrize("name, text", [("a", "text"), ("{}", "text"), ("a", "text {}")])
 def test_what_no_fraction_can_part_says_so(name, text):
-    items = [corpus.Document(name.format(i), text.format(i if name == "a" else "")) for i in range(40)]
+    items = [sources.Document(name.format(i), text.format(i if name == "a" else "")) for i in range(40)]
     message = "of 40 documents none is (held out|left to train on): all have one name or one text, so no fraction parts"
     with pytest.raises(UserError, match=message):
-        corpus.split(items, 0.5)
+        sources.split_held_out(items, 0.5)
 
 
 def test_made_sums_are_held_out_in_every_phrasing():
     sums = lambda side: {talk.messages[1]["content"] for talk in side}
-    train, unseen = corpus.split(chats.arithmetic(), 0.1)
+    train, unseen = sources.split_held_out(conversations.arithmetic_conversations(), 0.1)
     assert unseen and not sums(train) & sums(unseen)
-    asked, held_out = corpus.split(chats.prompts(chats.arithmetic()), 0.1)
+    asked, held_out = sources.split_held_out(
+        conversations.prompt_contexts(conversations.arithmetic_conversations()), 0.1
+    )
     unknown = {talk.messages[0]["content"] for talk in unseen}
     assert {talk.messages[0]["content"] for talk in held_out} == unknown  # RL's prompts are those that SFT never saw
 
@@ -375,8 +386,10 @@ def test_made_sums_are_held_out_in_every_phrasing():
 def test_the_summary_s_words_are_one_line():
     """Every count has its words, in one line with the way out."""
     counts = {"skipped": 1, "shortened": 2, "untrained": 3, "equal": 4, "undecided": 5, "empty": 6}
-    told = str(truncation.nothing_left("none is left", counts, things="answers", limit="data.length 9", way="raise it"))
+    told = str(
+        truncation.nothing_left_error("none is left", counts, things="answers", limit="data.length 9", way="raise it")
+    )
     assert re.findall(r"\d+", told) == ["1", "9", "2", "9", "3", "4", "5"] and told.endswith("): raise it")
     assert "\n" not in told and "there was none" in str(
-        truncation.nothing_left("none is left", {}, things="answers", limit="", way="")
+        truncation.nothing_left_error("none is left", {}, things="answers", limit="", way="")
     )

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from runs import enter_small_world, finished, made_dialogues
 
-from lm import unseen
-from lm.data import corpus
-from lm.data.prompts import take
-from lm.errors import UserError
-from lm.stages.answering import rollout
-from lm.workdir import load
+from lm.core.errors import UserError
+from lm.data import sources
+from lm.data.prompts import prompts_at
+from lm.evaluate import policies
+from lm.runs.workdir import load_trained_model
+from lm.stages.rl.multi_turn import rollout_rows
 
 __all__ = ["finished"]
 
@@ -22,7 +22,7 @@ OPTIONS = dict(turns=3, prompts_per_conversation=2, prompt_length=32, held_out=0
 
 @pytest.fixture(scope="module")
 def start(finished):
-    return load(finished / "sft", backend="cpu")
+    return load_trained_model(finished / "sft", backend="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def asked(start):
     def of(**options):
         with pytest.MonkeyPatch.context() as patch:
             enter_small_world(patch.setattr)
-            return unseen.asked(start.tokenizer, **{**OPTIONS, **options})
+            return policies.held_out_prompts(start.tokenizer, **{**OPTIONS, **options})
 
     return of
 
@@ -59,7 +59,7 @@ def test_settings_are_chosen_on_one_part_and_judged_on_the_other(asked):
 
 
 def test_all_are_of_conversations_that_are_held_out(asked):
-    turns = {tuple(turns[:3]) for name, turns in made_dialogues() if corpus.held_out(name, 0.1)}
+    turns = {tuple(turns[:3]) for name, turns in made_dialogues() if sources.is_held_out(name, 0.1)}
     for context in asked().prompts.contexts:
         prompt = tuple(message["content"] for message in context)
         assert any(prompt in (whole[:1], whole) for whole in turns)
@@ -68,17 +68,17 @@ def test_all_are_of_conversations_that_are_held_out(asked):
 def test_answers_and_their_kl(finished, start, asked):
     """Of the start itself the KL is 0; of another policy it is the difference of log-probs of what it said."""
     questions = asked(conversations=6, prompts_per_conversation=1)
-    ask = unseen.answerer(start, max_new=8, rows_at_once=4)
+    ask = policies.policy_answerer(start, max_new=8, rows_at_once=4)
     own = ask(start.params["lm"], questions.prompts, jax.random.key(0))
     assert len(own.texts) == len(own.kl) == 6 and np.abs(own.kl).max() < 1e-4
     assert all(1 <= n <= 8 and (stopped or n == 8) for n, stopped in zip(own.lengths, own.stopped))
-    moved = load(finished / "ppo", backend="cpu")
+    moved = load_trained_model(finished / "ppo", backend="cpu")
     theirs = ask(moved.params["lm"], questions.prompts, jax.random.key(0))
 
-    first, key = take(questions.prompts, np.arange(4)), jax.random.fold_in(jax.random.key(0), 0)
+    first, key = prompts_at(questions.prompts, np.arange(4)), jax.random.fold_in(jax.random.key(0), 0)
     sampler = dict(max_new=8, stop=start.tokenizer.stops)
     lm = {policy.path.name: jax.tree.map(jnp.asarray, policy.params["lm"]) for policy in (moved, start)}
-    run = jax.jit(functools.partial(rollout, start.model, **sampler))
+    run = jax.jit(functools.partial(rollout_rows, start.model, **sampler))
     tokens, *_ = run(lm["ppo"], first.ids, first.lengths, key)
     here, there = (start.model.token_logprobs(lm[name], tokens) for name in ("ppo", "sft"))
     by_hand = np.sum((here - there) * tokens.weights, axis=1)
@@ -88,15 +88,15 @@ def test_answers_and_their_kl(finished, start, asked):
 
 def test_an_answer_depends_on_its_place_not_on_what_follows(start, asked):
     questions = asked(conversations=6, prompts_per_conversation=1)
-    ask = unseen.answerer(start, max_new=6, rows_at_once=4)
+    ask = policies.policy_answerer(start, max_new=6, rows_at_once=4)
     six = ask(start.params["lm"], questions.prompts, jax.random.key(0))
-    two = ask(start.params["lm"], take(questions.prompts, np.arange(2)), jax.random.key(0))
+    two = ask(start.params["lm"], prompts_at(questions.prompts, np.arange(2)), jax.random.key(0))
     assert six.texts[:2] == two.texts
 
 
 def test_each_conversation_counts_once():
     """Prompts 0 and 1 are of one conversation: (1 + 3) / 2 = 2."""
-    found = unseen.per_conversation(np.array([[1.0, 3.0, 5.0], [0.0, 1.0, 2.0]]), np.array([0, 0, 1]))
+    found = policies.conversation_means(np.array([[1.0, 3.0, 5.0], [0.0, 1.0, 2.0]]), np.array([0, 0, 1]))
     assert found.tolist() == [[2.0, 5.0], [0.5, 2.0]]
 
 

@@ -6,10 +6,19 @@ import numpy as np
 import optax
 import pytest
 
-from lm import update
-from lm.errors import UserError
-from lm.metrics import Mean, mean, scalar
-from lm.update import annotate, gradient, lent, minibatches, mix, reference, renewed, value_head
+from lm.core.errors import UserError
+from lm.core.metrics import Mean, mean, scalar_metric
+from lm.optim import update
+from lm.optim.combinators import (
+    annotate,
+    combined_loss,
+    frozen_reference,
+    minibatches,
+    refreshed_reference,
+    with_moving_reference,
+    with_value_head,
+)
+from lm.optim.update import gradient
 
 KEY = jax.random.key(0)
 SGD = optax.sgd(1.0)  # parameters move by minus the gradient
@@ -94,9 +103,9 @@ def test_nothing_trained_gives_a_zero_gradient(count):
 
 def test_microbatches_are_cut_column_major():
     """Trap 7: part i takes rows i, i + count, ..., so each part spans every device that holds rows."""
-    np.testing.assert_array_equal(update.split(jnp.arange(6), 2), [[0, 2, 4], [1, 3, 5]])
+    np.testing.assert_array_equal(update.batch_parts(jnp.arange(6), 2), [[0, 2, 4], [1, 3, 5]])
     with pytest.raises(UserError, match="6 rows cannot be cut into 4"):
-        update.split(jnp.arange(6), 4)
+        update.batch_parts(jnp.arange(6), 4)
 
 
 def test_step_counts_and_the_key_is_never_advanced():
@@ -184,7 +193,7 @@ def test_evaluate_changes_nothing_and_scores_the_batch():
 
 def test_annotate_runs_once_before_the_inner_update():
     def doubled(state, batch):
-        return batch | {"y": 2 * batch["y"]}, {"step": scalar(state.step)}
+        return batch | {"y": 2 * batch["y"]}, {"step": scalar_metric(state.step)}
 
     u = annotate(doubled, minibatches(gradient(squares, SGD), epochs=2, count=2))
     data = batch()
@@ -263,7 +272,7 @@ def test_minibatches_are_shuffled_anew_each_epoch_and_each_batch():
 
 def test_reference_is_a_copy_that_outlives_donation():
     """Trap 3: shared buffers would be deleted by the first donated step."""
-    u = reference(gradient(squares, SGD))
+    u = frozen_reference(gradient(squares, SGD))
     for init in (u.init, jax.jit(u.init)):
         state = init(jax.random.key(0), {"lm": jnp.ones(3)}, {})
         state, _ = jax.jit(u.update, donate_argnums=0)(state, batch())
@@ -272,7 +281,7 @@ def test_reference_is_a_copy_that_outlives_donation():
 
 
 def test_reference_keeps_the_one_it_is_given():
-    u = reference(gradient(squares, SGD))
+    u = frozen_reference(gradient(squares, SGD))
     np.testing.assert_array_equal(u.init(KEY, {"lm": jnp.ones(3)}, {"ref": jnp.zeros(3)}).frozen["ref"], [0, 0, 0])
 
 
@@ -281,7 +290,7 @@ def test_frozen_parameters_are_never_differentiated():
         term = mean(jnp.square(params["lm"] - frozen["ref"]), jnp.ones(3))
         return term, {}
 
-    u = reference(gradient(pulled, SGD))
+    u = frozen_reference(gradient(pulled, SGD))
     state = u.init(KEY, {"lm": jnp.ones(3)}, {"ref": jnp.zeros(3)})
     state, _ = u.update(state, batch())
     np.testing.assert_allclose(state.params["lm"], [1 / 3] * 3, rtol=1e-6)  # 1 - 2 * 1 / 3
@@ -289,7 +298,7 @@ def test_frozen_parameters_are_never_differentiated():
 
 
 def test_value_head_is_added_where_there_is_none():
-    u = value_head(lambda key: {"score": jnp.zeros(3)}, gradient(squares, SGD))
+    u = with_value_head(lambda key: {"score": jnp.zeros(3)}, gradient(squares, SGD))
     assert set(u.init(KEY, {"lm": jnp.ones(3)}, {}).params) == {"lm", "value"}
     given = {"lm": jnp.ones(3), "value": {"score": jnp.ones(3)}}
     np.testing.assert_array_equal(u.init(KEY, given, {}).params["value"]["score"], [1, 1, 1])
@@ -303,7 +312,7 @@ def shrink(params, frozen, batch, key):
 
 def test_mix_keeps_every_denominator():
     """Trap 10: the sum of two losses, each divided by its own weight, whatever the microbatches."""
-    mixed = mix(fit=(1.0, squares), small=(0.3, shrink))
+    mixed = combined_loss(fit=(1.0, squares), small=(0.3, shrink))
     expected, metrics = after(two_terms, batch())
     for count in (1, 2, 4):
         found, noted = after(mixed, batch(), microbatches=count)
@@ -313,22 +322,22 @@ def test_mix_keeps_every_denominator():
 
 
 def test_a_renewed_reference_follows_the_policy_on_schedule():
-    u = renewed(gradient(squares, SGD), every=2)
+    u = refreshed_reference(gradient(squares, SGD), every=2)
     start = np.array([1.0, 2.0, 3.0], np.float32)
     state = u.init(jax.random.key(1), {"lm": jnp.asarray(start)}, {})
     assert "ref" not in state.frozen  # what changes is remembered, and saved
     seen = []
     for _ in range(4):
         state, _ = jax.jit(u.update, donate_argnums=0)(state, batch())
-        seen.append((np.asarray(state.params["lm"]), np.asarray(lent(state).frozen["ref"])))
+        seen.append((np.asarray(state.params["lm"]), np.asarray(with_moving_reference(state).frozen["ref"])))
     np.testing.assert_array_equal(seen[0][1], start)
     for now, kept in ((seen[1][0], seen[1][1]), (seen[1][0], seen[2][1]), (seen[3][0], seen[3][1])):
         np.testing.assert_array_equal(kept, now)
 
 
 def test_a_reference_that_is_never_renewed_is_frozen():
-    u = renewed(gradient(squares, SGD), every=0)
+    u = refreshed_reference(gradient(squares, SGD), every=0)
     state = u.init(KEY, {"lm": jnp.array([1.0, 2.0, 3.0])}, {})
     assert not state.memory
     state, _ = u.update(state, batch())
-    np.testing.assert_array_equal(lent(state).frozen["ref"], [1, 2, 3])
+    np.testing.assert_array_equal(with_moving_reference(state).frozen["ref"], [1, 2, 3])

@@ -1,4 +1,4 @@
-"""lm.vectorised: runs trained as one program are the runs that lm.train makes alone, within rounding."""
+"""lm.sweep.vmapped: runs trained as one program are the runs that lm.train.loop makes alone, within rounding."""
 
 import json
 
@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, finished, saved, settings, small, stage_config
 
-from lm import sweep, train, vectorised
-from lm.console import Interrupted
-from lm.errors import UserError
-from lm.workdir import load, read_json, read_metrics
+from lm.core.errors import UserError
+from lm.runs.console import SigtermExit
+from lm.runs.workdir import load_trained_model, read_json, read_metrics
+from lm.sweep import controller, vmapped
+from lm.train import loop
 
 __all__ = ["finished", "small"]
 
@@ -24,7 +25,7 @@ def assert_alike(one, other, tolerance: float = 2e-4) -> None:
         for name in a:
             if name.endswith(("loss", "reward", "kl", "learning_rate", "beta")) and not name.startswith("seconds"):
                 assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), name
-    params = [load(workdir, backend="cpu").params for workdir in (one, other)]
+    params = [load_trained_model(workdir, backend="cpu").params for workdir in (one, other)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), *params)
 
 
@@ -32,13 +33,13 @@ def test_pretraining_with_rates_and_seeds(finished, tmp_path, small):
     changes = [("1e-3", 0), ("1e-2", 0), ("1e-2", 1)]
     configs = [stage_config(finished, "pretrain", f"optimizer.learning_rate={r}", f"seed={s}") for r, s in changes]
     paths = [tmp_path / f"run{i}" for i in range(3)]
-    summaries = vectorised.run(configs, paths)
+    summaries = vmapped.train_vmapped(configs, paths)
     assert [summary["held_out"]["loss"] for summary in summaries] == [
         read_json(path / "summary.json")["held_out"]["loss"] for path in paths
     ]
     assert (paths[1] / "report.html").exists() == (paths[0] / "report.html").exists()
     for i in (1, 2):  # another rate, another seed
-        train.run(configs[i], tmp_path / f"alone{i}")
+        loop.train_stage(configs[i], tmp_path / f"alone{i}")
         assert_alike(paths[i], tmp_path / f"alone{i}")
     rates = [row["learning_rate"] for path in paths for row in read_metrics(path) if row["step"] == 4 and "loss" in row]
     assert rates == pytest.approx([rates[0], 10 * rates[0], 10 * rates[0]])
@@ -49,9 +50,9 @@ def test_ppo_with_coefficients_and_temperatures(finished, tmp_path, small):
     changes = [("stage.beta=0.05",), ("stage.beta=0.3", "stage.clip=0.1"), ("stage.temperature=0.7",)]
     ppo = [stage_config(finished, "ppo", *each) for each in changes]
     paths = [tmp_path / f"run{i}" for i in range(3)]
-    vectorised.run(ppo, paths)
+    vmapped.train_vmapped(ppo, paths)
     for i in (1, 2):
-        train.run(ppo[i], tmp_path / f"alone{i}")
+        loop.train_stage(ppo[i], tmp_path / f"alone{i}")
         assert_alike(paths[i], tmp_path / f"alone{i}")
     betas = [[row["beta"] for row in read_metrics(path) if "beta" in row][0] for path in paths]
     assert betas == pytest.approx([0.05, 0.3, 0.1])
@@ -62,29 +63,29 @@ def test_ppo_with_coefficients_and_temperatures(finished, tmp_path, small):
 def test_it_goes_on_where_it_stopped(finished, tmp_path, small, monkeypatch):
     configs = [stage_config(finished, "pretrain", f"optimizer.learning_rate={rate}") for rate in ("1e-3", "1e-2")]
     through = [tmp_path / f"through{i}" for i in range(2)]
-    vectorised.run(configs, through)
-    fetched, halves = train.fetched, [tmp_path / f"half{i}" for i in range(2)]
+    vmapped.train_vmapped(configs, through)
+    fetched, halves = loop.device_batch, [tmp_path / f"half{i}" for i in range(2)]
 
     def stop_before_the_sixth(r, state, i):
         if i == 5:
-            raise Interrupted
+            raise SigtermExit
         return fetched(r, state, i)
 
-    monkeypatch.setattr(train, "fetched", stop_before_the_sixth)
-    with pytest.raises(Interrupted):
-        vectorised.run(configs, halves)
-    monkeypatch.setattr(train, "fetched", fetched)
-    vectorised.run(configs, halves)
+    monkeypatch.setattr(loop, "device_batch", stop_before_the_sixth)
+    with pytest.raises(SigtermExit):
+        vmapped.train_vmapped(configs, halves)
+    monkeypatch.setattr(loop, "device_batch", fetched)
+    vmapped.train_vmapped(configs, halves)
     for whole, half in zip(through, halves):
         assert saved(whole) == saved(half)
 
 
 def test_a_member_that_fails_stops_nobody(finished, tmp_path, small):
     configs = [stage_config(finished, "pretrain", f"optimizer.learning_rate={rate}") for rate in ("1e-2", "1e30")]
-    good, bad = vectorised.run(configs, [tmp_path / "good", tmp_path / "bad"])
+    good, bad = vmapped.train_vmapped(configs, [tmp_path / "good", tmp_path / "bad"])
     assert isinstance(bad, UserError) and "lower optimizer.learning_rate" in str(bad)
     assert good["steps"] == configs[0].train.steps
-    train.run(configs[0], tmp_path / "alone")
+    loop.train_stage(configs[0], tmp_path / "alone")
     assert_alike(tmp_path / "good", tmp_path / "alone")
 
 
@@ -98,7 +99,7 @@ def test_a_member_that_fails_stops_nobody(finished, tmp_path, small):
 def test_other_differences_are_refused(finished, tmp_path, change, error):
     configs = [stage_config(finished, "pretrain"), stage_config(finished, "pretrain", change)]
     with pytest.raises(UserError, match=error):
-        vectorised.run(configs, [tmp_path / "a", tmp_path / "b"])
+        vmapped.train_vmapped(configs, [tmp_path / "a", tmp_path / "b"])
     assert not list(tmp_path.iterdir())
 
 
@@ -106,18 +107,18 @@ def test_an_option_that_only_some_set_is_refused(finished, tmp_path, small):
     configs = [stage_config(finished, "pretrain") for _ in range(2)]
     with configs[1].unlocked():
         configs[1].optimizer.b2 = 0.9
-    assert vectorised.structure(configs[0]) != vectorised.structure(configs[1])  # a sweep runs them apart
+    assert vmapped.structure_key(configs[0]) != vmapped.structure_key(configs[1])  # a sweep runs them apart
     with pytest.raises(UserError, match="optimizer.b2 is set in some runs only: set it in all"):
-        vectorised.run(configs, [tmp_path / "a", tmp_path / "b"])
+        vmapped.train_vmapped(configs, [tmp_path / "a", tmp_path / "b"])
 
 
 def test_an_option_that_the_file_does_not_list(finished, tmp_path, small):
     flags = [*settings(finished, "pretrain"), "--config.train.steps=2", "--config.optimizer.warmup_steps=0"]
     path, grid = f"{EXPERIMENTS / 'pretrain.py'}:tiny", ["--grid", "optimizer.b2=0.9,0.5"]
-    sweep.program([f"--config={path}", f"--workdir={tmp_path / 's'}", *flags, *grid, "--vectorised"])
+    controller.program([f"--config={path}", f"--workdir={tmp_path / 's'}", *flags, *grid, "--vectorised"])
     told = [read_json(path) for path in sorted((tmp_path / "s" / "trials").glob("*.json"))]
     assert [(one["state"], one["overrides"]) for one in told] == [("complete", {"optimizer.b2": b}) for b in (0.9, 0.5)]
-    train.program([f"--config={path}", f"--workdir={tmp_path / 'alone'}", *flags, "--config.optimizer.b2=0.5"])
+    loop.program([f"--config={path}", f"--workdir={tmp_path / 'alone'}", *flags, "--config.optimizer.b2=0.5"])
     assert_alike(tmp_path / "s" / "trials" / "0001", tmp_path / "alone")
     assert told[0]["value"] != told[1]["value"]
 
@@ -125,7 +126,7 @@ def test_an_option_that_the_file_does_not_list(finished, tmp_path, small):
 def test_a_number_that_decides_what_is_computed_is_refused(finished, tmp_path, small):
     configs = [stage_config(finished, "pretrain", f"optimizer.clip_norm={norm}") for norm in (0.0, 1.0)]
     with pytest.raises(UserError, match="optimizer.clip_norm: some value decides what is computed"):
-        vectorised.run(configs, [tmp_path / "a", tmp_path / "b"])
+        vmapped.train_vmapped(configs, [tmp_path / "a", tmp_path / "b"])
 
 
 def test_a_vectorised_sweep(finished, tmp_path, small, capsys):
@@ -141,14 +142,14 @@ def test_a_vectorised_sweep(finished, tmp_path, small, capsys):
         "optimizer.learning_rate=1e-3,1e30",
         "--vectorised",
     ]
-    sweep.program(flags)
+    controller.program(flags)
     said = capsys.readouterr().out
     assert said.count("2 trials together") == 2  # a program for each depth
     told = [read_json(path) for path in sorted((tmp_path / "s" / "trials").glob("*.json"))]
     assert [one["state"] for one in told] == ["complete", "failed"] * 2
     assert told[0]["value"] == read_metrics(tmp_path / "s" / "trials" / "0000")[-1]["held_out/loss"]
     assert "lower optimizer.learning_rate" in told[1]["error"]
-    sweep.program(flags)
+    controller.program(flags)
     assert "trials together" not in capsys.readouterr().out
 
 
@@ -163,6 +164,8 @@ def test_a_vectorised_sweep(finished, tmp_path, small, capsys):
 )
 def test_flags_that_do_not_go_together(tmp_path, flags, error):
     with pytest.raises(UserError, match=error):
-        sweep.program(["--config=experiments/pretrain.py:tiny", f"--workdir={tmp_path / 's'}", "--vectorised", *flags])
+        controller.program(
+            ["--config=experiments/pretrain.py:tiny", f"--workdir={tmp_path / 's'}", "--vectorised", *flags]
+        )
     with pytest.raises(UserError, match="this is a pipeline's: sweep one of its stages"):
-        sweep.program(["--config=experiments/quickstart.py:tiny", f"--workdir={tmp_path / 's'}", "--vectorised"])
+        controller.program(["--config=experiments/quickstart.py:tiny", f"--workdir={tmp_path / 's'}", "--vectorised"])

@@ -8,30 +8,31 @@ import numpy as np
 import pytest
 from runs import finished, small, stage_config
 
-from lm import verdicts
-from lm.data import corpus, rankings
-from lm.errors import UserError
+from lm.core.errors import UserError
+from lm.data import preferences, sources
+from lm.feedback import auto_rank
 from lm.rewards import REWARDS
-from lm.workdir import load_reward, read_json
+from lm.rewards.load import load_reward_model
+from lm.runs.workdir import read_json
 
 __all__ = ["finished", "small"]
 
 FILE = "rankings.jsonl"
 
 
-def told(workdir) -> list[rankings.Ranking]:
+def told(workdir) -> list[preferences.Ranking]:
     """All but the time, in which two runs may differ."""
-    return [ranking._replace(time="") for ranking in rankings.read(workdir / FILE)]
+    return [ranking._replace(time="") for ranking in preferences.read_jsonl_rankings(workdir / FILE)]
 
 
 def test_ranks():
-    assert verdicts.ranks(np.array([3.0, 5.0, 5.0, 1.0])) == [
+    assert auto_rank.ranks_from_scores(np.array([3.0, 5.0, 5.0, 1.0])) == [
         3,
         1,
         1,
         4,
     ]  # equal scores share a rank, and it is used up
-    assert verdicts.ranks(np.array([2.0, 2.0])) == [1, 1]
+    assert auto_rank.ranks_from_scores(np.array([2.0, 2.0])) == [1, 1]
 
 
 def test_the_file(finished):
@@ -40,7 +41,7 @@ def test_the_file(finished):
     assert len(found) == 64
     assert len({json.dumps(ranking.prompt) for ranking in found}) == 64
     for ranking in found:
-        assert not corpus.held_out(ranking.name, 0.05)
+        assert not sources.is_held_out(ranking.name, 0.05)
         assert ranking.prompt[-1]["role"] == "user" and len(ranking.responses) == 2 and ranking.rater == "rule"
         a, b = REWARDS["rule"]([ranking.prompt] * 2, ranking.responses)
         assert ranking.ranking == ([1, 1] if a == b else [1, 2] if a > b else [2, 1])
@@ -51,7 +52,7 @@ def test_the_file(finished):
 
 
 def test_two_runs_give_the_same_answers(finished, small, tmp_path):
-    verdicts.run(stage_config(finished, "rank"), tmp_path / "rank")
+    auto_rank.run_auto_rank(stage_config(finished, "rank"), tmp_path / "rank")
     assert told(tmp_path / "rank") == told(finished / "rank")
 
 
@@ -61,7 +62,7 @@ def test_a_kill_costs_no_more_than_its_chunk(finished, small, tmp_path):
     (workdir / "summary.json").unlink()
     lines = (workdir / FILE).read_text().splitlines(keepends=True)
     (workdir / FILE).write_text("".join(lines[:36]) + lines[36][:20])
-    summary = verdicts.run(stage_config(finished, "rank"), workdir)
+    summary = auto_rank.run_auto_rank(stage_config(finished, "rank"), workdir)
     assert (workdir / FILE).read_text().splitlines(keepends=True)[:32] == lines[:32]  # their times too: they were kept
     assert told(workdir) == told(finished / "rank")
     assert {**summary, "seconds": 0} == {**read_json(finished / "rank" / "summary.json"), "seconds": 0}
@@ -70,14 +71,14 @@ def test_a_kill_costs_no_more_than_its_chunk(finished, small, tmp_path):
 def test_whole_chunks_are_counted_in_lines_of_the_file(tmp_path):
     """An answer may hold what Python takes for the end of a line, and a kill may tear a character in two."""
     path = tmp_path / FILE
-    assert verdicts.ranked_so_far(path, 2) == 0
+    assert auto_rank.ranked_prompt_count(path, 2) == 0
     lines = [json.dumps({"response": text}, ensure_ascii=False) + "\n" for text in ("a", "b\u2028c\x85", "d", "é")]
     whole = "".join(lines).encode()
     path.write_bytes(whole + '{"response": "é'.encode()[:-1])
-    assert verdicts.ranked_so_far(path, 2) == 4
+    assert auto_rank.ranked_prompt_count(path, 2) == 4
     assert path.read_bytes() == whole
     path.write_bytes(whole[:-3])
-    assert verdicts.ranked_so_far(path, 2) == 2
+    assert auto_rank.ranked_prompt_count(path, 2) == 2
     assert path.read_bytes() == "".join(lines[:2]).encode()
 
 
@@ -86,11 +87,11 @@ def test_a_reward_model_ranks_and_held_out_prompts_follow(finished, small, tmp_p
     options = (f"rank.rater={finished}/reward", "rank.prompts=32")
     config = stage_config(finished, "rank", *options).unlock()
     config.rank.held_out_prompts, config.rank.cut_penalty = 8, 100.0
-    verdicts.run(config, tmp_path / "rank")
+    auto_rank.run_auto_rank(config, tmp_path / "rank")
     found, before = told(tmp_path / "rank"), told(finished / "rank")
     assert [r.responses for r in found[:32]] == [r.responses for r in before[:32]]
-    assert [corpus.held_out(r.name, 0.05) for r in found] == [False] * 32 + [True] * 8
-    _, reward = load_reward(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
+    assert [sources.is_held_out(r.name, 0.05) for r in found] == [False] * 32 + [True] * 8
+    _, reward = load_reward_model(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
     agree, told_apart = 0, 0
     for ranking in found:
         assert ranking.rater == f"{finished}/reward"
@@ -116,5 +117,5 @@ def test_bad_options(finished, small, tmp_path, override, message):
     with pytest.raises(UserError, match=message):
         longer = ["rank.prompt_length=62"] if "finished" in override else []
         config = stage_config(finished, "rank", f"rank.{override.format(finished=finished)}", *longer)
-        verdicts.run(config, tmp_path / "rank")
+        auto_rank.run_auto_rank(config, tmp_path / "rank")
     assert not (tmp_path / "rank" / "summary.json").exists()

@@ -30,10 +30,10 @@ from foreign import (
 from safetensors.numpy import save_file
 
 from lm import model
-from lm.errors import UserError
-from lm.model.params import specs
-from lm.sample import decode, prefill
-from lm.weights import folder, names, shapes
+from lm.core.errors import UserError
+from lm.generate.sampler import decode_step, prefill
+from lm.model.params import param_specs
+from lm.weights import config_map, folder, names
 
 MODELS = list(STORED["models"])
 EACH = pytest.mark.parametrize("name", MODELS)
@@ -48,7 +48,7 @@ def read(tmp_path_factory):
     def of(name):
         if name not in found:
             path = folder_of(name, tmp_path_factory.mktemp("theirs") / "model")
-            c, params = folder.read(path)
+            c, params = folder.read_folder(path)
             found[name] = SimpleNamespace(shape=c, config=c.on("cpu"), params=params, path=path)
         return found[name]
 
@@ -70,7 +70,7 @@ def test_logits_equal_transformers_and_those_of_a_cache_the_full_pass(name, read
 
     One program: most of a test is compiling it.
     """
-    m, (ids, new), lengths = model.make(read(name).config), longer(), np.array(LENGTHS, np.int32)
+    m, (ids, new), lengths = model.make_model(read(name).config), longer(), np.array(LENGTHS, np.int32)
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     real = positions < lengths[:, None] + NEW
 
@@ -80,7 +80,7 @@ def test_logits_equal_transformers_and_those_of_a_cache_the_full_pass(name, read
         first, cache = prefill(m, lm, IDS, lengths, capacity=LONGEST + NEW)
 
         def step(carry, t):
-            logits, cache = decode(m, lm, jnp.asarray(new)[:, t], lengths + t, carry)
+            logits, cache = decode_step(m, lm, jnp.asarray(new)[:, t], lengths + t, carry)
             return cache, logits
 
         cache, decoded = jax.lax.scan(step, cache, jnp.arange(NEW))
@@ -94,45 +94,47 @@ def test_logits_equal_transformers_and_those_of_a_cache_the_full_pass(name, read
 
 
 def test_every_architecture_that_we_read_is_compared():
-    assert {stored["config"]["model_type"] for stored in STORED["models"].values()} == set(shapes.FAMILIES)
+    assert {stored["config"]["model_type"] for stored in STORED["models"].values()} == set(config_map.FAMILIES)
     scalings = {read_shape(name).rope_scaling for name in MODELS}
     assert scalings == {"none", "linear", "llama3", "yarn"}
     assert {read_shape(name).bias for name in MODELS} == {"none", "qkv", "all"}
 
 
 def read_shape(name):
-    return shapes.shape(STORED["models"][name]["config"])
+    return config_map.model_config_from_json(STORED["models"][name]["config"])
 
 
 @EACH
 def test_exported_again_it_is_equal_tensor_for_tensor(name, read, tmp_path):
     """Under the architecture that it came from, with every option of its config.json that we know."""
     theirs, kind = read(name), STORED["models"][name]["config"]["model_type"]
-    folder.write(tmp_path, theirs.config, theirs.params, dtype="float32", ids={"eos_token_id": 3}, kind=kind)
+    folder.write_folder(tmp_path, theirs.config, theirs.params, dtype="float32", ids={"eos_token_id": 3}, kind=kind)
     found, expected = of_file(tmp_path / "model.safetensors"), tensors(name)
     assert found.keys() == expected.keys()
     for tensor in expected:
         np.testing.assert_array_equal(found[tensor], expected[tensor], err_msg=tensor)
     hf = folder.read_config(tmp_path)
-    assert shapes.shape(hf) == theirs.shape and hf["model_type"] == kind and hf["eos_token_id"] == 3
+    assert (
+        config_map.model_config_from_json(hf) == theirs.shape and hf["model_type"] == kind and hf["eos_token_id"] == 3
+    )
     assert hf["architectures"] == STORED["models"][name]["config"]["architectures"]
 
 
 def test_a_model_type_that_cannot_say_a_config_gives_way(read):
     c = read("gemma2").config
-    assert shapes.config_json(c, "llama")["model_type"] == "gemma2"
-    assert shapes.config_json(read("phi3").config)["model_type"] == "llama"  # the same computation
-    own = model.Config(vocab_size=9)
-    assert shapes.config_json(own)["model_type"] == "qwen3"
+    assert config_map.config_json(c, "llama")["model_type"] == "gemma2"
+    assert config_map.config_json(read("phi3").config)["model_type"] == "llama"  # the same computation
+    own = model.ModelConfig(vocab_size=9)
+    assert config_map.config_json(own)["model_type"] == "qwen3"
     with pytest.raises(UserError, match="no architecture of transformers computes this model"):
-        shapes.config_json(dataclasses.replace(own, gated=False))
+        config_map.config_json(dataclasses.replace(own, gated=False))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_shards(name, read, tmp_path):
     """As many tensors a file as fit in shard_bytes, an index that names the file of each, and the same model."""
     theirs = read(name)
-    folder.write(tmp_path, theirs.config, theirs.params, dtype="float32", ids={}, shard_bytes=6000)
+    folder.write_folder(tmp_path, theirs.config, theirs.params, dtype="float32", ids={}, shard_bytes=6000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -142,7 +144,7 @@ def test_shards(name, read, tmp_path):
     sizes = {file: sum(x.nbytes for x in inside.values()) for file, inside in held.items()}
     assert sum(sizes.values()) == index["metadata"]["total_size"] == sum(x.nbytes for x in tensors(name).values())
     assert all(size <= 6000 or len(held[file]) == 1 for file, size in sizes.items())
-    c, params = folder.read(tmp_path)
+    c, params = folder.read_folder(tmp_path)
     assert c == theirs.shape
     jax.tree.map(np.testing.assert_array_equal, params, theirs.params)
 
@@ -150,8 +152,8 @@ def test_shards(name, read, tmp_path):
 @pytest.mark.parametrize("dtype, kind", [("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)])
 def test_half_precision_is_rounded_once(dtype, kind, read, tmp_path):
     theirs = read("qwen3")
-    folder.write(tmp_path, theirs.config, theirs.params, dtype=dtype, ids={})
-    _, params = folder.read(tmp_path)
+    folder.write_folder(tmp_path, theirs.config, theirs.params, dtype=dtype, ids={})
+    _, params = folder.read_folder(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < (theirs.path / "model.safetensors").stat().st_size * 0.7
     rounded = jax.tree.map(lambda x: x.astype(kind).astype(np.float32), theirs.params)
     jax.tree.map(np.testing.assert_array_equal, params, rounded)
@@ -161,12 +163,12 @@ def test_half_precision_is_rounded_once(dtype, kind, read, tmp_path):
 def test_older_files_say_the_same(read):
     """transformers 4 had rope_theta and rope_scaling, and Gemma 3 a pattern; ours are written so."""
     for name in MODELS:
-        hf = shapes.config_json(read(name).config, STORED["models"][name]["config"]["model_type"])
-        assert "rope_parameters" not in hf and shapes.shape(hf) == read(name).shape
+        hf = config_map.config_json(read(name).config, STORED["models"][name]["config"]["model_type"])
+        assert "rope_parameters" not in hf and config_map.model_config_from_json(hf) == read(name).shape
     gemma = {
         k: v for k, v in STORED["models"]["gemma3"]["config"].items() if k not in ("layer_types", "rope_parameters")
     }
-    assert shapes.shape(gemma) == read("gemma3").shape
+    assert config_map.model_config_from_json(gemma) == read("gemma3").shape
 
 
 def test_names_and_copies_that_files_hold_besides(read, tmp_path):
@@ -175,7 +177,7 @@ def test_names_and_copies_that_files_hold_besides(read, tmp_path):
     bare = {name.removeprefix("transformer."): value for name, value in tensors("gpt2").items()}
     mask = np.tri(32, dtype=np.float32)[None, None]
     save_file(bare | {"h.0.attn.bias": mask, "lm_head.weight": bare["wte.weight"]}, tmp_path / "model.safetensors")
-    _, params = folder.read(tmp_path)
+    _, params = folder.read_folder(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, params, read("gpt2").params)
 
 
@@ -201,7 +203,7 @@ NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 def test_tensors_that_do_not_fit(tensors_, message, tmp_path):
     changed(folder_of("llama", tmp_path), **tensors_)
     with pytest.raises(UserError, match=message) as raised:
-        folder.read(tmp_path)
+        folder.read_folder(tmp_path)
     assert "\n" not in str(raised.value)
 
 
@@ -222,7 +224,7 @@ def test_tensors_that_do_not_fit(tensors_, message, tmp_path):
 def test_configs_that_we_refuse(changes, message):
     hf = {**STORED["models"]["llama"]["config"], **changes}
     with pytest.raises(UserError, match=message) as raised:
-        shapes.shape({key: value for key, value in hf.items() if value is not None})
+        config_map.model_config_from_json({key: value for key, value in hf.items() if value is not None})
     assert "\n" not in str(raised.value)
 
 
@@ -239,7 +241,7 @@ def test_configs_that_we_refuse(changes, message):
 )
 def test_features_of_an_architecture_that_we_refuse(name, changes, message):
     with pytest.raises(UserError, match=message):
-        shapes.shape({**STORED["models"][name]["config"], **changes})
+        config_map.model_config_from_json({**STORED["models"][name]["config"], **changes})
 
 
 def torn(path):
@@ -272,13 +274,13 @@ def missing_shard(path):
 def test_folders_that_are_not_whole(harm, message, tmp_path):
     harm(folder_of("llama", tmp_path))
     with pytest.raises(UserError, match=message) as raised:
-        folder.read(tmp_path)
+        folder.read_folder(tmp_path)
     assert "\n" not in str(raised.value)
 
 
 def test_a_dtype_that_is_none(read, tmp_path):
     with pytest.raises(UserError, match="dtype is 'int8'; choose one of float32, bfloat16, float16"):
-        folder.write(tmp_path, read("llama").config, read("llama").params, dtype="int8", ids={})
+        folder.write_folder(tmp_path, read("llama").config, read("llama").params, dtype="int8", ids={})
     assert not list(tmp_path.iterdir())
 
 
@@ -294,17 +296,17 @@ def peak(function) -> int:
 
 def test_memory_of_reading_and_writing(tmp_path):
     """Reading: the model and its largest tensor one and a half times. Writing: one file, and twice that."""
-    c = model.Config(vocab_size=3000, layers=12, hidden=512, tied=False)
+    c = model.ModelConfig(vocab_size=3000, layers=12, hidden=512, tied=False)
     zeros = lambda tree: {
         k: zeros(v) if isinstance(v, dict) else np.zeros(v.shape, np.float32) for k, v in tree.items()
     }
-    params = zeros(specs(c))
+    params = zeros(param_specs(c))
     whole, largest = sum(x.nbytes for x in jax.tree.leaves(params)), 3000 * 128 * 4
     shard = 2_000_000
     assert whole > 6 * shard > 6 * largest  # so that a second copy would be seen
-    writing = peak(lambda: folder.write(tmp_path, c, params, dtype="float32", ids={}, shard_bytes=shard))
+    writing = peak(lambda: folder.write_folder(tmp_path, c, params, dtype="float32", ids={}, shard_bytes=shard))
     assert writing < shard + 2 * largest + 200_000, writing
-    reading = peak(lambda: folder.read(tmp_path))
+    reading = peak(lambda: folder.read_folder(tmp_path))
     assert reading < whole + 1.5 * largest + 200_000, (reading, whole)
 
 
@@ -312,6 +314,6 @@ def test_each_of_our_leaves_is_in_a_file_once():
     """Else a model would be exported without it: every preset's architecture names all of its parameters."""
     for name in MODELS:
         c, kind = read_shape(name), STORED["models"][name]["config"]["model_type"]
-        leaves = [leaf for entry in names.entries(c, kind) for leaf in entry.ours]
-        tree = specs(c)
+        leaves = [leaf for entry in names.tensor_entries(c, kind) for leaf in entry.ours]
+        tree = param_specs(c)
         assert sorted(leaves) == sorted([*tree["layers"], *(leaf for leaf in tree if leaf != "layers")]), name

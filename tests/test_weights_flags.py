@@ -30,10 +30,10 @@ from foreign import (
 from safetensors.numpy import save_file
 
 from lm import model
-from lm.errors import UserError
-from lm.model.params import initial, specs
-from lm.model.rope import frequencies
-from lm.weights import folder, shapes
+from lm.core.errors import UserError
+from lm.model.params import initial_params, param_specs
+from lm.model.rope import rope_frequencies
+from lm.weights import config_map, folder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -44,7 +44,7 @@ TABLE = f"{ATTENTION}.rotary_emb.inv_freq"
 def check_refused(path: Path, message: str) -> None:
     """Reading the folder ends in one line."""
     with pytest.raises(UserError, match=message) as raised:
-        folder.read(path)
+        folder.read_folder(path)
     assert "\n" not in str(raised.value)
 
 
@@ -55,20 +55,20 @@ def test_output_matrices_are_tied_as_the_tensors_have_it(name, tmp_path):
     The logits are transformers' of the same tensors under a config.json that says the truth.
     """
     truth, untied = MISLABELLED[name]
-    c, params = folder.read(mislabelled_folder(name, tmp_path / "in"))
+    c, params = folder.read_folder(mislabelled_folder(name, tmp_path / "in"))
     assert c.tied is not untied
-    m = model.make(c.on("cpu"))
+    m = model.make_model(c.on("cpu"))
     positions = np.broadcast_to(np.arange(LONGEST, dtype=np.int32), IDS.shape)
     logits = jax.jit(lambda lm: m.logits(lm, m.hidden(lm, IDS, positions, REAL.astype(np.int32))))(params)
     np.testing.assert_allclose(np.asarray(logits)[REAL], STORED["models"][truth]["logits"], atol=1e-4)
 
     (tmp_path / "out").mkdir()
     kind = STORED["models"][truth]["config"]["model_type"]
-    folder.write(tmp_path / "out", c, params, dtype="float32", ids={}, kind=kind)
+    folder.write_folder(tmp_path / "out", c, params, dtype="float32", ids={}, kind=kind)
     said = folder.read_config(tmp_path / "out")
     assert said["tie_word_embeddings"] is not untied and said["model_type"] == kind
     assert (HEAD in of_file(tmp_path / "out" / FILE)) is untied
-    again, back = folder.read(tmp_path / "out")
+    again, back = folder.read_folder(tmp_path / "out")
     assert again == c
     jax.tree.map(np.testing.assert_array_equal, params, back)
 
@@ -77,10 +77,10 @@ def test_output_matrices_are_tied_as_the_tensors_have_it(name, tmp_path):
 def test_families_that_tie_by_default_untie_too(name, tmp_path):
     head = drawn(HEAD, [24, 16])
     changed(folder_of(name, tmp_path / "in"), **{HEAD: head})
-    c, params = folder.read(tmp_path / "in")
+    c, params = folder.read_folder(tmp_path / "in")
     np.testing.assert_array_equal(params["head"], head.T)
     (tmp_path / "out").mkdir()
-    folder.write(tmp_path / "out", c, params, dtype="float32", ids={}, kind=kind_of(name))
+    folder.write_folder(tmp_path / "out", c, params, dtype="float32", ids={}, kind=kind_of(name))
     assert folder.read_config(tmp_path / "out")["tie_word_embeddings"] is False
     assert of_file(tmp_path / "out" / FILE).keys() == of_file(tmp_path / "in" / FILE).keys()
 
@@ -94,10 +94,10 @@ def test_a_head_that_equals_the_embedding(tmp_path):
     path = folder_of("llama 3", tmp_path)
     rounded = tensors("llama 3")[EMBEDDING].astype(ml_dtypes.bfloat16)
     changed(path, **{HEAD: rounded, EMBEDDING: rounded.astype(np.float32)})
-    c, params = folder.read(path)
+    c, params = folder.read_folder(path)
     assert c.tied and "head" not in params
     write_config(path, config_of("llama 3", tie_word_embeddings=False))
-    c, params = folder.read(path)
+    c, params = folder.read_folder(path)
     assert not c.tied
     np.testing.assert_array_equal(params["head"].T, params["embedding"])
 
@@ -151,15 +151,15 @@ NO_PLACE = "has no place in a model whose config.json says"
 )
 def test_a_flag_that_the_tensors_contradict(name, flags, tensors_, message, tmp_path):
     path = folder_of(name, tmp_path, **flags)
-    folder.read(folder_of(name, tmp_path / "whole"))  # as it was made it reads
+    folder.read_folder(folder_of(name, tmp_path / "whole"))  # as it was made it reads
     changed(path, **tensors_)
     check_refused(path, message)
 
 
 def tables(name: str) -> dict[str, np.ndarray]:
     """Tables of rotary frequencies that old files of this model hold."""
-    c = shapes.shape(config_of(name))
-    plain = frequencies(c.head_size, c.rope_base)
+    c = config_map.model_config_from_json(config_of(name))
+    plain = rope_frequencies(c.head_size, c.rope_base)
     if name == "linear rope":  # first the frequencies were kept and the positions divided
         return {"plain": plain, "slowed": plain / 4}
     return {"float32": plain, "float16": plain.astype(np.float16), "bfloat16": plain.astype(ml_dtypes.bfloat16)}
@@ -169,23 +169,23 @@ def tables(name: str) -> dict[str, np.ndarray]:
 def test_rotary_tables_are_let_go_where_config_json_implies_them(name, tmp_path):
     """As transformers, which never reads them; a table of another base is of another model."""
     path = folder_of(name, tmp_path)
-    _, expected = folder.read(path)
+    _, expected = folder.read_folder(path)
     for table in tables(name).values():
         changed(path, **{TABLE: table})
-        jax.tree.map(np.testing.assert_array_equal, folder.read(path)[1], expected)
+        jax.tree.map(np.testing.assert_array_equal, folder.read_folder(path)[1], expected)
     for wrong in (plain_of(name, base=20_000.0), plain_of(name)[:1], plain_of(name) / 3):
         changed(path, **{TABLE: wrong})
         check_refused(path, f"tensor {TABLE} of .*{FILE} {NO_PLACE}")
 
 
 def plain_of(name: str, base: float = 10_000.0) -> np.ndarray:
-    return frequencies(shapes.shape(config_of(name)).head_size, base)
+    return rope_frequencies(config_map.model_config_from_json(config_of(name)).head_size, base)
 
 
 def test_a_scaled_rotary_table_is_the_scaled_one(tmp_path):
     """Under Llama 3's rule the table holds slowed frequencies: an unscaled one says otherwise."""
     path = folder_of("llama 3", tmp_path)
-    changed(path, **{TABLE: frequencies(16, 100.0)})
+    changed(path, **{TABLE: rope_frequencies(16, 100.0)})
     check_refused(path, f"tensor {TABLE} .* {NO_PLACE}")
 
 
@@ -197,7 +197,7 @@ def test_the_mask_of_gpt2_is_let_go_if_it_is_causal(dtype, tmp_path):
         [f"transformer.h.0.attn.{part}" for part in ("bias", "masked_bias")],
     )
     changed(path, **dict(zip(names_, (mask, np.array(-1e4, np.float32)))))
-    folder.read(path)
+    folder.read_folder(path)
     for wrong in (mask.swapaxes(2, 3).copy(), mask[..., :16, :16].copy(), np.ones_like(mask)):
         changed(path, **{names_[0]: wrong})
         check_refused(path, f"tensor {names_[0]} of .* {NO_PLACE}")
@@ -270,11 +270,13 @@ LLAMA3 = STORED["models"]["llama 3"]["config"]["rope_parameters"] if STORED["mod
 def test_what_config_json_says_twice(name, changes, message):
     """Two values of one thing are refused; said twice alike, they are one."""
     with pytest.raises(UserError, match=message) as raised:
-        shapes.shape(config_of(name, **changes))
+        config_map.model_config_from_json(config_of(name, **changes))
     assert "\n" not in str(raised.value)
     hf = config_of(name)
     alike = {key: hf[key] for key in changes.keys() & hf.keys()}
-    assert shapes.shape({**hf, **alike, **repeated_values(hf)}) == shapes.shape(hf)
+    assert config_map.model_config_from_json(
+        {**hf, **alike, **repeated_values(hf)}
+    ) == config_map.model_config_from_json(hf)
 
 
 def repeated_values(hf: dict) -> dict:
@@ -295,7 +297,7 @@ def test_keys_twice_in_one_file(tmp_path):
         if harmful:
             check_refused(path, "config.json has vocab_size twice, as 32 and as 24: keep the one that is right")
         else:
-            folder.read(path)
+            folder.read_folder(path)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ def test_keys_twice_in_one_file(tmp_path):
 )
 def test_what_config_json_leaves_out(name, absent, expected):
     """Means what transformers takes for it: the defaults of its config classes."""
-    c = shapes.shape(config_of(name, **dict.fromkeys(absent, ABSENT)))
+    c = config_map.model_config_from_json(config_of(name, **dict.fromkeys(absent, ABSENT)))
     assert {key: getattr(c, key) for key in expected} == expected
 
 
@@ -351,15 +353,15 @@ ONE, TWO = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 def test_shards_and_their_index(tmp_path):
     """What the index leaves out is read all the same, as by transformers; copies that are exact are let go."""
     index = write_shards(tmp_path)
-    _, expected = folder.read(tmp_path)
+    _, expected = folder.read_folder(tmp_path)
     write_index(tmp_path, {name: file for name, file in index.items() if name != EMBEDDING})
     (tmp_path / "consolidated.safetensors").write_bytes(b"in Mistral's own names, beside the same weights in ours")
-    jax.tree.map(np.testing.assert_array_equal, folder.read(tmp_path)[1], expected)
+    jax.tree.map(np.testing.assert_array_equal, folder.read_folder(tmp_path)[1], expected)
     held = tensors("llama")
     other = TWO if index[EMBEDDING] == ONE else ONE
     add(tmp_path / other, **{EMBEDDING: held[EMBEDDING]})
     add(tmp_path / FILE, **held)
-    jax.tree.map(np.testing.assert_array_equal, folder.read(tmp_path)[1], expected)
+    jax.tree.map(np.testing.assert_array_equal, folder.read_folder(tmp_path)[1], expected)
 
 
 @pytest.mark.parametrize(
@@ -415,17 +417,19 @@ def test_shards_that_contradict_their_index(harm, message, tmp_path):
     ids=["head", "norm", "rows"],
 )
 def test_no_flag_is_written_that_its_tensors_contradict(change, message, tmp_path):
-    c = model.Config(vocab_size=9, layers=1)
-    params = initial(specs(c), jax.random.key(0))
+    c = model.ModelConfig(vocab_size=9, layers=1)
+    params = initial_params(param_specs(c), jax.random.key(0))
     with pytest.raises(UserError, match=message):
-        folder.write(tmp_path, c, change(params), dtype="float32", ids={})
+        folder.write_folder(tmp_path, c, change(params), dtype="float32", ids={})
     assert not list(tmp_path.iterdir())
 
 
 def test_no_architecture_is_written_that_refuses_its_config():
     """transformers' Phi-3 takes no linear scaling, and only Gemma 3 has a second rotary base."""
-    c = dataclasses.replace(shapes.shape(config_of("phi3")), rope_scaling="linear", rope_factor=2.0)
-    assert shapes.config_json(c, "phi3")["model_type"] == "llama"
-    c = dataclasses.replace(shapes.shape(config_of("mistral")), rope_local_base=5e3)
+    c = dataclasses.replace(
+        config_map.model_config_from_json(config_of("phi3")), rope_scaling="linear", rope_factor=2.0
+    )
+    assert config_map.config_json(c, "phi3")["model_type"] == "llama"
+    c = dataclasses.replace(config_map.model_config_from_json(config_of("mistral")), rope_local_base=5e3)
     with pytest.raises(UserError, match="no architecture of transformers computes this model"):
-        shapes.config_json(c, "mistral")
+        config_map.config_json(c, "mistral")

@@ -3,11 +3,11 @@
 import pytest
 from ipywidgets import HTML, Button, Widget
 
-from lm.data.store import Store, Unavailable
-from lm.errors import UserError
-from lm.ranking import widget
-from lm.ranking.app import order
-from lm.ranking.widget import Ranker, ranks
+from lm.core.errors import UserError
+from lm.data.annotations import AnnotationStore, StoreUnavailable
+from lm.feedback import widget
+from lm.feedback.app import display_order
+from lm.feedback.widget import RankingWidget, ranks_from_choices
 
 THREE = ["first", "second", "third"]
 MARKUP = "<img src=x onerror=alert(1)> & \x1b"
@@ -15,13 +15,13 @@ MARKUP = "<img src=x onerror=alert(1)> & \x1b"
 
 @pytest.fixture(autouse=True)
 def no_time_passes(monkeypatch):
-    monkeypatch.setattr(widget, "BLINK", 0)
+    monkeypatch.setattr(widget, "MIN_CLICK_SECONDS", 0)
 
 
 @pytest.fixture
 def store(tmp_path):
     """Two items of two responses, then one of three."""
-    with Store(tmp_path / "people.db") as store:
+    with AnnotationStore(tmp_path / "people.db") as store:
         store.add(
             (f"made/{i}", [{"role": "user", "content": f"Question {i}?"}], list(responses), [])
             for i, responses in enumerate((("yes", "no"), ("so", MARKUP), THREE))
@@ -35,20 +35,20 @@ def parts(whole: Widget, kind: type) -> list:
     return [whole] if isinstance(whole, kind) else inside
 
 
-def press(ranker: Ranker, label: str) -> None:
+def press(ranker: RankingWidget, label: str) -> None:
     next(button for button in parts(ranker, Button) if button.description == label).click()
 
 
-def shown(ranker: Ranker) -> str:
+def shown(ranker: RankingWidget) -> str:
     return "\n".join(part.value for part in parts(ranker, HTML))
 
 
-def recorded(store: Store) -> list[tuple[list[int], str]]:
+def recorded(store: AnnotationStore) -> list[tuple[list[int], str]]:
     return [(ranking.ranking, ranking.verdict) for ranking in store.rankings()]
 
 
 def test_each_button_records_at_once(store):
-    ranker = Ranker(store, "me")
+    ranker = RankingWidget(store, "me")
     press(ranker, "Tie")
     assert recorded(store) == [([1, 1], "ranked")]
     press(ranker, "Both bad")
@@ -58,30 +58,30 @@ def test_each_button_records_at_once(store):
 
 
 def test_choosing_one_of_two_is_a_verdict(store):
-    ranker = Ranker(store, "me")
+    ranker = RankingWidget(store, "me")
     ranker.choose(1)
     (ranking,) = store.rankings()
     assert (ranking.ranking, ranking.rater, ranking.verdict) == ([2, 1], "me", "ranked")
-    assert ranking.shown == order(store.item(1), "me") and ranking.seconds >= 0
+    assert ranking.shown == display_order(store.item(1), "me") and ranking.seconds >= 0
     assert ranker.item.id == 2 and store.progress("me") == (1, 3)
 
 
 def test_the_first_button_stands_under_the_response_shown_first(store):
-    ranker = Ranker(store, "me")
+    ranker = RankingWidget(store, "me")
     press(ranker, "Best")
     best = store.rankings()[0].ranking.index(1)
-    assert best == order(store.item(1), "me")[0]
+    assert best == display_order(store.item(1), "me")[0]
 
 
 def test_responses_stand_in_the_order_of_the_page(store):
     for rater in "abcdef":
-        ranker = Ranker(store, rater)
-        where = [shown(ranker).index(f">{ranker.item.responses[i]}<") for i in order(ranker.item, rater)]
+        ranker = RankingWidget(store, rater)
+        where = [shown(ranker).index(f">{ranker.item.responses[i]}<") for i in display_order(ranker.item, rater)]
         assert where == sorted(where)
 
 
-def last_item(store: Store) -> Ranker:
-    ranker = Ranker(store, "me")
+def last_item(store: AnnotationStore) -> RankingWidget:
+    ranker = RankingWidget(store, "me")
     ranker.skip()
     ranker.skip()
     return ranker
@@ -121,7 +121,7 @@ def test_a_choice_can_be_taken_back_before_it_is_saved(store):
 
 
 def test_undo_shows_the_item_again_and_only_ones_own(store):
-    other, ranker = Ranker(store, "other"), Ranker(store, "me")
+    other, ranker = RankingWidget(store, "other"), RankingWidget(store, "me")
     other.choose(0)
     ranker.choose(0)
     ranker.undo()
@@ -131,20 +131,20 @@ def test_undo_shows_the_item_again_and_only_ones_own(store):
 
 
 def test_texts_are_never_markup(store):
-    ranker = Ranker(store, "me")
+    ranker = RankingWidget(store, "me")
     ranker.skip()
     assert "&lt;img src=x onerror=alert(1)&gt; &amp; ␛" in shown(ranker) and "<img" not in shown(ranker)
 
 
 def test_a_new_session_goes_on_where_the_last_stopped(store):
-    Ranker(store, "me").choose(0)
-    with Store(store.path) as again:
-        assert Ranker(again, "me").item.id == 2
+    RankingWidget(store, "me").choose(0)
+    with AnnotationStore(store.path) as again:
+        assert RankingWidget(again, "me").item.id == 2
 
 
 def test_a_second_click_does_not_judge_the_next_item(store, monkeypatch):
-    monkeypatch.setattr(widget, "BLINK", 60)
-    ranker = Ranker(store, "me")
+    monkeypatch.setattr(widget, "MIN_CLICK_SECONDS", 60)
+    ranker = RankingWidget(store, "me")
     press(ranker, "Skip")
     assert not store.rankings()
     ranker.skip()  # a program may be as fast as it likes
@@ -153,7 +153,7 @@ def test_a_second_click_does_not_judge_the_next_item(store, monkeypatch):
 
 def test_no_widgets_are_left_behind(store):
     """Each costs memory in the browser, and a kilobyte in a notebook that is saved with them."""
-    ranker = Ranker(store, "me")
+    ranker = RankingWidget(store, "me")
     ranker.skip()
     ranker.skip()  # by now there has been a place for a third response
     alive = set(Widget.get_manager_state()["state"])
@@ -165,8 +165,8 @@ def test_no_widgets_are_left_behind(store):
 
 def test_what_cannot_be_followed_is_an_error_in_one_line(store):
     with pytest.raises(UserError, match="a name has 1 to 64 printable characters"):
-        Ranker(store, "")
-    ranker = Ranker(store, "me")
+        RankingWidget(store, "")
+    ranker = RankingWidget(store, "me")
     for index in (-1, 2):
         with pytest.raises(UserError, match=f"response is {index}; this item has 0 to 1"):
             ranker.choose(index)
@@ -183,10 +183,10 @@ def test_what_cannot_be_followed_is_an_error_in_one_line(store):
 
 
 def test_a_button_shows_the_error_and_the_choice_outlasts_it(store, monkeypatch):
-    ranker = Ranker(store, "me")
+    ranker = RankingWidget(store, "me")
 
     def locked(verdict):
-        raise Unavailable("<locked>")
+        raise StoreUnavailable("<locked>")
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "record", locked)
@@ -197,9 +197,9 @@ def test_a_button_shows_the_error_and_the_choice_outlasts_it(store, monkeypatch)
 
 
 def test_ranks():
-    assert ranks([], 2) == [1, 1]
-    assert ranks([[3], [0, 1]], 5) == [2, 2, 4, 1, 4]  # one better than 0 and 1; three better than 2 and 4
+    assert ranks_from_choices([], 2) == [1, 1]
+    assert ranks_from_choices([[3], [0, 1]], 5) == [2, 2, 4, 1, 4]  # one better than 0 and 1; three better than 2 and 4
 
 
 def test_it_says_in_a_line_what_it_is(store):
-    assert repr(Ranker(store, "me")) == "Ranker('me'): 0 of 3 judged"
+    assert repr(RankingWidget(store, "me")) == "Ranker('me'): 0 of 3 judged"

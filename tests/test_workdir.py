@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from lm.errors import UserError
-from lm.workdir import open_workdir, read_json, read_metrics, write_text
+from lm.core.errors import UserError
+from lm.runs.workdir import open_workdir, read_json, read_metrics, write_text
 
 CONFIG = {"model": {"width": 8, "betas": (0.9, 0.95)}, "train": {"steps": 10}, "mesh": {"data": 1}}
 
@@ -84,7 +84,7 @@ def test_folder_of_a_run_killed_at_once_is_taken_up(tmp_path):
 
 def test_second_process_is_refused_until_the_first_is_killed(tmp_path):
     code = (
-        "import sys, time; from lm.workdir import open_workdir; w = open_workdir(sys.argv[1], {}); "
+        "import sys, time; from lm.runs.workdir import open_workdir; w = open_workdir(sys.argv[1], {}); "
         "print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:

@@ -11,9 +11,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from lm.config import parsed
-from lm.console import main, say, table
-from lm.errors import UserError
+from lm.core.config import parsed_flags
+from lm.core.errors import UserError
+from lm.runs.console import print_table, run_program, say
 from lm.weights import gguf, packages
 
 PACKAGE = "llama-cpp-python==0.3.36"
@@ -23,7 +23,7 @@ FLAGS = {"folder": dict(default="", metavar="DIR", help="where the vocabularies 
 
 def fetched(folder: Path) -> Path:
     """The vocabularies out of the package."""
-    archive = packages.downloaded(PACKAGE, folder, "*.tar.gz")
+    archive = packages.download_archive(PACKAGE, folder, "*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, [m for m in tar if "/models/ggml-vocab" in m.name], filter="data")
     return next(folder.rglob("ggml-vocab-gpt-2.gguf")).parent
@@ -40,7 +40,7 @@ def compared(folder: Path) -> list[list[str]]:
         expected = [[int(i) for i in line.split()] for line in ids.read_text().splitlines()]
         given = texts.read_text(encoding="utf-8").split(BETWEEN)[: len(expected)]
         try:
-            found = gguf.read_tokenizer(path).encode_all(given)
+            found = gguf.read_gguf_tokenizer(path).encode_all(given)
         except UserError as error:
             rows.append([name, str(len(expected)), str(error)])
             continue
@@ -51,14 +51,14 @@ def compared(folder: Path) -> list[list[str]]:
 
 
 def program(argv: list[str]) -> None:
-    flags = parsed(argv, __doc__, FLAGS)
+    flags = parsed_flags(argv, __doc__, FLAGS)
     with tempfile.TemporaryDirectory() as temporary:
         rows = compared(Path(flags.folder) if flags.folder else fetched(Path(temporary)))
-    table("llama.cpp's vectors", ["vocabulary", "vectors", "differ"], rows)
+    print_table("llama.cpp's vectors", ["vocabulary", "vectors", "differ"], rows)
     wrong = [name for name, _, differ in rows if differ.isdigit() and int(differ)]
     say(f"differ: {', '.join(wrong)}" if wrong else "every vocabulary that is read gives every id")
     sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":
-    main(program)
+    run_program(program)

@@ -1,1 +1,5 @@
-"""How fast this machine trains, samples, starts and rolls out, against its own limits and against PyTorch."""
+"""Speed beside the machine's limits and beside other libraries: `lm bench`.
+
+A file for each thing that is timed; `turns` lets two sides take turns. A new benchmark gets a file and a line in
+__main__.
+"""

@@ -15,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import model as models
-from lm.bench.limits import Limits
-from lm.bench.sizes import settled
-from lm.bench.turns import Peer, Run, Timed, summed_up
-from lm.model import Config
-from lm.model.params import matmul_count
-from lm.sample import prefill, sample
-from lm.types import Params
-from lm.weights.shapes import config_json
+from lm.bench.limits import DeviceLimits
+from lm.bench.sizes import backend_config
+from lm.bench.turns import Peer, TimedSteps, Timings, timing_summary
+from lm.core.types import Params
+from lm.generate.sampler import prefill, sample
+from lm.model import ModelConfig
+from lm.model.params import matmul_param_count
+from lm.weights.config_map import config_json
 
 
-class Shape(NamedTuple):
+class GenerationShape(NamedTuple):
     """What is generated: each of `batch` prompts is answered with exactly `new` tokens."""
 
     batch: int
@@ -33,12 +33,12 @@ class Shape(NamedTuple):
     new: int = 256
 
 
-def sampler(config: Config, shape: Shape, dtype: str, lm: Params | None = None) -> Run:
+def timed_steps(config: ModelConfig, shape: GenerationShape, dtype: str, lm: Params | None = None) -> TimedSteps:
     """Generations: seconds of each in all (`whole`), to the first logits (`prefill`), and of the rest (`decode`).
 
     Prefill is timed in a call of its own. lm: random if there is none.
     """
-    model = models.make(settled(config, dtype))
+    model = models.make_model(backend_config(config, dtype))
     lm = jax.jit(model.init)(jax.random.key(0)) if lm is None else jax.device_put(lm)
     first = jax.jit(functools.partial(prefill, model, capacity=shape.prompt + shape.new))
     whole = jax.jit(functools.partial(sample, model, max_new=shape.new, temperature=0.0, stop=()))
@@ -59,13 +59,13 @@ def sampler(config: Config, shape: Shape, dtype: str, lm: Params | None = None) 
     return run
 
 
-def peer(python: str, config: Config, shape: Shape, dtype: str) -> Peer:
+def peer(python: str, config: ModelConfig, shape: GenerationShape, dtype: str) -> Peer:
     """The same shape and prompts' sizes with transformers' generate."""
-    options = {**shape._asdict(), "dtype": settled(config, dtype).dtype}
+    options = {**shape._asdict(), "dtype": backend_config(config, dtype).dtype}
     return Peer(python, "generate.py", {"config": json.dumps(config_json(config, "llama")), **options})
 
 
-def bytes_per_step(config: Config, shape: Shape, dtype: str) -> float:
+def bytes_per_step(config: ModelConfig, shape: GenerationShape, dtype: str) -> float:
     """That a decode step cannot do without, on average: each matrix once, and what the cache holds by then.
 
     In the dtype of the products. Of a mixture of experts, those of one token.
@@ -73,13 +73,15 @@ def bytes_per_step(config: Config, shape: Shape, dtype: str) -> float:
     width = jnp.dtype(dtype).itemsize
     held = [shape.prompt + t for t in range(1, shape.new + 1)]  # tokens that a step attends to, its own among them
     seen = sum(statistics.fmean(min(n, config.window) if local else n for n in held) for local in config.local)
-    return width * (matmul_count(config) + shape.batch * seen * 2 * config.kv_heads * config.head_size)
+    return width * (matmul_param_count(config) + shape.batch * seen * 2 * config.kv_heads * config.head_size)
 
 
-def result(name: str, config: Config, shape: Shape, dtype: str, timed: Timed, limits: Limits) -> dict[str, Any]:
+def result(
+    name: str, config: ModelConfig, shape: GenerationShape, dtype: str, timed: Timings, limits: DeviceLimits
+) -> dict[str, Any]:
     """Speeds of a whole generation, of its two parts, and how much of the bandwidth decoding needs."""
-    dtype = settled(config, dtype).dtype
-    found = summed_up(timed, "whole", units=shape.batch * shape.new)
+    dtype = backend_config(config, dtype).dtype
+    found = timing_summary(timed, "whole", units=shape.batch * shape.new)
     median = found["ours"]["median"]
     size = bytes_per_step(config, shape, dtype)
     read = size * shape.new / median["decode"]

@@ -4,11 +4,11 @@ import dataclasses
 
 import jax
 
-from lm.hardware import matmul_ceiling, memory_bandwidth, peak_flops
+from lm.runs.hardware import matmul_ceiling, memory_bandwidth, peak_flops
 
 
 @dataclasses.dataclass
-class Limits:
+class DeviceLimits:
     """The best seen so far: FLOP/s of matrix products by dtype, and bytes read a second."""
 
     flops: dict[str, float] = dataclasses.field(default_factory=lambda: {"float32": 0.0, "bfloat16": 0.0})

@@ -12,19 +12,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import model as models, optim
-from lm.bench.limits import Limits
-from lm.bench.sizes import SIZES, settled
-from lm.bench.turns import Peer, Run, Timed, summed_up
-from lm.model import Config
-from lm.model.params import matmul_count
-from lm.stages import grpo
-from lm.stages.answering import rollout
-from lm.types import Rollouts
+from lm import model as models
+from lm.bench.limits import DeviceLimits
+from lm.bench.sizes import SIZES, backend_config
+from lm.bench.turns import Peer, TimedSteps, Timings, timing_summary
+from lm.core.types import Rollouts
+from lm.model import ModelConfig
+from lm.model.params import matmul_param_count
+from lm.optim import optimizers
+from lm.stages.rl import grpo
+from lm.stages.rl.multi_turn import rollout_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class RolloutShape:
     """What a step does."""
 
     prompts: int = 4
@@ -33,13 +34,13 @@ class Shape:
     new: int = 64
 
 
-def stepper(config: Config, shape: Shape, *, beta: float = 0.04) -> Run:
+def timed_steps(config: ModelConfig, shape: RolloutShape, *, beta: float = 0.04) -> TimedSteps:
     """Steps of stage grpo: seconds of generation, of update (reference's and own log-probs, loss, gradient, AdamW), and
     of both."""
-    model = models.make(settled(config, "auto"))
-    update = grpo.make(model, optim.make(learning_rate=1e-4, total_steps=1000), beta=beta)
+    model = models.make_model(backend_config(config, "auto"))
+    update = grpo.make(model, optimizers.make_optimizer(learning_rate=1e-4, total_steps=1000), beta=beta)
     state = jax.jit(lambda key: update.init(key, {"lm": model.init(key)}, {}))(jax.random.key(0))
-    draw = jax.jit(functools.partial(rollout, model, max_new=shape.new, stop=()))
+    draw = jax.jit(functools.partial(rollout_rows, model, max_new=shape.new, stop=()))
     step = jax.jit(update.update, donate_argnums=0)
     rows = shape.prompts * shape.group
     prompts = np.random.default_rng(0).integers(1, config.vocab_size, (shape.prompts, shape.prompt))
@@ -64,24 +65,24 @@ def stepper(config: Config, shape: Shape, *, beta: float = 0.04) -> Run:
     return run
 
 
-def peer(python: str, shape: Shape) -> Peer:
+def peer(python: str, shape: RolloutShape) -> Peer:
     """TRL's step with the GPT-2 that has as many layers, columns and heads, and about as many parameters."""
     c = SIZES["S"].config
     sizes = {"layers": c.layers, "width": c.width, "heads": c.heads, "hidden": 4 * c.width, "vocabulary": c.vocab_size}
     return Peer(python, "grpo_step.py", {**dataclasses.asdict(shape), **sizes})
 
 
-def flops(config: Config, shape: Shape) -> float:
+def step_flops(config: ModelConfig, shape: RolloutShape) -> float:
     """Of the matrix products a step cannot do without: one pass to generate, one of the reference, one forward and
     backward, two a parameter and token in each pass; attention is left out."""
     tokens = shape.prompts * shape.group * (shape.prompt + shape.new)
-    return 2 * matmul_count(config) * tokens * (1 + 1 + 3)
+    return 2 * matmul_param_count(config) * tokens * (1 + 1 + 3)
 
 
-def result(config: Config, shape: Shape, timed: Timed, limits: Limits) -> dict[str, Any]:
+def result(config: ModelConfig, shape: RolloutShape, timed: Timings, limits: DeviceLimits) -> dict[str, Any]:
     """Seconds of each phase, and those that the products alone take at the device's best."""
     peak, source = limits.peak()
-    least = flops(config, shape) / peak
-    found = summed_up(timed, "step")
+    least = step_flops(config, shape) / peak
+    found = timing_summary(timed, "step")
     found |= {"of_peak": least / found["ours"]["median"]["step"], "least": least}
     return {"size": "S", **dataclasses.asdict(shape), **found, "peak": {"flops_per_second": peak, "source": source}}

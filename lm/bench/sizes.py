@@ -7,45 +7,47 @@ from typing import NamedTuple
 
 import jax
 
-from lm.errors import UserError
-from lm.model import Config, presets
+from lm.core.errors import UserError
+from lm.model import ModelConfig, presets
 
 DTYPES = ("auto", "float32", "bfloat16")
 
 
-class Size(NamedTuple):
-    config: Config
+class BenchmarkSize(NamedTuple):
+    config: ModelConfig
     rows: int
     length: int  # tokens a row
 
 
-def llama(**sizes: int) -> Config:
+def llama_config(**sizes: int) -> ModelConfig:
     """As Llama: no normalised queries and keys, as many kv heads as heads; a tied head as in the small ones."""
-    return Config(**sizes, kv_heads=sizes["heads"], qk_norm=False, norm_eps=1e-5, context=4096)
+    return ModelConfig(**sizes, kv_heads=sizes["heads"], qk_norm=False, norm_eps=1e-5, context=4096)
 
 
 # Of SwiGLU's three matrices 683 columns have the parameters of 1,024 in GPT-2's two; 704 is a multiple of 64.
-SIZES: Mapping[str, Size] = {
-    "tiny": Size(llama(vocab_size=256, layers=2, width=32, heads=2, head_size=16, hidden=64), 2, 32),
-    "S": Size(llama(vocab_size=4096, layers=4, width=256, heads=4, head_size=64, hidden=704), 16, 256),
-    "M": Size(llama(vocab_size=32_768, layers=12, width=768, heads=12, head_size=64, hidden=2048), 4, 512),
-    "smollm2-135m": Size(Config(**presets.smollm2_135m()), 4, 512),
+SIZES: Mapping[str, BenchmarkSize] = {
+    "tiny": BenchmarkSize(llama_config(vocab_size=256, layers=2, width=32, heads=2, head_size=16, hidden=64), 2, 32),
+    "S": BenchmarkSize(llama_config(vocab_size=4096, layers=4, width=256, heads=4, head_size=64, hidden=704), 16, 256),
+    "M": BenchmarkSize(
+        llama_config(vocab_size=32_768, layers=12, width=768, heads=12, head_size=64, hidden=2048), 4, 512
+    ),
+    "smollm2-135m": BenchmarkSize(ModelConfig(**presets.smollm2_135m()), 4, 512),
     # of an accelerator: a block and 512 positions' logits at a time
-    "1B": Size(Config(**presets.llama3_2_1b(), remat="block", loss_chunk=512), 2, 4096),
+    "1B": BenchmarkSize(ModelConfig(**presets.llama3_2_1b(), remat="block", loss_chunk=512), 2, 4096),
 }
 
 
-def settled(config: Config, dtype: str) -> Config:
+def backend_config(config: ModelConfig, dtype: str) -> ModelConfig:
     """The config as this backend computes it, in `dtype`, or in the backend's own if that is auto."""
     return dataclasses.replace(config, dtype=dtype).on(jax.default_backend())
 
 
-def sizes_of(names: str) -> dict[str, Size]:
+def sizes_named(names: str) -> dict[str, BenchmarkSize]:
     """Of names with commas between them."""
-    return {name: SIZES[name] for name in listed("sizes", names, SIZES)}
+    return {name: SIZES[name] for name in parsed_names("sizes", names, SIZES)}
 
 
-def listed(flag: str, names: str, known) -> list[str]:
+def parsed_names(flag: str, names: str, known) -> list[str]:
     """The names with commas between them, each once. UserError for one that is not known."""
     found = list(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in found:
@@ -54,7 +56,7 @@ def listed(flag: str, names: str, known) -> list[str]:
     return found
 
 
-def counts(flag: str, text: str) -> list[int]:
+def parsed_counts(flag: str, text: str) -> list[int]:
     """Numbers from 1 up, with commas between them."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
@@ -62,6 +64,6 @@ def counts(flag: str, text: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def threads() -> int:
+def thread_count() -> int:
     """Of XLA's pool on a CPU, which is also what a peer is told to use."""
     return os.cpu_count() or 1

@@ -11,52 +11,60 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm.bench.generation import Shape
-from lm.bench.turns import Run, Timed, phases
-from lm.data import chats, corpus as corpora
-from lm.data.prompts import Prompts, fitting, take
-from lm.errors import UserError
-from lm.intervals import average
-from lm.sample import sample
-from lm.speculative import Acceptance, speculate
-from lm.types import Array, Completions
-from lm.workdir import Trained, same_tokenizer
+from lm.bench.generation import GenerationShape
+from lm.bench.turns import TimedSteps, Timings, phase_seconds
+from lm.core.errors import UserError
+from lm.core.statistics import mean_estimate
+from lm.core.types import Array, Completions
+from lm.data import conversations, sources as corpora
+from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.generate.sampler import sample
+from lm.generate.speculative import AcceptanceCounts, speculative_sample
+from lm.runs.workdir import TrainedModel, check_same_tokenizer
 
 TEMPERATURES = (0.0, 0.7, 1.0)
-HELD_OUT = 0.05  # of the conversations, as in the quickstart, whose models have not learnt from them
+HELD_OUT_FRACTION = 0.05  # of the conversations, as in the quickstart, whose models have not learnt from them
 
 
-class Sides(NamedTuple):
+class SpeculationSamplers(NamedTuple):
     """(key) -> what is drawn for the prompts, compiled at the first call."""
 
     plain: Callable[[Array], Completions]
-    drafted: Callable[[Array], tuple[Completions, Acceptance]]
+    drafted: Callable[[Array], tuple[Completions, AcceptanceCounts]]
 
 
-def sides(target: Trained, draft: Trained, prompts: Prompts, shape: Shape, *, ahead: int, temperature: float) -> Sides:
+def speculation_samplers(
+    target: TrainedModel,
+    draft: TrainedModel,
+    prompts: Prompts,
+    shape: GenerationShape,
+    *,
+    ahead: int,
+    temperature: float,
+) -> SpeculationSamplers:
     """Answers of at most shape.new tokens, that end where they end. UserError for a draft of another tokenizer."""
-    same_tokenizer(target, draft)
+    check_same_tokenizer(target, draft)
     lm, draft_lm = (jax.device_put(trained.params["lm"]) for trained in (target, draft))
     options = dict(max_new=shape.new, temperature=temperature, stop=target.tokenizer.stops)
     plain = jax.jit(functools.partial(sample, target.model, **options))
-    drafted = jax.jit(functools.partial(speculate, target.model, draft.model, ahead=ahead, **options))
+    drafted = jax.jit(functools.partial(speculative_sample, target.model, draft.model, ahead=ahead, **options))
     given = prompts.ids, prompts.lengths
-    return Sides(functools.partial(plain, lm, *given), functools.partial(drafted, lm, draft_lm, *given))
+    return SpeculationSamplers(functools.partial(plain, lm, *given), functools.partial(drafted, lm, draft_lm, *given))
 
 
-def held_out(target: Trained, shape: Shape) -> Prompts:
+def held_out_prompts(target: TrainedModel, shape: GenerationShape) -> Prompts:
     """The first shape.batch held-out prompts of at most shape.prompt tokens. UserError where there are not so many."""
-    _, unseen = corpora.split(chats.conversations("chitchat"), HELD_OUT)
-    fit, _ = fitting(target.tokenizer, chats.prompts(unseen), shape.prompt)
+    _, unseen = corpora.split_held_out(conversations.load_conversations("chitchat"), HELD_OUT_FRACTION)
+    fit, _ = prompts_within_length(target.tokenizer, conversations.prompt_contexts(unseen), shape.prompt)
     if len(fit.ids) < shape.batch:
         raise UserError(
             f"{len(fit.ids)} held-out prompts have at most {shape.prompt} tokens, not {shape.batch}: "
             "lower --batches or raise --prompt_tokens"
         )
-    return take(fit, np.arange(shape.batch))
+    return prompts_at(fit, np.arange(shape.batch))
 
 
-def stepper(both: Sides) -> Run:
+def timed_steps(both: SpeculationSamplers) -> TimedSteps:
     """Steps: seconds of each side, and of one of its tokens, as answers end at lengths of their own."""
 
     def run(count: int):
@@ -75,13 +83,15 @@ def stepper(both: Sides) -> Run:
     return run
 
 
-def result(name: str, shape: Shape, ahead: int, temperature: float, both: Sides, timed: Timed) -> dict[str, Any]:
+def result(
+    name: str, shape: GenerationShape, ahead: int, temperature: float, both: SpeculationSamplers, timed: Timings
+) -> dict[str, Any]:
     """Tokens a second of both; over prompts, the share of proposals accepted and the tokens a pass of the target, each
     with its interval. A prompt whose answer had no room for a proposal counts in neither."""
     drawn, told = jax.device_get(both.drafted(jax.random.key(0)))
     some = told.proposed > 0
-    seconds = phases(timed.ours)["median"]
-    by_turn = [phases([turn])["median"] for turn in timed.ours]
+    seconds = phase_seconds(timed.ours)["median"]
+    by_turn = [phase_seconds([turn])["median"] for turn in timed.ours]
     return {
         "size": name,
         "temperature": temperature,
@@ -90,6 +100,6 @@ def result(name: str, shape: Shape, ahead: int, temperature: float, both: Sides,
         "per_second": {side: 1 / seconds[f"{side}_token"] for side in ("plain", "drafted")},
         "ratio": seconds["plain_token"] / seconds["drafted_token"],
         "each_turn": [turn["plain_token"] / turn["drafted_token"] for turn in by_turn],
-        "accepted": average(told.accepted[some] / told.proposed[some])._asdict(),
-        "tokens_a_pass": average(drawn.lengths[some] / told.rounds[some])._asdict(),
+        "accepted": mean_estimate(told.accepted[some] / told.proposed[some])._asdict(),
+        "tokens_a_pass": mean_estimate(drawn.lengths[some] / told.rounds[some])._asdict(),
     }

@@ -14,61 +14,65 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm.errors import UserError
-from lm.workdir import METRICS, read_metrics
+from lm.core.errors import UserError
+from lm.runs.workdir import METRICS_FILE, read_metrics
 
-CODE = Path(__file__).resolve().parents[2]
-AIMS = {"cold": 8.0, "warm": 4.0}  # seconds
-RESTART = (
+REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
+TARGET_SECONDS = {"cold": 8.0, "warm": 4.0}  # seconds
+RESTART_VARIABLES = (
     "JAX_COMPILATION_CACHE_DIR",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
     "GLIBC_TUNABLES",
 )  # that lm/__init__.py sets: it is part of a start
-LATEST = 600.0  # seconds after which a start has failed
+TIMEOUT_SECONDS = 600.0  # seconds after which a start has failed
 
 
-def starts(*, turns: int, after: Callable[[Mapping[str, float]], None]) -> dict[str, list[float]]:
-    """Of each cold and warm start, in turns. UserError where lm.train does not come to a step."""
+def startup_seconds(*, turns: int, after: Callable[[Mapping[str, float]], None]) -> dict[str, list[float]]:
+    """Of each cold and warm start, in turns. UserError where lm.train.loop does not come to a step."""
     found: dict[str, list[float]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
         root = Path(folder)
-        fitted = command("tokenizer", root / "tokenizer")
-        done = subprocess.run(fitted, cwd=CODE, env=environment(root / "programs"), capture_output=True, text=True)
-        stop_if_failed(fitted, done.returncode, done.stderr)
+        fitted = train_command("tokenizer", root / "tokenizer")
+        done = subprocess.run(
+            fitted, cwd=REPOSITORY_ROOT, env=child_environment(root / "programs"), capture_output=True, text=True
+        )
+        check_exit(fitted, done.returncode, done.stderr)
         for turn in range(turns):
             for kind in found:
-                found[kind].append(first_step(root, f"{turn}-{kind}", cache=root / f"programs-{turn}"))
+                found[kind].append(first_step_seconds(root, f"{turn}-{kind}", cache=root / f"programs-{turn}"))
             after({kind: times[-1] for kind, times in found.items()})
     return found
 
 
-def command(name: str, workdir: Path, *flags: str) -> list[str]:
-    config = f"--config={CODE / 'experiments' / name}.py:tiny"
-    return [sys.executable, "-m", "lm.train", config, f"--workdir={workdir}", *flags]
+def train_command(name: str, workdir: Path, *flags: str) -> list[str]:
+    config = f"--config={REPOSITORY_ROOT / 'experiments' / name}.py:tiny"
+    return [sys.executable, "-m", "lm.train.loop", config, f"--workdir={workdir}", *flags]
 
 
-def environment(cache: Path) -> dict[str, str]:
+def child_environment(cache: Path) -> dict[str, str]:
     """Ours, without what our own restart added, and with that cache of compiled programs."""
-    ours = {name: value for name, value in os.environ.items() if name not in RESTART}
+    ours = {name: value for name, value in os.environ.items() if name not in RESTART_VARIABLES}
     return {**ours, "JAX_COMPILATION_CACHE_DIR": str(cache)}
 
 
-def first_step(root: Path, name: str, *, cache: Path) -> float:
-    """Seconds from starting lm.train until a step of its own is logged; the run may then end."""
+def first_step_seconds(root: Path, name: str, *, cache: Path) -> float:
+    """Seconds from starting lm.train.loop until a step of its own is logged; the run may then end."""
     workdir, said = root / name, root / f"{name}.txt"
-    run = command("pretrain", workdir, f"--config.tokenizer={root / 'tokenizer'}", "--config.train.log_every=1")
+    run = train_command("pretrain", workdir, f"--config.tokenizer={root / 'tokenizer'}", "--config.train.log_every=1")
     with said.open("w") as stream:
         start = time.perf_counter()
-        child = subprocess.Popen(run, cwd=CODE, env=environment(cache), stdout=subprocess.DEVNULL, stderr=stream)
+        child = subprocess.Popen(
+            run, cwd=REPOSITORY_ROOT, env=child_environment(cache), stdout=subprocess.DEVNULL, stderr=stream
+        )
         try:
-            while not any(row["step"] >= 1 for row in read_metrics(workdir / METRICS)):
+            while not any(row["step"] >= 1 for row in read_metrics(workdir / METRICS_FILE)):
                 if child.poll() is not None:
                     break
-                if time.perf_counter() - start > LATEST:
-                    raise UserError(f"{' '.join(run)} took no step within {LATEST:.0f} s: run it by hand")
+                if time.perf_counter() - start > TIMEOUT_SECONDS:
+                    raise UserError(f"{' '.join(run)} took no step within {TIMEOUT_SECONDS:.0f} s: run it by hand")
                 time.sleep(0.01)
             found = time.perf_counter() - start
-            stop_if_failed(run, child.wait(), said.read_text())
+            check_exit(run, child.wait(), said.read_text())
         finally:
             if child.poll() is None:
                 child.kill()
@@ -76,7 +80,7 @@ def first_step(root: Path, name: str, *, cache: Path) -> float:
     return found
 
 
-def stop_if_failed(run: Sequence[str], code: int, stderr: str) -> None:
+def check_exit(run: Sequence[str], code: int, stderr: str) -> None:
     if code:
         said = stderr.strip().splitlines()[-1:] or ["without a word"]
         raise UserError(f"{' '.join(run)} failed: {said[0]}")
@@ -85,6 +89,11 @@ def stop_if_failed(run: Sequence[str], code: int, stderr: str) -> None:
 def result(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Median, best and aim of each kind of start."""
     return {
-        kind: {"median": statistics.median(times), "best": min(times), "aim": AIMS[kind], "turns": list(times)}
+        kind: {
+            "median": statistics.median(times),
+            "best": min(times),
+            "aim": TARGET_SECONDS[kind],
+            "turns": list(times),
+        }
         for kind, times in found.items()
     }

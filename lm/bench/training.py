@@ -11,23 +11,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import model as models, optim
-from lm.bench.limits import Limits
-from lm.bench.sizes import Size, settled
-from lm.bench.turns import Peer, Run, Timed, summed_up
+from lm import model as models
+from lm.bench.limits import DeviceLimits
+from lm.bench.sizes import BenchmarkSize, backend_config
+from lm.bench.turns import Peer, TimedSteps, Timings, timing_summary
+from lm.core.types import Tokens
 from lm.model.params import flops_per_token
-from lm.stages import pretrain
-from lm.types import Tokens
-from lm.weights.shapes import config_json
+from lm.optim import optimizers
+from lm.stages.pretraining import pretrain
+from lm.weights.config_map import config_json
 
 
-def stepper(size: Size, dtype: str) -> Run:
+def timed_steps(size: BenchmarkSize, dtype: str) -> TimedSteps:
     """Steps of pretraining on one batch: seconds of each, after one that compiles or warms up."""
-    model = models.make(settled(size.config, dtype))
-    update = pretrain.make(model, optim.make(learning_rate=1e-4, total_steps=1000))
+    model = models.make_model(backend_config(size.config, dtype))
+    update = pretrain.make(model, optimizers.make_optimizer(learning_rate=1e-4, total_steps=1000))
     state = jax.jit(lambda key: update.init(key, {"lm": model.init(key)}, {}))(jax.random.key(0))
     step = jax.jit(update.update, donate_argnums=0)
-    batch = jax.device_put(drawn(size))
+    batch = jax.device_put(random_batch(size))
 
     def run(count: int):
         nonlocal state
@@ -41,7 +42,7 @@ def stepper(size: Size, dtype: str) -> Run:
     return run
 
 
-def drawn(size: Size) -> Tokens:
+def random_batch(size: BenchmarkSize) -> Tokens:
     """Rows of tokens drawn evenly; every target counts."""
     ids = np.random.default_rng(0).integers(0, size.config.vocab_size, (size.rows, size.length + 1)).astype(np.int32)
     ones = np.ones((size.rows, size.length), np.int32)
@@ -49,21 +50,21 @@ def drawn(size: Size) -> Tokens:
     return Tokens(ids[:, :-1], ids[:, 1:], ones.astype(np.float32), positions, ones)
 
 
-def peer(python: str, size: Size, dtype: str) -> Peer:
+def peer(python: str, size: BenchmarkSize, dtype: str) -> Peer:
     """The same shape, batch and optimizer in PyTorch; it predicts what follows `length` tokens, as ours does."""
     options = {"config": json.dumps(config_json(size.config, "llama")), "rows": size.rows, "length": size.length}
-    return Peer(python, "train_step.py", {**options, "dtype": settled(size.config, dtype).dtype})
+    return Peer(python, "train_step.py", {**options, "dtype": backend_config(size.config, dtype).dtype})
 
 
-def result(name: str, size: Size, dtype: str, timed: Timed, limits: Limits) -> dict[str, Any]:
+def result(name: str, size: BenchmarkSize, dtype: str, timed: Timings, limits: DeviceLimits) -> dict[str, Any]:
     """Speeds, and FLOP/s that the model needs (rematerialisation is not counted) over what the device could do."""
     tokens = size.rows * size.length
-    found = summed_up(timed, "step", units=tokens)
+    found = timing_summary(timed, "step", units=tokens)
     flops = flops_per_token(size.config, size.length) * found["per_second"]["ours"]["median"]
     peak, source = limits.peak()
     return {
         "size": name,
-        "dtype": settled(size.config, dtype).dtype,
+        "dtype": backend_config(size.config, dtype).dtype,
         "rows": size.rows,
         "length": size.length,
         **found,

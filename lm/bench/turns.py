@@ -9,14 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lm.bench.sizes import threads
-from lm.errors import UserError
+from lm.bench.sizes import thread_count
+from lm.core.errors import UserError
 
-PEERS = Path(__file__).parents[2] / "tests" / "peers"
-REMEDY = "give --peer=PYTHON, an interpreter with tests/peers.txt"
+PEERS_DIR = Path(__file__).parents[2] / "tests" / "peers"
+PEER_REMEDY = "give --peer=PYTHON, an interpreter with tests/peers.txt"
 
-Row = Mapping[str, float]  # seconds of each phase of one step
-Run = Callable[[int], Sequence[Row]]  # so many steps that count, after one that does not
+PhaseSeconds = Mapping[str, float]  # seconds of each phase of one step
+TimedSteps = Callable[[int], Sequence[PhaseSeconds]]  # so many steps that count, after one that does not
 
 
 class Peer(NamedTuple):
@@ -28,38 +28,40 @@ class Peer(NamedTuple):
 
     def steps(self, count: int) -> dict[str, Any]:
         """What it says after so many steps. UserError where it cannot run."""
-        options = {**self.options, "threads": threads(), "steps": count}
-        script = PEERS / self.script
+        options = {**self.options, "threads": thread_count(), "steps": count}
+        script = PEERS_DIR / self.script
         try:
             done = subprocess.run(
                 [self.python, str(script), *(f"--{k}={v}" for k, v in options.items())], capture_output=True, text=True
             )
         except OSError as error:
-            raise UserError(f"cannot run {self.python}: {error.strerror}; {REMEDY}") from error
+            raise UserError(f"cannot run {self.python}: {error.strerror}; {PEER_REMEDY}") from error
         if done.returncode:
             said = done.stderr.strip().splitlines()[-1:] or ["without a word"]
-            raise UserError(f"{self.python} {script} failed: {said[0]}; {REMEDY}")
+            raise UserError(f"{self.python} {script} failed: {said[0]}; {PEER_REMEDY}")
         return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def interpreter(peer: str) -> str:
+def peer_interpreter(peer: str) -> str:
     """The Python that --peer names; "torch" is this one, if it has PyTorch."""
     if peer != "torch":
         return peer
     if find_spec("torch") is None:
-        raise UserError(f"--peer=torch: this Python has no torch; {REMEDY}")
+        raise UserError(f"--peer=torch: this Python has no torch; {PEER_REMEDY}")
     return sys.executable
 
 
-class Timed(NamedTuple):
+class Timings(NamedTuple):
     """Rows of seconds of both sides, turn by turn; `peer` is empty where there was none."""
 
-    ours: list[Sequence[Row]]
-    peer: list[Sequence[Row]]
+    ours: list[Sequence[PhaseSeconds]]
+    peer: list[Sequence[PhaseSeconds]]
     about: Mapping[str, Any]  # what the peer says of itself
 
 
-def interleaved(ours: Run, peer: Peer | None, *, turns: int, steps: int, after: Callable[[Row], None]) -> Timed:
+def interleaved_timings(
+    ours: TimedSteps, peer: Peer | None, *, turns: int, steps: int, after: Callable[[PhaseSeconds], None]
+) -> Timings:
     """Each side takes `steps` steps, `turns` times; `after` is told our last step after each turn."""
     mine, theirs, about = [], [], {}
     for _ in range(turns):
@@ -69,18 +71,18 @@ def interleaved(ours: Run, peer: Peer | None, *, turns: int, steps: int, after: 
             theirs.append(said["seconds"])
             about = {name: said[name] for name in ("threads", "versions")}
         after(mine[-1][-1])
-    return Timed(mine, theirs, about)
+    return Timings(mine, theirs, about)
 
 
-def summed_up(timed: Timed, phase: str, *, units: int = 1) -> dict[str, Any]:
+def timing_summary(timed: Timings, phase: str, *, units: int = 1) -> dict[str, Any]:
     """Seconds of each phase, median and best of all steps; `units` (tokens) a second of the one that counts; and how
     many times as fast as the peer we are, by medians, by bests, and from turn to turn."""
     sides = {"ours": timed.ours, **({"peer": timed.peer} if timed.peer else {})}
     found: dict[str, Any] = {
-        "per_second": {side: per_second(turns, phase, units) for side, turns in sides.items()},
-        **{side: phases(turns) for side, turns in sides.items()},
+        "per_second": {side: units_per_second(turns, phase, units) for side, turns in sides.items()},
+        **{side: phase_seconds(turns) for side, turns in sides.items()},
         "turns": {side: [[row[phase] for row in turn] for turn in turns] for side, turns in sides.items()},
-        "threads": {"ours": threads()},
+        "threads": {"ours": thread_count()},
     }
     if timed.peer:
         speed = found["per_second"]
@@ -88,13 +90,13 @@ def summed_up(timed: Timed, phase: str, *, units: int = 1) -> dict[str, Any]:
         found["peer_versions"] = timed.about["versions"]
         found["ratio"] = {name: speed["ours"][name] / speed["peer"][name] for name in ("median", "best")}
         found["ratio"]["each_turn"] = [
-            per_second([theirs], phase)["median"] ** -1 * per_second([ours], phase)["median"]
+            units_per_second([theirs], phase)["median"] ** -1 * units_per_second([ours], phase)["median"]
             for ours, theirs in zip(timed.ours, timed.peer)
         ]
     return found
 
 
-def phases(turns: Sequence[Sequence[Row]]) -> dict[str, dict[str, float]]:
+def phase_seconds(turns: Sequence[Sequence[PhaseSeconds]]) -> dict[str, dict[str, float]]:
     rows = [row for turn in turns for row in turn]
     return {
         "median": {name: statistics.median(row[name] for row in rows) for name in rows[0]},
@@ -102,5 +104,5 @@ def phases(turns: Sequence[Sequence[Row]]) -> dict[str, dict[str, float]]:
     }
 
 
-def per_second(turns: Sequence[Sequence[Row]], phase: str, units: int = 1) -> dict[str, float]:
-    return {name: units / seconds[phase] for name, seconds in phases(turns).items()}
+def units_per_second(turns: Sequence[Sequence[PhaseSeconds]], phase: str, units: int = 1) -> dict[str, float]:
+    return {name: units / seconds[phase] for name, seconds in phase_seconds(turns).items()}

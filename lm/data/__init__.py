@@ -1,1 +1,6 @@
-"""Real text to rows, and rows to batches: corpora, conversations, rankings. Host-side numpy, no jit."""
+"""Text, conversations and preferences to batches; batch i depends on the seed and i alone.
+
+`sources` reads corpora, `conversations` and `preferences` the other two kinds, `packing` turns them into rows, `batches`
+orders the rows, `annotations` keeps what people said, `tasks` makes items with one right answer. A new source goes to
+the file of its kind.
+"""

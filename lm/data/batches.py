@@ -8,20 +8,24 @@ import grain
 import jax
 import numpy as np
 
-from lm.errors import UserError, at_least
+from lm.core.errors import UserError, check_at_least
 
 Rows = TypeVar("Rows")  # a pytree of arrays with the same leading N
-Ramp = Sequence[tuple[int, int]]  # ((100, 4), (200, 8)): 4 rows before step 100, 8 before step 200, then batch_size
+BatchSizeRamp = Sequence[
+    tuple[int, int]
+]  # ((100, 4), (200, 8)): 4 rows before step 100, 8 before step 200, then batch_size
 
 
-def batches(rows: Rows, *, batch_size: int, seed: int, shuffle: bool = True, ramp: Ramp = ()) -> Callable[[int], Rows]:
+def batch_function(
+    rows: Rows, *, batch_size: int, seed: int, shuffle: bool = True, ramp: BatchSizeRamp = ()
+) -> Callable[[int], Rows]:
     """i -> rows [batch_size, ...] of the same pytree type, numpy; fewer or more while the ramp lasts.
 
     Epoch follows epoch without a seam, each in a new order, which no ramp changes: a batch takes the rows after those
     of the batches before it. Fewer rows than `batch_size` repeat. Grain draws the row *numbers* and numpy gathers the
     rows once: per-row Python would cost more than a small model's step.
     """
-    at_least(1, "data", batch_size=batch_size)
+    check_at_least(1, "data", batch_size=batch_size)
     check_ramp(ramp)
     sizes = {len(leaf) for leaf in jax.tree.leaves(rows)}
     if len(sizes) != 1 or 0 in sizes:
@@ -30,13 +34,13 @@ def batches(rows: Rows, *, batch_size: int, seed: int, shuffle: bool = True, ram
     numbers = (numbers.shuffle() if shuffle else numbers).repeat()
 
     def batch(i: int) -> Rows:
-        drawn = np.array([numbers[j] for j in place(int(i), batch_size=batch_size, ramp=ramp)])
+        drawn = np.array([numbers[j] for j in batch_row_range(int(i), batch_size=batch_size, ramp=ramp)])
         return jax.tree.map(lambda leaf: np.asarray(leaf[drawn]), rows)
 
     return batch
 
 
-def place(i: int, *, batch_size: int, ramp: Ramp) -> range:
+def batch_row_range(i: int, *, batch_size: int, ramp: BatchSizeRamp) -> range:
     """Where the rows of batch i stand among all that are drawn, one epoch after another."""
     start = begin = 0
     for end, size in (*ramp, (math.inf, batch_size)):
@@ -45,7 +49,7 @@ def place(i: int, *, batch_size: int, ramp: Ramp) -> range:
         start, begin = start + (end - begin) * size, end
 
 
-def check_ramp(ramp: Ramp) -> None:
+def check_ramp(ramp: BatchSizeRamp) -> None:
     """UserError unless the ramp is pairs (step, rows), the steps growing, no batch empty."""
     pairs = [pair for pair in ramp if isinstance(pair, (tuple, list)) and len(pair) == 2]
     if len(pairs) < len(ramp) or not all(isinstance(n, int) for pair in pairs for n in pair):
@@ -56,10 +60,10 @@ def check_ramp(ramp: Ramp) -> None:
     if any(after <= before for before, after in zip(steps, steps[1:])):
         raise UserError(f"data.ramp has the steps {', '.join(map(str, steps[1:]))}; each must be larger than the last")
     for _, rows in ramp:
-        at_least(1, "data.ramp", rows=rows)
+        check_at_least(1, "data.ramp", rows=rows)
 
 
-def stop_unless_cut(ramp: Ramp, microbatches: int) -> None:
+def check_ramp_microbatches(ramp: BatchSizeRamp, microbatches: int) -> None:
     """UserError, before the first step rather than at its own, for a batch that the microbatches cannot cut."""
     for step, rows in ramp:
         if rows % microbatches:
@@ -69,7 +73,7 @@ def stop_unless_cut(ramp: Ramp, microbatches: int) -> None:
             )
 
 
-def every(rows: Rows, batch_size: int) -> Iterator[Rows]:
+def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Rows]:
     """All rows once, in order; the last batch is filled up with zeros, which weigh nothing."""
     count = len(jax.tree.leaves(rows)[0])
     for start in range(0, count, batch_size):

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.data.chats import Conversation
-from lm.data.truncation import fitted, nothing_left
-from lm.tokenizer import Example, Tokenizer, prompts
+from lm.data.conversations import Conversation
+from lm.data.truncation import nothing_left_error, truncated_rows
+from lm.tokenizer import TokenizedExample, Tokenizer, encode_prompts
 
-BUCKET = 32  # tokens; prompts are padded to a multiple of it
+BUCKET_SIZE = 32  # tokens; prompts are padded to a multiple of it
 
 
 class Prompts(NamedTuple):
@@ -18,13 +18,13 @@ class Prompts(NamedTuple):
     contexts: Sequence[list[dict]]  # the messages of each
 
 
-def bucketed(length: int, limit: int) -> int:
+def bucket_length(length: int, limit: int) -> int:
     """The multiple of BUCKET that a prompt of `length` is padded to, but at most `limit`: so that a program compiled
     for one length serves all others near it, and padding never takes the room that the answer needs."""
-    return min(-(-length // BUCKET) * BUCKET, limit)
+    return min(-(-length // BUCKET_SIZE) * BUCKET_SIZE, limit)
 
 
-def padded(rows: Sequence[np.ndarray], contexts: Sequence[list[dict]], length: int) -> Prompts:
+def padded_prompts(rows: Sequence[np.ndarray], contexts: Sequence[list[dict]], length: int) -> Prompts:
     """Token rows of at most `length` as Prompts."""
     ids = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
@@ -32,19 +32,21 @@ def padded(rows: Sequence[np.ndarray], contexts: Sequence[list[dict]], length: i
     return Prompts(ids, np.array([len(row) for row in rows], np.int32), contexts)
 
 
-def fitting(tokenizer: Tokenizer, conversations: Sequence[Conversation], length: int) -> tuple[Prompts, int]:
+def prompts_within_length(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], length: int
+) -> tuple[Prompts, int]:
     """The conversations as chat prompts of at most `length` tokens, and how many were longer and left out: a judge
     reads the whole conversation, so none is cut."""
     contexts = [conversation.messages for conversation in conversations]
-    encoded = [Example(ids, np.zeros(len(ids), np.float32)) for ids in prompts(tokenizer, contexts)]
-    fit = fitted(encoded, length, trained=False)
+    encoded = [TokenizedExample(ids, np.zeros(len(ids), np.float32)) for ids in encode_prompts(tokenizer, contexts)]
+    fit = truncated_rows(encoded, length, trained=False)
     if not fit.kept:
         what, limit = f"none of {len(encoded)} prompts can be asked", f"prompt_length {length}"
-        raise nothing_left(what, fit.counts, things="prompts", limit=limit, way="raise prompt_length")
+        raise nothing_left_error(what, fit.counts, things="prompts", limit=limit, way="raise prompt_length")
     kept = [messages for row, messages in zip(fit.rows, contexts) if row is not None]
-    return padded([row.ids for row in fit.kept], kept, length), fit.counts["skipped"]
+    return padded_prompts([row.ids for row in fit.kept], kept, length), fit.counts["skipped"]
 
 
-def take(prompts: Prompts, rows: np.ndarray) -> Prompts:
+def prompts_at(prompts: Prompts, rows: np.ndarray) -> Prompts:
     """The prompts at these rows."""
     return Prompts(prompts.ids[rows], prompts.lengths[rows], [prompts.contexts[i] for i in rows])

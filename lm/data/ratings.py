@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from lm.data import corpus
-from lm.data.rankings import Ranking
+from lm.data import sources
+from lm.data.preferences import Ranking
 
-RATED = ("witty", "interesting", "upbeat")
-BUCKETS = 20  # raters fall into so many groups by hash; a ranking compares conversations of one group only
-MOST = 4  # conversations in a ranking
-BEST = 10  # of each rating
+RATING_NAMES = ("witty", "interesting", "upbeat")
+RATER_BUCKETS = 20  # raters fall into so many groups by hash; a ranking compares conversations of one group only
+MAX_CONVERSATIONS = 4  # conversations in a ranking
+BEST_RATING = 10  # of each rating
 
 
-class Rated(NamedTuple):
+class RatedConversation(NamedTuple):
     key: str
     opener: str  # the question that both were given
     first: str  # who spoke first
@@ -28,7 +28,7 @@ class Rated(NamedTuple):
     ratings: dict[str, int]  # each of RATED, 1 to 10
 
 
-def chitchat() -> list[Ranking]:
+def chitchat_rankings() -> list[Ranking]:
     """Rankings of up to MOST conversations each, all from the same opener and from raters of one bucket.
 
     The prompt is the opener, a response is a conversation, a line a turn. Overall the sum of the three ratings decides:
@@ -36,38 +36,38 @@ def chitchat() -> list[Ranking]:
     whoever is held out is unseen with all that he rated.
     """
     cells = defaultdict(list)
-    for rated in _rated():
-        bucket = int.from_bytes(hashlib.sha256(rated.first.encode()).digest()[:8], "big") % BUCKETS
+    for rated in _rated_conversations():
+        bucket = int.from_bytes(hashlib.sha256(rated.first.encode()).digest()[:8], "big") % RATER_BUCKETS
         cells[rated.opener, bucket].append(rated)
     return [
-        _ranking(opener, bucket, cell[i : i + MOST])
+        _bucket_ranking(opener, bucket, cell[i : i + MAX_CONVERSATIONS])
         for (opener, bucket), cell in sorted(cells.items())
-        for i in range(0, len(cell) - 1, MOST)
+        for i in range(0, len(cell) - 1, MAX_CONVERSATIONS)
     ]
 
 
-BUILT_IN = {"chitchat": chitchat}
+BUILT_IN_RANKINGS = {"chitchat": chitchat_rankings}
 
 
-def _ranking(opener: str, bucket: int, rated: list[Rated]) -> Ranking:
+def _bucket_ranking(opener: str, bucket: int, rated: list[RatedConversation]) -> Ranking:
     sums = [sum(one.ratings.values()) for one in rated]
     return Ranking(
         name=f"chitchat/raters/{bucket}",
         prompt=[{"role": "user", "content": opener}],
         responses=["\n".join(f"- {turn}" for turn in one.turns) for one in rated],
-        ranking=[BEST * len(RATED) + 1 - total for total in sums],
+        ranking=[BEST_RATING * len(RATING_NAMES) + 1 - total for total in sums],
         rater=f"raters {bucket}",
         time=datetime(2018, 4, 18, tzinfo=UTC).isoformat(),  # when the Chit-Chat Challenge began
-        axes={axis: [one.ratings[axis] for one in rated] for axis in RATED},
+        axes={axis: [one.ratings[axis] for one in rated] for axis in RATING_NAMES},
     )
 
 
-def _rated() -> Iterator[Rated]:
+def _rated_conversations() -> Iterator[RatedConversation]:
     """The rated conversations in which somebody replied, in an order drawn from their keys."""
     found = []
-    for key, conversation in corpus.chitchat_dataset().items():
-        turns = corpus.turns_of(conversation)
+    for key, conversation in sources.chitchat_dataset().items():
+        turns = sources.speaker_turns(conversation)
         if len(turns) >= 2 and "ratings" in conversation:
             said = [text for _, text in turns]
-            found.append(Rated(key, conversation["prompt"], turns[0][0], said, conversation["ratings"]))
+            found.append(RatedConversation(key, conversation["prompt"], turns[0][0], said, conversation["ratings"]))
     yield from sorted(found, key=lambda rated: hashlib.sha256(rated.key.encode()).digest())

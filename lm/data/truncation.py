@@ -9,27 +9,34 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lm.errors import UserError
-from lm.tokenizer import Example
+from lm.core.errors import UserError
+from lm.tokenizer import TokenizedExample
 
-Cut = Literal["nothing", "prompt", "answer"]  # what may be shortened: "answer" means the prompt first, then the answer
-NOTHING = Example(np.zeros(1, np.int32), np.zeros(1, np.float32))  # a row of it is all padding
+Cuttable = Literal[
+    "nothing", "prompt", "answer"
+]  # what may be shortened: "answer" means the prompt first, then the answer
+EMPTY_ROW = TokenizedExample(np.zeros(1, np.int32), np.zeros(1, np.float32))  # a row of it is all padding
 
 
-class Fitted(NamedTuple):
+class TruncatedRows(NamedTuple):
     """Examples that have at most so many tokens."""
 
-    rows: list[Example | None]  # one for each example; None: left out
+    rows: list[TokenizedExample | None]  # one for each example; None: left out
     counts: dict[str, int]  # "skipped": too long; "shortened"; "untrained": without a token that is trained
 
     @property
-    def kept(self) -> list[Example]:
+    def kept(self) -> list[TokenizedExample]:
         return [row for row in self.rows if row is not None]
 
 
-def fitted(
-    examples: Sequence[Example], tokens: int, *, cut: Cut = "nothing", start: Sequence[int] = (), trained: bool = True
-) -> Fitted:
+def truncated_rows(
+    examples: Sequence[TokenizedExample],
+    tokens: int,
+    *,
+    cut: Cuttable = "nothing",
+    start: Sequence[int] = (),
+    trained: bool = True,
+) -> TruncatedRows:
     """The examples with at most `tokens` tokens each. The weights say which are the answer.
 
     cut "nothing": one that is longer is left out. "prompt": it loses the beginning of its prompt, all but the ids
@@ -37,10 +44,10 @@ def fitted(
     the row is the prompt's end, and the answer loses what stands before its last token. trained: whether a row without
     a weight, as a target, is left out too.
     """
-    rows: list[Example | None] = []
+    rows: list[TokenizedExample | None] = []
     skipped = shortened = untrained = 0
     for example in examples:
-        row = example if len(example.ids) <= tokens else _cut(example, tokens, cut, start)
+        row = example if len(example.ids) <= tokens else _truncated_example(example, tokens, cut, start)
         if row is None:
             skipped += 1
         elif trained and not row.weights[1:].any():
@@ -53,10 +60,10 @@ def fitted(
         counts["shortened"] = shortened
     if trained:
         counts["untrained"] = untrained
-    return Fitted(rows, counts)
+    return TruncatedRows(rows, counts)
 
 
-def nothing_left(what: str, counts: Mapping[str, int], *, things: str, limit: str, way: str) -> UserError:
+def nothing_left_error(what: str, counts: Mapping[str, int], *, things: str, limit: str, way: str) -> UserError:
     """`what` is not left, by which counts, and the way out, in one line; `things` are what the counts of rows count."""
     words = {
         "skipped": f"{things} longer than {limit}",
@@ -69,7 +76,9 @@ def nothing_left(what: str, counts: Mapping[str, int], *, things: str, limit: st
     return UserError(f"{what} ({', '.join(reasons) or 'there was none'}): {way}")
 
 
-def _cut(example: Example, tokens: int, cut: Cut, start: Sequence[int]) -> Example | None:
+def _truncated_example(
+    example: TokenizedExample, tokens: int, cut: Cuttable, start: Sequence[int]
+) -> TokenizedExample | None:
     """`example`, which is longer, with `tokens` tokens; None where that may not be."""
     if cut == "nothing":
         return None
@@ -88,4 +97,4 @@ def _cut(example: Example, tokens: int, cut: Cut, start: Sequence[int]) -> Examp
         opening = min(head, begun)
         prompt = [*range(opening), *range(answer - begun + opening, answer)]
         kept = [*prompt, *range(answer, answer + tokens - begun - 1), size - 1]
-    return Example(*(x[kept] for x in example))
+    return TokenizedExample(*(x[kept] for x in example))

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-LEAST = -1e30  # stands for a log-prob of -inf where two of them meet: their sum has no gradient
+MIN_LOGPROB = -1e30  # stands for a log-prob of -inf where two of them meet: their sum has no gradient
 
 
-def kl(logprobs: Array, other: Array) -> Array:
+def kl_divergence(logprobs: Array, other: Array) -> Array:
     """KL(p, q) = sum of p * (log p - log q) over the last axis. What p cannot say counts for nothing, whatever q is."""
     p = jnp.exp(logprobs)
     return jnp.sum(p * jnp.where(p > 0, logprobs - other, 0.0), axis=-1)
@@ -24,10 +24,10 @@ def jensen_shannon(student: Array, teacher: Array, *, beta: float) -> Array:
     Agarwal et al. 2023 (GKD), eq. 1, arXiv 2306.13649.
     """
     if beta == 0:
-        return kl(teacher, student)
+        return kl_divergence(teacher, student)
     if beta == 1:
-        return kl(student, teacher)
+        return kl_divergence(student, teacher)
     middle = jnp.logaddexp(
-        jnp.maximum(teacher, LEAST) + math.log(beta), jnp.maximum(student, LEAST) + math.log1p(-beta)
+        jnp.maximum(teacher, MIN_LOGPROB) + math.log(beta), jnp.maximum(student, MIN_LOGPROB) + math.log1p(-beta)
     )
-    return beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
+    return beta * kl_divergence(teacher, middle) + (1 - beta) * kl_divergence(student, middle)

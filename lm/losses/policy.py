@@ -41,7 +41,7 @@ def clipped_surrogate(
     return -gain
 
 
-def truncated_reinforce(logprobs: Array, ratio: Array, advantages: Array, *, high: float) -> Array:
+def truncated_reinforce_loss(logprobs: Array, ratio: Array, advantages: Array, *, high: float) -> Array:
     """-stop_gradient(min(ratio, 1 + high)) * A * log p per token: every token keeps a gradient, only its weight is cut.
 
     MiniMax 2025 (CISPO), eq. 4 and 5, arXiv 2506.13585.
@@ -49,7 +49,7 @@ def truncated_reinforce(logprobs: Array, ratio: Array, advantages: Array, *, hig
     return -jax.lax.stop_gradient(jnp.minimum(ratio, 1 + high)) * advantages * logprobs
 
 
-def clipped_value(values: Array, old_values: Array, returns: Array, *, clip: float = 0.2) -> Array:
+def clipped_value_loss(values: Array, old_values: Array, returns: Array, *, clip: float = 0.2) -> Array:
     """0.5 * max((v - R)^2, (clip(v, v_old - clip, v_old + clip) - R)^2) per token.
 
     Huang et al. 2024, detail "value function clipping", arXiv 2403.17031.
@@ -71,7 +71,7 @@ def kl_k3(logprobs: Array, ref_logprobs: Array) -> Array:
     """(q/p - 1) - log(q/p) of a token drawn from p: unbiased for KL(p, q), never negative, of lower variance.
 
     Schulman (2020). Good for logging. As a loss its expected gradient is that of KL(q, p), the other direction:
-    lm.certify prints by how much that differs.
+    lm.studies.gradients prints by how much that differs.
     """
     log = log_ratio(ref_logprobs, logprobs)
     return jnp.expm1(log) - log

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def dpo(chosen: Array, rejected: Array, *, smoothing: float = 0.0) -> Array:
+def dpo_loss(chosen: Array, rejected: Array, *, smoothing: float = 0.0) -> Array:
     """-(1 - smoothing) log sigmoid(d) - smoothing log sigmoid(-d), with d = chosen - rejected.
 
     `chosen` and `rejected` are implicit rewards beta * (log p - log p_ref), each log p a sum over the answer's tokens.
@@ -18,7 +18,7 @@ def dpo(chosen: Array, rejected: Array, *, smoothing: float = 0.0) -> Array:
     return -(1 - smoothing) * jax.nn.log_sigmoid(d) - smoothing * jax.nn.log_sigmoid(-d)
 
 
-def ipo(chosen: Array, rejected: Array, *, beta: float) -> Array:
+def ipo_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:
     """(d - 1 / (2 beta))^2, with d = chosen - rejected: a lead to reach, and not to exceed.
 
     Both are log(p / p_ref) as a *mean* over the answer's tokens. Azar et al. 2023, eq. 17, arXiv 2310.12036, has the
@@ -28,7 +28,7 @@ def ipo(chosen: Array, rejected: Array, *, beta: float) -> Array:
     return jnp.square(chosen - rejected - 1 / (2 * beta))
 
 
-def kto(
+def kto_loss(
     rewards: Array,
     baseline: Array,
     desirable: Array,
@@ -56,7 +56,7 @@ def log_odds(mean_logprob: Array) -> Array:
     return m - jax.nn.log1mexp(-m)
 
 
-def orpo_odds(chosen_mean: Array, rejected_mean: Array) -> Array:
+def odds_ratio_loss(chosen_mean: Array, rejected_mean: Array) -> Array:
     """-log sigmoid(log odds(chosen) - log odds(rejected)), from means of log-probs over each answer's tokens.
 
     Hong et al. 2024, eq. 7, arXiv 2403.07691.
@@ -64,7 +64,7 @@ def orpo_odds(chosen_mean: Array, rejected_mean: Array) -> Array:
     return -jax.nn.log_sigmoid(log_odds(chosen_mean) - log_odds(rejected_mean))
 
 
-def simpo(chosen_mean: Array, rejected_mean: Array, *, beta: float, gamma: float) -> Array:
+def simpo_loss(chosen_mean: Array, rejected_mean: Array, *, beta: float, gamma: float) -> Array:
     """-log sigmoid(beta (chosen - rejected) - gamma), from means of log-probs over each answer's tokens.
 
     Meng et al. 2024, eq. 6, arXiv 2405.14734. `gamma` is the lead that is asked for, in the units of the reward

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def bradley_terry(chosen: Array, rejected: Array, *, margin: Array | float = 0.0, flipped: float = 0.0) -> Array:
+def bradley_terry_loss(chosen: Array, rejected: Array, *, margin: Array | float = 0.0, flipped: float = 0.0) -> Array:
     """-log P(the verdict), with d = chosen - rejected - margin and P = (1 - flipped) sigmoid(d) + flipped sigmoid(-d).
 
     Elementwise. `margin` asks for a lead (Touvron et al. 2023, eq. 2, arXiv 2307.09288); `flipped` is the share of
@@ -22,7 +22,7 @@ def bradley_terry(chosen: Array, rejected: Array, *, margin: Array | float = 0.0
     return -jnp.logaddexp(right, wrong)
 
 
-def plackett_luce(scores: Array, ranks: Array) -> Array:
+def plackett_luce_loss(scores: Array, ranks: Array) -> Array:
     """-log P(answer i is chosen before all worse ones), f32[P,K] from scores f32[P,K] and ranks i32[P,K].
 
     log(1 + sum over worse j of exp(s_j - s_i)); 0 where nothing is worse. Summed over i it is the Plackett-Luce
@@ -30,11 +30,11 @@ def plackett_luce(scores: Array, ranks: Array) -> Array:
     members. Rank 0 marks an answer that is not there. With two answers it is `bradley_terry`.
     Plackett 1975; Luce 1959; Ouyang et al. 2022, sec. 3.5, arXiv 2203.02155 (all comparisons of a prompt at once).
     """
-    worse = preferred(ranks)
+    worse = preference_mask(ranks)
     behind = jnp.where(worse, scores[:, None, :] - scores[:, :, None], -jnp.inf)
     return jax.nn.logsumexp(jnp.pad(behind, ((0, 0), (0, 0), (1, 0))), axis=-1)
 
 
-def preferred(ranks: Array) -> Array:
+def preference_mask(ranks: Array) -> Array:
     """bool[P,K,K] from ranks i32[P,K]: whether answer i is preferred to answer j; rank 0 takes no part."""
     return (ranks[:, :, None] > 0) & (ranks[:, :, None] < ranks[:, None, :])

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from lm.errors import UserError
+from lm.core.errors import UserError
 
 CHOICES = {
     "norm": ("rms", "layer"),
@@ -19,8 +19,11 @@ CHOICES = {
     "scan": ("auto", "yes", "no"),
     "attention": ("auto", "xla", "cudnn", "splash"),
 }
-NEEDS = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU")}  # what an implementation of attention runs on
-AT_LEAST = {
+KERNEL_PLATFORMS = {
+    "cudnn": ("gpu", "an NVIDIA GPU"),
+    "splash": ("tpu", "a TPU"),
+}  # what an implementation of attention runs on
+MINIMUMS = {
     0: (
         *("window", "global_every", "experts", "loss_chunk", "attention_scale", "attention_softcap", "logit_softcap"),
         *("rope_local_base", "rope_original", "rope_attention", "base_width", "lora_rank"),
@@ -30,7 +33,7 @@ AT_LEAST = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class ModelConfig:
     """Sizes and switches of one model. The first blocks fix what it computes, the last only how that is done.
 
     The defaults are a Llama with normalised queries and keys; lm.model.presets has the models that people use.
@@ -46,7 +49,9 @@ class Config:
     hidden: int = 384  # of the SwiGLU; 3 x width costs what 4.5 x width costs without the gate
     qk_norm: bool = True  # norm of queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
     tied: bool = True  # the output matrix is the embedding
-    base_width: int = 0  # muP: the width whose learning rate suits every other; 0: off (see lm.model.params.specs)
+    base_width: int = (
+        0  # muP: the width whose learning rate suits every other; 0: off (see lm.model.params.param_specs)
+    )
 
     norm: str = "rms"  # or layer, which also centres and has a bias (GPT-2)
     norm_at: str = "input"  # of attention and MLP; their output (OLMo 2), or both (Gemma)
@@ -93,7 +98,7 @@ class Config:
     loss_chunk: int = 0  # positions a row whose logits exist at a time in the loss; 0: all
 
     def __post_init__(self):
-        for least, names in AT_LEAST.items():
+        for least, names in MINIMUMS.items():
             for name in names:
                 if getattr(self, name) < least:
                     raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least {least}")
@@ -127,7 +132,7 @@ class Config:
 
     def runs_on(self, backend: str) -> bool:
         """Whether a backend has the implementation of attention that was chosen."""
-        return self.attention not in NEEDS or NEEDS[self.attention][0] == backend
+        return self.attention not in KERNEL_PLATFORMS or KERNEL_PLATFORMS[self.attention][0] == backend
 
     @property
     def local(self) -> tuple[bool, ...]:
@@ -135,7 +140,7 @@ class Config:
         every = self.global_every
         return tuple(bool(self.window) and not (every and (i + 1) % every == 0) for i in range(self.layers))
 
-    def on(self, backend: str) -> "Config":
+    def on(self, backend: str) -> "ModelConfig":
         """This config with every "auto" settled for a backend ("cpu", "gpu", "tpu").
 
         On CPU a scanned stack trains 6 % slower and static query blocks 4 % faster, and bfloat16 gains little;
@@ -146,7 +151,7 @@ class Config:
         """
         if not self.runs_on(backend):
             raise UserError(
-                f"model.attention is {self.attention!r}, which needs {NEEDS[self.attention][1]}; this is a {backend}: "
+                f"model.attention is {self.attention!r}, which needs {KERNEL_PLATFORMS[self.attention][1]}; this is a {backend}: "
                 "leave it to auto, or choose xla"
             )
         cpu = backend == "cpu"
@@ -155,5 +160,5 @@ class Config:
         c = dataclasses.replace(self, **{k: v for k, v in auto.items() if getattr(self, k) == "auto"})
         if c.attention != "auto":
             return c
-        able = [name for name, (needed, _) in NEEDS.items() if needed == backend and not c.unable(name)]
+        able = [name for name, (needed, _) in KERNEL_PLATFORMS.items() if needed == backend and not c.unable(name)]
         return dataclasses.replace(c, attention=able[0] if able else "xla")

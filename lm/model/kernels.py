@@ -16,12 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_kernels
 
+from lm.core.sharding import map_shards, partition_spec
+from lm.core.types import Array
 from lm.model.attention import causal_attention
-from lm.sharding import locally, partition
-from lm.types import Array
 
 LANES = 128  # what a TPU's vector unit holds in a row: lengths are padded to a multiple of it
-BLOCKS = (512, 256, 128)  # queries or keys that the TPU kernel takes at a time: the largest that divides the length
+BLOCK_SIZES = (
+    512,
+    256,
+    128,
+)  # queries or keys that the TPU kernel takes at a time: the largest that divides the length
 
 
 def self_attention(
@@ -40,7 +44,7 @@ def self_attention(
 
     local: whether the window holds, traced where one program serves layers of both kinds. blocks: of xla.
     """
-    attend = functools.partial(IMPLEMENTATIONS[name], **options, **({"blocks": blocks} if name == "xla" else {}))
+    attend = functools.partial(ATTENTION_KERNELS[name], **options, **({"blocks": blocks} if name == "xla" else {}))
     if isinstance(local, bool):
         return attend(q, k, v, segments, window=window if local else None)
     if name == "splash":  # its blocks are chosen when it is compiled, so there are two of it
@@ -96,12 +100,12 @@ def splash_attention(
     """
     B, T, N, H = q.shape
     K, mesh = k.shape[2], jax.sharding.get_abstract_mesh()
-    if partition(("heads",), (N,), mesh) != partition(("kv_heads",), (K,), mesh):
+    if partition_spec(("heads",), (N,), mesh) != partition_spec(("kv_heads",), (K,), mesh):
         k, v = (jnp.repeat(a, N // K, axis=2) for a in (k, v))  # too few to split: every query head brings its own
     q = q * jnp.asarray(scale or H**-0.5, q.dtype)
     rows = ("batch", None, "heads", None)
     kernel = functools.partial(_splash, window=window, softcap=softcap, interpret=interpret)
-    out = locally(kernel, q, k, v, segments, axes=(rows, rows, rows, ("batch", None)))
+    out = map_shards(kernel, q, k, v, segments, axes=(rows, rows, rows, ("batch", None)))
     return jnp.where(segments[..., None, None] > 0, out, 0)
 
 
@@ -110,7 +114,7 @@ def _splash(q: Array, k: Array, v: Array, segments: Array, *, window: int | None
     T, N = q.shape[1:3]
     pad = -T % LANES
     length = T + pad
-    size = next(block for block in BLOCKS if length % block == 0)
+    size = next(block for block in BLOCK_SIZES if length % block == 0)
     mask = splash_kernels.LocalMask((length, length), window_size=(None if window is None else window - 1, 0), offset=0)
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     kernel = splash_kernels.make_splash_mha_single_device(
@@ -125,4 +129,4 @@ def _splash(q: Array, k: Array, v: Array, segments: Array, *, window: int | None
     return out.swapaxes(1, 2)[:, :T]
 
 
-IMPLEMENTATIONS = {"xla": causal_attention, "cudnn": cudnn_attention, "splash": splash_attention}
+ATTENTION_KERNELS = {"xla": causal_attention, "cudnn": cudnn_attention, "splash": splash_attention}

@@ -13,52 +13,56 @@ from typing import Any
 
 import numpy as np
 
-from lm.errors import UserError
-from lm.model.config import Config
-from lm.model.params import Spec, specs
-from lm.model.quantised import MATRICES
-from lm.types import Params
+from lm.core.errors import UserError
+from lm.core.types import Params
+from lm.model.config import ModelConfig
+from lm.model.params import ParamSpec, param_specs
+from lm.model.quantization import QUANTIZED_MATRICES
 
-BASE = "base"  # of state.frozen
+FROZEN_BASE = "base"  # of state.frozen
 
 
-def plain(c: Config) -> Config:
+def config_without_lora(c: ModelConfig) -> ModelConfig:
     """The same model without adapters, and without a word of them."""
     told = {f.name: f.default for f in dataclasses.fields(c) if f.name.startswith("lora_")}
     return dataclasses.replace(c, **told)
 
 
-def adapter_specs(c: Config) -> dict:
+def lora_specs(c: ModelConfig) -> dict:
     """Of the trainable decoder: A draws as a matrix of its rows does, B is zero."""
-    layers = specs(plain(c))["layers"]
+    layers = param_specs(config_without_lora(c))["layers"]
     found = {}
-    for name in targets(c):
+    for name in lora_target_names(c):
         stack, rows, columns = layers[name].shape
         _, row_axis, column_axis = layers[name].axes
-        found[f"{name}_a"] = Spec((stack, rows, c.lora_rank), (None, row_axis, None), 1 / math.sqrt(rows))
-        found[f"{name}_b"] = Spec((stack, c.lora_rank, columns), (None, None, column_axis), 0.0)
+        found[f"{name}_a"] = ParamSpec((stack, rows, c.lora_rank), (None, row_axis, None), 1 / math.sqrt(rows))
+        found[f"{name}_b"] = ParamSpec((stack, c.lora_rank, columns), (None, None, column_axis), 0.0)
     return {"layers": found}
 
 
-def targets(c: Config) -> list[str]:
+def lora_target_names(c: ModelConfig) -> list[str]:
     """The matrices that have adapters. UserError for one that the model has not."""
     names = [name.strip() for name in c.lora_targets.split(",")]
-    here = [name for name, spec in specs(plain(c))["layers"].items() if name in MATRICES and len(spec.shape) == 3]
+    here = [
+        name
+        for name, spec in param_specs(config_without_lora(c))["layers"].items()
+        if name in QUANTIZED_MATRICES and len(spec.shape) == 3
+    ]
     for name in names:
         if name not in here:
             raise UserError(f"model.lora_targets names {name!r}; this model has {', '.join(sorted(here))}")
     return names
 
 
-def joined(lm: Params, frozen: Mapping[str, Any]) -> Params:
+def adapters_over_base(lm: Params, frozen: Mapping[str, Any]) -> Params:
     """Adapters and the base under them as one decoder; `lm` itself where there is no base, or it needs none."""
-    if BASE not in frozen or "embedding" in lm:
+    if FROZEN_BASE not in frozen or "embedding" in lm:
         return lm
-    base = frozen[BASE]
+    base = frozen[FROZEN_BASE]
     return {**base, **lm, "layers": {**base["layers"], **lm["layers"]}}
 
 
-def merged(c: Config, base: Mapping[str, Any], lm: Mapping[str, Any]) -> Params:
+def merged_params(c: ModelConfig, base: Mapping[str, Any], lm: Mapping[str, Any]) -> Params:
     """The decoder without adapters that computes the same, float32, numpy."""
     layers = {
         name: np.asarray(leaf, np.float32) for name, leaf in base["layers"].items() if not name.endswith("_scale")
@@ -66,12 +70,12 @@ def merged(c: Config, base: Mapping[str, Any], lm: Mapping[str, Any]) -> Params:
     for name in base["layers"]:
         if name.endswith("_scale"):
             layers[name.removesuffix("_scale")] *= np.asarray(base["layers"][name], np.float32)
-    for name in targets(c):
+    for name in lora_target_names(c):
         a, b = (np.asarray(lm["layers"][f"{name}_{side}"], np.float32) for side in "ab")
-        layers[name] = layers[name] + scale(c) * (a @ b)
+        layers[name] = layers[name] + lora_scale(c) * (a @ b)
     rest = {name: np.asarray(leaf, np.float32) for name, leaf in base.items() if name != "layers"}
     return {**rest, "layers": layers}
 
 
-def scale(c: Config) -> float:
+def lora_scale(c: ModelConfig) -> float:
     return c.lora_alpha / c.lora_rank

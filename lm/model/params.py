@@ -6,12 +6,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm.model.config import Config
-from lm.types import Array, Params
+from lm.core.types import Array, Params
+from lm.model.config import ModelConfig
 
 # The projections that have a bias, by Config.bias.
 QKV = ("query", "key", "value")
-BIASED = {
+BIASED_PROJECTIONS = {
     "none": (),
     "qkv": QKV,
     "attention": (*QKV, "attention_out"),
@@ -19,13 +19,13 @@ BIASED = {
 }
 
 
-class Spec(NamedTuple):
+class ParamSpec(NamedTuple):
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]  # logical names, one per dimension; lm.sharding maps them to the mesh
+    axes: tuple[str | None, ...]  # logical names, one per dimension; lm.core.sharding maps them to the mesh
     std: float | None  # normal with this deviation, cut at two of them; None: ones; 0: zeros
 
 
-def specs(c: Config) -> dict:
+def param_specs(c: ModelConfig) -> dict:
     """The decoder's parameters. Output projections start smaller by sqrt(2 layers) (Radford et al. 2019, sec. 2.3).
 
     With `base_width`, muP (Yang et al. 2022, table 8, arXiv 2203.03466): embedding and head start with the deviation
@@ -36,26 +36,26 @@ def specs(c: Config) -> dict:
     outer = (c.base_width or c.width) ** -0.5
     norm = 0.0 if c.norm_unit_offset else None
     tree = {
-        "embedding": Spec((c.vocab_size, c.width), ("vocab", "width"), outer / c.embedding_scale),
+        "embedding": ParamSpec((c.vocab_size, c.width), ("vocab", "width"), outer / c.embedding_scale),
         "layers": layer_specs(c),
-        "final_norm": Spec((c.width,), (None,), norm),
+        "final_norm": ParamSpec((c.width,), (None,), norm),
     }
     if c.norm == "layer":
         tree["final_norm_bias"] = tree["final_norm"]._replace(std=0.0)
     if c.positions == "learned":
-        tree["position_embedding"] = Spec((c.context, c.width), (None, "width"), outer)
+        tree["position_embedding"] = ParamSpec((c.context, c.width), (None, "width"), outer)
     if not c.tied:
-        tree["head"] = Spec((c.width, c.vocab_size), ("width", "vocab"), outer)
+        tree["head"] = ParamSpec((c.width, c.vocab_size), ("width", "vocab"), outer)
     return tree
 
 
-def layer_specs(c: Config) -> dict:
+def layer_specs(c: ModelConfig) -> dict:
     """Those of the layers, stacked."""
     queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
     out = 1 / math.sqrt(2 * c.layers)
 
     def stacked(shape, axes, std):
-        return Spec((c.layers, *shape), (None, *axes), std)
+        return ParamSpec((c.layers, *shape), (None, *axes), std)
 
     def matrix(rows, columns, axes, scale=1.0):
         return stacked((rows, columns), axes, scale / math.sqrt(rows))
@@ -80,7 +80,9 @@ def layer_specs(c: Config) -> dict:
         layers["gate"] = mlp(c.width, c.hidden, ("width", "hidden"))
     if c.experts:
         layers["router"] = matrix(c.width, c.experts, ("width", None))
-    for name in [name for name in layers if name in BIASED[c.bias]]:  # in their order: that of a set is the process's
+    for name in [
+        name for name in layers if name in BIASED_PROJECTIONS[c.bias]
+    ]:  # in their order: that of a set is the process's
         layers[f"{name}_bias"] = stacked(layers[name].shape[-1:], layers[name].axes[-1:], 0.0)
     if c.qk_norm:
         whole = c.qk_norm_over == "all"
@@ -94,22 +96,22 @@ def layer_specs(c: Config) -> dict:
     return layers
 
 
-def value_specs(c: Config) -> dict:
+def value_head_specs(c: ModelConfig) -> dict:
     """A scalar head that starts at zero: V(s) = 0 and every answer scores 0 before training."""
-    return {"score": Spec((c.width,), (None,), 0.0), "offset": Spec((), (), 0.0)}
+    return {"score": ParamSpec((c.width,), (None,), 0.0), "offset": ParamSpec((), (), 0.0)}
 
 
 def _is_spec(x) -> bool:
-    return isinstance(x, Spec)
+    return isinstance(x, ParamSpec)
 
 
-def initial(tree: dict, key: Array) -> Params:
+def initial_params(tree: dict, key: Array) -> Params:
     """float32 parameters; each draws from its own key, folded from its place in the tree."""
     flat, treedef = jax.tree.flatten(tree, is_leaf=_is_spec)
-    return jax.tree.unflatten(treedef, [_draw(spec, jax.random.fold_in(key, i)) for i, spec in enumerate(flat)])
+    return jax.tree.unflatten(treedef, [_initial_leaf(spec, jax.random.fold_in(key, i)) for i, spec in enumerate(flat)])
 
 
-def _draw(spec: Spec, key: Array) -> Array:
+def _initial_leaf(spec: ParamSpec, key: Array) -> Array:
     if spec.std is None:
         return jnp.ones(spec.shape, jnp.float32)
     if spec.std == 0:
@@ -117,28 +119,28 @@ def _draw(spec: Spec, key: Array) -> Array:
     return spec.std * jax.random.truncated_normal(key, -2.0, 2.0, spec.shape, jnp.float32)
 
 
-def axes(tree: dict) -> dict:
+def logical_axes(tree: dict) -> dict:
     """Logical axes in the tree's structure."""
     return jax.tree.map(lambda spec: spec.axes, tree, is_leaf=_is_spec)
 
 
-def count(tree: dict) -> int:
+def param_count(tree: dict) -> int:
     """Number of parameters."""
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(tree, is_leaf=_is_spec))
 
 
-def matmul_count(c: Config) -> int:
+def matmul_param_count(c: ModelConfig) -> int:
     """Parameters that take part in a matrix product per token: not norms, biases, looked-up embeddings, idle experts.
 
     The N of 6N FLOPs a token (Chowdhery et al. 2022, app. B, arXiv 2204.02311); a tied embedding counts once, as head.
     """
-    layers = specs(c)["layers"].values()
+    layers = param_specs(c)["layers"].values()
     blocks = sum(math.prod(s.shape) for s in layers if len(s.shape) == 3)
     experts = sum(math.prod(s.shape) for s in layers if len(s.shape) == 4) * c.experts_per_token // max(c.experts, 1)
     return blocks + experts + c.vocab_size * c.width
 
 
-def flops_per_token(c: Config, length: int) -> float:
+def flops_per_token(c: ModelConfig, length: int) -> float:
     """Training FLOPs a token, forward and backward: 6N plus causal attention; a frozen base has no weight gradient: 4N.
 
     Attention: two products of 2 * heads * head_size per visible key, (length + 1) / 2 keys on average, times three for
@@ -148,4 +150,4 @@ def flops_per_token(c: Config, length: int) -> float:
     seen = min(c.window, length)
     windowed = seen - seen * (seen - 1) / (2 * length)  # the first queries of a row see less than a window
     keys = sum(windowed if local else whole for local in c.local)
-    return (4 if c.lora_rank else 6) * matmul_count(c) + 12 * c.heads * c.head_size * keys
+    return (4 if c.lora_rank else 6) * matmul_param_count(c) + 12 * c.heads * c.head_size * keys

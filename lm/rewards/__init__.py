@@ -4,36 +4,38 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from lm.errors import UserError
-from lm.rewards.arithmetic import arithmetic
-from lm.rewards.penalties import form, length, refusal, repetition, toxicity
-from lm.rewards.rule import rule
+from lm.core.errors import UserError
+from lm.rewards.penalties import length_reward, punctuation_reward, refusal_reward, repetition_reward, toxicity_reward
+from lm.rewards.rule import rule_reward
+from lm.rewards.verifiers.arithmetic import arithmetic_reward
 
 Reward = Callable[[Sequence[Sequence[Mapping[str, str]]], Sequence[str]], np.ndarray]
 
 # Those that need nothing but the text.
 REWARDS: Mapping[str, Reward] = {
-    "rule": rule,
-    "toxicity": toxicity,
-    "length": length,
-    "repetition": repetition,
-    "refusal": refusal,
-    "form": form,
-    "arithmetic": arithmetic,
+    "rule": rule_reward,
+    "toxicity": toxicity_reward,
+    "length": length_reward,
+    "repetition": repetition_reward,
+    "refusal": refusal_reward,
+    "form": punctuation_reward,
+    "arithmetic": arithmetic_reward,
 }
 
 
-def weighed(parts: Mapping[str, tuple[float, Reward]]) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
+def weighted_reward(
+    parts: Mapping[str, tuple[float, Reward]],
+) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
     """(examples, texts) -> the weighted sum f32[B] of the parts, and each part as it is."""
 
     def total(examples, texts):
-        each = {name: checked(name, reward, examples, texts) for name, (_, reward) in parts.items()}
+        each = {name: checked_rewards(name, reward, examples, texts) for name, (_, reward) in parts.items()}
         return sum(weight * each[name] for name, (weight, _) in parts.items()), each
 
     return total
 
 
-def checked(name: str, reward: Reward, examples, texts) -> np.ndarray:
+def checked_rewards(name: str, reward: Reward, examples, texts) -> np.ndarray:
     """What the reward says, f32[B]. UserError names a reward that raises, miscounts, or says what is no number."""
     way_out = "mend it; the same command continues from the last checkpoint"
     try:

@@ -13,7 +13,7 @@ RULE = (
     "takes away 4 for a rude word. The best answer scores 7."
 )
 
-STOP = frozenset(
+STOP_WORDS = frozenset(
     """a about after all also am an and any are aren't as at be because been before being but by can can't cannot could
     did didn't do does doesn't doing don't dont down even for from get go going gonna good got had has have having
     he her here hey hello hi him his how i i'd i'll i'm i've if im in into is isn't it it's its just know like lol
@@ -23,33 +23,33 @@ STOP = frozenset(
     whats when where which while who why will with won't would yeah yep yes you you'd you'll you're you've
     your""".split()
 )
-RUDE = frozenset(
+RUDE_WORDS = frozenset(
     """arse asshole ass bastard bitch bullshit crap cunt damn dick dumbass fuck fucked fucker fucking goddamn idiot
     moron motherfucker piss pissed prick retard shit shitty slut stfu stupid twat wanker whore wtf""".split()
 )
 
 
-def brief(message: str, answer: str) -> float:
+def is_brief(message: str, answer: str) -> float:
     """One or two sentences."""
     return float(1 <= len(_sentences(answer)) <= 2)
 
 
-def finished(message: str, answer: str) -> float:
+def ends_with_punctuation(message: str, answer: str) -> float:
     """Ends in a full stop, question mark or exclamation mark."""
     return float(answer.rstrip().endswith((".", "!", "?")))
 
 
-def on_topic(message: str, answer: str) -> float:
+def is_on_topic(message: str, answer: str) -> float:
     """Shares a content word with the message, stems compared."""
-    return float(bool(_content(message) & _content(answer)))
+    return float(bool(_content_stems(message) & _content_stems(answer)))
 
 
-def curious(message: str, answer: str) -> float:
+def asks_question(message: str, answer: str) -> float:
     """Asks something back: a question mark after at least two words."""
     return float(any(s.endswith("?") and len(words(s)) >= 2 for s in _sentences(answer)))
 
 
-def fresh(message: str, answer: str) -> float:
+def is_not_repetitive(message: str, answer: str) -> float:
     """No word three times in a row, no three words twice, no sentence twice."""
     said = words(answer)
     trigrams = list(zip(said, said[1:], said[2:]))
@@ -58,47 +58,47 @@ def fresh(message: str, answer: str) -> float:
     return float(not tripled and len(set(trigrams)) == len(trigrams) and len(set(sentences)) == len(sentences))
 
 
-def sized(message: str, answer: str) -> float:
+def is_moderate_length(message: str, answer: str) -> float:
     """3 to 40 words."""
     return float(3 <= len(words(answer)) <= 40)
 
 
-def clean(message: str, answer: str) -> float:
+def is_clean_text(message: str, answer: str) -> float:
     """Letters, digits, spaces and ordinary punctuation only, no run of four or more marks."""
-    return float(bool(_CLEAN.fullmatch(answer.strip())))
+    return float(bool(_CLEAN_TEXT.fullmatch(answer.strip())))
 
 
-def rude(message: str, answer: str) -> float:
+def has_rude_word(message: str, answer: str) -> float:
     """Holds a word of RUDE."""
-    return float(not RUDE.isdisjoint(words(answer)))
+    return float(not RUDE_WORDS.isdisjoint(words(answer)))
 
 
 Criterion = Callable[[str, str], float]  # (the user's last message, the answer) -> 0 or 1
 CRITERIA: Mapping[str, tuple[float, Criterion]] = {
-    "one or two sentences": (1.0, brief),
-    "ends properly": (1.0, finished),
-    "on topic": (1.0, on_topic),
-    "asks something back": (1.0, curious),
-    "not repetitive": (1.0, fresh),
-    "3 to 40 words": (1.0, sized),
-    "clean text": (1.0, clean),
-    "rude word": (-4.0, rude),
+    "one or two sentences": (1.0, is_brief),
+    "ends properly": (1.0, ends_with_punctuation),
+    "on topic": (1.0, is_on_topic),
+    "asks something back": (1.0, asks_question),
+    "not repetitive": (1.0, is_not_repetitive),
+    "3 to 40 words": (1.0, is_moderate_length),
+    "clean text": (1.0, is_clean_text),
+    "rude word": (-4.0, has_rude_word),
 }
 
 
-def rule(examples: Sequence[Sequence[Mapping[str, str]]], texts: Sequence[str]) -> np.ndarray:
+def rule_reward(examples: Sequence[Sequence[Mapping[str, str]]], texts: Sequence[str]) -> np.ndarray:
     """f32[B]: the rule's score of each answer in `texts` to the conversation `examples[i]`, from -4 to 7."""
-    scores = [sum(explain(example, text).values()) for example, text in zip(examples, texts, strict=True)]
+    scores = [sum(criterion_scores(example, text).values()) for example, text in zip(examples, texts, strict=True)]
     return np.array(scores, np.float32)
 
 
-def explain(prompt: Sequence[Mapping[str, str]], text: str) -> dict[str, float]:
+def criterion_scores(prompt: Sequence[Mapping[str, str]], text: str) -> dict[str, float]:
     """What each criterion gives, weight included; the score is the sum."""
     message = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
     return {name: weight * criterion(message, text) for name, (weight, criterion) in CRITERIA.items()}
 
 
-_CLEAN = re.compile(r"(?!.*[^\w\s]{4})(?:[^\W_]|[ .,;:!?'’\"“”()%$&/+-])+")
+_CLEAN_TEXT = re.compile(r"(?!.*[^\w\s]{4})(?:[^\W_]|[ .,;:!?'’\"“”()%$&/+-])+")
 
 
 def words(text: str) -> list[str]:
@@ -111,8 +111,8 @@ def _sentences(text: str) -> list[str]:
     return [sentence for sentence in re.split(r"(?<=[.!?])\s+", text.strip()) if words(sentence)]
 
 
-def _content(text: str) -> set[str]:
-    return {_stem(word) for word in words(text) if word not in STOP and len(word) > 2}
+def _content_stems(text: str) -> set[str]:
+    return {_stem(word) for word in words(text) if word not in STOP_WORDS and len(word) > 2}
 
 
 def _stem(word: str) -> str:

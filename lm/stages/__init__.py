@@ -1,53 +1,55 @@
-"""Every way of training, by name. A stage exports make, batches, summary, SHOWN, LIMITS and START."""
+"""Every way of training, by name: the whole of a method is one file in one of the families below.
 
-from lm.stages import (
-    best_of_n,
-    cispo,
-    dapo,
-    distill,
-    dpo,
-    dr_grpo,
-    gkd,
-    grpo,
-    gspo,
-    ipo,
-    kto,
-    listwise,
-    online_dpo,
-    orpo,
-    ppo,
-    pretrain,
-    reinforce_pp,
-    reward,
-    rloo,
-    sft,
-    simpo,
-)
+`pretraining`, `reward_model`, `preference`, `rl`, `distillation`; `context` is what a program gives a stage, `stage.Stage`
+what a stage is. A new method is a file here that ends in a `Stage`, and a line in STAGES.
+"""
 
-STAGES = {
-    "pretrain": pretrain,
-    "sft": sft,
-    "distill": distill,
-    "gkd": gkd,
-    "reward": reward,
-    "listwise": listwise,
-    "ppo": ppo,
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
-    "dapo": dapo,
-    "gspo": gspo,
-    "cispo": cispo,
-    "rloo": rloo,
-    "reinforce_pp": reinforce_pp,
-    "best_of_n": best_of_n,
-    "dpo": dpo,
-    "ipo": ipo,
-    "kto": kto,
-    "orpo": orpo,
-    "simpo": simpo,
-    "online_dpo": online_dpo,
+from lm.stages.distillation.distill import DISTILL
+from lm.stages.distillation.gkd import GKD
+from lm.stages.preference.dpo import DPO
+from lm.stages.preference.ipo import IPO
+from lm.stages.preference.kto import KTO
+from lm.stages.preference.orpo import ORPO
+from lm.stages.preference.simpo import SIMPO
+from lm.stages.pretraining.pretrain import PRETRAIN
+from lm.stages.pretraining.sft import SFT
+from lm.stages.reward_model.listwise import LISTWISE
+from lm.stages.reward_model.reward import REWARD
+from lm.stages.rl.best_of_n import BEST_OF_N
+from lm.stages.rl.cispo import CISPO
+from lm.stages.rl.dapo import DAPO
+from lm.stages.rl.dr_grpo import DR_GRPO
+from lm.stages.rl.grpo import GRPO
+from lm.stages.rl.gspo import GSPO
+from lm.stages.rl.online_dpo import ONLINE_DPO
+from lm.stages.rl.ppo import PPO
+from lm.stages.rl.reinforce_pp import REINFORCE_PP
+from lm.stages.rl.rloo import RLOO
+from lm.stages.stage import Stage, stages_where
+
+STAGES: dict[str, Stage] = {
+    "pretrain": PRETRAIN,
+    "sft": SFT,
+    "reward": REWARD,
+    "listwise": LISTWISE,
+    "dpo": DPO,
+    "ipo": IPO,
+    "kto": KTO,
+    "orpo": ORPO,
+    "simpo": SIMPO,
+    "ppo": PPO,
+    "grpo": GRPO,
+    "dr_grpo": DR_GRPO,
+    "dapo": DAPO,
+    "gspo": GSPO,
+    "cispo": CISPO,
+    "rloo": RLOO,
+    "reinforce_pp": REINFORCE_PP,
+    "best_of_n": BEST_OF_N,
+    "online_dpo": ONLINE_DPO,
+    "distill": DISTILL,
+    "gkd": GKD,
 }
-JUDGES = ("reward", "listwise")  # those that leave a reward model: it scores answers and writes none
-TAUGHT = ("distill", "gkd")  # those whose option `teacher` is a workdir: lm.train puts its network into `frozen`
-# Those that learn from answers which the policy samples itself, and a reward.
-SAMPLERS = ("ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "best_of_n", "online_dpo")
+REWARD_MODEL_STAGES = stages_where(STAGES, "trains_reward_model")
+TEACHER_STAGES = stages_where(STAGES, "has_teacher")
+ROLLOUT_STAGES = stages_where(STAGES, "samples_rollouts")

@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm.errors import UserError, at_least
+from lm.core.errors import UserError, check_at_least
+from lm.core.types import TrainState
 from lm.model import Model
 from lm.rewards import Reward
 from lm.tokenizer import Tokenizer
-from lm.types import TrainState
 
 Batch = Any
 
 
-class Context(NamedTuple):
+class StageContext(NamedTuple):
     model: Model
     tokenizer: Tokenizer
     seed: int
@@ -35,7 +35,7 @@ class Context(NamedTuple):
 
     def admit(self, length: int) -> None:
         """UserError for rows of no tokens, or of more than the model's context."""
-        at_least(1, "data", length=length)
+        check_at_least(1, "data", length=length)
         if length > self.model.config.context:
             raise UserError(f"data.length {length} is longer than model.context {self.model.config.context}; lower it")
 

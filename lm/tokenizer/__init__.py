@@ -5,52 +5,58 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.errors import UserError
-from lm.tokenizer import borrowed, own
-from lm.tokenizer.interface import ROLES, Example, Message, Tokenizer, unicode
-from lm.tokenizer.own import SPECIAL, TEMPLATE, train
+from lm.core.errors import UserError
+from lm.tokenizer import huggingface, sentencepiece
+from lm.tokenizer.base import ROLES, Message, TokenizedExample, Tokenizer, valid_unicode
+from lm.tokenizer.sentencepiece import SPECIAL_TOKENS, TEMPLATE_RULE, train_tokenizer
 
 __all__ = [
     "ROLES",
-    "SPECIAL",
-    "TEMPLATE",
-    "Example",
+    "SPECIAL_TOKENS",
+    "TEMPLATE_RULE",
+    "TokenizedExample",
     "Message",
     "Tokenizer",
-    "chat",
-    "chats",
-    "load",
-    "prompt",
-    "prompts",
-    "train",
-    "unicode",
+    "encode_chat",
+    "encode_chats",
+    "load_tokenizer",
+    "encode_prompt",
+    "encode_prompts",
+    "train_tokenizer",
+    "valid_unicode",
 ]
 
 
-def load(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a file. UserError if there is none."""
     try:
         proto = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"no tokenizer at {path} ({error.strerror}): train one, or name its workdir") from error
-    return borrowed.opened(proto, path) if proto.startswith(b"{") else own.opened(proto, path)
+    return (
+        huggingface.huggingface_from_bytes(proto, path)
+        if proto.startswith(b"{")
+        else sentencepiece.sentencepiece_from_bytes(proto, path)
+    )
 
 
-def chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> TokenizedExample:
     """One conversation: see Tokenizer.chats."""
     return tokenizer.chats([messages])[0]
 
 
-def chats(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[Example]:
+def encode_chats(
+    tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, last: bool = False
+) -> list[TokenizedExample]:
     """See Tokenizer.chats."""
     return tokenizer.chats(conversations, last=last)
 
 
-def prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:
+def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:
     """i32[n]: see Tokenizer.prompts."""
     return tokenizer.prompts([messages])[0]
 
 
-def prompts(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
+def encode_prompts(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
     """See Tokenizer.prompts."""
     return tokenizer.prompts(conversations)

@@ -12,23 +12,23 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from lm.errors import UserError
-from lm.model.config import Config
-from lm.types import Params
-from lm.weights import names, shapes, tensors
-from lm.weights.stored import INDEX, WHOLE, Stored, is_computed, open_tensors, read_json
+from lm.core.errors import UserError
+from lm.core.types import Params
+from lm.model.config import ModelConfig
+from lm.weights import config_map, names, tensors
+from lm.weights.safetensors_files import INDEX_FILE, SINGLE_FILE, StoredTensor, is_computed, open_tensors, read_json
 
 Json = Mapping[str, Any]
-CONFIG = "config.json"
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-SHARD = 5_000_000_000  # bytes of a file at most, as the Hub has them
+CONFIG_FILE = "config.json"
+EXPORT_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+SHARD_BYTES = 5_000_000_000  # bytes of a file at most, as the Hub has them
 
 
 def read_config(source: Path) -> dict[str, Any]:
-    return read_json(source / CONFIG)
+    return read_json(source / CONFIG_FILE)
 
 
-def read(source: Path, note: tensors.Note = lambda done, total: None) -> tuple[Config, Params]:
+def read_folder(source: Path, note: tensors.ProgressCallback = lambda done, total: None) -> tuple[ModelConfig, Params]:
     """The model in a folder: Config, and float32 parameters. Only one of their tensors is in memory at a time.
 
     Every tensor there is used, equals one that is, or holds what config.json says anyway; else UserError. A head beside
@@ -36,69 +36,73 @@ def read(source: Path, note: tensors.Note = lambda done, total: None) -> tuple[C
     tie_word_embeddings says.
     """
     hf = read_config(source)
-    c = shapes.shape(hf)
+    c = config_map.model_config_from_json(hf)
     with open_tensors(source) as found:
         c, entries, copies = _entries(c, hf["model_type"], found)
-        needed = {name for name, _, _ in tensors.places(c, entries)}
+        needed = {name for name, _, _ in tensors.tensor_places(c, entries)}
         unused = found.keys() - needed - copies
-        _agree(found, needed, unused, hf, c, source)
-        return c, tensors.read(c, entries, lambda name: found[name].read(), note, place=lambda name: str(found[name]))
+        _check_tensor_names(found, needed, unused, hf, c, source)
+        return c, tensors.read_params(
+            c, entries, lambda name: found[name].read(), note, place=lambda name: str(found[name])
+        )
 
 
-def _entries(c: Config, kind: str, found: Mapping[str, Stored]) -> tuple[Config, list[names.Entry], set[str]]:
+def _entries(
+    c: ModelConfig, kind: str, found: Mapping[str, StoredTensor]
+) -> tuple[ModelConfig, list[names.TensorEntry], set[str]]:
     """Config and entries, tied or not as the tensors have it; and the names of second copies."""
 
-    def of(c: Config) -> list[names.Entry]:
-        entries = names.entries(c, kind)
+    def of(c: ModelConfig) -> list[names.TensorEntry]:
+        entries = names.tensor_entries(c, kind)
         if kind == "gpt2" and not any(name.startswith("transformer.") for name in found):  # as OpenAI's own file
             entries = [entry._replace(theirs=entry.theirs.removeprefix("transformer.")) for entry in entries]
         return entries
 
     entries = of(c)
     embedding = next(entry.theirs for entry in entries if entry.ours == ("embedding",))
-    if not c.tied or names.HEAD not in found:
+    if not c.tied or names.HEAD_TENSOR not in found:
         return c, entries, set()
     if embedding not in found:  # the one matrix goes by the head's name
-        return c, [e._replace(theirs=names.HEAD) if e.theirs == embedding else e for e in entries], set()
-    if found[names.HEAD].equals(found[embedding]):
-        return c, entries, {names.HEAD}
+        return c, [e._replace(theirs=names.HEAD_TENSOR) if e.theirs == embedding else e for e in entries], set()
+    if found[names.HEAD_TENSOR].equals(found[embedding]):
+        return c, entries, {names.HEAD_TENSOR}
     untied = dataclasses.replace(c, tied=False)
     return untied, of(untied), set()
 
 
-def write(
+def write_folder(
     destination: Path,
-    c: Config,
+    c: ModelConfig,
     params: Mapping,
     *,
     dtype: str,
     ids: Mapping[str, Any],
     kind: str = "",
-    shard_bytes: int = SHARD,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """config.json and safetensors of a model, for transformers to load. Only one of the files is in memory at a time.
 
     ids: bos_token_id and the like. kind: the model_type to write if it can say this Config. config.json comes last.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    hf = {**shapes.config_json(c, kind), **ids, "dtype": dtype, "torch_dtype": dtype}
-    entries = names.entries(c, hf["model_type"])
-    tensors.check(c, params)
-    sizes = {name: tensors.size(c, index, entry) for name, index, entry in tensors.places(c, entries)}
-    sizes = {name: size * np.dtype(DTYPES[dtype]).itemsize for name, size in sizes.items()}
-    files, stream = _files(sizes, shard_bytes), tensors.written(c, entries, params)
+    if dtype not in EXPORT_DTYPES:
+        raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(EXPORT_DTYPES)}")
+    hf = {**config_map.config_json(c, kind), **ids, "dtype": dtype, "torch_dtype": dtype}
+    entries = names.tensor_entries(c, hf["model_type"])
+    tensors.check_params(c, params)
+    sizes = {name: tensors.tensor_size(c, index, entry) for name, index, entry in tensors.tensor_places(c, entries)}
+    sizes = {name: size * np.dtype(EXPORT_DTYPES[dtype]).itemsize for name, size in sizes.items()}
+    files, stream = _shard_contents(sizes, shard_bytes), tensors.named_tensors(c, entries, params)
     for file, inside in files.items():
-        part = ((name, value.astype(DTYPES[dtype])) for name, value in itertools.islice(stream, len(inside)))
+        part = ((name, value.astype(EXPORT_DTYPES[dtype])) for name, value in itertools.islice(stream, len(inside)))
         save_file(dict(part), destination / file, metadata={"format": "pt"})
     if len(files) > 1:
         where = {name: file for file, inside in files.items() for name in inside}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        (destination / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    (destination / CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
+        (destination / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    (destination / CONFIG_FILE).write_text(json.dumps(hf, indent=2) + "\n")
 
 
-def _files(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
+def _shard_contents(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
     """What each file holds: as many tensors in order as fit, but at least one."""
     shards, filled = [[]], 0
     for name, size in sizes.items():
@@ -108,22 +112,24 @@ def _files(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
         shards[-1].append(name)
         filled += size
     if len(shards) == 1:
-        return {WHOLE: shards[0]}
+        return {SINGLE_FILE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": inside for i, inside in enumerate(shards, 1)}
 
 
-def _agree(found: Mapping[str, Stored], needed: set[str], unused: set[str], hf: Json, c: Config, source: Path) -> None:
+def _check_tensor_names(
+    found: Mapping[str, StoredTensor], needed: set[str], unused: set[str], hf: Json, c: ModelConfig, source: Path
+) -> None:
     """UserError for a tensor that is not there, and for one that the model of config.json does not use."""
     missing = sorted(needed - found.keys())
     extra = sorted(name for name in unused if not is_computed(found[name], c))
     for name in missing[:1]:
         raise UserError(
-            f"{source} lacks tensor {name}{_more(missing)}, which config.json with {_flag(name, hf, c, found)} needs: "
+            f"{source} lacks tensor {name}{_more(missing)}, which config.json with {_flag_text(name, hf, c, found)} needs: "
             "correct that, or download the folder again"
         )
     for name in extra[:1]:
         raise UserError(
-            f"{found[name]}{_more(extra)} has no place in a model whose config.json says {_flag(name, hf, c, found)}: "
+            f"{found[name]}{_more(extra)} has no place in a model whose config.json says {_flag_text(name, hf, c, found)}: "
             "correct that, or take away what is not of this model"
         )
 
@@ -132,11 +138,11 @@ def _more(names_: list[str]) -> str:
     return f" and {len(names_) - 1} more" if len(names_) > 1 else ""
 
 
-def _flag(name: str, hf: Json, c: Config, found: Iterable[str]) -> str:
+def _flag_text(name: str, hf: Json, c: ModelConfig, found: Iterable[str]) -> str:
     """What config.json says that decides whether the model has this tensor."""
     layer, expert = (re.search(rf"\b(?:{axis})\.(\d+)\.", name) for axis in ("layers|h", "experts"))
     key = "model_type"
-    if name == names.HEAD:
+    if name == names.HEAD_TENSOR:
         key = "tie_word_embeddings"
     elif layer and (int(layer[1]) >= c.layers or not any(layer[0] in other for other in found)):
         key = "n_layer" if hf["model_type"] == "gpt2" else "num_hidden_layers"

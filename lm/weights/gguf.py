@@ -15,17 +15,17 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as spm
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-from lm.errors import UserError
-from lm.model.config import Config
-from lm.model.params import BIASED
+from lm.core.errors import UserError
+from lm.core.types import Params
+from lm.model.config import ModelConfig
+from lm.model.params import BIASED_PROJECTIONS
 from lm.tokenizer import Tokenizer
-from lm.tokenizer.borrowed import BLANK, bundled
-from lm.types import Params
-from lm.weights import shapes, tensors
-from lm.weights.names import Entry
+from lm.tokenizer.huggingface import SPACE_SYMBOL, tokenizer_from_parts
+from lm.weights import config_map, tensors
+from lm.weights.names import TensorEntry
 
-KINDS = ("llama", "qwen2", "qwen3")
-LAYER = {
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+LAYER_TENSORS = {
     "attention_norm": "attn_norm.weight",
     "query": "attn_q.weight",
     "key": "attn_k.weight",
@@ -43,49 +43,63 @@ LAYER = {
     "down": "ffn_down.weight",
     **{f"{name}_bias": f"ffn_{name}.bias" for name in ("gate", "up", "down")},
 }
-MATRICES = {"query", "key", "value", "attention_out", "gate", "up", "down"}
+TRANSPOSED_TENSORS = {"query", "key", "value", "attention_out", "gate", "up", "down"}
 
 # What cuts a text before its bytes are merged, by the file's name for it: patterns applied one after the other.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS = (r"\p{N}", GPT2)
-LLAMA3 = (
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT_PATTERNS = (r"\p{N}", GPT2_PATTERN)
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
-CJK = "[一-龥\u0800-一가-\ud7ff]+"
-CUTS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (GPT2,),
-    "mpt": (GPT2,),
-    "llama-bpe": (LLAMA3,),
-    "qwen2": (LLAMA3.replace("{1,3}", ""),),
+CJK_PATTERN = "[一-龥\u0800-一가-\ud7ff]+"
+PRETOKENIZER_PATTERNS: dict[str, tuple[str, ...]] = {
+    "gpt-2": (GPT2_PATTERN,),
+    "mpt": (GPT2_PATTERN,),
+    "llama-bpe": (LLAMA3_PATTERN,),
+    "qwen2": (LLAMA3_PATTERN.replace("{1,3}", ""),),
     "qwen35": (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), DIGITS),
-    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"),
-    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), DIGIT_PATTERNS),
+    "falcon": (r"[\p{P}\$\+<=>\^~\|`]+", GPT2_PATTERN, "[0-9][0-9][0-9]"),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK_PATTERN, r"\p{N}"),
     "deepseek-llm": (
-        *(r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+", r"\s+$", CJK, r"\p{N}+"),
+        *(
+            r"[\r\n]",
+            r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
+            r"\s?[!-/:-~！-／：-～‘-‟\u3000-。]+",
+            r"\s+$",
+            CJK_PATTERN,
+            r"\p{N}+",
+        ),
     ),
 }
-UNKNOWN, CONTROL, DEFINED, UNUSED = 2, 3, 4, 5  # of a token's type, numbered as sentencepiece does
+UNKNOWN_TOKEN, CONTROL_TOKEN, USER_DEFINED_TOKEN, UNUSED_TOKEN = (
+    2,
+    3,
+    4,
+    5,
+)  # of a token's type, numbered as sentencepiece does
 
 
-def read(path: Path, note: tensors.Note = lambda done, total: None) -> tuple[Config, Params, Tokenizer]:
+def read_gguf(
+    path: Path, note: tensors.ProgressCallback = lambda done, total: None
+) -> tuple[ModelConfig, Params, Tokenizer]:
     """The model of a GGUF file, dequantised to float32, and its tokenizer."""
-    file = _opened(path)
+    file = _open_gguf(path)
     fields = {key: field for key, field in file.fields.items()}
-    kind = _value(fields, "general.architecture")
-    if kind not in KINDS:
+    kind = _field_value(fields, "general.architecture")
+    if kind not in ARCHITECTURES:
         raise UserError(
-            f"{path} holds architecture {kind!r}, which we do not read from GGUF: we read {', '.join(KINDS)}"
+            f"{path} holds architecture {kind!r}, which we do not read from GGUF: we read {', '.join(ARCHITECTURES)}"
         )
     found = {tensor.name: tensor for tensor in file.tensors}
-    c = shapes.shape(_config(fields, kind, tied="output.weight" not in found))
+    c = config_map.model_config_from_json(_config_json(fields, kind, tied="output.weight" not in found))
     c = dataclasses.replace(c, bias=_bias(found))
-    entries = _entries(c)
-    needed = {name for name, _, _ in tensors.places(c, entries)}
+    entries = _tensor_entries(c)
+    needed = {name for name, _, _ in tensors.tensor_places(c, entries)}
     for what, names in (("lacks", needed - found.keys()), ("has a tensor more than we use:", found.keys() - needed)):
         if names:
             raise UserError(
@@ -94,27 +108,29 @@ def read(path: Path, note: tensors.Note = lambda done, total: None) -> tuple[Con
             )
 
     def tensor(name: str) -> np.ndarray:
-        value = _plain(found[name], path)
+        value = _dequantized_tensor(found[name], path)
         part = name.rsplit(".", 2)[-2]
         if kind == "llama" and part in ("attn_q", "attn_k"):
-            value = halves(value, c.heads if part == "attn_q" else c.kv_heads)
+            value = pairs_to_halves(value, c.heads if part == "attn_q" else c.kv_heads)
         return value
 
-    params = tensors.read(c, entries, tensor, note, place=lambda name: f"tensor {name} of {path}", says="its metadata")
-    return c, params, tokenizer_of(fields)
+    params = tensors.read_params(
+        c, entries, tensor, note, place=lambda name: f"tensor {name} of {path}", says="its metadata"
+    )
+    return c, params, tokenizer_from_fields(fields)
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
+def read_gguf_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer alone, of a file that may hold nothing else."""
-    return tokenizer_of(_opened(path).fields)
+    return tokenizer_from_fields(_open_gguf(path).fields)
 
 
-def halves(w: np.ndarray, heads: int) -> np.ndarray:
+def pairs_to_halves(w: np.ndarray, heads: int) -> np.ndarray:
     """Rows of a projection [heads * H, D] from neighbouring pairs to halves."""
     return w.reshape(heads, w.shape[0] // heads // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def _opened(path: Path) -> gguf.GGUFReader:
+def _open_gguf(path: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except OSError as error:
@@ -123,7 +139,7 @@ def _opened(path: Path) -> gguf.GGUFReader:
         raise UserError(f"{path} is torn or no GGUF file ({error}): download it again") from error
 
 
-def _plain(tensor, path: Path) -> np.ndarray:
+def _dequantized_tensor(tensor, path: Path) -> np.ndarray:
     shape = tuple(int(n) for n in reversed(tensor.shape))
     try:
         return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape).astype(np.float32)
@@ -134,14 +150,14 @@ def _plain(tensor, path: Path) -> np.ndarray:
         ) from error
 
 
-def _value(fields, key: str, default: Any = None) -> Any:
+def _field_value(fields, key: str, default: Any = None) -> Any:
     return fields[key].contents() if key in fields else default
 
 
 def _bias(found: Container[str]) -> str:
     """Config.bias as the tensors of the first layer have it: no field tells."""
-    there = {name for name in MATRICES if f"blk.0.{LAYER[f'{name}_bias']}" in found}
-    kind = next((kind for kind, names in BIASED.items() if set(names) == there), None)
+    there = {name for name in TRANSPOSED_TENSORS if f"blk.0.{LAYER_TENSORS[f'{name}_bias']}" in found}
+    kind = next((kind for kind, names in BIASED_PROJECTIONS.items() if set(names) == there), None)
     if kind is None:
         raise UserError(
             f"this GGUF file has biases of {', '.join(sorted(there))}: we compute those of query, key and value, those "
@@ -150,9 +166,9 @@ def _bias(found: Container[str]) -> str:
     return kind
 
 
-def _config(fields, kind: str, *, tied: bool) -> dict[str, Any]:
+def _config_json(fields, kind: str, *, tied: bool) -> dict[str, Any]:
     """What Hugging Face's config.json would say."""
-    own = lambda name, default=None: _value(fields, f"{kind}.{name}", default)
+    own = lambda name, default=None: _field_value(fields, f"{kind}.{name}", default)
     scale = {name: own(f"rope.{name}") for name in ("scaling.type", "scaling.factor", "scale_linear")}
     if any(value not in (None, "none", 0.0, 1.0) for value in scale.values()) or own("expert_count"):
         raise UserError(
@@ -186,92 +202,107 @@ def _config(fields, kind: str, *, tied: bool) -> dict[str, Any]:
     }
 
 
-def _entries(c: Config) -> list[Entry]:
-    found = [Entry("token_embd.weight", ("embedding",), False), Entry("output_norm.weight", ("final_norm",), False)]
+def _tensor_entries(c: ModelConfig) -> list[TensorEntry]:
+    found = [
+        TensorEntry("token_embd.weight", ("embedding",), False),
+        TensorEntry("output_norm.weight", ("final_norm",), False),
+    ]
     if not c.tied:
-        found.append(Entry("output.weight", ("head",), True))
-    absent = {f"{name}_bias" for name in MATRICES - set(BIASED[c.bias])}
+        found.append(TensorEntry("output.weight", ("head",), True))
+    absent = {f"{name}_bias" for name in TRANSPOSED_TENSORS - set(BIASED_PROJECTIONS[c.bias])}
     absent |= set() if c.qk_norm else {"query_norm", "key_norm"}
-    names = [name for name in LAYER if name not in absent]
-    return found + [Entry(f"blk.{{i}}.{LAYER[name]}", (name,), name in MATRICES) for name in names]
+    names = [name for name in LAYER_TENSORS if name not in absent]
+    return found + [
+        TensorEntry(f"blk.{{i}}.{LAYER_TENSORS[name]}", (name,), name in TRANSPOSED_TENSORS) for name in names
+    ]
 
 
-def tokenizer_of(fields) -> Tokenizer:
+def tokenizer_from_fields(fields) -> Tokenizer:
     """The tokenizer that a file's fields describe."""
-    model, tokens = _value(fields, "tokenizer.ggml.model"), _value(fields, "tokenizer.ggml.tokens")
-    kinds = _value(fields, "tokenizer.ggml.token_type")
-    _agree(fields, len(tokens))
-    special = [token for token, kind in zip(tokens, kinds) if kind == CONTROL]
+    model, tokens = _field_value(fields, "tokenizer.ggml.model"), _field_value(fields, "tokenizer.ggml.tokens")
+    kinds = _field_value(fields, "tokenizer.ggml.token_type")
+    _check_counts(fields, len(tokens))
+    special = [token for token, kind in zip(tokens, kinds) if kind == CONTROL_TOKEN]
     if model in ("gpt2", "gemma4"):
-        coder = {"tokenizer": _merges(fields, tokens, kinds, blanks=model == "gemma4").to_str()}
+        coder = {"tokenizer": _bpe_tokenizer(fields, tokens, kinds, blanks=model == "gemma4").to_str()}
     elif model == "llama":
-        coder = {"pieces": _pieces(fields, tokens, kinds)}
+        coder = {"pieces": _sentencepiece_proto(fields, tokens, kinds)}
     else:
         raise UserError(f"this GGUF file has a tokenizer of kind {model!r}: we read gpt2, gemma4 and llama")
-    ids = {name: _value(fields, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    ids = {name: _field_value(fields, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     names = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
-    return bundled(
+    return tokenizer_from_parts(
         **coder,
-        template=_value(fields, "tokenizer.chat_template", ""),
+        template=_field_value(fields, "tokenizer.chat_template", ""),
         tokens=names,
         special=special,
         stops=[ids["eos"]] if ids["eos"] is not None else [],
     )
 
 
-def _agree(fields, tokens: int) -> None:
+def _check_counts(fields, tokens: int) -> None:
     """UserError where the file's lists are not of one length, or it names an id that no token has."""
     for name in ("token_type", "scores"):
-        found = _value(fields, f"tokenizer.ggml.{name}")
+        found = _field_value(fields, f"tokenizer.ggml.{name}")
         if found is not None and len(found) != tokens:
             raise UserError(
                 f"this GGUF file has {tokens} tokens, but {len(found)} entries in tokenizer.ggml.{name}: take another"
             )
     for name in ("bos", "eos", "unknown"):
-        i = _value(fields, f"tokenizer.ggml.{name}_token_id", 0)
+        i = _field_value(fields, f"tokenizer.ggml.{name}_token_id", 0)
         if not 0 <= i < tokens:
             raise UserError(f"this GGUF file has {tokens} tokens, but {name}_token_id = {i}: take another")
 
 
-def _merges(fields, tokens: list[str], kinds: list[int], *, blanks: bool) -> tokenizers.Tokenizer:
+def _bpe_tokenizer(fields, tokens: list[str], kinds: list[int], *, blanks: bool) -> tokenizers.Tokenizer:
     """BPE by the merges of a file: of bytes (Radford et al. 2019), the text cut by the patterns of the file's kind; or
     with `blanks` of characters, spaces as blanks, what is in no piece by its bytes."""
-    kind = _value(fields, "tokenizer.ggml.pre", "gpt-2")
-    if not blanks and kind not in CUTS:
-        raise UserError(f"this GGUF file cuts words by the rule {kind!r}: we know {', '.join(CUTS)}")
+    kind = _field_value(fields, "tokenizer.ggml.pre", "gpt-2")
+    if not blanks and kind not in PRETOKENIZER_PATTERNS:
+        raise UserError(f"this GGUF file cuts words by the rule {kind!r}: we know {', '.join(PRETOKENIZER_PATTERNS)}")
     vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in _value(fields, "tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ", 1)) for merge in _field_value(fields, "tokenizer.ggml.merges")]
     options = dict(byte_fallback=True) if blanks else dict(ignore_merges=kind == "llama-bpe")
     result = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
     if blanks:
-        result.normalizer = normalizers.Replace(" ", BLANK)
+        result.normalizer = normalizers.Replace(" ", SPACE_SYMBOL)
         result.pre_tokenizer = pre_tokenizers.Split(Regex("[^\n]+|\n+"), "isolated")
-        result.decoder = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()])
+        result.decoder = decoders.Sequence(
+            [decoders.Replace(SPACE_SYMBOL, " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
     else:
-        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in CUTS[kind]]
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRETOKENIZER_PATTERNS[kind]]
         bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         result.pre_tokenizer, result.decoder = pre_tokenizers.Sequence([*splits, bytewise]), decoders.ByteLevel()
-    result.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == CONTROL])
+    result.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == CONTROL_TOKEN])
     result.add_tokens(
-        [tokenizers.AddedToken(token, normalized=False) for token, kind in zip(tokens, kinds) if kind == DEFINED]
+        [
+            tokenizers.AddedToken(token, normalized=False)
+            for token, kind in zip(tokens, kinds)
+            if kind == USER_DEFINED_TOKEN
+        ]
     )
-    bos = _value(fields, "tokenizer.ggml.bos_token_id")
-    if _value(fields, "tokenizer.ggml.add_bos_token", kind == "llama-bpe") and bos is not None:  # llama.cpp's default
+    bos = _field_value(fields, "tokenizer.ggml.bos_token_id")
+    if (
+        _field_value(fields, "tokenizer.ggml.add_bos_token", kind == "llama-bpe") and bos is not None
+    ):  # llama.cpp's default
         result.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
     return result
 
 
-def _pieces(fields, tokens: list[str], kinds: list[int]) -> bytes:
+def _sentencepiece_proto(fields, tokens: list[str], kinds: list[int]) -> bytes:
     """A sentencepiece model of these pieces."""
     proto = spm.ModelProto()
-    scores = _value(fields, "tokenizer.ggml.scores")
-    unknown = _value(fields, "tokenizer.ggml.unknown_token_id", 0)
+    scores = _field_value(fields, "tokenizer.ggml.scores")
+    unknown = _field_value(fields, "tokenizer.ggml.unknown_token_id", 0)
     for i, (token, score, kind) in enumerate(zip(tokens, scores, kinds)):
-        proto.pieces.add(piece=token, score=score, type=UNUSED if kind == UNKNOWN and i != unknown else kind)
-    ids = {name: _value(fields, f"tokenizer.ggml.{name}_token_id", -1) for name in ("bos", "eos")}
-    if not _value(fields, "tokenizer.ggml.add_bos_token", True):
+        proto.pieces.add(
+            piece=token, score=score, type=UNUSED_TOKEN if kind == UNKNOWN_TOKEN and i != unknown else kind
+        )
+    ids = {name: _field_value(fields, f"tokenizer.ggml.{name}_token_id", -1) for name in ("bos", "eos")}
+    if not _field_value(fields, "tokenizer.ggml.add_bos_token", True):
         ids["bos"] = -1  # a text begins with itself
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type, trainer.byte_fallback, trainer.vocab_size = spm.TrainerSpec.BPE, True, len(tokens)
@@ -281,5 +312,5 @@ def _pieces(fields, tokens: list[str], kinds: list[int]) -> bytes:
         if i >= 0:
             setattr(trainer, f"{name}_piece", tokens[i])
     normalizer.name, normalizer.remove_extra_whitespaces = "identity", False
-    normalizer.add_dummy_prefix = _value(fields, "tokenizer.ggml.add_space_prefix", True)
+    normalizer.add_dummy_prefix = _field_value(fields, "tokenizer.ggml.add_space_prefix", True)
     return proto.SerializeToString()

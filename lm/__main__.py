@@ -1,0 +1,84 @@
+"""The one command line: `lm COMMAND`, or `python -m lm COMMAND` where the package is not installed.
+
+This file imports nothing that a list of commands does not need, so `lm --help` is there at once.
+"""
+
+import difflib
+import importlib
+import sys
+from typing import NamedTuple
+
+from lm import restart_with_fast_environment
+
+
+class Command(NamedTuple):
+    module: str  # has program(argv)
+    purpose: str  # one line
+
+
+COMMANDS = {
+    "Make a model": {
+        "pipeline": Command("lm.pipeline.runner", "run all stages in order: from text to an assistant"),
+        "train": Command("lm.train.loop", "run one stage: tokenizer, pretraining, SFT, reward model, DPO, PPO, ..."),
+        "convert": Command(
+            "lm.weights.convert", "read models from Hugging Face folders and GGUF files, and write them"
+        ),
+    },
+    "Use it": {"chat": Command("lm.serve.chat", "talk to a trained model in the terminal")},
+    "Collect preferences": {
+        "rank": Command("lm.feedback.rank", "let people rank answers on a web page"),
+        "judge": Command("lm.feedback.judge", "let a model or a rule rate what people rate"),
+        "auto-rank": Command("lm.feedback.auto_rank", "sample answers and rank them by a rule"),
+    },
+    "Measure": {
+        "evaluate": Command("lm.evaluate.models", "compare models on held-out text and unseen prompts"),
+        "report": Command("lm.report.pipeline", "write the page of a run or of a pipeline"),
+        "reward-report": Command("lm.report.reward_model", "say what a reward model has learned"),
+        "quantization": Command("lm.evaluate.quantization", "measure what fewer bits cost in held-out loss"),
+        "compare": Command("lm.compare.comparison", "test which setting is better over runs and seeds"),
+        "bench": Command("lm.bench.__main__", "time training, generation and start-up against the machine's limits"),
+    },
+    "Search": {"sweep": Command("lm.sweep.controller", "run many settings of one config")},
+    "Study": {
+        "scaling": Command("lm.studies.scaling.study", "fit scaling laws and predict a larger run"),
+        "emergence": Command("lm.studies.emergence.study", "see which skills appear suddenly, and by which metric"),
+        "overoptimization": Command(
+            "lm.studies.overoptimization.study", "push a policy up a proxy reward and watch the true one"
+        ),
+        "contest": Command("lm.studies.methods.study", "compare ways of training at one budget, over seeds"),
+        "certify": Command("lm.studies.gradients.__main__", "check every loss's expected gradient exactly"),
+    },
+}
+BY_NAME = {name: command for group in COMMANDS.values() for name, command in group.items()}
+
+
+def overview() -> str:
+    """All commands by purpose, a line each."""
+    lines = ["Everything that turns random matrices into an assistant.", "", "usage: lm COMMAND [OPTIONS]"]
+    for title, group in COMMANDS.items():
+        lines += ["", title]
+        lines += [f"  {name:17} {command.purpose}" for name, command in group.items()]
+    return "\n".join([*lines, "", "lm COMMAND --help shows the examples and options of a command."])
+
+
+def main() -> None:
+    """Runs the command that sys.argv names. Exits with 2 where there is none of that name."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help", "help"):
+        print(overview())
+        return
+    if name not in BY_NAME:
+        near = difflib.get_close_matches(name, BY_NAME, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`lm --help` lists the commands"
+        print(f"error: {name} is not a command of lm; {hint}", file=sys.stderr)
+        sys.exit(2)
+    restart_with_fast_environment()
+    sys.argv = [f"lm {name}", *sys.argv[2:]]
+    program = importlib.import_module(BY_NAME[name].module).program
+    from lm.runs.console import run_program  # after the restart: it imports what commands print with
+
+    run_program(program)
+
+
+if __name__ == "__main__":
+    main()

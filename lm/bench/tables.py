@@ -1,0 +1,116 @@
+"""What the programs print: a table of each measurement, and in words how we compare."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lm.runs.console import print_table, say
+
+ResultRow = Mapping[str, Any]
+
+
+def print_limits(found: Mapping[str, Any]) -> None:
+    products = ", ".join(f"{dtype} {flops / 1e9:,.0f} GFLOP/s" for dtype, flops in found["flops"].items())
+    say(f"ceilings of one device: products {products}; memory {found['bandwidth'] / 1e9:,.0f} GB/s read")
+
+
+def print_training(rows: Sequence[ResultRow]) -> None:
+    print_table(
+        "Training",
+        ["size", "dtype", "s a step", "tokens/s", "best", "GFLOP/s", "of peak"],
+        [
+            [
+                row["size"],
+                row["dtype"],
+                row["ours"]["median"]["step"],
+                *(f"{row['per_second']['ours'][name]:,.0f}" for name in ("median", "best")),
+                f"{row['flops_per_second'] / 1e9:,.0f}",
+                f"{row['of_peak']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+    say(f"peak: {rows[0]['peak']['flops_per_second'] / 1e9:,.0f} GFLOP/s, {rows[0]['peak']['source']}")
+    for row in rows:
+        print_ratio(f"{row['size']} {row['dtype']}", row, "PyTorch", "tokens/s")
+
+
+def print_generation(rows: Sequence[ResultRow]) -> None:
+    print_table(
+        f"Greedy generation of {rows[0]['new']} tokens after {rows[0]['prompt']}, tokens/s",
+        ["size, dtype, batch", "in all", "prefill", "decode", "MB/step", "of memory"],
+        [
+            [
+                f"{row['size']} {row['dtype']} {row['batch']}",
+                f"{row['per_second']['ours']['median']:,.0f}",
+                f"{row['prefill_per_second']:,.0f}",
+                f"{row['decode_per_second']:,.0f}",
+                f"{row['bytes_per_step'] / 1e6:,.1f}",
+                f"{row['of_bandwidth']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+    say("of memory: the bytes that decoding must read, over what memory gives in that time")
+    for row in rows:
+        print_ratio(f"{row['size']} {row['dtype']} batch {row['batch']}", row, "transformers", "tokens/s")
+
+
+def print_startup(found: Mapping[str, ResultRow]) -> None:
+    rows = [[kind, one["median"], one["best"], one["aim"]] for kind, one in found.items()]
+    print_table("From the command to the first step, seconds", ["", "median", "best", "aim"], rows)
+
+
+def print_rollout(rows: Sequence[ResultRow]) -> None:
+    """The phases as a table, and the ratio in words."""
+    (found,) = rows
+    ours, peer = found["ours"], found["peer"] if "peer" in found else {"median": {}}
+    names = list(dict.fromkeys([*ours["median"], *peer["median"]]))
+    sides = (ours["median"], ours["best"], peer["median"])
+    cell = lambda side, name: f"{side[name]:.3f}" if name in side else ""
+    print_table(
+        "One GRPO step, seconds", ["", "ours", "best", "TRL"], [[n, *(cell(s, n) for s in sides)] for n in names]
+    )
+    say(f"the products alone take {found['least']:.2f} s at {found['peak']['source']}, {found['of_peak']:.2f} of ours")
+    print_ratio("a GRPO step", found, "TRL", "steps/s")
+
+
+def print_speculation(rows: Sequence[ResultRow]) -> None:
+    """The interval of what was accepted is over prompts, so one prompt has none."""
+
+    def accepted(share: Mapping[str, float]) -> str:
+        known = share["se"] < math.inf
+        return f"{share['value']:.0%}" + (f" ({share['low']:.0%} to {share['high']:.0%})" if known else "")
+
+    print_table(
+        f"{rows[0]['size']}, {rows[0]['ahead']} tokens ahead, answers of at most {rows[0]['new']}",
+        ["batch", "T", "tokens/s", "without", "times as fast", "accepted", "tokens a pass"],
+        [
+            [
+                row["batch"],
+                row["temperature"],
+                *(f"{row['per_second'][side]:,.0f}" for side in ("drafted", "plain")),
+                f"{row['ratio']:.2f}",
+                accepted(row["accepted"]),
+                f"{row['tokens_a_pass']['value']:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def print_ratio(title: str, row: ResultRow, peer: str, unit: str) -> None:
+    """Our speed over the peer's, if there was one; the range is of single turns."""
+    if "ratio" not in row:
+        return
+    ratio, (ours, theirs) = row["ratio"], (row["per_second"][side]["median"] for side in ("ours", "peer"))
+    low, high = min(ratio["each_turn"]), max(ratio["each_turn"])
+    say(
+        f"{title}: {rate_text(ours)} {unit}, {peer} {rate_text(theirs)}: ours is {ratio['median']:.2f} times as fast "
+        f"({low:.2f} to {high:.2f} by turn; best of each {ratio['best']:.2f}; "
+        f"threads {row['threads']['ours']} and {row['threads']['peer']})"
+    )
+
+
+def rate_text(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"

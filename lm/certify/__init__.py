@@ -1,1 +1,0 @@
-"""Exact-gradient certificates: in a world of a few tokens the mean of every loss's gradient is known, not estimated."""

@@ -1,0 +1,177 @@
+"""Runs to settings: those whose configs differ in nothing but the seed are one, named by what tells it from others."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lm.compare.read import Run, value_text
+
+NO_VALUE = "–"  # where a config has no such key
+STAGE_KEY = "stage.name"
+CODE_KEY = (
+    "code"  # the key under which the code is part of a setting, where the same config was run by several versions
+)
+NAME_DIGITS = (3, 6, 17)  # of a float in a name: as few as tell the settings apart; 17 tell any
+MAX_NAME_KEYS = 4  # keys that a name holds, unless it takes more to tell the settings apart
+
+
+class Setting(NamedTuple):
+    name: str
+    config: Mapping[str, Any]  # dotted key to value, without the seed
+    runs: Sequence[Run]  # by seed, each seed once
+
+
+class SettingGroups(NamedTuple):
+    all: Sequence[Setting]
+    parameters: Sequence[str]  # keys that tell the settings apart; what follows from those that a sweep set is left out
+    differing: Sequence[str]  # every key in which settings differ
+    notes: Sequence[str]  # what a reader must know of how runs became settings
+
+
+def settings_of_runs(runs: Sequence[Run], *, ignore: Iterable[str] = ()) -> SettingGroups:
+    """Groups the runs; `ignore` are further dotted keys, or their beginnings, that make no other setting.
+
+    A path that differs is taken relative to the folder that holds the run's own, so that runs/a/sft and runs/b/sft with
+    init_from runs/a/pretrain and runs/b/pretrain are one setting. The code is part of a setting only where the same
+    config and seed were run by several versions of it. Of what is left the same in all, the first run counts.
+    """
+    configs = [comparable_config(run, runs, ("seed", *ignore)) for run in runs]
+    notes = []
+    if by_code := any(len({run.code.label for run in same}) > 1 for same in repeated_runs(runs, configs)):
+        configs = [{**config, CODE_KEY: run.code.label} for config, run in zip(configs, runs)]
+    dropped = set()
+    for first, *others in repeated_runs(runs, configs):
+        dropped |= {run.path for run in others}
+        notes += [f"{run.path} repeats {first.path}, setting and seed, and is left out." for run in others]
+    groups: dict[str, tuple[Mapping[str, Any], list[Run]]] = {}
+    for config, run in zip(configs, runs):
+        if run.path not in dropped:
+            groups.setdefault(config_identity(config), (config, []))[1].append(run)
+    found = list(groups.values())
+    differing = differing_keys([config for config, _ in found])
+    causes = [key for run in runs for key in run.given] + [CODE_KEY] * by_code
+    parameters = distinguishing_keys([config for config, _ in found], differing, list(dict.fromkeys(causes)))
+    told = name_keys([config for config, _ in found], parameters)
+    names = setting_names([config for config, _ in found], told, found[0][1][0].stage)
+    grouped = [
+        Setting(name, config, sorted(members, key=lambda run: run.seed))
+        for name, (config, members) in zip(names, found)
+    ]
+    if aside := keys_differing_within(grouped):
+        notes.append(f"Runs of one setting differ in {', '.join(aside)}, which the comparison sets aside.")
+    if len(told) < len(parameters):
+        notes.append(f"The settings differ in {len(parameters)} keys, of which their names tell {len(told)}.")
+    return SettingGroups(grouped, parameters, differing, notes)
+
+
+def comparable_config(run: Run, runs: Sequence[Run], ignore: Sequence[str]) -> dict[str, Any]:
+    """The config of a run by which it is grouped."""
+    kept = {key: value for key, value in run.config.items() if not any(f"{key}.".startswith(f"{i}.") for i in ignore)}
+    differ = {key for key in kept if any(key in r.config and r.config[key] != kept[key] for r in runs)}
+    return {
+        key: normalized_value(relative_path(value, run.path) if key in differ else value) for key, value in kept.items()
+    }
+
+
+def normalized_value(value: Any) -> Any:
+    """1.0 as 1: no other setting."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def relative_path(value: Any, path: Path) -> Any:
+    """A path below the folder that holds a run's own as "../REST"; any other value as it is."""
+    home = path.resolve().parent
+    if isinstance(value, str) and "/" in value and Path(value).resolve().is_relative_to(home):
+        return f"../{Path(value).resolve().relative_to(home)}"
+    return value
+
+
+def config_identity(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def repeated_runs(runs: Sequence[Run], configs: Sequence[Mapping[str, Any]]) -> list[list[Run]]:
+    """Runs that have both setting and seed in common, where there are several."""
+    same: dict[tuple[str, int], list[Run]] = {}
+    for run, config in zip(runs, configs):
+        same.setdefault((config_identity(config), run.seed), []).append(run)
+    return [members for members in same.values() if len(members) > 1]
+
+
+def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that are not the same in all."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in keys if len({value_json(config, key) for config in configs}) > 1]
+
+
+def value_json(config: Mapping[str, Any], key: str) -> str:
+    """The value as text, which can be hashed whatever it is; NOTHING where there is none."""
+    return json.dumps(config[key], sort_keys=True) if key in config else NO_VALUE
+
+
+def distinguishing_keys(
+    configs: Sequence[Mapping[str, Any]], differing: Sequence[str], causes: Sequence[str]
+) -> list[str]:
+    """The causes that differ, and after them the keys whose values do not follow from theirs; a stage's name first."""
+    causes = [key for key in causes if key in differing]
+    values = [tuple(value_json(config, key) for key in causes) for config in configs]
+
+    def follows(key):
+        pairs = {(cause, value_json(config, key)) for cause, config in zip(values, configs)}
+        return len(pairs) == len(set(values))
+
+    found = [*causes, *(key for key in differing if key not in causes and not (causes and follows(key)))]
+    return sorted(found, key=lambda key: key != STAGE_KEY)
+
+
+def name_keys(configs: Sequence[Mapping[str, Any]], parameters: Sequence[str]) -> list[str]:
+    """The parameters that names are made of: all, or where they are more than NAMED as few as tell the settings apart,
+    but the stage alone if it does."""
+    if len(parameters) <= MAX_NAME_KEYS:
+        return list(parameters)
+    alone = parameters[0] == STAGE_KEY and are_distinct(configs, parameters[:1])
+    told = list(parameters[:1]) if alone else common_keys(configs, parameters)[:MAX_NAME_KEYS]
+    while not are_distinct(configs, told):
+        told.append(next(key for key in parameters if key not in told))
+    return told
+
+
+def are_distinct(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bool:
+    """Whether no two configs have the same values of these keys."""
+    return len({tuple(value_json(config, key) for key in keys) for config in configs}) == len(configs)
+
+
+def setting_names(configs: Sequence[Mapping[str, Any]], told: Sequence[str], stage: str) -> list[str]:
+    """ "learning_rate=0.001, width=64" for each, all different; a single setting is called by its stage."""
+    if not told:
+        return [stage for _ in configs]
+    short = short_keys(told)
+    for digits in NAME_DIGITS:
+        names = [
+            ", ".join(f"{short[key]}={config_value_text(config, key, digits)}" for key in told) for config in configs
+        ]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def common_keys(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    """Those that every config has, or all if there are none."""
+    return [key for key in keys if all(key in config for config in configs)] or list(keys)
+
+
+def config_value_text(config: Mapping[str, Any], key: str, digits: int = 6) -> str:
+    return value_text(config[key], digits) if key in config else NO_VALUE
+
+
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Each key by its last part, where no other has the same, else whole."""
+    last = ["stage" if key == STAGE_KEY else key.rpartition(".")[2] for key in keys]
+    return {key: part if last.count(part) == 1 else key for key, part in zip(keys, last)}
+
+
+def keys_differing_within(grouped: Sequence[Setting]) -> list[str]:
+    """The keys in which runs of one setting differ, apart from the seed."""
+    keys = [key for setting in grouped for key in differing_keys([run.config for run in setting.runs])]
+    return [key for key in dict.fromkeys(keys) if key != "seed"]

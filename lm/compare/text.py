@@ -1,0 +1,272 @@
+"""A comparison in words and in tables, on the terminal and for the page."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lm.compare.read import CODE_NOT_RECORDED, MissingRun, Run
+from lm.compare.settings import NO_VALUE, SettingGroups, config_value_text, differing_keys, short_keys
+from lm.compare.statistics import (
+    BETTER,
+    INSIDE_NOISE,
+    MINIMIZE,
+    NOT_JUDGED,
+    PAIRED,
+    Contrast,
+    PooledSpread,
+    SettingResult,
+    comparison_count,
+)
+from lm.core.statistics import Estimate
+from lm.runs.console import print_table, say
+
+MAX_VALUE_CHARACTERS = 60  # characters of a value in a table
+MAX_ROWS = 20  # settings that the terminal and the figures show
+MAX_NAMES = 4  # settings that a sentence names
+
+
+class Comparison(NamedTuple):
+    """All that the page shows."""
+
+    metric: str
+    direction: str  # MINIMIZE or MAXIMIZE
+    confidence: float
+    settings: SettingGroups
+    found: Sequence[SettingResult]  # the best mean first
+    reference: str  # the setting that all others are held against
+    chosen: bool  # by its mean, not by name
+    spread: PooledSpread | None  # of all settings together; None where they are too few
+    contrasts: Mapping[str, Contrast]  # by the name of the other
+    absent: Sequence[MissingRun]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for one in self.found for run in one.setting.runs]
+
+    def of(self, verdict: str) -> list[Contrast]:
+        return [contrast for contrast in self.contrasts.values() if contrast.verdict == verdict]
+
+    @property
+    def tested(self) -> list[Contrast]:
+        return [contrast for contrast in self.contrasts.values() if contrast.verdict != NOT_JUDGED]
+
+
+def number_text(value: float) -> str:
+    """Four significant digits, zeros at the end included."""
+    return f"{value:#.4g}".rstrip(".").replace("-", "−")
+
+
+def change_text(value: float) -> str:
+    """Three, with the sign."""
+    return f"{value:+#.3g}".rstrip(".").replace("-", "−")
+
+
+def interval_text(estimate: Estimate, form=number_text) -> str:
+    """ "[4.01, 4.23]"; nothing for an infinite interval."""
+    return f"[{form(estimate.low)}, {form(estimate.high)}]" if math.isfinite(estimate.se) else ""
+
+
+def p_text(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def seed_count_text(n: int) -> str:
+    return "one seed" if n == 1 else f"{n} seeds"
+
+
+def interval_or_reason(one: SettingResult) -> str:
+    """A mean's interval, or why there is none."""
+    return interval_text(one.mean) or "one seed: no interval"
+
+
+def conclusion_sentences(told: Comparison) -> list[str]:
+    """What may be concluded, and what may not."""
+    reference = next(one for one in told.found if one.name == told.reference)
+    if not told.contrasts:
+        return [
+            f"{reference.name}: {told.metric} {number_text(reference.mean.value)} "
+            f"{interval_text(reference.mean) or '(one seed: no interval)'}".strip()
+            + (f", {seed_count_text(len(reference.values))}" if len(reference.values) > 1 else "")
+            + ". There is one setting only, so nothing is compared."
+        ]
+    said = [contrast_sentence(contrast) for contrast in told.contrasts.values() if contrast.verdict != NOT_JUDGED]
+    if unjudged := told.of(NOT_JUDGED):
+        names = "; ".join(
+            f"{one.name} ({change_text(one.difference.value)}, {seed_count_text(one.n)})"
+            for one in unjudged[:MAX_NAMES]
+        )
+        rest = f"; and {len(unjudged) - MAX_NAMES} more" if len(unjudged) > MAX_NAMES else ""
+        said.append(
+            f"Against {told.reference} the noise cannot be judged, for want of three seeds on both sides: "
+            f"{names}{rest}. Such a difference may be chance, however large it looks."
+        )
+    if said and told.chosen and told.tested:
+        said.append(
+            f"{told.reference} was taken as the reference because its mean is the best here, which flatters it: on new "
+            "seeds it would do a little worse. A reference named beforehand (--baseline) has narrower intervals."
+        )
+    return said
+
+
+def contrast_sentence(contrast: Contrast) -> str:
+    """One contrast, plainly; the winner first."""
+    d = contrast.difference
+    numbers = f"{p_text(contrast.p)}, n = {seed_count_text(contrast.n)}, {contrast.tested}"
+    effect = f", effect size {abs(contrast.effect):.1f}" if contrast.effect is not None else ""
+    if contrast.verdict == INSIDE_NOISE:
+        return (
+            f"{contrast.name} and {contrast.reference} cannot be told apart: a difference of {change_text(d.value)} "
+            f"{interval_text(d, change_text)} is inside the noise ({numbers})."
+        )
+    winner, loser = contrast.name, contrast.reference
+    if contrast.verdict != BETTER:
+        winner, loser = loser, winner
+    low, high = sorted(map(abs, (d.low, d.high)))
+    by = f"{number_text(abs(d.value))} [{number_text(low)}, {number_text(high)}]"
+    return f"{winner} is better than {loser} by {by} ({numbers}{effect})."
+
+
+def comparison_warnings(told: Comparison) -> list[str]:
+    """What a reader must know before believing any of it."""
+    said = list(told.settings.notes)
+    labels = {one.name: dict.fromkeys(run.code.label for run in one.setting.runs) for one in told.found}
+    every = list(dict.fromkeys(label for each in labels.values() for label in each))
+    if len(every) > 1:
+        said.append(
+            f"The runs were made by different code ({', '.join(every[:4])}{', ...' if len(every) > 4 else ''}): a "
+            "difference between settings may come from that. See the table of code."
+        )
+    elif every == [CODE_NOT_RECORDED]:
+        said.append("No run has a record of the code that made it, so that it was the same code cannot be checked.")
+    versions = [run.code.versions for run in told.runs if run.code.versions]
+    if keys := differing_keys(versions) if versions else []:
+        said.append(f"The runs were made with different versions of {', '.join(keys)}.")
+    for one in told.found:
+        if lost := missing_runs_of_setting(one, told.absent):
+            said.append(
+                f"{one.name}: {len(lost)} of {len(lost) + len(one.values)} runs gave no number ({state_counts_text(lost)}). "
+                "Its mean is that of the others, which may be the luckier ones."
+            )
+    return said
+
+
+def missing_runs_of_setting(one: SettingResult, absent: Sequence[MissingRun]) -> list[MissingRun]:
+    """Those of the runs without a number that were of this setting, as far as their sweep tells."""
+    config = one.setting.config
+    return [
+        gone
+        for gone in absent
+        if gone.given and all(key in config and config[key] == value for key, value in gone.given.items())
+    ]
+
+
+def state_counts_text(absent: Sequence[MissingRun]) -> str:
+    """ "2 failed, 1 pruned"."""
+    return ", ".join(f"{count} {state}" for state, count in Counter(gone.state for gone in absent).items())
+
+
+def overrides_text(gone: MissingRun) -> str:
+    """What a sweep had set for a trial: "learning_rate=0.001, width=64"."""
+    short = short_keys(list(gone.given))
+    return ", ".join(f"{short[key]}={config_value_text(gone.given, key)}" for key in gone.given)
+
+
+def config_rows(told: Comparison) -> list[list[str]]:
+    """A row for each key that differs between settings: the key, and its value in each."""
+    return [
+        [key, *(clipped_text(config_value_text(one.setting.config, key)) for one in told.found)]
+        for key in told.settings.differing
+    ]
+
+
+def code_rows(told: Comparison) -> list[list[str]]:
+    """A row for each code that runs were made by: the code, its package versions, the settings, and how many runs."""
+    made: dict[tuple[str, str], list[str]] = {}
+    for one in told.found:
+        for run in one.setting.runs:
+            versions = ", ".join(f"{name} {version}" for name, version in run.code.versions.items())
+            made.setdefault((run.code.label, versions or NO_VALUE), []).append(one.name)
+    rows = []
+    for (label, versions), names in made.items():
+        distinct = list(dict.fromkeys(names))
+        who = "all settings" if len(distinct) == len(told.found) else "; ".join(distinct)
+        rows.append([label, versions, who, str(len(names))])
+    return rows
+
+
+def clipped_text(text: str) -> str:
+    return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[: MAX_VALUE_CHARACTERS - 1]}…"
+
+
+def setting_row(told: Comparison, one: SettingResult) -> dict[str, Any]:
+    """A setting as the tables show it."""
+    measured = {
+        "name": one.name,
+        "seeds": len(one.values),
+        "mean": number_text(one.mean.value),
+        "interval": interval_or_reason(one),
+    }
+    told_of_it = dict.fromkeys(("difference", "range", "p", "over", "effect"), "")
+    if one.name not in told.contrasts:
+        return {**measured, **told_of_it, "verdict": "the reference" if told.contrasts else ""}
+    contrast = told.contrasts[one.name]
+    told_of_it |= {"difference": change_text(contrast.difference.value), "verdict": contrast.verdict}
+    if contrast.verdict != NOT_JUDGED:
+        told_of_it |= {
+            "range": interval_text(contrast.difference, change_text),
+            "p": p_text(contrast.p).removeprefix("p ").removeprefix("= "),
+            "over": sample_text(contrast),
+            "effect": "" if contrast.effect is None else change_text(contrast.effect),
+        }
+    return {**measured, **told_of_it}
+
+
+def sample_text(contrast: Contrast) -> str:
+    """ "3 pairs", "3 seeds, unpaired" or "3 seeds, pooled"."""
+    if contrast.tested == PAIRED:
+        return f"{contrast.n} pairs"
+    return f"{seed_count_text(contrast.n)}, {contrast.tested.partition(' ')[0]}"
+
+
+def correction_note(told: Comparison) -> str:
+    """How the comparisons were made, and for how many of them p and intervals are corrected."""
+    tests = len(told.tested)
+    counted = comparison_count(tests, told.chosen)
+    by = "Holm"
+    if told.spread and told.spread.equal:
+        how = f"Tested by one spread between seeds, {told.spread.words}. "
+        by = "Tukey" if told.chosen else by
+    elif told.spread:
+        how = "The spread differs between settings (Cochran's C), so each pair is tested on its own seeds. "
+    else:
+        how = ""
+    if counted == 1:
+        return f"{how}One comparison."
+    if counted == tests:
+        return f"{how}{tests} comparisons; their p and intervals are corrected for that number ({by})."
+    return (
+        f"{how}{tests} comparisons with the best of {tests + 1}; their p and intervals are corrected for all {counted} "
+        f"pairs ({by}), as any setting might have been the best."
+    )
+
+
+def print_comparison(told: Comparison) -> None:
+    """The comparison as a table and sentences on the terminal."""
+    better = "lower" if told.direction == MINIMIZE else "higher"
+    percent = f"{100 * told.confidence:g} %"
+    lines = [setting_row(told, one) for one in told.found]
+    print_table(
+        f"{told.metric} ({better} is better)",
+        ["", "seeds", f"mean [{percent}]", ""],
+        [
+            [line["name"], line["seeds"], f"{line['mean']} {line['interval']}", line["verdict"]]
+            for line in lines[:MAX_ROWS]
+        ],
+    )
+    if len(lines) > MAX_ROWS:
+        say(f"These are the best {MAX_ROWS} of {len(lines)}; the page has all.")
+    if told.tested:
+        say(f"{correction_note(told)} Intervals are {percent}, over seeds.")
+    for text in conclusion_sentences(told):
+        say(text)

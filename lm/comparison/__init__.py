@@ -1,1 +1,0 @@
-"""Runs and sweeps compared: read, grouped into settings, tested, drawn and told."""

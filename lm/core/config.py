@@ -1,0 +1,283 @@
+"""Configs: a Python file whose get_config(arg) returns a ConfigDict, changed by --config.KEY=VALUE, checked by name.
+
+ml_collections' own flags could read these files too, but they print a page of traceback for a misspelt key, so the
+few lines that parse an override are here.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from lm.core.errors import UserError
+from lm.core.options import ConfigFunction, ConfigFunctions, option_type, options_help, parsed_value, value_type
+
+
+def no_functions(config: ConfigDict) -> Mapping[str, ConfigFunction]:
+    """Of a config whose program is not known: only what it lists can be overridden."""
+    return {}
+
+
+def load_config(
+    path_and_arg: str, overrides: Sequence[str] = (), functions: ConfigFunctions = no_functions
+) -> ConfigDict:
+    """The locked config of "FILE.py:ARG" with `overrides` such as "optimizer.learning_rate=3e-4" applied.
+
+    An override keeps the type of what it replaces; an int will do for a float, and "None" for text or None. What
+    follows an overridden field (`get_oneway_ref` in the file) changes with it, unless it is overridden itself; the
+    order does not matter. `functions`: what the subtrees call; their options may be set though the file does not list
+    them. Raises UserError for a file, argument, key or value that will not do.
+    """
+    path, _, arg = path_and_arg.partition(":")
+    module = config_module(path)
+    try:
+        config = module.get_config(arg)
+    except Exception as error:
+        if not arg:
+            raise  # an error of the file itself: its author needs the traceback
+        raise UserError(f"{path} has no variant {arg!r}: {error or type(error).__name__}") from error
+    # What names a function comes first: it decides which other options there are.
+    for override in sorted(overrides, key=lambda each: not each.partition("=")[0].endswith(".name")):
+        _apply_override(config, override, path, functions)
+    return config.lock()
+
+
+def config_module(path: str):
+    """The Python file of a config, which is no package. UserError where there is none, or no get_config in it."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no config file {path}: give --config=experiments/NAME.py")
+    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+    if spec is None:
+        raise UserError(f"{path} is not a Python file: give --config=experiments/NAME.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if "get_config" not in vars(module):
+        raise UserError(f"{path} has no get_config(arg) that returns a ConfigDict")
+    return module
+
+
+def sibling_config(file: str, name: str):
+    """The config module `name` in the folder of `file`, which is no package: for configs that build on another."""
+    spec = importlib.util.spec_from_file_location(name, Path(file).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def to_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with every reference resolved, as JSON holds it: tuples become lists."""
+    return json.loads(json.dumps(_plain_dict(config)))
+
+
+def require_entries(config: ConfigDict, entries: Iterable[str], program: str) -> None:
+    """UserError if the config lacks one of the entries that this program reads: it may be another program's."""
+    missing = [entry for entry in entries if entry not in config]
+    if missing:
+        raise UserError(f"the config has no `{missing[0]}`: is it a config of {program}?")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a.b": 1}; an empty dict is kept as a value."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def call_with_options(
+    function: Callable, options: ConfigDict | Mapping[str, Any], *args: Any, name: str, **extra: Any
+) -> Any:
+    """function(*args, **extra, **options), once every option is known to be a parameter and none is missing.
+
+    name: where `options` stands in the config; it opens the error: "optimizer.lr is not an option of ...".
+    """
+    options = _plain_dict(options)
+    label = ConfigFunction(function).name
+    parameters = list(inspect.signature(function).parameters.values())[len(args) :]
+    names = [
+        parameter.name
+        for parameter in parameters
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and parameter.name not in extra
+    ]
+    for option in options:
+        if option not in names:
+            raise UserError(f"{name}.{option} is not an option of {label}{did_you_mean(option, names)}")
+    for parameter in parameters:
+        if parameter.name in names and parameter.default is parameter.empty and parameter.name not in options:
+            raise UserError(f"{name}.{parameter.name} is missing: {label} has no default for it")
+    return function(*args, **extra, **options)
+
+
+def flags_and_config(
+    argv: Sequence[str],
+    description: str,
+    flags: Mapping[str, Mapping[str, Any]],
+    functions: ConfigFunctions = no_functions,
+) -> tuple[argparse.Namespace, ConfigDict]:
+    """The program's own flags, and the config named by --config=FILE[:ARG] with every --config.KEY=VALUE applied.
+
+    flags: name to the keywords of argparse's add_argument, such as {"workdir": dict(required=True, help="...")}.
+    functions: what the config's subtrees call (see `load`); with --help they are listed, option by option.
+    """
+    changes = "the config; --config.KEY=VALUE changes an entry; with --help: lists all there are"
+    config_flag = dict(required=True, metavar="FILE[:ARG]", help=changes)
+    overrides, rest = split_overrides(argv)
+    namespace = parsed_flags(rest, description, {"config": config_flag, **flags}, epilog=config_help(argv, functions))
+    return namespace, load_config(namespace.config, overrides, functions)
+
+
+def config_help(argv: Sequence[str], functions: ConfigFunctions) -> str:
+    """What --help adds for the config that the command line names: all its entries, with every override applied.
+
+    Nothing without --help or a config."""
+    overrides, rest = split_overrides(argv)
+    if not {"-h", "--help"} & set(rest):
+        return ""
+    finder = _FlagParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default="")
+    name = finder.parse_known_args(rest)[0].config
+    if not name:
+        return ""
+    config = load_config(name, overrides, functions)
+    return f"entries of {name}, set by --config.KEY=VALUE:\n{options_help(_plain_dict(config), functions(config))}"
+
+
+def parsed_flags(
+    argv: Sequence[str],
+    description: str,
+    flags: Mapping[str, Mapping[str, Any]],
+    positional: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    *,
+    epilog: str = "",
+) -> argparse.Namespace:
+    """The flags of a program without a config. Raises UserError where argparse would exit, naming the near flag.
+
+    positional: what is given without a flag, in any place among the flags, by name like these. epilog: ends --help.
+    """
+    parser = _FlagParser(
+        description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, keywords in flags.items():
+        parser.add_argument(f"--{name}", **keywords)
+    for name, keywords in positional.items():
+        parser.add_argument(name, **keywords)
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag.removeprefix("--") not in [*flags, "help", ""]:
+            near = did_you_mean(flag, [f"--{name}" for name in flags])
+            raise UserError(f"{flag} is not a flag of this program{near}")
+    return parser.parse_intermixed_args(argv)
+
+
+class _FlagParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits argv into the KEY=VALUE of every --config.KEY=VALUE or --config.KEY VALUE, and all the rest."""
+    overrides, rest = [], []
+    remaining = list(argv)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        if "=" not in argument:
+            if not remaining or remaining[0].startswith("--"):
+                raise UserError(f"{argument} has no value: write {argument}=VALUE")
+            argument = f"{argument}={remaining.pop(0)}"
+        overrides.append(argument.removeprefix("--config."))
+    return overrides, rest
+
+
+def _apply_override(config: ConfigDict, override: str, path: str, functions: ConfigFunctions) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"config.{key} has no value: write --config.{key}=VALUE")
+    keys, called = flatten(_plain_dict(config)), functions(config)
+    parent, _, leaf = key.rpartition(".")
+    options = called[parent].options if parent in called else {}
+    listed = key in keys and not isinstance(keys[key], Mapping)
+    if listed:
+        kind, old = value_type(_node(config, parent).get_type(leaf), keys[key]), keys[key]
+    elif leaf in options:
+        kind, old = option_type(options[leaf]), options[leaf].default
+    else:
+        _refuse_key(key, keys, called, path)
+    try:
+        value = parsed_value(text, kind)
+    except (ValueError, SyntaxError):
+        if not listed and any(known.startswith(f"{key}.") for known in keys):
+            _refuse_key(key, keys, called, path)
+        example = "" if old is inspect.Parameter.empty else f", as in config.{key}={old}"
+        raise UserError(f"config.{key}={text}: expected {kind}{example}") from None
+    node = _node(config, parent)
+    with node.unlocked():
+        if isinstance(value, dict) and leaf in node:
+            _refill(node[leaf], value)
+        else:
+            node[leaf] = value
+
+
+def _refill(mapping: ConfigDict, entries: Mapping[str, Any]) -> None:
+    """Replaces all entries in place: another subtree may hold the same mapping."""
+    with mapping.unlocked():
+        for name in [name for name in mapping if name not in entries]:
+            del mapping[name]
+        mapping.update(entries)
+
+
+def _node(config: ConfigDict, path: str) -> ConfigDict:
+    for part in path.split(".") if path else ():
+        config = config[part]
+    return config
+
+
+def _refuse_key(key: str, keys: Mapping[str, Any], called: Mapping[str, ConfigFunction], path: str) -> NoReturn:
+    """UserError for a key that is a group, or that neither the file nor a function of a subtree knows."""
+    inside = [f"config.{known}" for known in keys if known.startswith(f"{key}.")]
+    if inside or key in keys:
+        known = [f"config.{key}.{option}" for option in called[key].options] if key in called else []
+        raise UserError(f"config.{key} is a group: set its entries" + f", such as {(inside or known or [''])[0]}")
+    group, _, leaf = key.rpartition(".")
+    parent, _, option = group.rpartition(".")
+    if parent in called and option in called[parent].options:
+        known = [name for name in keys if name.startswith(f"{group}.")]
+        near = did_you_mean(key, known, prefix="config.")
+        raise UserError(
+            f"config.{key} is not in {path}{near or f'; give config.{group} as a whole, such as {{{leaf!r}: 1.0}}'}"
+        )
+    names = [*keys, *(f"{subtree}.{option}" for subtree, each in called.items() for option in each.options)]
+    near = did_you_mean(key, names, prefix="config.")
+    nor = f", and no option of {called[group].name}; --help lists all there are" if group in called else ""
+    raise UserError(f"config.{key} is not in {path}{near or nor}")
+
+
+def _plain_dict(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+
+
+def did_you_mean(name: str, names: Iterable[str], *, prefix: str = "") -> str:
+    """ "; did you mean X?" with the nearest of `names`, or nothing where none is near."""
+    closeness, near = max(((_path_similarity(name, other), other) for other in names), default=((0.0, 0.0), ""))
+    return f"; did you mean {prefix}{near}?" if closeness[0] >= 0.6 else ""
+
+
+def _path_similarity(a: str, b: str) -> tuple[float, float]:
+    """How alike the dotted names a and b are: their least alike parts, 0 to 1, and then the sum over their parts."""
+    parts = [_similarity(*pair) for pair in zip(reversed(a.split(".")), reversed(b.split(".")))]
+    return min(parts), sum(parts)
+
+
+def _similarity(a: str, b: str) -> float:
+    """difflib's ratio, but at least 0.8 for an abbreviation: initials (lr, learning_rate) or a beginning (temp)."""
+    abbreviation = a == "".join(word[:1] for word in b.split("_")) or (len(a) > 2 and b.startswith(a))
+    return max(0.8 * abbreviation, difflib.SequenceMatcher(None, a, b).ratio())

@@ -1,0 +1,232 @@
+"""The options of the functions that a config's subtrees call: their types, defaults and one line of what they are.
+
+A subtree of a config is the keyword arguments of one function, so whatever keyword that function has may be set,
+whether the config file lists it or not. The types come from the function's signature, the lines from its source: the
+comment beside a parameter or a dataclass's field, else what the docstring says of `name`, or after "name:".
+"""
+
+import ast
+import inspect
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType
+from typing import Any, NamedTuple, NoReturn
+
+from ml_collections import ConfigDict
+
+TYPE_DESCRIPTIONS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    tuple: "a tuple such as 1,2",
+    list: "a list such as [1,2]",
+    dict: "a mapping such as {'overall':1.0}",
+    NoneType: "None",
+}
+HELP_WIDTH = 160  # of a line of --help, whose last column is what an option is
+
+
+class ConfigFunction(NamedTuple):
+    """The function that a subtree of a config calls."""
+
+    function: Callable[..., Any]
+    listed: inspect.Signature | None = None  # what --help lists, where one option decides which others there are
+    also: tuple[Callable, ...] = ()  # functions that take some of the options on, and say what they are
+    note: str = ""  # what a reader of --help must know of all of them
+
+    @property
+    def name(self) -> str:
+        """As one would import it, of a program that runs too."""
+        module = self.function.__module__
+        spec = sys.modules[module].__spec__ if module == "__main__" else None
+        return f"{spec.name if spec else module}.{self.function.__qualname__}"
+
+    @property
+    def options(self) -> dict[str, inspect.Parameter]:
+        """The keywords that a config may hold, by name."""
+        return keyword_parameters(inspect.signature(self.function))
+
+
+class OptionType(NamedTuple):
+    """What values an entry of a config takes."""
+
+    types: tuple[type, ...]
+    item: type | None = None  # of a tuple's or list's items, or of a mapping's values; None: anything
+
+    def __str__(self) -> str:
+        told = [kind for kind in self.types if kind is not NoneType] or self.types
+        return " or ".join(
+            TYPE_DESCRIPTIONS[kind] if kind in TYPE_DESCRIPTIONS else f"a {kind.__name__}" for kind in told
+        )
+
+
+# The function of each subtree of a config, by dotted path, such as "optimizer" or "sft.optimizer".
+ConfigFunctions = Callable[[ConfigDict], Mapping[str, ConfigFunction]]
+
+
+def keyword_parameters(signature: inspect.Signature) -> dict[str, inspect.Parameter]:
+    return {name: p for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def option_type(parameter: inspect.Parameter) -> OptionType:
+    """What the annotation says, else the default; text for a class that no config can hold, such as a network."""
+    annotation, default = parameter.annotation, parameter.default
+    if annotation is parameter.empty:
+        annotation = str if default in (parameter.empty, None) else type(default)
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    found, items = [], []
+    for each in typing.get_args(annotation) if union else (annotation,):
+        origin, args = typing.get_origin(each) or each, typing.get_args(each)
+        if origin in (bool, int, float, str, NoneType, list):
+            found.append(origin)
+        elif origin in (dict, Mapping):
+            found.append(dict)
+        elif origin in (tuple, Sequence):
+            found.append(tuple)
+        else:
+            found.append(str)
+        if found[-1] in (tuple, list, dict):
+            items += [typing.get_origin(arg) or arg for arg in (args[1:] if found[-1] is dict else args)]
+    items = set(items) - {...}
+    return OptionType(tuple(dict.fromkeys(found)), items.pop() if len(items) == 1 else None)
+
+
+def value_type(kind: type, value: Any) -> OptionType:
+    """What may replace a value of a config: its type, and for a tuple or list that of its items."""
+    items = {type(item) for item in value or ()} if kind in (tuple, list) else set()
+    nothing = (NoneType,) if value is None or kind is str else ()
+    return OptionType(tuple(dict.fromkeys((kind, *nothing))), items.pop() if len(items) == 1 else None)
+
+
+def parsed_value(text: str, kind: OptionType) -> Any:
+    """`text` as one of the types of `kind`, text last; ValueError or SyntaxError if it is none of them."""
+    if text == "None" and NoneType in kind.types:
+        return None
+    if kind.types == (NoneType,):  # the config says nothing of the type
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+    for each in sorted(set(kind.types) - {NoneType}, key=lambda each: (each is str, each is float)):
+        try:
+            return _converted_value(text, each, kind.item)
+        except (ValueError, SyntaxError):
+            continue
+    return _refuse(text)
+
+
+def _converted_value(text: str, kind: type, item: type | None) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        return bool(("false", "true").index(text.lower()))
+    if kind in (int, float):
+        return kind(text)
+    value = ast.literal_eval(text)
+    if kind is dict and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: each if item is None else _checked_item(each, item) for key, each in value.items()}
+    if kind not in (tuple, list) or not isinstance(value, (tuple, list)):
+        _refuse(text)
+    return kind(each if item is None else _checked_item(each, item) for each in value)
+
+
+def _checked_item(item: Any, kind: type) -> Any:
+    if type(item) is kind:
+        return item
+    return float(item) if kind is float and type(item) is int else _refuse(item)
+
+
+def _refuse(value: Any) -> NoReturn:
+    raise ValueError(value)
+
+
+def option_value(
+    called: ConfigFunction, given: ConfigDict | Mapping[str, Any], name: str, otherwise: Any = None
+) -> Any:
+    """The value of an option: as `given`, else the function's own default; `otherwise` if it has no such option."""
+    if name in given:
+        return given[name]
+    options = called.options
+    return options[name].default if name in options else otherwise
+
+
+def option_docs(called: ConfigFunction) -> dict[str, str]:
+    """What an option is, in one line, by its name, where the source says so."""
+    names, found = list(called.options), {}
+    for function in (called.function, *called.also):
+        try:
+            source = inspect.getsource(function)
+        except (OSError, TypeError):
+            source = ""
+        beside = dict(re.findall(r"^\s+(\w+): [^#\n]*?  # (.+)$", source, re.MULTILINE))
+        said = {**_documented_options(inspect.getdoc(function) or "", names), **beside}
+        found |= {name: text for name, text in said.items() if name in names and name not in found}
+    return found
+
+
+def _documented_options(text: str, names: Sequence[str]) -> dict[str, str]:
+    """Of each name the sentence that says "name: ...", or else holds `name`; only its own clause where it opens one."""
+    found = {}
+    for sentence in re.split(r"(?<=[^.]\.)(?<!e\.g\.)\s+", " ".join(text.split())):
+        for name in names:
+            if name not in found and (opening := re.search(rf"(?:^|[.:;] |, (?=`))`?{name}`?: (.+)$", sentence)):
+                found[name] = opening[1]
+            elif f"`{name}`" in sentence and name not in found:
+                clause = re.search(rf"(?:^|[,:;] |and )(`{name}`.*?)(?:, (?:and )?`|; |$)", sentence)
+                found[name] = clause[1] if clause else sentence
+    told = {name: text.rstrip(".") for name, text in found.items()}
+    return {name: text for name, text in told.items() if not re.fullmatch(r"`\w+`|as in [\w.]+", text)}
+
+
+def options_help(config: Mapping[str, Any], functions: Mapping[str, ConfigFunction]) -> str:
+    """Every entry that a plain config may hold, by subtree, with its value here, its default and what it is."""
+    rows = {"": [("", "here", "default", "")]}
+    rest = _unlisted_options(config, functions)
+    if rest:
+        rows["other entries"] = [(key, repr(value), "", "") for key, value in rest.items()]
+    for path, called in functions.items():
+        given = config
+        for part in path.split("."):
+            given = given[part]
+        said = option_docs(called)
+        title = f"{path}: {called.name}" + f" ({called.note})" * bool(called.note)
+        rows[title] = [(f"{path}.{key}", repr(given[key]), "", "") for key in given if key not in called.options]
+        for name, parameter in keyword_parameters(called.listed or inspect.signature(called.function)).items():
+            needed = parameter.default is parameter.empty
+            default = "none" if needed else _value_text(parameter.default)
+            value = _value_text(given[name]) if name in given else "not set" if needed else default
+            rows[title].append((f"{path}.{name}", value, default, said[name] if name in said else ""))
+    widths = [max(len(row[i]) for group in rows.values() for row in group) for i in range(3)]
+    widths = [min(width, most) for width, most in zip(widths, (60, 40, 24))]
+    lines = []
+    for title, group in rows.items():
+        lines += [f"\n{title}"] if title else []
+        for row in group:
+            line = "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths))
+            room = max(HELP_WIDTH - len(line) - 2, 40)
+            lines.append(f"{line}  {textwrap.shorten(row[3], room, placeholder=' ...')}".rstrip())
+    return "\n".join(lines)
+
+
+def _value_text(value: Any) -> str:
+    return repr(dict(value)) if isinstance(value, Mapping) else repr(value)
+
+
+def _unlisted_options(
+    config: Mapping[str, Any], functions: Mapping[str, ConfigFunction], prefix: str = ""
+) -> dict[str, Any]:
+    """The entries, by dotted key, that stand in no subtree which calls a function."""
+    found = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if path in functions:
+            continue
+        found |= (
+            _unlisted_options(value, functions, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
+        )
+    return found

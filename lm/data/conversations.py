@@ -1,0 +1,178 @@
+"""Conversations to learn from: between humans, and made from the docstrings of the standard library."""
+
+import ast
+import hashlib
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from lm.core.errors import UserError
+from lm.data.arithmetic import expression_value
+from lm.data.sources import chitchat_dialogues, normalized_words, stdlib_modules
+
+QUESTION_TEMPLATES = (
+    "What does {} do?",
+    "What is {} for?",
+    "What is {}?",
+    "Explain {}.",
+    "Tell me about {}.",
+    "Describe {} in one sentence.",
+    "Can you explain {} to me?",
+)
+ARITHMETIC_TEMPLATES = ("What is {}?", "How much is {}?", "Please compute {}.", "Tell me what {} is.")
+_SENTENCE = re.compile(r"[A-Z][\w'-]* .*?[\w)'\"\]](?<!\bie|\beg|\bvs)(?<!\be\.g|\bi\.e)(?<!\betc)\.(?=\s|$)")
+_NOT_PROSE = re.compile(r">>>|->|--|[{}<>|]|generated")  # signatures, markup, the notes of code generators
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+class Conversation(NamedTuple):
+    name: str
+    messages: list[dict]  # {"role", "content"}
+
+    @property
+    def content(self) -> str:
+        """Its words: two conversations with the same are never parted by a split. See corpus.split."""
+        return normalized_words(message["content"] for message in self.messages)
+
+
+def chitchat_conversations() -> list[Conversation]:
+    """Human conversations: whoever speaks first is the user, the other the assistant."""
+    return [Conversation(name, _alternating_messages(turns)) for name, turns in chitchat_dialogues()]
+
+
+def docstring_conversations() -> list[Conversation]:
+    """A question and an answer for each public definition of the standard library that has a sentence of docstring.
+
+    The answer is that sentence; the phrasing of the question is drawn by a hash of the definition's name. Conversations
+    bear the name of the module's document, so both are held out together.
+    """
+    found = []
+    for document in stdlib_modules():
+        parts = document.name.removeprefix("stdlib/").removesuffix(".py").removesuffix("/__init__").split("/")
+        if any(part.startswith("_") or not part.isidentifier() for part in parts):
+            continue
+        with warnings.catch_warnings(action="ignore"):  # old modules hold invalid escapes
+            tree = ast.parse(document.text)
+        for name, docstring in _documented_names(tree, ".".join(parts)):
+            answer = _first_sentence(docstring)
+            if answer:
+                question = QUESTION_TEMPLATES[_hash_index(name, len(QUESTION_TEMPLATES))].format(name)
+                found.append(Conversation(document.name, _alternating_messages([question, answer])))
+    return found
+
+
+def arithmetic_conversations() -> list[Conversation]:
+    """6,000 made sums, differences and products of digits, each worked out by the calculator of lm.rewards.environments.
+
+    The assistant asks for calc(...), the tool replies with the number, the assistant says it. A conversation bears the
+    name of its sum, so that a sum is held out in every phrasing.
+    """
+    found = []
+    for i in range(6000):
+        operator = "+-*"[_hash_index(f"operator {i}", 3)]
+        a, b = (_hash_index(f"{side} {i}", 10) for side in "ab")
+        question = ARITHMETIC_TEMPLATES[_hash_index(f"question {i}", len(ARITHMETIC_TEMPLATES))].format(
+            f"{a} {operator} {b}"
+        )
+        problem = f"{a} {operator} {b}"
+        value = str(expression_value(problem))
+        turns = ("user", question), ("assistant", f"calc({problem})"), ("tool", value), ("assistant", value)
+        found.append(Conversation(f"arithmetic/{problem}", [{"role": role, "content": text} for role, text in turns]))
+    return found
+
+
+CONVERSATION_SOURCES = {
+    "chitchat": chitchat_conversations,
+    "docstrings": docstring_conversations,
+    "arithmetic": arithmetic_conversations,
+}
+
+
+def load_conversations(sources: str) -> list[Conversation]:
+    """All conversations of a comma-separated list of SOURCES."""
+    names = [name.strip() for name in sources.split(",")]
+    unknown = [name for name in names if name not in CONVERSATION_SOURCES]
+    if unknown:
+        raise UserError(f"data.sources has {unknown[0]!r}; choose among {', '.join(CONVERSATION_SOURCES)}")
+    return [conversation for name in dict.fromkeys(names) for conversation in CONVERSATION_SOURCES[name]()]
+
+
+def conversation_excerpts(conversations: Sequence[Conversation], *, turns: int = 6) -> list[Conversation]:
+    """Each conversation cut into stretches of `turns` messages (even, so that each opens with the user), a lone last
+    one left out: most human conversations are longer than a row."""
+    return [
+        Conversation(name, messages[i : i + turns])
+        for name, messages in conversations
+        for i in range(0, len(messages) - 1, turns)
+    ]
+
+
+def prompt_contexts(
+    conversations: Sequence[Conversation], *, turns: int = 3, per_conversation: int = 1
+) -> list[Conversation]:
+    """Contexts that end in a user's turn of three words or more and await a reply.
+
+    Each holds the last `turns` messages at most and starts with a user's. Of each conversation `per_conversation` are
+    drawn by a hash of its name and the turn (0: all are taken); no context comes twice.
+    """
+    return distinct_conversations(
+        repeated_prompt_contexts(conversations, turns=turns, per_conversation=per_conversation)
+    )
+
+
+def distinct_conversations(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """The conversations, each text once: the first that has it."""
+    found: dict[tuple[str, ...], Conversation] = {}
+    for conversation in conversations:
+        found.setdefault(tuple(m["content"] for m in conversation.messages), conversation)
+    return list(found.values())
+
+
+def repeated_prompt_contexts(
+    conversations: Sequence[Conversation], *, turns: int = 3, per_conversation: int = 1
+) -> list[Conversation]:
+    """Those of `prompts`, as often as they come."""
+    found = []
+    for name, messages in conversations:
+        asked = []
+        for i, message in enumerate(messages):
+            if message["role"] == "user" and len(message["content"].split()) >= 3:
+                context = messages[max(0, i + 1 - turns) : i + 1]
+                first = next(j for j, m in enumerate(context) if m["role"] == "user")
+                asked.append(context[first:])
+        asked.sort(key=lambda context: _hash_index(name + context[-1]["content"], 2**32))
+        found += [Conversation(name, context) for context in asked[: per_conversation or None]]
+    return found
+
+
+def conversation_with_answer(prompt: Sequence[dict], text: str) -> list[dict]:
+    """The conversation with `text` as the assistant's next message."""
+    return [*prompt, {"role": "assistant", "content": text}]
+
+
+def _alternating_messages(turns: Sequence[str]) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+def _documented_names(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    docstring = ast.get_docstring(node)
+    if docstring:
+        yield name, docstring
+    if isinstance(node, ast.Module | ast.ClassDef):
+        for child in node.body:
+            if isinstance(child, Definition) and not child.name.startswith("_"):
+                yield from _documented_names(child, f"{name}.{child.name}")
+
+
+def _first_sentence(docstring: str) -> str | None:
+    """The first sentence of a docstring, if it is one: a capital, words, at most 200 characters, a period."""
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    sentence = _SENTENCE.match(paragraph)
+    if not sentence or len(sentence[0]) > 200 or len(sentence[0].split()) < 3 or _NOT_PROSE.search(sentence[0]):
+        return None
+    return sentence[0]
+
+
+def _hash_index(text: str, count: int) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % count

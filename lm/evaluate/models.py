@@ -1,0 +1,278 @@
+"""Compare models: held-out text, held-out replies, and a rater's opinion of their answers to the same unseen prompts.
+
+    python -m lm evaluate --config=experiments/evaluate.py --workdir=runs/quickstart/evaluate
+
+Writes WORKDIR/summary.json and WORKDIR/answers.jsonl, a line a prompt with every model's answer and score. After a kill
+the same command goes on with the model that it had come to.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm.core import metrics as means
+from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
+from lm.core.errors import UserError, check_at_least
+from lm.core.options import ConfigFunction
+from lm.core.statistics import mean_estimate, paired_difference, success_rate, win_rate
+from lm.core.types import Tokens
+from lm.data import batches, conversations, packing, sources as corpora
+from lm.data.prompts import padded_prompts
+from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.rewards import REWARDS
+from lm.runs import metadata
+from lm.runs.console import Progress, print_table, run_program, say, warn
+from lm.runs.partial_results import PartialResults
+from lm.runs.workdir import TrainedModel, Workdir, open_workdir, write_text
+from lm.stages.pretraining import sft
+from lm.stages.pretraining.next_token import next_token_loss
+from lm.tokenizer import encode_prompt
+from lm.train.warm_start import load_policy
+
+ANSWERS_FILE = "answers.jsonl"
+PARTIAL_FILE = "models.parts.jsonl"  # what an evaluation that goes on after a kill has already
+FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the scores and answers go")}
+
+
+def evaluation_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
+    """The function that each subtree of a config calls, for the program, overrides and --help."""
+    return {"evaluate": ConfigFunction(evaluate_models)} if "evaluate" in config else {}
+
+
+def run_evaluation(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
+    """Evaluates into a workdir and returns the summary it leaves there; a finished one is not done again."""
+    require_entries(config, ("seed", "models", "evaluate"), "lm.evaluate.models")
+    with open_workdir(path, to_dict(config)) as workdir:
+        summary = workdir.summary()
+        if summary is None:
+            metadata.record_start(workdir.path, seed=config.seed)
+            trained = {
+                name: load_policy(source, backend=jax.default_backend(), warn=warn, name=f"models.{name} ")
+                for name, source in config.models.to_dict().items()
+            }
+            summary = call_with_options(
+                evaluation_functions(config)["evaluate"].function,
+                config.evaluate,
+                workdir,
+                trained,
+                config.seed,
+                name="evaluate",
+            )
+            workdir.write_summary(summary)
+            PartialResults(workdir.path / PARTIAL_FILE).remove()
+        print_scores(summary)
+        return summary
+
+
+def evaluate_models(
+    workdir: Workdir,
+    models: Mapping[str, TrainedModel],
+    seed: int,
+    *,
+    order: Sequence[str],
+    corpus: str = "stdlib,chitchat",
+    sources: str = "chitchat",
+    turns: int = 3,
+    reply_turns: int = 4,
+    prompts: int = 256,
+    prompt_length: int = 64,
+    max_new: int = 48,
+    temperature: float = 1.0,
+    rater: str = "rule",
+    held_out: float = 0.02,
+    held_out_bytes: int = 200_000,
+    length: int = 256,
+    rows_at_once: int = 64,
+) -> dict[str, Any]:
+    """Scores of every model with standard errors and 95 % intervals, and each compared with the one before it, paired.
+
+    A pretrained model is asked in plain text, a line per turn, as it has seen conversations; the others in the chat
+    template. All answer the same held-out prompts, one per conversation, with the same sampler.
+    """
+    if sorted(order) != sorted(models):
+        raise UserError(f"evaluate.order {', '.join(order)} does not name the models {', '.join(models)}, each once")
+    models = {name: models[name] for name in order}
+    if rater not in REWARDS:
+        raise UserError(f"evaluate.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
+    check_at_least(
+        1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once
+    )
+    for name, trained in models.items():
+        check_context(name, trained, length=length, prompt_length=prompt_length, max_new=max_new)
+    start = time.monotonic()
+    _, text = corpora.split_held_out(corpora.load_documents(corpus), held_out)
+    text = corpora.documents_within_bytes(text, held_out_bytes)
+    _, replies = corpora.split_held_out(conversations.load_conversations(sources), held_out)
+    contexts = shared_prompts(models.values(), conversations.prompt_contexts(replies, turns=turns), prompt_length)[
+        :prompts
+    ]
+    messages = [c.messages for c in contexts]
+    sampler = {"rows_at_once": rows_at_once, "max_new": max_new, "temperature": temperature}
+    parts, scores, found, told = PartialResults(workdir.path / PARTIAL_FILE), {}, {}, {}
+    with Progress("evaluate", len(models), "model") as progress:
+        for i, (name, model) in enumerate(models.items()):
+            made = hashlib.sha256(json.dumps(model.summary).encode()).hexdigest()[:12]  # not by a run in its place
+            losses = parts.once(
+                f"losses of {name} {made}",
+                lambda: held_out_losses(
+                    model, text, sft.conversation_rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once
+                ),
+            )
+            given = parts.once(
+                f"answers of {name} {made}", lambda: sampled_answers(model, messages, prompt_length, seed, **sampler)
+            )
+            found[name] = [GeneratedAnswer(*each) for each in given]
+            scores[name] = REWARDS[rater](messages, [answer.text for answer in found[name]])
+            told[name] = {**losses, **answer_statistics(found[name], scores[name])}
+            progress.update(i + 1, {"score": told[name]["score"]["value"]})
+    write_answers(workdir.path / ANSWERS_FILE, contexts, found, scores)
+    names = list(models)
+    return {
+        "stage": "evaluate",
+        "rater": rater,
+        "prompts": len(contexts),
+        "sampler": {"max_new": max_new, "temperature": temperature, "seed": seed},
+        "models": told,
+        "comparisons": [paired_comparison(a, b, scores) for a, b in zip(names[1:], names)],
+        "seconds": time.monotonic() - start,
+    }
+
+
+def held_out_losses(
+    trained: TrainedModel, text: Sequence[corpora.Document], replies: Tokens, rows_at_once: int
+) -> dict[str, float]:
+    """Bits per byte of held-out text, and nats a token of held-out replies, in rows of one length."""
+    length = replies.inputs.shape[1]
+    nats = rows_cross_entropy(
+        trained, packing.document_rows(trained.tokenizer, [d.text for d in text], length), rows_at_once
+    )
+    return {
+        "bits_per_byte": float(nats.total) / math.log(2) / sum(len(d.text.encode()) for d in text),
+        "reply_loss": float(rows_cross_entropy(trained, replies, rows_at_once).value()),
+    }
+
+
+def sampled_answers(
+    trained: TrainedModel, contexts: Sequence[list[dict]], prompt_length: int, seed: int, **sampler
+) -> list[GeneratedAnswer]:
+    """An answer of the model to each context."""
+    rows = padded_prompts([prompt_ids(trained, messages) for messages in contexts], contexts, prompt_length)
+    answers = batch_answerer(trained.model, trained.params["lm"], trained.tokenizer, jit=jax.jit, **sampler)
+    return answers(rows, jax.random.key(seed))
+
+
+def check_context(name: str, trained: TrainedModel, *, length: int, prompt_length: int, max_new: int) -> None:
+    """UserError for rows, or prompts and answers, that are longer than a model's context."""
+    for what, tokens in (("length", length), ("prompt_length and max_new together", prompt_length + max_new)):
+        if tokens > trained.model.config.context:
+            raise UserError(
+                f"evaluate.{what} is {tokens}, but the context of {name} ({trained.path}) is "
+                f"{trained.model.config.context}: lower it, as all models are measured on the same rows"
+            )
+
+
+def rows_cross_entropy(trained: TrainedModel, rows: Tokens, rows_at_once: int) -> means.Mean:
+    """Cross entropy over every weighted token of the rows."""
+    loss = next_token_loss(trained.model)
+    score = jax.jit(lambda lm, part: loss({"lm": lm}, {}, part, None)[1]["loss"])
+    return sum(
+        (jax.device_get(score(trained.params["lm"], part)) for part in batches.sequential_batches(rows, rows_at_once)),
+        means.Mean(np.float32(0), np.float32(0)),
+    )
+
+
+def shared_prompts(
+    models: Iterable[TrainedModel], contexts: Sequence[conversations.Conversation], length: int
+) -> list[conversations.Conversation]:
+    """The contexts that fit every model's `length` tokens, so that all answer the same ones."""
+    for trained in models:
+        contexts = [c for c in contexts if len(prompt_ids(trained, c.messages)) <= length]
+    if not contexts:
+        raise UserError(f"no held-out prompt has at most {length} tokens; raise evaluate.prompt_length")
+    return contexts
+
+
+def prompt_ids(trained: TrainedModel, messages: list[dict]) -> np.ndarray:
+    """i32[n]: the context as this model was trained to see it."""
+    if trained.stage != "pretrain":
+        return encode_prompt(trained.tokenizer, messages)
+    text = "".join(f"{message['content']}\n" for message in messages)
+    return np.array([*trained.tokenizer.start, *trained.tokenizer.encode(text)], np.int32)
+
+
+def answer_statistics(given: list[GeneratedAnswer], scores: np.ndarray) -> dict[str, Any]:
+    """Score, fraction that ended by itself, and length of a model's answers, each an Estimate."""
+    return {
+        "score": mean_estimate(scores)._asdict(),
+        "stopped": success_rate([answer.stopped for answer in given])._asdict(),
+        "length": mean_estimate([answer.length for answer in given])._asdict(),
+    }
+
+
+def paired_comparison(a: str, b: str, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Model a against model b on the same prompts."""
+    return {
+        "a": a,
+        "b": b,
+        "difference": paired_difference(scores[a], scores[b])._asdict(),
+        "win_rate": win_rate(scores[a], scores[b])._asdict(),
+    }
+
+
+def write_answers(
+    path: Path, contexts, found: Mapping[str, list[GeneratedAnswer]], scores: Mapping[str, np.ndarray]
+) -> None:
+    lines = [
+        json.dumps(
+            {
+                "prompt": context.messages,
+                "answers": {name: given[i]._asdict() for name, given in found.items()},
+                "scores": {name: float(score[i]) for name, score in scores.items()},
+            },
+            ensure_ascii=False,
+        )
+        for i, context in enumerate(contexts)
+    ]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def print_scores(summary: Mapping[str, Any]) -> None:
+    """The scores as tables on the terminal."""
+
+    def pm(estimate):
+        return f"{estimate['value']:.3g} ± {estimate['se']:.2g}"
+
+    print_table(
+        f"{summary['prompts']} unseen prompts; ± is a standard error",
+        ["", *summary["models"]],
+        [
+            ["held-out bits per byte", *(f"{m['bits_per_byte']:.3f}" for m in summary["models"].values())],
+            ["held-out reply loss, nats", *(f"{m['reply_loss']:.3f}" for m in summary["models"].values())],
+            ["rater's score", *(pm(m["score"]) for m in summary["models"].values())],
+            ["ended by itself", *(pm(m["stopped"]) for m in summary["models"].values())],
+            ["tokens an answer", *(pm(m["length"]) for m in summary["models"].values())],
+        ],
+    )
+    for c in summary["comparisons"]:
+        d, w = c["difference"], c["win_rate"]
+        say(
+            f"{c['a']} over {c['b']}: score {d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], "
+            f"win rate {w['value']:.2f} [{w['low']:.2f}, {w['high']:.2f}] (95 %)"
+        )
+
+
+def program(argv: list[str]) -> None:
+    flags, config = flags_and_config(argv, __doc__, FLAGS, evaluation_functions)
+    run_evaluation(config, flags.workdir)
+
+
+if __name__ == "__main__":
+    run_program(program)

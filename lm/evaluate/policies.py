@@ -1,0 +1,100 @@
+"""Policies on prompts that nobody has learnt from: what they answer, and how far they have moved from their start.
+
+What the programs that compare policies share. Prompts of one conversation are alike, conversations are not: scores are
+averaged over the prompts of each first, so that an interval counts what is independent.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.core.errors import UserError, check_at_least
+from lm.core.types import Array, Params
+from lm.data import sources as corpora
+from lm.data.conversations import load_conversations, prompt_contexts
+from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.runs.workdir import TrainedModel
+from lm.stages.rl.multi_turn import rollout_rows, single_turn_sampler
+from lm.tokenizer import Tokenizer
+
+
+class HeldOutPrompts(NamedTuple):
+    prompts: Prompts
+    conversations: np.ndarray  # i32[n]  which one each prompt is from: 0, 1, ...
+
+
+class PolicyAnswers(NamedTuple):
+    texts: Sequence[str]
+    lengths: np.ndarray  # i32[n]  sampled tokens, the end token included
+    stopped: np.ndarray  # bool[n]  ended by itself within the limit
+    kl: np.ndarray  # f32[n]  log(p / p_start) of each answer: its mean is the KL, in nats an answer
+
+
+def held_out_prompts(
+    tokenizer: Tokenizer,
+    *,
+    sources: str = "chitchat",
+    turns: int = 3,
+    conversations: int = 0,
+    prompts_per_conversation: int = 3,
+    prompt_length: int = 64,
+    held_out: float = 0.02,
+    after: float = 0.0,
+) -> HeldOutPrompts:
+    """Prompts of held-out conversations, some of each, drawn by a hash among those of at most `prompt_length` tokens.
+
+    `conversations`: how many of them; 0: all. `after` > 0 leaves out those that a smaller `held_out` would hold out
+    already: settings can be chosen on the one part and judged on the other.
+    """
+    check_at_least(1, "prompts", turns=turns, prompts_per_conversation=prompts_per_conversation)
+    check_at_least(0, "prompts", conversations=conversations)
+    if not 0 <= after < held_out:
+        raise UserError(f"prompts.after is {after}; it must be below prompts.held_out, which is {held_out}")
+    _, unseen = corpora.split_held_out(load_conversations(sources), held_out)
+    if after:
+        unseen, _ = corpora.split_held_out(unseen, after)
+    contexts = prompt_contexts(unseen, turns=turns, per_conversation=0)
+    name_of = {id(context.messages): context.name for context in contexts}
+    fit, _ = prompts_within_length(tokenizer, contexts, prompt_length)
+    rows_of: dict[str, list[int]] = {}
+    for row, messages in enumerate(fit.contexts):
+        rows_of.setdefault(name_of[id(messages)], []).append(row)
+    kept = [rows[:prompts_per_conversation] for rows in rows_of.values()][: conversations or None]
+    return HeldOutPrompts(
+        prompts_at(fit, np.concatenate(kept)), np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])
+    )
+
+
+def policy_answerer(
+    start: TrainedModel, *, max_new: int = 32, temperature: float = 1.0, rows_at_once: int = 128
+) -> Callable[[Params, Prompts, Array], PolicyAnswers]:
+    """(lm, prompts, key) -> the answers of a policy of start's shape, sampled as in RL, and their KL to `start`."""
+    check_at_least(1, "evaluate", rows_at_once=rows_at_once)
+    model, tokenizer = start.model, start.tokenizer
+    sampler = dict(max_new=max_new, temperature=temperature, stop=tokenizer.stops)
+    answer = single_turn_sampler(jax.jit(functools.partial(rollout_rows, model, **sampler)), tokenizer)
+    logprobs = jax.jit(lambda lm, tokens: model.token_logprobs(lm, tokens, temperature=temperature))
+    reference = jax.tree.map(jnp.asarray, start.params["lm"])  # on the device once, not for every chunk
+
+    def ask(lm: Params, prompts: Prompts, key: Array) -> PolicyAnswers:
+        lm, texts, columns = jax.tree.map(jnp.asarray, lm), [], []
+        for first in range(0, len(prompts.ids), rows_at_once):
+            rows = np.arange(first, first + rows_at_once) % len(prompts.ids)  # the last chunk is filled up
+            drawn = answer(lm, prompts_at(prompts, rows), jax.random.fold_in(key, first))
+            moved = np.sum((drawn.logprobs - logprobs(reference, drawn.tokens)) * drawn.tokens.weights, axis=1)
+            texts += drawn.texts
+            columns.append((drawn.lengths, drawn.stopped, moved))
+        lengths, stopped, kl = (np.concatenate(column)[: len(prompts.ids)] for column in zip(*columns))
+        return PolicyAnswers(texts[: len(prompts.ids)], lengths, stopped, kl)
+
+    return ask
+
+
+def conversation_means(values: np.ndarray, conversations: np.ndarray) -> np.ndarray:
+    """f64[..., C] from values [..., n]: the mean over the prompts of each conversation."""
+    member = conversations[:, None] == np.arange(conversations.max() + 1)
+    return np.asarray(values, np.float64) @ (member / member.sum(axis=0))

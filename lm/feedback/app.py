@@ -1,0 +1,233 @@
+"""The page on which people rank, and the requests it makes.
+
+    GET /              the page                      GET /results    what the verdicts say
+    GET /next?rater=   what to rank next             GET /export     every verdict, as JSON lines
+    POST /verdict      records one verdict
+    POST /undo         takes the rater's latest back
+
+Whatever cannot be served is {"error": "one line"}: 400 for a request that will never do, 401 without the token, 403 for
+a rater or an origin that is not admitted, 503 while the database cannot be written (the page sends it again).
+"""
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lm.core.errors import UserError
+from lm.data import preferences as records
+from lm.data.annotations import Annotation, AnnotationStore, RankingItem, StoreUnavailable
+from lm.feedback import results
+
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
+COOKIE_NAME = "ranking"  # holds the token
+MAX_NAME_LENGTH = 64  # characters of a rater's name
+REQUIRED_KEYS = {"key", "item", "digest", "rater", "ranking"}  # of a verdict; digest: of the item as it was shown
+OPTIONAL_KEYS = {"verdict", "axes", "flags", "seconds"}
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+
+
+def make_app(
+    store: AnnotationStore,
+    *,
+    title: str = "Which answer is better?",
+    raters: Collection[str] = (),
+    token: str = "",
+    hosts: Collection[str] = LOOPBACK_HOSTS,
+) -> Starlette:
+    """The server's application.
+
+    raters: the names that are admitted; none: any name. token: what a browser must bring, once as ?token=, then as a
+    cookie; empty: nothing. hosts: the names by which the server may be called; none: any.
+    """
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=loader, autoescape=True).get_template("page.html")
+    setup = {"raters": list(raters), "axes": records.RATING_AXES, "flags": records.RESPONSE_FLAGS}
+
+    def page(request: Request) -> Response:
+        return HTMLResponse(template.render(title=title, setup=setup, nonce=request.state.nonce))
+
+    def upcoming(request: Request) -> Response:
+        rater = checked_rater_name(request.query_params.get("rater"), raters)
+        return shown(rater, store.next(rater))
+
+    async def verdict(request: Request) -> Response:
+        said = await json_body(request, REQUIRED_KEYS, OPTIONAL_KEYS)
+        return await run_in_threadpool(record, said)
+
+    def record(said: Mapping[str, Any]) -> Response:
+        rater, item = checked_rater_name(said["rater"], raters), stored_item(store, said["item"])
+        if said["digest"] != item_digest(item):
+            raise UserError(f"item {item.id} is not what was shown: the page is of another database, reload it")
+        if not isinstance(said["key"], str) or not said["key"]:
+            raise UserError(f"key is {said['key']!r}, not a text of the client's own")
+        verdict = {name: value for name, value in said.items() if name != "digest"}
+        store.record(Annotation(**verdict, shown=display_order(item, rater)))
+        return JSONResponse({"recorded": said["key"]})
+
+    async def undo(request: Request) -> Response:
+        rater = checked_rater_name((await json_body(request, {"rater"}))["rater"], raters)
+        item = await run_in_threadpool(store.undo, rater)
+        if item is None:
+            raise UserError(f"{rater} has no verdict to take back")
+        return await run_in_threadpool(shown, rater, item)
+
+    def shown(rater: str, item: RankingItem | None) -> Response:
+        judged, total = store.progress(rater)
+        return JSONResponse({"item": item and item_for_page(item, rater), "judged": judged, "all": total})
+
+    def summary(request: Request) -> Response:
+        return HTMLResponse(results.results_page(store.rankings(), title=title))
+
+    def export(request: Request) -> Response:
+        lines = "".join(f"{records.ranking_json(ranking)}\n" for ranking in store.rankings())
+        attachment = {"Content-Disposition": 'attachment; filename="rankings.jsonl"'}
+        return PlainTextResponse(lines, headers=attachment, media_type="application/jsonl")
+
+    return Starlette(
+        routes=[
+            Route("/", page),
+            Route("/next", upcoming),
+            Route("/verdict", verdict, methods=["POST"]),
+            Route("/undo", undo, methods=["POST"]),
+            Route("/results", summary),
+            Route("/export", export),
+        ],
+        middleware=[Middleware(RequestGuard, token=token, hosts=hosts)],
+        exception_handlers={
+            StoreUnavailable: lambda request, error: error_response(503, str(error)),
+            UserError: lambda request, error: error_response(400, str(error)),
+            HTTPException: lambda request, error: error_response(error.status_code, error.detail),
+        },
+    )
+
+
+class RequestGuard:
+    """Lets through what the page itself asks for, and gives every answer the headers that keep it safe.
+
+    A page of another site can make a browser call this server: by a name that it has pointed here (Host), or in its own
+    name (Origin, and the content types that a form may send).
+    """
+
+    def __init__(self, app: ASGIApp, *, token: str, hosts: Collection[str]):
+        self._app, self._token, self._hosts = app, token, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope)
+        request.state.nonce = nonce = secrets.token_urlsafe()
+        enters = self._token and is_same_secret(request.query_params.get("token", ""), self._token)
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(
+                    {**SECURITY_HEADERS, "Content-Security-Policy": CONTENT_SECURITY_POLICY.format(nonce=nonce)}
+                )
+                if enters:
+                    headers.append("Set-Cookie", f"{COOKIE_NAME}={self._token}; HttpOnly; SameSite=Strict; Path=/")
+            await send(message)
+
+        await (self._refused(request, enters) or self._app)(scope, receive, guarded)
+
+    def _refused(self, request: Request, enters: bool) -> Response | None:
+        host = request.headers.get("host", "")
+        if self._hosts and re.sub(r":\d+$", "", host).strip("[]") not in self._hosts:
+            return error_response(403, f"this server is not {host!r}: open the address that it printed")
+        if self._token and not enters and not is_same_secret(request.cookies.get(COOKIE_NAME, ""), self._token):
+            return error_response(401, "open the address that the program printed when it started, with its ?token=")
+        if request.method == "POST":
+            origin = request.headers.get("origin", f"http://{host}")
+            if origin.partition("://")[2] != host:
+                return error_response(403, f"a page of {origin} may not send anything here")
+            if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+                return error_response(415, "send JSON, with the content type application/json")
+        return None
+
+
+def item_for_page(item: RankingItem, rater: str) -> dict[str, Any]:
+    """What the page shows of an item: not which model gave which response."""
+    return {
+        "id": item.id,
+        "digest": item_digest(item),
+        "prompt": item.prompt,
+        "responses": item.responses,
+        "shown": display_order(item, rater),
+    }
+
+
+def display_order(item: RankingItem, rater: str) -> list[int]:
+    """The responses in the order in which this rater sees them: a random one, and always the same."""
+    return sorted(range(len(item.responses)), key=lambda i: json_sha256([rater, item.id, i]))
+
+
+def item_digest(item: RankingItem) -> str:
+    return json_sha256([item.prompt, item.responses])
+
+
+def json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def is_same_secret(given: str, secret: str) -> bool:
+    return hmac.compare_digest(given.encode(), secret.encode())
+
+
+def checked_rater_name(rater: Any, raters: Collection[str]) -> str:
+    """The rater's name. UserError for what is none, HTTPException 403 for one that is not among `raters`."""
+    if (
+        not isinstance(rater, str)
+        or not 1 <= len(rater) <= MAX_NAME_LENGTH
+        or not rater.isprintable()
+        or rater != rater.strip()
+    ):
+        raise UserError(
+            f"rater is {rater!r}: a name has 1 to {MAX_NAME_LENGTH} printable characters, none of them outer blanks"
+        )
+    if raters and rater not in raters:
+        raise HTTPException(403, f"rater {rater!r} is not admitted here; who is: {', '.join(raters)}")
+    return rater
+
+
+def stored_item(store: AnnotationStore, id: Any) -> RankingItem:
+    """The item of that number."""
+    if type(id) is not int or not 0 < id < 2**63:  # beyond, SQLite has no integer
+        raise UserError(f"item is {id!r}, not a number of one")
+    return store.item(id)
+
+
+async def json_body(request: Request, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
+    """The JSON object that was sent, once it has the `required` keys and beyond them only `optional` ones."""
+    try:
+        found = json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {error}") from error
+    if not isinstance(found, Mapping) or not set(required) <= set(found) <= {*required, *optional}:
+        allowed = f" and, of the others, only {', '.join(sorted(optional))}" if optional else " and no other"
+        raise UserError(f"not an object with the keys {', '.join(sorted(required))}{allowed}")
+    return found
+
+
+def error_response(status: int, text: str) -> Response:
+    return JSONResponse({"error": text}, status)

@@ -1,0 +1,204 @@
+"""Rank answers: a model answers prompts several times, a rater orders the answers, and the verdicts become a file.
+
+    python -m lm auto-rank --config=experiments/rank.py --workdir=runs/quickstart/rank
+
+Writes WORKDIR/rankings.jsonl, the format that stage `reward` reads (see lm.data.preferences). Continues after a kill.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
+from lm.core.errors import UserError, check_at_least
+from lm.core.options import ConfigFunction
+from lm.data import conversations, preferences as records, sources as corpora
+from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.rewards import REWARDS, Reward
+from lm.rewards.load import reward_from_workdir
+from lm.rewards.reward_model import reward_row_length
+from lm.runs import metadata
+from lm.runs.console import Progress, run_program, say, warn
+from lm.runs.partial_results import PartialResults
+from lm.runs.workdir import Workdir, open_workdir, write_text
+from lm.tokenizer import Tokenizer
+from lm.train.warm_start import load_policy
+
+RANKINGS_FILE = "rankings.jsonl"
+UNRANKED_FILE = "unranked.jsonl"  # answers that the rater has before it
+FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the rankings go; the same command continues")}
+
+
+def auto_rank_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
+    """The function that each subtree of a config calls, for the program, overrides and --help."""
+    return {"rank": ConfigFunction(rank_sampled_answers)} if "rank" in config else {}
+
+
+def run_auto_rank(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
+    """Ranks in a workdir, or takes up where it stopped, and returns the summary it leaves there."""
+    require_entries(config, ("seed", "init_from", "rank"), "lm.feedback.auto_rank")
+    with open_workdir(path, to_dict(config)) as workdir:
+        summary = workdir.summary()
+        if summary is None:
+            metadata.record_start(workdir.path, seed=config.seed)
+            summary = call_with_options(
+                auto_rank_functions(config)["rank"].function,
+                config.rank,
+                workdir,
+                config.init_from,
+                config.seed,
+                name="rank",
+            )
+            workdir.write_summary(summary)
+        say(
+            f"rank: {summary['prompts']} prompts, {summary['decided']} pairs decided, {summary['tied']} tied, "
+            f"{summary['seconds']:.0f} s: {workdir.path / RANKINGS_FILE}"
+        )
+        return summary
+
+
+def rank_sampled_answers(
+    workdir: Workdir,
+    init_from: str,
+    seed: int,
+    *,
+    sources: str = "chitchat",
+    turns: int = 3,
+    prompts_per_conversation: int = 1,
+    prompts: int = 1500,
+    prompt_length: int = 64,
+    responses: int = 2,
+    max_new: int = 32,
+    temperature: float = 1.0,
+    rater: str = "rule",
+    cut_penalty: float = 0.0,
+    held_out: float = 0.02,
+    held_out_prompts: int = 0,
+    prompts_at_once: int = 128,
+) -> dict[str, Any]:
+    """Answers of the model in `init_from` to prompts that are not held out, ranked by `rater`: one of
+    lm.rewards.REWARDS, or the workdir of a reward model.
+
+    An answer that the limit cut off loses `cut_penalty` first, as in RL. `held_out_prompts` of those that are held out
+    follow, for a stage that measures itself on them.
+    """
+    check_at_least(1, "rank", turns=turns, prompts=prompts, prompts_at_once=prompts_at_once)
+    check_at_least(2, "rank", responses=responses)
+    check_at_least(0, "rank", held_out_prompts=held_out_prompts)
+    check_at_least(0, "config", seed=seed)
+    start = time.monotonic()
+    if rater not in REWARDS and not Path(rater).is_dir():
+        raise UserError(f"rank.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or a reward model's workdir")
+    trained = load_policy(init_from, backend=jax.default_backend(), warn=warn)
+    judge = rater_reward(rater, trained.tokenizer, reward_row_length(prompt_length, max_new))
+    contexts = conversations.prompt_contexts(
+        conversations.load_conversations(sources), turns=turns, per_conversation=prompts_per_conversation
+    )
+    seen, unseen = corpora.split_held_out(contexts, held_out)
+    name_of = {id(c.messages): c.name for c in contexts}
+    chosen, skipped = random_prompts(trained.tokenizer, seen, prompt_length, prompts, seed)
+    if held_out_prompts:
+        chosen = concatenated_prompts(
+            chosen, random_prompts(trained.tokenizer, unseen, prompt_length, held_out_prompts, seed)[0]
+        )
+
+    done = ranked_prompt_count(workdir.path / RANKINGS_FILE, prompts_at_once)
+    answers = batch_answerer(
+        trained.model,
+        trained.params["lm"],
+        trained.tokenizer,
+        jit=jax.jit,
+        rows_at_once=prompts_at_once * responses,
+        max_new=max_new,
+        temperature=temperature,
+    )
+    parts = PartialResults(workdir.path / UNRANKED_FILE)
+    with Progress("rank", len(chosen.ids), "prompt") as progress:
+        for first in range(done, len(chosen.ids), prompts_at_once):
+            rows = np.arange(first, min(first + prompts_at_once, len(chosen.ids)))
+            part = prompts_at(chosen, np.repeat(rows, responses))
+            key = jax.random.fold_in(jax.random.key(seed), first)
+            given = [GeneratedAnswer(*each) for each in parts.once(f"answers from {first}", lambda: answers(part, key))]
+            texts, cut = [answer.text for answer in given], np.array([not answer.stopped for answer in given])
+            scores = (judge(part.contexts, texts) - cut_penalty * cut).reshape(-1, responses)
+            names = [name_of[id(context)] for context in part.contexts[::responses]]
+            records.append_rankings(
+                workdir.path / RANKINGS_FILE,
+                rankings_from_scores(names, part.contexts[::responses], texts, scores, rater),
+            )
+            parts.remove()
+            progress.update(int(rows[-1]) + 1, {"score": float(scores.mean())})
+    found = records.read_jsonl_rankings(workdir.path / RANKINGS_FILE)
+    decided = sum(len(records.preference_pairs(r)) for r in found)
+    return {
+        "stage": "rank",
+        "rater": rater,
+        "prompts": len(found),
+        "skipped": skipped,
+        "decided": decided,
+        "tied": len(found) * responses * (responses - 1) // 2 - decided,
+        "seconds": time.monotonic() - start,
+    }
+
+
+def random_prompts(
+    tokenizer: Tokenizer, contexts: Sequence[conversations.Conversation], length: int, count: int, seed: int
+) -> tuple[Prompts, int]:
+    """`count` of the contexts that fit, drawn by `seed`, and how many did not fit."""
+    fit, skipped = prompts_within_length(tokenizer, contexts, length)
+    return prompts_at(fit, np.random.default_rng(seed).permutation(len(fit.ids))[:count]), skipped
+
+
+def rankings_from_scores(
+    names: Sequence[str], contexts: Sequence[list[dict]], texts: Sequence[str], scores: np.ndarray, rater: str
+) -> list[records.Ranking]:
+    """A verdict on the answers to each context: `texts` hold them one context after another, `scores` are [contexts,
+    answers]."""
+    count, now = scores.shape[1], datetime.now(UTC).isoformat(timespec="seconds")
+    return [
+        records.Ranking(
+            name, context, list(texts[i * count : (i + 1) * count]), ranks_from_scores(scores[i]), rater, now
+        )
+        for i, (name, context) in enumerate(zip(names, contexts))
+    ]
+
+
+def rater_reward(rater: str, tokenizer: Tokenizer, longest: int) -> Reward:
+    """One of lm.rewards.REWARDS, or the reward model of a workdir, for rows of up to `longest` tokens."""
+    return REWARDS[rater] if rater in REWARDS else reward_from_workdir(rater, tokenizer, longest)[1]
+
+
+def concatenated_prompts(a: Prompts, b: Prompts) -> Prompts:
+    """The prompts of one after those of the other."""
+    return Prompts(np.concatenate([a.ids, b.ids]), np.concatenate([a.lengths, b.lengths]), [*a.contexts, *b.contexts])
+
+
+def ranks_from_scores(scores: np.ndarray) -> list[int]:
+    """1 for the best; equal scores share a rank."""
+    return [1 + int(np.sum(scores > score)) for score in scores]
+
+
+def ranked_prompt_count(path: Path, at_once: int) -> int:
+    """How many prompts whole chunks in the file cover; what a kill left of a torn chunk is cut off."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().split(b"\n")[:-1]  # bytes: a kill may tear a character, an answer may hold U+2028
+    whole = len(lines) // at_once * at_once
+    write_text(path, b"".join(line + b"\n" for line in lines[:whole]).decode())
+    return whole
+
+
+def program(argv: list[str]) -> None:
+    flags, config = flags_and_config(argv, __doc__, FLAGS, auto_rank_functions)
+    run_auto_rank(config, flags.workdir)
+
+
+if __name__ == "__main__":
+    run_program(program)

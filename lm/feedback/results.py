@@ -1,0 +1,290 @@
+"""What the verdicts say: of the models that answered, of the raters, and of how far the raters agree.
+
+A skipped item says nothing. A unit of agreement is a pair of responses of an item: 1 if the first is better, -1 if the
+second is, 0 for a tie; "both bad" is a tie.
+"""
+
+import itertools
+import json
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+
+from lm.core.statistics import NO_ESTIMATE, Estimate, mean_estimate, success_rate
+from lm.data.preferences import RATING_AXES, RESPONSE_FLAGS, Ranking
+from lm.feedback.agreement import (
+    bootstrap_estimate,
+    bradley_terry_strengths,
+    cohen_kappa,
+    krippendorff_alpha,
+    rater_reliability,
+)
+from lm.runs.html import (
+    NUMBER_FORMATS,
+    SERIES_COLORS,
+    TEXT_COLOR,
+    interval_plot,
+    interval_text,
+    percent_text,
+    signed_number,
+    svg_figure,
+    template_environment,
+)
+
+MIN_SHARED_PAIRS = 10  # pairs that two raters must have in common before their kappa is told
+MAX_CONTESTED = 5  # items shown
+
+
+class RaterSummary(NamedTuple):
+    name: str
+    verdicts: int
+    seconds: float | None  # the median
+    ties: int  # verdicts in which two responses share a rank, "both bad" apart
+    bad: int
+    skipped: int
+    first: Estimate  # how often the response shown first is the one preferred
+    chance: float  # and how often it would be without a bias
+    reliability: Estimate  # how often this rater agrees with the majority of the others
+
+
+class ModelSummary(NamedTuple):
+    name: str
+    responses: int  # judged ones
+    strength: Estimate  # Bradley-Terry, logarithmic; nan for one that met no other
+    axes: dict[str, Estimate]
+    flags: dict[str, int]
+
+
+class ContestedItem(NamedTuple):
+    disagreement: float  # the share of pairs of raters that disagree, over the item's pairs of responses
+    item: Ranking
+    ranks: dict[str, list[int]]  # of each rater
+
+
+class RankingResults(NamedTuple):
+    judged: list[Ranking]  # not skipped; the last verdict of a rater on an item
+    items: int
+    raters: list[RaterSummary]
+    alpha: Estimate
+    kappas: dict[tuple[str, str], float]
+    models: list[ModelSummary]  # the strongest first
+    contested: list[ContestedItem]
+
+
+def ranking_results(rankings: Sequence[Ranking]) -> RankingResults:
+    """Everything the page tells of these verdicts."""
+    last = {(item_identity(ranking), ranking.rater): ranking for ranking in rankings}
+    judged = [ranking for ranking in last.values() if ranking.verdict != "skipped"]
+    names = list(dict.fromkeys(ranking.rater for ranking in last.values()))
+    units, ratings = pair_votes(judged, names)
+    shared = ratings[:, np.sum(~np.isnan(ratings), axis=0) >= 2]
+    reliable = dict(zip(names, rater_reliability(ratings)))
+    return RankingResults(
+        judged,
+        len({item_identity(ranking) for ranking in judged}),
+        [rater_summary(name, [r for r in last.values() if r.rater == name], reliable[name]) for name in names],
+        bootstrap_estimate(krippendorff_alpha, shared),
+        rater_kappas(names, ratings),
+        model_summaries(judged),
+        contested_items(judged, units, ratings),
+    )
+
+
+def item_identity(ranking: Ranking) -> str:
+    """What makes two verdicts ones of the same item."""
+    return json.dumps([ranking.prompt, ranking.responses])
+
+
+def pair_votes(judged: Sequence[Ranking], raters: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The item of each unit, and f64[raters, units]: -1, 0 or 1, nan where a rater has not judged the item."""
+    columns: dict[tuple[str, int, int], dict[str, float]] = defaultdict(dict)
+    for ranking in judged:
+        for i, j in response_pairs(ranking):
+            columns[item_identity(ranking), i, j][ranking.rater] = np.sign(ranking.ranking[j] - ranking.ranking[i])
+    rows = [[column.get(rater, np.nan) for column in columns.values()] for rater in raters]
+    return [item for item, _, _ in columns], np.array(rows, np.float64).reshape(len(raters), len(columns))
+
+
+def response_pairs(ranking: Ranking) -> Iterator[tuple[int, int]]:
+    return itertools.combinations(range(len(ranking.responses)), 2)
+
+
+def rater_summary(name: str, verdicts: Sequence[Ranking], reliable: Estimate) -> RaterSummary:
+    kinds = Counter(ranking.verdict for ranking in verdicts)
+    ranked = [ranking for ranking in verdicts if ranking.verdict == "ranked"]
+    seconds = [ranking.seconds for ranking in verdicts if ranking.seconds is not None]
+    return RaterSummary(
+        name,
+        len(verdicts),
+        statistics.median(seconds) if seconds else None,
+        sum(len(set(ranking.ranking)) < len(ranking.ranking) for ranking in ranked),
+        kinds["both bad"],
+        kinds["skipped"],
+        *first_shown_bias(verdicts),
+        reliable,
+    )
+
+
+def first_shown_bias(verdicts: Sequence[Ranking]) -> tuple[Estimate, float]:
+    """How often the response shown first is the one preferred, and how often it would be without a bias."""
+    decided = [r for r in verdicts if r.shown and r.ranking.count(min(r.ranking)) == 1]  # with one best response
+    if not decided:
+        return NO_ESTIMATE, np.nan
+    first = [r.ranking[r.shown[0]] == min(r.ranking) for r in decided]
+    return success_rate(first), float(np.mean([1 / len(r.ranking) for r in decided]))
+
+
+def rater_kappas(names: Sequence[str], ratings: np.ndarray) -> dict[tuple[str, str], float]:
+    """Cohen's kappa of every two raters that share SHARED pairs of responses."""
+    rows = dict(zip(names, ratings))
+    return {
+        (a, b): cohen_kappa(rows[a], rows[b])
+        for a, b in itertools.combinations(names, 2)
+        if np.sum(~np.isnan(rows[a]) & ~np.isnan(rows[b])) >= MIN_SHARED_PAIRS
+    }
+
+
+def model_summaries(judged: Sequence[Ranking]) -> list[ModelSummary]:
+    """What was said of the responses of each model, the strongest model first."""
+    responses: Counter[str] = Counter()
+    axes: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    flags: dict[str, Counter[str]] = defaultdict(Counter)
+    games = []
+    for ranking in judged:
+        names = [source["model"] for source in ranking.sources if "model" in source]
+        if len(names) < len(ranking.responses):
+            continue  # nobody knows who answered
+        responses.update(names)
+        for i, j in response_pairs(ranking):
+            if names[i] != names[j]:
+                games.append((names[i], names[j], (1 + np.sign(ranking.ranking[j] - ranking.ranking[i])) / 2))
+        for axis, scores in ranking.axes.items():
+            for name, score in zip(names, scores):
+                if score is not None:
+                    axes[name][axis].append(score)
+        for name, raised in zip(names, ranking.flags):
+            flags[name].update(raised)
+    strong = bradley_terry_strengths(games)
+    found = [
+        ModelSummary(
+            name,
+            count,
+            strong[name] if name in strong else NO_ESTIMATE,
+            {axis: mean_estimate(axes[name][axis]) if axes[name][axis] else NO_ESTIMATE for axis in RATING_AXES},
+            {flag: flags[name][flag] for flag in RESPONSE_FLAGS},
+        )
+        for name, count in responses.items()
+    ]
+    return sorted(found, key=lambda model: np.nan_to_num(model.strength.value), reverse=True)
+
+
+def contested_items(judged: Sequence[Ranking], units: Sequence[str], ratings: np.ndarray) -> list[ContestedItem]:
+    """The items of which the raters disagree most, of those that two have judged."""
+    said: dict[str, list[Ranking]] = defaultdict(list)
+    for ranking in judged:
+        said[item_identity(ranking)].append(ranking)
+    shares: dict[str, list[float]] = defaultdict(list)
+    for item, column in zip(units, ratings.T):
+        given = column[~np.isnan(column)]
+        if len(given) >= 2:
+            shares[item].append(float(np.mean([a != b for a, b in itertools.combinations(given, 2)])))
+    found = [
+        ContestedItem(statistics.mean(each), said[item][0], {ranking.rater: ranking.ranking for ranking in said[item]})
+        for item, each in shares.items()
+        if any(each)
+    ]
+    return sorted(found, key=lambda item: item.disagreement, reverse=True)[:MAX_CONTESTED]
+
+
+def results_page(rankings: Sequence[Ranking], *, title: str) -> str:
+    """The results as one self-contained HTML page without scripts."""
+    found = ranking_results(rankings)
+    environment = template_environment()
+    environment.filters["measured"] = estimate_text
+    compared = {model.name: model.strength for model in found.models if np.isfinite(model.strength.value)}
+    reliable = {r.name: r.reliability for r in found.raters if np.isfinite(r.reliability.value)}
+    return environment.get_template("feedback/results.html.jinja").render(
+        title=title,
+        found=found,
+        claims=headline_figures(found),
+        strengths=interval_plot(compared, "log-strength, with its 95 % interval", centre=0) if compared else "",
+        reliability=interval_plot(reliable, "agreement with the majority of the others") if reliable else "",
+        over_time=rankings_over_time(rankings) if rankings else "",
+        axes=RATING_AXES,
+        flags=RESPONSE_FLAGS,
+        scored=any(model.axes[axis] is not NO_ESTIMATE for model in found.models for axis in RATING_AXES),
+        flagged=any(any(model.flags.values()) for model in found.models),
+        shared=MIN_SHARED_PAIRS,
+    )
+
+
+def headline_figures(found: RankingResults) -> list[dict[str, str]]:
+    """The headline: how much was judged, how fast, how far it agrees, and whether the order of showing mattered."""
+    seconds = [ranking.seconds for ranking in found.judged if ranking.seconds is not None]
+    first, chance = first_shown_bias(found.judged)
+    best = found.models[0] if found.models and np.isfinite(found.models[0].strength.value) else None
+    return [
+        {
+            "title": "Verdicts",
+            "figure": f"{len(found.judged):,}",
+            "note": f"on {found.items:,} items, by {len(found.raters)} rater{'s' * (len(found.raters) != 1)}"
+            + (f"; {statistics.median(seconds):.1f} s in the median" if seconds else ""),
+        },
+        {
+            "title": "Strongest model",
+            "figure": best.name if best else "–",
+            "note": f"log-strength {estimate_text(best.strength, 'signed')}" if best else "no two models were compared",
+        },
+        {
+            "title": "Krippendorff's alpha",
+            "figure": signed_number(found.alpha.value) if np.isfinite(found.alpha.value) else "–",
+            "note": f"95 % interval {interval_text(found.alpha._asdict(), 'signed')}; 1: full agreement, 0: by chance"
+            if np.isfinite(found.alpha.value)
+            else "no two raters have judged enough of the same items",
+        },
+        {
+            "title": "First shown preferred",
+            "figure": percent_text(first.value) if np.isfinite(first.value) else "–",
+            "note": f"95 % interval {interval_text(first._asdict(), 'percent')}; {percent_text(chance)} without a bias"
+            if np.isfinite(first.value)
+            else "no verdict has one best answer",
+        },
+    ]
+
+
+def estimate_text(estimate: Estimate, style: str = "plain") -> str:
+    """ "0.62 [0.51, 0.72]"; a dash where nothing was observed."""
+    if not np.isfinite(estimate.value):
+        return "–"
+    spread = f" {interval_text(estimate._asdict(), style)}" if np.isfinite(estimate.se) else ""
+    return NUMBER_FORMATS[style](estimate.value) + spread
+
+
+def rankings_over_time(rankings: Sequence[Ranking]) -> Markup:
+    """How many verdicts each rater had given by when."""
+
+    def draw(axes: Axes):
+        given: dict[str, list[datetime]] = defaultdict(list)
+        for ranking in rankings:
+            given[ranking.rater].append(datetime.fromisoformat(ranking.time).astimezone(UTC))
+        for (name, times), colour in zip(given.items(), itertools.cycle(SERIES_COLORS)):
+            times.sort()
+            axes.step(times, range(1, len(times) + 1), where="post", color=colour, linewidth=1.6, label=name)
+            axes.plot(times[-1:], [len(times)], "o", color=colour, markersize=4)
+        first, last = min(times[0] for times in given.values()), max(times[-1] for times in given.values())
+        margin = max((last - first) / 20, timedelta(seconds=1))
+        axes.set_xlim(first - margin, last + margin)
+        locator = AutoDateLocator(minticks=3, maxticks=6)
+        axes.xaxis.set_major_locator(locator)
+        axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        axes.set_ylabel("verdicts")
+        axes.legend(frameon=False, labelcolor=TEXT_COLOR)
+
+    return svg_figure(draw, width=4.4, height=2.4)

@@ -1,0 +1,139 @@
+"""Beam search: the likeliest completions, not drawn but searched for, several prompts at a time. Pure.
+
+Each step prolongs the `width` likeliest unfinished hypotheses of a prompt by every token. Of the results, the `width`
+likeliest stay on the beam; those that end with a stop id go to a list of the `width` best finished ones instead, so an
+end costs no place on the beam. Hypotheses of different lengths compare by their log-probability over a power of their
+length (Wu et al. 2016, eq. 14, arXiv 1609.08144; without its coverage penalty, which is of an encoder's attention):
+
+    score(y) = log p(y | prompt) / lp(y),    lp(y) = ((5 + |y|) / (5 + 1)) ** length_penalty
+
+What the limit cuts off competes with the finished ones by the same score.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.core.errors import UserError
+from lm.core.types import Array, Completions, Params
+from lm.generate.sampler import check_sampling, decode_step, prefill, repeated_rows
+from lm.model import Model
+
+
+class Hypotheses(NamedTuple):
+    """K hypotheses to each of B prompts. A place that none has taken has the value -inf."""
+
+    values: Array  # f32[B,K]  log-probability of the unfinished, score of the finished
+    tokens: Array  # i32[B,K,N]
+    logprobs: Array  # f32[B,K,N]
+    lengths: Array  # i32[B,K]  stop token included
+    stopped: Array  # bool[B,K]
+
+
+def beam_search(
+    model: Model,
+    lm: Params,
+    prompts: Array,
+    lengths: Array,
+    *,
+    width: int,
+    max_new: int,
+    length_penalty: float = 0.0,
+    stop: Sequence[int] = (),
+) -> tuple[Completions, Array]:
+    """The `width` best completions found for each right-padded prompt i32[B,P] of length i32[B] >= 1, and their scores.
+
+    Completions are rows as of lm.generate.sampler.sample with samples=width: a prompt's own are adjacent, best first. Log-probs
+    are of softmax(logits), the scores f32[B,width] as above. Where there are fewer sequences than places, the last rows
+    have length 0 and the score -inf. Width 1 without stop ids is greedy decoding.
+    """
+    check_sampling(model, prompts.shape[1], max_new=max_new, temperature=1.0, top_k=0, top_p=1.0)
+    if width < 1:
+        raise UserError(f"the beam's width is {width}; it must be at least 1")
+    if not 0 <= length_penalty < math.inf:
+        raise UserError(f"length_penalty is {length_penalty}; it must be 0 (none) or above")
+    lm = model.unrolled(lm)
+    logits, cache = prefill(model, lm, prompts, lengths, capacity=prompts.shape[1] + max_new)
+    B, V = logits.shape
+    stops = jnp.asarray(sorted({s for s in stop if 0 <= s < V}), jnp.int32)
+    logits, cache, lengths = repeated_rows((logits, cache, lengths), width)
+    penalty = lambda length: ((5 + jnp.asarray(length, jnp.float32)) / 6) ** length_penalty
+    live = done = empty_hypotheses(B, width, max_new)
+    live = live._replace(values=live.values.at[:, 0].set(0.0))  # one start, not `width` equal ones
+
+    def unfinished(carry):
+        t, _, _, live, done = carry
+        hope = live.values[:, 0] / penalty(max_new)  # what no longer row can exceed: log-probabilities only fall
+        return (t < max_new) & jnp.any(hope > done.values[:, -1])
+
+    def step(carry):
+        t, logits, cache, live, done = carry
+        new = jnp.minimum(jax.nn.log_softmax(logits, axis=-1), 0.0).reshape(B, width * V)
+        ends = jnp.broadcast_to((jnp.arange(width)[:, None] * V + stops).ravel(), (B, width * stops.size))
+        ended = extended_hypotheses(live, ends, new, t)
+        ended = ended._replace(values=ended.values / penalty(t + 1), stopped=jnp.ones_like(ended.stopped))
+        going = (live.values[..., None] + new.reshape(B, width, V)).at[..., stops].set(-jnp.inf)
+        values, places = jax.lax.top_k(going.reshape(B, width * V), width)
+        tokens, parents = (places % V).ravel(), (places // V + width * jnp.arange(B)[:, None]).ravel()
+        cache = jax.tree.map(lambda x: x[parents] if x.ndim else x, cache)
+        logits, cache = decode_step(model, lm, tokens, lengths + t, cache)
+        live = extended_hypotheses(live, places, new, t)._replace(
+            values=values
+        )  # -inf for what should have been an end
+        return t + 1, logits, cache, live, best_hypotheses(done, ended, width)
+
+    t, _, _, live, done = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), logits, cache, live, done))
+    cut = live._replace(values=jnp.where(t == max_new, live.values / penalty(max_new), -jnp.inf))
+    return hypothesis_rows(best_hypotheses(done, cut, width))
+
+
+def empty_hypotheses(prompts: int, width: int, length: int) -> Hypotheses:
+    """Places for hypotheses of at most that length."""
+    shape = (prompts, width)
+    return Hypotheses(
+        jnp.full(shape, -jnp.inf),
+        jnp.zeros((*shape, length), jnp.int32),
+        jnp.zeros((*shape, length)),
+        jnp.zeros(shape, jnp.int32),
+        jnp.zeros(shape, bool),
+    )
+
+
+def extended_hypotheses(live: Hypotheses, places: Array, new: Array, t: Array) -> Hypotheses:
+    """Hypotheses of t + 1 tokens at places i32[B,M]: place k V + v is hypothesis k with the token v behind it.
+
+    new f32[B,K V]: the log-probabilities of all of them.
+    """
+    V = new.shape[1] // live.values.shape[1]
+    chosen = hypotheses_at(live, places // V)
+    logprobs = jnp.take_along_axis(new, places, axis=1)
+    return Hypotheses(
+        values=chosen.values + logprobs,
+        tokens=jax.lax.dynamic_update_slice_in_dim(chosen.tokens, (places % V)[..., None], t, axis=2),
+        logprobs=jax.lax.dynamic_update_slice_in_dim(chosen.logprobs, logprobs[..., None], t, axis=2),
+        lengths=chosen.lengths + 1,
+        stopped=chosen.stopped,
+    )
+
+
+def hypotheses_at(hypotheses: Hypotheses, places: Array) -> Hypotheses:
+    """Those at places i32[B,M] of each prompt."""
+    wide = lambda x: places.reshape(places.shape + (1,) * (x.ndim - 2))
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, wide(x), axis=1), hypotheses)
+
+
+def best_hypotheses(first: Hypotheses, second: Hypotheses, count: int) -> Hypotheses:
+    """The `count` of greatest value among both, in order; of equals, the earlier ones."""
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), first, second)
+    return hypotheses_at(both, jax.lax.top_k(both.values, count)[1])
+
+
+def hypothesis_rows(found: Hypotheses) -> tuple[Completions, Array]:
+    """Completions of B K rows, and the values f32[B,K]; a place that none has taken is an empty row."""
+    real = found.values > -jnp.inf
+    tokens, logprobs = (jnp.where(real[..., None], x, 0) for x in (found.tokens, found.logprobs))
+    completions = Completions(tokens, logprobs, found.lengths * real, found.stopped & real)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), completions), found.values

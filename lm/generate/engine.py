@@ -1,0 +1,94 @@
+"""Many prompts in, many texts out: how ranking and evaluation ask a model."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.core.errors import UserError
+from lm.core.types import Array, Params
+from lm.data.prompts import Prompts, bucket_length
+from lm.generate.sampler import check_sampling, sample
+from lm.model import Model
+from lm.tokenizer import Tokenizer
+
+
+class GeneratedAnswer(NamedTuple):
+    text: str
+    length: int  # sampled tokens, the stop token included
+    stopped: bool  # ended by itself, or with a stop string, within the limit
+
+
+def check_stop_strings(stops: Sequence[str]) -> None:
+    """UserError for one that is empty, which every text would hold at once."""
+    if not all(stops):
+        raise UserError("a stop string is empty: give it at least one character, or leave it out")
+
+
+def text_before_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """What comes before the stop string that is complete first, and whether there is one. More text changes neither."""
+    places = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
+    return (text[: min(places)[1]], True) if places else (text, False)
+
+
+def text_without_partial_stop(text: str, stops: Sequence[str]) -> str:
+    """`text`, which may go on and holds no stop string, without an end that may yet become one."""
+    begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return text[: len(text) - max(begun, default=0)]
+
+
+def answer_from_ids(tokenizer: Tokenizer, ids: Sequence[int], stopped: bool, stops: Sequence[str]) -> GeneratedAnswer:
+    """The answer of sampled ids, which ends before a stop string; the string's own tokens count in its length."""
+    text, found = text_before_stop(tokenizer.decode(ids), stops)
+    if not found:
+        return GeneratedAnswer(text, len(ids), stopped)
+    return GeneratedAnswer(
+        text, next(n for n in range(1, len(ids) + 1) if text_before_stop(tokenizer.decode(ids[:n]), stops)[1]), True
+    )
+
+
+def batch_answerer(
+    model: Model,
+    lm: Params,
+    tokenizer: Tokenizer,
+    *,
+    rows_at_once: int,
+    jit,
+    samples: int = 1,
+    stop: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    **options,
+) -> Callable[[Prompts, Array], list[GeneratedAnswer]]:
+    """(prompts, key) -> `samples` answers a prompt, adjacent, those to `rows_at_once` prompts at a time.
+
+    `options` are those of sample (max_new, temperature, ...). Chunk c draws with fold_in(key, c), so an answer depends
+    on its place in the list, not on how many follow. An answer ends before the first of `stop_strings`, but is sampled
+    to its own end: the program knows tokens, no text. stop: ids that end it beside the tokenizer's. Prompts of any
+    width are brought to that of their bucket, so a new one seldom compiles; what must fit is their real length.
+    """
+    check_stop_strings(stop_strings)
+    options |= {"samples": samples, "stop": (*tokenizer.stops, *stop)}
+    run = jit(lambda lm, ids, lengths, key: sample(model, lm, ids, lengths, key, **options))
+    lm = jax.tree.map(jnp.asarray, lm)  # on the device once, not for every chunk
+
+    def answers(prompts: Prompts, key: Array) -> list[GeneratedAnswer]:
+        found, given = [], prompts.ids.shape[1]
+        longest = int(max(prompts.lengths, default=1))
+        check_sampling(model, longest, max_new=options["max_new"], temperature=1.0, top_k=0, top_p=1.0)
+        width = bucket_length(given, model.config.context - options["max_new"])
+        for chunk, start in enumerate(range(0, len(prompts.ids), rows_at_once)):
+            ids, lengths = (x[start : start + rows_at_once] for x in (prompts.ids[:, :width], prompts.lengths))
+            missing = rows_at_once - len(ids)
+            ids = np.pad(ids, ((0, missing), (0, max(width - given, 0))))
+            lengths = np.pad(lengths, (0, missing), constant_values=1)
+            drawn = jax.device_get(run(lm, ids, lengths, jax.random.fold_in(key, chunk)))
+            for row in range((rows_at_once - missing) * samples):
+                length = int(drawn.lengths[row])
+                found.append(
+                    answer_from_ids(tokenizer, drawn.tokens[row, :length], bool(drawn.stopped[row]), stop_strings)
+                )
+        return found
+
+    return answers

@@ -1,1 +1,0 @@
-"""The over-optimisation lab: what lm.overoptimisation measures, fits and draws."""

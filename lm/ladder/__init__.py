@@ -1,1 +1,0 @@
-"""The ladder: runs of several sizes at several costs, planned, measured, fitted, drawn."""

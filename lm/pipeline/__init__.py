@@ -1,0 +1,1 @@
+"""Stages in order, from text to an assistant: `lm pipeline`."""

@@ -1,0 +1,235 @@
+"""One page that shows what a run came to, made from the files in its folder: a pipeline's, or a single stage's.
+
+    python -m lm report --workdir=runs/quickstart
+
+Writes WORKDIR/report.html: self-contained, without scripts. Stages that have not finished are left out with a word. A
+stage's own page is lm.report.run's; the rest of this file is about pipelines.
+"""
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from lm.core.config import parsed_flags
+from lm.core.errors import UserError
+from lm.core.statistics import Estimate
+from lm.core.types import Tokens
+from lm.data import conversations, packing, preferences, sources
+from lm.report import reward_model
+from lm.report.run import StageRun, metric_figures, shown_rollouts, stage_run, write_run_page
+from lm.rewards.rule import CRITERIA, RULE, criterion_scores
+from lm.runs.console import run_program, say
+from lm.runs.html import interval_plot, interval_text, percent_text, signed_number, template_environment
+from lm.runs.workdir import CONFIG_FILE, PIPELINE_FILE, REPORT_FILE, TOKENIZER_FILE, read_json, read_metrics, write_text
+from lm.stages.pretraining import sft
+from lm.tokenizer import Tokenizer, encode_chat, load_tokenizer
+
+FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the folder of a pipeline, or of one stage")}
+SHOWN_ANSWERS, SHOWN_RANKINGS, PACKED_EXCERPTS = (
+    8,
+    2,
+    12,
+)  # answers and rankings shown; excerpts packed into rows to show one
+
+# What each stage did, in the words and numbers of its own summary.
+STAGE_DESCRIPTIONS = {
+    "tokenizer": "A vocabulary of {vocab_size:,} pieces; {bytes_per_token:.2f} bytes a token on held-out text",
+    "pretrain": "Predicts every next token of {about[documents]:,} documents",
+    "sft": "Learns to reply from {about[conversations]:,} conversations",
+    "rank": "The SFT model answers {prompts:,} prompts more than once and the rater orders the answers: "
+    "{decided:,} pairs decided, {tied:,} tied",
+    "reward": "Learns the rater's taste from {about[pairs]:,} pairs",
+    "ppo": "Improves the SFT model by the learnt taste",
+    "evaluate": "Asks every model the same {prompts:,} unseen prompts",
+}
+
+
+class TokenPiece(NamedTuple):
+    text: str
+    kind: str  # "trained", "context" or "padding"
+
+
+def write_report(root: str | Path) -> Path:
+    """Writes the page of the run in `root` and returns its path. UserError for any other folder."""
+    root = Path(root)
+    if (root / PIPELINE_FILE).exists():
+        return write_pipeline_page(root)
+    if "stage" not in stage_run(root).config:
+        raise UserError(
+            f"{root} is no run of lm.pipeline.runner or lm.train.loop: it holds no {PIPELINE_FILE}, nor a stage's {CONFIG_FILE}"
+        )
+    return write_run_page(root)
+
+
+def write_pipeline_page(root: Path) -> Path:
+    """The page of all stages."""
+    record = read_json(root / PIPELINE_FILE)
+    run = {name: stage_run(root / name) for name in record["stages"]}
+    template = template_environment().get_template("report/pipeline.html.jinja")
+    evaluation, verdicts = finished_summary(run, "evaluate"), finished_summary(run, "rank")
+    numbers = root / "reward" / reward_model.NUMBERS_FILE
+    tasted = read_json(numbers) if finished_summary(run, "reward") and numbers.exists() else {}
+    lines = [stage_row(found, record) for found in run.values() if found.summary]
+    page = template.render(
+        root=root,
+        claims=headline_figures(run),
+        missing=[name for name, found in run.items() if not found.summary],
+        ran=lines,
+        crowded=any(line["mfu"] and line["mfu"] > 1 for line in lines),
+        seconds=sum(record["seconds"].values()),
+        curves=[figure for found in run.values() if found.summary for figure in metric_figures(found)],
+        evaluation=evaluation,
+        models={name: run["evaluate"].config["models"][name] for name in evaluation["models"]} if evaluation else {},
+        whiskers=score_figure(evaluation["models"]) if evaluation else "",
+        rule=RULE,
+        criteria={name: weight for name, (weight, _) in CRITERIA.items()},
+        rater=verdicts["rater"] if verdicts else "",
+        rankings=example_rankings(root / "rank" / "rankings.jsonl") if verdicts else [],
+        taste=tasted,
+        tasted=reward_model.reward_model_figures(tasted) if tasted else [],
+        answers=read_metrics(root / "evaluate" / "answers.jsonl")[:SHOWN_ANSWERS] if evaluation else [],
+        rollouts={name: shown_rollouts(root / name) for name, found in run.items() if found.summary},
+        row=packed_row_example(root / "sft", run["sft"].config) if finished_summary(run, "sft") else None,
+        configs={name: json.dumps(found.config, indent=2) for name, found in run.items()},
+    )
+    write_text(root / REPORT_FILE, page)
+    return root / REPORT_FILE
+
+
+def finished_summary(run: Mapping[str, StageRun], name: str) -> Mapping[str, Any]:
+    """The summary of a stage; empty if the run has no such stage or it has not finished."""
+    return run[name].summary if name in run else {}
+
+
+def headline_figures(run: Mapping[str, StageRun]) -> list[dict[str, str]]:
+    """The headline: what the run was to show, as measured."""
+    found = []
+    if pretrain := finished_summary(run, "pretrain"):
+        before, after = (pretrain[side]["bits_per_byte"] for side in ("before", "held_out"))
+        found.append(
+            {
+                "title": "Pretraining: bits per byte of held-out text",
+                "figure": f"{before:.2f} → {after:.2f}",
+                "note": "before and after; the compressor xz -9 needs "
+                f"{pretrain['about']['xz_bits_per_byte']:.2f} on the same text",
+            }
+        )
+    evaluation = finished_summary(run, "evaluate")
+    if evaluation and len(evaluation["models"]) > 1:
+        names = list(evaluation["models"])[:2]
+        sides = [evaluation["models"][name]["stopped"] for name in names]
+        found.append(
+            {
+                "title": f"Answers that end by themselves: {' → '.join(names)}",
+                "figure": " → ".join(percent_text(side["value"]) for side in sides),
+                "note": f"within {evaluation['sampler']['max_new']} tokens, on {evaluation['prompts']} unseen prompts; "
+                f"95\u00a0% intervals {' and '.join(interval_text(side, 'percent') for side in sides)}",
+            }
+        )
+    if reward := finished_summary(run, "reward"):
+        held_out = reward["held_out"]
+        found.append(
+            {
+                "title": "Reward model: accuracy on pairs it never saw",
+                "figure": f"{100 * held_out['accuracy']:.1f} ± {100 * held_out['accuracy_se']:.1f}\u00a0%",
+                "note": f"± one standard error; {reward['about']['held_out_prompts']} prompts; a coin gets 50\u00a0%; "
+                f"correlation of score and length {signed_number(held_out['length_correlation'])}",
+            }
+        )
+    if evaluation and evaluation["comparisons"]:
+        last = evaluation["comparisons"][-1]
+        gain, wins = last["difference"], last["win_rate"]
+        zero = "above zero" if gain["low"] > 0 else "below zero" if gain["high"] < 0 else "which includes zero"
+        found.append(
+            {
+                "title": f"{last['a']} over {last['b']} in the rater's score",
+                "figure": signed_number(gain["value"]),
+                "note": f"95\u00a0% interval {interval_text(gain, 'signed')}, {zero}; "
+                f"wins {percent_text(wins['value'])} {interval_text(wins, 'percent')} of the prompts, a tie counting half",
+            }
+        )
+    return found
+
+
+def stage_row(stage: StageRun, record: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of the table of stages; None where a stage has no such number."""
+    return {
+        "name": stage.name,
+        "did": STAGE_DESCRIPTIONS[stage.name].format(**stage.summary) if stage.name in STAGE_DESCRIPTIONS else "",
+        **dict.fromkeys(("steps", "tokens", "parameters", "model_flops", "mfu")),
+        **stage.summary,
+        "seconds": record["seconds"][stage.name] if stage.name in record["seconds"] else None,
+    }
+
+
+def score_figure(models: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """The rater's score of each model as a dot with its 95 % interval."""
+    found = {name: Estimate(**told["score"]) for name, told in models.items()}
+    return interval_plot(found, "the rater's score, with its 95 % interval")
+
+
+def example_rankings(path: Path) -> list[dict[str, Any]]:
+    """The first rankings of a file that prefer one answer to another: best answer first, with the rule's reasons."""
+    decided = [ranking for ranking in preferences.read_jsonl_rankings(path) if preferences.preference_pairs(ranking)]
+    return [
+        {
+            "prompt": ranking.prompt,
+            "responses": sorted(
+                (
+                    {
+                        "rank": rank,
+                        "text": text,
+                        "why": criterion_scores(ranking.prompt, text) if ranking.rater == "rule" else {},
+                    }
+                    for rank, text in zip(ranking.ranking, ranking.responses)
+                ),
+                key=lambda response: response["rank"],
+            ),
+        }
+        for ranking in decided[:SHOWN_RANKINGS]
+    ]
+
+
+def packed_row_example(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The first excerpts of the SFT data packed again, and of their rows the last, which is the emptiest."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(sft.batches).parameters.items()}
+    options = {**defaults, **config["data"]}
+    try:
+        tokenizer = load_tokenizer(path / TOKENIZER_FILE)
+        seen, _ = sources.split_held_out(
+            conversations.load_conversations(options["sources"].split(",")[0]), options["held_out"]
+        )
+        excerpts = conversations.conversation_excerpts(seen[:PACKED_EXCERPTS], turns=options["turns"])[:PACKED_EXCERPTS]
+        packed, _ = packing.packed_rows(
+            [encode_chat(tokenizer, excerpt.messages) for excerpt in excerpts], options["length"]
+        )
+    except UserError as error:
+        return {"length": options["length"], "segments": [], "error": str(error)}
+    return {"length": options["length"], "segments": row_pieces(tokenizer, packed, len(packed.inputs) - 1), "error": ""}
+
+
+def row_pieces(tokenizer: Tokenizer, tokens: Tokens, row: int) -> list[list[TokenPiece]]:
+    """The conversations of a packed row, then its padding; "trained" are those whose weight as a target is not 0."""
+    segments = tokens.segments[row]
+    found = []
+    for segment in range(1, segments.max() + 1):
+        here = row, segments == segment
+        ids = [tokens.inputs[here][0], *tokens.targets[here]]
+        kinds = ["context", *("trained" if weight else "context" for weight in tokens.weights[here])]
+        found.append([TokenPiece(text, kind) for text, kind in zip(tokenizer.pieces(ids), kinds)])
+    padding = int(np.sum(segments == 0))
+    return [*found, [TokenPiece("·", "padding")] * padding] if padding else found
+
+
+def program(argv: list[str]) -> None:
+    flags = parsed_flags(argv, __doc__, FLAGS)
+    say(f"report: {write_report(flags.workdir)}")
+
+
+if __name__ == "__main__":
+    run_program(program)

@@ -1,0 +1,1 @@
+"""Rewards that check an answer: right or not."""

@@ -1,0 +1,51 @@
+"""The parts of a result that takes long, each on disk as soon as it is known: a kill costs the one that is being made.
+
+    parts = Parts(workdir.path / "models.parts.jsonl")
+    scores = {name: parts.once(name, lambda: scored(name)) for name in names}
+    write_text(path, json.dumps(scores))
+    parts.remove()
+
+What it gives is always what JSON makes of it, so a result does not depend on whether there was a kill.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lm.core.errors import UserError
+
+
+class PartialResults:
+    """Values by name in a file of JSON lines; of a line that a kill has torn nothing is left."""
+
+    def __init__(self, path: Path):
+        self._path, self._found = path, {}
+        if path.exists():
+            whole = path.read_bytes()
+            whole = whole[: whole.rfind(b"\n") + 1]
+            os.truncate(path, len(whole))
+            try:
+                self._found = dict(json.loads(line) for line in whole.split(b"\n")[:-1])
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path} is not what an interrupted start leaves ({error}): remove it") from error
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """make() as JSON gives it back, or what it gave when an earlier start asked for this name."""
+        if name not in self._found:
+            line = json.dumps([name, make()])
+            try:
+                with self._path.open("a") as stream:
+                    stream.write(f"{line}\n")
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except OSError as error:
+                raise UserError(f"cannot write {self._path}: {error.strerror}; make room there") from error
+            self._found[name] = json.loads(line)[1]
+        return self._found[name]
+
+    def remove(self) -> None:
+        """Forgets everything: the result that the parts were for has been written."""
+        self._path.unlink(missing_ok=True)
+        self._found = {}

@@ -1,0 +1,141 @@
+"""On-policy distillation (GKD): the student writes, and the teacher says at each token what it would have said there.
+
+Objective: the mean over trained tokens of D(teacher, student) (see lm.losses.distillation; beta 0: KL(teacher,
+student), 1: KL(student, teacher)), where a share `on_policy` of the batches was written by the student as it is now, so
+that it learns to go on from its own words, mistakes included; the other batches are people's conversations, as in stage
+distill. The drawing of a sample is not differentiated, and there is no reward. Frozen: "teacher", a network of any size
+that shares the tokenizer. A batch is `Tokens`; held out, `Lesson`: who wrote it is known, and each kind measured apart.
+Agarwal et al. 2023, algorithm 1, arXiv 2306.13649.
+
+Ours differs: each token of a batch counts once (the paper: each answer); student and teacher are compared at the
+temperature at which the student writes.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from lm.core.errors import UserError, check_at_least
+from lm.core.metrics import Metrics, metric_values
+from lm.core.types import Array, Tokens
+from lm.data import batches as rows_to_batches, conversations, sources as corpora
+from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.model import Model
+from lm.optim.update import Update, gradient
+from lm.stages.context import Batches, StageContext
+from lm.stages.distillation.teacher_divergence import distillation_loss, divergence_from_teacher
+from lm.stages.pretraining import conversation_batches
+from lm.stages.rl.multi_turn import rollout_rows
+from lm.stages.rl.rollouts import HELD_OUT_KEY, ROLLOUT_KEY, check_rollout_options, held_out_prompts
+from lm.stages.stage import Stage
+
+ON_POLICY_KEY = 2**30 + 2  # who writes batch i; a role folded into the key beside ROLLOUT and HELD_OUT
+
+
+class HeldOutRows(NamedTuple):
+    """Rows of a held-out batch and who wrote them."""
+
+    tokens: Tokens
+    own: Array  # f32[B]  1: the student; 0: people
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    teacher: Model,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    microbatches: int = 1,
+) -> Update:
+    """gradient(mean divergence from the teacher); the held-out score tells the student's words from people's."""
+    compare = divergence_from_teacher(model, teacher, beta=beta, temperature=temperature)
+
+    def evaluate(state, batch: HeldOutRows) -> Metrics:
+        found = compare(state.params["lm"], state.frozen["teacher"], batch.tokens)
+        own = batch.tokens.weights * batch.own[:, None]
+        on_own = {f"own_{name}": measured for name, measured in found.means(own).items() if name != "loss"}
+        return found.means(batch.tokens.weights - own) | on_own
+
+    return gradient(distillation_loss(compare), optimizer, microbatches=microbatches)._replace(evaluate=evaluate)
+
+
+def batches(
+    context: StageContext,
+    *,
+    sources: str = "chitchat",
+    turns: int = 3,
+    prompt_length: int = 64,
+    max_new: int = 32,
+    rollouts: int = 64,
+    on_policy: float = 1.0,
+    temperature: float = 1.0,
+    length: int = 256,
+    batch_size: int = 32,
+    held_out: float = 0.02,
+    held_out_rollouts: int = 128,
+) -> Batches:
+    """`rollouts` answers of the current student to prompts from `sources`, or `batch_size` rows of conversations.
+
+    A coin of weight `on_policy`, a function of (seed, i), says which of the two batch i is. A prompt holds the last
+    `turns` messages; one of more than `prompt_length` tokens, or that came before, is left out and counted. The rows
+    are those of stage distill, of `length` tokens and excerpts that have room for a prompt and its reply.
+    """
+    model, tokenizer = context.model, context.tokenizer
+    check_rollout_options(model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=1)
+    check_at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts)
+    if not 0 <= on_policy <= 1:
+        raise UserError(f"data.on_policy is {on_policy}; it is a share of batches, from 0 to 1")
+    even = turns + turns % 2
+    people = conversation_batches.batches(
+        context, sources=sources, turns=even, length=length, batch_size=batch_size, held_out=held_out
+    )
+    contexts = conversations.repeated_prompt_contexts(conversations.load_conversations(sources), turns=turns)
+    distinct = conversations.distinct_conversations(contexts)
+    (train, skipped), (unseen, more) = (
+        prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)
+    )
+    answered = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts)
+    order = rows_to_batches.batch_function(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
+    run = context.jit(
+        lambda lm, prompts, lengths, key, temperature: rollout_rows(
+            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops
+        )[0]
+    )
+
+    def drawn(state, prompts: Prompts, role: int, i: int) -> Tokens:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, role), i)
+        with context.sampling(state):
+            return jax.block_until_ready(run(state.params["lm"], prompts.ids, prompts.lengths, key, temperature))
+
+    def train_batch(state, i):
+        coin = jax.random.fold_in(jax.random.fold_in(state.key, ON_POLICY_KEY), i)
+        if jax.random.bernoulli(coin, on_policy):
+            return drawn(state, prompts_at(train, order(i)), ROLLOUT_KEY, i)
+        return people.train(state, i)
+
+    def held_out_batches(state):
+        for start in range(0, answered, rollouts):
+            answers = drawn(state, prompts_at(unseen, np.arange(start, start + rollouts)), HELD_OUT_KEY, start)
+            yield HeldOutRows(answers, np.ones(rollouts, np.float32))
+        for rows in people.held_out(state):
+            yield HeldOutRows(rows, np.zeros(batch_size, np.float32))
+
+    asked = {
+        "prompts": len(train.ids),
+        "held_out_prompts": len(unseen.ids),
+        "skipped_prompts": skipped,
+        "held_out_skipped_prompts": more,
+        "repeated_prompts": len(contexts) - len(distinct),
+    }
+    return Batches(train_batch, held_out_batches, people.about | asked)
+
+
+def summary(metrics: Metrics, about) -> dict[str, float]:
+    """Held-out divergence, nats per token and agreement, on people's replies; own_...: on the student's answers."""
+    return metric_values(metrics)
+
+
+GKD = Stage(__name__, make, batches, summary, shown_metrics=("divergence", "own_divergence", "loss"), has_teacher=True)

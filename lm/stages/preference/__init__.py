@@ -1,0 +1,1 @@
+"""A policy learns from given preferences: DPO, IPO, KTO, ORPO, SimPO."""

@@ -1,0 +1,1 @@
+"""Next-token prediction: on documents (pretrain) and on conversations (sft)."""

@@ -1,0 +1,57 @@
+"""Conversations as batches: rows in which the assistant's replies are trained and all else is context."""
+
+from collections.abc import Sequence
+
+from lm.core.errors import UserError, check_at_least
+from lm.core.types import Tokens
+from lm.data import batches as rows_to_batches, packing, sources as corpora
+from lm.data.conversations import Conversation, conversation_excerpts, load_conversations
+from lm.stages.context import Batches, StageContext
+from lm.tokenizer import Tokenizer, encode_chats as templated
+
+
+def batches(
+    context: StageContext,
+    *,
+    sources: str = "chitchat,docstrings",
+    turns: int = 4,
+    length: int = 256,
+    batch_size: int = 32,
+    ramp: rows_to_batches.BatchSizeRamp = (),
+    held_out: float = 0.02,
+) -> Batches:
+    """Rows of `length` tokens of conversations from `sources` (see data.chats), cut into excerpts of `turns` messages.
+
+    The same documents are held out as in pretraining; an excerpt longer than a row, or in which nothing is trained, is
+    left out and counted. A `ramp` begins with other batches, as in stage pretrain.
+    """
+    context.admit(length)
+    check_at_least(2, "data", turns=turns)
+    if turns % 2:
+        raise UserError(f"data.turns is {turns}; it must be even, or every other excerpt would open with the assistant")
+    train, unseen = corpora.split_held_out(load_conversations(sources), held_out)
+    (train_rows, left_out), (unseen_rows, more) = (
+        conversation_rows(context.tokenizer, side, turns, length) for side in (train, unseen)
+    )
+    batch = rows_to_batches.batch_function(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
+    about = {
+        "length": length,
+        "conversations": len(train),
+        "rows": len(train_rows.inputs),
+        "tokens": int((train_rows.segments > 0).sum()),
+        "trained_tokens": int(train_rows.weights.sum()),
+        **left_out,
+        "held_out_conversations": len(unseen),
+        **{f"held_out_{name}": count for name, count in more.items()},
+    }
+    return Batches(
+        lambda state, i: batch(i), lambda state: rows_to_batches.sequential_batches(unseen_rows, batch_size), about
+    )
+
+
+def conversation_rows(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], turns: int, length: int
+) -> tuple[Tokens, dict[str, int]]:
+    """Excerpts packed into rows, and how many were left out."""
+    excerpts = conversation_excerpts(conversations, turns=turns)
+    return packing.packed_rows(templated(tokenizer, [excerpt.messages for excerpt in excerpts]), length)

@@ -1,0 +1,81 @@
+"""Pretraining: predict every next token of a mixed corpus.
+
+Objective: the mean of -log p(x[t+1] | x[..t]) over all tokens. Nothing is frozen. A batch is rows of packed documents
+(`Tokens`, every weight 1 but across a document's edge); attention never crosses from one document to another.
+Radford et al. 2019; packing as Krell et al. 2021, arXiv 2107.02027.
+"""
+
+import lzma
+import math
+
+import optax
+
+from lm.core.metrics import Metrics, metric_values
+from lm.data import batches as rows_to_batches, packing, sources as corpora
+from lm.model import Model
+from lm.optim.update import Update, gradient
+from lm.stages.context import Batches, StageContext
+from lm.stages.pretraining.next_token import next_token_loss
+from lm.stages.stage import Stage
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    z_loss: float = 1e-4,
+    balance: float = 0.0,
+    router_z: float = 0.0,
+    microbatches: int = 1,
+) -> Update:
+    """gradient(next_token). `balance` and `router_z`: of a mixture of experts (see `next_token`)."""
+    loss = next_token_loss(model, z_loss=z_loss, balance=balance, router_z=router_z)
+    return gradient(loss, optimizer, microbatches=microbatches)
+
+
+def batches(
+    context: StageContext,
+    *,
+    corpus: str = "stdlib,chitchat",
+    length: int = 256,
+    batch_size: int = 32,
+    ramp: rows_to_batches.BatchSizeRamp = (),
+    held_out: float = 0.02,
+    held_out_bytes: int = 400_000,
+) -> Batches:
+    """Rows of `length` tokens from `corpus` (see data.corpus); a fraction `held_out` of its documents is never trained.
+
+    A ramp of pairs (step, rows) begins with other batches: ((100, 4), (200, 8)) takes 4 rows before step 100, 8 before
+    step 200, and `batch_size` from there on. The held-out score uses whole held-out documents up to `held_out_bytes`,
+    in a seeded order; those beyond are counted as skipped.
+    """
+    context.admit(length)
+    train, unseen = corpora.split_held_out(corpora.load_documents(corpus), held_out)
+    scored = corpora.documents_within_bytes(unseen, held_out_bytes)
+    train_rows, unseen_rows = (
+        packing.document_rows(context.tokenizer, [document.text for document in side], length)
+        for side in (train, scored)
+    )
+    batch = rows_to_batches.batch_function(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
+    about = {
+        "length": length,
+        "documents": len(train),
+        "rows": len(train_rows.inputs),
+        "tokens": int(train_rows.weights.sum()),
+        "held_out_documents": len(scored),
+        "held_out_skipped": len(unseen) - len(scored),
+        "held_out_bytes": len(text := "".join(document.text for document in scored).encode()),
+        "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }
+    return Batches(
+        lambda state, i: batch(i), lambda state: rows_to_batches.sequential_batches(unseen_rows, batch_size), about
+    )
+
+
+def summary(metrics: Metrics, about) -> dict[str, float]:
+    """Held-out nats per token and bits per byte: all nats of the held-out documents over their raw UTF-8 bytes."""
+    nats = float(metrics["loss"].total)
+    return {**metric_values(metrics), "bits_per_byte": nats / math.log(2) / about["held_out_bytes"]}
+
+
+PRETRAIN = Stage(__name__, make, batches, summary, shown_metrics=("loss", "bits_per_byte"))

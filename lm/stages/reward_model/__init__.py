@@ -1,0 +1,1 @@
+"""Reward models from ranked answers: pairwise (reward) and listwise."""

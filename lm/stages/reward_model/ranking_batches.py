@@ -1,0 +1,281 @@
+"""Ranked answers: the batches, the heads and the measures that every way of learning a reward model shares."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lm.core.errors import UserError, check_at_least
+from lm.core.metrics import Mean, Metrics, mean, metric_values
+from lm.core.types import Array, RankedAnswers, Tokens
+from lm.data import (
+    annotations,
+    batches as rows_to_batches,
+    preferences as records,
+    ratings,
+    sources as corpora,
+    tokenized_rankings,
+)
+from lm.data.preferences import OVERALL_AXIS, OVERALL_ONLY, ordered_axes
+from lm.data.tokenized_rankings import TokenizedRanking
+from lm.data.truncation import nothing_left_error
+from lm.losses.ranking import preference_mask
+from lm.model import Model
+from lm.optim.combinators import with_value_head
+from lm.optim.update import Loss, Update, gradient
+from lm.rewards.reward_model import reward_row, reward_scores
+from lm.stages.context import Batches, StageContext
+from lm.tokenizer import Tokenizer
+
+MARGIN_BINS = (1, 2, 3)  # ranks between two answers, the last one and more: accuracy by the rater's margin
+CONFIDENCE_BINS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the calibration's bins: what the model gives the answer it prefers
+
+# (scores f32[P,K], ranks i32[P,K]) -> loss f32[P], the mean over what the rater decided there
+RankingObjective = Callable[[Array, Array], Array]
+
+
+def reward_model_update(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    objective: RankingObjective,
+    *,
+    axes: Mapping[str, float],
+    centring: float,
+    microbatches: int,
+) -> Update:
+    """value_head(gradient(objective of every axis + centring)), which also measures itself on held-out batches."""
+    axes = ordered_axes(axes)
+    loss = ranking_loss(model, objective, axes=axes, centring=centring)
+    update = with_value_head(
+        lambda key: scalar_heads(model, key, len(axes)), gradient(loss, optimizer, microbatches=microbatches)
+    )
+
+    def evaluate(state, batch: RankedAnswers) -> Metrics:
+        total = answer_scores(model, state.params, batch.tokens) @ jnp.array(list(axes.values()))
+        return {**update.evaluate(state, batch), **reward_model_metrics(total, batch)}
+
+    return update._replace(evaluate=evaluate)
+
+
+def scalar_heads(model: Model, key: Array, count: int):
+    """The scalar head once for each axis, all zero: score f32[D,A], offset f32[A]."""
+    return jax.tree.map(lambda x: jnp.zeros((*x.shape, count)), model.init_value(key))
+
+
+def answer_scores(model: Model, params, tokens: Tokens) -> Array:
+    """f32[P,K,A] of answers whose leaves are [P,K,T]."""
+    P, K, T = tokens.inputs.shape
+    found = reward_scores(model, params, jax.tree.map(lambda x: x.reshape(P * K, T), tokens))
+    return found.reshape(P, K, -1)
+
+
+def ranking_loss(model: Model, objective: RankingObjective, *, axes: Iterable[str], centring: float) -> Loss:
+    """The sum of each axis' objective, a mean over the prompts that it decides, plus `centring` times the mean of
+    (r_i + r_j)^2 over the compared pairs, which keeps scores near 0 (Eisenstein et al. 2023, arXiv 2312.09244)."""
+
+    def loss(params, frozen, batch: RankedAnswers, key):
+        # A difference cannot see the offset: left in, rounding alone would move it. Centring does see it.
+        head = params["value"]
+        bare = {**params, "value": {**head, "offset": jnp.zeros_like(head["offset"])}}
+        found = answer_scores(model, bare, batch.tokens)
+        terms, metrics = {}, {}
+        for a, axis in enumerate(axes):
+            s, ranks = found[..., a], batch.ranks[..., a]
+            better = preference_mask(ranks).astype(jnp.float32)
+            decided = jnp.any(better > 0, axis=(1, 2)).astype(jnp.float32)
+            lead = s[:, :, None] - s[:, None, :]
+            both = s[:, :, None] + s[:, None, :] + 2 * head["offset"][a]
+            ordered = mean(objective(s, ranks), decided)
+            terms[axis] = ordered
+            terms[f"{axis} centring"] = centring * mean_over_prompts(jnp.square(both), better)
+            name = "" if axis == OVERALL_AXIS else f"/{axis}"
+            metrics |= {
+                f"loss{name}": ordered,
+                f"accuracy{name}": mean_over_prompts(pair_accuracy(lead), better),
+                f"margin{name}": mean_over_prompts(lead, better),
+            }
+        return terms, metrics
+
+    return loss
+
+
+def mean_over_prompts(x: Array, better: Array) -> Mean:
+    """The mean over prompts of the mean of x f32[P,K,K] over the pairs that count, f32[P,K,K] 1 or 0."""
+    pairs = jnp.sum(better, axis=(1, 2))
+    return mean(jnp.sum(x * better, axis=(1, 2)) / jnp.maximum(pairs, 1), (pairs > 0).astype(jnp.float32))
+
+
+def pair_accuracy(lead: Array) -> Array:
+    """1 where the preferred answer leads, one half where neither does."""
+    return (lead > 0) + 0.5 * (lead == 0)
+
+
+def reward_model_metrics(total: Array, batch: RankedAnswers) -> Metrics:
+    """What is worth knowing of total scores f32[P,K]: accuracy by the rater's margin, calibration, moments, and how
+    often the longer answer is the better one."""
+    ranks = batch.ranks[..., 0]
+    lead = total[:, :, None] - total[:, None, :]
+    better = preference_mask(ranks).astype(jnp.float32)
+    apart = jnp.minimum(ranks[:, None, :] - ranks[:, :, None], MARGIN_BINS[-1])
+    found = {f"apart {n}": mean(pair_accuracy(lead), better * (apart == n)) for n in MARGIN_BINS}
+    sure = jax.nn.sigmoid(jnp.abs(lead))
+    for low, high in zip(CONFIDENCE_BINS, (*CONFIDENCE_BINS[1:], math.inf)):
+        inside = better * (sure >= low) * (sure < high)
+        found |= {f"said {low}": mean(sure, inside), f"true {low}": mean(pair_accuracy(lead), inside)}
+    lengths = jnp.sum(batch.tokens.segments > 0, axis=-1).astype(jnp.float32)
+    found["longer"] = mean_over_prompts(pair_accuracy(lengths[:, :, None] - lengths[:, None, :]), better)
+    real = (lengths > 0).astype(jnp.float32)
+    moments = {
+        "score": total,
+        "score_2": total**2,
+        "length": lengths,
+        "length_2": lengths**2,
+        "score_length": total * lengths,
+    }
+    return found | {name: mean(x, real) for name, x in moments.items()}
+
+
+def batches(
+    context: StageContext,
+    *,
+    rankings: str,
+    axes: Mapping[str, float] = OVERALL_ONLY,
+    length: int = 128,
+    prompts_per_batch: int = 32,
+    held_out: float = 0.15,
+    limit: int = 0,
+) -> Batches:
+    """Ranked answers, split by prompt (by rater where the data name him), `length` tokens a row.
+
+    `rankings` is a file or database of verdicts (see data.rankings, data.store), or "chitchat" (data.ratings).
+    `axes` names what is learnt, "overall" among them, and what each counts in the total score; one that counts 0 still
+    shapes the trunk. All answers of a verdict are in one batch. `limit` > 0 trains on that many verdicts only. What a
+    longer answer keeps, data.truncation says; a verdict between two answers of the same tokens is left out. Both are
+    counted.
+    """
+    context.admit(length)
+    check_at_least(1, "data", prompts_per_batch=prompts_per_batch)
+    check_at_least(0, "data", limit=limit)
+    axes = ordered_axes(axes)
+    return batches_of_rankings(
+        context,
+        lambda side: reward_model_rows(context.tokenizer, side, tuple(axes), length),
+        tokenized_rankings.ranked_answers_batch,
+        axes=axes,
+        rankings=rankings,
+        length=length,
+        prompts_per_batch=prompts_per_batch,
+        held_out=held_out,
+        limit=limit,
+    )
+
+
+def batches_of_rankings(
+    context: StageContext,
+    laid_out: Callable[[Sequence[records.Ranking]], tuple[list[TokenizedRanking], dict[str, int]]],
+    group: Callable[[Sequence[TokenizedRanking], int, int], RankedAnswers],
+    *,
+    axes: Iterable[str],
+    rankings: str,
+    length: int,
+    prompts_per_batch: int,
+    held_out: float,
+    limit: int,
+) -> Batches:
+    """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows."""
+    ranked, aside, undecided = split_rankings(rankings, held_out)
+    (train, counts), (unseen, more) = laid_out(ranking_subset(ranked, limit, context.seed)), laid_out(aside)
+    counts = {name: count + more[name] for name, count in counts.items()}
+    for side, name in ((train, "to learn from"), (unseen, "held out")):
+        if not side:
+            raise nothing_left_error(
+                f"{rankings}: no verdict is left {name}",
+                counts,
+                things="answers",
+                limit=f"data.length {length}",
+                way="raise data.length, or rank other answers",
+            )
+    missing = [axis for axis in axes if axis != OVERALL_AXIS and not any(axis in v.ranking.axes for v in train)]
+    if missing:
+        raise UserError(f"{rankings}: no verdict scores the axis {missing[0]!r} of data.axes: leave it out")
+    most = max(len(verdict.rows) for verdict in [*train, *unseen])
+    train_rows, unseen_rows = (group(side, length, most) for side in (train, unseen))
+    batch = rows_to_batches.batch_function(train_rows, batch_size=prompts_per_batch, seed=context.seed)
+    about = {
+        "length": length,
+        "prompts": len(train),
+        "pairs": sum(verdict.pairs() for verdict in train),
+        "held_out_prompts": len(unseen),
+        "held_out_pairs": sum(verdict.pairs() for verdict in unseen),
+        **counts,
+        "undecided": undecided + counts["undecided"],
+    }
+    held_out_batches = lambda state: rows_to_batches.sequential_batches(unseen_rows, prompts_per_batch)
+    return Batches(lambda state, i: batch(i), held_out_batches, about)
+
+
+def split_rankings(rankings: str, held_out: float) -> tuple[list[records.Ranking], list[records.Ranking], int]:
+    """The verdicts to learn from, the held-out ones, and how many prefer no answer to another and are left out."""
+    everything = (
+        ratings.BUILT_IN_RANKINGS[rankings]()
+        if rankings in ratings.BUILT_IN_RANKINGS
+        else annotations.read_rankings(rankings)
+    )
+    ranked = [r for r in everything if records.preference_pairs(r)]
+    if not ranked:
+        raise UserError(f"{rankings}: no ranking prefers one answer to another; rank more answers, or less alike ones")
+    content = "name" if rankings in ratings.BUILT_IN_RANKINGS else "content"  # the same opener is given to many raters
+    return *corpora.split_held_out(ranked, held_out, attrgetter(content)), len(everything) - len(ranked)
+
+
+def ranking_subset(rankings: Sequence[records.Ranking], limit: int, seed: int) -> list[records.Ranking]:
+    """`limit` of the verdicts, drawn by the seed and left in their order; 0: all of them."""
+    order = np.random.default_rng(seed).permutation(len(rankings))[: limit or None]
+    return [rankings[i] for i in sorted(order)]
+
+
+def reward_model_rows(
+    tokenizer: Tokenizer, rankings: Sequence[records.Ranking], axes: Sequence[str], length: int
+) -> tuple[list[TokenizedRanking], dict[str, int]]:
+    """The verdicts that can be learnt from, their answers as a reward model reads them, and what is left out."""
+    found, counts = tokenized_rankings.tokenized_rankings(
+        tokenizer, rankings, length, axes=axes, cut="answer", trained=False
+    )
+    rows = [[reward_row(tokenizer, row) for row in verdict.rows] for verdict in found]
+    return [verdict._replace(rows=own) for verdict, own in zip(found, rows)], counts
+
+
+def summary(metrics: Metrics, about) -> dict[str, float]:
+    """Held-out accuracy with its standard error, by margin and by axis; calibration; the total score's mean and
+    deviation, its correlation with length.
+
+    The standard error counts prompts, not pairs: pairs of one prompt are not independent. What was never seen (a bin
+    without pairs) is left out.
+    """
+    seen = {name: m for name, m in metrics.items() if float(m.weight) > 0}
+    found = metric_values(seen)
+    moments = {name: found.pop(name) for name in ("score", "score_2", "length", "length_2", "score_length")}
+    deviation = math.sqrt(max(moments["score_2"] - moments["score"] ** 2, 1e-12))
+    spread = math.sqrt(max(moments["length_2"] - moments["length"] ** 2, 1e-12))
+    accuracy, prompts = found["accuracy"], about["held_out_prompts"]
+    covariance = moments["score_length"] - moments["score"] * moments["length"]
+    return {
+        **found,
+        "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / prompts),
+        "calibration_error": calibration_error(seen),
+        "score_mean": moments["score"],
+        "score_deviation": deviation,
+        "length_correlation": covariance / (deviation * spread),
+    }
+
+
+def calibration_error(metrics: Mapping[str, Mean]) -> float:
+    """Mean over pairs of |what was said - how often it was true|, bin by bin (Guo et al. 2017, arXiv 1706.04599)."""
+    bins = [low for low in CONFIDENCE_BINS if f"said {low}" in metrics]
+    weights = [float(metrics[f"said {low}"].weight) for low in bins]
+    gaps = [abs(float(metrics[f"said {low}"].value() - metrics[f"true {low}"].value())) for low in bins]
+    return float(np.average(gaps, weights=weights))

@@ -1,0 +1,48 @@
+"""Reward modelling: learn a scalar taste from ranked answers, pair by pair.
+
+Objective: the mean over pairs of -log sigmoid(r(x, chosen) - r(x, rejected)), the Bradley-Terry likelihood of the
+verdicts. r is a linear head, zero at the start, on the state at the last real token of a decoder that starts as the SFT
+model; with several axes there is a head for each on one trunk. Nothing is frozen. A batch is `Ranked`: all answers of a
+prompt go through one forward pass, all their pairs are compared, and each prompt counts once, however many pairs its
+ranking gives. Stiennon et al. 2020, arXiv 2009.01325; Ouyang et al. 2022, sec. 3.5, arXiv 2203.02155.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import optax
+
+from lm.core.errors import UserError
+from lm.data.preferences import OVERALL_ONLY
+from lm.losses.ranking import bradley_terry_loss, preference_mask
+from lm.model import Model
+from lm.optim.update import Update
+from lm.stages.reward_model.ranking_batches import batches, reward_model_update, summary
+from lm.stages.stage import Stage
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    axes: Mapping[str, float] = OVERALL_ONLY,
+    margin: float = 0.0,
+    flipped: float = 0.0,
+    centring: float = 0.01,
+    microbatches: int = 1,
+) -> Update:
+    """learner(bradley_terry): `margin` is asked for each rank between two answers, `flipped` is the share of verdicts
+    that are expected to be wrong, `centring` the price of scores away from 0."""
+    if not 0 <= flipped < 0.5:
+        raise UserError(f"stage.flipped is {flipped}; it must be in [0, 0.5): at one half verdicts say nothing")
+
+    def pairs(scores, ranks):
+        better = preference_mask(ranks)
+        apart = ranks[:, None, :] - ranks[:, :, None]
+        each = bradley_terry_loss(scores[:, :, None], scores[:, None, :], margin=margin * apart, flipped=flipped)
+        return jnp.sum(jnp.where(better, each, 0.0), (1, 2)) / jnp.maximum(jnp.sum(better, (1, 2)), 1)
+
+    return reward_model_update(model, optimizer, pairs, axes=axes, centring=centring, microbatches=microbatches)
+
+
+REWARD = Stage(__name__, make, batches, summary, shown_metrics=("loss", "accuracy"), trains_reward_model=True)

@@ -1,0 +1,80 @@
+"""Best-of-n fine-tuning (rejection sampling): sample several answers, keep the best, learn to say it.
+
+Objective: the mean of -log p over the tokens of the best of `data.group` answers to each prompt; the best answers are
+data, no gradient goes through their choice. So the policy is pulled towards best-of-n sampling from itself, whose KL is
+log n - (n - 1) / n (Beirami et al. 2024, arXiv 2401.01879, an upper bound), batch after batch. Prompts whose answers
+are all worth the same teach nothing and weigh nothing. Frozen: "ref", for the metrics. A batch is `Rollouts`. Touvron
+et al. 2023 (Llama 2), sec. 3.2.3, arXiv 2307.09288; Dong et al. 2023 (RAFT), arXiv 2304.06767.
+
+Biased as the gradient of that objective by the number of tokens of a batch, which depends on what was sampled.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lm.core.metrics import Metrics, mean
+from lm.core.types import Rollouts
+from lm.losses.advantages import rewards_by_group
+from lm.model import Model
+from lm.optim.combinators import annotate, minibatches, refreshed_reference
+from lm.optim.update import Update, gradient
+from lm.stages.rl.policy_gradient import (
+    METRIC_LIMITS,
+    SHOWN_METRICS,
+    START_METRICS,
+    PolicyGradientMethod,
+    annotated_rollouts,
+    check_update_options,
+    policy_gradient_loss,
+    summary,
+)
+from lm.stages.rl.rollouts import batches
+from lm.stages.stage import Stage
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    entropy_bonus: float = 0.0,
+    refresh: int = 0,
+    epochs: int = 1,
+    minibatch_count: int = 1,
+    microbatches: int = 1,
+    temperature: float = 1.0,
+) -> Update:
+    """renewed(annotate(scored + best, minibatches(gradient(-log p))))."""
+    check_update_options(epochs=epochs, minibatch_count=minibatch_count, refresh=refresh, correction=0.0)
+    likelihood = PolicyGradientMethod(
+        lambda batch: batch.advantages, lambda logprobs, batch: -logprobs, mean, band=(1.0, 1.0)
+    )
+    loss = policy_gradient_loss(model, likelihood, entropy_bonus=entropy_bonus, temperature=temperature)
+    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
+
+    def kept(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
+        batch, _, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
+        return best_answers(batch), metrics
+
+    return refreshed_reference(annotate(kept, inner), every=refresh * epochs * minibatch_count)
+
+
+def best_answers(batch: Rollouts) -> Rollouts:
+    """The best answer of each group, the first of several; it weighs nothing where all are worth the same."""
+    rewards = rewards_by_group(batch.rewards, batch.group)
+    rows = jnp.arange(len(rewards)) * batch.group + jnp.argmax(rewards, axis=1)
+    chosen = jax.tree.map(lambda x: x[rows], batch).replace(group=1)
+    differ = (jnp.max(rewards, axis=1) > jnp.min(rewards, axis=1)).astype(jnp.float32)
+    return chosen.replace(tokens=chosen.tokens.replace(weights=chosen.tokens.weights * differ[:, None]))
+
+
+BEST_OF_N = Stage(
+    __name__,
+    make,
+    batches,
+    summary,
+    shown_metrics=SHOWN_METRICS,
+    metric_limits=METRIC_LIMITS,
+    start_metrics=START_METRICS,
+    samples_rollouts=True,
+)

@@ -1,0 +1,48 @@
+"""DAPO: GRPO for long answers: clip higher, sample until groups differ, count tokens, and price overlong answers.
+
+Objective: the sum over all tokens of the batch, over their number, of min(ratio * A, clip(ratio, 1 - low, 1 + high) *
+A), with GRPO's A and no KL. Of its four parts two are here, clip-higher and the token mean; two are options of the
+data: `data.resample` draws further prompts in place of those whose answers all got the same reward (dynamic sampling),
+and `data.overlong_buffer` lowers the reward of answers near the limit. Frozen: "ref", for the metrics. A batch is
+`Rollouts` of `data.group` answers to each prompt. Yu et al. 2025, eq. 8 to 13, arXiv 2503.14476.
+
+Biased: by the group's deviation, as GRPO, and by the number of tokens of a batch, which depends on what was sampled.
+"""
+
+from lm.core.metrics import mean
+from lm.losses.advantages import group_advantages
+from lm.stages.rl.policy_gradient import (
+    METRIC_LIMITS,
+    SHOWN_METRICS,
+    START_METRICS,
+    PolicyGradientMethod,
+    advantages_within_group,
+    clipped_objective,
+    policy_gradient_stage,
+    summary,
+)
+from lm.stages.rl.rollouts import batches
+from lm.stages.stage import Stage
+
+
+@policy_gradient_stage
+def make(*, low: float = 0.2, high: float = 0.28) -> PolicyGradientMethod:
+    """Standardised within the group, clipped surrogate with room above, mean over all tokens."""
+    return PolicyGradientMethod(
+        advantages=advantages_within_group(group_advantages),
+        objective=clipped_objective(low, high),
+        average=mean,
+        band=(low, high),
+    )
+
+
+DAPO = Stage(
+    __name__,
+    make,
+    batches,
+    summary,
+    shown_metrics=SHOWN_METRICS,
+    metric_limits=METRIC_LIMITS,
+    start_metrics=START_METRICS,
+    samples_rollouts=True,
+)

@@ -1,0 +1,49 @@
+"""Dr. GRPO ("done right"): GRPO without its two biases of weighting.
+
+Objective: the mean over answers of the *sum* over an answer's tokens of min(ratio * A, clip(ratio) * A), over the
+constant `length`, with A = r - mean of the group: neither a deviation nor the answer's own length divides. At the first
+update the expected gradient is that of the expected reward times (group - 1) / (group * length), exactly (`python -m
+lm.studies.gradients`). Frozen: "ref", for the metrics. A batch is `Rollouts` of `data.group` answers to each prompt. Liu et al.
+2025, sec. 3.2, arXiv 2503.20783.
+"""
+
+import functools
+
+from lm.core.metrics import row_sum
+from lm.losses.advantages import centered_group_advantages
+from lm.stages.rl.policy_gradient import (
+    METRIC_LIMITS,
+    SHOWN_METRICS,
+    START_METRICS,
+    PolicyGradientMethod,
+    advantages_within_group,
+    clipped_objective,
+    policy_gradient_stage,
+    summary,
+)
+from lm.stages.rl.rollouts import batches
+from lm.stages.stage import Stage
+
+
+@policy_gradient_stage
+def make(*, clip: float = 0.2, length: int = 32) -> PolicyGradientMethod:
+    """Centred within the group, clipped surrogate, mean of row sums over `length` (the longest answer:
+    data.max_new)."""
+    return PolicyGradientMethod(
+        advantages=advantages_within_group(centered_group_advantages),
+        objective=clipped_objective(clip, clip),
+        average=functools.partial(row_sum, length=length),
+        band=(clip, clip),
+    )
+
+
+DR_GRPO = Stage(
+    __name__,
+    make,
+    batches,
+    summary,
+    shown_metrics=SHOWN_METRICS,
+    metric_limits=METRIC_LIMITS,
+    start_metrics=START_METRICS,
+    samples_rollouts=True,
+)

@@ -1,0 +1,50 @@
+"""GRPO: answers to one prompt are judged against each other, so no value network is needed.
+
+Objective: the mean over answers of the mean over an answer's tokens of min(ratio * A, clip(ratio) * A) - beta * k3,
+with A = (r - mean of the group) / (its standard deviation + 1e-4), the same for every token of the answer. Frozen:
+"ref", the policy this run starts from. A batch is `Rollouts` of `data.group` answers to each prompt. Shao et al. 2024,
+eq. 3, arXiv 2402.03300.
+
+Three choices of the paper bias its gradient, and `python -m lm certify` prints by how much: the deviation in the
+advantage, the mean over each answer's own length, and k3 in the loss, whose gradient is that of the other KL. They are
+kept, for this is GRPO as published; `dr_grpo` and `rloo` do without.
+"""
+
+from lm.core.metrics import row_mean
+from lm.losses.advantages import group_advantages
+from lm.stages.rl.policy_gradient import (
+    METRIC_LIMITS,
+    SHOWN_METRICS,
+    START_METRICS,
+    PolicyGradientMethod,
+    advantages_within_group,
+    clipped_objective,
+    policy_gradient_stage,
+    summary,
+)
+from lm.stages.rl.rollouts import batches
+from lm.stages.stage import Stage
+
+
+@policy_gradient_stage
+def make(*, beta: float = 0.04, clip: float = 0.2) -> PolicyGradientMethod:
+    """Standardised within the group, clipped surrogate, mean of row means, beta * k3."""
+    return PolicyGradientMethod(
+        advantages=advantages_within_group(group_advantages),
+        objective=clipped_objective(clip, clip),
+        average=row_mean,
+        band=(clip, clip),
+        kl_in_loss=beta,
+    )
+
+
+GRPO = Stage(
+    __name__,
+    make,
+    batches,
+    summary,
+    shown_metrics=SHOWN_METRICS,
+    metric_limits=METRIC_LIMITS,
+    start_metrics=START_METRICS,
+    samples_rollouts=True,
+)

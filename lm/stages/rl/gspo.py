@@ -1,0 +1,56 @@
+"""GSPO: GRPO with the ratio of whole answers, since it is whole answers that are rewarded.
+
+Objective: the mean over answers of min(s * A, clip(s, 1 - low, 1 + high) * A) with s = (p(y) / p_old(y))^(1/|y|) and
+GRPO's A. An answer is clipped whole or not at all, and the clip is three orders narrower than a token's, since s is a
+mean of |y| log-ratios. Frozen: "ref". A batch is `Rollouts` of `data.group` answers to each prompt. Zheng et al. 2025,
+eq. 5 to 7, arXiv 2507.18071.
+
+Biased at the first update as GRPO is: by the group's deviation and the answer's own length.
+"""
+
+from lm.core.metrics import row_mean
+from lm.losses.advantages import group_advantages
+from lm.losses.policy import clipped_surrogate, sequence_ratio
+from lm.stages.rl.policy_gradient import (
+    METRIC_LIMITS,
+    SHOWN_METRICS,
+    START_METRICS,
+    PolicyGradientMethod,
+    advantages_within_group,
+    policy_gradient_stage,
+    summary,
+)
+from lm.stages.rl.rollouts import batches
+from lm.stages.stage import Stage
+
+
+@policy_gradient_stage
+def make(*, beta: float = 0.0, low: float = 3e-4, high: float = 4e-4) -> PolicyGradientMethod:
+    """Standardised within the group, clipped surrogate of sequence ratios, mean of rows, beta * k3."""
+
+    def ratio(logprobs, batch):
+        return sequence_ratio(logprobs, batch.old_logprobs, batch.tokens.weights)
+
+    def objective(logprobs, batch):
+        return clipped_surrogate(ratio(logprobs, batch), batch.advantages, low=low, high=high)
+
+    return PolicyGradientMethod(
+        advantages=advantages_within_group(group_advantages),
+        objective=objective,
+        average=row_mean,
+        band=(low, high),
+        kl_in_loss=beta,
+        ratio=ratio,
+    )
+
+
+GSPO = Stage(
+    __name__,
+    make,
+    batches,
+    summary,
+    shown_metrics=SHOWN_METRICS,
+    metric_limits=METRIC_LIMITS,
+    start_metrics=START_METRICS,
+    samples_rollouts=True,
+)

@@ -1,0 +1,121 @@
+"""How a policy answers prompts: once, or in exchanges with an environment, whose words are never trained."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from lm.core.types import Tokens
+from lm.data import packing
+from lm.data.prompts import Prompts
+from lm.generate.sampler import prompt_completion_rows, sample
+from lm.model import Model
+from lm.rewards.environments import Environment
+from lm.tokenizer import TokenizedExample, Tokenizer
+
+REPLY_MARKER_TOKENS = (
+    3  # tokens of an environment's reply that are not its words: its role, its end, the next answer's role
+)
+
+
+class SampledAnswers(NamedTuple):
+    """Answers as they were sampled, before anything is known of their worth."""
+
+    tokens: Tokens  # [B,T]
+    logprobs: np.ndarray  # f32[B,T]  the sampler's
+    contexts: Sequence[list[dict]]  # the messages before each last answer
+    texts: Sequence[str]  # the last answers
+    stopped: np.ndarray  # bool[B]
+    lengths: np.ndarray  # i32[B]  sampled tokens
+
+
+AnswerSampler = Callable[[Any, Prompts, Any], SampledAnswers]  # (lm, prompts, key) -> one answer to each
+
+
+def rollout_rows(model: Model, lm, prompts, lengths, key, **options):
+    """Rows of prompt and answer (`Tokens`), the sampler's log-probs on them, and the bare completions."""
+    completions = sample(model, lm, prompts, lengths, key, **options)
+    return *prompt_completion_rows(prompts, lengths, completions), completions
+
+
+def single_turn_sampler(sampled, tokenizer: Tokenizer) -> AnswerSampler:
+    """One answer to each prompt."""
+
+    def answer(lm, rows: Prompts, key) -> SampledAnswers:
+        tokens, logprobs, completions = sampled(lm, rows.ids, rows.lengths, key)
+        lengths = np.asarray(completions.lengths)
+        texts = [tokenizer.decode(row[:n]) for row, n in zip(np.asarray(completions.tokens), lengths)]
+        return SampledAnswers(tokens, logprobs, rows.contexts, texts, np.asarray(completions.stopped), lengths)
+
+    return answer
+
+
+def multi_turn_sampler(
+    sampled, tokenizer: Tokenizer, environment: Environment, exchanges: int, max_new: int, reply_length: int
+) -> AnswerSampler:
+    """Up to `exchanges` answers a row, the environment's replies between them, which weigh nothing.
+
+    A row ends where the environment has nothing to say or where an answer was cut off by the limit; its `context` then
+    holds all but the last answer.
+    """
+
+    def answer(lm, rows: Prompts, key) -> SampledAnswers:
+        told = [Episode(list(ids[:n]), [0.0] * n, list(c)) for ids, n, c in zip(rows.ids, rows.lengths, rows.contexts)]
+        open_rows = list(range(len(told)))
+        for exchange in range(exchanges):
+            width = rows.ids.shape[1] + exchange * (max_new + reply_length)
+            ids, lengths = np.zeros((len(told), width), np.int32), np.ones(len(told), np.int32)
+            for b in open_rows:  # a closed row is sampled too, of nothing, so that every shape stays
+                ids[b, : len(told[b].ids)], lengths[b] = told[b].ids, len(told[b].ids)
+            _, _, drawn = jax.device_get(sampled(lm, ids, lengths, jax.random.fold_in(key, exchange)))
+            for b in open_rows:
+                n = int(drawn.lengths[b])
+                told[b].hear(drawn.tokens[b, :n], drawn.logprobs[b, :n], bool(drawn.stopped[b]), tokenizer)
+            open_rows = [b for b in open_rows if told[b].stopped]
+            if exchange + 1 < exchanges:
+                replies = environment([told[b].messages for b in open_rows], [told[b].text for b in open_rows])
+                replied = [(b, reply) for b, reply in zip(open_rows, replies, strict=True) if reply is not None]
+                for b, reply in replied:
+                    told[b].reply(reply, tokenizer, reply_length - REPLY_MARKER_TOKENS)
+                open_rows = [b for b, _ in replied]
+            if not open_rows:
+                break
+        length = rows.ids.shape[1] + exchanges * max_new + (exchanges - 1) * reply_length - 1
+        examples = [TokenizedExample(np.array(t.ids, np.int32), np.array(t.weights, np.float32)) for t in told]
+        logprobs = np.zeros((len(told), length), np.float32)
+        for b, t in enumerate(told):
+            logprobs[b, np.flatnonzero(t.weights) - 1] = t.logprobs
+        return SampledAnswers(
+            packing.padded_rows(examples, length),
+            logprobs,
+            [t.messages for t in told],
+            [t.text for t in told],
+            np.array([t.stopped for t in told]),
+            np.array([sum(map(bool, t.weights)) for t in told], np.int32),
+        )
+
+    return answer
+
+
+class Episode:
+    """A row of a conversation with an environment, while it grows."""
+
+    def __init__(self, ids: list[int], weights: list[float], messages: list[dict]):
+        self.ids, self.weights, self.messages = ids, weights, messages
+        self.logprobs: list[float] = []  # of the sampled tokens
+        self.text, self.stopped = "", False
+
+    def hear(self, ids, logprobs, stopped: bool, tokenizer: Tokenizer) -> None:
+        """An answer of the policy."""
+        self.ids += ids.tolist()
+        self.weights += [1.0] * len(ids)
+        self.logprobs += logprobs.tolist()
+        self.text, self.stopped = tokenizer.decode(ids), stopped
+
+    def reply(self, text: str, tokenizer: Tokenizer, limit: int) -> None:
+        """A message of the environment, its words cut to `limit` tokens, and the marker of the next answer."""
+        ids = tokenizer.reply("tool", text, limit)
+        self.ids += ids
+        self.weights += [0.0] * len(ids)
+        self.messages += [{"role": "assistant", "content": self.text}, {"role": "tool", "content": text}]

@@ -1,0 +1,202 @@
+"""Learning from one's own samples: what PPO and the methods that compare answers within a group share.
+
+A batch is `Rollouts`. `scored` completes it with old and reference log-probs; `learner` composes the rest from the
+three things in which the group methods differ: the advantage of a token, the loss of a token given its log-prob, and
+the average that turns token losses into one number.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from lm.core.errors import check_at_least
+from lm.core.metrics import Mean, Metrics, mean, metric_values
+from lm.core.types import Array, Rollouts, TrainState
+from lm.losses.advantages import rewards_by_group
+from lm.losses.policy import clipped_surrogate, kl_k1, kl_k3, token_ratio
+from lm.model import Model
+from lm.optim.combinators import annotate, minibatches, refreshed_reference
+from lm.optim.update import Loss, Update, gradient
+
+Advantages = Callable[[Rollouts], Array]  # rollouts with old and reference log-probs -> f32[B,T]
+TokenLoss = Callable[[Array, Rollouts], Array]  # (log-probs f32[B,T], annotated rollouts) -> loss f32[B,T]
+LossAverage = Callable[[Array, Array], Mean]  # (f32[B,T], weights f32[B,T]) -> Mean
+
+SHOWN_METRICS = ("reward", "score/rule", "kl", "entropy")  # in the live line
+# Metrics a run must keep below; the loop stops above them. The sampler's and the trainer's log-probs of the same tokens
+# differ by rounding only: 1e-5 in float32, about 1e-2 in bfloat16. More means two different distributions.
+METRIC_LIMITS: Mapping[str, float] = {"sampler_gap": 0.05}
+# Held-out metrics before the first step, (value, tolerance): the policy is still its own reference.
+START_METRICS: Mapping[str, tuple[float, float]] = {
+    "ratio": (1.0, 0.01),
+    "clip_fraction": (0.0, 0.01),
+    "kl": (0.0, 0.05),
+}
+
+
+def ratio_to_old_policy(logprobs: Array, batch: Rollouts) -> Array:
+    """The ratio of each token to the policy that was sampled."""
+    return token_ratio(logprobs, batch.old_logprobs)
+
+
+class PolicyGradientMethod(NamedTuple):
+    """What a method that compares answers within a group is."""
+
+    advantages: Advantages
+    objective: TokenLoss
+    average: LossAverage
+    band: tuple[float, float]  # the clip below and above 1, for the metric `clip_fraction`
+    kl_in_loss: float | None = None  # coefficient of k3 to the reference, averaged like the objective; None: no k3
+    ratio: TokenLoss = ratio_to_old_policy  # what is clipped
+
+
+def policy_gradient_stage(recipe: Callable[..., PolicyGradientMethod]) -> Callable[..., Update]:
+    """The `make` of a stage from its recipe: (model, optimizer, *, the recipe's options, `learner`'s options)."""
+
+    @functools.wraps(recipe)
+    def make(model: Model, optimizer: optax.GradientTransformation, **options) -> Update:
+        own = {name: options.pop(name) for name in inspect.signature(recipe).parameters if name in options}
+        return policy_gradient_update(model, optimizer, recipe(**own), **options)
+
+    passed_on = list(inspect.signature(policy_gradient_update).parameters.values())
+    parameters = [*passed_on[:2], *inspect.signature(recipe).parameters.values(), *passed_on[3:]]
+    make.__signature__ = inspect.Signature(parameters, return_annotation=Update)
+    return make
+
+
+def policy_gradient_update(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    recipe: PolicyGradientMethod,
+    *,
+    entropy_bonus: float = 0.0,
+    correction: float = 0.0,
+    refresh: int = 0,
+    epochs: int = 1,
+    minibatch_count: int = 1,
+    microbatches: int = 1,
+    temperature: float = 1.0,
+) -> Update:
+    """renewed(annotate(scored + advantages, minibatches(gradient(objective + kl_in_loss * k3 - entropy)))).
+
+    `entropy_bonus` times the entropy of the policy's distribution is added to the objective.
+    `correction` > 0 weighs each token by min(p_old / p_sampler, correction), where sampler and trainer compute the same
+    policy with different roundings (truncated importance sampling: Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training"); 0 does not.
+    `refresh`: the reference becomes the current policy every so many batches; 0: never.
+    """
+    check_update_options(epochs=epochs, minibatch_count=minibatch_count, refresh=refresh, correction=correction)
+    loss = policy_gradient_loss(model, recipe, entropy_bonus=entropy_bonus, temperature=temperature)
+    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
+
+    def signal(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
+        batch, _, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
+        if batch.group > 1:
+            rewards = rewards_by_group(batch.rewards, batch.group)
+            alike = jnp.max(rewards, axis=1) == jnp.min(rewards, axis=1)
+            metrics["equal_groups"] = mean(alike.astype(jnp.float32), jnp.ones(len(rewards)))
+        return importance_corrected(batch.replace(advantages=recipe.advantages(batch)), correction), metrics
+
+    return refreshed_reference(annotate(signal, inner), every=refresh * epochs * minibatch_count)
+
+
+def clipped_objective(low: float, high: float) -> TokenLoss:
+    """PPO's surrogate of token ratios, clipped `low` below and `high` above 1."""
+
+    def objective(logprobs, batch: Rollouts):
+        return clipped_surrogate(ratio_to_old_policy(logprobs, batch), batch.advantages, low=low, high=high)
+
+    return objective
+
+
+def advantages_within_group(advantage: Callable[[Array, int], Array]) -> Advantages:
+    """The advantages f32[B] that `advantage` (rewards, group) gives the answers, on all their tokens."""
+    return lambda batch: token_advantages(advantage(batch.rewards, batch.group), batch)
+
+
+def check_update_options(*, epochs: int, minibatch_count: int, refresh: int, correction: float) -> None:
+    """UserError for options that no method on rollouts can use."""
+    check_at_least(1, "stage", epochs=epochs, minibatch_count=minibatch_count)
+    check_at_least(0, "stage", refresh=refresh, correction=correction)
+
+
+def annotated_rollouts(
+    model: Model, state: TrainState, batch: Rollouts, *, temperature: float
+) -> tuple[Rollouts, Array, dict[str, Mean]]:
+    """The batch with old and reference log-probs, the policy's states f[B,T,D], and what is known before learning."""
+    tokens, w = batch.tokens, batch.tokens.weights
+    x = model.hidden(state.params["lm"], tokens.inputs, tokens.positions, tokens.segments)
+    scores = model.scores(state.params["lm"], x, tokens.targets, temperature=temperature)
+    old = scores.logprobs * w
+    ref = model.token_logprobs(state.frozen["ref"], tokens, temperature=temperature) * w
+    lengths = jnp.sum(w, axis=1)
+    per_row = {
+        "reward": batch.rewards,
+        "kl": jnp.sum(kl_k1(old, ref), axis=1),
+        "response_length": lengths,
+        "stopped": batch.stopped.astype(jnp.float32),
+        "empty": (lengths <= batch.stopped).astype(jnp.float32),  # the end token alone
+        **batch.scores,
+    }
+    rows = (lengths > 0).astype(jnp.float32)
+    metrics = {name: mean(value, rows) for name, value in per_row.items()}
+    metrics["kl_k3"] = mean(kl_k3(old, ref), w)
+    metrics["entropy"] = mean(scores.entropy, w)
+    metrics["sampler_gap"] = mean(jnp.abs(old - batch.sampler_logprobs), w)
+    return batch.replace(old_logprobs=old, ref_logprobs=ref), x, metrics
+
+
+def importance_corrected(batch: Rollouts, correction: float) -> Rollouts:
+    """Advantages weighed by min(p_old / p_sampler, correction); all of them as they are if it is 0."""
+    if correction == 0:
+        return batch
+    weight = jnp.minimum(token_ratio(batch.old_logprobs, batch.sampler_logprobs), correction)
+    return batch.replace(advantages=batch.advantages * weight)
+
+
+def policy_gradient_loss(
+    model: Model, recipe: PolicyGradientMethod, *, entropy_bonus: float, temperature: float
+) -> Loss:
+    """average(objective) + kl_in_loss * average(k3 to the reference) - entropy_bonus * mean entropy."""
+
+    def loss(params, frozen, batch: Rollouts, key):
+        tokens, w = batch.tokens, batch.tokens.weights
+        x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
+        scores = model.scores(params["lm"], x, tokens.targets, temperature=temperature)
+        terms = {"policy": recipe.average(recipe.objective(scores.logprobs, batch), w)}
+        if recipe.kl_in_loss is not None:
+            terms["kl"] = recipe.kl_in_loss * recipe.average(kl_k3(scores.logprobs, batch.ref_logprobs), w)
+        if entropy_bonus:
+            terms["entropy"] = -entropy_bonus * mean(scores.entropy, w)
+        ratio = recipe.ratio(scores.logprobs, batch)
+        return terms, {
+            "policy_loss": terms["policy"],
+            **policy_shift_metrics(scores.logprobs, ratio, batch, recipe.band),
+        }
+
+    return loss
+
+
+def policy_shift_metrics(logprobs: Array, ratio: Array, batch: Rollouts, band: tuple[float, float]) -> dict[str, Mean]:
+    """How far the policy has gone from the one that was sampled."""
+    w = batch.tokens.weights
+    outside = (ratio < 1 - band[0]) | (ratio > 1 + band[1])
+    return {
+        "ratio": mean(ratio, w),
+        "clip_fraction": mean(outside.astype(jnp.float32), w),
+        "update_kl": mean(kl_k3(batch.old_logprobs, logprobs), w),
+    }
+
+
+def token_advantages(advantages: Array, batch: Rollouts) -> Array:
+    """Each answer's advantage f32[B] on all of its tokens, f32[B,T]."""
+    return advantages[:, None] * (batch.tokens.weights > 0)
+
+
+def summary(metrics: Metrics, about) -> dict[str, float]:
+    """Held-out reward, the rater's own score, KL, entropy, length, fraction that ended by themselves."""
+    return metric_values(metrics)

@@ -1,0 +1,197 @@
+"""PPO: sample answers, score them, and move the policy towards the better ones without losing the reference.
+
+Objective: E[reward(x, y)] - beta * KL(policy, reference), through the clipped surrogate on advantages from GAE, with a
+learned value head on the shared trunk. Reward of token t: -beta * log(p / p_ref), plus the answer's reward on its last
+token: the KL is counted here and nowhere else. Frozen: "ref", the policy this run starts from. A batch is `Rollouts`,
+drawn by the current policy inside `batches`; `make` annotates it once, then takes `epochs` x `minibatch_count` updates.
+Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593; details: Huang et al. 2024, 2403.17031.
+
+Ours differs: old log-probs are the trainer's (the ratio starts at exactly what the trainer computes), and their gap to
+the sampler's is measured and gated; old, new and reference log-probs are all of logits / temperature. Whitening, the
+mean over a batch's tokens, and a value head that is not yet right bias the gradient: `python -m lm certify`.
+"""
+
+import jax.numpy as jnp
+import optax
+
+from lm.core.errors import UserError, check_at_least
+from lm.core.metrics import Metrics, mean, scalar_metric
+from lm.core.types import Rollouts
+from lm.losses.advantages import gae, kl_rewards, whiten
+from lm.losses.policy import clipped_surrogate, clipped_value_loss, kl_k1, token_ratio
+from lm.model import Model
+from lm.optim.combinators import annotate, combined_loss, minibatches, refreshed_reference, with_value_head
+from lm.optim.update import Loss, Update, gradient
+from lm.stages.pretraining.next_token import next_token_loss
+from lm.stages.rl.policy_gradient import (
+    METRIC_LIMITS,
+    SHOWN_METRICS,
+    START_METRICS,
+    annotated_rollouts,
+    check_update_options,
+    importance_corrected,
+    policy_shift_metrics,
+    summary,
+)
+from lm.stages.rl.rollouts import batches
+from lm.stages.stage import Stage
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    beta: float = 0.05,
+    kl_target: float = 0.0,
+    kl_gain: float = 0.1,
+    clip: float = 0.2,
+    dual_clip: float = 0.0,
+    value_clip: float = 0.2,
+    value_coefficient: float = 0.1,
+    text_coefficient: float = 0.0,
+    entropy_bonus: float = 0.0,
+    correction: float = 0.0,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whitened: bool = True,
+    refresh: int = 0,
+    epochs: int = 2,
+    minibatch_count: int = 4,
+    microbatches: int = 1,
+    temperature: float = 1.0,
+) -> Update:
+    """value_head(renewed(adaptive(annotate(signal, minibatches(gradient(mix(surrogate + value, text))))))).
+
+    `kl_target` > 0 (nats an answer) lets `beta` adapt to hold the KL there (see `adaptive`); 0 keeps it fixed.
+    `dual_clip` > 1 bounds what a bad answer can cost (losses.policy). `text_coefficient` > 0 adds the next-token loss
+    on the batch's rows of text, which `data.corpus` brings: PPO-ptx, against forgetting (Ouyang et al. 2022, eq. 2,
+    arXiv 2203.02155). `entropy_bonus`, `correction`, `refresh`: as in stages.policy.learner.
+    """
+    check_update_options(epochs=epochs, minibatch_count=minibatch_count, refresh=refresh, correction=correction)
+    check_at_least(0, "stage", kl_target=kl_target, text_coefficient=text_coefficient)
+    loss = actor_critic_loss(
+        model,
+        clip=clip,
+        dual_clip=dual_clip,
+        value_clip=value_clip,
+        value_coefficient=value_coefficient,
+        entropy_bonus=entropy_bonus,
+        temperature=temperature,
+    )
+    if text_coefficient:
+        loss = combined_loss(ppo=(1.0, loss), text=(text_coefficient, text_loss(model)))
+    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
+    annotated = annotate(
+        gae_annotation(model, gamma=gamma, lam=lam, whitened=whitened, correction=correction, temperature=temperature),
+        inner,
+    )
+    controlled = with_adaptive_kl(annotated, beta=beta, target=kl_target, gain=kl_gain if kl_target else 0.0)
+    return with_value_head(model.init_value, refreshed_reference(controlled, every=refresh * epochs * minibatch_count))
+
+
+def with_adaptive_kl(inner: Update, *, beta: float, target: float, gain: float) -> Update:
+    """memory["beta"], the price of a nat of KL: times 1 + gain * clip((KL - target) / target, -0.2, 0.2) after a batch.
+
+    Ziegler et al. 2019, sec. 2.2, arXiv 1909.08593. A gain of 0 keeps it.
+    """
+
+    def init(key, params, frozen):
+        state = inner.init(key, params, frozen)
+        return state.replace(memory={**state.memory, "beta": jnp.float32(beta)})
+
+    def update(state, batch):
+        state, metrics = inner.update(state, batch)
+        now = state.memory["beta"]
+        error = jnp.clip((metrics["kl"].value() - target) / (target or 1.0), -0.2, 0.2)
+        return state.replace(memory={**state.memory, "beta": now * (1 + gain * error)}), metrics
+
+    return inner._replace(init=init, update=update)
+
+
+def gae_annotation(model: Model, *, gamma: float, lam: float, whitened: bool, correction: float, temperature: float):
+    """Completes rollouts with old and reference log-probs, values, returns and advantages; notes metrics."""
+
+    def annotate_rollouts(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
+        batch, x, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
+        w, beta = batch.tokens.weights, state.memory["beta"]
+        old_values = model.value(state.params["value"], x) * w
+        rewards = kl_rewards(batch.rewards, kl_k1(batch.old_logprobs, batch.ref_logprobs), w, beta=beta)
+        advantages, returns = gae(rewards, old_values, w, gamma=gamma, lam=lam)
+        if whitened:
+            advantages = whiten(advantages, w)
+        metrics |= {
+            "beta": scalar_metric(beta),
+            "explained_variance": scalar_metric(explained_variance(old_values, returns, w)),
+        }
+        batch = batch.replace(old_values=old_values, returns=returns, advantages=advantages)
+        return importance_corrected(batch, correction), metrics
+
+    return annotate_rollouts
+
+
+def explained_variance(predicted, returns, weights):
+    """1 - Var(returns - predicted) / Var(returns) over the weighted tokens: a constant guess gives 0, the truth 1."""
+
+    def variance(x):
+        centre = mean(x, weights).value()
+        return mean(jnp.square(x - centre), weights).value()
+
+    return 1 - variance(returns - predicted) / jnp.maximum(variance(returns), 1e-8)
+
+
+def actor_critic_loss(
+    model: Model,
+    *,
+    clip: float,
+    dual_clip: float,
+    value_clip: float,
+    value_coefficient: float,
+    entropy_bonus: float,
+    temperature: float,
+) -> Loss:
+    """Clipped surrogate + value_coefficient * clipped value loss - entropy_bonus * entropy, means over sampled
+    tokens."""
+
+    def loss(params, frozen, batch: Rollouts, key):
+        tokens, w = batch.tokens, batch.tokens.weights
+        x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
+        scores = model.scores(params["lm"], x, tokens.targets, temperature=temperature)
+        predicted = model.value(params["value"], x)
+        ratio = token_ratio(scores.logprobs, batch.old_logprobs)
+        policy = mean(clipped_surrogate(ratio, batch.advantages, low=clip, high=clip, dual=dual_clip), w)
+        value = mean(clipped_value_loss(predicted, batch.old_values, batch.returns, clip=value_clip), w)
+        terms = {"policy": policy, "value": value_coefficient * value}
+        if entropy_bonus:
+            terms["entropy"] = -entropy_bonus * mean(scores.entropy, w)
+        return terms, {
+            "policy_loss": policy,
+            "value_loss": value,
+            **policy_shift_metrics(scores.logprobs, ratio, batch, (clip, clip)),
+        }
+
+    return loss
+
+
+def text_loss(model: Model) -> Loss:
+    """Pretraining's loss on the batch's rows of text."""
+    objective = next_token_loss(model)
+
+    def loss(params, frozen, batch: Rollouts, key):
+        if batch.text is None:
+            raise UserError("stage.text_coefficient needs text to learn from: set data.corpus, e.g. to stdlib")
+        terms, metrics = objective(params, frozen, batch.text, key)
+        return terms, {"text_loss": metrics["loss"]}
+
+    return loss
+
+
+PPO = Stage(
+    __name__,
+    make,
+    batches,
+    summary,
+    shown_metrics=SHOWN_METRICS,
+    metric_limits=METRIC_LIMITS,
+    start_metrics=START_METRICS,
+    samples_rollouts=True,
+)

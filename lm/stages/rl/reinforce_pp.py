@@ -1,0 +1,50 @@
+"""REINFORCE++: no value network and no group: the whole batch is the baseline.
+
+Objective: E[reward(x, y)] - beta * KL(policy, reference) through PPO's clipped surrogate, with A_t = r - beta * the sum
+of log(p / p_ref) from t to the answer's end, whitened over all tokens of the batch. Frozen: "ref". A batch is
+`Rollouts`; answers to one prompt may be several or one. Hu 2025, arXiv 2501.03262.
+
+Biased: the batch's own mean and deviation are part of the advantage, and the number of its tokens depends on what was
+sampled.
+"""
+
+from lm.core.metrics import mean
+from lm.losses.advantages import kl_rewards, rewards_to_go, whiten
+from lm.losses.policy import kl_k1
+from lm.stages.rl.policy_gradient import (
+    METRIC_LIMITS,
+    SHOWN_METRICS,
+    START_METRICS,
+    PolicyGradientMethod,
+    clipped_objective,
+    policy_gradient_stage,
+    summary,
+)
+from lm.stages.rl.rollouts import batches
+from lm.stages.stage import Stage
+
+
+@policy_gradient_stage
+def make(*, beta: float = 0.05, clip: float = 0.2) -> PolicyGradientMethod:
+    """KL rewards to go, whitened over the batch; clipped surrogate; mean over all tokens."""
+
+    def advantages(batch):
+        w = batch.tokens.weights
+        rewards = kl_rewards(batch.rewards, kl_k1(batch.old_logprobs, batch.ref_logprobs), w, beta=beta)
+        return whiten(rewards_to_go(rewards, w), w)
+
+    return PolicyGradientMethod(
+        advantages=advantages, objective=clipped_objective(clip, clip), average=mean, band=(clip, clip)
+    )
+
+
+REINFORCE_PP = Stage(
+    __name__,
+    make,
+    batches,
+    summary,
+    shown_metrics=SHOWN_METRICS,
+    metric_limits=METRIC_LIMITS,
+    start_metrics=START_METRICS,
+    samples_rollouts=True,
+)

@@ -1,0 +1,303 @@
+"""Rollouts: the current policy answers prompts, rewards say what answers are worth, a table shows them to people."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.core.errors import UserError, check_at_least
+from lm.core.types import Rollouts, Tokens, TrainState
+from lm.data import batches as rows_to_batches, conversations, packing, sources as corpora
+from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.generate.sampler import check_sampling
+from lm.losses.advantages import overlong_penalty
+from lm.model import Model
+from lm.rewards import REWARDS, Reward, weighted_reward
+from lm.rewards.environments import ENVIRONMENTS
+from lm.rewards.reward_model import reward_row_length
+from lm.stages.context import Batches, StageContext
+from lm.stages.rl.multi_turn import (
+    REPLY_MARKER_TOKENS,
+    AnswerSampler,
+    SampledAnswers,
+    multi_turn_sampler,
+    rollout_rows,
+    single_turn_sampler,
+)
+
+REWARD_MODEL_NAME = "model"  # the name of the learnt reward among `rewards`
+REWARD_MODEL_ONLY: Mapping[str, float] = {REWARD_MODEL_NAME: 1.0}
+# Roles folded into the key, above every step: an update folds its step in, and no two draws may share a key.
+ROLLOUT_KEY, HELD_OUT_KEY = 2**30, 2**30 + 1
+
+
+def batches(
+    context: StageContext,
+    *,
+    reward_model: str = "",
+    rewards: Mapping[str, float] = REWARD_MODEL_ONLY,
+    pessimism: float = 0.0,
+    rater: str = "",
+    sources: str = "chitchat",
+    turns: int = 3,
+    prompt_length: int = 64,
+    max_new: int = 32,
+    rollouts: int = 64,
+    group: int = 1,
+    temperature: float = 1.0,
+    cut_penalty: float = 1.0,
+    overlong_buffer: int = 0,
+    resample: int = 0,
+    environment: str = "",
+    exchanges: int = 2,
+    reply_length: int = 16,
+    corpus: str = "",
+    text_length: int = 128,
+    held_out: float = 0.02,
+    held_out_rollouts: int = 128,
+) -> Batches:
+    """`rollouts` answers of the current policy, `group` to each prompt from `sources`, and what they are worth.
+
+    The reward is a sum of `rewards`, by name and weight: "model" is the reward model of the workdir `reward_model` (of
+    several, with commas between them: their mean less `pessimism` standard deviations), the others are lm.rewards';
+    where there are several, each is logged as reward/NAME. `rater` names one that is logged as score/NAME but never
+    learned from. An answer that the limit cut off loses `cut_penalty`; one within `overlong_buffer` tokens of it loses
+    a share (`returns.overlong`). Prompts longer than `prompt_length` tokens, and those that came before, are left out
+    and counted.
+
+    `resample`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by further
+    ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of lm.rewards.environments', which
+    replies to an answer of the policy with up to `reply_length` tokens, for at most `exchanges` answers a row; what it
+    says is context, never trained. `corpus`: adds rows of `text_length` tokens of it to each batch, one a rollout, for
+    stages that go on learning from text.
+    """
+    model, tokenizer = context.model, context.tokenizer
+    check_rollout_options(
+        model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=group
+    )
+    check_at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts, exchanges=exchanges)
+    check_at_least(0, "data", resample=resample, overlong_buffer=overlong_buffer)
+    more = (exchanges - 1) * (max_new + reply_length) if environment else 0
+    length, longest = prompt_length + max_new - 1 + more, max_new  # tokens of a row, and sampled ones in it
+    if environment:
+        longest = exchanges * max_new
+        context.admit(length)
+    answer = answer_sampler(
+        context, environment, exchanges=exchanges, reply_length=reply_length, max_new=max_new, temperature=temperature
+    )
+    worth = rollout_rewards(
+        context, rewards, reward_model, pessimism, rater, reward_row_length(prompt_length, max_new + more)
+    )
+
+    def drawn(state, prompts: Prompts, role: int, number: int) -> Rollouts:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, role), number)
+        rows = prompts_at(prompts, np.repeat(np.arange(len(prompts.ids)), group))
+        with context.sampling(state):
+            found = answer(state.params["lm"], rows, key)
+        with context.phase("reward"):
+            total, scores = worth(found)
+        total = total - cut_penalty * ~found.stopped
+        if overlong_buffer:
+            total = total + np.asarray(overlong_penalty(found.lengths, limit=longest, buffer=overlong_buffer))
+        return Rollouts(found.tokens, np.float32(total), scores, found.stopped, found.logprobs, group=group)
+
+    contexts = conversations.repeated_prompt_contexts(conversations.load_conversations(sources), turns=turns)
+    distinct = conversations.distinct_conversations(contexts)
+    (train, skipped), (unseen, more) = (
+        prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)
+    )
+    prompts = rollouts // group
+    asked = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts, group=group)
+    order = rows_to_batches.batch_function(np.arange(len(train.ids)), batch_size=prompts, seed=context.seed)
+    text, unseen_text = text_batches(context, corpus, text_length, rollouts, held_out)
+    about = {
+        "length": length,
+        "prompts": len(train.ids),
+        "held_out_prompts": len(unseen.ids),
+        "skipped": skipped,
+        "held_out_skipped": more,
+        "repeated": len(contexts) - len(distinct),
+    }
+
+    def held_out_batches(state):
+        for start in range(0, asked, prompts):
+            part = prompts_at(unseen, np.arange(start, start + prompts))
+            yield drawn(state, part, HELD_OUT_KEY, start).replace(text=unseen_text(start // prompts))
+
+    def train_batch(state, i):
+        first = i * (resample + 1)  # every round has prompts and keys of its own
+        batch, rounds = drawn(state, prompts_at(train, order(first)), ROLLOUT_KEY, first), 1
+        while rounds <= resample and equal_reward_groups(batch).any():
+            number = first + rounds
+            batch, rounds = (
+                resampled_batch(batch, drawn(state, prompts_at(train, order(number)), ROLLOUT_KEY, number)),
+                rounds + 1,
+            )
+        if resample:
+            batch = batch.replace(scores={**batch.scores, "rounds": np.full(rollouts, rounds, np.float32)})
+        return batch.replace(text=text(i))
+
+    return Batches(train_batch, held_out_batches, about, rollout_table(context, temperature))
+
+
+def check_rollout_options(
+    model: Model, prompt: int, *, max_new: int, temperature: float, rollouts: int, group: int
+) -> None:
+    """UserError for sizes that cannot be sampled or learnt from."""
+    check_sampling(model, prompt, max_new=max_new, temperature=temperature, top_k=0, top_p=1.0)
+    if temperature == 0:
+        raise UserError(
+            "data.temperature is 0: greedy answers do not explore, and their log-probs are all 0; use e.g. 1.0"
+        )
+    check_at_least(1, "data", rollouts=rollouts, group=group)
+    if rollouts % group:
+        raise UserError(f"data.rollouts {rollouts} is no multiple of data.group {group}: change one of the two")
+
+
+def held_out_prompts(there: int, *, held_out_rollouts: int, rollouts: int, group: int = 1) -> int:
+    """How many of the held-out prompts that are `there` are answered: whole batches of them, `group` rollouts each.
+
+    UserError, which names what is too small, where that is not one batch."""
+    if held_out_rollouts < rollouts:
+        raise UserError(
+            f"data.held_out_rollouts is {held_out_rollouts}, no whole batch of data.rollouts {rollouts}: raise it to "
+            f"{rollouts} at least, or lower data.rollouts"
+        )
+    batch = rollouts // group
+    if there < batch:
+        raise UserError(
+            f"the held-out side has {there} prompts, no whole batch of {batch} (data.rollouts {rollouts}, {group} to a "
+            "prompt): raise data.held_out, or lower data.rollouts"
+        )
+    return min(held_out_rollouts // group, there) // batch * batch
+
+
+def answer_sampler(
+    context: StageContext, environment: str, *, exchanges: int, reply_length: int, max_new: int, temperature: float
+) -> AnswerSampler:
+    """How the policy answers: once or, with the environment of this name, in exchanges."""
+    model, tokenizer = context.model, context.tokenizer
+    compiled = context.jit(
+        lambda lm, prompts, lengths, key, temperature: rollout_rows(
+            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops
+        )
+    )
+    sampled = lambda *args: compiled(*args, temperature)
+    if not environment:
+        return single_turn_sampler(sampled, tokenizer)
+    if environment not in ENVIRONMENTS:
+        raise UserError(
+            f"data.environment is {environment!r}; choose one of {', '.join(ENVIRONMENTS)}, or leave it empty"
+        )
+    check_at_least(REPLY_MARKER_TOKENS + 1, "data", reply_length=reply_length)
+    return multi_turn_sampler(sampled, tokenizer, ENVIRONMENTS[environment], exchanges, max_new, reply_length)
+
+
+def rollout_rewards(
+    context: StageContext, rewards: Mapping[str, float], reward_model: str, pessimism: float, rater: str, longest: int
+) -> Callable[[SampledAnswers], tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Answers -> their reward f32[B], and what is logged beside it: its parts where there are several, the rater's.
+
+    longest: tokens of the longest conversation that a reward model must read."""
+    if rater and rater not in REWARDS:
+        raise UserError(f"data.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or leave it empty")
+    worth = weighted_reward(reward_parts(context, rewards, reward_model, pessimism, longest))
+    watched = weighted_reward({rater: (0.0, REWARDS[rater])} if rater else {})
+
+    def judged(found: SampledAnswers):
+        total, parts = worth(found.contexts, found.texts)
+        _, seen = watched(found.contexts, found.texts)
+        scores = {f"reward/{name}": part for name, part in parts.items() if len(parts) > 1}
+        return total, scores | {f"score/{name}": score for name, score in seen.items()}
+
+    return judged
+
+
+def reward_parts(
+    context: StageContext, rewards: Mapping[str, float], reward_model: str, pessimism: float, longest: int
+) -> dict[str, tuple[float, Reward]]:
+    """Weight and function of each reward whose weight is not 0. UserError for a name that is none."""
+    for name in rewards:
+        if name != REWARD_MODEL_NAME and name not in REWARDS:
+            raise UserError(f"data.rewards.{name} is no reward; choose among {REWARD_MODEL_NAME}, {', '.join(REWARDS)}")
+    if not any(rewards.values()):
+        raise UserError(
+            f"data.rewards gives no reward a weight: there is nothing to learn; set e.g. {REWARD_MODEL_NAME} to 1.0"
+        )
+    return {
+        name: (
+            weight,
+            context.reward_from(reward_model, pessimism, longest) if name == REWARD_MODEL_NAME else REWARDS[name],
+        )
+        for name, weight in rewards.items()
+        if weight
+    }
+
+
+def equal_reward_groups(batch: Rollouts) -> np.ndarray:
+    """bool[prompts]: whether all answers of the group got the same reward."""
+    rewards = np.asarray(batch.rewards).reshape(-1, batch.group)
+    return rewards.max(axis=1) == rewards.min(axis=1)
+
+
+def resampled_batch(batch: Rollouts, further: Rollouts) -> Rollouts:
+    """The batch with groups of equal rewards replaced by such of `further` as are not, as far as these go."""
+    free, useful = np.flatnonzero(equal_reward_groups(batch)), np.flatnonzero(~equal_reward_groups(further))
+    free = free[: len(useful)]
+
+    def replaced(old, new):
+        old, new = (np.array(x).reshape(-1, batch.group, *x.shape[1:]) for x in (old, new))
+        old[free] = new[useful[: len(free)]]
+        return old.reshape(-1, *old.shape[2:])
+
+    return jax.tree.map(replaced, batch, further)
+
+
+TextBatches = Callable[[int], Tokens | None]
+
+
+def text_batches(
+    context: StageContext, corpus: str, length: int, rows: int, held_out: float
+) -> tuple[TextBatches, TextBatches]:
+    """i -> that many rows of text, for training and held out, split as in pretraining; None without a corpus."""
+    if not corpus:
+        return (lambda i: None), (lambda i: None)
+    context.admit(length)
+    train, unseen = (
+        rows_to_batches.batch_function(
+            packing.document_rows(context.tokenizer, [document.text for document in side], length),
+            batch_size=rows,
+            seed=context.seed,
+        )
+        for side in corpora.split_held_out(corpora.load_documents(corpus), held_out)
+    )
+    return train, unseen
+
+
+def rollout_table(
+    context: StageContext, temperature: float
+) -> Callable[[TrainState, Rollouts, int], Iterator[dict[str, Any]]]:
+    """(state, batch, rows) -> the first rows of a batch for people: prompt, response, each reward, KL to the
+    reference."""
+    model, tokenizer = context.model, context.tokenizer
+    logprobs = context.jit(lambda ref, tokens, temperature: model.token_logprobs(ref, tokens, temperature=temperature))
+
+    def shown(state: TrainState, batch: Rollouts, rows: int) -> Iterator[dict[str, Any]]:
+        part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text=None)))
+        w = part.tokens.weights
+        ref = np.asarray(logprobs(state.frozen["ref"], part.tokens, temperature))
+        for b in range(len(w)):
+            trained = w[b] > 0
+            first, *_, last = np.flatnonzero(trained).repeat(2)
+            yield {
+                "prompt": "".join(tokenizer.pieces(part.tokens.inputs[b, : first + 1])),
+                "response": "".join(tokenizer.pieces(part.tokens.targets[b, first : last + 1])),
+                "reward": float(part.rewards[b]),
+                **{name: float(score[b]) for name, score in part.scores.items()},
+                "kl": float(np.sum((part.sampler_logprobs[b] - ref[b]) * trained)),
+                "tokens": int(trained.sum()),
+                "stopped": bool(part.stopped[b]),
+            }
+
+    return shown

@@ -1,0 +1,1 @@
+"""Research programs, each in a folder that can be removed without touching the rest."""

@@ -1,0 +1,146 @@
+"""What one model makes of every task: greedy answers, samples, and the log-probability of what is right."""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.data.batches import sequential_batches
+from lm.data.packing import padded_rows
+from lm.data.prompts import bucket_length, padded_prompts
+from lm.data.tasks.scoring import compared_text, edit_distance
+from lm.data.tasks.skills import TASKS, TaskItem, evaluation_items, example_items
+from lm.generate.engine import batch_answerer
+from lm.runs.partial_results import PartialResults
+from lm.runs.workdir import TrainedModel
+from lm.tokenizer import TokenizedExample, Tokenizer
+
+ROWS_AT_ONCE = 128  # at a time
+EXTRA_ANSWER_TOKENS = 4  # tokens that an answer may be longer than the longest target
+SHOWN_ANSWERS = 3  # greedy answers that are kept to be read
+
+
+class TaskQuestions(NamedTuple):
+    """A level of a task in a tokenizer's ids."""
+
+    items: Sequence[TaskItem]
+    prompts: Sequence[Sequence[int]]
+    targets: Sequence[Sequence[int]]
+    shots: int  # examples before each prompt
+    room: int  # of a prompt, rounded up so that few programs are compiled
+
+
+def task_questions(
+    name: str, level: int | str, tokenizer: Tokenizer, room: int, *, items: int, shots: int, seed: int
+) -> TaskQuestions | None:
+    """The level's questions, each with as many examples before it, up to `shots`, as let all of them fit `room` tokens;
+    None where they do not fit at all. The examples are other ones for each question."""
+    found = evaluation_items(name, level, count=items, seed=seed)
+    shown = example_items(name, level, count=shots * len(found), seed=seed)
+    targets = tokenizer.encode_all(item.target for item in found)
+    for count in range(shots if shown else 0, -1, -1):
+        around = itertools.cycle(shown)
+        texts = ["".join(next(around).line for _ in range(count)) + item.prompt for item in found]
+        prompts = [[*tokenizer.start, *ids] for ids in tokenizer.encode_all(texts)]
+        longest = max(map(len, prompts))
+        if longest <= room:
+            return TaskQuestions(found, prompts, targets, count, bucket_length(longest, room))
+    return None
+
+
+def task_scores(
+    trained: TrainedModel,
+    tasks: Sequence[str],
+    *,
+    items: int,
+    samples: int,
+    shots: int,
+    seed: int,
+    tell: Callable[[str, str], None],
+    parts: PartialResults,
+) -> dict[str, dict[str, Any]]:
+    """{task: {level: item by item what came of it}}; a level that does not fit the model's context is left out.
+
+    exact: whether the greedy answer is right. edit: its edit distance over the characters of the target. logprob: nats
+    of the whole target. tokens: its length. correct: how many of `samples` answers, at temperature 1, are right. parts:
+    keeps what is known of each level.
+    """
+    levels = [(name, level) for name in tasks for level in TASKS[name].levels]
+    targets = [item.target for name, level in levels for item in evaluation_items(name, level, count=items, seed=seed)]
+    answer = max(map(len, trained.tokenizer.encode_all(targets))) + EXTRA_ANSWER_TOKENS
+    programs = TaskPrograms(trained, answer, samples)
+    room = trained.shape.context - answer
+    found: dict[str, dict[str, Any]] = {}
+    for number, (name, level) in enumerate(levels):
+        tell(name, str(level))
+        questions = task_questions(name, level, trained.tokenizer, room, items=items, shots=shots, seed=seed)
+        if questions:
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            score = functools.partial(level_scores, programs, questions, samples, key)
+            found.setdefault(name, {})[str(level)] = parts.once(f"{name}, level {level}", score)
+    return found
+
+
+def level_scores(programs: "TaskPrograms", questions: TaskQuestions, samples: int, key) -> dict[str, Any]:
+    """The scores of one level, item by item."""
+    targets = [item.target for item in questions.items]
+    greedy = [compared_text(*pair) for pair in zip(programs.answers(questions, key, greedy=True), targets)]
+    drawn = programs.answers(questions, key, greedy=False)
+    right = [compared_text(text, targets[i // samples]) == targets[i // samples] for i, text in enumerate(drawn)]
+    return {
+        "shots": questions.shots,
+        "exact": [answer == target for answer, target in zip(greedy, targets)],
+        "edit": [edit_distance(answer, target) / len(target) for answer, target in zip(greedy, targets)],
+        "logprob": programs.logprobs(questions),
+        "tokens": [len(ids) for ids in questions.targets],
+        "correct": np.reshape(right, (-1, samples)).sum(axis=1).tolist(),
+        "shown": [
+            [item.prompt, item.target, answer] for item, answer in list(zip(questions.items, greedy))[:SHOWN_ANSWERS]
+        ],
+    }
+
+
+class TaskPrograms:
+    """A model's compiled programs, one for each shape that is asked for."""
+
+    def __init__(self, trained: TrainedModel, answer: int, samples: int):
+        """answer: the tokens that an answer may have. samples: answers drawn to each question."""
+        self._answer = answer
+        self._lm = jax.tree.map(jnp.asarray, trained.params["lm"])  # on the device once
+        self._logprobs = jax.jit(trained.model.token_logprobs)
+        given = trained.model, self._lm, trained.tokenizer
+        shared = {"jit": jax.jit, "max_new": answer, "stop": newline_ids(trained.tokenizer)}
+        self._greedy = batch_answerer(*given, rows_at_once=ROWS_AT_ONCE, temperature=0.0, **shared)
+        self._sampled = batch_answerer(*given, rows_at_once=max(ROWS_AT_ONCE // samples, 1), samples=samples, **shared)
+
+    def answers(self, questions: TaskQuestions, key, *, greedy: bool) -> list[str]:
+        """A text for each question, or adjacent samples; each ends with its first newline."""
+        ask = self._greedy if greedy else self._sampled
+        return [answer.text for answer in ask(padded_prompts(questions.prompts, questions.items, questions.room), key)]
+
+    def logprobs(self, questions: TaskQuestions) -> list[float]:
+        """Nats of each target after its prompt."""
+        examples = [
+            TokenizedExample(
+                np.array([*prompt, *target], np.int32), np.repeat(np.float32([0, 1]), [len(prompt), len(target)])
+            )
+            for prompt, target in zip(questions.prompts, questions.targets)
+        ]
+        parts = sequential_batches(padded_rows(examples, questions.room + self._answer - 1), ROWS_AT_ONCE)
+        found = [np.sum(np.asarray(self._logprobs(self._lm, part)) * part.weights, axis=1) for part in parts]
+        return np.concatenate(found)[: len(examples)].tolist()
+
+
+def newline_ids(tokenizer: Tokenizer) -> list[int]:
+    """Every piece with a newline in it."""
+    pieces = tokenizer.pieces(range(tokenizer.vocab_size))
+    return [i for i, piece in enumerate(pieces) if "\n" in piece or piece == "<0x0A>"]
+
+
+def tasks_for_corpora(corpora: Mapping[str, None] | Sequence[str]) -> list[str]:
+    """The tasks that make sense for runs on these corpora: facts and idioms only where they were told."""
+    return [name for name, task in TASKS.items() if not task.corpus or task.corpus in corpora]

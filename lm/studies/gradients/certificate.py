@@ -1,0 +1,135 @@
+"""A certificate: an update, every batch that it may be given and the chance of each, the gradient it claims to take."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from lm.core.types import Array, Params, Tokens
+from lm.optim.update import Update
+from lm.studies.gradients.objectives import PolicyLoss, exact_gradient
+from lm.studies.gradients.tiny_world import TinyWorld
+
+GRADIENT_RECORDER = optax.trace(decay=0.0)  # an optimizer whose state, after an update, is the gradient itself
+# Relative. float32 rounds at 6e-8, and batches pull in all directions: what is left of them is some ten times smaller
+# than each. The sum over batches is in float64, so float32 is enough.
+UNBIASED_TOLERANCE = 1e-5
+MIN_BIAS = 1e-3
+BATCHES_AT_ONCE = 1680  # batches computed together: all rankings of four, half of the pairs
+
+
+class BatchDistribution(NamedTuple):
+    """Every batch that there is."""
+
+    indices: Any  # leaves i32[M,...]
+    chances: np.ndarray  # f64[M], of sum 1
+    batch: Callable[[Any], Any]  # the indices of one batch -> what the stage is given
+    rows: int  # answers in a batch
+
+
+class Certificate(NamedTuple):
+    """The claim: over `draws`, the mean gradient of `update` is `scale` times `exact`; or that it is biased."""
+
+    name: str
+    objective: str  # whose gradient `exact` is, for people
+    exact: Params | None  # None: zero
+    update: Update  # with the optimizer RECORDED
+    draws: BatchDistribution
+    params: Params
+    frozen: Params
+    scale: float = 1.0
+    biased: bool = False
+    part: str = "lm"  # of the parameters
+
+
+class CertificateResult(NamedTuple):
+    """What came of a certificate. Norms are over all parameters of its part."""
+
+    name: str
+    objective: str
+    biased: bool  # what it claims
+    holds: bool
+    exact: float  # |G|, G being `scale` times the exact gradient
+    ours: float  # |E g|
+    size: float  # sqrt E |g|^2
+    off: float  # |E g - G| / |G|; |E g| / size where G is zero
+    scale: float | None  # the best factor on the objective's gradient
+    residue: float | None  # |E g - best| / |E g|: what no factor mends, the sine of the angle
+    cosine: float | None
+    variance: float  # E |g - E g|^2, times the answers in a batch
+    noise: float | None  # variance / |E g|^2: in a batch of so many answers the noise is as large as the gradient
+
+
+def certificate_of(
+    w: TinyWorld,
+    name: str,
+    objective: str,
+    loss: PolicyLoss | None,
+    update: Update,
+    draws: BatchDistribution,
+    **claimed,
+) -> Certificate:
+    """The certificate of an update of the world's policy: `loss` is the objective's, None where none should pull.
+
+    claimed: scale, biased, part; `temperature` of the policy; `heads`, further parameters.
+    """
+    truth = None if loss is None else exact_gradient(w, loss, temperature=claimed.pop("temperature", 1.0))
+    params = {"lm": w.nets.policy, **claimed.pop("heads", {})}
+    frozen = {"ref": w.nets.reference, "teacher": w.nets.teacher}
+    return Certificate(name, objective, truth, update, draws, params, frozen, **claimed)
+
+
+def certificate_result(c: Certificate) -> CertificateResult:
+    """The gradient of every batch, their mean, and how far that is from the claim."""
+    found, chances = batch_gradients(c), c.draws.chances
+    mean = chances @ found
+    square = chances @ np.sum(np.square(found), axis=1)
+    ours, size = np.linalg.norm(mean), np.sqrt(square)
+    variance = c.draws.rows * max(square - ours**2, 0.0)
+    if c.exact is None:
+        norm, off, scale, residue, cosine, noise = 0.0, ours / size, None, None, None, None
+        error = off
+    else:
+        truth = np.asarray(ravel_pytree(c.exact)[0], np.float64)
+        norm = np.linalg.norm(truth) * abs(c.scale)
+        off = np.linalg.norm(mean - c.scale * truth) / norm
+        scale = mean @ truth / (truth @ truth)
+        residue = np.linalg.norm(mean - scale * truth) / ours
+        cosine = mean @ truth / (ours * np.linalg.norm(truth))
+        noise = variance / ours**2
+        error = residue if c.biased else off
+    holds = error > MIN_BIAS if c.biased else error < UNBIASED_TOLERANCE
+    numbers = (norm, ours, size, off, scale, residue, cosine, variance, noise)
+    return CertificateResult(
+        c.name, c.objective, c.biased, bool(holds), *(None if x is None else float(x) for x in numbers)
+    )
+
+
+def batch_gradients(c: Certificate) -> np.ndarray:
+    """f64[M,parameters]: the gradient that the update takes on each batch.
+
+    Not compiled as a whole: every primitive is compiled once and then serves all certificates, where one certificate's
+    own program takes longer to compile than all of them take to run. Hence one shape of rows for all worlds, pieces of
+    one size, and model functions that are compiled by themselves.
+    """
+    state = c.update.init(jax.random.key(0), c.params, c.frozen)
+
+    def one(indices):
+        after, _ = c.update.update(state, c.draws.batch(indices))
+        return ravel_pytree(after.opt_state.trace[c.part])[0]
+
+    count = len(c.draws.chances)
+    found = []
+    for start in range(0, count, BATCHES_AT_ONCE):
+        piece = np.minimum(np.arange(start, start + BATCHES_AT_ONCE), count - 1)
+        found.append(np.asarray(jax.vmap(one)(jax.tree.map(lambda x: jnp.asarray(x[piece]), c.draws.indices))))
+    return np.concatenate(found)[:count].astype(np.float64)
+
+
+def rows_by_index(tokens: Tokens, rows: Array) -> Tokens:
+    """Enumerated rows by their numbers i32[...]: leaves [...,T]."""
+    return jax.tree.map(lambda x: x[rows], tokens)

@@ -1,0 +1,153 @@
+"""What a ladder says: laws and parabolas, what they foretell of a larger run, and what came of it; as numbers."""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from lm.core.statistics import Estimate
+from lm.studies.scaling.isoflop import IsoflopFit, IsoflopMinimum, isoflop_fit
+from lm.studies.scaling.ladder import LadderPlan, PlannedRun
+from lm.studies.scaling.parametric import ParametricFit, parametric_fit
+from lm.studies.scaling.points import checked_points
+from lm.studies.scaling.runs import (
+    COUNTED_FLOPS,
+    SIX_ND,
+    SIX_ND_WITHOUT_EMBEDDING,
+    ScalingRun,
+    budgets_by_convention,
+    run_points,
+)
+
+
+def fitted_laws(
+    found: Sequence[ScalingRun], plan: LadderPlan
+) -> tuple[Mapping[str, IsoflopFit], Mapping[str, ParametricFit]]:
+    """Parabolas by each way of counting, and the law with N as Hoffmann et al. and as Kaplan et al. count it."""
+    parabolas = {
+        name: isoflop_fit(budgets_by_convention(found, name), draws=plan.draws)
+        for name in (COUNTED_FLOPS, SIX_ND, SIX_ND_WITHOUT_EMBEDDING)
+    }
+    tables = {SIX_ND: run_points(found), SIX_ND_WITHOUT_EMBEDDING: run_points(found, embedding=False)}
+    laws = {
+        name: parametric_fit(checked_points(table, "the ladder"), draws=plan.draws) for name, table in tables.items()
+    }
+    return parabolas, laws
+
+
+def compute_optimal_size(parabolas: Mapping[str, IsoflopFit], laws: Mapping[str, ParametricFit], flops: float) -> float:
+    """Parameters that do best with `flops`, as the parabolas' line has it; as the law has it where there is no line."""
+    line = parabolas[COUNTED_FLOPS]
+    return line.optimum(flops)[0] if line.sizes else laws[SIX_ND].law.optimum(flops)[0]
+
+
+def loss_prediction(laws: Mapping[str, ParametricFit], rung: PlannedRun) -> dict[str, Any]:
+    """The loss of a run that is still to be made, by each law, with the moment at which this was said."""
+    sizes = {SIX_ND: rung.parameters, SIX_ND_WITHOUT_EMBEDDING: rung.parameters - rung.embedding}
+    said = {name: law.foretold(sizes[name], rung.tokens)._asdict() for name, law in laws.items()}
+    return {
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rung": rung._asdict(),
+        "loss": said[SIX_ND],
+        "loss_without_embedding": said[SIX_ND_WITHOUT_EMBEDDING],
+        "law": laws[SIX_ND].law._asdict(),
+    }
+
+
+def scaling_summary(
+    found: Sequence[ScalingRun],
+    parabolas: Mapping[str, IsoflopFit],
+    laws: Mapping[str, ParametricFit],
+    prediction: Mapping[str, Any],
+    larger: ScalingRun,
+    begun: str,
+) -> dict[str, Any]:
+    """Everything as JSON. begun: when the larger run was first started."""
+    return {
+        "stage": "scaling",
+        "runs": [run_json(run) for run in found],
+        "growth": {
+            name: {
+                "valleys": [valley_json(valley) for valley in one.valleys],
+                "sizes": one.sizes and one.sizes._asdict(),
+                "tokens": one.tokens and one.tokens._asdict(),
+                "line": one.line if one.sizes else None,
+                "lost": one.lost,
+            }
+            for name, one in parabolas.items()
+        },
+        "laws": {name: {key: e._asdict() for key, e in law.estimates().items()} for name, law in laws.items()},
+        "prediction": dict(prediction),
+        "larger": {**run_json(larger), "begun": begun},
+    }
+
+
+def valley_json(valley: IsoflopMinimum) -> dict[str, Any]:
+    """None for what a parabola without a valley does not have: JSON knows no NaN."""
+    return {key: None if value != value else value for key, value in valley._asdict().items()}
+
+
+def run_json(run: ScalingRun) -> dict[str, Any]:
+    return {**run._asdict(), "workdir": str(run.workdir)}
+
+
+def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """What was found, with what may not be concluded."""
+    said = [growth_sentence(name, one) for name, one in summary["growth"].items()]
+    for name, law in summary["laws"].items():
+        rise, floor = Estimate(**law["growth"]), Estimate(**law["E"])
+        said.append(
+            f"The law, {name}: loss = {floor.value:.3g} {interval_text(floor, '.3g')} + A/N^{law['alpha']['value']:.3f} + "
+            f"B/D^{law['beta']['value']:.3f}, so N_opt grows as C^{rise.value:.3f} {interval_text(rise)}."
+        )
+    said.append(counting_sentence(summary["growth"]))
+    prediction, larger = summary["prediction"], summary["larger"]
+    loss, rung = Estimate(**prediction["loss"]), prediction["rung"]
+    inside = loss.low <= larger["loss"] <= loss.high
+    said.append(
+        f"Foretold at {prediction['written']} for {rung['budget']:.3g} FLOPs, {rung['budget'] / largest_budget(summary):.3g} "
+        f"times the ladder's largest budget (width {rung['width']}, {rung['tokens']:,} tokens): loss {loss.value:.4f} "
+        f"{interval_text(loss, '.4f')}. The run, begun at {larger['begun']}, came to {larger['loss']:.4f}: "
+        f"{'inside' if inside else 'outside'} the interval, {100 * (larger['loss'] / loss.value - 1):+.2f} % from "
+        "the prediction."
+    )
+    epochs = max(run["epochs"] for run in [*summary["runs"], larger])
+    if epochs > 1:
+        said.append(
+            f"The corpus was read {epochs:.1f} times by the run that read most; up to about four times repeats are "
+            "worth nearly as much as new text (Muennighoff et al. 2023, arXiv 2305.16264)."
+        )
+    said.append("Each run has one seed: what another would give is in the intervals only as distance from the fit.")
+    return said
+
+
+def growth_sentence(name: str, one: Mapping[str, Any]) -> str:
+    """A sentence on the parabolas by one way of counting."""
+    inside = sum(valley["inside"] for valley in one["valleys"])
+    if one["sizes"] is None:
+        return f"Parabolas, {name}: fewer than two budgets have a valley, so no growth is told."
+    sizes, tokens = Estimate(**one["sizes"]), Estimate(**one["tokens"])
+    lost = f"; {100 * one['lost']:.0f} % of the redrawn tables have no line" if one["lost"] else ""
+    return (
+        f"Parabolas, {name}: N_opt grows as C^{sizes.value:.3f} {interval_text(sizes)}, D_opt as C^{tokens.value:.3f} "
+        f"{interval_text(tokens)}; {inside} of {len(one['valleys'])} valleys lie within the sizes that were run{lost}."
+    )
+
+
+def counting_sentence(grown: Mapping[str, Any]) -> str:
+    """How much the exponent owes to what is counted."""
+    if any(grown[name]["sizes"] is None for name in (COUNTED_FLOPS, SIX_ND, SIX_ND_WITHOUT_EMBEDDING)):
+        return "Too few valleys to say what the way of counting changes."
+    exact, six, kaplan = (grown[name]["sizes"]["value"] for name in (COUNTED_FLOPS, SIX_ND, SIX_ND_WITHOUT_EMBEDDING))
+    return (
+        f"The same runs, counted otherwise: the exponent of N_opt is {exact:.3f} with FLOPs counted one by one, "
+        f"{six:.3f} with 6ND, {kaplan:.3f} with 6ND without the embedding: models as small as these are mostly "
+        "embedding, and the smaller the more."
+    )
+
+
+def interval_text(estimate: Estimate, form: str = ".3f") -> str:
+    return f"[{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def largest_budget(summary: Mapping[str, Any]) -> float:
+    return max(run["budget"] for run in summary["runs"])

@@ -1,0 +1,20 @@
+"""A program that ends when whoever started it does, even of SIGKILL: it is sent SIGTERM, and saves itself.
+
+python -m lm.sweep.child MODULE FLAGS...
+"""
+
+import ctypes
+import os
+import runpy
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h; other systems have nothing like it: there, a killed sweep's trial runs to its end
+
+if __name__ == "__main__":
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == 1:
+            sys.exit("whoever started this has gone")
+    sys.argv = sys.argv[1:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

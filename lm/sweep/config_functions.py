@@ -1,0 +1,23 @@
+"""What the subtrees of any config call: of one program's, and of configs that hold those of several, as a pipeline's.
+
+Each program that is given a config says of its own; here they are found by what a config holds.
+"""
+
+from ml_collections import ConfigDict
+
+from lm.core.options import ConfigFunction
+from lm.evaluate import models
+from lm.feedback import auto_rank
+from lm.train import loop
+
+
+def config_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
+    """The functions by dotted path, such as "sft.optimizer" in a pipeline's config."""
+    if "stage" in config and "name" in config.stage:
+        return loop.train_functions(config)
+    if "init_from" in config and "rank" in config:
+        return auto_rank.auto_rank_functions(config)
+    if "models" in config:
+        return models.evaluation_functions(config)
+    parts = {name: config_functions(part) for name, part in config.items() if isinstance(part, ConfigDict)}
+    return {f"{name}.{path}": called for name, found in parts.items() for path, called in found.items()}

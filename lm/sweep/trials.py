@@ -1,0 +1,237 @@
+"""A trial as a process of its own: started, watched, stopped when it is hopeless, and what came of it.
+
+A process of its own, because a trial that runs out of memory then takes nothing else with it. Each run has its workdir
+and its log in FOLDER/trials; what came of it is written beside them, for people and for lm.compare.comparison.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from lm.compare.read import TRIALS_DIR
+from lm.compare.statistics import direction_by_name
+from lm.core.config import flatten, to_dict
+from lm.core.errors import UserError
+from lm.runs.workdir import LOCK_FILE, is_unlocked, read_metrics, write_text
+from lm.stages import STAGES
+from lm.sweep.space import SEED_KEY, ConfigSource, Trial, typed_overrides
+from lm.sweep.study import TrialClaim
+
+STOP_SECONDS = 120  # seconds a stopped run has to save itself
+HELD_OUT_PREFIX = "held_out/"
+OUT_OF_MEMORY_TEXTS = ("RESOURCE_EXHAUSTED", "MemoryError", "std::bad_alloc", "Out of memory", "out of memory")
+
+
+class TrialGoal(NamedTuple):
+    """How a config is run, and by which of its numbers a trial is judged."""
+
+    module: str  # the program
+    part: str  # the folder, within the trial's, in which the number is logged; "" for itself
+    metric: str  # its last value judges a trial
+    watched: str  # the values by which a hopeless trial is found out: the metric, or what training logs of it
+    direction: str
+    steps: int  # of a whole trial
+
+    @classmethod
+    def of(cls, config: ConfigDict, metric: str, direction: str) -> "TrialGoal":
+        """metric: "" for the first that the stage shows; "STAGE:METRIC" names a stage of a pipeline."""
+        part, colon, name = metric.rpartition(":")
+        if "stages" in config:
+            trained = [stage for stage in config.stages if "stage" in config[stage]]
+            part = part or trained[-1]
+            if part not in trained:
+                raise UserError(
+                    f"--metric {metric}: {part} is no stage of the config; choose among {', '.join(trained)}"
+                )
+            module, stage = "lm.pipeline.runner", config[part]
+        elif "stage" in config and not colon:
+            module, stage = "lm.train.loop", config
+        elif colon:
+            raise UserError(f"--metric {metric}: the config is of a single stage; write {name}")
+        else:
+            raise UserError(
+                "lm.sweep.controller varies configs of lm.train.loop and lm.pipeline.runner, and this is neither: see its `Command:`"
+            )
+        if stage.stage.name not in STAGES:
+            raise UserError(f"stage {stage.stage.name} logs nothing to compare: sweep one of {', '.join(STAGES)}")
+        name = name or HELD_OUT_PREFIX + STAGES[stage.stage.name].shown_metrics[0]
+        often = "evaluate_every" in stage.train and stage.train.evaluate_every
+        watched = name if often else name.removeprefix(HELD_OUT_PREFIX)
+        return cls(module, part, name, watched, direction or direction_by_name(name), stage.train.steps)
+
+
+class TrialProcess:
+    """A claimed trial while it runs: its seeds one after another, each a process."""
+
+    def __init__(
+        self, claim: TrialClaim, source: ConfigSource, goal: TrialGoal, root: Path, devices: Mapping[str, str]
+    ):
+        self.claim, self._source, self._goal, self._root, self._devices = claim, source, goal, root, devices
+        self._left, self._values, self._spent = list(claim.trial.seeds), [], 0.0
+        self._told = claim.told  # the last (step, value) that the study has been told
+        self._next()
+
+    def poll(self) -> bool:
+        """Looks after the trial; True once it is over and the study knows what came of it.
+
+        Raises UserError if the run went well but did not log the metric: then no other trial will.
+        """
+        self.claim.beat()
+        if self.claim.hopeless:
+            return self._pruned()
+        code = self._process.poll()
+        if code is None:
+            if self._hopeless():
+                self.claim.give_up()
+                self._stop()
+                return self._pruned()
+            return False
+        if code:
+            error = failure_reason(self._log.read_text(errors="replace"), code)
+            self._over("failed", None, error)
+            self.claim.failed(error, self._spent)
+            return True
+        while self._hopeless():  # reports the last values; it is too late to prune
+            pass
+        self._values.append(last_metric_value(self.workdir, self._goal))
+        self._over("complete", self._values[-1], None)
+        if self._left:
+            self._next()
+            return False
+        self.claim.complete(sum(self._values) / len(self._values), self._spent)
+        return True
+
+    def give_up(self) -> None:
+        """Stops the process, which saves itself, and lets the trial wait for another worker."""
+        if not self.claim.hopeless:
+            self._stop()
+        self.claim.released()
+
+    def _pruned(self) -> bool:
+        """Tells that the trial ended where the pruner gave it up, however far its process came before it stopped."""
+        _, value = self._told
+        self._over("pruned", value, None)
+        self.claim.pruned(value, self._spent)
+        return True
+
+    def _next(self) -> None:
+        self._seed = self._left.pop(0)
+        name = f"{self.claim.trial.number:04}" + (f"-{self._seed}" if len(self.claim.trial.seeds) > 1 else "")
+        self.workdir = self._root / TRIALS_DIR / name
+        self._log = self._root / TRIALS_DIR / f"{name}.log"
+        self._started = time.monotonic()
+        if self.claim.hopeless:
+            return
+        wait_until_free(self.workdir)
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                trial_command(self._source, self._goal.module, self.claim.trial.overrides, self._seed, self.workdir),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self._devices},
+            )
+
+    def _hopeless(self) -> bool:
+        """Reports what the first seed has newly logged to the study; whether its pruner gives the trial up."""
+        if self._values:
+            return False
+        for row in logged_rows(self.workdir, self._goal):
+            if self._goal.watched in row and (self._told is None or row["step"] > self._told[0]):
+                self._told = row["step"], row[self._goal.watched]
+                if self.claim.report(*self._told):
+                    return True
+        return False
+
+    def _stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _over(self, state: str, value: float | None, error: str | None) -> None:
+        """Writes what came of the run that just ended beside its workdir."""
+        seconds = time.monotonic() - self._started
+        self._spent += seconds
+        write_outcome(
+            self.workdir, self._source, self._goal, self.claim.trial, self._seed, state, value, error, seconds
+        )
+
+
+def logged_rows(workdir: Path, goal: TrialGoal) -> list[dict[str, Any]]:
+    """What a run has logged where the goal looks; nothing while that folder is not there."""
+    return read_metrics(workdir / goal.part) if (workdir / goal.part).is_dir() else []
+
+
+def last_metric_value(workdir: Path, goal: TrialGoal) -> float:
+    """The metric's last value in a run that has ended. UserError if it logged none."""
+    rows = logged_rows(workdir, goal)
+    found = [row[goal.metric] for row in rows if goal.metric in row]
+    if not found:
+        known = sorted({name for row in rows for name in row} - {"step", "seconds", "tokens", "tokens_per_second"})
+        raise UserError(f"{workdir} logged no {goal.metric}: give --metric, one of {', '.join(known) or 'nothing'}")
+    return float(found[-1])
+
+
+def write_outcome(
+    workdir: Path,
+    source: ConfigSource,
+    goal: TrialGoal,
+    trial: Trial,
+    seed: int,
+    state: str,
+    value: float | None,
+    error: str | None,
+    seconds: float,
+) -> None:
+    """What came of a run, beside its workdir."""
+    told = {
+        "number": trial.number,
+        "overrides": typed_overrides(source, trial.overrides),
+        "seed": seed,
+        "state": state,
+        "value": value,
+        "error": error,
+        "seconds": seconds,
+        "workdir": str(Path(workdir.name) / goal.part),
+    }
+    write_text(workdir.with_name(f"{workdir.name}.json"), json.dumps(told, indent=2) + "\n")
+
+
+def trial_command(
+    source: ConfigSource, module: str, overrides: Mapping[str, str], seed: int, workdir: Path
+) -> list[str]:
+    """The command line of one run: every seed of the config becomes `seed`."""
+    seeds = [key for key in flatten(to_dict(source.config(overrides))) if key.split(".")[-1] == SEED_KEY]
+    changes = [*source.overrides, *(f"{k}={v}" for k, v in overrides.items()), *(f"{key}={seed}" for key in seeds)]
+    flags = [f"--config={source.name}", f"--workdir={workdir}", *(f"--config.{change}" for change in changes)]
+    return [sys.executable, "-m", "lm.sweep.child", module, *flags]
+
+
+def failure_reason(log: str, code: int) -> str:
+    """One line that says why a run ended with `code`: its own error, the signal that ended it, or its last line."""
+    lines = [line.strip() for line in log.split("\n") if line.strip()]
+    if code == -signal.SIGKILL:
+        return "killed (signal 9), as the system does when memory runs out: a smaller batch or model, or fewer --jobs"
+    if code < 0:
+        return f"ended by signal {-code}"
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    last = (errors or lines or [f"ended with status {code}"])[-1][:300]
+    return f"out of memory: {last}" if any(word in log for word in OUT_OF_MEMORY_TEXTS) else last
+
+
+def wait_until_free(workdir: Path) -> None:
+    """Returns when no run holds the workdir: one whose worker was killed may still be saving itself."""
+    started = time.monotonic()
+    while not all(map(is_unlocked, workdir.glob(f"**/{LOCK_FILE}"))) and time.monotonic() - started < STOP_SECONDS:
+        time.sleep(0.2)

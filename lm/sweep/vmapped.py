@@ -1,0 +1,102 @@
+"""Several runs of one config, which differ in seeds and numbers, trained as one vmapped program.
+
+Each is a run of lm.train.loop like any other, with a workdir of its own: config, metrics, checkpoints, report. What they
+compile is called together (lm.sweep.vmap_group): one program starts, compiles and steps for all of them. For models that are
+too small to keep a device busy. One device; seconds, and with them MFU, are those of the whole group.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType
+from ml_collections import ConfigDict
+
+from lm.core.config import flatten, to_dict
+from lm.core.errors import UserError
+from lm.runs.checkpoint import Checkpoints
+from lm.runs.console import SigtermExit, muted_thread, on_sigterm
+from lm.runs.hardware import peak_flops
+from lm.sweep.vmap_group import VmapGroup, materialized
+from lm.train import loop
+from lm.train.host import RunHost
+
+TRACED_SUBTREES = ("optimizer.", "stage.")  # subtrees whose numbers may differ: they become arguments of the program
+UNTRACED_SUBTREES = ("data.",)  # may differ too, where it shapes nothing: batches are made run by run
+SEED_KEY = "seed"
+
+
+def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[dict[str, Any] | Exception]:
+    """Trains every config in its workdir, or goes on; the summary of each, or what stopped it.
+
+    Raises UserError if they differ in what a program is compiled for, and Interrupted after SIGTERM, all being saved.
+    """
+    given = traced_scalars([flatten(to_dict(config)) for config in configs])
+    peak_flops()  # measured before the runs share the machine
+    group, saving = VmapGroup(len(configs)), threading.Lock()
+    with on_sigterm() as stopping:
+
+        @contextmanager
+        def watched() -> Iterator[Any]:
+            yield lambda: stopping() or group.stopped.is_set()
+
+        @contextmanager
+        def turn(checkpoints: Checkpoints) -> Iterator[None]:  # orbax numbers its operations by process, not by thread
+            with saving:
+                yield
+                checkpoints.wait()
+
+        def member(number: int) -> dict[str, Any]:
+            with muted_thread() if number else nullcontext():
+                host = RunHost(
+                    group.jit, group.once, given[number], one_device_mesh, watched, materialized, turn, timed=False
+                )
+                return loop.train_stage(configs[number], paths[number], host=host)
+
+        results = group.run(member)
+    for result in results:
+        if isinstance(result, SigtermExit):
+            raise result
+        if isinstance(result, jax.errors.TracerBoolConversionError):
+            keys = ", ".join(given[0]) or "the config"
+            raise UserError(
+                f"{keys}: some value decides what is computed, so that no one program fits all runs: leave "
+                "--vectorised out"
+            ) from result
+    return results
+
+
+def traced_scalars(flat: Sequence[Mapping[str, Any]]) -> list[dict[str, np.float32]]:
+    """Of each config the numbers of optimizer and stage in which they differ. UserError for any other difference."""
+    absent = [key for key in dict.fromkeys(key for one in flat for key in one) if any(key not in one for one in flat)]
+    if absent:
+        raise UserError(f"{absent[0]} is set in some runs only: set it in all, or leave --vectorised out")
+    differ = [key for key in flat[0] if any(one[key] != flat[0][key] for one in flat)]
+    traced = [
+        key for key in differ if key.startswith(TRACED_SUBTREES) and all(isinstance(one[key], float) for one in flat)
+    ]
+    for key in differ:
+        if key not in traced and key != SEED_KEY and not key.startswith(UNTRACED_SUBTREES):
+            raise UserError(
+                f"runs that differ in {key} ({', '.join(map(str, dict.fromkeys(one[key] for one in flat)))}) need "
+                "programs of their own: leave --vectorised out, or sweep only seeds and numbers of optimizer and stage"
+            )
+    return [{key: np.float32(one[key]) for key in traced} for one in flat]
+
+
+def structure_key(config: ConfigDict) -> str:
+    """What must be the same of runs that are vectorised together."""
+    flat = flatten(to_dict(config))
+    traced = {k for k, v in flat.items() if k.startswith(TRACED_SUBTREES) and isinstance(v, float)}
+    return str({k: "a number" if k in traced else v for k, v in sorted(flat.items()) if k != SEED_KEY})
+
+
+def one_device_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+    """The mesh of the first device, whatever is asked for."""
+    return jax.make_mesh(
+        (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )

@@ -1,1 +1,0 @@
-"""Sweeps: what is tried, the study that remembers it, the processes that run it."""

@@ -1,0 +1,151 @@
+"""What every stage asks of a tokenizer, whoever made it."""
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.core.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+Message = Mapping[str, str]  # {"role": one of ROLES, "content": text}
+
+
+class TokenizedExample(NamedTuple):
+    """A tokenised conversation."""
+
+    ids: np.ndarray  # i32[n]
+    weights: np.ndarray  # f32[n]  1 where the token is trained as a target
+
+
+class Tokenizer(ABC):
+    """Text to ids and back, conversations by a template. Held as its bytes: cheap to pickle, compare, fingerprint."""
+
+    proto: bytes
+    rule: str  # how it lays out a conversation and masks it
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def talks(self) -> bool:
+        """Whether it has a template for conversations."""
+
+    @property
+    @abstractmethod
+    def start(self) -> tuple[int, ...]:
+        """The ids that a document begins with, if any."""
+
+    @property
+    @abstractmethod
+    def eos(self) -> int:
+        """The id that ends a document."""
+
+    @property
+    @abstractmethod
+    def end(self) -> int:
+        """The id that ends a message."""
+
+    @property
+    @abstractmethod
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+
+    @abstractmethod
+    def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
+        """The ids of each text, on all cores. Never a special id."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special ids drop out, bytes that are no UTF-8 show as U+FFFD."""
+
+    @abstractmethod
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """What each id stands for, special ids by name: for showing a row token by token."""
+
+    @abstractmethod
+    def chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
+        """Whole conversations as the template renders them: the ids of every stage come from here and from `prompts`.
+
+        Trained is what the assistant says and the token that ends it; nothing follows that. `last`: only in the last
+        message, which must be the assistant's.
+        """
+
+    @abstractmethod
+    def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
+        """i32[n] each: the conversation so far, up to where the assistant begins to speak."""
+
+    @abstractmethod
+    def reply(self, role: str, text: str, limit: int) -> list[int]:
+        """What comes between an answer's end token and the next answer: a message, its words cut to `limit` tokens."""
+
+    @property
+    def shows_date(self) -> bool:
+        """Whether its template may tell the date, so that ids depend on it."""
+        return False
+
+    @property
+    def date(self) -> str:
+        """The moment that its template tells, ISO 8601; empty where none is set."""
+        return ""
+
+    def dated(self, date: str) -> "Tokenizer":
+        """The same tokenizer, with the same fingerprint, whose template tells this date."""
+        return self
+
+    @property
+    def fingerprint(self) -> str:
+        """What a later stage must agree with: pieces, special ids, template and mask rule; not the date."""
+        return hashlib.sha256(self.proto + self.rule.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_all([text])[0]
+
+    def document(self, ids: Sequence[int]) -> list[int]:
+        """A text's ids as pretraining sees them."""
+        return [*self.start, *ids, self.eos]
+
+    @property
+    def file(self) -> bytes:
+        """What `save` writes."""
+        return self.proto
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_bytes(self.file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def valid_unicode(text: str) -> str:
+    """`text` with each lone surrogate, which is no Unicode and has no UTF-8, as U+FFFD."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def checked_messages(messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages of a conversation. UserError for one that is none."""
+    if not messages:
+        raise UserError("a conversation without messages: give at least one {'role', 'content'}")
+    for message in messages:
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise UserError(f"a message must be {{'role', 'content'}}, not {message!r}")
+        if message["role"] not in ROLES:
+            raise UserError(f"unknown role {message['role']!r} in a conversation: use one of {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            raise UserError(f"the content of a {message['role']} message must be text, not {message['content']!r}")
+    return messages

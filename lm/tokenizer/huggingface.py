@@ -1,0 +1,269 @@
+"""Tokenizers that others made: Hugging Face's tokenizer.json, or a sentencepiece model, with a chat template.
+
+A workdir keeps one file, JSON: {"tokenizer": their JSON} or {"sentencepiece": base64}, and template, tokens, stops.
+Where the template may tell the date, the file ends with the one that it tells: else a run resumed on another day would
+go on with other ids.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from lm.core.errors import UserError
+from lm.tokenizer.base import Message, TokenizedExample, Tokenizer, checked_messages, valid_unicode
+from lm.tokenizer.chat_template import PROBE_MESSAGES, ChatTemplate
+
+SPACE_SYMBOL = "\u2581"
+
+
+class EncodedText(NamedTuple):
+    ids: list[int]
+    starts: list[int]  # of each token, in characters
+
+
+class TokenizerJson:
+    """A tokenizer.json."""
+
+    def __init__(self, source: str):
+        self._plain, self._special = (tokenizers.Tokenizer.from_str(source) for _ in range(2))
+        for each in (self._plain, self._special):
+            each.no_padding()
+            each.no_truncation()
+        self._plain.encode_special_tokens = True  # a text that spells a special token is a text
+        self.vocab_size = max(self._plain.get_vocab().values()) + 1
+        self.start = tuple(self._special.encode("").ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._plain.encode_batch(list(texts), add_special_tokens=False)]
+
+    def marked(self, text: str) -> EncodedText:
+        """A text in which special tokens are themselves."""
+        e = self._special.encode(text, add_special_tokens=False)
+        return EncodedText(e.ids, [start for start, _ in e.offsets])
+
+    def decode(self, ids: list[int], *, special: bool) -> str:
+        return self._plain.decode(ids, skip_special_tokens=not special)
+
+    def id(self, token: str) -> int | None:
+        return self._plain.token_to_id(token)
+
+
+class SentencePieceModel:
+    """A sentencepiece model."""
+
+    def __init__(self, proto: bytes):
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
+        self.vocab_size = self._processor.vocab_size()
+        self.start = (self._processor.bos_id(),) if self._processor.bos_id() >= 0 else ()
+        special = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if self._processor.is_control(i)]
+        self._cut = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode(list(texts))
+
+    def marked(self, text: str) -> EncodedText:
+        ids, starts, at = [], [], 0
+        for match in [*self._cut.finditer(text), None]:
+            part = text[at : match.start() if match else len(text)]
+            if part:
+                found = self._processor.encode_as_proto(part).pieces
+                characters = [i for i, character in enumerate(part) for _ in character.encode()] + [len(part)]
+                ids += [piece.id for piece in found]
+                starts += [at + characters[piece.begin] for piece in found]  # it counts bytes
+            if match:
+                ids.append(self._processor.piece_to_id(match[0]))
+                starts.append(match.start())
+                at = match.end()
+        return EncodedText(ids, starts)
+
+    def decode(self, ids: list[int], *, special: bool) -> str:
+        if special:
+            return "".join(self._processor.id_to_piece(ids)).replace(SPACE_SYMBOL, " ")
+        return self._processor.decode(ids)
+
+    def id(self, token: str) -> int | None:
+        found = self._processor.piece_to_id(token)
+        unknown = self._processor.unk_id()
+        return None if found == unknown and token != self._processor.id_to_piece(unknown) else found
+
+
+@dataclass(frozen=True)
+class HuggingFaceTokenizer(Tokenizer):
+    """Somebody's tokenizer, as the JSON above without the date, and the date."""
+
+    proto: bytes
+    date: str = ""
+
+    rule = "borrowed 1; trained: what the assistant says, up to the last special token of it"
+
+    def __reduce__(self):
+        return HuggingFaceTokenizer, (self.proto, self.date)
+
+    @cached_property
+    def _bundle(self) -> dict[str, Any]:
+        return json.loads(self.proto)
+
+    @cached_property
+    def _coder(self) -> TokenizerJson | SentencePieceModel:
+        if "tokenizer" in self._bundle:
+            return TokenizerJson(json.dumps(self._bundle["tokenizer"]))
+        return SentencePieceModel(base64.b64decode(self._bundle["sentencepiece"]))
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        if not self._bundle["template"]:
+            raise UserError(
+                "this tokenizer came without a chat template: it can continue text, and hold no conversation"
+            )
+        return ChatTemplate(self._bundle["template"], self._bundle["tokens"], self.date)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._coder.vocab_size
+
+    def id(self, token: str) -> int | None:
+        """The id of a token that is spelt so; None if there is none."""
+        return self._coder.id(token)
+
+    @property
+    def talks(self) -> bool:
+        return bool(self._bundle["template"])
+
+    @property
+    def shows_date(self) -> bool:
+        return "strftime_now" in self._bundle["template"]
+
+    def dated(self, date: str) -> "HuggingFaceTokenizer":
+        return HuggingFaceTokenizer(self.proto, date) if self.shows_date else self
+
+    @property
+    def file(self) -> bytes:
+        return self.proto.removesuffix(b"}") + _date_suffix(self.date) if self.date else self.proto
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        return self._coder.start
+
+    @property
+    def eos(self) -> int:
+        return self._bundle["stops"][0]
+
+    @cached_property
+    def end(self) -> int:
+        if not self._bundle["template"]:
+            return self.eos
+        try:
+            closing = int(self.chats([PROBE_MESSAGES])[0].ids[-1])
+        except UserError:  # a template that rewrites its answers can be asked, not learnt from
+            return self.eos
+        return closing if closing in self._special else self.eos  # the probe's own words end no answer
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((self.end, *self._bundle["stops"])))
+
+    def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
+        return self._coder.encode_all([valid_unicode(text) for text in texts])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._coder.decode([int(i) for i in ids], special=False)
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        return [self._coder.decode([int(i)], special=True) for i in ids]
+
+    def chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
+        return [self._example(checked_messages(messages), last) for messages in conversations]
+
+    def _example(self, messages: Sequence[Message], only_last: bool) -> TokenizedExample:
+        """The template's text is tokenised once, as a whole. What an assistant's turn holds behind its last special
+        token (a line's end) is not trained, and left out where nothing follows. Nor is an answer trained whose first
+        token holds an end of the marker too: whoever is asked has another token there."""
+        text, said = self.template.conversation(messages, last=only_last)
+        ids, starts = self._coder.marked(text)
+        starts = np.array(starts)
+        weights = np.zeros(len(ids), np.float32)
+        last = len(ids)
+        for begin, end in said:
+            inside = np.flatnonzero((starts >= begin) & (starts < end))
+            if not inside.size:
+                raise UserError(
+                    "the chat template's marker and an answer share a token, so that no mask parts them: "
+                    "take a template whose marker ends in a special token or a line's end"
+                )
+            closing = [i for i in inside if ids[i] in self._special]
+            last = closing[-1] + 1 if closing else inside[-1] + 1
+            if self._coder.marked(text[:begin]).ids == ids[: inside[0]]:
+                weights[inside[0] : last] = 1
+        if messages[-1]["role"] != "assistant":
+            last = len(ids)
+        return TokenizedExample(np.array(ids[:last], np.int32), weights[:last])
+
+    @cached_property
+    def _special(self) -> set[int]:
+        found = {self._coder.id(token) for token in self._bundle["special"]}
+        return (found - {None}) | set(self._bundle["stops"])
+
+    def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
+        texts = [self.template.render(checked_messages(messages), asked=True) for messages in conversations]
+        return [np.array(self._coder.marked(text).ids, np.int32) for text in texts]
+
+    def reply(self, role: str, text: str, limit: int) -> list[int]:
+        content = self.decode(self.encode(text)[:limit])
+        whole = self.template.render([*PROBE_MESSAGES, {"role": role, "content": content}], asked=True)
+        ids = self._coder.marked(whole).ids
+        begin = len(self.chats([PROBE_MESSAGES])[0].ids)
+        return ids[begin:]
+
+
+def huggingface_from_bytes(proto: bytes, path) -> HuggingFaceTokenizer:
+    """The tokenizer in the bytes of a workdir's file."""
+    try:
+        date = json.loads(proto).get("date", "")
+        tokenizer = HuggingFaceTokenizer(proto.removesuffix(_date_suffix(date)) + b"}" if date else proto, date)
+        tokenizer.encode("a")
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(f"{path} is no tokenizer ({error}): convert its model again") from error
+    return tokenizer
+
+
+def _date_suffix(date: str) -> bytes:
+    """What stands in the place of the last brace of a file with this date."""
+    return f', "date": {json.dumps(date)}}}'.encode()
+
+
+def tokenizer_from_parts(
+    *,
+    tokenizer: str | None = None,
+    pieces: bytes | None = None,
+    template: str = "",
+    tokens: Mapping[str, str] = {},  # noqa: B006
+    special: Sequence[str] = (),
+    stops: Sequence[int] = (),
+) -> HuggingFaceTokenizer:
+    """A tokenizer from its parts.
+
+    tokenizer: the text of a tokenizer.json, or pieces: a sentencepiece model. tokens: special tokens that a template
+    may name ("bos_token"). special: all of them. stops: ids that end an answer, that of a document first.
+    """
+    if not stops:
+        raise UserError("this tokenizer names no token that ends a text (eos_token): a model could never stop")
+    coder = (
+        {"tokenizer": json.loads(tokenizer)}
+        if tokenizer is not None
+        else {"sentencepiece": base64.b64encode(pieces or b"").decode()}
+    )
+    rest = {"template": template, "tokens": dict(tokens), "special": sorted(special), "stops": list(stops)}
+    result = huggingface_from_bytes(json.dumps({**coder, **rest}, ensure_ascii=False).encode(), "the tokenizer")
+    if template:
+        result.template.render(
+            PROBE_MESSAGES[:1], asked=True
+        )  # one that does not parse, or takes no question, is told now
+    return result

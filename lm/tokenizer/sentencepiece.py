@@ -1,0 +1,214 @@
+"""Our own tokenizers: text to ids and back, and the chat template.
+
+Byte-pair encoding by sentencepiece with byte fallback, so every text round-trips exactly and nothing is unknown. The
+role markers are *control symbols*: no text encodes to them, so nobody can forge a turn by typing one. For the same
+reason no piece crosses a marker, and joining the ids of the messages is the one tokenisation the template has.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import sentencepiece
+
+from lm.core.errors import UserError
+from lm.tokenizer.base import ROLES, Message, TokenizedExample, Tokenizer, checked_messages, valid_unicode
+
+SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|unk|>",
+    "<|bos|>",
+    "<|eos|>",
+    *(f"<|{role}|>" for role in ROLES),
+    "<|end|>",
+)  # ids 0, 1, ...
+TEMPLATE_RULE = (
+    f"template 1; ids {' '.join(SPECIAL_TOKENS)} from 0; <|bos|> then per message <|role|> content <|end|>; "
+    "trained: assistant content and its <|end|>; a pretraining document is <|bos|> text <|eos|>"
+)
+SPACE_SYMBOL = (
+    "\u2581"  # sentencepiece's space; the character itself is spelt in bytes, or it would come back as a space
+)
+CHUNK_CHARACTERS = 4096  # characters; the trainer drops a text whole if it is long or holds a character reserved to it
+
+
+@dataclass(frozen=True)
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model that `train` made, and the template above."""
+
+    proto: bytes
+
+    rule = TEMPLATE_RULE
+
+    def __reduce__(self):
+        return SentencePieceTokenizer, (self.proto,)
+
+    @cached_property
+    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=self.proto)
+
+    @cached_property
+    def _blank(self) -> list[int]:
+        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.vocab_size()
+
+    @property
+    def pad(self) -> int:
+        return SPECIAL_TOKENS.index("<|pad|>")
+
+    @property
+    def bos(self) -> int:
+        return SPECIAL_TOKENS.index("<|bos|>")
+
+    @property
+    def eos(self) -> int:
+        return SPECIAL_TOKENS.index("<|eos|>")
+
+    @property
+    def end(self) -> int:
+        return SPECIAL_TOKENS.index("<|end|>")
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        return self.end, self.eos
+
+    @property
+    def roles(self) -> dict[str, int]:
+        return {role: SPECIAL_TOKENS.index(f"<|{role}|>") for role in ROLES}
+
+    @property
+    def talks(self) -> bool:
+        return True
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        return (self.bos,)
+
+    def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
+        texts = [valid_unicode(text) for text in texts]
+        encoded = self._processor.encode(texts, num_threads=min(os.cpu_count() or 1, len(texts) or 1))
+        for row, text in enumerate(texts):
+            if SPACE_SYMBOL in text:
+                first, *rest = self._processor.encode(text.split(SPACE_SYMBOL))
+                encoded[row] = first + [i for part in rest for i in self._blank + part]
+        return encoded
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        return [self._piece(int(i)) for i in ids]
+
+    def _piece(self, i: int) -> str:
+        return self._processor.id_to_piece(i).replace(SPACE_SYMBOL, " ") if i < self.vocab_size else f"<{i}>"
+
+    def chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
+        """`<|bos|>`, then for each message `<|role|>` content `<|end|>`; all their contents are encoded in one call.
+
+        Trained as targets: the content of assistant messages and their `<|end|>`, so that answers learn to stop; not
+        role markers, not what others said. `last`: of the last message alone.
+        """
+        said = [message["content"] for messages in conversations for message in checked_messages(messages)]
+        contents = iter(self.encode_all(said))
+        return [self._example(messages, contents, last) for messages in conversations]
+
+    def _example(self, messages: Sequence[Message], contents: Iterator[list[int]], last: bool) -> TokenizedExample:
+        ids, weights = [self.bos], [0.0]
+        for i, message in enumerate(messages):
+            content, counts = next(contents), not last or i + 1 == len(messages)
+            trained = float(message["role"] == "assistant" and counts)
+            ids += [self.roles[message["role"]], *content, self.end]
+            weights += [0.0] + [trained] * (len(content) + 1)
+        return TokenizedExample(np.array(ids, np.int32), np.array(weights, np.float32))
+
+    def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
+        """The conversation and the assistant's marker: a prefix of `chats` of the same and any answer."""
+        assistant = np.int32(self.roles["assistant"])
+        return [np.append(example.ids, assistant) for example in self.chats(conversations)]
+
+    def reply(self, role: str, text: str, limit: int) -> list[int]:
+        return [self.roles[role], *self.encode(text)[:limit], self.end, self.roles["assistant"]]
+
+
+def sentencepiece_from_bytes(proto: bytes, path) -> SentencePieceTokenizer:
+    """The tokenizer in the bytes of a file. UserError if they are none, or one that `train` has not made."""
+    tokenizer = SentencePieceTokenizer(proto or b"empty")  # sentencepiece takes no bytes for no model
+    try:
+        pieces = tokenizer.pieces(range(min(len(SPECIAL_TOKENS), tokenizer.vocab_size)))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is not a sentencepiece model: train a tokenizer again") from error
+    if pieces != list(SPECIAL_TOKENS) or tokenizer._processor.unk_id() in tokenizer._blank:
+        raise UserError(
+            f"{path} lacks our special pieces or byte fallback: it was not made by lm.tokenizer.train_tokenizer "
+            "(lm.weights.convert brings in those of others)"
+        )
+    return tokenizer
+
+
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int = 2048, max_bytes: int = 32_000_000
+) -> SentencePieceTokenizer:
+    """A tokenizer with `vocab_size` pieces (special ids and 256 bytes included) learnt from `texts`.
+
+    Nothing is normalised; runs of spaces are pieces, so indentation is cheap; each digit stands alone. Of more than
+    `max_bytes` (UTF-8) an even share of every text is read. The same texts give the same bytes. Sennrich et al. 2016,
+    arXiv 1508.07909; Kudo and Richardson 2018, arXiv 1808.06226.
+    """
+    chunks = [
+        text[i : i + CHUNK_CHARACTERS]
+        for text in map(valid_unicode, texts)
+        for i in range(0, len(text), CHUNK_CHARACTERS)
+    ]
+    size = sum(len(chunk.encode()) for chunk in chunks)
+    if not any(chunk.strip() for chunk in chunks):
+        raise UserError("the tokenizer's corpus holds no text: give it some, or another corpus")
+    share = min(1.0, max_bytes / size)
+    chunks = [chunk for i, chunk in enumerate(chunks) if int((i + 1) * share) > int(i * share)] or chunks[:1]
+    proto = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(chunks),
+            model_writer=proto,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=4 * CHUNK_CHARACTERS,  # bytes
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece=SPECIAL_TOKENS[0],
+            unk_piece=SPECIAL_TOKENS[1],
+            bos_piece=SPECIAL_TOKENS[2],
+            eos_piece=SPECIAL_TOKENS[3],
+            unk_surface="",
+            control_symbols=list(SPECIAL_TOKENS[4:]),
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        high = re.search(r"value <= (\d+)", str(error))
+        low = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        if high:
+            raise UserError(
+                f"{size} bytes of text are too few for vocab_size={vocab_size}: "
+                f"give more text, or a vocab_size of at most {high[1]}"
+            ) from error
+        if low:
+            raise UserError(
+                f"vocab_size={vocab_size} cannot hold the special ids, the bytes and the characters of this text: "
+                f"take at least {low[1]}"
+            ) from error
+        raise
+    return SentencePieceTokenizer(proto.getvalue())

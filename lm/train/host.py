@@ -1,0 +1,36 @@
+"""What a run has of the process that it runs in: alone, all of it; among others (lm.sweep.vmapped), its share."""
+
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import jax
+
+from lm.runs.checkpoint import Checkpoints
+from lm.runs.console import on_sigterm
+
+
+def make_unshared(key: Hashable, make: Callable[[], Any]) -> Any:
+    """make(): nobody shares it."""
+    return make()
+
+
+def unchanged_tree(tree: Any) -> Any:
+    return tree
+
+
+class RunHost(NamedTuple):
+    jit: Callable[..., Callable] = jax.jit
+    once: Callable[[Hashable, Callable[[], Any]], Any] = (
+        make_unshared  # (key, make): what runs of one process may share
+    )
+    # "optimizer.NAME" and "stage.NAME" of the config whose numbers are traced, as they differ from run to run
+    scalars: Mapping[str, Any] = {}
+    mesh: Callable[..., jax.sharding.Mesh] | None = None  # (data, fsdp, tensor); None: lm.core.sharding.make_mesh
+    stopping: Callable[[], AbstractContextManager[Callable[[], bool]]] = on_sigterm
+    real: Callable[[Any], Any] = unchanged_tree  # a tree with every leaf an array of its own
+    turn: Callable[[Checkpoints], AbstractContextManager] = nullcontext  # in which checkpoints are read and written
+    timed: bool = True  # whether the time that passes is this run's
+
+
+SINGLE_RUN_HOST = RunHost()

@@ -1,0 +1,406 @@
+"""The one loop: a config, a stage's Update, batches as a function of the step, and a workdir that outlives any kill.
+
+    python -m lm train --config=experiments/pretrain.py --workdir=runs/pretrain --config.optimizer.learning_rate=1e-3
+
+Give the same command again to continue. --log=wandb,mlflow sends metrics there too; --profile=10:13 traces the steps
+from 10 to 13, counted as in metrics.jsonl, into WORKDIR/profile, for ui.perfetto.dev.
+
+Every subtree of the config is the keyword arguments of one function (lm.train.config says of which), and each of them
+may be set, whether the config file lists it or not. --config=FILE --help lists them all.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from lm.core import metrics as means
+from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
+from lm.core.errors import UserError, check_at_least
+from lm.core.options import option_value
+from lm.core.sharding import put_batch, state_shardings
+from lm.core.types import Tokens, TrainState
+from lm.data.batches import check_ramp_microbatches
+from lm.model import Model, ModelConfig, lora, make_model
+from lm.model.params import flops_per_token, param_count, param_specs
+from lm.optim import optimizers
+from lm.optim.combinators import inference_state
+from lm.optim.update import Update
+from lm.report import run
+from lm.rewards.load import reward_from_workdirs
+from lm.runs import metadata, profiler, trackers as tracking
+from lm.runs.checkpoint import Checkpoints
+from lm.runs.console import MetricWriters, Progress, SigtermExit, print_table, run_program, say, warn
+from lm.runs.logger import MetricsLogger
+from lm.runs.summary import run_summary
+from lm.runs.timing import PhaseTimer
+from lm.runs.workdir import PROFILE_DIR, TrainedModel, Workdir, load_trained_model, open_workdir, read_metrics
+from lm.stages import STAGES, TEACHER_STAGES
+from lm.stages.context import Batches, StageContext
+from lm.train.config import CONFIG_KEYS, check_equal_options, train_functions
+from lm.train.host import SINGLE_RUN_HOST, RunHost
+from lm.train.warm_start import (
+    inherited_params,
+    lora_base_params,
+    model_config_for_run,
+    teacher_from_workdir,
+    tokenizer_for_run,
+    with_run_date,
+)
+
+FLAGS = {
+    "workdir": dict(required=True, metavar="DIR", help="the run's own folder; the same command continues it"),
+    "log": dict(default="", metavar="NAMES", help="wandb, mlflow or both, with a comma: where metrics go too"),
+    "profile": dict(default="", metavar="FIRST:LAST", help="the steps to trace into WORKDIR/profile"),
+}
+
+
+# The stage's update, with some of the config's numbers, by dotted key, replaced by others.
+UpdateBuilder = Callable[[Mapping[str, Any]], Update]
+
+
+class TrainingSetup(NamedTuple):
+    """Everything the loop works with, put together from a config."""
+
+    stage: Any  # the module
+    build: UpdateBuilder
+    batches: Batches
+    mesh: jax.sharding.Mesh
+    shardings: Any  # of the TrainState
+    state: TrainState  # as it starts: resuming replaces all of it but the frozen networks
+    meta: Mapping[str, Any]  # what a checkpoint says of itself
+    flops_per_token: float  # model FLOPs of learning from one token of a batch; sampling and scoring not counted
+    phases: PhaseTimer
+
+
+def train_stage(
+    config: ConfigDict, path: str | Path, *, log: str = "", profile: str = "", host: RunHost = SINGLE_RUN_HOST
+) -> dict[str, Any]:
+    """Trains one stage in its workdir, or takes up where it stopped, and returns the summary it leaves there.
+
+    log: trackers, as --log names them. profile: a range of steps, as --profile does.
+    """
+    if "stage" not in config or "name" not in config.stage:
+        raise UserError(
+            "the config has no stage.name: is it a config of lm.train.loop? (lm.pipeline.runner runs experiments/quickstart.py)"
+        )
+    name = config.stage.name
+    if name not in ("tokenizer", *STAGES):
+        raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
+    require_entries(config, ("seed", "stage", "data") if name == "tokenizer" else CONFIG_KEYS, "lm.train.loop")
+    check_at_least(0, "config", seed=config.seed)
+    packages, traced = tracking.tracker_packages(log), profiler.profile_steps(profile) if profile else range(0)
+    if name == "tokenizer" and (packages or traced):
+        raise UserError("stage tokenizer takes no steps: leave --log and --profile out")
+    # A schedule may be stretched with the run: the change is named, as any is.
+    with open_workdir(path, to_dict(config), harmless=("train", "mesh", "optimizer.total_steps")) as workdir:
+        for difference in workdir.differences:
+            say(f"{path}: config changed since the last start: {difference}")
+        summary = workdir.summary()
+        if summary is None or "train" in config and summary["steps"] < config.train.steps:
+            if name in STAGES:
+                summary = run_training_loop(config, workdir, packages=packages, traced=traced, host=host)
+            else:
+                metadata.record_start(workdir.path, seed=config.seed)
+                summary = call_with_options(train_functions(config)["data"].function, config.data, workdir, name="data")
+            workdir.write_summary(summary)
+            run.write_run_page(workdir.path)
+        else:
+            if run.is_outdated(workdir.path):  # a kill came between the summary and the page
+                run.write_run_page(workdir.path)
+            if packages or traced:
+                say(f"{path} has finished: there is nothing to log or to trace")
+        print_stage_summary(name, summary)
+        return summary
+
+
+def print_stage_summary(title: str, summary: Mapping[str, Any]) -> None:
+    """What a stage came to, as a table."""
+    flat = {
+        **{f"held-out {k}": v for k, v in summary.get("held_out", {}).items()},
+        **{k: summary[k] for k in ("bytes_per_token", "tokens", "seconds") if k in summary},
+    }
+    start = summary.get("before", {})
+    rows = [[name, start.get(name.removeprefix("held-out "), ""), value] for name, value in flat.items()]
+    print_table(title, ["", "before", "after"], [[n, f"{b:.4g}" if b != "" else "", f"{v:.4g}"] for n, b, v in rows])
+
+
+def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, host: RunHost) -> TrainingSetup:
+    """From a config to a Run: tokenizer, model, optimizer, stage, batches, mesh, starting state."""
+    name, backend, functions = config.stage.name, jax.default_backend(), train_functions(config)
+    check_equal_options(config, functions)
+    start = host.once(
+        config.init_from,
+        lambda: load_trained_model(config.init_from, backend=backend, warn=warn) if config.init_from else None,
+    )
+    tokenizer = with_run_date(tokenizer_for_run(config.tokenizer, start), workdir)
+    shape = model_config_for_run(config, tokenizer, start)
+    model = make_model(shape.on(backend))
+
+    teachers = {}
+    if name in TEACHER_STAGES and "teacher" in config.stage:
+        teachers["teacher"] = teacher_from_workdir(config.stage.teacher, tokenizer)
+    build = functools.partial(stage_update, config, model, teachers)
+    build(host.scalars)  # what it refuses is told before the data are read
+
+    def lent(paths, pessimism, longest):
+        made = lambda: reward_from_workdirs(paths, tokenizer, pessimism, longest=longest, jit=host.jit)
+        return host.once((paths, pessimism, longest), made)
+
+    context = StageContext(model, tokenizer, config.seed, host.jit, lent, phases if host.timed else nullcontext)
+    data = json.dumps([config.seed, to_dict(config.data)])
+    with phases("data"):
+        batches = host.once(
+            data, lambda: call_with_options(functions["data"].function, config.data, context, name="data")
+        )
+    if "ramp" in config.data and "microbatches" in config.stage:
+        check_ramp_microbatches(config.data.ramp, config.stage.microbatches)
+
+    mesh = call_with_options(host.mesh or functions["mesh"].function, config.mesh, name="mesh")
+    params, base = inherited_params(start, config), {}
+    if shape.lora_rank:
+        base = lora_base_params(shape, params.pop("lm"), workdir, host.turn)
+    state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)
+    meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
+    passes = option_value(functions["stage"], config.stage, "epochs", 1)  # over each batch
+    flops = passes * flops_per_token(model.config, batches.about["length"])
+    return TrainingSetup(STAGES[name], build, batches, mesh, shardings, state, meta, flops, phases)
+
+
+def stage_update(
+    config: ConfigDict, model: Model, teachers: Mapping[str, TrainedModel], scalars: Mapping[str, Any]
+) -> Update:
+    """The stage's update with the config's optimizer; `scalars`, by dotted key, in the place of its own numbers."""
+
+    def options(subtree: str) -> dict[str, Any]:
+        own = {key.removeprefix(f"{subtree}."): v for key, v in scalars.items() if key.startswith(f"{subtree}.")}
+        return {**config[subtree].to_dict(), **own}
+
+    functions = train_functions(config)
+    optimizer = call_with_options(functions["optimizer"].function, options("optimizer"), name="optimizer")
+    networks = {name: teacher.model for name, teacher in teachers.items()}
+    stage = {key: value for key, value in {**options("stage"), **networks}.items() if key != "name"}
+    return call_with_options(functions["stage"].function, stage, model, optimizer, name="stage")
+
+
+def initial_state(
+    build: UpdateBuilder,
+    model: Model,
+    seed: int,
+    params,
+    base,
+    teachers: Mapping[str, TrainedModel],
+    mesh,
+    host: RunHost,
+) -> tuple[TrainState, Any]:
+    """The starting state, each leaf created where its sharding wants it, and those shardings.
+
+    params: what is inherited; the decoder is drawn where it is not among them. `base`, if there is one, and `teachers`
+    go to state.frozen; teachers may be of another shape than the model.
+    """
+    init_key, key = jax.random.split(jax.random.key(seed))
+
+    def init(scalars, init_key, key, params, frozen):
+        return build(scalars).init(key, params if "lm" in params else {"lm": model.init(init_key), **params}, frozen)
+
+    given = (
+        dict(host.scalars),
+        init_key,
+        key,
+        params,
+        {name: teacher.params["lm"] for name, teacher in teachers.items()} | ({lora.FROZEN_BASE: base} if base else {}),
+    )
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(init, *given)
+        shardings = state_shardings(mesh, shapes, model.axes)
+        theirs = {
+            name: state_shardings(mesh, shapes.frozen[name], teacher.model.axes) for name, teacher in teachers.items()
+        }
+        shardings = shardings.replace(frozen={**shardings.frozen, **theirs})
+        return host.jit(init, out_shardings=shardings)(*given), shardings
+
+
+def run_training_loop(
+    config: ConfigDict, workdir: Workdir, *, packages: Mapping[str, Any], traced: range, host: RunHost
+) -> dict[str, Any]:
+    """The loop. Batch i depends on (seed, i) and, where it is sampled, on the state: no more need be remembered.
+
+    packages: of the trackers (lm.runs.trackers.tracker_packages). traced: steps to profile. host: the process that it runs in.
+    """
+    schedule, phases = (
+        call_with_options(train_functions(config)["train"].function, config.train, name="train"),
+        PhaseTimer(),
+    )
+    with Progress(config.stage.name, schedule.steps) as progress:
+        r = training_setup(config, workdir, phases, host)
+        print_dataset_info(config.stage.name, r.batches.about)
+        start = metadata.record_start(workdir.path, seed=config.seed)
+        with Checkpoints(workdir.checkpoints, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
+            with host.turn(checkpoints):
+                done, state = restored_state(checkpoints, r)
+            first = done + 1 if done else 0  # the row to write next: a fresh start is scored before its first step
+            workdir.truncate(first - 1)
+            if done:
+                say(f"{config.stage.name}: continues from step {done} of {workdir.path}")
+            step, evaluate = compiled_steps(r, host)
+            trackers = tracking.open_trackers(packages, workdir.path, to_dict(config))
+            with (
+                host.stopping() as stopping,
+                MetricWriters(workdir.path, purge_step=first, trackers=trackers) as writers,
+                profiler.StepProfiler(traced, workdir.path / PROFILE_DIR) as profile,
+            ):
+                log = MetricsLogger(r.stage, workdir, writers, progress, phases)
+                if not log.scored and schedule.scores(done):  # after a kill in the evaluation of a saved state, too
+                    scores = held_out_metrics(r, evaluate, state)
+                    log.write(done, scores)
+                    if not done:
+                        check_start_metrics(r, scores)
+                for i in range(done, schedule.steps):
+                    profile.begin(i + 1)
+                    batch, tokens = device_batch(r, state, i)
+                    if r.batches.table and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
+                        with phases("save"):
+                            workdir.append_rollouts(
+                                i + 1, r.batches.table(inference_state(state), batch, schedule.samples)
+                            )
+                    with phases("update"):
+                        state, metrics = step(state, batch)
+                    profile.end(i + 1, metrics)
+                    log.note(i + 1, metrics, tokens)
+                    stop = stopping()
+                    due = (i + 1) % schedule.save_every == 0 or i + 1 == schedule.steps or stop
+                    if (i + 1) % schedule.log_every == 0 or due:
+                        log.flush()
+                    if due:
+                        with phases("save"), host.turn(checkpoints):
+                            checkpoints.save(i + 1, host.real(checkpoint_tree(state)), r.meta)
+                    if stop:
+                        break
+                    if schedule.scores(i + 1):
+                        with phases("save"):
+                            checkpoints.wait()  # a kill in the evaluation must not cost the steps before it
+                        log.write(i + 1, held_out_metrics(r, evaluate, state))
+                with phases("save"):
+                    checkpoints.wait()
+                if stopping():
+                    raise SigtermExit
+    return stage_summary(config, r, workdir, log.seconds(), start["peak"]["flops_per_second"])
+
+
+def compiled_steps(r: TrainingSetup, host: RunHost) -> tuple[Callable, Callable]:
+    """The compiled (state, batch) -> (state, metrics) and -> metrics."""
+
+    def update(scalars, state, batch):
+        return r.build(scalars).update(state, batch)
+
+    def evaluate(scalars, state, batch):
+        return r.build(scalars).evaluate(state, batch)
+
+    step = host.jit(update, donate_argnums=1, out_shardings=(r.shardings, None))
+    given = dict(host.scalars)
+    return functools.partial(step, given), functools.partial(host.jit(evaluate), given)
+
+
+def print_dataset_info(name: str, about: Mapping[str, Any]) -> None:
+    """One line: what a stage has prepared."""
+    numbers = (f"{key} {n:,.4g}" if isinstance(n, float) else f"{key} {n:,}" for key, n in about.items())
+    say(f"{name}: {', '.join(numbers)}")
+
+
+def device_batch(r: TrainingSetup, state: TrainState, i: int):
+    """Batch i on the devices, and how many real tokens it holds."""
+    with r.phases("data"):
+        batch = r.batches.train(inference_state(state), i)
+        rows = jax.tree.leaves(batch, is_leaf=lambda x: isinstance(x, Tokens))
+        tokens = sum(int(np.sum(np.asarray(x.segments) > 0)) for x in rows if isinstance(x, Tokens))
+        return put_batch(batch, r.mesh), tokens
+
+
+def held_out_metrics(r: TrainingSetup, evaluate, state: TrainState) -> dict[str, float]:
+    """The stage's summary of its metrics over every held-out batch, as "held_out/NAME"; of averaged weights, if any."""
+    with r.phases("update"):
+        jax.block_until_ready(state.params)  # what the devices still have to do is not the evaluation's
+    state = state.replace(params=optimizers.averaged_params(state.opt_state) or state.params)
+    total = None
+    with r.phases("eval"):
+        for batch in r.batches.held_out(inference_state(state)):
+            found = jax.device_get(dict(evaluate(state, put_batch(batch, r.mesh))))
+            total = found if total is None else means.metric_sum(total, found)
+    if total is None:
+        raise UserError(
+            f"{r.meta['stage']}: the held-out side holds no whole batch: raise data.held_out, or lower the batch"
+        )
+    return {f"held_out/{name}": value for name, value in r.stage.summary(total, r.batches.about).items()}
+
+
+def check_start_metrics(r: TrainingSetup, before: Mapping[str, float]) -> None:
+    """UserError unless the held-out metrics `before` the first step are what stage.start_metrics says they must be: a policy
+    that is still its own reference has ratio 1 and no KL, and preferences cost log 2."""
+    for name, (value, tolerance) in r.stage.start_metrics.items():
+        found = before[f"held_out/{name}"]
+        if not abs(found - value) <= tolerance:
+            raise UserError(
+                f"{r.meta['stage']}: held-out {name} is {found:.4g} before the first step; it must be {value:.4g} "
+                f"within {tolerance}: policy and reference, or sampler and trainer, are not the same distribution "
+                f"(see START in lm/stages/{r.meta['stage']}.py)"
+            )
+
+
+def checkpoint_tree(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds: all but the frozen networks, which every start builds again.
+
+    "params" is for whoever loads the run: averaged weights where there are any; then "live" are those being trained.
+    """
+    average = optimizers.averaged_params(state.opt_state)
+    return {
+        "params": average or state.params,
+        "live": state.params if average else {},
+        "opt_state": optimizers.with_averaged_params(state.opt_state, {}),
+        "counts": {"step": state.step, "key": state.key},
+        "memory": state.memory,
+    }
+
+
+def restored_state(checkpoints: Checkpoints, r: TrainingSetup) -> tuple[int, TrainState]:
+    """(batches done, state) of the newest whole checkpoint, or (0, the starting state)."""
+    found = checkpoints.restore(checkpoint_tree(r.state))
+    if found is None:
+        return 0, r.state
+    done, tree, meta = found
+    if meta["fingerprint"] != r.meta["fingerprint"]:
+        raise UserError(
+            f"{checkpoints.directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
+            f"this run has {r.meta['fingerprint'][:8]}: give another --workdir, or remove this one"
+        )
+    opt_state = optimizers.with_averaged_params(tree["opt_state"], tree["params"])
+    params = tree["live"] or tree["params"]
+    return done, r.state.replace(params=params, opt_state=opt_state, memory=tree["memory"], **tree["counts"])
+
+
+def stage_summary(
+    config: ConfigDict, r: TrainingSetup, workdir: Workdir, seconds: Mapping[str, float], peak: float | None
+) -> dict[str, Any]:
+    """What a finished stage leaves behind: held-out scores before and after, size, tokens, FLOPs, seconds."""
+    return {
+        "stage": config.stage.name,
+        "parameters": param_count(param_specs(ModelConfig(**r.meta["model"]))),
+        **run_summary(read_metrics(workdir.metrics), flops_per_token=r.flops_per_token, seconds=seconds, peak=peak),
+        "about": dict(r.batches.about),
+        "fingerprint": r.meta["fingerprint"],
+    }
+
+
+def program(argv: list[str]) -> None:
+    flags, config = flags_and_config(argv, __doc__, FLAGS, train_functions)
+    train_stage(config, flags.workdir, log=flags.log, profile=flags.profile)
+
+
+if __name__ == "__main__":
+    run_program(program)

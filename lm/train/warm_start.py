@@ -1,0 +1,147 @@
+"""What a run takes from other workdirs: its tokenizer, its shape, the base of its adapters, its judges, its teacher.
+
+All must share ids.
+"""
+
+import dataclasses
+import readline  # noqa: F401  gives input() its line editing and history
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from lm.core.config import call_with_options
+from lm.core.errors import UserError
+from lm.core.types import Params
+from lm.data.preferences import OVERALL_ONLY, ordered_axes
+from lm.model import ModelConfig
+from lm.model.params import param_specs
+from lm.model.quantization import quantized_params
+from lm.rewards.load import reward_axes
+from lm.runs.checkpoint import Checkpoints, restore_params
+from lm.runs.console import warn
+from lm.runs.workdir import (
+    CHECKPOINTS_DIR,
+    CONFIG_FILE,
+    PIPELINE_FILE,
+    TrainedModel,
+    Workdir,
+    load_trained_model,
+    read_json,
+)
+from lm.stages import REWARD_MODEL_STAGES
+from lm.tokenizer import Tokenizer, load_tokenizer
+
+
+def tokenizer_for_run(path: str, start) -> Tokenizer:
+    """The tokenizer of config.tokenizer (a file or workdir), the starting checkpoint's, or both, which must agree."""
+    if not path and start is None:
+        raise UserError("neither config.tokenizer nor config.init_from is set: one of them must bring the tokenizer")
+    if not path:
+        return start.tokenizer
+    file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+    tokenizer = load_tokenizer(file)
+    if start and start.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{start.path} was trained with tokenizer and template {start.tokenizer.fingerprint[:8]}, but "
+            f"config.tokenizer {path} is {tokenizer.fingerprint[:8]}: leave config.tokenizer empty"
+        )
+    return tokenizer
+
+
+def teacher_from_workdir(path: str, tokenizer: Tokenizer) -> TrainedModel:
+    """What a workdir has learnt, for a student that shares its tokenizer."""
+    teacher = load_policy(path, backend=jax.default_backend(), warn=warn, name="stage.teacher ")
+    if teacher.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"stage.teacher {path} was trained with tokenizer and template {teacher.tokenizer.fingerprint[:8]}, but "
+            f"this run has {tokenizer.fingerprint[:8]}, and a teacher with another vocabulary cannot be followed token "
+            "by token: take a student with the teacher's tokenizer, or another teacher"
+        )
+    return teacher
+
+
+def model_config_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedModel | None) -> ModelConfig:
+    """The model that config.model asks for, its sizes those of `start` where there is one, which it may not change."""
+    inherited = dataclasses.asdict(start.shape) if start else {"vocab_size": tokenizer.vocab_size}
+    shape = call_with_options(ModelConfig, {**inherited, **config.model.to_dict()}, name="model")
+    if shape.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size is {shape.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces: leave it out"
+        )
+    if start and param_specs(shape) != param_specs(start.shape):
+        raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
+    if shape.lora_rank and not start:
+        raise UserError("model.lora_rank needs a model to adapt: set config.init_from")
+    optimizers = config.optimizer.base_width if "base_width" in config.optimizer else 0
+    if optimizers and shape.lora_rank:
+        raise UserError("optimizer.base_width scales the steps of whole matrices, not of adapters: leave it out")
+    if ("base_width" in config.optimizer or "base_width" in config.model) and optimizers != shape.base_width:
+        raise UserError(f"optimizer.base_width is {optimizers}, model.base_width {shape.base_width}: muP needs both")
+    return shape
+
+
+def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:
+    """What a run takes from `start`: {"lm": ...}, and "value" where both stages mean the same by it.
+
+    A reward model's head is an axis each, a policy's is the value of a state. UserError for a policy from a reward
+    model, whose decoder has unlearnt to write, and for a reward model from one of other axes.
+    """
+    judges = config.stage.name in REWARD_MODEL_STAGES
+    given, learnt = (
+        ordered_axes(config[side].axes if "axes" in config[side] else OVERALL_ONLY) for side in ("data", "stage")
+    )
+    if judges and given != learnt:
+        raise UserError(f"stage.axes are {learnt}, but data.axes, which the batches bring, {given}: give both the same")
+    if start is None:
+        return {}
+    if start.stage not in REWARD_MODEL_STAGES:
+        return {name: params for name, params in start.params.items() if name == "lm" or not judges}
+    if not judges:
+        raise UserError(
+            f"config.init_from {start.path} is a reward model, which scores answers and writes none: name the policy "
+            "that it was made from"
+        )
+    if list(given) != list(reward_axes(start)):
+        raise UserError(
+            f"config.init_from {start.path} has learnt the axes {', '.join(reward_axes(start))}, data.axes are "
+            f"{', '.join(given)}: name the same, or start from the policy that it was made from"
+        )
+    return dict(start.params)
+
+
+def lora_base_params(shape: ModelConfig, lm: Params, workdir: Workdir, turn: Callable) -> Params:
+    """What adapters are laid on: the inherited decoder as shape.lora_base keeps it.
+
+    The workdir keeps it beside them, once, and from its second start on goes by its own copy, whatever has become of
+    the run that it came from. turn: the Host's, in which checkpoints are written.
+    """
+    with Checkpoints(workdir.base, keep=1, warn=warn) as kept:
+        if kept.steps():
+            return restore_params(workdir.base, warn=warn)[0]
+        base = quantized_params(shape.lora_base, lm)
+        with turn(kept):
+            kept.save(0, {"params": base}, {})
+        return base
+
+
+def load_policy(path: str | Path, *, backend: str, warn: Callable[[str], None] = print, name: str = "") -> TrainedModel:
+    """As `load`, of a run that writes answers. UserError for a reward model; `name`: where the path was given."""
+    trained = load_trained_model(path, backend=backend, warn=warn)
+    if trained.stage in REWARD_MODEL_STAGES:
+        raise UserError(f"{name}{path} is a reward model, which scores answers and writes none: name a policy")
+    return trained
+
+
+def policy_folder(path: Path) -> Path:
+    """`path` itself or, if it is a pipeline's, the workdir of the last stage in it with a checkpoint of a policy."""
+    if not (path / PIPELINE_FILE).exists():
+        return path
+    for name in reversed(read_json(path / PIPELINE_FILE)["stages"]):
+        saved = any(step.name.isdigit() for step in (path / name / CHECKPOINTS_DIR).glob("*"))
+        if saved and read_json(path / name / CONFIG_FILE)["stage"]["name"] not in REWARD_MODEL_STAGES:
+            return path / name
+    raise UserError(
+        f"{path} holds no trained model yet: let lm.pipeline.runner come to the first checkpoint of pretrain"
+    )
