@@ -180,8 +180,8 @@ def test_a_draft_that_is_the_model_itself_is_always_right(finished, limits, caps
     """Greedy: all proposals are accepted. Warm: some, and no more. Both sides of a step are timed."""
     monkeypatch.setattr(bench, "DeviceLimits", lambda: limits)
     monkeypatch.setattr(speculation, "TEMPERATURES", (0.0, 1.0))
-    monkeypatch.setattr(speculation.chats, "conversations", lambda source: TALKS)
-    monkeypatch.setattr(speculation.corpora, "split", lambda talks, fraction: ([], talks))
+    monkeypatch.setattr(speculation.conversations, "load_conversations", lambda source: TALKS)
+    monkeypatch.setattr(speculation.corpora, "split_held_out", lambda talks, fraction: ([], talks))
     flags = f"--workdir={finished}/sft --batches=2 --prompt_tokens=40 --new_tokens=8 --turns=1 --steps=1 --ahead=2"
     found = {}
     for draft in ("sft", "pretrain"):

@@ -20,12 +20,13 @@ from lm import tokenizer as tk
 from lm.core.config import load_config
 from lm.core.errors import UserError
 from lm.model import ModelConfig, make_model
+from lm.runs import workdir
 from lm.runs.workdir import load_trained_model
 from lm.serve import chat
 from lm.tokenizer import chat_template
 from lm.tokenizer.chat_template import ChatTemplate, formatted_time
 from lm.tokenizer.huggingface import HuggingFaceTokenizer, tokenizer_from_parts
-from lm.train import loop, warm_start
+from lm.train import loop
 from lm.weights import convert
 
 __all__ = ["small"]
@@ -70,7 +71,7 @@ def clock(monkeypatch):
                 return cls.fromisoformat(day)
 
         monkeypatch.setattr(chat_template, "datetime", Now)
-        monkeypatch.setattr(warm_start, "date", Today)
+        monkeypatch.setattr(workdir, "date", Today)
         monkeypatch.setattr(chat, "datetime", Now)
 
     return at

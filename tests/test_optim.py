@@ -15,6 +15,7 @@ from lm.core.errors import UserError
 from lm.core.metrics import mean
 from lm.core.sharding import make_mesh, put_batch, state_shardings
 from lm.optim import optimizers
+from lm.optim.ema import averaged_params, weight_average, with_averaged_params
 from lm.optim.update import gradient
 from lm.runs.checkpoint import Checkpoints
 
@@ -300,30 +301,28 @@ def test_every_optimizer_on_a_mesh_and_back_from_the_disk(name, tiny_model, tiny
 
 def test_the_average_by_hand():
     """Plain descent from 8 on gradients 1, 2, 4 passes 7, 5, 1; at decay 1/2 the mean is 7, (7/2 + 5) / (3/2), ..."""
-    transform = optax.chain(optax.scale(-1.0), optimizers.weight_average(0.5))
+    transform = optax.chain(optax.scale(-1.0), weight_average(0.5))
     params = {"w": jnp.array([8.0])}
     state = transform.init(params)
-    np.testing.assert_array_equal(
-        optimizers.averaged_params(state)["w"], [8]
-    )  # before the first step: the weights themselves
+    np.testing.assert_array_equal(averaged_params(state)["w"], [8])  # before the first step: the weights themselves
     for slope, expected in ((1.0, 7), (2.0, (3.5 + 5) / 1.5), (4.0, (1.75 + 2.5 + 1) / 1.75)):
         updates, state = transform.update({"w": jnp.array([slope])}, state, params)
         np.testing.assert_array_equal(updates["w"], [-slope])
         params = optax.apply_updates(params, updates)
-        np.testing.assert_allclose(optimizers.averaged_params(state)["w"], [expected], rtol=1e-6)
+        np.testing.assert_allclose(averaged_params(state)["w"], [expected], rtol=1e-6)
 
 
 def test_the_average_changes_no_update(everything, noise):
     (plain, without), (averaged, memory) = (stepped(everything, noise, ema_decay=decay) for decay in (0.0, 0.99))
     jax.tree.map(np.testing.assert_array_equal, plain, averaged)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), optimizers.averaged_params(memory), averaged)
-    assert optimizers.averaged_params(without) == {}
-    taken = optimizers.with_averaged_params(memory, {})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), averaged_params(memory), averaged)
+    assert averaged_params(without) == {}
+    taken = with_averaged_params(memory, {})
     assert (
-        optimizers.averaged_params(taken) == {} and len(jax.tree.leaves(taken)) == len(jax.tree.leaves(without)) + 1
+        averaged_params(taken) == {} and len(jax.tree.leaves(taken)) == len(jax.tree.leaves(without)) + 1
     )  # its count
-    back = optimizers.with_averaged_params(taken, averaged)
-    assert jax.tree.structure(back) == jax.tree.structure(memory) and optimizers.averaged_params(back) is averaged
+    back = with_averaged_params(taken, averaged)
+    assert jax.tree.structure(back) == jax.tree.structure(memory) and averaged_params(back) is averaged
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_sentences_say_what_was_seen():
 )
 def test_bad_input_is_refused_before_anything_is_made(finished, tmp_path, monkeypatch, override, message):
     enter_small_world(monkeypatch.setattr)
-    monkeypatch.setattr(study.verdicts, "run", lambda *_: pytest.fail("ranked"))
+    monkeypatch.setattr(study.auto_rank, "run_auto_rank", lambda *_: pytest.fail("ranked"))
     with pytest.raises(UserError, match=message):
         study.run_overoptimization(lab_config(finished, override), tmp_path / "lab")
 

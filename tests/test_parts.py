@@ -87,13 +87,13 @@ def test_another_run_in_the_place_of_a_model_is_evaluated_anew(finished, small, 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(models, "write_answers", killing(None, 0, []))
         models.run_evaluation(stage_config(finished, "evaluate"), workdir)
-    load_as_it_is = models.load
+    load_as_it_is = models.load_policy
 
     def other(path, **options):
         found = load_as_it_is(path, **options)
         return found._replace(summary={**found.summary, "seconds": 0}) if found.stage == "sft" else found
 
-    monkeypatch.setattr(models, "load", other)
+    monkeypatch.setattr(models, "load_policy", other)
     monkeypatch.setattr(models, "sampled_answers", killing(models.sampled_answers, 100, calls))
     models.run_evaluation(stage_config(finished, "evaluate"), workdir)
     assert [trained.stage for trained, *_ in calls] == ["sft"]
@@ -178,9 +178,9 @@ def test_a_pool_and_a_measurement_go_on_with_the_draw_they_had_come_to(finished,
 def test_a_vocabulary_that_is_learnt_outlives_a_kill_while_it_is_measured(finished, small, tmp_path, monkeypatch):
     workdir, learnt = tmp_path / "tokenizer", []
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(tokenizer_stage.tokenizers, "load", killing(None, 0, []))
+        patch.setattr(tokenizer_stage.tokenizers, "load_tokenizer", killing(None, 0, []))
         loop.train_stage(stage_config(finished, "tokenizer"), workdir)
-    monkeypatch.setattr(tokenizer_stage.tokenizers, "train", killing(tokenizer_stage.tokenizers.train, 100, learnt))
+    monkeypatch.setattr(tokenizer_stage.tokenizers, "train_tokenizer", killing(tokenizer_stage.tokenizers.train_tokenizer, 100, learnt))
     summary = loop.train_stage(stage_config(finished, "tokenizer"), workdir)
     assert learnt == []
     assert {**summary, "seconds": 0} == {**read_json(finished / "tokenizer" / "summary.json"), "seconds": 0}

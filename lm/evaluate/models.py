@@ -32,7 +32,7 @@ from lm.runs import metadata
 from lm.runs.console import Progress, print_table, run_program, say, warn
 from lm.runs.partial_results import PartialResults
 from lm.runs.workdir import TrainedModel, Workdir, open_workdir, write_text
-from lm.stages.pretraining import sft
+from lm.stages.pretraining.conversation_batches import conversation_rows
 from lm.stages.pretraining.next_token import next_token_loss
 from lm.tokenizer import encode_prompt
 from lm.train.warm_start import load_policy
@@ -123,7 +123,7 @@ def evaluate_models(
             losses = parts.once(
                 f"losses of {name} {made}",
                 lambda: held_out_losses(
-                    model, text, sft.conversation_rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once
+                    model, text, conversation_rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once
                 ),
             )
             given = parts.once(

@@ -30,8 +30,8 @@ from lm.core.types import Tokens, TrainState
 from lm.data.batches import check_ramp_microbatches
 from lm.model import Model, ModelConfig, lora, make_model
 from lm.model.params import flops_per_token, param_count, param_specs
-from lm.optim import optimizers
 from lm.optim.combinators import inference_state
+from lm.optim.ema import averaged_params, with_averaged_params
 from lm.optim.update import Update
 from lm.report import run
 from lm.rewards.load import reward_from_workdirs
@@ -41,7 +41,15 @@ from lm.runs.console import MetricWriters, Progress, SigtermExit, print_table, r
 from lm.runs.logger import MetricsLogger
 from lm.runs.summary import run_summary
 from lm.runs.timing import PhaseTimer
-from lm.runs.workdir import PROFILE_DIR, TrainedModel, Workdir, load_trained_model, open_workdir, read_metrics
+from lm.runs.workdir import (
+    PROFILE_DIR,
+    TrainedModel,
+    Workdir,
+    load_trained_model,
+    open_workdir,
+    read_metrics,
+    with_run_date,
+)
 from lm.stages import STAGES, TEACHER_STAGES
 from lm.stages.context import Batches, StageContext
 from lm.train.config import CONFIG_KEYS, check_equal_options, train_functions
@@ -52,7 +60,6 @@ from lm.train.warm_start import (
     model_config_for_run,
     teacher_from_workdir,
     tokenizer_for_run,
-    with_run_date,
 )
 
 FLAGS = {
@@ -327,7 +334,7 @@ def held_out_metrics(r: TrainingSetup, evaluate, state: TrainState) -> dict[str,
     """The stage's summary of its metrics over every held-out batch, as "held_out/NAME"; of averaged weights, if any."""
     with r.phases("update"):
         jax.block_until_ready(state.params)  # what the devices still have to do is not the evaluation's
-    state = state.replace(params=optimizers.averaged_params(state.opt_state) or state.params)
+    state = state.replace(params=averaged_params(state.opt_state) or state.params)
     total = None
     with r.phases("eval"):
         for batch in r.batches.held_out(inference_state(state)):
@@ -358,11 +365,11 @@ def checkpoint_tree(state: TrainState) -> dict[str, Any]:
 
     "params" is for whoever loads the run: averaged weights where there are any; then "live" are those being trained.
     """
-    average = optimizers.averaged_params(state.opt_state)
+    average = averaged_params(state.opt_state)
     return {
         "params": average or state.params,
         "live": state.params if average else {},
-        "opt_state": optimizers.with_averaged_params(state.opt_state, {}),
+        "opt_state": with_averaged_params(state.opt_state, {}),
         "counts": {"step": state.step, "key": state.key},
         "memory": state.memory,
     }
@@ -379,7 +386,7 @@ def restored_state(checkpoints: Checkpoints, r: TrainingSetup) -> tuple[int, Tra
             f"{checkpoints.directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
             f"this run has {r.meta['fingerprint'][:8]}: give another --workdir, or remove this one"
         )
-    opt_state = optimizers.with_averaged_params(tree["opt_state"], tree["params"])
+    opt_state = with_averaged_params(tree["opt_state"], tree["params"])
     params = tree["live"] or tree["params"]
     return done, r.state.replace(params=params, opt_state=opt_state, memory=tree["memory"], **tree["counts"])
 
