@@ -3,7 +3,7 @@
 Method: a run of experiments/scaling.py, 150 steps; width, learning rate and muP's base width vary.
 Paper: Yang et al. 2022 (Tensor Programs V), fig. 1, arXiv 2203.03466.
 Command: python -m lm sweep --config=experiments/mup_sweep.py --workdir=runs/mup_sweep
-Needs: runs/scaling/tokenizer, which lm.studies.scaling.study makes first.
+Needs: runs/scaling/tokenizer, which lm scaling makes first.
 Expect: the best rate, by a parabola through the lowest three, is 0.016, 0.020, 0.023 at widths 16, 64, 128 with muP,
 and 0.033, 0.010, 0.007 without; 24 runs in 12 minutes on 2 cores of an AMD EPYC that others kept busy too.
 Change first: the axes of sweep(), train.steps.
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def sweep(arg: str = "") -> list[dict]:
-    """The settings that `lm.sweep.controller` tries."""
+    """The settings that `lm sweep` tries."""
     rates = (3e-3, 1e-2) if arg == "tiny" else (3e-3, 1e-2, 3e-2, 1e-1)
     widths = (8, 16) if arg == "tiny" else (16, 64, 128)
     bases = (16, 0) if arg == "tiny" else (32, 0)

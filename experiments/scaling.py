@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
     tiny = arg == "tiny"
     config = sibling_config(__file__, "pretrain").get_config(arg).unlock()
-    config.tokenizer = "runs/scaling/tokenizer"  # lm.studies.scaling.study puts its own in this place
+    config.tokenizer = "runs/scaling/tokenizer"  # lm scaling puts its own in this place
     config.data.corpus = "stdlib"
     config.data.length = config.model.context = 32 if tiny else 64
     config.model.layers = 1 if tiny else 2

@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def sweep(arg: str = "") -> list[dict]:
-    """The settings that `lm.sweep.controller` tries."""
+    """The settings that `lm sweep` tries."""
     rates = (3e-3, 1e-2) if arg == "tiny" else (1e-3, 3e-3, 1e-2, 3e-2)
     widths = (16, 32) if arg == "tiny" else (32, 64, 128)
     return product(axis("model.width", *widths), axis("optimizer.learning_rate", *rates))

@@ -1,4 +1,4 @@
-"""What the tests of lm.studies.scaling.study run in the place of lm.train.loop: a run that costs nothing and obeys a known law.
+"""What the tests of lm scaling run in the place of lm train: a run that costs nothing and obeys a known law.
 
 Its loss is that of LAW at its parameters, counted here by hand, and its tokens, but for a spread of SPREAD.
 """

@@ -1,4 +1,4 @@
-"""What the tests of sweeps run in the place of lm.train.loop: a trial that costs nothing and does what its config says.
+"""What the tests of sweeps run in the place of lm train: a trial that costs nothing and does what its config says.
 
 loss after step t of the config's `train.steps`: (log10(rate) + 2)^2 + 0.01 * seed + 1 / t
 """

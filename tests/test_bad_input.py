@@ -197,7 +197,7 @@ def test_a_mended_config_may_take_the_folder_of_the_bad_one(refused, stage, tmp_
         ),
         ("config.model.vocab_size = 100", "model.vocab_size is 100, but the tokenizer has 512 pieces: leave it out"),
         ("config.stage.name = 'ppo'", "stage.z_loss is not an option of lm.stages.rl.ppo.make"),
-        ("del config.mesh", "the config has no `mesh`: is it a config of lm.train.loop?"),
+        ("del config.mesh", "the config has no `mesh`: is it a config of lm train?"),
         (
             "del config.optimizer.total_steps",
             "optimizer.total_steps is missing: lm.optim.optimizers.make_optimizer has no default for it",
@@ -248,20 +248,16 @@ def test_flags(refused, flags, message):
         (
             loop,
             "quickstart",
-            "the config has no stage.name: is it a config of lm.train.loop? (lm.pipeline.runner runs experiments/quickstart.py)",
+            "the config has no stage.name: is it a config of lm train? (lm pipeline runs experiments/quickstart.py)",
         ),
         (
             loop,
             "rank",
-            "the config has no stage.name: is it a config of lm.train.loop? (lm.pipeline.runner runs experiments/quickstart.py)",
+            "the config has no stage.name: is it a config of lm train? (lm pipeline runs experiments/quickstart.py)",
         ),
-        (
-            runner,
-            "sft",
-            "the config has no `stages`: is it a config of lm.pipeline.runner? (lm.train.loop runs a single stage)",
-        ),
-        (auto_rank, "sft", "the config has no `rank`: is it a config of lm.feedback.auto_rank?"),
-        (models, "rank", "the config has no `models`: is it a config of lm.evaluate.models?"),
+        (runner, "sft", "the config has no `stages`: is it a config of lm pipeline? (lm train runs a single stage)"),
+        (auto_rank, "sft", "the config has no `rank`: is it a config of lm auto-rank?"),
+        (models, "rank", "the config has no `models`: is it a config of lm evaluate?"),
     ],
 )
 def test_another_program_s_config(refused, tmp_path, program, name, message):
@@ -276,7 +272,7 @@ def test_a_stage_that_the_config_does_not_have(refused, tmp_path):
         "--config.stages=('tokenizer','dpo')",
         f"--workdir={tmp_path / 'run'}",
     )
-    assert said == "the config has no `dpo`: is it a config of lm.pipeline.runner?"
+    assert said == "the config has no `dpo`: is it a config of lm pipeline?"
     assert not (tmp_path / "run").exists()
 
 

@@ -226,7 +226,7 @@ def test_a_start_has_none_of_what_our_own_restart_added(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("trainin", "lm.bench does not time 'trainin'; choose from training, generation, rollout, startup"),
+        ("trainin", "lm bench does not time 'trainin'; choose from training, generation, rollout, startup"),
         ("--sizes=S,XL", "--sizes=S,XL: there is no 'XL'; choose from tiny, S, M"),
         ("--dtypes=float16", "--dtypes=float16: there is no 'float16'; choose from auto, float32, bfloat16"),
         ("--batches=1,0", "--batches=1,0: give numbers from 1 up"),

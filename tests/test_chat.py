@@ -39,7 +39,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def trained_workdir(tokenizer, tmp_path_factory):
-    """make(stage) -> a workdir of that stage as lm.train.loop leaves it, of a random model that has hardly a bias."""
+    """make(stage) -> a workdir of that stage as lm train leaves it, of a random model that has hardly a bias."""
     config = model.ModelConfig(
         vocab_size=tokenizer.vocab_size, layers=2, width=16, heads=2, kv_heads=1, head_size=8, hidden=24, context=64
     )

@@ -178,7 +178,7 @@ def test_leftover_of_a_kill_is_no_checkpoint(tmp_path):
 
 def test_killed_while_saving_keeps_the_step_before(tmp_path):
     code = (
-        "import sys, time, jax.numpy as jnp; from lm import checkpoint\n"
+        "import sys, time, jax.numpy as jnp; from lm.runs import checkpoint\n"
         "def stall(file): print('all but sealed', flush=True); time.sleep(60)\n"
         "with checkpoint.Checkpoints(sys.argv[1]) as checkpoints:\n"
         "    checkpoints.save(1, {'params': jnp.arange(3.0)}, {})\n"

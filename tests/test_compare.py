@@ -602,7 +602,7 @@ def test_bad_folders(tmp_path):
         comparison.program([])
     with pytest.raises(UserError, match=f"there is no folder {tmp_path}/none"):
         comparison.compare_runs([tmp_path / "none"])
-    with pytest.raises(UserError, match=f"{tmp_path} holds no run: there is no config.json of lm.train.loop in it"):
+    with pytest.raises(UserError, match=f"{tmp_path} holds no run: there is no config.json of lm train in it"):
         comparison.compare_runs([tmp_path])
     run = made(tmp_path / "a")
     with pytest.raises(UserError, match=f"{tmp_path} holds no run; those in it are {run}"):

@@ -129,14 +129,14 @@ def test_table_fits_80_columns_and_loses_nothing(capsys):
 
 def test_live_line_on_a_terminal():
     code = (
-        "from lm import console\n"
+        "from lm.runs import console\n"
         "def program(argv):\n"
         "    with console.Progress('sft', 2) as progress:\n"
         "        progress.update(1, {'loss': 2.5}, 100.0)\n"
         "        console.say('above the line')\n"
         "        progress.update(2, {'loss': 1.5}, 100.0)\n"
         "    raise console.UserError('red')\n"
-        "console.main(program)\n"
+        "console.run_program(program)\n"
     )
     parent, child = pty.openpty()
     environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"}

@@ -1,4 +1,4 @@
-"""lm.weights.convert: out and in again, from GGUF, and what it refuses."""
+"""lm convert: out and in again, from GGUF, and what it refuses."""
 
 import io
 import json

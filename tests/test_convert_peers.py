@@ -1,4 +1,4 @@
-"""lm.weights.convert against transformers: real weights from a GGUF file, and our folders as its Auto classes load them."""
+"""lm convert against transformers: real weights from a GGUF file, and our folders as its Auto classes load them."""
 
 import json
 from pathlib import Path

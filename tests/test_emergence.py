@@ -283,7 +283,7 @@ def test_bad_input(ladder, tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps({**config, **changes}))
     refused("no folder is given", [])
     refused("there is no folder .*none", [tmp_path / "none"])
-    refused("holds no run of lm.train.loop", [ladder / "steps3" / "checkpoints"])
+    refused("holds no run of lm train", [ladder / "steps3" / "checkpoints"])
     refused("reward is of stage reward, and a ladder is of pretraining", [ladder, tmp_path / "reward"])
     refused("later went on from runs/other, so its FLOPs are not all", [tmp_path / "later"])
     refused("needs finished runs of 3 different amounts of compute, and there are 1 in", [ladder / "steps3"])

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from runs import EXPERIMENTS, TRAINED, finished, settings, small
 
 from lm import model
+from lm.__main__ import BY_NAME
 from lm.core import sharding
 from lm.core.config import config_module, flags_and_config, flatten, load_config, to_dict
 from lm.core.errors import UserError
@@ -27,6 +28,7 @@ from lm.studies.overoptimization import measure, study as overoptimization_study
 from lm.studies.scaling import ladder, study as scaling_study
 from lm.sweep.config_functions import config_functions
 from lm.train import loop, tokenizer_stage
+from lm.train.config import TrainingSchedule, check_equal_options
 
 __all__ = ["finished", "small"]
 
@@ -34,7 +36,7 @@ FILES = sorted(path.stem for path in EXPERIMENTS.glob("*.py"))
 EACH = pytest.mark.parametrize("name", FILES)
 OF_MANY = {
     "contest": methods_study.answer_recorder,
-    "overoptimisation": measure.GoldEvaluator,
+    "overoptimization": measure.GoldEvaluator,
 }  # and what their `evaluate` goes to
 BOTH = pytest.mark.parametrize("variant", ["", ":tiny"])
 
@@ -57,7 +59,7 @@ def functions_of(name: str):
     """What says the function that each subtree of an experiment calls."""
     own = {
         "contest": methods_study.study_functions,
-        "overoptimisation": overoptimization_study.study_functions,
+        "overoptimization": overoptimization_study.study_functions,
         "scaling": scaling_study.study_functions,
     }
     return own[name] if name in own else config_functions
@@ -85,7 +87,7 @@ def checked(name: str, config) -> None:
             "stage": stage.make,
             "data": stage.batches,
             "mesh": sharding.make_mesh,
-            "train": config.TrainingSchedule,
+            "train": TrainingSchedule,
         }
         if name == "scaling":
             functions |= {"vocabulary": tokenizer_stage.fit_tokenizer, "ladder": ladder.ladder_plan}
@@ -94,7 +96,7 @@ def checked(name: str, config) -> None:
             key: value for key, value in config[subtree].to_dict().items() if (subtree, key) != ("stage", "name")
         }
         if function is model.ModelConfig:
-            options["vocab_size"] = 1  # lm.train.loop adds the tokenizer's
+            options["vocab_size"] = 1  # lm train adds the tokenizer's
         given = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
         inspect.signature(function).bind(*given, **options)
     if not parts(name, config):
@@ -118,7 +120,7 @@ def test_loads_locked_with_options_that_exist(name, variant):
 
 def test_the_contest_s_methods_are_all_checked():
     assert set(parts("contest", config_of("contest"))) > {"rank", "ppo", "grpo", "rloo", "dpo", "best_of_n"}
-    assert set(parts("overoptimisation", config_of("overoptimisation"))) == {"rank", "reward", "ppo"}
+    assert set(parts("overoptimization", config_of("overoptimization"))) == {"rank", "reward", "ppo"}
     checked("contest", config_of("contest", ":tuning"))
 
 
@@ -134,8 +136,8 @@ def docstring(name: str) -> str:
 
 def command(name: str) -> tuple:
     """The program that an experiment's docstring names, and the command line that it gives it."""
-    module, flags = re.search(r"Command: python -m ([\w.]+) (.*)", docstring(name)).groups()
-    return importlib.import_module(module), flags.split()
+    command, flags = re.search(r"Command: python -m lm ([\w-]+) (.*)", docstring(name)).groups()
+    return importlib.import_module(BY_NAME[command].module), flags.split()
 
 
 @EACH
@@ -282,10 +284,10 @@ def test_a_schedule_of_its_own_leaves_the_run_as_long_as_it_was():
 def test_what_must_be_equal_is_refused_in_one_line_where_it_is_not(name, override, error):
     config = load_config(str(EXPERIMENTS / f"{name}.py"), [override], config_functions)
     if error is None:
-        config.check_equal_options(config, config_functions(config))
+        check_equal_options(config, config_functions(config))
         return
     with pytest.raises(UserError, match=error) as caught:
-        config.check_equal_options(config, config_functions(config))
+        check_equal_options(config, config_functions(config))
     assert "\n" not in str(caught.value)
 
 
@@ -340,7 +342,7 @@ def test_tiny_trains_a_few_steps(finished, name):
 
 
 def test_the_mixture_trains_and_its_twin_works_as_much_on_a_token(finished, small, tmp_path):
-    """By lm.train.loop, on the finished pipeline's tokenizer and text. The router is what the mixture computes beside."""
+    """By lm train, on the finished pipeline's tokenizer and text. The router is what the mixture computes beside."""
     flags = [flag.removeprefix("--config.") for flag in settings(finished, "pretrain")]
     path = f"{EXPERIMENTS / 'moe.py'}:tiny"
     held_out = loop.train_stage(load_config(path, flags), tmp_path / "moe")["held_out"]

@@ -180,7 +180,9 @@ def test_a_vocabulary_that_is_learnt_outlives_a_kill_while_it_is_measured(finish
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(tokenizer_stage.tokenizers, "load_tokenizer", killing(None, 0, []))
         loop.train_stage(stage_config(finished, "tokenizer"), workdir)
-    monkeypatch.setattr(tokenizer_stage.tokenizers, "train_tokenizer", killing(tokenizer_stage.tokenizers.train_tokenizer, 100, learnt))
+    monkeypatch.setattr(
+        tokenizer_stage.tokenizers, "train_tokenizer", killing(tokenizer_stage.tokenizers.train_tokenizer, 100, learnt)
+    )
     summary = loop.train_stage(stage_config(finished, "tokenizer"), workdir)
     assert learnt == []
     assert {**summary, "seconds": 0} == {**read_json(finished / "tokenizer" / "summary.json"), "seconds": 0}

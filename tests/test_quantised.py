@@ -186,7 +186,7 @@ def test_the_program_refuses(flags, message, finished, monkeypatch):
 
 
 def test_chat_from_8_bits(finished):
-    """The flags of lm.serve.chat: it answers from them, from other weights and another cache than the run's."""
+    """The flags of lm chat: it answers from them, from other weights and another cache than the run's."""
     trained = load_trained_model(finished / "sft", backend="cpu")
     talk = Chat(
         quantization.with_storage_dtypes(trained, weights="int8", cache="int8"), pytest.fail, max_new=4, temperature=0

@@ -51,7 +51,7 @@ def test_a_start(workdir, checkout, monkeypatch):
     assert read_json(workdir / "record.json") == [start]
     assert start["revision"] == checkout("rev-parse", "HEAD").strip()
     assert (start["dirty"], start["diff"], start["seed"]) == (False, None, 7)
-    assert start["command"] == "python3 -m lm.train.loop '--workdir=my run'"
+    assert start["command"] == "python3 -m lm train '--workdir=my run'"
     assert start["versions"]["jax"] == jax.__version__ and {*metadata.RECORDED_PACKAGES, "python"} == set(
         start["versions"]
     )

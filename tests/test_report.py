@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lm.core.errors import UserError
-from lm.data import conversations, packing
+from lm.data import packing
+from lm.data.conversations import CONVERSATION_SOURCES, Conversation
 from lm.report import pipeline
 from lm.rewards.rule import CRITERIA, RULE
 from lm.runs import html
@@ -30,11 +31,8 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
-def conversations() -> list[conversations.Conversation]:
-    return [
-        conversations.Conversation(f"made/{name}", [user(f"How are you, {name}?"), assistant("I am fine.")])
-        for name in NAMES
-    ]
+def conversations() -> list[Conversation]:
+    return [Conversation(f"made/{name}", [user(f"How are you, {name}?"), assistant("I am fine.")]) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def run(tmp_path, tokenizer, monkeypatch) -> Path:
     """A finished run folder, written by hand."""
-    monkeypatch.setitem(conversations.CONVERSATION_SOURCES, "made", conversations)
+    monkeypatch.setitem(CONVERSATION_SOURCES, "made", conversations)
     write = lambda name, value: (tmp_path / name).write_text(json.dumps(value))
     write("pipeline.json", {"stages": STAGES, "seconds": dict.fromkeys(STAGES, 60.0)})
     trained = {"steps": 30, "parameters": 1_234_567, "tokens": 40_000, "model_flops": 8e9, "seconds": 50.0, "mfu": 0.05}
@@ -232,8 +230,7 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(
-        UserError,
-        match="no run of lm.pipeline.runner or lm.train.loop: it holds no pipeline.json, nor a stage's config",
+        UserError, match="no run of lm pipeline or lm train: it holds no pipeline.json, nor a stage's config"
     ):
         pipeline.program([f"--workdir={tmp_path}"])
     assert list(tmp_path.iterdir()) == []
@@ -274,9 +271,7 @@ def test_a_single_stage_gets_its_own_page(run, capsys):
     pipeline.program([f"--workdir={run / 'pretrain'}"])
     assert capsys.readouterr().out == f"report: {run / 'pretrain' / 'report.html'}\n"
     assert "<h1>pretrain</h1>" in (run / "pretrain" / "report.html").read_text()
-    with pytest.raises(
-        UserError, match="evaluate is no run of lm.pipeline.runner or lm.train.loop: .* nor a stage's config.json"
-    ):
+    with pytest.raises(UserError, match="evaluate is no run of lm pipeline or lm train: .* nor a stage's config.json"):
         pipeline.write_report(run / "evaluate")
 
 

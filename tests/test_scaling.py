@@ -1,4 +1,4 @@
-"""lm.studies.scaling.study: the plan, the whole program, kills, bad input. Its runs are those of tests/scaling_trial.py."""
+"""lm scaling: the plan, the whole program, kills, bad input. Its runs are those of tests/scaling_trial.py."""
 
 import io
 import json
@@ -29,13 +29,14 @@ from lm.sweep.space import ConfigSource
 TINY = f"--config={EXPERIMENTS / 'scaling.py'}:tiny"
 CODE = """
 import sys
-from lm import scaling, sweep
-from lm.runs.console import main
-of = sweep.Goal.of
-sweep.Goal.of = lambda *args: of(*args)._replace(module="tests.scaling_trial")
-sweep.POLL = 0.02
-sweep.shares = lambda jobs: [{}] * (jobs or 1)
-main(scaling.program)
+from lm.studies.scaling import study
+from lm.sweep import controller
+from lm.runs.console import run_program
+of = controller.TrialGoal.of
+controller.TrialGoal.of = lambda *args: of(*args)._replace(module="tests.scaling_trial")
+controller.POLL_SECONDS = 0.02
+controller.device_environments = lambda jobs: [{}] * (jobs or 1)
+run_program(study.program)
 """
 
 
@@ -204,7 +205,7 @@ def test_what_is_given_together(capsys, monkeypatch):
     assert "leave --config and --workdir out" in refused(capsys, monkeypatch, "--points=a.csv", TINY)
     assert refused(capsys, monkeypatch).startswith("give --config=experiments/scaling.py and --workdir=DIR, or --poi")
     other = f"--config={EXPERIMENTS / 'pretrain.py'}"
-    assert "the config has no `vocabulary`: is it a config of lm.studies.scaling.study?" in refused(
+    assert "the config has no `vocabulary`: is it a config of lm scaling?" in refused(
         capsys, monkeypatch, other, "--workdir=x"
     )
 

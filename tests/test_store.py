@@ -245,7 +245,7 @@ def test_another_version(tmp_path):
 
 
 def test_two_processes_make_the_file_at_once(tmp_path):
-    code = f"from lm.data.annotations import Store; Store({str(tmp_path / 'people.db')!r}).close()"
+    code = f"from lm.data.annotations import AnnotationStore; AnnotationStore({str(tmp_path / 'people.db')!r}).close()"
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE) for _ in range(4)]
     assert [(p.communicate()[1], p.returncode) for p in processes] == [(b"", 0)] * 4
 

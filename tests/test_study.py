@@ -158,7 +158,9 @@ def test_a_pruned_trial_is_pruned_however_often_it_is_killed(file, tmp_path):
     process.kill()
     process.wait()
     # Running._stop: the pruner has spoken, the process is to save itself, and the worker dies.
-    die = "from lm.sweep.trials import Running; import os; Running._stop = lambda self: os.kill(os.getpid(), 9)"
+    die = (
+        "from lm.sweep.trials import TrialProcess; import os; TrialProcess._stop = lambda self: os.kill(os.getpid(), 9)"
+    )
     process = started(file, tmp_path / "stopped" / "s", *flags, patch=die)
     assert process.wait() == -signal.SIGKILL
     assert records(tmp_path / "stopped")[4][0] == "RUNNING"

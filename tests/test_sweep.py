@@ -1,4 +1,4 @@
-"""lm.sweep.controller: what is tried, who takes what, what becomes of it. Trials are tests/sweep_trial.py but for two."""
+"""lm sweep: what is tried, who takes what, what becomes of it. Trials are tests/sweep_trial.py but for two."""
 
 import os
 import shutil
@@ -191,10 +191,10 @@ def test_a_metric_that_nobody_logs_stops_the_sweep(file, tmp_path):
 def started(file: str, folder: Path, *flags: str, patch: str = "") -> subprocess.Popen:
     """The sweep in a process of its own, with the stand-in. patch: a statement to run before it."""
     code = (
-        f"import sys; from lm import sweep; from lm.runs.console import main; of = sweep.Goal.of\n{patch}\n"
-        "sweep.Goal.of = lambda *args: of(*args)._replace(module='tests.sweep_trial')\n"
-        "sweep.POLL = 0.02; sweep.shares = lambda jobs: [{}] * (jobs or 1)\n"
-        "main(sweep.program)"
+        f"import sys; from lm.sweep import controller; from lm.runs.console import run_program; of = controller.TrialGoal.of\n{patch}\n"
+        "controller.TrialGoal.of = lambda *args: of(*args)._replace(module='tests.sweep_trial')\n"
+        "controller.POLL_SECONDS = 0.02; controller.device_environments = lambda jobs: [{}] * (jobs or 1)\n"
+        "run_program(controller.program)"
     )
     command = [sys.executable, "-c", code, f"--config={file}", f"--workdir={folder}", *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -358,7 +358,7 @@ def test_the_goal_of_a_pipeline_is_a_stage():
     assert (goal.part, goal.watched, goal.direction) == ("reward", "accuracy", "maximize")
     with pytest.raises(UserError, match="nowhere is no stage of the config; choose among tokenizer, pretrain"):
         TrialGoal.of(load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "nowhere:loss", "")
-    with pytest.raises(UserError, match="lm.sweep.controller varies configs of lm.train.loop and lm.pipeline.runner"):
+    with pytest.raises(UserError, match="lm sweep varies configs of lm train and lm pipeline"):
         TrialGoal.of(load_config(f"{EXPERIMENTS / 'evaluate.py'}:tiny"), "", "")
 
 

@@ -17,7 +17,7 @@ from lm.train import loop
 
 @pytest.fixture
 def run(tmp_path):
-    """run(log): what lm.train.loop does when asked for these trackers; the folder must stay as it was if it refuses."""
+    """run(log): what lm train does when asked for these trackers; the folder must stay as it was if it refuses."""
 
     def of(log, name="pretrain"):
         config = load_config(f"{EXPERIMENTS / name}.py:tiny")

@@ -221,7 +221,7 @@ def log(tmp_path):
 
 def test_a_line_is_one_mean_over_its_steps(log, tmp_path):
     """(1 + 5) / (1 + 3) = 1.5, where the mean of the two means 1 and 5 / 3 would be 4 / 3."""
-    lines = log(pretrain)
+    lines = log(pretrain.PRETRAIN)
     lines.note(1, {"loss": Mean(np.float32(1), np.float32(1))}, 10)
     lines.note(2, {"loss": Mean(np.float32(5), np.float32(3))}, 20)
     lines.flush()
@@ -235,7 +235,7 @@ def test_a_line_is_one_mean_over_its_steps(log, tmp_path):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_the_first_step_that_is_not_finite_is_named(log, tmp_path, bad):
-    lines = log(pretrain)
+    lines = log(pretrain.PRETRAIN)
     for step, total in ((4, 1.0), (5, bad), (6, bad)):
         lines.note(step, {"loss": Mean(np.float32(total), np.float32(1))}, 1)
     with pytest.raises(
@@ -248,14 +248,14 @@ def test_the_first_step_that_is_not_finite_is_named(log, tmp_path, bad):
 
 
 def test_a_metric_over_its_limit_stops_the_run(log):
-    lines = log(ppo)
-    gap = ppo.METRIC_LIMITS["sampler_gap"]
+    lines = log(ppo.PPO)
+    gap = ppo.PPO.metric_limits["sampler_gap"]
     lines.note(1, {"sampler_gap": Mean(np.float32(gap * 0.9), np.float32(1))}, 1)
     lines.flush()
     lines.note(2, {"sampler_gap": Mean(np.float32(gap * 1.1), np.float32(1))}, 1)
     with pytest.raises(
         UserError,
-        match="ppo: sampler_gap is 0.055 by step 2, over its limit of 0.05: see LIMITS in lm/stages/rl/ppo.py",
+        match="ppo: sampler_gap is 0.055 by step 2, over its limit of 0.05: see metric_limits in lm/stages/rl/ppo.py",
     ):
         lines.flush()
 
@@ -265,7 +265,7 @@ ZERO = Mean(np.float32(0), np.float32(1))  # of every line of a stage that sampl
 
 def test_a_kl_that_stays_below_zero_is_said_once(log, capsys):
     """Noise is no advice: below 0 in four lines, then above it. Five lines on end are said, and no sixth again."""
-    lines = log(ppo)
+    lines = log(ppo.PPO)
 
     def note(*values):
         for value in values:
@@ -279,7 +279,7 @@ def test_a_kl_that_stays_below_zero_is_said_once(log, capsys):
     assert note(-0.5, 0.1, -0.5, -0.5, -0.5, -0.5, -0.5, -0.5) == ""
 
 
-@pytest.mark.parametrize("name, stage", [("loss", pretrain), ("policy_loss", ppo)])
+@pytest.mark.parametrize("name, stage", [("loss", pretrain.PRETRAIN), ("policy_loss", ppo.PPO)])
 def test_a_batch_from_which_nothing_is_learnt_is_said_once(log, capsys, name, stage):
     lines = log(stage)
     for step, weight in ((1, 3.0), (2, 0.0), (3, 2.0), (4, 0.0)):

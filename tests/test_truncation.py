@@ -13,7 +13,7 @@ from test_borrowed import CHATML, SPECIAL, TEXTS, bytewise
 from lm import model as models, tokenizer as tk
 from lm.core.errors import UserError
 from lm.data import conversations, preferences as records, sources, truncation
-from lm.data.conversations import Conversation, conversation_with_answer
+from lm.data.conversations import CONVERSATION_SOURCES, Conversation, conversation_with_answer
 from lm.stages import REWARD_MODEL_STAGES, ROLLOUT_STAGES, STAGES
 from lm.stages.context import StageContext
 from lm.stages.reward_model import ranking_batches
@@ -151,7 +151,7 @@ def test_every_stage_has_the_ids_of_the_conversation(name, prompt, text, tokeniz
 
     path = rankings([verdict("n", prompt, [text, "other"]), *many(["a", "b"], ASKED)])
     monkeypatch.setattr(
-        "lm.stages.reward_model.ranking_batches.corpora.split", lambda items, *_: (items[9:], items[:9])
+        "lm.stages.reward_model.ranking_batches.corpora.split_held_out", lambda items, *_: (items[9:], items[:9])
     )
     for stage in PREFERENCES:
         [batch] = STAGES[stage].batches(lent, rankings=path, length=80, prompts_per_batch=9).held_out(None)
@@ -165,11 +165,9 @@ def test_every_stage_has_the_ids_of_the_conversation(name, prompt, text, tokeniz
 
     if name == "last only" and prompt is LATER:
         return  # no mask of several answers is true there: see test_borrowed
-    monkeypatch.setitem(
-        conversations.CONVERSATION_SOURCES, "made", lambda: [Conversation(f"n{i}", whole) for i in range(2)]
-    )
+    monkeypatch.setitem(CONVERSATION_SOURCES, "made", lambda: [Conversation(f"n{i}", whole) for i in range(2)])
     monkeypatch.setattr(
-        "lm.stages.pretraining.conversation_batches.corpora.split", lambda items, *_: (items[:1], items[1:])
+        "lm.stages.pretraining.conversation_batches.corpora.split_held_out", lambda items, *_: (items[:1], items[1:])
     )
     for stage in SUPERVISED:
         rows = STAGES[stage].batches(lent, sources="made", length=80, batch_size=1).train(None, 0)
@@ -279,7 +277,7 @@ def test_answers_that_are_the_same_once_cut_are_left_out(stage, context, ranking
 @pytest.fixture
 def made(monkeypatch):
     def of(conversations):
-        monkeypatch.setitem(conversations.CONVERSATION_SOURCES, "made", lambda: conversations)
+        monkeypatch.setitem(CONVERSATION_SOURCES, "made", lambda: conversations)
         return {"sources": "made", "held_out": 0.3}
 
     return of

@@ -1,4 +1,4 @@
-"""lm.sweep.vmapped: runs trained as one program are the runs that lm.train.loop makes alone, within rounding."""
+"""lm.sweep.vmapped: runs trained as one program are the runs that lm train makes alone, within rounding."""
 
 import json
 

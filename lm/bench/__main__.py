@@ -9,7 +9,7 @@
 training    tokens/s of the pretraining stage's own step; FLOP/s over the matmul ceiling (elsewhere than on a CPU: MFU)
 generation  tokens/s of greedy sampling; bytes read a step over the memory's bandwidth
 rollout     seconds of a GRPO step: generation and update apart
-startup     seconds to the first step of lm.train.loop, without compiled programs and with them
+startup     seconds to the first step of lm train, without compiled programs and with them
 speculation tokens/s of a trained model with a draft and without; the share of proposals accepted
 
 --peer is an interpreter with tests/peers.txt: PyTorch, transformers and TRL do the same on the same CPU. The two sides
@@ -160,7 +160,7 @@ def check_flags(flags) -> None:
     """UserError for what cannot be timed, before anything is."""
     for what in flags.what:
         if what not in BENCHMARKS:
-            raise UserError(f"lm.bench does not time {what!r}; choose from {', '.join(BENCHMARKS)}")
+            raise UserError(f"lm bench does not time {what!r}; choose from {', '.join(BENCHMARKS)}")
     check_at_least(1, "bench", steps=flags.steps, turns=flags.turns)
     check_at_least(1, "bench", new_tokens=flags.new_tokens, prompt_tokens=flags.prompt_tokens)
     if "speculation" in flags.what and not (flags.workdir and flags.draft):

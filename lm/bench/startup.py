@@ -28,7 +28,7 @@ TIMEOUT_SECONDS = 600.0  # seconds after which a start has failed
 
 
 def startup_seconds(*, turns: int, after: Callable[[Mapping[str, float]], None]) -> dict[str, list[float]]:
-    """Of each cold and warm start, in turns. UserError where lm.train.loop does not come to a step."""
+    """Of each cold and warm start, in turns. UserError where lm train does not come to a step."""
     found: dict[str, list[float]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
         root = Path(folder)
@@ -56,7 +56,7 @@ def child_environment(cache: Path) -> dict[str, str]:
 
 
 def first_step_seconds(root: Path, name: str, *, cache: Path) -> float:
-    """Seconds from starting lm.train.loop until a step of its own is logged; the run may then end."""
+    """Seconds from starting lm train until a step of its own is logged; the run may then end."""
     workdir, said = root / name, root / f"{name}.txt"
     run = train_command("pretrain", workdir, f"--config.tokenizer={root / 'tokenizer'}", "--config.train.log_every=1")
     with said.open("w") as stream:

@@ -1,6 +1,6 @@
 """Compare runs and sweeps: which setting is better, by how much, and whether the difference is inside the noise.
 
-    python -m lm compare runs/a-* runs/b-*                    # workdirs of lm.train.loop
+    python -m lm compare runs/a-* runs/b-*                    # workdirs of lm train
     python -m lm compare runs/sweep --metric=held_out/bits_per_byte
 
 Runs whose configs differ in nothing but the seed are one setting. Prints a table and what may be concluded from it, and

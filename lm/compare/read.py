@@ -120,21 +120,17 @@ def run_in_folder(folder: Path) -> Run | MissingRun:
     if not (folder / CONFIG_FILE).exists() or "stage" not in read_json(folder / CONFIG_FILE):
         inside = sorted(path.parent for path in folder.glob(f"*/{METRICS_FILE}"))
         hint = f"; those in it are {', '.join(map(str, inside[:3]))}{', ...' if len(inside) > 3 else ''}"
-        raise UserError(
-            f"{folder} holds no run{hint if inside else f': there is no {CONFIG_FILE} of lm.train.loop in it'}"
-        )
+        raise UserError(f"{folder} holds no run{hint if inside else f': there is no {CONFIG_FILE} of lm train in it'}")
     of_sweep = folder.parent.name == TRIALS_DIR and (folder.parent.parent / SWEEP_FILE).exists()
     return trial_run(folder) if of_sweep else run_in_workdir(folder, {})
 
 
 def run_in_workdir(path: Path, given: Mapping[str, Any]) -> Run | MissingRun:
-    """A workdir of lm.train.loop; Absent unless it has come to its end. What was `given` outside its config joins it."""
+    """A workdir of lm train; Absent unless it has come to its end. What was `given` outside its config joins it."""
     config, rows = {**given, **flatten(read_json(path / CONFIG_FILE))}, read_metrics(path)
     for key in REQUIRED_KEYS:
         if key not in config:
-            raise UserError(
-                f"{path} has no {key} in its {CONFIG_FILE}, so it logs no metrics: name runs of lm.train.loop"
-            )
+            raise UserError(f"{path} has no {key} in its {CONFIG_FILE}, so it logs no metrics: name runs of lm train")
     if any(not isinstance(row, Mapping) or "step" not in row for row in rows):
         raise UserError(f"{path / METRICS_FILE} has a line without a step: move {path} away, or name another run")
     steps = config["train.steps"]

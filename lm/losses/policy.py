@@ -71,7 +71,7 @@ def kl_k3(logprobs: Array, ref_logprobs: Array) -> Array:
     """(q/p - 1) - log(q/p) of a token drawn from p: unbiased for KL(p, q), never negative, of lower variance.
 
     Schulman (2020). Good for logging. As a loss its expected gradient is that of KL(q, p), the other direction:
-    lm.studies.gradients prints by how much that differs.
+    lm certify prints by how much that differs.
     """
     log = log_ratio(ref_logprobs, logprobs)
     return jnp.expm1(log) - log

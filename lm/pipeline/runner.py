@@ -2,8 +2,8 @@
 
     python -m lm pipeline --config=experiments/quickstart.py --workdir=runs/quickstart
 
-The config holds one subtree a stage, in order: what `lm.train.loop` (tokenizer, pretrain, sft, reward, ppo), `lm.feedback.auto_rank`
-or `lm.evaluate.models` would be given. Kill it at any moment and give the same command again: finished stages are passed over,
+The config holds one subtree a stage, in order: what `lm train` (tokenizer, pretrain, sft, reward, ppo), `lm auto-rank`
+or `lm evaluate` would be given. Kill it at any moment and give the same command again: finished stages are passed over,
 the interrupted one continues, and the result is bitwise the same.
 """
 
@@ -29,7 +29,7 @@ FLAGS = {"workdir": dict(default=None, metavar="DIR", help="the run folder; defa
 STAGE_PROGRAMS: Mapping[str, Callable] = {
     "rank": auto_rank.run_auto_rank,
     "evaluate": models.run_evaluation,
-}  # every other stage is lm.train.loop's
+}  # every other stage is lm train's
 
 
 def run_pipeline(config: ConfigDict) -> Path:
@@ -79,9 +79,7 @@ def pipeline_record(root: Path, stages: list[str]) -> dict:
 def program(argv: list[str]) -> None:
     flags, config = flags_and_config(argv, __doc__, FLAGS, config_functions)
     if "stages" not in config:
-        raise UserError(
-            "the config has no `stages`: is it a config of lm.pipeline.runner? (lm.train.loop runs a single stage)"
-        )
+        raise UserError("the config has no `stages`: is it a config of lm pipeline? (lm train runs a single stage)")
     require_entries(config, config.stages, "lm.pipeline.runner")
     if flags.workdir:
         config.root = str(Path(flags.workdir))  # "runs/a/" and "runs/a" are one folder, so one config

@@ -61,7 +61,7 @@ def write_report(root: str | Path) -> Path:
         return write_pipeline_page(root)
     if "stage" not in stage_run(root).config:
         raise UserError(
-            f"{root} is no run of lm.pipeline.runner or lm.train.loop: it holds no {PIPELINE_FILE}, nor a stage's {CONFIG_FILE}"
+            f"{root} is no run of lm pipeline or lm train: it holds no {PIPELINE_FILE}, nor a stage's {CONFIG_FILE}"
         )
     return write_run_page(root)
 

@@ -48,12 +48,8 @@ class MetricsLogger:
     """Metrics of the steps since the last line, kept on the devices so that the loop need not wait for them."""
 
     def __init__(self, stage, workdir: Workdir, writers: MetricWriters, progress: Progress, phases: PhaseTimer):
-        self._stage, self._workdir, self._writers, self._progress = (
-            stage.__name__.split(".")[-1],
-            workdir,
-            writers,
-            progress,
-        )
+        self._stage, self._path = stage.name, stage.path
+        self._workdir, self._writers, self._progress = workdir, writers, progress
         self._limits = stage.metric_limits
         self._shown = [prefix + name for prefix in ("", "held_out/") for name in stage.shown_metrics]
         rows = read_metrics(workdir.metrics)
@@ -86,7 +82,7 @@ class MetricsLogger:
             if values[name] > limit:
                 raise UserError(
                     f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}, over its limit of "
-                    f"{limit}: see LIMITS in lm/stages/{self._stage}.py for what it means"
+                    f"{limit}: see metric_limits in {self._path} for what it means"
                 )
         self._advise(values, fetched)
         trained = self._phases.training()

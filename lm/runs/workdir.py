@@ -306,7 +306,7 @@ def with_run_date(tokenizer: Tokenizer, workdir: Workdir) -> Tokenizer:
 
     A template that tells the date tells one for all starts of a run, or its ids would change overnight: the date that
     came with the tokenizer, from the run or the converted model that this one starts from, else that of the first
-    start. Whatever loads the run gets that date with it; lm.serve.chat alone, which talks to somebody now, tells today's.
+    start. Whatever loads the run gets that date with it; lm chat alone, which talks to somebody now, tells today's.
     """
     if tokenizer.shows_date:
         kept = load_tokenizer(workdir.tokenizer).date if workdir.tokenizer.exists() else ""

@@ -141,7 +141,7 @@ def trials_and_space(flags: Namespace, source: ConfigSource) -> tuple[list[Trial
 def check_vectorisable(flags: Namespace, source: ConfigSource) -> None:
     """UserError for what trials in one program cannot have."""
     if "stages" in source.config({}):
-        raise UserError("--vectorised runs configs of lm.train.loop, and this is a pipeline's: sweep one of its stages")
+        raise UserError("--vectorised runs configs of lm train, and this is a pipeline's: sweep one of its stages")
     check_at_least(1, "lm.sweep.controller", at_once=flags.at_once)
     for name, plain in (("jobs", None), ("launcher", "local"), ("pruner", "none")):
         if getattr(flags, name) != plain:

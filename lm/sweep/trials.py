@@ -1,7 +1,7 @@
 """A trial as a process of its own: started, watched, stopped when it is hopeless, and what came of it.
 
 A process of its own, because a trial that runs out of memory then takes nothing else with it. Each run has its workdir
-and its log in FOLDER/trials; what came of it is written beside them, for people and for lm.compare.comparison.
+and its log in FOLDER/trials; what came of it is written beside them, for people and for lm compare.
 """
 
 import json
@@ -58,7 +58,7 @@ class TrialGoal(NamedTuple):
             raise UserError(f"--metric {metric}: the config is of a single stage; write {name}")
         else:
             raise UserError(
-                "lm.sweep.controller varies configs of lm.train.loop and lm.pipeline.runner, and this is neither: see its `Command:`"
+                "lm sweep varies configs of lm train and lm pipeline, and this is neither: see its `Command:`"
             )
         if stage.stage.name not in STAGES:
             raise UserError(f"stage {stage.stage.name} logs nothing to compare: sweep one of {', '.join(STAGES)}")

@@ -1,6 +1,6 @@
 """Several runs of one config, which differ in seeds and numbers, trained as one vmapped program.
 
-Each is a run of lm.train.loop like any other, with a workdir of its own: config, metrics, checkpoints, report. What they
+Each is a run of lm train like any other, with a workdir of its own: config, metrics, checkpoints, report. What they
 compile is called together (lm.sweep.vmap_group): one program starts, compiles and steps for all of them. For models that are
 too small to keep a device busy. One device; seconds, and with them MFU, are those of the whole group.
 """

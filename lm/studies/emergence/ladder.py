@@ -70,9 +70,7 @@ def runs_in_folder(folder: Path) -> list[Run | MissingRun]:
     )
     runs = [run_in_workdir(path, {}) for path in below if is_pretraining_run(path)]
     if not runs:
-        raise UserError(
-            f"{folder} holds no run of lm.train.loop: name the workdir of a run, or a folder that holds some"
-        )
+        raise UserError(f"{folder} holds no run of lm train: name the workdir of a run, or a folder that holds some")
     return runs
 
 

@@ -1,6 +1,6 @@
 """Emergence: a ladder of models scored on small tasks, by metrics that are all or nothing and by smooth ones.
 
-    python -m lm emergence runs/emergence                       # a sweep, workdirs of lm.train.loop, or a folder of such
+    python -m lm emergence runs/emergence                       # a sweep, workdirs of lm train, or a folder of such
 
 Every finished pretraining run, in the order of its training FLOPs, is asked to copy, to add, to close brackets and to
 recall facts. Exact match, pass@k, edit distance and log-probability rise; this says which of them jump. Writes

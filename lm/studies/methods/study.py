@@ -2,7 +2,7 @@
 
     python -m lm contest --config=experiments/contest.py --workdir=runs/contest
 
-Each (method, seed) is a run of lm.train.loop in WORKDIR/METHOD/SEED. A stage that learns from rollouts samples its answers
+Each (method, seed) is a run of lm train in WORKDIR/METHOD/SEED. A stage that learns from rollouts samples its answers
 itself; one that learns from rankings gets as many answers of the starting model, ranked by the same reward model. Then
 all answer the same unseen prompts, which the gold rater scores. Writes WORKDIR/summary.json and WORKDIR/contest.html.
 Give the same command again to continue after a kill; more seeds and methods may be added later.
@@ -66,7 +66,7 @@ AnswerRecords = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
 class MethodEntry(NamedTuple):
     """A method and all the runs of it."""
 
-    config: ConfigDict  # what lm.train.loop gets, but for the seed
+    config: ConfigDict  # what lm train gets, but for the seed
     learns_from: str  # ROLLOUTS or RANKINGS
 
 

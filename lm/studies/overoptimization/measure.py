@@ -31,7 +31,7 @@ from lm.studies.overoptimization.curves import (
 )
 from lm.train import loop
 
-POOL_KEY = 2**30 + 3  # role folded into the key, beside those of lm.stages.rl.rollouts and lm.studies.methods.study
+POOL_KEY = 2**30 + 3  # role folded into the key, beside those of lm.stages.rl.rollouts and lm contest
 
 
 def ranking_subset_file(root: Path, size: int, fraction: float) -> Path:
