@@ -49,7 +49,7 @@ def crossed_mean(values: np.ndarray) -> Estimate:
     se^2 = var(means of the runs) / S + var(means of the units) / U. The interval's half widths, Student's with S - 1
     and with U - 1 degrees of freedom, add in quadrature: three runs that differ say little of a fourth, and then it is
     wide. What varies with run *and* unit is counted in both terms, so it errs to the wide side: it holds the truth in
-    95 to 99 % of simulated cases (tests/test_intervals.py). Of a single run nothing is known but its units.
+    95 to 99 % of simulated cases (tests/core/test_statistics.py). Of a single run nothing is known but its units.
     """
     x = np.asarray(values, np.float64)
     sides = [x.mean(axis=1 - axis) for axis, n in enumerate(x.shape) if n > 1]

@@ -1,4 +1,4 @@
-"""TRL's numbers on small arrays, which tests/test_peers.py holds our losses to.
+"""TRL's numbers on small arrays, which tests/stages/test_trl.py holds our losses to.
 
     python tests/peers/make.py      where requirements.txt and tests/peers.txt are installed: writes fixtures.json anew
 

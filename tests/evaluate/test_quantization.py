@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import enter_small_world, finished
-from test_architectures import GEMMA, GPT, MIXTURE, made
 
 from lm import model
 from lm.core.errors import UserError
@@ -21,6 +20,7 @@ from lm.model.attention import masked_attention
 from lm.model.quantization import quantize_heads_int8, quantize_int8, quantized_params
 from lm.runs.workdir import load_trained_model
 from lm.serve.chat import Chat
+from tests.model.test_architectures import GEMMA, GPT, MIXTURE, made
 
 __all__ = ["finished", "made"]
 IDS = np.random.default_rng(0).integers(1, 31, (2, 14)).astype(np.int32)

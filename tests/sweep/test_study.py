@@ -10,12 +10,12 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
-from test_sweep import file, stand_in, started, swept, until
 
 from lm.core.errors import UserError
 from lm.runs.workdir import read_metrics
 from lm.sweep import space, study as studies
 from lm.sweep.study import NUMBER, OPTUNA_SAMPLERS, Study, current_trials
+from tests.sweep.test_controller import file, stand_in, started, swept, until
 
 __all__ = ["file", "stand_in"]
 

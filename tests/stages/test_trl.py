@@ -34,7 +34,7 @@ from lm.optim.update import gradient
 from lm.stages import STAGES
 from lm.stages.rl.policy_gradient import policy_gradient_loss
 
-PEERS = Path(__file__).parent / "peers"
+PEERS = Path(__file__).parents[1] / "peers"
 STORED = json.loads((PEERS / "fixtures.json").read_text())
 GROUP = 4  # answers to a prompt in `rewards`
 INPUTS = {name: jnp.array(array) for name, array in STORED["inputs"].items()}

@@ -28,7 +28,7 @@ from lm.serve import chat
 from lm.serve.chat import Chat, policy_folder, printable_text, recent_messages, run_chat, stable_text
 from lm.tokenizer import Tokenizer, encode_prompt, train_tokenizer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = "The quick brown fox jumps over the lazy dog. How are you today? I am fine, thank you. Grüße! 日本 😀\n"
 
 

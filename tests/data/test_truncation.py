@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from test_borrowed import CHATML, SPECIAL, TEXTS, bytewise
 
 from lm import model as models, tokenizer as tk
 from lm.core.errors import UserError
@@ -19,6 +18,7 @@ from lm.stages.context import StageContext
 from lm.stages.reward_model import ranking_batches
 from lm.tokenizer import TokenizedExample
 from lm.tokenizer.huggingface import tokenizer_from_parts
+from tests.tokenizer.test_huggingface import CHATML, SPECIAL, TEXTS, bytewise
 
 __all__ = ["bytewise"]
 

@@ -1,6 +1,6 @@
 """Weights of others: every architecture computes what transformers computed, and folders lose nothing either way.
 
-tests/peers/weights.json has the logits of transformers; tests/test_weights_peers.py computes them anew.
+tests/peers/weights.json has the logits of transformers; tests/weights/test_weights_peers.py computes them anew.
 """
 
 import dataclasses

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import uvicorn
 from runs import finished, small
-from test_bad_input import refused
 
 from lm.core.errors import UserError
 from lm.data.annotations import Annotation, AnnotationStore, read_rankings
@@ -18,6 +17,7 @@ from lm.feedback import answering_models, rank
 from lm.rewards.load import load_reward_model
 from lm.runs.console import SigtermExit
 from lm.runs.workdir import load_trained_model
+from tests.test_bad_input import refused
 
 __all__ = ["finished", "refused", "small"]
 

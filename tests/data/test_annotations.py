@@ -9,7 +9,6 @@ import threading
 
 import pytest
 from runs import ROOT
-from test_bad_input import disk
 
 from lm.core.errors import UserError
 from lm.data import annotations as stores, preferences as records
@@ -24,6 +23,7 @@ from lm.data.annotations import (
     read_rankings,
 )
 from lm.data.preferences import Ranking
+from tests.test_bad_input import disk
 
 __all__ = ["disk"]
 

@@ -1,6 +1,6 @@
 """What models of others have beside our defaults, against itself computed another way: windows, caps, positions.
 
-tests/test_weights.py holds each of them to transformers, and cached decoding to the full pass.
+tests/weights/test_weights.py holds each of them to transformers, and cached decoding to the full pass.
 """
 
 import dataclasses
@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_model import TOKENS, A, B, C, packed
 
 from lm import model
 from lm.core.errors import UserError
 from lm.generate.sampler import prompt_completion_rows, sample
 from lm.model.attention import softcapped_logits
 from lm.model.params import flops_per_token
+from tests.model.test_decoder import TOKENS, A, B, C, packed
 
 WINDOWED = dict(window=3, global_every=2, rope_local_base=100.0, attention_softcap=1.0, logit_softcap=2.0)
 GEMMA = dict(WINDOWED, norm_at="both", norm_unit_offset=True, activation="gelu", embedding_scale=4.0)

@@ -1,6 +1,6 @@
 """Weights against transformers itself: what is stored is its, and what we export it loads, tensor for tensor.
 
-Marked `peer`: needs tests/peers.txt. tests/test_weights.py holds ours to the stored numbers in every run.
+Marked `peer`: needs tests/peers.txt. tests/weights/test_weights.py holds ours to the stored numbers in every run.
 """
 
 import jax
@@ -77,14 +77,14 @@ def test_logits_agree_and_the_export_is_the_same_model(name, peers, made, tmp_pa
 
 @pytest.mark.parametrize("name", MISLABELLED)
 def test_it_ties_as_the_tensors_have_it(name, peers, tmp_path):
-    """tests/test_weights_flags.py holds ours to the same stored logits."""
+    """tests/weights/test_weights_flags.py holds ours to the same stored logits."""
     theirs = peers.loaded(mislabelled_folder(name, tmp_path))
     truth, _ = MISLABELLED[name]
     np.testing.assert_allclose(peers.logits(theirs, IDS, REAL)[REAL], STORED["models"][truth]["logits"], atol=3e-5)
 
 
 def test_what_it_takes_for_keys_that_are_left_out(peers, tmp_path):
-    """tests/test_weights_flags.py has our values: written out in full by transformers, the rest means the same."""
+    """tests/weights/test_weights_flags.py has our values: written out in full by transformers, the rest means the same."""
     import transformers
 
     for name, absent in {

@@ -1,6 +1,6 @@
 """A folder's flags against its tensors: what is there is used, equals what is used, or is refused by name.
 
-Where transformers has an answer of its own it is ours; tests/test_weights_peers.py holds it to that.
+Where transformers has an answer of its own it is ours; tests/weights/test_weights_peers.py holds it to that.
 """
 
 import dataclasses
