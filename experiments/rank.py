@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "sources": "chitchat",
             "turns": 3,
             "prompts_per_conversation": 1 if tiny else 2,
-            "prompts": 64 if tiny else 2600,
+            "prompts": 128 if tiny else 2600,
             "prompt_length": 32 if tiny else 64,
             "responses": 2,
             "max_new": 8 if tiny else 32,

@@ -236,9 +236,10 @@ def _refill(mapping: ConfigDict, entries: Mapping[str, Any]) -> None:
 
 
 def _node(config: ConfigDict, path: str) -> ConfigDict:
+    node: Any = config
     for part in path.split(".") if path else ():
-        config = config[part]
-    return config
+        node = node[part]
+    return node
 
 
 def _refuse_key(key: str, keys: Mapping[str, Any], called: Mapping[str, ConfigFunction], path: str) -> NoReturn:

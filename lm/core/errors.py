@@ -5,7 +5,7 @@ class UserError(Exception):
     """Bad input: one line that says what, where, and the way out. Programs print it, no traceback, and exit 2."""
 
 
-def check_at_least(least: int, subtree: str, **counts: int) -> None:
+def check_at_least(least: int, subtree: str, **counts: float) -> None:
     """UserError for the first of these entries of a config's subtree that is smaller."""
     for name, count in counts.items():
         if count < least:

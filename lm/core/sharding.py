@@ -42,7 +42,7 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -
     entries = []
     for axis, size in zip(axes, shape, strict=True):
         names = LOGICAL_AXIS_RULES.get(axis) or ()
-        names = tuple(
+        names: tuple[str, ...] = tuple(
             n for n in ((names,) if isinstance(names, str) else names) if mesh.shape.get(n, 1) > 1 and n not in used
         )
         ways = int(np.prod([mesh.shape[n] for n in names]))

@@ -39,8 +39,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
 
 def win_rate(a: Sequence[float], b: Sequence[float]) -> Estimate:
     """How often a beats b on the same prompt, a tie counting half."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return mean_estimate((a > b) + 0.5 * (a == b))
+    lead = np.asarray(a, np.float64) - np.asarray(b, np.float64)
+    return mean_estimate((lead > 0) + 0.5 * (lead == 0))
 
 
 def crossed_mean(values: np.ndarray) -> Estimate:

@@ -1,7 +1,7 @@
 """The pytrees that travel through every stage. B rows, T positions; every field names its dtype and shape."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import optax
@@ -11,8 +11,16 @@ Array = jax.Array
 Params = Mapping[str, Any]
 
 
+class Replaceable:
+    """Tells type checkers what flax.struct.dataclass adds."""
+
+    if TYPE_CHECKING:
+
+        def replace(self, **changes: Any) -> Self: ...
+
+
 @struct.dataclass
-class TrainState:
+class TrainState(Replaceable):
     """Everything an update may change, and what it may read."""
 
     step: Array  # i32[]  optimizer updates so far; schedules and keys count by it
@@ -25,7 +33,7 @@ class TrainState:
 
 
 @struct.dataclass
-class Tokens:
+class Tokens(Replaceable):
     """Rows of tokens for next-token prediction.
 
     `targets` is `inputs` shifted left by one, so the weight at t says how much predicting targets[t] counts. Rows may
@@ -40,7 +48,7 @@ class Tokens:
 
 
 @struct.dataclass
-class RankedAnswers:
+class RankedAnswers(Replaceable):
     """Answers to each of P prompts, up to K of them, and a rater's ranks on each of A axes.
 
     Grouped, so that a cut by prompts (microbatches, devices) never parts the answers that a rank compares.
@@ -53,7 +61,7 @@ class RankedAnswers:
 
 
 @struct.dataclass
-class Rollouts:
+class Rollouts(Replaceable):
     """Sampled answers with what is known of them. Fields that are None have not been annotated yet.
 
     The answers to one prompt are adjacent: B = prompts * group.
@@ -74,7 +82,7 @@ class Rollouts:
 
 
 @struct.dataclass
-class Completions:
+class Completions(Replaceable):
     """What a sampler drew. A row counts its stop token; everything after it is 0."""
 
     tokens: Array  # i32[B,N]

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from lm.core.types import Array
+from lm.core.types import Array, Replaceable
 from lm.model.quantization import quantize_heads_int8
 
 
 @struct.dataclass
-class KVCache:
+class KVCache(Replaceable):
     """Keys and values of the S slots filled so far, one array per layer so that a decode step slices nothing.
 
     A layer with a window of fewer than S slots keeps the last W only, the window and some slack: slot s in place s % W.

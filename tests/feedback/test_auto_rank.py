@@ -36,19 +36,19 @@ def test_ranks():
 
 
 def test_the_file(finished):
-    """64 prompts that nobody holds out, none twice; two answers to each, in the order that the rule's scores say."""
+    """128 prompts that nobody holds out, none twice; two answers to each, in the order that the rule's scores say."""
     found = told(finished / "rank")
-    assert len(found) == 64
-    assert len({json.dumps(ranking.prompt) for ranking in found}) == 64
+    assert len(found) == 128
+    assert len({json.dumps(ranking.prompt) for ranking in found}) == 128
     for ranking in found:
         assert not sources.is_held_out(ranking.name, 0.05)
         assert ranking.prompt[-1]["role"] == "user" and len(ranking.responses) == 2 and ranking.rater == "rule"
         a, b = REWARDS["rule"]([ranking.prompt] * 2, ranking.responses)
         assert ranking.ranking == ([1, 1] if a == b else [1, 2] if a > b else [2, 1])
     ties = sum(ranking.ranking == [1, 1] for ranking in found)
-    assert 0 < ties < 64  # so the counts below can be wrong
+    assert 0 < ties < 128  # so the counts below can be wrong
     summary = read_json(finished / "rank" / "summary.json")
-    assert (summary["prompts"], summary["decided"], summary["tied"]) == (64, 64 - ties, ties)
+    assert (summary["prompts"], summary["decided"], summary["tied"]) == (128, 128 - ties, ties)
 
 
 def test_two_runs_give_the_same_answers(finished, small, tmp_path):

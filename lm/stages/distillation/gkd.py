@@ -130,7 +130,7 @@ def batches(
         "held_out_skipped_prompts": more,
         "repeated_prompts": len(contexts) - len(distinct),
     }
-    return Batches(train_batch, held_out_batches, people.about | asked)
+    return Batches(train_batch, held_out_batches, {**people.about, **asked})
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:
