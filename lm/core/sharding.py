@@ -41,16 +41,15 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -
     used: set[str] = set()
     entries = []
     for axis, size in zip(axes, shape, strict=True):
-        names = LOGICAL_AXIS_RULES.get(axis) or ()
-        names: tuple[str, ...] = tuple(
-            n for n in ((names,) if isinstance(names, str) else names) if mesh.shape.get(n, 1) > 1 and n not in used
-        )
+        rule = LOGICAL_AXIS_RULES.get(axis) or ()
+        wanted = (rule,) if isinstance(rule, str) else tuple(rule)
+        names = [name for name in wanted if mesh.shape.get(name, 1) > 1 and name not in used]
         ways = int(np.prod([mesh.shape[n] for n in names]))
         if not names or size % ways:
             entries.append(None)
             continue
         used.update(names)
-        entries.append(names if len(names) > 1 else names[0])
+        entries.append(tuple(names) if len(names) > 1 else names[0])
     return PartitionSpec(*entries)
 
 
