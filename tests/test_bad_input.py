@@ -102,11 +102,7 @@ def config_file(folder: Path, name: str, change: str) -> str:
             "tokenizer=",
             "neither config.tokenizer nor config.init_from is set: one of them must bring the tokenizer",
         ),
-        (
-            "pretrain",
-            "tokenizer=nowhere",
-            "no tokenizer at nowhere (No such file or directory): train one, or name its workdir",
-        ),
+        ("pretrain", "tokenizer=nowhere", "no tokenizer at nowhere: train one, or name its workdir"),
         ("sft", "init_from=nowhere", "there is no workdir nowhere: train that stage first, or name another"),
         (
             "sft",

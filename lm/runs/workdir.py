@@ -146,7 +146,7 @@ def load_trained_model(
         raise UserError("a workdir's name is empty: give the folder of a trained stage")
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"there is no workdir {path}: train that stage first, or name another")
+        raise UserError(f"there is no workdir {path}: train that stage first, or name another{making_command(path)}")
     params, meta = restore_params(path / CHECKPOINTS_DIR, step=step, warn=warn)
     tokenizer = load_tokenizer(path / TOKENIZER_FILE)
     if meta["fingerprint"] != tokenizer.fingerprint:
@@ -163,6 +163,12 @@ def load_trained_model(
     if not shape.runs_on(backend):  # trained on another platform, with its kernel
         shape = dataclasses.replace(shape, attention="auto")
     return TrainedModel(path, meta["stage"], shape, make_model(shape.on(backend)), params, tokenizer, summary)
+
+
+def making_command(path: Path) -> str:
+    """The command that makes a workdir, as the end of a message, where experiments/ has a config of its name."""
+    config = Path("experiments") / f"{path.name}.py"
+    return f"; `python -m lm train --config={config} --workdir={path}` makes it" if config.is_file() else ""
 
 
 def check_same_tokenizer(trained: TrainedModel, other: TrainedModel) -> None:

@@ -25,9 +25,11 @@ from lm.runs.workdir import (
     CHECKPOINTS_DIR,
     CONFIG_FILE,
     PIPELINE_FILE,
+    TOKENIZER_FILE,
     TrainedModel,
     Workdir,
     load_trained_model,
+    making_command,
     read_json,
 )
 from lm.stages import REWARD_MODEL_STAGES
@@ -40,7 +42,9 @@ def tokenizer_for_run(path: str, start) -> Tokenizer:
         raise UserError("neither config.tokenizer nor config.init_from is set: one of them must bring the tokenizer")
     if not path:
         return start.tokenizer
-    file = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+    file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        raise UserError(f"no tokenizer at {path}: train one, or name its workdir{making_command(Path(path))}")
     tokenizer = load_tokenizer(file)
     if start and start.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(

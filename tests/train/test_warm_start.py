@@ -1,13 +1,15 @@
 """What a run takes from another one, and where the two do not go together."""
 
 import json
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from runs import finished, small, stage_config
+from runs import EXPERIMENTS, finished, small, stage_config
 
+from lm.core.config import load_config
 from lm.core.errors import UserError
 from lm.rewards.load import check_same_axes
 from lm.runs.workdir import load_trained_model, read_json, read_metrics
@@ -82,3 +84,12 @@ def test_judges_of_one_question(finished, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="reward counts the axes overall 1, but .*other counts overall 1, clear 1: an"):
         check_same_axes([of(finished, "reward"), load_trained_model(other, backend="cpu")])
+
+
+@pytest.mark.parametrize("config, made", [("pretrain", "tokenizer"), ("sft", "pretrain"), ("reward", "sft")])
+def test_a_config_by_itself_says_the_command_that_makes_what_it_needs(config, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(EXPERIMENTS)
+    command = f"python -m lm train --config=experiments/{made}.py --workdir=runs/quickstart/{made}` makes it"
+    with pytest.raises(UserError, match=re.escape(command)):
+        loop.train_stage(load_config(f"experiments/{config}.py:tiny"), tmp_path / "run")
