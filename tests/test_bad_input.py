@@ -82,7 +82,7 @@ def config_file(folder: Path, name: str, change: str) -> str:
         (
             "pretrain",
             "stage.name=pretrian",
-            "stage.name is 'pretrian'; choose one of tokenizer, pretrain, sft, distill, gkd, reward,",
+            "stage.name is 'pretrian'; choose one of tokenizer, pretrain, sft, reward, listwise, dpo,",
         ),
         ("pretrain", "optimizer.schedule_name=cosin", "is 'cosin'; choose one of constant, linear, cosine, wsd"),
         ("pretrain", "optimizer.warmup_steps=8", "optimizer.warmup_steps 8 is not below optimizer.total_steps 8"),
