@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lm.core.errors import UserError
+from lm.data import sources
 from lm.data.arithmetic import expression_value
-from lm.data.sources import chitchat_dialogues, normalized_words, stdlib_modules
 
 QUESTION_TEMPLATES = (
     "What does {} do?",
@@ -33,12 +33,12 @@ class Conversation(NamedTuple):
     @property
     def content(self) -> str:
         """Its words: two conversations with the same are never parted by a split. See corpus.split."""
-        return normalized_words(message["content"] for message in self.messages)
+        return sources.normalized_words(message["content"] for message in self.messages)
 
 
 def chitchat_conversations() -> list[Conversation]:
     """Human conversations: whoever speaks first is the user, the other the assistant."""
-    return [Conversation(name, _alternating_messages(turns)) for name, turns in chitchat_dialogues()]
+    return [Conversation(name, _alternating_messages(turns)) for name, turns in sources.chitchat_dialogues()]
 
 
 def docstring_conversations() -> list[Conversation]:
@@ -48,7 +48,7 @@ def docstring_conversations() -> list[Conversation]:
     bear the name of the module's document, so both are held out together.
     """
     found = []
-    for document in stdlib_modules():
+    for document in sources.stdlib_modules():
         parts = document.name.removeprefix("stdlib/").removesuffix(".py").removesuffix("/__init__").split("/")
         if any(part.startswith("_") or not part.isidentifier() for part in parts):
             continue

@@ -140,18 +140,13 @@ def split_held_out(
     for item, name in zip(items, deciding):
         sides[is_held_out(name, fraction)].append(item)
     for side, name, way in zip(sides, ("left to train on", "held out"), ("lower", "raise")):
-        if not side and len(items) > 1 and len(set(deciding)) == 1:
+        if not side and len(items) > 1 and len(set(deciding)) == 1 and 0 < fraction < 1:
             raise UserError(
                 f"of {len(items)} documents none is {name}: all have one name or one text, so no fraction parts them; "
-                "add others"
+                "give them names, or add others"
             )
         if not side:
-            names = {item.name for item in items}
-            if len(names) == 1 and 0 < fraction < 1:
-                way = f"all have the name {min(names)!r}, which falls on one side: give them names, or add others"
-            else:
-                way = f"{way} the fraction or add some"
-            raise UserError(f"of {len(items)} documents none is {name} at {fraction:g}: {way}")
+            raise UserError(f"of {len(items)} documents none is {name} at {fraction:g}: {way} the fraction or add some")
     return sides
 
 

@@ -252,10 +252,10 @@ def test_two_processes_make_the_file_at_once(tmp_path):
 
 WRITER = """
 import json, sys
-from lm.data.annotations import Store, Verdict
-with Store(sys.argv[1]) as store:
+from lm.data.annotations import Annotation, AnnotationStore
+with AnnotationStore(sys.argv[1]) as store:
     for item in store.items():
-        store.record(Verdict(f"key {item.id}", item.id, "ann", [1, 2]))
+        store.record(Annotation(f"key {item.id}", item.id, "ann", [1, 2]))
         print(json.dumps(item.id), flush=True)
 """
 
