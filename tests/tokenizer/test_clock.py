@@ -129,7 +129,7 @@ def sft(tokenizer: Path, steps: int, init_from: str = "") -> ConfigDict:
         sizes = dict(layers=1, width=16, heads=2, kv_heads=2, head_size=8, hidden=16, context=160)
         config.model = ConfigDict(sizes)
     config.data.update(sources="chitchat", turns=2, length=160, batch_size=2, held_out=0.01)
-    config.train.update(steps=steps, log_every=1, save_every=1)
+    config.train.update(steps=steps, log_every=1, save_every=1, evaluate_every=1)
     config.optimizer.total_steps, config.optimizer.warmup_steps = 2, 0
     return config.lock()
 
@@ -180,20 +180,20 @@ def test_a_converted_model_has_the_date_of_its_conversion(tmp_path, monkeypatch,
 
 ORDERS = """
 import hashlib, json
-from lm.data import chats, corpus
-from lm.data.annotations import Item
-from lm.model import Config
-from lm.model.params import specs
-from lm.data.tasks.skills import TASKS, examined
-from lm.weights.names import entries
-c = Config(vocab_size=32, bias="qkv")
-talk = chats.arithmetic()[:200]
+from lm.data.conversations import arithmetic_conversations, prompt_contexts
+from lm.data.sources import split_held_out
+from lm.model import ModelConfig
+from lm.model.params import param_specs
+from lm.data.tasks.skills import TASKS, evaluation_items
+from lm.weights.names import tensor_entries
+c = ModelConfig(vocab_size=32, bias="qkv")
+talk = arithmetic_conversations()[:200]
 found = [
-    list(specs(c)["layers"]),
-    [str(entry) for entry in entries(c, "qwen2")],
-    chats.prompts(talk, turns=1),
-    [item.name for side in corpus.split(talk, 0.1) for item in side],
-    [examined(name, level, count=4, seed=0) for name, task in TASKS.items() for level in task.levels],
+    list(param_specs(c)["layers"]),
+    [str(entry) for entry in tensor_entries(c, "qwen2")],
+    prompt_contexts(talk, turns=1),
+    [item.name for side in split_held_out(talk, 0.1) for item in side],
+    [evaluation_items(name, level, count=4, seed=0) for name, task in TASKS.items() for level in task.levels],
 ]
 print(hashlib.sha256(json.dumps(found).encode()).hexdigest())
 """
