@@ -1,10 +1,10 @@
-"""Compare runs and sweeps: which setting is better, by how much, and whether the difference is inside the noise.
+"""Tests which setting is better over runs and seeds, by how much, and whether the difference is inside the noise.
 
-    python -m lm compare runs/a-* runs/b-*                    # workdirs of lm train
+    python -m lm compare runs/a-* runs/b-*
     python -m lm compare runs/sweep --metric=held_out/bits_per_byte
 
-Runs whose configs differ in nothing but the seed are one setting. Prints a table and what may be concluded from it, and
-writes a page with curves, parameters, configs and code.
+The folders are workdirs of `lm train`, or sweeps. Runs whose configs differ in nothing but the seed are one setting.
+Prints a table and the conclusions that it allows, and writes a page with curves, parameters, configs and code.
 """
 
 from collections import Counter

@@ -18,7 +18,7 @@ from lm.generate.sampler import check_sampling
 from lm.runs.console import Progress, SigtermExit, on_sigterm, say, warn
 from lm.runs.workdir import TrainedModel
 from lm.stages import REWARD_MODEL_STAGES
-from lm.tokenizer import encode_prompts as encoded
+from lm.tokenizer import encode_prompts
 
 PROMPTS_AT_ONCE = 32  # prompts answered together, about
 MAX_ATTEMPTS = 3  # at answers that differ
@@ -63,7 +63,7 @@ class AnsweringModel:
         return lambda rows, key: [answer.text for answer in answers(prompts_at(prompts, np.array(rows)), key)]
 
     def _encoded(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
-        return encoded(self._trained.tokenizer, [conversation.messages for conversation in conversations])
+        return encode_prompts(self._trained.tokenizer, [conversation.messages for conversation in conversations])
 
 
 def params_sha256(params: Any) -> str:

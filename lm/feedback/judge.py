@@ -1,12 +1,11 @@
-"""Let a model or a rule rate the items that people rate, and see how far it can be trusted.
+"""Lets a model or a rule rate the items that people rate, and measures how far it agrees with them.
 
     python -m lm judge --workdir=runs/people --judge=runs/quickstart
     python -m lm judge --workdir=runs/people --judge=http://localhost:8000/v1 --model=NAME
-    python -m lm judge --workdir=runs/people --judge=rule
 
-Its verdicts go into WORKDIR/people.db beside those of people, each at once: after a kill the same command continues. A
-model is asked about every pair of responses in both orders; what it said is kept in WORKDIR/judges/RATER.jsonl, a line
-an item. An endpoint that wants a key finds it in OPENAI_API_KEY.
+--judge=rule rates by the rule instead. Each verdict is stored at once in WORKDIR/people.db, beside those of people:
+after a kill the same command continues. A model is asked about every pair of responses in both orders; its replies are
+kept in WORKDIR/judges/RATER.jsonl, one line for each item. The key of an endpoint is read from OPENAI_API_KEY.
 """
 
 import itertools
@@ -26,9 +25,8 @@ from lm.core.config import parsed_flags
 from lm.core.errors import UserError
 from lm.core.statistics import Estimate, success_rate_or_nan
 from lm.core.textfiles import file_text
-from lm.data import preferences as records
 from lm.data.annotations import PEOPLE_DB, Annotation, AnnotationStore, RankingItem
-from lm.data.preferences import Ranking
+from lm.data.preferences import Ranking, preference_pairs
 from lm.feedback.agreement import bootstrap_estimate, cohen_kappa
 from lm.feedback.auto_rank import ranks_from_scores
 from lm.feedback.results import pair_votes
@@ -187,11 +185,7 @@ def print_judgments(name: str, rankings: Sequence[Ranking], choices: Sequence[Ju
             "take another judge, or a --rubric that it understands"
         )
     pairs = sum(len(r.responses) * (len(r.responses) - 1) // 2 for r in ranked)
-    rows = [
-        ["items", len(own)],
-        ["pairs", pairs],
-        ["ties", pairs - sum(len(records.preference_pairs(r)) for r in ranked)],
-    ]
+    rows = [["items", len(own)], ["pairs", pairs], ["ties", pairs - sum(len(preference_pairs(r)) for r in ranked)]]
     if choices:
         rows += [
             ["items skipped for nonsense", len(own) - len(ranked)],

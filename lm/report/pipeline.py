@@ -1,9 +1,10 @@
-"""One page that shows what a run came to, made from the files in its folder: a pipeline's, or a single stage's.
+"""Writes the report page of a pipeline or of a single stage, from the files in its folder.
 
     python -m lm report --workdir=runs/quickstart
+    python -m lm report --workdir=runs/quickstart/sft
 
-Writes WORKDIR/report.html: self-contained, without scripts. Stages that have not finished are left out with a word. A
-stage's own page is lm.report.run's; the rest of this file is about pipelines.
+Writes WORKDIR/report.html, one file without scripts. It mentions stages that have not finished and leaves them out. The
+page of a single stage is made by lm.report.run; the rest of this file is about pipelines.
 """
 
 import inspect

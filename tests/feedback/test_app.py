@@ -9,9 +9,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from lm.core.errors import UserError
-from lm.data import preferences as records
 from lm.data.annotations import Annotation, AnnotationStore, StoreUnavailable
-from lm.data.preferences import Ranking
+from lm.data.preferences import Ranking, read_jsonl_rankings
 from lm.feedback import prompt_file, results
 from lm.feedback.app import COOKIE_NAME, display_order, make_app
 
@@ -226,7 +225,7 @@ def test_export_is_what_the_reward_stage_reads(client, store, tmp_path):
     response = client.get("/export")
     assert 'filename="rankings.jsonl"' in response.headers["content-disposition"]
     (tmp_path / "rankings.jsonl").write_bytes(response.content)
-    assert records.read_jsonl_rankings(tmp_path / "rankings.jsonl") == store.rankings()
+    assert read_jsonl_rankings(tmp_path / "rankings.jsonl") == store.rankings()
 
 
 def judged(number: int, rater: str, ranking: list[int], count: int = 2, **more) -> Ranking:

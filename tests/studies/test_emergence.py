@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, ROOT, enter_small_world
 
-from lm import tokenizer as tokenizers
 from lm.core.config import config_module, load_config
 from lm.core.errors import UserError
 from lm.data.tasks import drills
@@ -32,6 +31,7 @@ from lm.studies.emergence.jumps import (
 from lm.studies.emergence.ladder import LadderRun, ModelLadder, read_ladder
 from lm.studies.emergence.page import conclusion_sentences, curve_sentence, emergence_summary
 from lm.studies.emergence.scoring import TaskPrograms, newline_ids, task_questions, tasks_for_corpora
+from lm.tokenizer import train_tokenizer
 from lm.train import loop
 
 QUICK = dict(items=6, samples=2, k=2, shots=1, tasks=["sums", "facts"])
@@ -160,7 +160,7 @@ def ladder(tmp_path_factory):
         enter_small_world(patch.setattr)
         patch.setattr(drills, "PAGE_COUNT", 60)
         patch.setattr(run, "write_run_page", lambda path: path)
-        tokenizers.train_tokenizer(drills.drill_pages(), vocab_size=400).save(root / "tokenizer.model")
+        train_tokenizer(drills.drill_pages(), vocab_size=400).save(root / "tokenizer.model")
         for changes in config_module(f"{EXPERIMENTS / 'emergence.py'}").sweep("tiny"):
             given = [f"{key}={value}" for key, value in changes.items()]
             config = load_config(f"{EXPERIMENTS / 'emergence.py'}:tiny", [f"tokenizer={root}/tokenizer.model", *given])

@@ -1,11 +1,13 @@
-"""Emergence: a ladder of models scored on small tasks, by metrics that are all or nothing and by smooth ones.
+"""Measures which skills appear suddenly as models grow, and by which metrics.
 
-    python -m lm emergence runs/emergence                       # a sweep, workdirs of lm train, or a folder of such
+    python -m lm emergence runs/emergence
+    python -m lm emergence runs/emergence --tasks=copying,sums
 
-Every finished pretraining run, in the order of its training FLOPs, is asked to copy, to add, to close brackets and to
-recall facts. Exact match, pass@k, edit distance and log-probability rise; this says which of them jump. Writes
-emergence.json, .html and .png; what is scored of a run is kept, so the same command continues after a kill. Schaeffer,
-Miranda and Koyejo 2023, "Are Emergent Abilities of Large Language Models a Mirage?", arXiv 2304.15004.
+The folders are sweeps, workdirs of `lm train`, or folders of such. Every finished pretraining run, in the order of its
+training FLOPs, is asked to copy, to add, to close brackets and to recall facts. Exact match, pass@k, edit distance and
+log-probability rise; this measures which of them jump. Writes emergence.json, .html and .png; the scores of each run
+are kept, so the same command continues after a kill. Schaeffer, Miranda and Koyejo 2023, "Are Emergent Abilities of
+Large Language Models a Mirage?", arXiv 2304.15004.
 """
 
 import hashlib

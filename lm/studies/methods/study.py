@@ -1,11 +1,12 @@
-"""A contest: several ways of training from one start, with one reward model, at one budget of answers, over seeds.
+"""Compares training methods from one start, with one reward model, at one budget of answers, over seeds.
 
     python -m lm contest --config=experiments/contest.py --workdir=runs/contest
+    python -m lm contest --config=experiments/contest.py --workdir=runs/two --config.methods="('ppo','kto')"
 
-Each (method, seed) is a run of lm train in WORKDIR/METHOD/SEED. A stage that learns from rollouts samples its answers
+Each (method, seed) is a run of `lm train` in WORKDIR/METHOD/SEED. A stage that learns from rollouts samples its answers
 itself; one that learns from rankings gets as many answers of the starting model, ranked by the same reward model. Then
 all answer the same unseen prompts, which the gold rater scores. Writes WORKDIR/summary.json and WORKDIR/contest.html.
-Give the same command again to continue after a kill; more seeds and methods may be added later.
+The same command continues after a kill; more seeds and methods may be added later.
 """
 
 import inspect
@@ -26,7 +27,7 @@ from lm.core.config import call_with_options, flags_and_config, require_entries,
 from lm.core.errors import UserError, check_at_least
 from lm.core.options import ConfigFunction, option_value
 from lm.core.statistics import crossed_mean
-from lm.data import preferences as records
+from lm.data.preferences import preference_pairs, read_jsonl_rankings
 from lm.evaluate.models import ANSWERS_FILE
 from lm.evaluate.policies import HeldOutPrompts, conversation_means, held_out_prompts, policy_answerer
 from lm.feedback import auto_rank
@@ -196,14 +197,14 @@ def run_budget(
         seconds = summary["seconds"]
     else:
         ranked = read_json(root / RANKINGS_DIR / str(seed) / "summary.json")
-        seen = records.read_jsonl_rankings(root / RANKINGS_DIR / str(seed) / auto_rank.RANKINGS_FILE)[
+        seen = read_jsonl_rankings(root / RANKINGS_DIR / str(seed) / auto_rank.RANKINGS_FILE)[
             : config[RANKINGS_DIR].rank.prompts
         ]
         ids = tokenizer.encode_all(text for ranking in seen for text in ranking.responses)
         sampled = float(sum(len(each) + 1 for each in ids))
         share = summary["about"]["prompts"] / len(seen)
         passes = entry.config.train.steps * data.prompts_per_batch / summary["about"]["prompts"]
-        decided = sum(bool(records.preference_pairs(ranking)) for ranking in seen)
+        decided = sum(bool(preference_pairs(ranking)) for ranking in seen)
         more = {"decided": decided, "tied": len(seen) - decided}
         seconds = summary["seconds"] + ranked["seconds"]
     return {

@@ -1,12 +1,12 @@
-"""Scaling laws: a ladder of runs from a FLOP budget, the laws that fit it, and a larger run foretold before it is made.
+"""Fits scaling laws to a ladder of runs and predicts a larger run before it is made.
 
     python -m lm scaling --config=experiments/scaling.py --workdir=runs/scaling --jobs=2
     python -m lm scaling --points=table.csv
 
-The first plans sizes and lengths at budgets over decades of compute, runs them as a sweep, fits IsoFLOP parabolas and
-the law E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, arXiv 2203.15556; as Besiroglu et al. 2024, arXiv 2404.10102,
-correct it), writes WORKDIR/prediction.json, only then runs the larger model, and tells what came of it in
-scaling.html, scaling.png and summary.json. --dry_run prints the plan. The same command continues after a kill.
+With --config it plans sizes and lengths at budgets over decades of compute, runs them as a sweep, and fits IsoFLOP
+parabolas and the law E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, arXiv 2203.15556; as corrected by Besiroglu et
+al. 2024, arXiv 2404.10102). It writes WORKDIR/prediction.json, only then runs the larger model, and writes the outcome
+to scaling.html, scaling.png and summary.json. --dry_run prints the plan. The same command continues after a kill.
 --points fits anyone's table, with the columns parameters, tokens, loss.
 """
 
@@ -31,8 +31,9 @@ from lm.core.errors import UserError
 from lm.core.options import ConfigFunction
 from lm.runs.console import print_table, run_program, say
 from lm.runs.workdir import open_workdir, read_json, read_run_starts, write_text
-from lm.studies.scaling import fit, ladder, page, parametric, points as tables, runs
+from lm.studies.scaling import fit, ladder, page, parametric, runs
 from lm.studies.scaling.ladder import LadderPlan, PlannedRun
+from lm.studies.scaling.points import read_points
 from lm.studies.scaling.runs import LADDER_DIR, LARGER_DIR, PLAN_FILE, PREDICTION_FILE
 from lm.sweep import controller
 from lm.sweep.config_functions import config_functions
@@ -83,7 +84,7 @@ def program(argv: list[str]) -> None:
 
 def print_table_fit(path: str) -> None:
     """Prints the law of a CSV file's runs."""
-    points = tables.read_points(path)
+    points = read_points(path)
     say(f"{path}: {len(points.loss)} runs")
     fitted = parametric.parametric_fit(points, draws=BOOTSTRAP_DRAWS)
     names = {"growth": "a = beta / (alpha + beta)"}
