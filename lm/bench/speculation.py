@@ -24,7 +24,7 @@ from lm.generate.speculative import AcceptanceCounts, speculative_sample
 from lm.runs.workdir import TrainedModel, check_same_tokenizer
 
 TEMPERATURES = (0.0, 0.7, 1.0)
-HELD_OUT_FRACTION = 0.05  # of the conversations, as in the quickstart, whose models have not learnt from them
+HELD_OUT_FRACTION = 0.05  # of the conversations, as in the quickstart, whose models have not learned from them
 
 
 class SpeculationSamplers(NamedTuple):

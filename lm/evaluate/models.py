@@ -40,7 +40,7 @@ from lm.tokenizer import encode_prompt
 from lm.train.warm_start import load_policy
 
 ANSWERS_FILE = "answers.jsonl"
-PARTIAL_FILE = "models.parts.jsonl"  # what an evaluation that goes on after a kill has already
+PARTIAL_FILE = "models.parts.jsonl"  # what an evaluation that continues after a kill already has
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the scores and answers go")}
 
 

@@ -1,4 +1,4 @@
-"""Policies on prompts that nobody has learnt from: what they answer, and how far they have moved from their start.
+"""Policies on prompts that nobody was trained on: what they answer, and how far they have moved from their start.
 
 What the programs that compare policies share. Prompts of one conversation are alike, conversations are not: scores are
 averaged over the prompts of each first, so that an interval counts what is independent.

@@ -53,7 +53,7 @@ FLAGS = {
 
 
 def with_storage_dtypes(trained: TrainedModel, *, weights: str = "", cache: str = "") -> TrainedModel:
-    """A run whose weights and cache are kept in one of FORMS each; "" leaves them as they are."""
+    """A run whose weights and cache are kept in one of STORAGE_DTYPES each; "" leaves them as they are."""
     if weights:
         trained = trained._replace(
             params={**trained.params, "lm": quantized_params(weights, trained.params["lm"], ends=True)}

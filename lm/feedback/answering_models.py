@@ -120,7 +120,8 @@ def answer_prompts(
 
 
 def _distinct_answers(listening: Sequence[Callable], rows: range, key: Array, count: int) -> dict[int, dict[int, str]]:
-    """row -> j -> answer j, those left out that ATTEMPTS draws have not made different from the others to the row."""
+    """row -> j -> answer j, those left out that MAX_ATTEMPTS draws have not made different from the others to the
+    row."""
     kept: dict[int, dict[int, str]] = {i: {} for i in rows}
     for attempt in range(MAX_ATTEMPTS):
         for s, listen in enumerate(listening):

@@ -45,7 +45,7 @@ STAGE_DESCRIPTIONS = {
     "rank": "The SFT model answers {prompts:,} prompts more than once and the rater orders the answers: "
     "{decided:,} pairs decided, {tied:,} tied",
     "reward": "Learns the rater's taste from {about[pairs]:,} pairs",
-    "ppo": "Improves the SFT model by the learnt taste",
+    "ppo": "Improves the SFT model with the learned reward",
     "evaluate": "Asks every model the same {prompts:,} unseen prompts",
 }
 
@@ -151,7 +151,7 @@ def headline_figures(run: Mapping[str, StageRun]) -> list[dict[str, str]]:
                 "title": f"{last['a']} over {last['b']} in the rater's score",
                 "figure": signed_number(gain["value"]),
                 "note": f"95\u00a0% interval {interval_text(gain, 'signed')}, {zero}; "
-                f"wins {percent_text(wins['value'])} {interval_text(wins, 'percent')} of the prompts, a tie counting half",
+                f"wins {percent_text(wins['value'])} {interval_text(wins, 'percent')} of the prompts, ties count half",
             }
         )
     return found

@@ -125,7 +125,7 @@ class Chat:
             raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
         if max_new is not None and max_new >= self._context:
             raise UserError(f"max_new_tokens is {max_new}, but prompt and answer share {self._context}: lower it")
-        now = datetime.now().isoformat(timespec="minutes")  # for a template that tells the date
+        now = datetime.now().isoformat(timespec="minutes")  # for a template that contains the date
         self._trained = trained._replace(tokenizer=trained.tokenizer.dated(now))
         self._check(1, 1 if max_new is None else max_new)
         self._note, self._seed, self._max_new, self._stop = note, seed, max_new, tuple(stop)
@@ -201,7 +201,8 @@ class Chat:
         return self._trained.stage != "pretrain"
 
     def _asked(self, messages: list[Message]) -> tuple[list[Message], np.ndarray]:
-        """What fits of the conversation and its ids; where no chat was learnt, the last message and its text's ids."""
+        """The part of the conversation that fits, and its ids; of a model without chat training, the last message and
+        the ids of its text."""
         tokenizer = self._trained.tokenizer
         if not self._talks:
             return messages[-1:], np.array([*tokenizer.start, *tokenizer.encode(messages[-1]["content"])], np.int32)

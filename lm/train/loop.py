@@ -131,7 +131,7 @@ def train_stage(
 
 
 def print_stage_summary(title: str, summary: Mapping[str, Any]) -> None:
-    """What a stage came to, as a table."""
+    """The results of a stage, as a table."""
     flat = {
         **{f"held-out {k}": v for k, v in summary.get("held_out", {}).items()},
         **{k: summary[k] for k in ("bytes_per_token", "tokens", "seconds") if k in summary},
@@ -157,13 +157,15 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
     if name in TEACHER_STAGES and "teacher" in config.stage:
         teachers["teacher"] = teacher_from_workdir(config.stage.teacher, tokenizer)
     build = functools.partial(stage_update, config, model, teachers)
-    build(host.scalars)  # what it refuses is told before the data are read
+    build(host.scalars)  # raises its errors before the data are read
 
-    def lent(paths, pessimism, longest):
+    def shared_reward(paths, pessimism, longest):
         made = lambda: reward_from_workdirs(paths, tokenizer, pessimism, longest=longest, jit=host.jit)
         return host.once((paths, pessimism, longest), made)
 
-    context = StageContext(model, tokenizer, config.seed, host.jit, lent, phases if host.timed else nullcontext)
+    context = StageContext(
+        model, tokenizer, config.seed, host.jit, shared_reward, phases if host.timed else nullcontext
+    )
     data = json.dumps([config.seed, to_dict(config.data)])
     with phases("data"):
         batches = host.once(
@@ -241,7 +243,8 @@ def run_training_loop(
 ) -> dict[str, Any]:
     """The loop. Batch i depends on (seed, i) and, where it is sampled, on the state: no more need be remembered.
 
-    packages: of the trackers (lm.runs.trackers.tracker_packages). traced: steps to profile. host: the process that it runs in.
+    packages: of the trackers (lm.runs.trackers.tracker_packages). traced: steps to profile. host: the process that it
+    runs in.
     """
     schedule, phases = (
         call_with_options(train_functions(config)["train"].function, config.train, name="train"),
@@ -350,8 +353,8 @@ def held_out_metrics(r: TrainingSetup, evaluate, state: TrainState) -> dict[str,
 
 
 def check_start_metrics(r: TrainingSetup, before: Mapping[str, float]) -> None:
-    """UserError unless the held-out metrics `before` the first step are what stage.start_metrics says they must be: a policy
-    that is still its own reference has ratio 1 and no KL, and preferences cost log 2."""
+    """UserError unless the held-out metrics `before` the first step are what stage.start_metrics says they must be: a
+    policy that is still its own reference has ratio 1 and no KL, and preferences cost log 2."""
     for name, (value, tolerance) in r.stage.start_metrics.items():
         found = before[f"held_out/{name}"]
         if not abs(found - value) <= tolerance:

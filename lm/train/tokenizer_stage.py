@@ -1,4 +1,4 @@
-"""The stage before all others: a vocabulary learnt from a corpus."""
+"""The stage before all others: a vocabulary learned from a corpus."""
 
 import time
 from typing import Any

@@ -310,7 +310,7 @@ def test_runs_that_are_not_on_the_ladder_are_named(ladder, tmp_path, capsys):
     assert [rung.path.name for rung in found.passed] == ["worse"] and [a.path.name for a in found.absent] == ["begun"]
     study.print_excluded_runs(found)
     out = capsys.readouterr()
-    assert "worse is passed over" in out.out and "begun is unfinished and not on the ladder" in out.err
+    assert "worse is skipped" in out.out and "begun is unfinished and not on the ladder" in out.err
 
 
 def test_a_sweep_is_a_ladder(ladder, tmp_path):

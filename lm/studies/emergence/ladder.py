@@ -20,7 +20,7 @@ class LadderRun(NamedTuple):
     path: Path
     flops: float  # model FLOPs of its training
     parameters: int
-    tokens: int  # learnt from
+    tokens: int  # learned from
     loss: float  # held-out bits per byte
     corpora: Sequence[str]  # built-in names, or one path
 
@@ -34,7 +34,7 @@ class ModelLadder(NamedTuple):
 def read_ladder(folders: Iterable[str | Path]) -> ModelLadder:
     """The ladder of all runs in the folders, each a workdir, a sweep, or a folder that holds such.
 
-    UserError where a folder holds no run, a run is no pretraining, or fewer than LEAST rungs are finished.
+    UserError where a folder holds no run, a run is no pretraining, or fewer than MIN_RUNGS rungs are finished.
     """
     folders = [Path(folder) for folder in folders]
     if not folders:

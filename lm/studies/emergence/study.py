@@ -36,7 +36,7 @@ FLAGS = {
     "k": dict(type=int, default=8, metavar="K", help="of pass@k (8)"),
     "shots": dict(type=int, default=2, metavar="N", help="examples before each question, where they fit (2)"),
     "seed": dict(type=int, default=0, metavar="N", help="of the questions and the samples (0)"),
-    "tasks": dict(default="", metavar="NAMES", help="with commas; default: all that the corpus of the runs tells"),
+    "tasks": dict(default="", metavar="NAMES", help="with commas; default: all that the corpus of the runs can teach"),
     "output": dict(metavar="DIR", help=f"where the results go; default: {PAGE_NAME} in the first folder"),
 }
 
@@ -87,10 +87,10 @@ def print_excluded_runs(ladder: ModelLadder) -> None:
     for one in ladder.absent[:8]:
         warn(f"{one.path} is {one.state} and not on the ladder: {one.why}")
     for one in ladder.passed[:8]:
-        say(f"{one.path} is passed over: another run of as many FLOPs has a lower held-out loss")
+        say(f"{one.path} is skipped: another run of as many FLOPs has a lower held-out loss")
     more = len(ladder.absent[8:]) + len(ladder.passed[8:])
     if more:
-        say(f"and {more} more are passed over")
+        say(f"and {more} more are skipped")
 
 
 def cached_scores(rung: LadderRun, settings: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ class Networks(NamedTuple):
     reference: Params
     sampler: Params
     teacher: Params
-    head: Params  # a scalar head that nothing was learnt with
+    head: Params  # a scalar head that nothing was trained with
 
 
 class TinyWorld(NamedTuple):
@@ -112,7 +112,7 @@ def next_token_logprobs(w: TinyWorld, lm: Params, *, temperature: float = 1.0) -
 
 
 def realized_logprobs(w: TinyWorld, said: Array) -> Array:
-    """log p of each token of each answer, f32[X,Y,N], from what a network `says`; 0 after an answer's end."""
+    """log p of each token of each answer, f32[X,Y,N], from what a network `said`; 0 after an answer's end."""
     ids = np.asarray(_padded_rows(w.answers, MAX_ANSWER_LENGTH))
     written = (ids[:, :, None] == np.arange(VOCAB_SIZE)) & (w.real[:, :, None] > 0)
     return jnp.sum(jnp.where(written, said, 0.0), axis=-1)

@@ -51,7 +51,7 @@ RANKINGS_DIR = "verdicts"  # the folder of the rankings that stages without roll
 ROLLOUTS_OPTION, RANKINGS_OPTION = (
     "rollouts",
     "rankings",
-)  # the option of a stage's batches that tells what it learns from
+)  # the option of a stage's batches that names what it learns from
 SINGLE_ANSWER_STAGES = {"best_of_n"}  # stages that learn from one answer of each group that they sample
 LENGTH_OPTIONS = ("prompt_length", "max_new")  # options of what asks a policy
 ANSWER_KEY = 2**30 + 2  # role folded into the key of a seed, beside those of lm.stages.rl.rollouts
@@ -257,13 +257,13 @@ def answer_recorder(
             file.parent.mkdir(parents=True, exist_ok=True)
             parts = PartialResults(file.with_suffix(".parts.jsonl"))
             given = parts.once("answers", lambda: sampled(path, seed))
-            gold, learnt = (judge(questions.prompts.contexts, given["text"]) for judge in (REWARDS[rater], proxy))
+            gold, learned = (judge(questions.prompts.contexts, given["text"]) for judge in (REWARDS[rater], proxy))
             columns = {
                 "conversation": questions.conversations.tolist(),
                 "prompt": questions.prompts.contexts,
                 **given,
                 "gold": gold.tolist(),
-                "proxy": learnt.tolist(),
+                "proxy": learned.tolist(),
             }
             rows = [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
             write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -343,15 +343,15 @@ def interval_position(estimate: Mapping[str, float]) -> str:
 
 
 def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What may be said of each method, and of the differences between them."""
+    """What may be concluded about each method and the differences between them."""
     plain = {
         "above zero": "its interval lies above zero: it beats the start",
         "below zero": "its interval lies below zero: it is worse than the start",
-        "across zero": "its interval includes zero: no difference from the start can be told",
+        "across zero": "its interval includes zero: no difference from the start can be shown",
     }
     said = [
-        f"{name}: {signed_number(told['gain']['value'])} {interval_text(told['gain'], 'signed')}; {plain[told['where']]}."
-        for name, told in summary["methods"].items()
+        f"{name}: {signed_number(one['gain']['value'])} {interval_text(one['gain'], 'signed')}; {plain[one['where']]}."
+        for name, one in summary["methods"].items()
     ]
     pairs = [
         (pair["where"] == "across zero", f"{pair['a']} and {pair['b']} ({gain_text(pair)})")
@@ -392,7 +392,7 @@ def print_results(summary: Mapping[str, Any]) -> None:
     )
     print_table(
         "what each run was given and took, mean over seeds",
-        ["", "answers", "tokens sampled", "passes", "tokens learnt", "seconds"],
+        ["", "answers", "tokens sampled", "passes", "tokens trained on", "seconds"],
         [
             [
                 name,
@@ -438,7 +438,7 @@ def results_page(
 
 
 def coloured_methods(summary: Mapping[str, Any]):
-    """(name, what is told of it, its colour), the best method first."""
+    """(name, its results, its colour), the best method first."""
     return zip(summary["methods"], summary["methods"].values(), itertools.cycle(SERIES_COLORS))
 
 

@@ -27,7 +27,7 @@ class Points(NamedTuple):
 
 
 def read_points(path: str | Path) -> Points:
-    """The runs of a CSV file with the columns `parameters`, `tokens` and `loss`; others are passed over.
+    """The runs of a CSV file with the columns `parameters`, `tokens` and `loss`; others are ignored.
 
     UserError for a file that cannot be read, a missing column, a cell that is no positive number, too few runs.
     """

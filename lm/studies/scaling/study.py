@@ -94,8 +94,8 @@ def print_table_fit(path: str) -> None:
         [[names.get(name, name), e.value, f"[{e.low:.4g}, {e.high:.4g}]"] for name, e in fitted.estimates().items()],
     )
     say(
-        f"Intervals: percentiles of {BOOTSTRAP_DRAWS:,} fits to resampled runs. With C = 6 N D the best size grows as C^a, the "
-        "best number of tokens as C^(1 - a)."
+        f"Intervals: percentiles of {BOOTSTRAP_DRAWS:,} fits to resampled runs. With C = 6 N D the best size grows as "
+        "C^a, the best number of tokens as C^(1 - a)."
     )
 
 
@@ -108,7 +108,7 @@ def print_plan(plan: LadderPlan, rungs: Sequence[PlannedRun]) -> None:
 
 
 def run_scaling(flags: Namespace, source: ConfigSource, plan: LadderPlan, rungs: Sequence[PlannedRun]) -> None:
-    """Everything in its order, each step passed over if it is done."""
+    """Everything in its order, each step skipped if it is done."""
     config, root = source.config({}), Path(flags.workdir)
     with open_workdir(root, to_dict(config), harmless=()) as workdir:
         write_text(root / PLAN_FILE, json.dumps({"rungs": [rung._asdict() for rung in rungs]}, indent=2) + "\n")
@@ -124,7 +124,7 @@ def run_scaling(flags: Namespace, source: ConfigSource, plan: LadderPlan, rungs:
         prediction = read_json(root / PREDICTION_FILE)
         loss = prediction["loss"]
         say(
-            f"foretold, {prediction['written']}: loss {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] for "
+            f"predicted, {prediction['written']}: loss {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] for "
             f"width {prediction['rung']['width']} and {prediction['rung']['tokens']:,} tokens: {root / PREDICTION_FILE}"
         )
         run_planned(flags, source, root / LARGER_DIR, [PlannedRun(**prediction["rung"])])
@@ -155,7 +155,7 @@ def run_planned(flags: Namespace, source: ConfigSource, folder: Path, rungs: Seq
     failed = [one for one in told if one.state == "failed"]
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(told)} runs in {folder} failed; the first: {failed[0].error}; mend it and give "
+            f"{len(failed)} of {len(told)} runs in {folder} failed; the first: {failed[0].error}; fix it and give "
             "the same command with --retry_failed"
         )
     if any(one.state != "complete" for one in told):
