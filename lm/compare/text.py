@@ -98,7 +98,7 @@ def conclusion_sentences(told: Comparison) -> list[str]:
         )
         rest = f"; and {len(unjudged) - MAX_NAMES} more" if len(unjudged) > MAX_NAMES else ""
         said.append(
-            f"Against {told.reference} the noise cannot be judged, for want of three seeds on both sides: "
+            f"Against {told.reference} the noise cannot be judged without three seeds on both sides: "
             f"{names}{rest}. Such a difference may be chance, however large it looks."
         )
     if said and told.chosen and told.tested:

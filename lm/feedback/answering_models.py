@@ -111,10 +111,10 @@ def answer_prompts(
                 alike += len(new) - len(items)
                 added += store.add(items)
             progress.update(rows[-1] + 1, {})
-    say(f"answers: {added} prompts were answered, {len(fit) - added - alike} had been before")
+    say(f"answers: {added} prompts were answered, {len(fit) - added - alike} had answers already")
     if dropped:
         warn(
-            f"{dropped} answers were left out, since {MAX_ATTEMPTS} attempts gave none but what was there, and so "
+            f"{dropped} answers were left out, since {MAX_ATTEMPTS} attempts gave only answers that were there, and so "
             f"{alike} prompts, without two different answers: raise --temperature"
         )
 

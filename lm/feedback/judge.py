@@ -52,7 +52,7 @@ FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help=f"the folder whose {PEOPLE_DB} holds the items"),
     "judge": dict(required=True, metavar="DIR|URL|RULE", help=f"a policy, an endpoint, or {', '.join(REWARDS)}"),
     "model": dict(metavar="NAME", help="the model to ask an endpoint for"),
-    "rubric": dict(metavar="FILE", help="what a model is told to judge by, instead of lm.rewards.llm_judge.RUBRIC"),
+    "rubric": dict(metavar="FILE", help="the instructions for a judging model, instead of lm.rewards.llm_judge.RUBRIC"),
     "limit": dict(type=int, metavar="N", help="rate at most so many items this time"),
 }
 
@@ -97,7 +97,7 @@ def read_rubric(path: Path) -> str:
     except OSError as error:
         raise UserError(f"no rubric at {path} ({error.strerror}): write one, or leave --rubric out") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: a rubric is what the judge is told to judge by") from error
+        raise UserError(f"{path} is not UTF-8 text: a rubric is the text that the judge rates by") from error
     if not text:
         raise UserError(f"the rubric {path} is empty: write one, or leave --rubric out")
     return text
@@ -181,7 +181,7 @@ def print_judgments(name: str, rankings: Sequence[Ranking], choices: Sequence[Ju
     if own and not ranked:
         example = f", such as {nonsense[-1][:100]!r}" if nonsense else ""
         raise UserError(
-            f"{name} said nothing but nonsense{example}: all {len(own)} items are recorded as skipped; "
+            f"{name} gave no readable verdict{example}: all {len(own)} items are recorded as skipped; "
             "take another judge, or a --rubric that it understands"
         )
     pairs = sum(len(r.responses) * (len(r.responses) - 1) // 2 for r in ranked)

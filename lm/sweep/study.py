@@ -310,7 +310,7 @@ def database_errors(url: str) -> Iterator[None]:
         raise UserError(f"--storage {shown}: no driver for it is installed ({error})") from error
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise UserError(f"--storage {shown} cannot be reached ({reason}): start it, or mend the URL") from error
+        raise UserError(f"--storage {shown} cannot be reached ({reason}): start it, or correct the URL") from error
 
 
 def _attributes(trial: Trial) -> dict[str, Any]:

@@ -144,4 +144,4 @@ def policy_folder(path: Path) -> Path:
         saved = any(step.name.isdigit() for step in (path / name / CHECKPOINTS_DIR).glob("*"))
         if saved and read_json(path / name / CONFIG_FILE)["stage"]["name"] not in REWARD_MODEL_STAGES:
             return path / name
-    raise UserError(f"{path} holds no trained model yet: let lm pipeline come to the first checkpoint of pretrain")
+    raise UserError(f"{path} holds no trained model yet: let lm pipeline reach the first checkpoint of pretrain")

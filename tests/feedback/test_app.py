@@ -298,7 +298,7 @@ def test_prompts_from_files(tmp_path):
         [{"role": "user", "content": "How are you?"}],
         [{"role": "user", "content": "Wie geht's?"}],
     ]
-    assert warned == [f"2 of 4 lines will not do and are left out; the first: {text}:4: a prompt that came before"]
+    assert warned == [f"2 of 4 lines are not valid and are left out; the first: {text}:4: a prompt that came before"]
     assert found[0].name.startswith("prompt/") and found[0].name != found[1].name
 
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
@@ -332,4 +332,4 @@ def test_lines_that_are_no_prompt(tmp_path, line, fault):
     warned = []
     path.write_text(f'{line}\n{{"prompt": "one usable line works"}}\n')
     assert len(prompt_file.read_prompts(str(path), warned.append)) == 1
-    assert "1 of 2 lines will not do" in warned[0] and fault in warned[0]
+    assert "1 of 2 lines are not valid" in warned[0] and fault in warned[0]

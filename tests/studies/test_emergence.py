@@ -285,7 +285,7 @@ def test_bad_input(ladder, tmp_path):
     refused("there is no folder .*none", [tmp_path / "none"])
     refused("holds no run of lm train", [ladder / "steps3" / "checkpoints"])
     refused("reward is of stage reward, and a ladder is of pretraining", [ladder, tmp_path / "reward"])
-    refused("later went on from runs/other, so its FLOPs are not all", [tmp_path / "later"])
+    refused("later continued from runs/other, so its FLOPs are not all", [tmp_path / "later"])
     refused("needs finished runs of 3 different amounts of compute, and there are 1 in", [ladder / "steps3"])
     refused("--tasks=sewing is no task: choose among copying", [ladder], tasks=["sewing"])
     refused("samples is 4; it must be at least 8", [ladder], samples=4)

@@ -86,7 +86,7 @@ def is_pretraining_run(path: Path) -> bool:
             f"{path} is of stage {config['stage']['name']}, and a ladder is of pretraining: name other folders"
         )
     if config["init_from"]:
-        raise UserError(f"{path} went on from {config['init_from']}, so its FLOPs are not all: name other folders")
+        raise UserError(f"{path} continued from {config['init_from']}, so its FLOPs are not all: name other folders")
     return True
 
 

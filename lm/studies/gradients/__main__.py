@@ -109,7 +109,7 @@ def program(argv: list[str]) -> None:
     wrong = [one for one in found if not one["holds"]]
     for one in wrong:
         kind = "biased, but is not" if one["biased"] else f"unbiased, but is off by {one['off']:.2g}"
-        say(f"! {one['name'].strip()} ({one['policy']}, {one['objective']}) is said to be {kind}")
+        say(f"! {one['name'].strip()} ({one['policy']}, {one['objective']}) is marked as {kind}")
     say(f"{len(found) - len(wrong)} of {len(found)} certificates hold")
     if wrong:
         sys.exit(1)

@@ -134,7 +134,7 @@ def method_entries(config: ConfigDict) -> dict[str, MethodEntry]:
             size, factors = rank.prompts * rank.responses, "verdicts.rank.prompts x verdicts.rank.responses"
         for key, (here, there) in same.items():
             if here != there:
-                raise UserError(f"{key} is {here}, the contest's is {there}: nobody may have another")
+                raise UserError(f"{key} is {here}, the contest's is {there}: all methods must have the same")
         if size != config.rollouts:
             raise UserError(
                 f"{name} learns from {size:,} answers ({factors}), the contest's `rollouts` are {config.rollouts:,}: "
@@ -147,7 +147,7 @@ def method_entry(config: ConfigDict, name: str) -> MethodEntry:
     """A method of the config. UserError for one that is not there, or whose stage cannot take part."""
     known = [key for key, value in config.items() if isinstance(value, ConfigDict) and "stage" in value]
     if name not in known:
-        raise UserError(f"methods has {name!r}, of which the config says nothing; choose among {', '.join(known)}")
+        raise UserError(f"methods has {name!r}, which the config does not define; choose among {', '.join(known)}")
     stage = config[name].stage.name
     if stage not in STAGES:
         raise UserError(f"{name}.stage.name is {stage!r}; choose one of {', '.join(STAGES)}")

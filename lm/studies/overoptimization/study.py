@@ -42,7 +42,7 @@ from lm.train.warm_start import load_policy
 
 CONFIG_KEYS = ("seed", "init_from", "sizes", "reward_steps", "members", "pessimism", "verdicts", "reward", "ppo")
 CONFIG_KEYS += ("prompts", "evaluate")
-FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the lab's folder; the same command continues")}
+FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the study's folder; the same command continues")}
 
 
 def study_functions(config: ConfigDict) -> dict[str, ConfigFunction]:

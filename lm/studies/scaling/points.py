@@ -57,7 +57,7 @@ def positive_cell(path: str | Path, line: int, column: str, text: str | None) ->
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise UserError(
-            f"{path}, line {line}: {column} is {text!r}; it must be a positive number: mend the row or drop it"
+            f"{path}, line {line}: {column} is {text!r}; it must be a positive number: correct the row or delete it"
         )
     return value
 
