@@ -1,4 +1,4 @@
-"""Best-of-n fine-tuning: of eight answers to a prompt the best one is learnt, as if it were a human's.
+"""Best-of-n fine-tuning: of eight answers to a prompt the best one is learned, as if it were a human's.
 
 Paper: Touvron et al. 2023, sec. 3.2.3, arXiv 2307.09288; Dong et al. 2023, arXiv 2304.06767.
 Command: python -m lm train --config=experiments/best_of_n.py --workdir=runs/best_of_n

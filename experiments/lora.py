@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a real model by low-rank adapters: SmolLM2-135M-Instruct learns how people chat.
 
-Method: the base is frozen, in 8 bits; A and B of every attention matrix are learnt (460,800 numbers). B starts at zero.
+Method: the base is frozen, in 8 bits; A and B of each attention matrix are trained (460,800 numbers). B starts at zero.
 Paper: Hu et al. 2021 (LoRA), arXiv 2106.09685; Dettmers et al. 2023 (QLoRA), arXiv 2305.14314; Allal et al. 2025
 (SmolLM2), arXiv 2502.02737.
 Command: python -m lm train --config=experiments/lora.py --workdir=runs/lora

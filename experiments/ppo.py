@@ -1,4 +1,4 @@
-"""PPO on the SFT model: the learnt reward, a value head on the shared trunk, the KL to the SFT model in the reward.
+"""PPO on the SFT model: the learned reward, a value head on the shared trunk, the KL to the SFT model in the reward.
 
 Paper: Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593.
 Details: Huang et al. 2024, arXiv 2403.17031.

@@ -1,11 +1,11 @@
-"""A ladder of runs over two decades of compute, its scaling laws, and a larger run foretold by them.
+"""A ladder of runs over two decades of compute, its scaling laws, and a larger run predicted by them.
 
 Method: pretraining at five budgets and five widths each, two layers, short rows, small vocabulary, muP so that one
 learning rate serves every width (experiments/mup_sweep.py); a run's steps follow from its budget and its width.
 Paper: Hoffmann et al. 2022, arXiv 2203.15556; Besiroglu et al. 2024, arXiv 2404.10102; Yang et al. 2022, 2203.03466.
 Command: python -m lm scaling --config=experiments/scaling.py --workdir=runs/scaling --jobs=2
 Expect: 25 runs in 47 minutes, the larger one in 9, on 2 cores of an AMD EPYC that others kept busy too; best size as
-C^0.56; foretold loss 2.26 [2.16, 2.41], then measured 2.24. `python -m lm train` with it trains one run.
+C^0.56; predicted loss 2.26 [2.16, 2.41], then measured 2.24. `python -m lm train` with it trains one run.
 Change first: ladder.lowest, highest and larger (FLOPs); data.corpus; ladder.sizes.
 """
 

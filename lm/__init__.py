@@ -1,7 +1,8 @@
 """Everything that turns random matrices into an assistant; `python -m lm` lists the commands.
 
-Rooms from low to high: core, losses, model, tokenizer, optim, data, runs, generate, rewards, weights, stages, report, train,
-evaluate, compare, feedback, serve, sweep, bench, pipeline, studies. A file imports from its own room and lower ones.
+Rooms from low to high: core, losses, model, tokenizer, optim, data, runs, generate, rewards, weights, stages, report,
+train, evaluate, compare, feedback, serve, sweep, bench, pipeline, studies. A file imports from its own room and lower
+ones.
 """
 
 import os as _os

@@ -1,4 +1,4 @@
-"""From clicks to a better policy: a scripted rater ranks on the real page, and what it clicked is learnt.
+"""From clicks to a better policy: a scripted rater ranks on the real page, and what it clicked is learned.
 
     python -m tests.clicks --workdir=runs/clicks
 

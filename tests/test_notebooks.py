@@ -68,8 +68,8 @@ assert all(after[name] > before[name] + 0.3 for name in ("ends properly", "asks 
 assert max(before["on topic"], after["on topic"]) < 0.1, means
 """,
     "06_dpo_grpo_ppo": """
-base = rule(questions.prompts.contexts, last["start"][2].texts)
-gains = {name: difference(rule(questions.prompts.contexts, last[name][2].texts), base) for name in ways}
+base = rule_reward(questions.prompts.contexts, last["start"][2].texts)
+gains = {name: paired_difference(rule_reward(questions.prompts.contexts, last[name][2].texts), base) for name in ways}
 assert all(gain.low > 0 for gain in gains.values()) and gains["grpo"].value > gains["dpo"].value, gains
 kl = {name: last[name][1].value for name in ways}
 assert kl["dpo"] < 2 and kl["ppo"] > 2 * kl["grpo"], kl
@@ -80,7 +80,7 @@ assert all(asks[name] > asks["start"] + 0.1 for name in ways), asks
 assert swept[0].mean() > swept[1:].mean(axis=1).max() + 0.3, swept
 assert best["learning_rate"] > 2e-3 and best["loss"] < np.median([each["loss"] for each in tried]) - 0.05, tried
 assert all(np.all(np.diff(path) < 0.1) for _, path in small.values()), small
-assert abs(loss - foretold.value) < 0.35 and loss < min(path[-1] for _, path in small.values()), (loss, foretold)
+assert abs(loss - predicted.value) < 0.35 and loss < min(path[-1] for _, path in small.values()), (loss, predicted)
 """,
     "08_generation": """
 assert (difference < 1e-4).all() and without[-1] > 2 * with_cache[-1], (without, with_cache)

@@ -1,4 +1,4 @@
-"""The order of the rooms: a file of lm/ imports from its own room and from rooms above it in this list, from no others."""
+"""The order of the rooms: a file of lm/ imports only from its own room and from rooms above it in this list."""
 
 import ast
 from pathlib import Path
@@ -90,7 +90,8 @@ def test_the_walk_sees_every_form_of_import(tmp_path):
     file.parent.mkdir(parents=True)
     file.write_text(
         "import lm.train\nfrom lm import serve\nfrom . import ppo\nfrom ... import model\nimport jax\n"
-        "from ...data.packing import padded_rows\ndef f():\n    from lm.stages.pretraining.sft import make\nfrom os import path"
+        "from ...data.packing import padded_rows\ndef f():\n    from lm.stages.pretraining.sft import make\n"
+        "from os import path"
     )
     assert set(imports_of(file, tmp_path / "lm")) == {
         ("train",),

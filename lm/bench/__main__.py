@@ -1,10 +1,9 @@
-"""How fast this machine trains, samples, starts and rolls out, against its own limits and against PyTorch.
+"""Times training, generation, start-up and rollouts on this machine, against its own limits and against PyTorch.
 
-    python -m lm bench                                        (training, generation, rollout; size S)
+    python -m lm bench
     python -m lm bench training --sizes=S,M --dtypes=float32,bfloat16 --peer=PYTHON
-    python -m lm bench generation --sizes=smollm2-135m --batches=1,32
-    python -m lm bench startup --json=bench.jsonl
-    python -m lm bench speculation --workdir=W --draft=D --batches=1,64 --prompt_tokens=64 --new_tokens=32
+
+Without names it measures training, generation and rollout at size S. The measurements are:
 
 training    tokens/s of the pretraining stage's own step; FLOP/s over the matmul ceiling (elsewhere than on a CPU: MFU)
 generation  tokens/s of greedy sampling; bytes read a step over the memory's bandwidth
@@ -12,8 +11,12 @@ rollout     seconds of a GRPO step: generation and update apart
 startup     seconds to the first step of lm train, without compiled programs and with them
 speculation tokens/s of a trained model with a draft and without; the share of proposals accepted
 
+    python -m lm bench generation --sizes=smollm2-135m --batches=1,32
+    python -m lm bench startup --json=bench.jsonl
+    python -m lm bench speculation --workdir=W --draft=D --batches=1,64 --prompt_tokens=64 --new_tokens=32
+
 --peer is an interpreter with tests/peers.txt: PyTorch, transformers and TRL do the same on the same CPU. The two sides
-take turns; the first step of each turn does not count. --json appends all numbers to a file, one line a run.
+take turns; the first step of each turn does not count. --json appends all numbers to a file, one line for each run.
 """
 
 import dataclasses

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import model as models
 from lm.bench.limits import DeviceLimits
 from lm.bench.sizes import backend_config
 from lm.bench.turns import Peer, TimedSteps, Timings, timing_summary
 from lm.core.types import Params
 from lm.generate.sampler import prefill, sample
-from lm.model import ModelConfig
+from lm.model import ModelConfig, make_model
 from lm.model.params import matmul_param_count
 from lm.weights.config_map import config_json
 
@@ -38,7 +37,7 @@ def timed_steps(config: ModelConfig, shape: GenerationShape, dtype: str, lm: Par
 
     Prefill is timed in a call of its own. lm: random if there is none.
     """
-    model = models.make_model(backend_config(config, dtype))
+    model = make_model(backend_config(config, dtype))
     lm = jax.jit(model.init)(jax.random.key(0)) if lm is None else jax.device_put(lm)
     first = jax.jit(functools.partial(prefill, model, capacity=shape.prompt + shape.new))
     whole = jax.jit(functools.partial(sample, model, max_new=shape.new, temperature=0.0, stop=()))

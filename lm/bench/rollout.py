@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import model as models
 from lm.bench.limits import DeviceLimits
 from lm.bench.sizes import SIZES, backend_config
 from lm.bench.turns import Peer, TimedSteps, Timings, timing_summary
 from lm.core.types import Rollouts
-from lm.model import ModelConfig
+from lm.model import ModelConfig, make_model
 from lm.model.params import matmul_param_count
 from lm.optim import optimizers
 from lm.stages.rl import grpo
@@ -37,7 +36,7 @@ class RolloutShape:
 def timed_steps(config: ModelConfig, shape: RolloutShape, *, beta: float = 0.04) -> TimedSteps:
     """Steps of stage grpo: seconds of generation, of update (reference's and own log-probs, loss, gradient, AdamW), and
     of both."""
-    model = models.make_model(backend_config(config, "auto"))
+    model = make_model(backend_config(config, "auto"))
     update = grpo.make(model, optimizers.make_optimizer(learning_rate=1e-4, total_steps=1000), beta=beta)
     state = jax.jit(lambda key: update.init(key, {"lm": model.init(key)}, {}))(jax.random.key(0))
     draw = jax.jit(functools.partial(rollout_rows, model, max_new=shape.new, stop=()))

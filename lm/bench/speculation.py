@@ -16,14 +16,15 @@ from lm.bench.turns import TimedSteps, Timings, phase_seconds
 from lm.core.errors import UserError
 from lm.core.statistics import mean_estimate
 from lm.core.types import Array, Completions
-from lm.data import conversations, sources as corpora
+from lm.data import conversations
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.sources import split_held_out
 from lm.generate.sampler import sample
 from lm.generate.speculative import AcceptanceCounts, speculative_sample
 from lm.runs.workdir import TrainedModel, check_same_tokenizer
 
 TEMPERATURES = (0.0, 0.7, 1.0)
-HELD_OUT_FRACTION = 0.05  # of the conversations, as in the quickstart, whose models have not learnt from them
+HELD_OUT_FRACTION = 0.05  # of the conversations, as in the quickstart, whose models have not learned from them
 
 
 class SpeculationSamplers(NamedTuple):
@@ -54,7 +55,7 @@ def speculation_samplers(
 
 def held_out_prompts(target: TrainedModel, shape: GenerationShape) -> Prompts:
     """The first shape.batch held-out prompts of at most shape.prompt tokens. UserError where there are not so many."""
-    _, unseen = corpora.split_held_out(conversations.load_conversations("chitchat"), HELD_OUT_FRACTION)
+    _, unseen = split_held_out(conversations.load_conversations("chitchat"), HELD_OUT_FRACTION)
     fit, _ = prompts_within_length(target.tokenizer, conversations.prompt_contexts(unseen), shape.prompt)
     if len(fit.ids) < shape.batch:
         raise UserError(

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import model as models
 from lm.bench.limits import DeviceLimits
 from lm.bench.sizes import BenchmarkSize, backend_config
 from lm.bench.turns import Peer, TimedSteps, Timings, timing_summary
 from lm.core.types import Tokens
+from lm.model import make_model
 from lm.model.params import flops_per_token
 from lm.optim import optimizers
 from lm.stages.pretraining import pretrain
@@ -24,7 +24,7 @@ from lm.weights.config_map import config_json
 
 def timed_steps(size: BenchmarkSize, dtype: str) -> TimedSteps:
     """Steps of pretraining on one batch: seconds of each, after one that compiles or warms up."""
-    model = models.make_model(backend_config(size.config, dtype))
+    model = make_model(backend_config(size.config, dtype))
     update = pretrain.make(model, optimizers.make_optimizer(learning_rate=1e-4, total_steps=1000))
     state = jax.jit(lambda key: update.init(key, {"lm": model.init(key)}, {}))(jax.random.key(0))
     step = jax.jit(update.update, donate_argnums=0)

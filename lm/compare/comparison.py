@@ -1,10 +1,10 @@
-"""Compare runs and sweeps: which setting is better, by how much, and whether the difference is inside the noise.
+"""Tests which setting is better over runs and seeds, by how much, and whether the difference is inside the noise.
 
-    python -m lm compare runs/a-* runs/b-*                    # workdirs of lm train
+    python -m lm compare runs/a-* runs/b-*
     python -m lm compare runs/sweep --metric=held_out/bits_per_byte
 
-Runs whose configs differ in nothing but the seed are one setting. Prints a table and what may be concluded from it, and
-writes a page with curves, parameters, configs and code.
+The folders are workdirs of `lm train`, or sweeps. Runs whose configs differ in nothing but the seed are one setting.
+Prints a table and the conclusions that it allows, and writes a page with curves, parameters, configs and code.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ POSITIONAL = {"folders": dict(nargs="*", metavar="D", help="the workdir of a run
 FLAGS = {
     "metric": dict(metavar="NAME", help=f"as metrics.jsonl names it; default: the sweep's, else {DEFAULT_METRIC}"),
     "direction": dict(choices=(MINIMIZE, MAXIMIZE), help="default: the sweep's, else by the metric's name"),
-    "baseline": dict(metavar="NAME", help="the setting, or a folder of it, to hold others against; default: the best"),
+    "baseline": dict(metavar="NAME", help="the setting, or a folder of it, to compare others with; default: the best"),
     "ignore": dict(default="", metavar="KEYS", help="dotted config keys, by commas, that make no other setting"),
     "confidence": dict(type=float, default=0.95, help="of the intervals; default 0.95"),
     "output": dict(metavar="FILE", help=f"the page; default: {PAGE_FILE} beside the first folder"),

@@ -22,12 +22,14 @@ COLORMAP = colormaps["viridis"]
 MAX_POINTS = 150  # of a line, at most
 MAX_PANELS = 4  # of one figure of lines, at most
 PANELS_PER_ROW = 4  # panels beside each other
-IGNORED_START = 0.2  # of a run: what comes before does not set the vertical range of its curve, if it has DENSE points
+IGNORED_START = (
+    0.2  # of a run: what comes before does not set the vertical range of its curve, if it has MIN_DENSE_POINTS
+)
 MIN_DENSE_POINTS = 6
 
 
 def setting_colours(found: Sequence[SettingResult]) -> dict[str, str]:
-    """A colour for each of the first settings while there are any, INK for the rest."""
+    """A colour for each of the first settings while there are any, TEXT_COLOR for the rest."""
     return dict(itertools.zip_longest((one.name for one in found), SERIES_COLORS[: len(found)], fillvalue=TEXT_COLOR))
 
 
@@ -56,7 +58,7 @@ def means_figure(found: Sequence[SettingResult], metric: str) -> Markup:
 def curves_figure(found: Sequence[SettingResult], metric: str, clock: str) -> Markup | None:
     """Means over seeds, with bands, over "step", "tokens" or "seconds". None where no line has two points.
 
-    The band is the 95 % interval of the mean; with FEW seeds each seed is a thin line instead.
+    The band is the 95 % interval of the mean; with up to MAX_SEEDS_UNJUDGED seeds each seed is a thin line instead.
     """
     every = {one.name: aligned_lines([metric_line(run, metric, clock) for run in one.setting.runs]) for one in found}
     lines, colours = {name: (x, y) for name, (x, y) in every.items() if len(x)}, setting_colours(found)

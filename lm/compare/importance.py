@@ -21,7 +21,7 @@ def parameter_importances(
 ) -> dict[str, float]:
     """Parameter to its share, the largest first: how much its values among good runs differ from those among all.
 
-    configs and values: one for each run. Shares add to 1. At least LEAST runs and two parameters.
+    configs and values: one for each run. Shares add to 1. At least MIN_RUNS runs and two parameters.
     """
     import optuna  # here: half a second that only this needs
 

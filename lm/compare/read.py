@@ -1,4 +1,4 @@
-"""Folders of runs and sweeps to `Run`s; whatever gives no number is an `Absent` with its reason."""
+"""Folders of runs and sweeps to `Run`s; those without a number become `MissingRun`s with the reason."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from lm.core.config import flatten
 from lm.core.errors import UserError
 from lm.runs.workdir import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, read_json, read_metrics, read_run_starts
 
-SWEEP_FILE, TRIALS_DIR = "sweep.json", "trials"  # trials/NAME is the workdir of a run, trials/NAME.json what came of it
+SWEEP_FILE, TRIALS_DIR = "sweep.json", "trials"  # trials/NAME is the workdir of a run, trials/NAME.json its outcome
 CODE_NOT_RECORDED = "not recorded"
 REQUIRED_KEYS = ("seed", "stage.name", "train.steps")  # in a config
 COMPLETE, UNFINISHED, RUNNING = "complete", "unfinished", "running"
@@ -126,7 +126,7 @@ def run_in_folder(folder: Path) -> Run | MissingRun:
 
 
 def run_in_workdir(path: Path, given: Mapping[str, Any]) -> Run | MissingRun:
-    """A workdir of lm train; Absent unless it has come to its end. What was `given` outside its config joins it."""
+    """A workdir of lm train; a MissingRun unless it has finished. What was `given` outside its config joins it."""
     config, rows = {**given, **flatten(read_json(path / CONFIG_FILE))}, read_metrics(path)
     for key in REQUIRED_KEYS:
         if key not in config:

@@ -1,4 +1,4 @@
-"""Runs to settings: those whose configs differ in nothing but the seed are one, named by what tells it from others."""
+"""Runs to settings: those whose configs differ in nothing but the seed are one, named by what differs from others."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -61,7 +61,7 @@ def settings_of_runs(runs: Sequence[Run], *, ignore: Iterable[str] = ()) -> Sett
     if aside := keys_differing_within(grouped):
         notes.append(f"Runs of one setting differ in {', '.join(aside)}, which the comparison sets aside.")
     if len(told) < len(parameters):
-        notes.append(f"The settings differ in {len(parameters)} keys, of which their names tell {len(told)}.")
+        notes.append(f"The settings differ in {len(parameters)} keys, of which their names show {len(told)}.")
     return SettingGroups(grouped, parameters, differing, notes)
 
 
@@ -106,7 +106,7 @@ def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def value_json(config: Mapping[str, Any], key: str) -> str:
-    """The value as text, which can be hashed whatever it is; NOTHING where there is none."""
+    """The value as text, which can be hashed whatever it is; NO_VALUE where there is none."""
     return json.dumps(config[key], sort_keys=True) if key in config else NO_VALUE
 
 
@@ -126,8 +126,8 @@ def distinguishing_keys(
 
 
 def name_keys(configs: Sequence[Mapping[str, Any]], parameters: Sequence[str]) -> list[str]:
-    """The parameters that names are made of: all, or where they are more than NAMED as few as tell the settings apart,
-    but the stage alone if it does."""
+    """The parameters that names are made of: all, or where they are more than MAX_NAME_KEYS as few as distinguish the
+    settings, but the stage alone if it does."""
     if len(parameters) <= MAX_NAME_KEYS:
         return list(parameters)
     alone = parameters[0] == STAGE_KEY and are_distinct(configs, parameters[:1])

@@ -46,12 +46,12 @@ class Contrast(NamedTuple):
 
     name: str
     reference: str
-    tested: str  # PAIRED over the seeds that both have, UNPAIRED, or by the spread of all settings (`Spread.words`)
+    tested: str  # PAIRED over the seeds that both have, UNPAIRED, or by the spread of all settings
     n: int  # pairs, or the seeds of the side that has fewer
     difference: Estimate  # setting less reference, its interval as wide as the correction asks
     p: float | None  # two-sided, corrected for the number of comparisons; None where it cannot be judged
     effect: float | None  # difference in standard deviations: the pooled one, d_z of pairs or d of two sides, by Hedges
-    verdict: str  # of the setting: BETTER, WORSE, NOISE or UNJUDGED
+    verdict: str  # of the setting: BETTER, WORSE, INSIDE_NOISE or NOT_JUDGED
 
 
 def setting_result(setting: Setting, metric: str, *, confidence: float) -> SettingResult:
@@ -96,7 +96,8 @@ class PooledSpread(NamedTuple):
 
 
 def pooled_spread(found: Sequence[SettingResult]) -> PooledSpread | None:
-    """The spread of all k settings of more than FEW seeds; None of fewer than SEVERAL, or where no seed matters.
+    """The spread of all k settings of more than MAX_SEEDS_UNJUDGED seeds; None of fewer
+    than MIN_POOLED_SETTINGS, or where no seed matters.
 
     If they have the same n seeds, it is the residual of the two-way layout, x[i, j] - mean[i] - mean[j] + mean, so that
     what a seed makes easier for all cancels out: (k - 1)(n - 1) degrees of freedom. Else it is the spread within
@@ -141,11 +142,11 @@ def contrasts_with_reference(
     """Every other setting against the reference, by name.
 
     By the `spread` of all settings if there is one and it is equal; else each by its own seeds: over common ones
-    (paired) where there are more than FEW, or by Welch's test. An interval excludes 0 exactly when the corrected p is
-    below 1 - confidence: it covers the truth at least as often as it says, and the chance that any of them wrongly
-    excludes 0 is at most 1 - confidence, also for a reference that was `chosen` by its mean, as every pair counts then.
-    Pooled, that takes equal spreads: where they differ three- to fivefold, of which Cochran's C sees little, the chance
-    is 8 to 17 % instead of 5 (simulated: 6 settings of 4 or 5 seeds, 12 of 3).
+    (paired) where there are more than MAX_SEEDS_UNJUDGED, or by Welch's test. An interval excludes 0 exactly when the
+    corrected p is below 1 - confidence: it covers the truth at least as often as it says, and the chance that any of
+    them wrongly excludes 0 is at most 1 - confidence, also for a reference that was `chosen` by its mean, as every pair
+    counts then. Pooled, that takes equal spreads: where they differ three- to fivefold, of which Cochran's C sees
+    little, the chance is 8 to 17 % instead of 5 (simulated: 6 settings of 4 or 5 seeds, 12 of 3).
     """
     shared = spread if spread and spread.equal else None
     sides = {one.name: samples_to_compare(one, reference, shared) for one in found if one.name != reference.name}
@@ -272,14 +273,15 @@ def studentized_range_quantile(confidence: float, settings: int, freedom: int) -
 def samples_to_compare(
     one: SettingResult, reference: SettingResult, spread: PooledSpread | None
 ) -> TwoSamples | PooledTwoSamples:
-    """The two settings, to be compared by a spread if there is one and both have more than FEW seeds."""
+    """The two settings, to be compared by a spread if there is one and both have more than MAX_SEEDS_UNJUDGED seeds."""
     if spread and min(len(one.values), len(reference.values)) > MAX_SEEDS_UNJUDGED:
         return PooledTwoSamples(*(np.array(list(side.values.values())) for side in (one, reference)), spread)
     return seed_samples(one, reference)
 
 
 def seed_samples(one: SettingResult, reference: SettingResult) -> TwoSamples:
-    """Common seeds if they are more than FEW, or more than either side could do without them; else all seeds."""
+    """Common seeds if they are more than MAX_SEEDS_UNJUDGED, or more than either side could do without them; else all
+    seeds."""
     common = [seed for seed in one.values if seed in reference.values]
     everybody = min(len(one.values), len(reference.values))
     if common and (len(common) > MAX_SEEDS_UNJUDGED or everybody <= MAX_SEEDS_UNJUDGED):

@@ -98,7 +98,7 @@ def conclusion_sentences(told: Comparison) -> list[str]:
         )
         rest = f"; and {len(unjudged) - MAX_NAMES} more" if len(unjudged) > MAX_NAMES else ""
         said.append(
-            f"Against {told.reference} the noise cannot be judged, for want of three seeds on both sides: "
+            f"Against {told.reference} the noise cannot be judged without three seeds on both sides: "
             f"{names}{rest}. Such a difference may be chance, however large it looks."
         )
     if said and told.chosen and told.tested:
@@ -145,14 +145,14 @@ def comparison_warnings(told: Comparison) -> list[str]:
     for one in told.found:
         if lost := missing_runs_of_setting(one, told.absent):
             said.append(
-                f"{one.name}: {len(lost)} of {len(lost) + len(one.values)} runs gave no number ({state_counts_text(lost)}). "
-                "Its mean is that of the others, which may be the luckier ones."
+                f"{one.name}: {len(lost)} of {len(lost) + len(one.values)} runs gave no number "
+                f"({state_counts_text(lost)}). Its mean is over the others, which may be the luckier ones."
             )
     return said
 
 
 def missing_runs_of_setting(one: SettingResult, absent: Sequence[MissingRun]) -> list[MissingRun]:
-    """Those of the runs without a number that were of this setting, as far as their sweep tells."""
+    """Those of the runs without a number that were of this setting, as far as their sweep records."""
     config = one.setting.config
     return [
         gone

@@ -1,9 +1,10 @@
-"""Compare models: held-out text, held-out replies, and a rater's opinion of their answers to the same unseen prompts.
+"""Compares models on held-out text, held-out replies and a rater's scores of their answers to the same unseen prompts.
 
     python -m lm evaluate --config=experiments/evaluate.py --workdir=runs/quickstart/evaluate
+    python -m lm evaluate --config=experiments/evaluate.py --workdir=runs/dpo --config.models.ppo=runs/quickstart/dpo
 
-Writes WORKDIR/summary.json and WORKDIR/answers.jsonl, a line a prompt with every model's answer and score. After a kill
-the same command goes on with the model that it had come to.
+Writes WORKDIR/summary.json and WORKDIR/answers.jsonl, which has one line for each prompt with every model's answer and
+score. After a kill the same command continues with the model that it was evaluating.
 """
 
 import hashlib
@@ -18,14 +19,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm.core import metrics as means
 from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
 from lm.core.errors import UserError, check_at_least
+from lm.core.metrics import Mean
 from lm.core.options import ConfigFunction
 from lm.core.statistics import mean_estimate, paired_difference, success_rate, win_rate
 from lm.core.types import Tokens
-from lm.data import batches, conversations, packing, sources as corpora
+from lm.data import batches, conversations, packing
 from lm.data.prompts import padded_prompts
+from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.rewards import REWARDS
 from lm.runs import metadata
@@ -38,7 +40,7 @@ from lm.tokenizer import encode_prompt
 from lm.train.warm_start import load_policy
 
 ANSWERS_FILE = "answers.jsonl"
-PARTIAL_FILE = "models.parts.jsonl"  # what an evaluation that goes on after a kill has already
+PARTIAL_FILE = "models.parts.jsonl"  # what an evaluation that continues after a kill already has
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the scores and answers go")}
 
 
@@ -108,9 +110,9 @@ def evaluate_models(
     for name, trained in models.items():
         check_context(name, trained, length=length, prompt_length=prompt_length, max_new=max_new)
     start = time.monotonic()
-    _, text = corpora.split_held_out(corpora.load_documents(corpus), held_out)
-    text = corpora.documents_within_bytes(text, held_out_bytes)
-    _, replies = corpora.split_held_out(conversations.load_conversations(sources), held_out)
+    _, text = split_held_out(load_documents(corpus), held_out)
+    text = documents_within_bytes(text, held_out_bytes)
+    _, replies = split_held_out(conversations.load_conversations(sources), held_out)
     contexts = shared_prompts(models.values(), conversations.prompt_contexts(replies, turns=turns), prompt_length)[
         :prompts
     ]
@@ -147,7 +149,7 @@ def evaluate_models(
 
 
 def held_out_losses(
-    trained: TrainedModel, text: Sequence[corpora.Document], replies: Tokens, rows_at_once: int
+    trained: TrainedModel, text: Sequence[Document], replies: Tokens, rows_at_once: int
 ) -> dict[str, float]:
     """Bits per byte of held-out text, and nats a token of held-out replies, in rows of one length."""
     length = replies.inputs.shape[1]
@@ -179,13 +181,13 @@ def check_context(name: str, trained: TrainedModel, *, length: int, prompt_lengt
             )
 
 
-def rows_cross_entropy(trained: TrainedModel, rows: Tokens, rows_at_once: int) -> means.Mean:
+def rows_cross_entropy(trained: TrainedModel, rows: Tokens, rows_at_once: int) -> Mean:
     """Cross entropy over every weighted token of the rows."""
     loss = next_token_loss(trained.model)
     score = jax.jit(lambda lm, part: loss({"lm": lm}, {}, part, None)[1]["loss"])
     return sum(
         (jax.device_get(score(trained.params["lm"], part)) for part in batches.sequential_batches(rows, rows_at_once)),
-        means.Mean(np.float32(0), np.float32(0)),
+        Mean(np.float32(0), np.float32(0)),
     )
 
 

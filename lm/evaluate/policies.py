@@ -1,4 +1,4 @@
-"""Policies on prompts that nobody has learnt from: what they answer, and how far they have moved from their start.
+"""Policies on prompts that nobody was trained on: what they answer, and how far they have moved from their start.
 
 What the programs that compare policies share. Prompts of one conversation are alike, conversations are not: scores are
 averaged over the prompts of each first, so that an interval counts what is independent.
@@ -14,9 +14,9 @@ import numpy as np
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Array, Params
-from lm.data import sources as corpora
 from lm.data.conversations import load_conversations, prompt_contexts
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.sources import split_held_out
 from lm.runs.workdir import TrainedModel
 from lm.stages.rl.multi_turn import rollout_rows, single_turn_sampler
 from lm.tokenizer import Tokenizer
@@ -54,9 +54,9 @@ def held_out_prompts(
     check_at_least(0, "prompts", conversations=conversations)
     if not 0 <= after < held_out:
         raise UserError(f"prompts.after is {after}; it must be below prompts.held_out, which is {held_out}")
-    _, unseen = corpora.split_held_out(load_conversations(sources), held_out)
+    _, unseen = split_held_out(load_conversations(sources), held_out)
     if after:
-        unseen, _ = corpora.split_held_out(unseen, after)
+        unseen, _ = split_held_out(unseen, after)
     contexts = prompt_contexts(unseen, turns=turns, per_conversation=0)
     name_of = {id(context.messages): context.name for context in contexts}
     fit, _ = prompts_within_length(tokenizer, contexts, prompt_length)

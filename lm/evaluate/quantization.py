@@ -1,13 +1,13 @@
-"""What fewer bits cost: a run's held-out nats per token, decoded through the cache, by how weights and cache are kept.
+"""Measures how much fewer bits for weights and cache raise a run's held-out loss.
 
     python -m lm quantization --workdir=runs/quickstart/pretrain
     python -m lm quantization --workdir=runs/smollm2 --rows=8 --length=64 --corpus=stdlib --forms=float32,int8
 
-Every held-out row is decoded as an answer is, but with its own next tokens: a prefill of its first half, then one token
-after another from the cache, whose nats are counted; rows count alike, each by its mean. Nine ways: weights in float32,
-bfloat16 or int8 (the layers' matrices, embedding and head), and the same of the cache; products are in float32 each
-time, so that nothing else differs. WORKDIR/quantised.json keeps the table and each row's nats; ways that are in it
-already are not done again.
+Every held-out row is decoded through the cache as an answer is, but with its own next tokens: a prefill of its first
+half, then one token after another, whose nats are counted. The loss is the mean over rows of each row's mean. There are
+nine combinations: weights in float32, bfloat16 or int8 (the layers' matrices, embedding and head), and the same for the
+cache. Products are always in float32, so that nothing else differs. WORKDIR/quantised.json keeps the table and each
+row's nats; combinations that it already has are not measured again.
 """
 
 import functools
@@ -27,7 +27,8 @@ from lm.core.config import parsed_flags
 from lm.core.errors import UserError
 from lm.core.statistics import mean_estimate, paired_difference
 from lm.core.types import Array, Params, Tokens
-from lm.data import batches, packing, sources as corpora
+from lm.data import batches, packing
+from lm.data.sources import documents_within_bytes, load_documents, split_held_out
 from lm.model import Model, make_model
 from lm.model.logits import values_at_ids
 from lm.model.quantization import STORAGE_DTYPES, quantized_params
@@ -52,7 +53,7 @@ FLAGS = {
 
 
 def with_storage_dtypes(trained: TrainedModel, *, weights: str = "", cache: str = "") -> TrainedModel:
-    """A run whose weights and cache are kept in one of FORMS each; "" leaves them as they are."""
+    """A run whose weights and cache are kept in one of STORAGE_DTYPES each; "" leaves them as they are."""
     if weights:
         trained = trained._replace(
             params={**trained.params, "lm": quantized_params(weights, trained.params["lm"], ends=True)}
@@ -125,8 +126,8 @@ def dtype_comparisons(ways: Sequence[Mapping[str, Any]], counted: np.ndarray) ->
 
 def held_out_rows(trained: TrainedModel, *, rows: int, length: int, corpus: str, held_out: float) -> Tokens:
     """Rows spread over the held-out documents, of those that have something to predict in their second half."""
-    _, unseen = corpora.split_held_out(corpora.load_documents(corpus), held_out)
-    texts = [document.text for document in corpora.documents_within_bytes(unseen, 40 * rows * length)]
+    _, unseen = split_held_out(load_documents(corpus), held_out)
+    texts = [document.text for document in documents_within_bytes(unseen, 40 * rows * length)]
     found = packing.document_rows(trained.tokenizer, texts, length)
     able = np.flatnonzero(found.weights[:, length // 2 :].sum(axis=1) > 0)
     if len(able) < rows:

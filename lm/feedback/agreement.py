@@ -24,7 +24,7 @@ def krippendorff_alpha(ratings: np.ndarray, *, level: str = "nominal") -> float:
     alpha = 1 - observed / expected disagreement = 1 - (n - 1) sum_ck o_ck d_ck / sum_ck n_c n_k d_ck, with o the
     coincidences of values within units, n_c their totals, n their sum and d the squared distance of values at this
     `level` of measurement, one of DISTANCES. A unit with fewer than two ratings does not count. nan where fewer than
-    two values are left: without variation nothing tells agreement from habit. Krippendorff 2011, Computing
+    two values are left: without variation agreement cannot be distinguished from habit. Krippendorff 2011, Computing
     Krippendorff's Alpha-Reliability.
     """
     ratings = np.asarray(ratings, np.float64)
@@ -62,9 +62,9 @@ def bradley_terry_strengths(games: Sequence[tuple[str, str, float]]) -> dict[str
 
     P(a beats b) = sigmoid(s_a - s_b), at the maximum of likelihood times prior; the intervals are normal, from the
     inverse of the observed information. A tie is half a win and half a loss, which overstates its variance. The prior,
-    normal of deviation PRIOR, keeps an unbeaten player finite and those that never met comparable, with the wide
-    intervals they deserve; it moves s by less than 0.001 once a pair has played 40 games that went 3 to 1. Bradley and
-    Terry 1952, Rank Analysis of Incomplete Block Designs.
+    normal of deviation PRIOR_DEVIATION, keeps an unbeaten player finite and those that never met comparable, with the
+    wide intervals they deserve; it moves s by less than 0.001 once a pair has played 40 games that went 3 to 1. Bradley
+    and Terry 1952, Rank Analysis of Incomplete Block Designs.
     """
     if not games:
         return {}

@@ -18,7 +18,7 @@ from lm.generate.sampler import check_sampling
 from lm.runs.console import Progress, SigtermExit, on_sigterm, say, warn
 from lm.runs.workdir import TrainedModel
 from lm.stages import REWARD_MODEL_STAGES
-from lm.tokenizer import encode_prompts as encoded
+from lm.tokenizer import encode_prompts
 
 PROMPTS_AT_ONCE = 32  # prompts answered together, about
 MAX_ATTEMPTS = 3  # at answers that differ
@@ -63,7 +63,7 @@ class AnsweringModel:
         return lambda rows, key: [answer.text for answer in answers(prompts_at(prompts, np.array(rows)), key)]
 
     def _encoded(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
-        return encoded(self._trained.tokenizer, [conversation.messages for conversation in conversations])
+        return encode_prompts(self._trained.tokenizer, [conversation.messages for conversation in conversations])
 
 
 def params_sha256(params: Any) -> str:
@@ -111,16 +111,17 @@ def answer_prompts(
                 alike += len(new) - len(items)
                 added += store.add(items)
             progress.update(rows[-1] + 1, {})
-    say(f"answers: {added} prompts were answered, {len(fit) - added - alike} had been before")
+    say(f"answers: {added} prompts were answered, {len(fit) - added - alike} had answers already")
     if dropped:
         warn(
-            f"{dropped} answers were left out, since {MAX_ATTEMPTS} attempts gave none but what was there, and so "
+            f"{dropped} answers were left out, since {MAX_ATTEMPTS} attempts gave only answers that were there, and so "
             f"{alike} prompts, without two different answers: raise --temperature"
         )
 
 
 def _distinct_answers(listening: Sequence[Callable], rows: range, key: Array, count: int) -> dict[int, dict[int, str]]:
-    """row -> j -> answer j, those left out that ATTEMPTS draws have not made different from the others to the row."""
+    """row -> j -> answer j, those left out that MAX_ATTEMPTS draws have not made different from the others to the
+    row."""
     kept: dict[int, dict[int, str]] = {i: {} for i in rows}
     for attempt in range(MAX_ATTEMPTS):
         for s, listen in enumerate(listening):

@@ -30,8 +30,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lm.core.errors import UserError
-from lm.data import preferences as records
 from lm.data.annotations import Annotation, AnnotationStore, RankingItem, StoreUnavailable
+from lm.data.preferences import RATING_AXES, RESPONSE_FLAGS, ranking_json
 from lm.feedback import results
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -61,7 +61,7 @@ def make_app(
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True).get_template("page.html")
-    setup = {"raters": list(raters), "axes": records.RATING_AXES, "flags": records.RESPONSE_FLAGS}
+    setup = {"raters": list(raters), "axes": RATING_AXES, "flags": RESPONSE_FLAGS}
 
     def page(request: Request) -> Response:
         return HTMLResponse(template.render(title=title, setup=setup, nonce=request.state.nonce))
@@ -99,7 +99,7 @@ def make_app(
         return HTMLResponse(results.results_page(store.rankings(), title=title))
 
     def export(request: Request) -> Response:
-        lines = "".join(f"{records.ranking_json(ranking)}\n" for ranking in store.rankings())
+        lines = "".join(f"{ranking_json(ranking)}\n" for ranking in store.rankings())
         attachment = {"Content-Disposition": 'attachment; filename="rankings.jsonl"'}
         return PlainTextResponse(lines, headers=attachment, media_type="application/jsonl")
 

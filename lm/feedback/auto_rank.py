@@ -1,8 +1,10 @@
-"""Rank answers: a model answers prompts several times, a rater orders the answers, and the verdicts become a file.
+"""Samples several answers to each prompt from a model and ranks them by a rule or a reward model.
 
     python -m lm auto-rank --config=experiments/rank.py --workdir=runs/quickstart/rank
+    python -m lm auto-rank --config=experiments/rank.py --workdir=runs/more --config.rank.responses=8
 
-Writes WORKDIR/rankings.jsonl, the format that stage `reward` reads (see lm.data.preferences). Continues after a kill.
+Writes WORKDIR/rankings.jsonl, the format that stage `reward` reads (see lm.data.preferences). The same command
+continues after a kill.
 """
 
 import time
@@ -18,8 +20,10 @@ from ml_collections import ConfigDict
 from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
 from lm.core.errors import UserError, check_at_least
 from lm.core.options import ConfigFunction
-from lm.data import conversations, preferences as records, sources as corpora
+from lm.data import conversations
+from lm.data.preferences import Ranking, append_rankings, preference_pairs, read_jsonl_rankings
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.sources import split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.rewards import REWARDS, Reward
 from lm.rewards.load import reward_from_workdir
@@ -101,7 +105,7 @@ def rank_sampled_answers(
     contexts = conversations.prompt_contexts(
         conversations.load_conversations(sources), turns=turns, per_conversation=prompts_per_conversation
     )
-    seen, unseen = corpora.split_held_out(contexts, held_out)
+    seen, unseen = split_held_out(contexts, held_out)
     name_of = {id(c.messages): c.name for c in contexts}
     chosen, skipped = random_prompts(trained.tokenizer, seen, prompt_length, prompts, seed)
     if held_out_prompts:
@@ -129,14 +133,14 @@ def rank_sampled_answers(
             texts, cut = [answer.text for answer in given], np.array([not answer.stopped for answer in given])
             scores = (judge(part.contexts, texts) - cut_penalty * cut).reshape(-1, responses)
             names = [name_of[id(context)] for context in part.contexts[::responses]]
-            records.append_rankings(
+            append_rankings(
                 workdir.path / RANKINGS_FILE,
                 rankings_from_scores(names, part.contexts[::responses], texts, scores, rater),
             )
             parts.remove()
             progress.update(int(rows[-1]) + 1, {"score": float(scores.mean())})
-    found = records.read_jsonl_rankings(workdir.path / RANKINGS_FILE)
-    decided = sum(len(records.preference_pairs(r)) for r in found)
+    found = read_jsonl_rankings(workdir.path / RANKINGS_FILE)
+    decided = sum(len(preference_pairs(r)) for r in found)
     return {
         "stage": "rank",
         "rater": rater,
@@ -158,14 +162,12 @@ def random_prompts(
 
 def rankings_from_scores(
     names: Sequence[str], contexts: Sequence[list[dict]], texts: Sequence[str], scores: np.ndarray, rater: str
-) -> list[records.Ranking]:
+) -> list[Ranking]:
     """A verdict on the answers to each context: `texts` hold them one context after another, `scores` are [contexts,
     answers]."""
     count, now = scores.shape[1], datetime.now(UTC).isoformat(timespec="seconds")
     return [
-        records.Ranking(
-            name, context, list(texts[i * count : (i + 1) * count]), ranks_from_scores(scores[i]), rater, now
-        )
+        Ranking(name, context, list(texts[i * count : (i + 1) * count]), ranks_from_scores(scores[i]), rater, now)
         for i, (name, context) in enumerate(zip(names, contexts))
     ]
 

@@ -1,12 +1,11 @@
-"""Let a model or a rule rate the items that people rate, and see how far it can be trusted.
+"""Lets a model or a rule rate the items that people rate, and measures how far it agrees with them.
 
     python -m lm judge --workdir=runs/people --judge=runs/quickstart
     python -m lm judge --workdir=runs/people --judge=http://localhost:8000/v1 --model=NAME
-    python -m lm judge --workdir=runs/people --judge=rule
 
-Its verdicts go into WORKDIR/people.db beside those of people, each at once: after a kill the same command continues. A
-model is asked about every pair of responses in both orders; what it said is kept in WORKDIR/judges/RATER.jsonl, a line
-an item. An endpoint that wants a key finds it in OPENAI_API_KEY.
+--judge=rule rates by the rule instead. Each verdict is stored at once in WORKDIR/people.db, beside those of people:
+after a kill the same command continues. A model is asked about every pair of responses in both orders; its replies are
+kept in WORKDIR/judges/RATER.jsonl, one line for each item. The key of an endpoint is read from OPENAI_API_KEY.
 """
 
 import itertools
@@ -26,9 +25,8 @@ from lm.core.config import parsed_flags
 from lm.core.errors import UserError
 from lm.core.statistics import Estimate, success_rate_or_nan
 from lm.core.textfiles import file_text
-from lm.data import preferences as records
 from lm.data.annotations import PEOPLE_DB, Annotation, AnnotationStore, RankingItem
-from lm.data.preferences import Ranking
+from lm.data.preferences import Ranking, preference_pairs
 from lm.feedback.agreement import bootstrap_estimate, cohen_kappa
 from lm.feedback.auto_rank import ranks_from_scores
 from lm.feedback.results import pair_votes
@@ -54,7 +52,7 @@ FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help=f"the folder whose {PEOPLE_DB} holds the items"),
     "judge": dict(required=True, metavar="DIR|URL|RULE", help=f"a policy, an endpoint, or {', '.join(REWARDS)}"),
     "model": dict(metavar="NAME", help="the model to ask an endpoint for"),
-    "rubric": dict(metavar="FILE", help="what a model is told to judge by, instead of lm.rewards.llm_judge.RUBRIC"),
+    "rubric": dict(metavar="FILE", help="the instructions for a judging model, instead of lm.rewards.llm_judge.RUBRIC"),
     "limit": dict(type=int, metavar="N", help="rate at most so many items this time"),
 }
 
@@ -99,7 +97,7 @@ def read_rubric(path: Path) -> str:
     except OSError as error:
         raise UserError(f"no rubric at {path} ({error.strerror}): write one, or leave --rubric out") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: a rubric is what the judge is told to judge by") from error
+        raise UserError(f"{path} is not UTF-8 text: a rubric is the text that the judge rates by") from error
     if not text:
         raise UserError(f"the rubric {path} is empty: write one, or leave --rubric out")
     return text
@@ -183,15 +181,11 @@ def print_judgments(name: str, rankings: Sequence[Ranking], choices: Sequence[Ju
     if own and not ranked:
         example = f", such as {nonsense[-1][:100]!r}" if nonsense else ""
         raise UserError(
-            f"{name} said nothing but nonsense{example}: all {len(own)} items are recorded as skipped; "
+            f"{name} gave no readable verdict{example}: all {len(own)} items are recorded as skipped; "
             "take another judge, or a --rubric that it understands"
         )
     pairs = sum(len(r.responses) * (len(r.responses) - 1) // 2 for r in ranked)
-    rows = [
-        ["items", len(own)],
-        ["pairs", pairs],
-        ["ties", pairs - sum(len(records.preference_pairs(r)) for r in ranked)],
-    ]
+    rows = [["items", len(own)], ["pairs", pairs], ["ties", pairs - sum(len(preference_pairs(r)) for r in ranked)]]
     if choices:
         rows += [
             ["items skipped for nonsense", len(own) - len(ranked)],

@@ -40,7 +40,9 @@ def read_prompts(path: str, warn: Callable[[str], None]) -> list[Conversation]:
     if not found:
         raise UserError(f"no prompt in {path}" + (f", as {faults[0]}" if faults else ": it is empty"))
     if faults:
-        warn(f"{len(faults)} of {len(faults) + len(found)} lines will not do and are left out; the first: {faults[0]}")
+        warn(
+            f"{len(faults)} of {len(faults) + len(found)} lines are not valid and are left out; the first: {faults[0]}"
+        )
     return list(found.values())
 
 

@@ -1,10 +1,11 @@
-"""People rank answers: models answer your prompts, a page shows the answers side by side, verdicts are kept.
+"""Lets people rank the answers of models on a web page.
 
     python -m lm rank --workdir=runs/people --prompts=prompts.txt --models=runs/quickstart
     python -m lm rank --workdir=runs/people --results
 
-WORKDIR/people.db holds answers and verdicts: the same command goes on where it stopped, and without --prompts the page
-shows what is there. Stage `reward` learns from it: --config.data.rankings=WORKDIR/people.db.
+The models answer your prompts, the page shows the answers side by side, and WORKDIR/people.db stores answers and
+verdicts. The same command continues where it stopped; without --prompts the page shows the answers that are there.
+Stage `reward` trains on the verdicts: --config.data.rankings=WORKDIR/people.db.
 """
 
 import argparse
@@ -22,8 +23,8 @@ import uvicorn
 
 from lm.core.config import parsed_flags
 from lm.core.errors import UserError
-from lm.data import preferences as records
 from lm.data.annotations import PEOPLE_DB, AnnotationStore, read_rankings
+from lm.data.preferences import ranking_json
 from lm.feedback import prompt_file, results
 from lm.feedback.answering_models import AnsweringModel, answer_prompts
 from lm.feedback.app import LOOPBACK_HOSTS, checked_rater_name, make_app
@@ -155,7 +156,7 @@ def export_rankings(store: AnnotationStore, path: Path) -> None:
     if path.exists():
         raise UserError(f"{path} exists: name a new file to export to")
     rankings = store.rankings()
-    write_text(path, "".join(f"{records.ranking_json(ranking)}\n" for ranking in rankings))
+    write_text(path, "".join(f"{ranking_json(ranking)}\n" for ranking in rankings))
     say(f"{len(rankings)} verdicts exported to {path}")
 
 

@@ -79,7 +79,7 @@ class RankingResults(NamedTuple):
 
 
 def ranking_results(rankings: Sequence[Ranking]) -> RankingResults:
-    """Everything the page tells of these verdicts."""
+    """Everything the page shows of these verdicts."""
     last = {(item_identity(ranking), ranking.rater): ranking for ranking in rankings}
     judged = [ranking for ranking in last.values() if ranking.verdict != "skipped"]
     names = list(dict.fromkeys(ranking.rater for ranking in last.values()))
@@ -142,7 +142,7 @@ def first_shown_bias(verdicts: Sequence[Ranking]) -> tuple[Estimate, float]:
 
 
 def rater_kappas(names: Sequence[str], ratings: np.ndarray) -> dict[tuple[str, str], float]:
-    """Cohen's kappa of every two raters that share SHARED pairs of responses."""
+    """Cohen's kappa of every two raters that share MIN_SHARED_PAIRS pairs of responses."""
     rows = dict(zip(names, ratings))
     return {
         (a, b): cohen_kappa(rows[a], rows[b])

@@ -1,6 +1,6 @@
 """The ranking page as a widget, for Colab and Jupyter: no server, but the same items, order and verdicts.
 
-    Ranker(Store("people.db"), "your name")
+    RankingWidget(AnnotationStore("people.db"), "your name")
 
 Scores and flags, which the page asks for under "Details", it leaves out.
 """
@@ -48,7 +48,7 @@ class RankingWidget(VBox):
         self._show(store.next(self.rater))
 
     def __repr__(self) -> str:
-        return f"Ranker({self.rater!r}): {self._count.value}"
+        return f"RankingWidget({self.rater!r}): {self._count.value}"
 
     def choose(self, response: int) -> None:
         """Ranks item.responses[response] next, or takes its rank back; saves once one response at most has none."""
@@ -163,7 +163,8 @@ def response_html(text: str) -> str:
 
 
 def message_html(message: Mapping[str, str]) -> str:
-    return f'<div style="{SOFT_STYLE}">{escaped_html(message["role"])}</div><div style="{TEXT_STYLE}">{escaped_html(message["content"])}</div>'
+    role, content = escaped_html(message["role"]), escaped_html(message["content"])
+    return f'<div style="{SOFT_STYLE}">{role}</div><div style="{TEXT_STYLE}">{content}</div>'
 
 
 def escaped_html(text: str) -> str:

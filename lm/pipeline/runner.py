@@ -1,10 +1,11 @@
-"""The whole way, from real text to an assistant: every stage in its own workdir under one run folder.
+"""Runs all stages in order, from text to an assistant, each in its own workdir under one run folder.
 
     python -m lm pipeline --config=experiments/quickstart.py --workdir=runs/quickstart
+    python -m lm pipeline --config=experiments/quickstart.py --workdir=runs/longer --config.pretrain.train.steps=2000
 
-The config holds one subtree a stage, in order: what `lm train` (tokenizer, pretrain, sft, reward, ppo), `lm auto-rank`
-or `lm evaluate` would be given. Kill it at any moment and give the same command again: finished stages are passed over,
-the interrupted one continues, and the result is bitwise the same.
+The config has one subtree for each stage, in order: what `lm train` (tokenizer, pretrain, sft, reward, ppo),
+`lm auto-rank` or `lm evaluate` would be given. To continue after a kill, give the same command again: finished stages
+are skipped, the interrupted one continues, and the result is bitwise the same.
 """
 
 import json

@@ -1,9 +1,10 @@
-"""One page that shows what a run came to, made from the files in its folder: a pipeline's, or a single stage's.
+"""Writes the report page of a pipeline or of a single stage, from the files in its folder.
 
     python -m lm report --workdir=runs/quickstart
+    python -m lm report --workdir=runs/quickstart/sft
 
-Writes WORKDIR/report.html: self-contained, without scripts. Stages that have not finished are left out with a word. A
-stage's own page is lm.report.run's; the rest of this file is about pipelines.
+Writes WORKDIR/report.html, one file without scripts. It mentions stages that have not finished and leaves them out. The
+page of a single stage is made by lm.report.run; the rest of this file is about pipelines.
 """
 
 import inspect
@@ -44,7 +45,7 @@ STAGE_DESCRIPTIONS = {
     "rank": "The SFT model answers {prompts:,} prompts more than once and the rater orders the answers: "
     "{decided:,} pairs decided, {tied:,} tied",
     "reward": "Learns the rater's taste from {about[pairs]:,} pairs",
-    "ppo": "Improves the SFT model by the learnt taste",
+    "ppo": "Improves the SFT model with the learned reward",
     "evaluate": "Asks every model the same {prompts:,} unseen prompts",
 }
 
@@ -150,7 +151,7 @@ def headline_figures(run: Mapping[str, StageRun]) -> list[dict[str, str]]:
                 "title": f"{last['a']} over {last['b']} in the rater's score",
                 "figure": signed_number(gain["value"]),
                 "note": f"95\u00a0% interval {interval_text(gain, 'signed')}, {zero}; "
-                f"wins {percent_text(wins['value'])} {interval_text(wins, 'percent')} of the prompts, a tie counting half",
+                f"wins {percent_text(wins['value'])} {interval_text(wins, 'percent')} of the prompts, ties count half",
             }
         )
     return found

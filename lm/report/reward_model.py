@@ -1,9 +1,10 @@
-"""What a reward model has learnt: how often it agrees with its rater on answers it never saw, and where it does not.
+"""Measures how well a reward model agrees with its rater on held-out answers.
 
     python -m lm reward-report --workdir=runs/quickstart/reward
+    python -m lm reward-report --workdir=runs/ratings
 
-Prints the table and writes WORKDIR/taste.json and WORKDIR/taste.html: accuracy by margin and by axis with intervals,
-calibration, correlation with length, and the pairs on which it is most sure and wrong.
+Prints a table and writes WORKDIR/taste.json and WORKDIR/taste.html: accuracy by margin and by axis with intervals,
+calibration, correlation with length, and the pairs on which the model is most confident and wrong.
 """
 
 import functools

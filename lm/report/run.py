@@ -1,4 +1,4 @@
-"""What one stage's run came to: its curves and answers, as parts for any page, and a page of its own."""
+"""The results of one stage's run: its curves and answers, as parts for any page, and a page of its own."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ RL_PANELS = (
     MetricPanel(
         "reward/", "A part of the reward", "One of the rewards whose weighted sum the policy is trained to raise."
     ),
-    MetricPanel("score/", "The rater's own score", "The policy never sees it; it judges the learnt reward."),
+    MetricPanel("score/", "The rater's own score", "The policy never sees it; it judges the learned reward."),
     MetricPanel(
         "kl", "KL to the starting model", "How far the policy has moved, in nats an answer; moving costs reward."
     ),
@@ -148,12 +148,12 @@ def run_costs(summary: Mapping[str, Any], starts: Sequence[Mapping[str, Any]]) -
         told.append(("Seconds", f"{summary['seconds']:,.1f}", f"in {len(starts)} start{'s' * (len(starts) != 1)}"))
     if "tokens" in summary:
         told.append(
-            ("Tokens learnt from", short_number(summary["tokens"]), f"in {summary['steps']:,} steps; padding left out")
+            ("Tokens learned from", short_number(summary["tokens"]), f"in {summary['steps']:,} steps; padding left out")
         )
     if "parameters" in summary:
         told.append(("Parameters", short_number(summary["parameters"]), ""))
     if "model_flops" in summary:
-        note = "forward and backward over the tokens learnt from, in every pass"
+        note = "forward and backward over the tokens learned from, in every pass"
         told.append(("Model FLOPs", short_number(summary["model_flops"]), note))
     if "mfu" in summary:
         peak = starts[-1]["peak"] if starts else {"flops_per_second": None, "source": "no record of the machine"}
@@ -175,7 +175,7 @@ def phase_shares(summary: Mapping[str, Any]) -> list[tuple[str, float, float, st
 
 
 def stage_run(path: Path) -> StageRun:
-    """What a workdir tells; all of it empty where there is none."""
+    """What a workdir records; all of it empty where there is none."""
     config, summary = (read_json(path / file) if (path / file).exists() else {} for file in (CONFIG_FILE, SUMMARY_FILE))
     return StageRun(path.name, config, read_metrics(path), summary)
 

@@ -1,15 +1,18 @@
-"""Talk to what a run has learnt; the answer appears as it is sampled.
+"""Chats in the terminal with the model of a run.
 
     python -m lm chat --workdir=runs/quickstart
     python -m lm chat --workdir=runs/quickstart --prompt="How was your day?" --temperature=0
+
+Answers appear as they are sampled. The workdir is that of one stage, or a pipeline's folder, whose last policy then
+answers. A model that was only pretrained continues the text it is given. A chat template that contains the date gets
+the date on which the chat began, not that of training. /reset starts over, /exit or ctrl-D leaves, ctrl-C stops an
+answer.
+
     python -m lm chat --workdir=runs/large --draft=runs/small --ahead=4
 
-The workdir is a stage's own, or a pipeline's folder, whose last policy then speaks. A model that was only pretrained
-continues the text it is given. A chat template that tells the date tells that on which the chat began, not the one it
-was trained with. /reset starts over, /exit or ctrl-D leaves, ctrl-C cuts an answer short.
-
---draft names a smaller model with the same tokenizer that proposes tokens, which the large one judges several at a time
-(see lm.generate.speculative): answers are distributed as without it, and come faster where it guesses well.
+--draft names a smaller model with the same tokenizer. It proposes tokens, and the large model checks several at a time
+(see lm.generate.speculative): answers have the same distribution as without a draft, and come faster where the draft
+guesses well.
 """
 
 import readline  # noqa: F401  gives input() its line editing and history
@@ -28,7 +31,7 @@ from lm.core.statistics import success_rate
 from lm.evaluate.quantization import with_storage_dtypes
 from lm.generate.engine import check_stop_strings, text_before_stop, text_without_partial_stop
 from lm.generate.sampler import check_sampling
-from lm.generate.speculative import TargetDraft, check_speculation as check_pair
+from lm.generate.speculative import TargetDraft, check_speculation
 from lm.generate.streaming import speculative_token_streamer, token_streamer
 from lm.model.params import param_count, param_specs
 from lm.model.quantization import STORAGE_DTYPES
@@ -122,7 +125,7 @@ class Chat:
             raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
         if max_new is not None and max_new >= self._context:
             raise UserError(f"max_new_tokens is {max_new}, but prompt and answer share {self._context}: lower it")
-        now = datetime.now().isoformat(timespec="minutes")  # for a template that tells the date
+        now = datetime.now().isoformat(timespec="minutes")  # for a template that contains the date
         self._trained = trained._replace(tokenizer=trained.tokenizer.dated(now))
         self._check(1, 1 if max_new is None else max_new)
         self._note, self._seed, self._max_new, self._stop = note, seed, max_new, tuple(stop)
@@ -189,7 +192,7 @@ class Chat:
 
     def _check(self, prompt: int, max_new: int) -> None:
         if self._models:
-            check_pair(self._models, prompt, ahead=self._ahead, max_new=max_new, **self._sampler)
+            check_speculation(self._models, prompt, ahead=self._ahead, max_new=max_new, **self._sampler)
         else:
             check_sampling(self._trained.model, prompt, max_new=max_new, **self._sampler)
 
@@ -198,7 +201,8 @@ class Chat:
         return self._trained.stage != "pretrain"
 
     def _asked(self, messages: list[Message]) -> tuple[list[Message], np.ndarray]:
-        """What fits of the conversation and its ids; where no chat was learnt, the last message and its text's ids."""
+        """The part of the conversation that fits, and its ids; of a model without chat training, the last message and
+        the ids of its text."""
         tokenizer = self._trained.tokenizer
         if not self._talks:
             return messages[-1:], np.array([*tokenizer.start, *tokenizer.encode(messages[-1]["content"])], np.int32)

@@ -1,4 +1,4 @@
-"""A program that ends when whoever started it does, even of SIGKILL: it is sent SIGTERM, and saves itself.
+"""A program that ends when the process that started it ends, even by SIGKILL: it gets SIGTERM, and saves its state.
 
 python -m lm.sweep.child MODULE FLAGS...
 """
@@ -15,6 +15,6 @@ if __name__ == "__main__":
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() == 1:
-            sys.exit("whoever started this has gone")
+            sys.exit("the process that started this has ended")
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,15 +1,16 @@
-"""A sweep: one config with many settings and seeds, each trial a process, remembered in a study that others join.
+"""Runs many settings and seeds of one config, each as a trial in its own process.
 
     python -m lm sweep --config=experiments/width_sweep.py --workdir=runs/widths --seeds=3
     python -m lm sweep --config=experiments/sft.py --workdir=runs/sft --grid optimizer.learning_rate=3e-4,1e-3 --seeds=3
+
+Without --grid and --search it runs what the file's sweep() returns. The study is stored in WORKDIR/study.db, or at
+--storage, a database URL at which any number of machines join with the same command. After a kill, give it again:
+finished trials are not repeated, interrupted ones continue. With more --trials, values or --seeds it adds the new ones.
+WORKDIR/trials has the runs; `python -m lm compare WORKDIR` compares them.
+
     python -m lm sweep --config=experiments/ppo.py --workdir=runs/betas --grid stage.beta=0.05,0.1,0.2,0.4 --vectorised
     python -m lm sweep --config=experiments/pretrain.py --workdir=runs/tpe --search=tpe --trials=20 --pruner=median \\
         --space optimizer.learning_rate=log:1e-4:3e-2 model.width=64,128
-
-Without --grid and --search it runs what the file's sweep() returns. The study lies in WORKDIR/study.db, or at
---storage, a database URL at which any number of machines join with the same command. Give it again after a kill:
-finished trials are not repeated, others go on. With more --trials, values or --seeds it adds what is new.
-WORKDIR/trials holds the runs; `python -m lm compare WORKDIR` compares them.
 """
 
 import json
@@ -27,11 +28,19 @@ from lm.core.config import config_help, parsed_flags, split_overrides, to_dict
 from lm.core.errors import UserError, check_at_least
 from lm.runs.console import SigtermExit, on_sigterm, print_table, run_program, say, warn
 from lm.runs.workdir import CONFIG_FILE, write_text
-from lm.sweep import space as spaces
 from lm.sweep.board import TrialBoard, overrides_text, state_counts_text, trial_table
 from lm.sweep.config_functions import config_functions
 from lm.sweep.launch import LAUNCHERS, device_environments
-from lm.sweep.space import ConfigSource, Trial
+from lm.sweep.space import (
+    ConfigSource,
+    Trial,
+    config_sweep_points,
+    grid_points,
+    search_space,
+    search_trials,
+    trials_of_points,
+    typed_overrides,
+)
 from lm.sweep.study import OPTUNA_PRUNERS, OPTUNA_SAMPLERS, Study, TrialStatus
 from lm.sweep.trials import TrialGoal, TrialProcess
 from lm.sweep.vmapped_trials import run_vmapped_trials
@@ -125,17 +134,13 @@ def trials_and_space(flags: Namespace, source: ConfigSource) -> tuple[list[Trial
         if flags.trials is None:
             raise UserError(f"--search={flags.search} needs --trials=N")
         check_at_least(1, "lm.sweep.controller", trials=flags.trials)
-        return spaces.search_trials(flags.trials, seeds), spaces.search_space(flags.space, source)
-    points = (
-        spaces.grid_points(flags.space or flags.grid)
-        if flags.space or flags.grid
-        else spaces.config_sweep_points(source)
-    )
+        return search_trials(flags.trials, seeds), search_space(flags.space, source)
+    points = grid_points(flags.space or flags.grid) if flags.space or flags.grid else config_sweep_points(source)
     if not points:
         raise UserError(f"{flags.config}: sweep() returns nothing to try")
     for point in points:
-        spaces.typed_overrides(source, point)
-    return spaces.trials_of_points(points, seeds), space
+        typed_overrides(source, point)
+    return trials_of_points(points, seeds), space
 
 
 def check_vectorisable(flags: Namespace, source: ConfigSource) -> None:

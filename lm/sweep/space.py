@@ -1,7 +1,7 @@
 """What a sweep tries: lists of overrides, from a config's sweep(), from --grid, or drawn by a sampler from --space.
 
 An override is text, as on the command line: {"optimizer.learning_rate": "3e-4"}. A config's `sweep()` builds its list
-of them with `axis`, `product`, `zipped` and +:
+of them with `axis`, `product`, `zip_axes` and +:
 
     def sweep(arg: str = ""):
         return product(axis("model.width", 32, 64), axis("optimizer.learning_rate", 1e-3, 3e-3))
@@ -126,7 +126,7 @@ def sampled_overrides(trial: optuna.Trial, space: Mapping[str, BaseDistribution]
 
 
 def distribution_value(distribution: BaseDistribution, text: str) -> Any:
-    """The value whose text `drawn` gives."""
+    """The value whose `text` stands for."""
     if isinstance(distribution, CategoricalDistribution):
         return text
     return int(text) if isinstance(distribution, IntDistribution) else float(text)

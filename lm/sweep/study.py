@@ -1,7 +1,7 @@
-"""The study: what a sweep plans, who has taken what, what came of it; in a database that any number of machines share.
+"""The study: what a sweep plans, who has taken what, and the results; in a database that any number of machines share.
 
 A trial waits until a worker claims it, runs, and is complete, pruned or failed. A worker that dies loses its claim: its
-trial waits again, under the same number and with the same overrides, and goes on in its folder. However often that
+trial waits again, under the same number and with the same overrides, and continues in its folder. However often that
 happens, what the study holds of it in the end (parameters, intermediate values, state, value) is what it would hold of
 an undisturbed trial, so samplers and pruners learn the same.
 """
@@ -310,7 +310,7 @@ def database_errors(url: str) -> Iterator[None]:
         raise UserError(f"--storage {shown}: no driver for it is installed ({error})") from error
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         reason = str(error.__cause__ or error).strip().split("\n")[0]
-        raise UserError(f"--storage {shown} cannot be reached ({reason}): start it, or mend the URL") from error
+        raise UserError(f"--storage {shown} cannot be reached ({reason}): start it, or correct the URL") from error
 
 
 def _attributes(trial: Trial) -> dict[str, Any]:
@@ -380,9 +380,9 @@ OPTUNA_SAMPLERS = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
-# By the steps of a whole trial. ASHA: past a sixteenth and past a quarter of them, only the best quarter goes on (Li et
-# al. 2018, arXiv 1810.05934). Median: past a quarter, whoever is better than half of the others were there (Golovin et
-# al. 2017). Before, a warm-up says little of what comes.
+# By the steps of a whole trial. ASHA: past a sixteenth and past a quarter of them, only the best quarter continues (Li
+# et al. 2018, arXiv 1810.05934). Median: past a quarter, whoever is better than half of the others were there (Golovin
+# et al. 2017). Before, a warm-up says little about what comes.
 OPTUNA_PRUNERS = {
     "none": lambda steps: optuna.pruners.NopPruner(),
     "asha": lambda steps: SuccessiveHalving(min_resource=max(steps // 16, 1)),

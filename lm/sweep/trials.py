@@ -1,7 +1,7 @@
-"""A trial as a process of its own: started, watched, stopped when it is hopeless, and what came of it.
+"""A trial as a process of its own: started, watched, stopped when it is hopeless, and its outcome.
 
 A process of its own, because a trial that runs out of memory then takes nothing else with it. Each run has its workdir
-and its log in FOLDER/trials; what came of it is written beside them, for people and for lm compare.
+and its log in FOLDER/trials; its outcome is written beside them, for people and for lm compare.
 """
 
 import json
@@ -80,7 +80,7 @@ class TrialProcess:
         self._next()
 
     def poll(self) -> bool:
-        """Looks after the trial; True once it is over and the study knows what came of it.
+        """Looks after the trial; True once it is over and the study knows its outcome.
 
         Raises UserError if the run went well but did not log the metric: then no other trial will.
         """
@@ -160,7 +160,7 @@ class TrialProcess:
             self._process.wait()
 
     def _over(self, state: str, value: float | None, error: str | None) -> None:
-        """Writes what came of the run that just ended beside its workdir."""
+        """Writes the outcome of the run that just ended beside its workdir."""
         seconds = time.monotonic() - self._started
         self._spent += seconds
         write_outcome(

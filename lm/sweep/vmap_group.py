@@ -1,12 +1,13 @@
 """Several runs of one program as one: each in a thread, the functions that they compile called together under vmap.
 
-    group = Together(3)
+    group = VmapGroup(3)
     results = group.run(lambda member: train(configs[member], jit=group.jit))
 
 Whoever calls a compiled function waits until all others wait too; then the calls of the same function are stacked and
 made as one. No run needs to know: it gets back its own part. Members may part ways (another number of batches, an
-error, an early end): whoever waits at the same function goes on together, and the places of the others are filled with
-copies. The program is always of the same shape, so what a member computes does not depend on who computes beside it.
+error, an early end): whoever waits at the same function continues together, and the places of the others are filled
+with copies. The program is always of the same shape, so what a member computes does not depend on who computes beside
+it.
 """
 
 import threading
@@ -50,7 +51,7 @@ class MemberArray:
 
 
 def materialized(tree: Any) -> Any:
-    """`tree` with every `Part` as an array of its own."""
+    """`tree` with every `MemberArray` as an array of its own."""
     return jax.tree.map(lambda leaf: leaf.stacked.array[leaf.member] if isinstance(leaf, MemberArray) else leaf, tree)
 
 
@@ -108,8 +109,8 @@ class VmapGroup:
         """As jax.jit; the n-th function that a member compiles of a piece of code is the n-th of every other.
 
         Numbers in which members differ must be arguments: one member's function is compiled for all. With
-        out_shardings (which is not looked at: there is one device) leaves of what it returns are `Part`s, else arrays
-        of the host. Raises UserError if members compile code that has other numbers in it.
+        out_shardings (which is not looked at: there is one device) leaves of what it returns are `MemberArray`s, else
+        arrays of the host. Raises UserError if members compile code that has other numbers in it.
         """
         with self._turn:
             member = self._member.number, function.__code__
@@ -219,7 +220,7 @@ def stacked_leaves(leaves: Sequence[Any]) -> Any:
 
 
 def member_results(out: Any, members: Iterable[int], *, lazily: bool) -> dict[int, Any]:
-    """What each member gets of the stacked results: `Part`s, or arrays of the host. Keys are always arrays."""
+    """What each member gets of the stacked results: `MemberArray`s, or arrays of the host. Keys are always arrays."""
 
     def lazy(leaf: jax.Array) -> Callable[[int], Any]:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):

@@ -1,8 +1,8 @@
 """Several runs of one config, which differ in seeds and numbers, trained as one vmapped program.
 
 Each is a run of lm train like any other, with a workdir of its own: config, metrics, checkpoints, report. What they
-compile is called together (lm.sweep.vmap_group): one program starts, compiles and steps for all of them. For models that are
-too small to keep a device busy. One device; seconds, and with them MFU, are those of the whole group.
+compile is called together (lm.sweep.vmap_group): one program starts, compiles and steps for all of them. For models
+that are too small to keep a device busy. One device; seconds, and with them MFU, are those of the whole group.
 """
 
 import threading
@@ -31,9 +31,10 @@ SEED_KEY = "seed"
 
 
 def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[dict[str, Any] | Exception]:
-    """Trains every config in its workdir, or goes on; the summary of each, or what stopped it.
+    """Trains every config in its workdir, or continues it; the summary of each, or what stopped it.
 
-    Raises UserError if they differ in what a program is compiled for, and Interrupted after SIGTERM, all being saved.
+    Raises UserError if they differ in what a program is compiled for, and SigtermExit after SIGTERM, once all are
+    saved.
     """
     given = traced_scalars([flatten(to_dict(config)) for config in configs])
     peak_flops()  # measured before the runs share the machine

@@ -38,7 +38,7 @@ def claim_structure(source: ConfigSource, claim: TrialClaim) -> str:
 def run_trial_group(
     claims: Sequence[TrialClaim], source: ConfigSource, goal: TrialGoal, root: Path
 ) -> Sequence[TrialClaim]:
-    """Runs these trials as one program and tells the study what came of each."""
+    """Runs these trials as one program and records each outcome in the study."""
     started = time.monotonic()
     seeds = [claim.trial.seeds[0] for claim in claims]
     workdirs = [root / TRIALS_DIR / f"{claim.trial.number:04}" for claim in claims]

@@ -1,12 +1,13 @@
-"""The one loop: a config, a stage's Update, batches as a function of the step, and a workdir that outlives any kill.
+"""Trains one stage: tokenizer, pretraining, SFT, reward model, DPO, PPO and others.
 
+    python -m lm train --config=experiments/pretrain.py --workdir=runs/pretrain
     python -m lm train --config=experiments/pretrain.py --workdir=runs/pretrain --config.optimizer.learning_rate=1e-3
 
-Give the same command again to continue. --log=wandb,mlflow sends metrics there too; --profile=10:13 traces the steps
-from 10 to 13, counted as in metrics.jsonl, into WORKDIR/profile, for ui.perfetto.dev.
+The same command continues an interrupted run from its last checkpoint. --log=wandb,mlflow sends metrics there too;
+--profile=10:13 traces the steps from 10 to 13, counted as in metrics.jsonl, into WORKDIR/profile, for ui.perfetto.dev.
 
-Every subtree of the config is the keyword arguments of one function (lm.train.config says of which), and each of them
-may be set, whether the config file lists it or not. --config=FILE --help lists them all.
+Every subtree of the config is the keyword arguments of one function (lm.train.config lists them), and each of them may
+be set, whether the config file has it or not. --config=FILE --help lists them all.
 """
 
 import dataclasses
@@ -21,9 +22,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lm.core import metrics as means
 from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
 from lm.core.errors import UserError, check_at_least
+from lm.core.metrics import metric_sum
 from lm.core.options import option_value
 from lm.core.sharding import put_batch, state_shardings
 from lm.core.types import Tokens, TrainState
@@ -35,12 +36,13 @@ from lm.optim.ema import averaged_params, with_averaged_params
 from lm.optim.update import Update
 from lm.report import run
 from lm.rewards.load import reward_from_workdirs
-from lm.runs import metadata, profiler, trackers as tracking
+from lm.runs import metadata, profiler
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.console import MetricWriters, Progress, SigtermExit, print_table, run_program, say, warn
 from lm.runs.logger import MetricsLogger
 from lm.runs.summary import run_summary
 from lm.runs.timing import PhaseTimer
+from lm.runs.trackers import open_trackers, tracker_packages
 from lm.runs.workdir import (
     PROFILE_DIR,
     TrainedModel,
@@ -103,7 +105,7 @@ def train_stage(
         raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
     require_entries(config, ("seed", "stage", "data") if name == "tokenizer" else CONFIG_KEYS, "lm.train.loop")
     check_at_least(0, "config", seed=config.seed)
-    packages, traced = tracking.tracker_packages(log), profiler.profile_steps(profile) if profile else range(0)
+    packages, traced = tracker_packages(log), profiler.profile_steps(profile) if profile else range(0)
     if name == "tokenizer" and (packages or traced):
         raise UserError("stage tokenizer takes no steps: leave --log and --profile out")
     # A schedule may be stretched with the run: the change is named, as any is.
@@ -129,7 +131,7 @@ def train_stage(
 
 
 def print_stage_summary(title: str, summary: Mapping[str, Any]) -> None:
-    """What a stage came to, as a table."""
+    """The results of a stage, as a table."""
     flat = {
         **{f"held-out {k}": v for k, v in summary.get("held_out", {}).items()},
         **{k: summary[k] for k in ("bytes_per_token", "tokens", "seconds") if k in summary},
@@ -155,13 +157,15 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
     if name in TEACHER_STAGES and "teacher" in config.stage:
         teachers["teacher"] = teacher_from_workdir(config.stage.teacher, tokenizer)
     build = functools.partial(stage_update, config, model, teachers)
-    build(host.scalars)  # what it refuses is told before the data are read
+    build(host.scalars)  # raises its errors before the data are read
 
-    def lent(paths, pessimism, longest):
+    def shared_reward(paths, pessimism, longest):
         made = lambda: reward_from_workdirs(paths, tokenizer, pessimism, longest=longest, jit=host.jit)
         return host.once((paths, pessimism, longest), made)
 
-    context = StageContext(model, tokenizer, config.seed, host.jit, lent, phases if host.timed else nullcontext)
+    context = StageContext(
+        model, tokenizer, config.seed, host.jit, shared_reward, phases if host.timed else nullcontext
+    )
     data = json.dumps([config.seed, to_dict(config.data)])
     with phases("data"):
         batches = host.once(
@@ -239,7 +243,8 @@ def run_training_loop(
 ) -> dict[str, Any]:
     """The loop. Batch i depends on (seed, i) and, where it is sampled, on the state: no more need be remembered.
 
-    packages: of the trackers (lm.runs.trackers.tracker_packages). traced: steps to profile. host: the process that it runs in.
+    packages: of the trackers (lm.runs.trackers.tracker_packages). traced: steps to profile. host: the process that it
+    runs in.
     """
     schedule, phases = (
         call_with_options(train_functions(config)["train"].function, config.train, name="train"),
@@ -257,7 +262,7 @@ def run_training_loop(
             if done:
                 say(f"{config.stage.name}: continues from step {done} of {workdir.path}")
             step, evaluate = compiled_steps(r, host)
-            trackers = tracking.open_trackers(packages, workdir.path, to_dict(config))
+            trackers = open_trackers(packages, workdir.path, to_dict(config))
             with (
                 host.stopping() as stopping,
                 MetricWriters(workdir.path, purge_step=first, trackers=trackers) as writers,
@@ -339,7 +344,7 @@ def held_out_metrics(r: TrainingSetup, evaluate, state: TrainState) -> dict[str,
     with r.phases("eval"):
         for batch in r.batches.held_out(inference_state(state)):
             found = jax.device_get(dict(evaluate(state, put_batch(batch, r.mesh))))
-            total = found if total is None else means.metric_sum(total, found)
+            total = found if total is None else metric_sum(total, found)
     if total is None:
         raise UserError(
             f"{r.meta['stage']}: the held-out side holds no whole batch: raise data.held_out, or lower the batch"
@@ -348,8 +353,8 @@ def held_out_metrics(r: TrainingSetup, evaluate, state: TrainState) -> dict[str,
 
 
 def check_start_metrics(r: TrainingSetup, before: Mapping[str, float]) -> None:
-    """UserError unless the held-out metrics `before` the first step are what stage.start_metrics says they must be: a policy
-    that is still its own reference has ratio 1 and no KL, and preferences cost log 2."""
+    """UserError unless the held-out metrics `before` the first step are what stage.start_metrics says they must be: a
+    policy that is still its own reference has ratio 1 and no KL, and preferences cost log 2."""
     for name, (value, tolerance) in r.stage.start_metrics.items():
         found = before[f"held_out/{name}"]
         if not abs(found - value) <= tolerance:

@@ -1,14 +1,14 @@
-"""The stage before all others: a vocabulary learnt from a corpus."""
+"""The stage before all others: a vocabulary learned from a corpus."""
 
 import time
 from typing import Any
 
-from lm import tokenizer as tokenizers
 from lm.core.errors import check_at_least
-from lm.data import sources as corpora
+from lm.data.sources import load_documents, split_held_out
 from lm.runs.console import say
 from lm.runs.partial_results import PartialResults
 from lm.runs.workdir import Workdir
+from lm.tokenizer import load_tokenizer, train_tokenizer
 
 
 def fit_tokenizer(
@@ -17,19 +17,17 @@ def fit_tokenizer(
     """Trains the tokenizer on the documents that are not held out; reports bytes per token on those that are."""
     check_at_least(1, "data", vocab_size=vocab_size, max_bytes=max_bytes)
     start = time.monotonic()
-    seen, unseen = corpora.split_held_out(corpora.load_documents(corpus), held_out)
+    seen, unseen = split_held_out(load_documents(corpus), held_out)
     say(f"tokenizer: {len(seen)} documents to learn from, {len(unseen)} held out")
 
     def learn() -> str:
-        found = tokenizers.train_tokenizer(
-            (document.text for document in seen), vocab_size=vocab_size, max_bytes=max_bytes
-        )
+        found = train_tokenizer((document.text for document in seen), vocab_size=vocab_size, max_bytes=max_bytes)
         found.save(workdir.tokenizer)
         return found.fingerprint
 
     parts = PartialResults(workdir.path / "vocabulary.parts.jsonl")
     fingerprint = parts.once("fingerprint", learn)  # a kill while it is measured must not cost it
-    tokenizer = tokenizers.load_tokenizer(workdir.tokenizer)
+    tokenizer = load_tokenizer(workdir.tokenizer)
     size = sum(len(document.text.encode()) for document in unseen)
     ids = tokenizer.encode_all(document.text for document in unseen)
     parts.remove()

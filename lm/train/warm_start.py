@@ -55,7 +55,7 @@ def tokenizer_for_run(path: str, start) -> Tokenizer:
 
 
 def teacher_from_workdir(path: str, tokenizer: Tokenizer) -> TrainedModel:
-    """What a workdir has learnt, for a student that shares its tokenizer."""
+    """What a workdir has learned, for a student that shares its tokenizer."""
     teacher = load_policy(path, backend=jax.default_backend(), warn=warn, name="stage.teacher ")
     if teacher.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
@@ -90,14 +90,16 @@ def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:
     """What a run takes from `start`: {"lm": ...}, and "value" where both stages mean the same by it.
 
     A reward model's head is an axis each, a policy's is the value of a state. UserError for a policy from a reward
-    model, whose decoder has unlearnt to write, and for a reward model from one of other axes.
+    model, whose decoder has unlearned to write, and for a reward model from one of other axes.
     """
     judges = config.stage.name in REWARD_MODEL_STAGES
-    given, learnt = (
+    given, learned = (
         ordered_axes(config[side].axes if "axes" in config[side] else OVERALL_ONLY) for side in ("data", "stage")
     )
-    if judges and given != learnt:
-        raise UserError(f"stage.axes are {learnt}, but data.axes, which the batches bring, {given}: give both the same")
+    if judges and given != learned:
+        raise UserError(
+            f"stage.axes are {learned}, but data.axes, which the batches bring, {given}: give both the same"
+        )
     if start is None:
         return {}
     if start.stage not in REWARD_MODEL_STAGES:
@@ -109,7 +111,7 @@ def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:
         )
     if list(given) != list(reward_axes(start)):
         raise UserError(
-            f"config.init_from {start.path} has learnt the axes {', '.join(reward_axes(start))}, data.axes are "
+            f"config.init_from {start.path} has learned the axes {', '.join(reward_axes(start))}, data.axes are "
             f"{', '.join(given)}: name the same, or start from the policy that it was made from"
         )
     return dict(start.params)
@@ -146,4 +148,4 @@ def policy_folder(path: Path) -> Path:
         saved = any(step.name.isdigit() for step in (path / name / CHECKPOINTS_DIR).glob("*"))
         if saved and read_json(path / name / CONFIG_FILE)["stage"]["name"] not in REWARD_MODEL_STAGES:
             return path / name
-    raise UserError(f"{path} holds no trained model yet: let lm pipeline come to the first checkpoint of pretrain")
+    raise UserError(f"{path} holds no trained model yet: let lm pipeline reach the first checkpoint of pretrain")

@@ -391,7 +391,7 @@ def test_sentences(tmp_path):
         f"init_from=b is better than init_from= by 1.000 [0.5487, 1.451] (p, {how}, effect size 5.0).",
         "init_from=c and init_from= cannot be told apart: a difference of +0.0200 [−0.338, +0.378] is inside the noise "
         f"(p, {how}).",
-        "Against init_from= the noise cannot be judged, for want of three seeds on both sides: init_from=d (−3.05, 2 "
+        "Against init_from= the noise cannot be judged without three seeds on both sides: init_from=d (−3.05, 2 "
         "seeds). Such a difference may be chance, however large it looks.",
     ]
     assert correction_note(told) == (

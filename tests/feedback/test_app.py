@@ -9,9 +9,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from lm.core.errors import UserError
-from lm.data import preferences as records
 from lm.data.annotations import Annotation, AnnotationStore, StoreUnavailable
-from lm.data.preferences import Ranking
+from lm.data.preferences import Ranking, read_jsonl_rankings
 from lm.feedback import prompt_file, results
 from lm.feedback.app import COOKIE_NAME, display_order, make_app
 
@@ -226,7 +225,7 @@ def test_export_is_what_the_reward_stage_reads(client, store, tmp_path):
     response = client.get("/export")
     assert 'filename="rankings.jsonl"' in response.headers["content-disposition"]
     (tmp_path / "rankings.jsonl").write_bytes(response.content)
-    assert records.read_jsonl_rankings(tmp_path / "rankings.jsonl") == store.rankings()
+    assert read_jsonl_rankings(tmp_path / "rankings.jsonl") == store.rankings()
 
 
 def judged(number: int, rater: str, ranking: list[int], count: int = 2, **more) -> Ranking:
@@ -299,7 +298,7 @@ def test_prompts_from_files(tmp_path):
         [{"role": "user", "content": "How are you?"}],
         [{"role": "user", "content": "Wie geht's?"}],
     ]
-    assert warned == [f"2 of 4 lines will not do and are left out; the first: {text}:4: a prompt that came before"]
+    assert warned == [f"2 of 4 lines are not valid and are left out; the first: {text}:4: a prompt that came before"]
     assert found[0].name.startswith("prompt/") and found[0].name != found[1].name
 
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
@@ -333,4 +332,4 @@ def test_lines_that_are_no_prompt(tmp_path, line, fault):
     warned = []
     path.write_text(f'{line}\n{{"prompt": "one usable line works"}}\n')
     assert len(prompt_file.read_prompts(str(path), warned.append)) == 1
-    assert "1 of 2 lines will not do" in warned[0] and fault in warned[0]
+    assert "1 of 2 lines are not valid" in warned[0] and fault in warned[0]

@@ -84,11 +84,11 @@ def test_the_same_command_goes_on(asking, tmp_path, monkeypatch, capsys):
     assert len(items(tmp_path / "cut")) == 4
     capsys.readouterr()
     run(tmp_path / "cut", *asking)
-    assert "answers: 5 prompts were answered, 4 had been before" in capsys.readouterr().out
+    assert "answers: 5 prompts were answered, 4 had answers already" in capsys.readouterr().out
     assert items(tmp_path / "cut") == items(tmp_path / "whole")
     monkeypatch.setattr(AnnotationStore, "add", pytest.fail)
     run(tmp_path / "cut", *asking)
-    assert "answers: 0 prompts were answered, 9 had been before" in capsys.readouterr().out
+    assert "answers: 0 prompts were answered, 9 had answers already" in capsys.readouterr().out
     run(tmp_path / "cut", "--port=0")
 
 
@@ -104,7 +104,7 @@ def test_answers_that_are_alike_are_left_out(asking, finished, tmp_path, capsys)
     with pytest.raises(UserError, match="there is nothing to rank in .*people.db: give --prompts=FILE"):
         run(tmp_path / "w", *flags)
     said = capsys.readouterr().err
-    assert "9 answers were left out, since 3 attempts gave none but what was there, and so 9 prompts" in said
+    assert "9 answers were left out, since 3 attempts gave only answers that were there, and so 9 prompts" in said
     run(tmp_path / "w", *asking, "--temperature=0", "--responses=4")
     assert all(2 <= len(item.responses) == len(set(item.responses)) for item in items(tmp_path / "w"))
 

@@ -202,4 +202,4 @@ def test_ranks():
 
 
 def test_it_says_in_a_line_what_it_is(store):
-    assert repr(RankingWidget(store, "me")) == "Ranker('me'): 0 of 3 judged"
+    assert repr(RankingWidget(store, "me")) == "RankingWidget('me'): 0 of 3 judged"

@@ -1,4 +1,4 @@
-"""Logits of transformers for a small random model of every architecture, which tests/weights/test_weights.py holds ours to.
+"""Logits of transformers for a small random model of every architecture, for tests/weights/test_weights.py.
 
     python tests/peers/weights.py   where requirements.txt and tests/peers.txt are installed: writes weights.json anew
 

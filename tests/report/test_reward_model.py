@@ -1,4 +1,4 @@
-"""What a reward model is told to have learnt: by hand on few pairs, and on the finished tiny one."""
+"""What a reward model is told to have learned: by hand on few pairs, and on the finished tiny one."""
 
 import json
 import math

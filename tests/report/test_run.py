@@ -1,4 +1,4 @@
-"""The page of one stage: what it cost, how it learnt, where it came from; what is not known is left out with a word."""
+"""The page of one stage: what it cost, how it learned, where it came from; unknown parts are left out."""
 
 import json
 
@@ -21,7 +21,7 @@ def test_training_leaves_the_page(finished, stage):
     assert all(version in page for version in start["versions"].values())
     assert "It has not finished" not in page and "What it cost" in page
     assert ("<svg" in page) == (stage != "tokenizer")
-    assert ("What the policy said while it learnt" in page) == (stage == "ppo")
+    assert ("What the policy said while it learned" in page) == (stage == "ppo")
     if stage != "tokenizer":
         assert STAGES[stage].title in page
         spent = read_json(finished / stage / "summary.json")["seconds_by_phase"]
@@ -50,7 +50,7 @@ def test_costs():
     start = {"peak": {"flops_per_second": 4e12, "source": "a guess"}}
     assert run.run_costs(summary, [start, start]) == [
         ("Seconds", "61.2", "in 2 starts"),
-        ("Model FLOPs", "8 T", "forward and backward over the tokens learnt from, in every pass"),
+        ("Model FLOPs", "8 T", "forward and backward over the tokens learned from, in every pass"),
         ("MFU, over data and update", "25\u00a0%", "of 4 TFLOP/s, a guess"),
         ("Peak memory", "2 GB", "of the fullest device"),
     ]

@@ -178,11 +178,9 @@ def test_a_pool_and_a_measurement_go_on_with_the_draw_they_had_come_to(finished,
 def test_a_vocabulary_that_is_learnt_outlives_a_kill_while_it_is_measured(finished, small, tmp_path, monkeypatch):
     workdir, learnt = tmp_path / "tokenizer", []
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(tokenizer_stage.tokenizers, "load_tokenizer", killing(None, 0, []))
+        patch.setattr(tokenizer_stage, "load_tokenizer", killing(None, 0, []))
         loop.train_stage(stage_config(finished, "tokenizer"), workdir)
-    monkeypatch.setattr(
-        tokenizer_stage.tokenizers, "train_tokenizer", killing(tokenizer_stage.tokenizers.train_tokenizer, 100, learnt)
-    )
+    monkeypatch.setattr(tokenizer_stage, "train_tokenizer", killing(tokenizer_stage.train_tokenizer, 100, learnt))
     summary = loop.train_stage(stage_config(finished, "tokenizer"), workdir)
     assert learnt == []
     assert {**summary, "seconds": 0} == {**read_json(finished / "tokenizer" / "summary.json"), "seconds": 0}

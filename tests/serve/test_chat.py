@@ -148,8 +148,8 @@ def test_a_new_prompt_length_compiles_nothing(sft):
 
 
 def test_a_stream_with_a_draft_is_speculates(sft):
-    """Across a bucket's edge and to the end of the context, stops included; one program of rounds. What is told of the
-    proposals adds up to Acceptance."""
+    """Across a bucket's edge and to the end of the context, stops included; one program of rounds. The counts of
+    the proposals add up to AcceptanceCounts."""
     draft, told = jax.tree.map(lambda x: 0.98 * x, sft.params["lm"]), []
     models, settings = TargetDraft(sft.model, sft.model), dict(temperature=0.8, top_k=20)
     tell = lambda *counts: told.append(counts)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, ROOT, enter_small_world
 
-from lm import tokenizer as tokenizers
 from lm.core.config import config_module, load_config
 from lm.core.errors import UserError
 from lm.data.tasks import drills
@@ -32,6 +31,7 @@ from lm.studies.emergence.jumps import (
 from lm.studies.emergence.ladder import LadderRun, ModelLadder, read_ladder
 from lm.studies.emergence.page import conclusion_sentences, curve_sentence, emergence_summary
 from lm.studies.emergence.scoring import TaskPrograms, newline_ids, task_questions, tasks_for_corpora
+from lm.tokenizer import train_tokenizer
 from lm.train import loop
 
 QUICK = dict(items=6, samples=2, k=2, shots=1, tasks=["sums", "facts"])
@@ -160,7 +160,7 @@ def ladder(tmp_path_factory):
         enter_small_world(patch.setattr)
         patch.setattr(drills, "PAGE_COUNT", 60)
         patch.setattr(run, "write_run_page", lambda path: path)
-        tokenizers.train_tokenizer(drills.drill_pages(), vocab_size=400).save(root / "tokenizer.model")
+        train_tokenizer(drills.drill_pages(), vocab_size=400).save(root / "tokenizer.model")
         for changes in config_module(f"{EXPERIMENTS / 'emergence.py'}").sweep("tiny"):
             given = [f"{key}={value}" for key, value in changes.items()]
             config = load_config(f"{EXPERIMENTS / 'emergence.py'}:tiny", [f"tokenizer={root}/tokenizer.model", *given])
@@ -285,7 +285,7 @@ def test_bad_input(ladder, tmp_path):
     refused("there is no folder .*none", [tmp_path / "none"])
     refused("holds no run of lm train", [ladder / "steps3" / "checkpoints"])
     refused("reward is of stage reward, and a ladder is of pretraining", [ladder, tmp_path / "reward"])
-    refused("later went on from runs/other, so its FLOPs are not all", [tmp_path / "later"])
+    refused("later continued from runs/other, so its FLOPs are not all", [tmp_path / "later"])
     refused("needs finished runs of 3 different amounts of compute, and there are 1 in", [ladder / "steps3"])
     refused("--tasks=sewing is no task: choose among copying", [ladder], tasks=["sewing"])
     refused("samples is 4; it must be at least 8", [ladder], samples=4)
@@ -310,7 +310,7 @@ def test_runs_that_are_not_on_the_ladder_are_named(ladder, tmp_path, capsys):
     assert [rung.path.name for rung in found.passed] == ["worse"] and [a.path.name for a in found.absent] == ["begun"]
     study.print_excluded_runs(found)
     out = capsys.readouterr()
-    assert "worse is passed over" in out.out and "begun is unfinished and not on the ladder" in out.err
+    assert "worse is skipped" in out.out and "begun is unfinished and not on the ladder" in out.err
 
 
 def test_a_sweep_is_a_ladder(ladder, tmp_path):

@@ -65,8 +65,8 @@ def test_a_noisy_table_gives_intervals_that_hold_its_law():
     assert estimates["alpha"].high - estimates["alpha"].low < 0.1
     assert estimates["growth"].low <= TRUTH.growth <= estimates["growth"].high
     larger = TRUTH.optimum(1e22)
-    foretold = found.foretold(*larger)
-    assert foretold.low < TRUTH.loss(*larger) < foretold.high < 1.1 * foretold.low
+    predicted = found.predicted_loss(*larger)
+    assert predicted.low < TRUTH.loss(*larger) < predicted.high < 1.1 * predicted.low
 
 
 def test_one_outlier_moves_the_law_little():

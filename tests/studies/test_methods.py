@@ -153,7 +153,7 @@ def test_sentences_say_what_an_interval_allows():
     ]
     assert study.conclusion_sentences({"methods": methods, "pairs": pairs, "seeds": [0]}) == [
         "a: +0.20 [+0.10, +0.30]; its interval lies above zero: it beats the start.",
-        "b: +0.10 [−0.10, +0.30]; its interval includes zero: no difference from the start can be told.",
+        "b: +0.10 [−0.10, +0.30]; its interval includes zero: no difference from the start can be shown.",
         "c: −0.30 [−0.50, −0.10]; its interval lies below zero: it is worse than the start.",
         "Inside the noise: a and b (+0.10 [−0.10, +0.30]).",
         "Outside the noise: a and c (+0.50 [+0.20, +0.80]).",
@@ -164,7 +164,7 @@ def test_sentences_say_what_an_interval_allows():
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("methods=('ppo','pppo')", "methods has 'pppo', of which the config says nothing; choose among .*ppo"),
+        ("methods=('ppo','pppo')", "methods has 'pppo', which the config does not define; choose among .*ppo"),
         ("methods=('ppo','ppo')", "methods is ppo, ppo: name at least one, each once"),
         ("methods=()", "methods is empty: name at least one"),
         ("dpo.stage.name=dop", "dpo.stage.name is 'dop'; choose one of pretrain"),
@@ -209,7 +209,7 @@ def test_nobody_has_another_start_judge_or_part_of_the_data(finished, key, value
     inside = functools.reduce(lambda tree, name: tree[name], path, config)
     del inside[last]  # in our config it follows the contest's
     inside[last] = value
-    with pytest.raises(UserError, match=f"{key} is {value}, the contest's is .*: nobody may have another"):
+    with pytest.raises(UserError, match=f"{key} is {value}, the contest's is .*: all methods must have the same"):
         study.method_entries(config)
 
 

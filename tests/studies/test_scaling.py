@@ -91,12 +91,12 @@ def ladder(tmp_path_factory) -> dict:
     until(lambda: starts(root).get("larger/trials/0000"), process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    foretold = (root / "prediction.json").read_bytes()
+    predicted = (root / "prediction.json").read_bytes()
     pause.write_text("0")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
         enter_stand_in(patch.setattr)
         study.program(command(root))
-    return {"root": root, "said": said.getvalue(), "foretold": foretold}
+    return {"root": root, "said": said.getvalue(), "predicted": predicted}
 
 
 def test_it_ends_with_a_page_and_a_figure(ladder):
@@ -104,7 +104,7 @@ def test_it_ends_with_a_page_and_a_figure(ladder):
     assert all((root / f"scaling.{ending}").stat().st_size > 1000 for ending in ("html", "svg", "png"))
     page = (root / "scaling.html").read_text()
     assert "nan" not in page.lower().split() and "held-out loss, nats a token" in page
-    for sentence in ("N_opt grows as C^", "Foretold at", "The same runs, counted otherwise"):
+    for sentence in ("N_opt grows as C^", "Predicted at", "The same runs, counted otherwise"):
         assert sentence in ladder["said"] and sentence in page
 
 
@@ -118,13 +118,13 @@ def test_the_prediction_stands_before_the_larger_run_starts_and_is_not_touched_a
     root = ladder["root"]
     prediction = (root / "prediction.json").stat().st_mtime
     first = (root / "larger" / "trials" / "0000").stat()
-    assert (root / "prediction.json").read_bytes() == ladder["foretold"]
+    assert (root / "prediction.json").read_bytes() == ladder["predicted"]
     assert prediction < (root / "larger" / "trials" / "0000" / "starts").stat().st_mtime <= first.st_mtime
     assert prediction < (root / "larger" / "sweep.json").stat().st_mtime
 
 
 def test_it_finds_the_law_of_its_runs(ladder):
-    """Eight runs with a spread of 0.2 %: the larger one is foretold, and the law that made them is in the intervals."""
+    """Eight runs with a spread of 0.2 %: the larger one is predicted, and the intervals contain the true law."""
     summary = read_json(ladder["root"] / "summary.json")
     law = next(iter(summary["laws"].values()))
     assert all(law[name]["low"] <= value <= law[name]["high"] for name, value in LAW.items())
@@ -173,7 +173,7 @@ def test_without_valleys_the_law_is_told_alone(tmp_path):
     larger = found[-1]._replace(budget=8e9, parameters=900, tokens=1_000_000)
     summary = fit.scaling_summary(found, parabolas, laws, fit.loss_prediction(laws, rung), larger, "then")
     assert "NaN" not in json.dumps(summary) and all(one["sizes"] is None for one in summary["growth"].values())
-    assert sum("so no growth is told" in sentence for sentence in fit.conclusion_sentences(summary)) == 3
+    assert sum("so the growth is unknown" in sentence for sentence in fit.conclusion_sentences(summary)) == 3
     assert "nan" not in page.write_page(tmp_path, summary, parabolas, laws)[0].read_text().lower()
 
 

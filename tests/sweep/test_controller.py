@@ -191,7 +191,8 @@ def test_a_metric_that_nobody_logs_stops_the_sweep(file, tmp_path):
 def started(file: str, folder: Path, *flags: str, patch: str = "") -> subprocess.Popen:
     """The sweep in a process of its own, with the stand-in. patch: a statement to run before it."""
     code = (
-        f"import sys; from lm.sweep import controller; from lm.runs.console import run_program; of = controller.TrialGoal.of\n{patch}\n"
+        "import sys; from lm.sweep import controller; from lm.runs.console import run_program\n"
+        f"of = controller.TrialGoal.of\n{patch}\n"
         "controller.TrialGoal.of = lambda *args: of(*args)._replace(module='tests.sweep_trial')\n"
         "controller.POLL_SECONDS = 0.02; controller.device_environments = lambda jobs: [{}] * (jobs or 1)\n"
         "run_program(controller.program)"

@@ -85,7 +85,7 @@ def test_sigkill_in_the_last_evaluation_costs_no_step(finished, small, tmp_path,
 
 @pytest.mark.parametrize("stage, every", [("sft", 4), ("ppo", 2)])
 def test_an_evaluation_on_the_way_is_made_up_for(finished, small, tmp_path, monkeypatch, stage, every):
-    """It falls on a saved step, and a kill falls into it: that step is not learnt again, its scores are the same."""
+    """It falls on a saved step, and a kill falls into it: that step is not learned again, its scores are the same."""
 
     def config():
         found = stage_config(finished, stage).unlock()

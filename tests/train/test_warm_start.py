@@ -52,7 +52,9 @@ def test_a_reward_model_from_a_ppo_policy_learns(finished, small, tmp_path):
 
 def test_axes_must_be_those_of_the_start(finished):
     start, config = of(finished, "reward"), stage_config(finished, "reward")
-    with pytest.raises(UserError, match="has learnt the axes overall, data.axes are overall, clear: name the same, or"):
+    with pytest.raises(
+        UserError, match="has learned the axes overall, data.axes are overall, clear: name the same, or"
+    ):
         inherited_params(start, with_axes(config, {"overall": 1.0, "clear": 0.5}))
     assert inherited_params(start, with_axes(config, {"overall": 0.5}))  # what an axis counts may change
     two = config.unlock()
@@ -74,7 +76,7 @@ def test_whoever_answers_is_a_policy(finished):
 
 
 def test_judges_of_one_question(finished, tmp_path):
-    """Defaults count too: a config that names no axes has learnt the overall ranking."""
+    """Defaults count too: a config that names no axes has learned the overall ranking."""
     other = shutil.copytree(finished / "reward", tmp_path / "other")
     config = read_json(other / "config.json")
     del config["data"]["axes"]

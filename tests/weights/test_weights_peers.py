@@ -84,7 +84,7 @@ def test_it_ties_as_the_tensors_have_it(name, peers, tmp_path):
 
 
 def test_what_it_takes_for_keys_that_are_left_out(peers, tmp_path):
-    """tests/weights/test_weights_flags.py has our values: written out in full by transformers, the rest means the same."""
+    """Our values are in tests/weights/test_weights_flags.py; a config written out in full means the same."""
     import transformers
 
     for name, absent in {

@@ -20,7 +20,7 @@ class LadderRun(NamedTuple):
     path: Path
     flops: float  # model FLOPs of its training
     parameters: int
-    tokens: int  # learnt from
+    tokens: int  # learned from
     loss: float  # held-out bits per byte
     corpora: Sequence[str]  # built-in names, or one path
 
@@ -34,7 +34,7 @@ class ModelLadder(NamedTuple):
 def read_ladder(folders: Iterable[str | Path]) -> ModelLadder:
     """The ladder of all runs in the folders, each a workdir, a sweep, or a folder that holds such.
 
-    UserError where a folder holds no run, a run is no pretraining, or fewer than LEAST rungs are finished.
+    UserError where a folder holds no run, a run is no pretraining, or fewer than MIN_RUNGS rungs are finished.
     """
     folders = [Path(folder) for folder in folders]
     if not folders:
@@ -86,7 +86,7 @@ def is_pretraining_run(path: Path) -> bool:
             f"{path} is of stage {config['stage']['name']}, and a ladder is of pretraining: name other folders"
         )
     if config["init_from"]:
-        raise UserError(f"{path} went on from {config['init_from']}, so its FLOPs are not all: name other folders")
+        raise UserError(f"{path} continued from {config['init_from']}, so its FLOPs are not all: name other folders")
     return True
 
 

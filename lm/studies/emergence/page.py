@@ -108,9 +108,8 @@ def conclusion_sentences(summary: JsonTree) -> list[str]:
     said = [curve_sentence(curve, summary["rungs"]) for curve in summary["curves"]]
     sharp = [curve for curve in summary["curves"] if curve["rises"][EXACT_MATCH]["jumps"] == YES]
     if sharp:
-        said.append(
-            f"Jumps by exact match: {len(sharp)}. {' '.join(survival_counts(sharp, metric) for metric in SMOOTH_METRICS)}"
-        )
+        survive = " ".join(survival_counts(sharp, metric) for metric in SMOOTH_METRICS)
+        said.append(f"Jumps by exact match: {len(sharp)}. {survive}")
     if not sharp:
         said.append("No step of this ladder holds, outside the noise, more than half of a rise of exact match.")
     said.append(

@@ -63,7 +63,7 @@ def task_scores(
     tell: Callable[[str, str], None],
     parts: PartialResults,
 ) -> dict[str, dict[str, Any]]:
-    """{task: {level: item by item what came of it}}; a level that does not fit the model's context is left out.
+    """{task: {level: the result of each item}}; a level that does not fit the model's context is left out.
 
     exact: whether the greedy answer is right. edit: its edit distance over the characters of the target. logprob: nats
     of the whole target. tokens: its length. correct: how many of `samples` answers, at temperature 1, are right. parts:
@@ -142,5 +142,5 @@ def newline_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def tasks_for_corpora(corpora: Mapping[str, None] | Sequence[str]) -> list[str]:
-    """The tasks that make sense for runs on these corpora: facts and idioms only where they were told."""
+    """The tasks that make sense for runs on these corpora: facts and idioms only where the corpus contains them."""
     return [name for name, task in TASKS.items() if not task.corpus or task.corpus in corpora]

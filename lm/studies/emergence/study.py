@@ -1,11 +1,13 @@
-"""Emergence: a ladder of models scored on small tasks, by metrics that are all or nothing and by smooth ones.
+"""Measures which skills appear suddenly as models grow, and by which metrics.
 
-    python -m lm emergence runs/emergence                       # a sweep, workdirs of lm train, or a folder of such
+    python -m lm emergence runs/emergence
+    python -m lm emergence runs/emergence --tasks=copying,sums
 
-Every finished pretraining run, in the order of its training FLOPs, is asked to copy, to add, to close brackets and to
-recall facts. Exact match, pass@k, edit distance and log-probability rise; this says which of them jump. Writes
-emergence.json, .html and .png; what is scored of a run is kept, so the same command continues after a kill. Schaeffer,
-Miranda and Koyejo 2023, "Are Emergent Abilities of Large Language Models a Mirage?", arXiv 2304.15004.
+The folders are sweeps, workdirs of `lm train`, or folders of such. Every finished pretraining run, in the order of its
+training FLOPs, is asked to copy, to add, to close brackets and to recall facts. Exact match, pass@k, edit distance and
+log-probability rise; this measures which of them jump. Writes emergence.json, .html and .png; the scores of each run
+are kept, so the same command continues after a kill. Schaeffer, Miranda and Koyejo 2023, "Are Emergent Abilities of
+Large Language Models a Mirage?", arXiv 2304.15004.
 """
 
 import hashlib
@@ -34,7 +36,7 @@ FLAGS = {
     "k": dict(type=int, default=8, metavar="K", help="of pass@k (8)"),
     "shots": dict(type=int, default=2, metavar="N", help="examples before each question, where they fit (2)"),
     "seed": dict(type=int, default=0, metavar="N", help="of the questions and the samples (0)"),
-    "tasks": dict(default="", metavar="NAMES", help="with commas; default: all that the corpus of the runs tells"),
+    "tasks": dict(default="", metavar="NAMES", help="with commas; default: all that the corpus of the runs can teach"),
     "output": dict(metavar="DIR", help=f"where the results go; default: {PAGE_NAME} in the first folder"),
 }
 
@@ -85,10 +87,10 @@ def print_excluded_runs(ladder: ModelLadder) -> None:
     for one in ladder.absent[:8]:
         warn(f"{one.path} is {one.state} and not on the ladder: {one.why}")
     for one in ladder.passed[:8]:
-        say(f"{one.path} is passed over: another run of as many FLOPs has a lower held-out loss")
+        say(f"{one.path} is skipped: another run of as many FLOPs has a lower held-out loss")
     more = len(ladder.absent[8:]) + len(ladder.passed[8:])
     if more:
-        say(f"and {more} more are passed over")
+        say(f"and {more} more are skipped")
 
 
 def cached_scores(rung: LadderRun, settings: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:

@@ -1,13 +1,13 @@
-"""Is our gradient the gradient of what we say we optimise? Exactly, for every loss, where every batch can be
-enumerated.
+"""Checks exactly that the expected gradient of every loss is the gradient of its objective.
 
     python -m lm certify
     python -m lm certify --policy=tabular --json=certificates.json
 
-Two prompts, four tokens, answers of up to three. Every batch of answers or verdicts goes through the stage's own
-update; the gradients, weighted by the batch's chance, are held against autodiff of the objective, which is written
-anew, summed over all answers. What claims to be unbiased must agree to 1e-5, else the exit status is 1; what is known
-to be biased shows its bias, and each cause of it alone.
+The world is small enough to enumerate every batch: two prompts, four tokens, answers of up to three tokens. Every batch
+of answers or verdicts goes through the stage's own update. The gradients, weighted by each batch's probability, are
+compared with autodiff of the objective, which is written out separately and summed over all answers. A loss that is
+called unbiased must agree to 1e-5, else the exit status is 1; for a loss that is known to be biased the bias is shown,
+and each cause of it by itself.
 """
 
 import json
@@ -109,7 +109,7 @@ def program(argv: list[str]) -> None:
     wrong = [one for one in found if not one["holds"]]
     for one in wrong:
         kind = "biased, but is not" if one["biased"] else f"unbiased, but is off by {one['off']:.2g}"
-        say(f"! {one['name'].strip()} ({one['policy']}, {one['objective']}) is said to be {kind}")
+        say(f"! {one['name'].strip()} ({one['policy']}, {one['objective']}) is marked as {kind}")
     say(f"{len(found) - len(wrong)} of {len(found)} certificates hold")
     if wrong:
         sys.exit(1)

@@ -47,7 +47,7 @@ class Certificate(NamedTuple):
 
 
 class CertificateResult(NamedTuple):
-    """What came of a certificate. Norms are over all parameters of its part."""
+    """The result of a certificate. Norms are over all parameters of its part."""
 
     name: str
     objective: str

@@ -1,4 +1,4 @@
-"""True objectives, each a loss of what the policy says (see world.says), summed over all answers; their gradients."""
+"""True objectives, each a loss of what the policy says (see tiny_world), summed over all answers; their gradients."""
 
 import itertools
 from collections.abc import Callable

@@ -288,7 +288,9 @@ def ppo_certificates(nets: Networks) -> Iterator[Certificate]:
     text = rows_by_index(w.tokens, jnp.array([0, 21]))
     with_text = draws._replace(batch=lambda rows: draws.batch(rows).replace(text=text))
     written = np.zeros(w.rewards.shape)
-    written[0, 0] = written[1, 5] = 1 / 2  # rows 0 and 21, of two tokens each; `imitated` is a mean over two prompts
+    written[0, 0] = written[1, 5] = (
+        1 / 2
+    )  # rows 0 and 21, of two tokens each; `imitation_loss` is a mean over two prompts
     of_both = lambda said: expected_reward_loss(w, beta=BETA)(said) / 2 + 0.5 * imitation_loss(w, written)(said)
     ptx = make(text_coefficient=0.5)
     yield certificate_of(w, "  with text (ptx)", "both terms", of_both, ptx, with_text)

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import model as models
 from lm.core.types import Array, Completions, Params, Tokens
 from lm.generate.sampler import prompt_completion_rows
-from lm.model import Model
+from lm.model import Model, ModelConfig, make_model
 
 VOCAB_SIZE, MAX_ANSWER_LENGTH = 4, 3  # tokens, and tokens an answer
 PROMPTS = ((2, 1), (3, 1, 2))  # of different lengths, as in a batch; one repeated token would look like two of it
@@ -31,7 +30,7 @@ class Networks(NamedTuple):
     reference: Params
     sampler: Params
     teacher: Params
-    head: Params  # a scalar head that nothing was learnt with
+    head: Params  # a scalar head that nothing was trained with
 
 
 class TinyWorld(NamedTuple):
@@ -113,7 +112,7 @@ def next_token_logprobs(w: TinyWorld, lm: Params, *, temperature: float = 1.0) -
 
 
 def realized_logprobs(w: TinyWorld, said: Array) -> Array:
-    """log p of each token of each answer, f32[X,Y,N], from what a network `says`; 0 after an answer's end."""
+    """log p of each token of each answer, f32[X,Y,N], from what a network `said`; 0 after an answer's end."""
     ids = np.asarray(_padded_rows(w.answers, MAX_ANSWER_LENGTH))
     written = (ids[:, :, None] == np.arange(VOCAB_SIZE)) & (w.real[:, :, None] > 0)
     return jnp.sum(jnp.where(written, said, 0.0), axis=-1)
@@ -140,19 +139,19 @@ def tabular_networks(seed: int = 0) -> Networks:
         seen = jnp.where(np.tri(T, dtype=bool), inputs[:, None, :], -1)
         return jnp.all(seen[:, :, None, :] == table[:, :T], axis=-1).astype(jnp.float32)
 
-    model = models.make_model(_tiny_config(width=len(prefixes), hidden=1, tied=False))._replace(hidden=hidden)
+    model = make_model(_tiny_config(width=len(prefixes), hidden=1, tied=False))._replace(hidden=hidden)
     start = {"head": np.zeros((len(prefixes), VOCAB_SIZE))}
     return _perturbed_networks(model, start, seed, shaken=0.8, apart=0.5)
 
 
 def transformer_networks(seed: int = 0) -> Networks:
     """A decoder of lm.model: one layer of width 12, two query heads that share one of keys."""
-    model = models.make_model(_tiny_config(width=12, hidden=16, tied=True))
+    model = make_model(_tiny_config(width=12, hidden=16, tied=True))
     return _perturbed_networks(model, jax.jit(model.init)(jax.random.key(seed)), seed, shaken=0.2, apart=0.2)
 
 
-def _tiny_config(**sizes) -> models.ModelConfig:
-    config = models.ModelConfig(
+def _tiny_config(**sizes) -> ModelConfig:
+    config = ModelConfig(
         vocab_size=VOCAB_SIZE, layers=1, heads=2, kv_heads=1, head_size=4, context=ROW_LENGTH, query_blocks=1, **sizes
     )
     return config.on("cpu")

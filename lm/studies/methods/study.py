@@ -1,11 +1,12 @@
-"""A contest: several ways of training from one start, with one reward model, at one budget of answers, over seeds.
+"""Compares training methods from one start, with one reward model, at one budget of answers, over seeds.
 
     python -m lm contest --config=experiments/contest.py --workdir=runs/contest
+    python -m lm contest --config=experiments/contest.py --workdir=runs/two --config.methods="('ppo','kto')"
 
-Each (method, seed) is a run of lm train in WORKDIR/METHOD/SEED. A stage that learns from rollouts samples its answers
+Each (method, seed) is a run of `lm train` in WORKDIR/METHOD/SEED. A stage that learns from rollouts samples its answers
 itself; one that learns from rankings gets as many answers of the starting model, ranked by the same reward model. Then
 all answer the same unseen prompts, which the gold rater scores. Writes WORKDIR/summary.json and WORKDIR/contest.html.
-Give the same command again to continue after a kill; more seeds and methods may be added later.
+The same command continues after a kill; more seeds and methods may be added later.
 """
 
 import inspect
@@ -26,7 +27,7 @@ from lm.core.config import call_with_options, flags_and_config, require_entries,
 from lm.core.errors import UserError, check_at_least
 from lm.core.options import ConfigFunction, option_value
 from lm.core.statistics import crossed_mean
-from lm.data import preferences as records
+from lm.data.preferences import preference_pairs, read_jsonl_rankings
 from lm.evaluate.models import ANSWERS_FILE
 from lm.evaluate.policies import HeldOutPrompts, conversation_means, held_out_prompts, policy_answerer
 from lm.feedback import auto_rank
@@ -50,7 +51,7 @@ RANKINGS_DIR = "verdicts"  # the folder of the rankings that stages without roll
 ROLLOUTS_OPTION, RANKINGS_OPTION = (
     "rollouts",
     "rankings",
-)  # the option of a stage's batches that tells what it learns from
+)  # the option of a stage's batches that names what it learns from
 SINGLE_ANSWER_STAGES = {"best_of_n"}  # stages that learn from one answer of each group that they sample
 LENGTH_OPTIONS = ("prompt_length", "max_new")  # options of what asks a policy
 ANSWER_KEY = 2**30 + 2  # role folded into the key of a seed, beside those of lm.stages.rl.rollouts
@@ -133,7 +134,7 @@ def method_entries(config: ConfigDict) -> dict[str, MethodEntry]:
             size, factors = rank.prompts * rank.responses, "verdicts.rank.prompts x verdicts.rank.responses"
         for key, (here, there) in same.items():
             if here != there:
-                raise UserError(f"{key} is {here}, the contest's is {there}: nobody may have another")
+                raise UserError(f"{key} is {here}, the contest's is {there}: all methods must have the same")
         if size != config.rollouts:
             raise UserError(
                 f"{name} learns from {size:,} answers ({factors}), the contest's `rollouts` are {config.rollouts:,}: "
@@ -146,7 +147,7 @@ def method_entry(config: ConfigDict, name: str) -> MethodEntry:
     """A method of the config. UserError for one that is not there, or whose stage cannot take part."""
     known = [key for key, value in config.items() if isinstance(value, ConfigDict) and "stage" in value]
     if name not in known:
-        raise UserError(f"methods has {name!r}, of which the config says nothing; choose among {', '.join(known)}")
+        raise UserError(f"methods has {name!r}, which the config does not define; choose among {', '.join(known)}")
     stage = config[name].stage.name
     if stage not in STAGES:
         raise UserError(f"{name}.stage.name is {stage!r}; choose one of {', '.join(STAGES)}")
@@ -196,14 +197,14 @@ def run_budget(
         seconds = summary["seconds"]
     else:
         ranked = read_json(root / RANKINGS_DIR / str(seed) / "summary.json")
-        seen = records.read_jsonl_rankings(root / RANKINGS_DIR / str(seed) / auto_rank.RANKINGS_FILE)[
+        seen = read_jsonl_rankings(root / RANKINGS_DIR / str(seed) / auto_rank.RANKINGS_FILE)[
             : config[RANKINGS_DIR].rank.prompts
         ]
         ids = tokenizer.encode_all(text for ranking in seen for text in ranking.responses)
         sampled = float(sum(len(each) + 1 for each in ids))
         share = summary["about"]["prompts"] / len(seen)
         passes = entry.config.train.steps * data.prompts_per_batch / summary["about"]["prompts"]
-        decided = sum(bool(records.preference_pairs(ranking)) for ranking in seen)
+        decided = sum(bool(preference_pairs(ranking)) for ranking in seen)
         more = {"decided": decided, "tied": len(seen) - decided}
         seconds = summary["seconds"] + ranked["seconds"]
     return {
@@ -256,13 +257,13 @@ def answer_recorder(
             file.parent.mkdir(parents=True, exist_ok=True)
             parts = PartialResults(file.with_suffix(".parts.jsonl"))
             given = parts.once("answers", lambda: sampled(path, seed))
-            gold, learnt = (judge(questions.prompts.contexts, given["text"]) for judge in (REWARDS[rater], proxy))
+            gold, learned = (judge(questions.prompts.contexts, given["text"]) for judge in (REWARDS[rater], proxy))
             columns = {
                 "conversation": questions.conversations.tolist(),
                 "prompt": questions.prompts.contexts,
                 **given,
                 "gold": gold.tolist(),
-                "proxy": learnt.tolist(),
+                "proxy": learned.tolist(),
             }
             rows = [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
             write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -342,15 +343,15 @@ def interval_position(estimate: Mapping[str, float]) -> str:
 
 
 def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What may be said of each method, and of the differences between them."""
+    """What may be concluded about each method and the differences between them."""
     plain = {
         "above zero": "its interval lies above zero: it beats the start",
         "below zero": "its interval lies below zero: it is worse than the start",
-        "across zero": "its interval includes zero: no difference from the start can be told",
+        "across zero": "its interval includes zero: no difference from the start can be shown",
     }
     said = [
-        f"{name}: {signed_number(told['gain']['value'])} {interval_text(told['gain'], 'signed')}; {plain[told['where']]}."
-        for name, told in summary["methods"].items()
+        f"{name}: {signed_number(one['gain']['value'])} {interval_text(one['gain'], 'signed')}; {plain[one['where']]}."
+        for name, one in summary["methods"].items()
     ]
     pairs = [
         (pair["where"] == "across zero", f"{pair['a']} and {pair['b']} ({gain_text(pair)})")
@@ -391,7 +392,7 @@ def print_results(summary: Mapping[str, Any]) -> None:
     )
     print_table(
         "what each run was given and took, mean over seeds",
-        ["", "answers", "tokens sampled", "passes", "tokens learnt", "seconds"],
+        ["", "answers", "tokens sampled", "passes", "tokens trained on", "seconds"],
         [
             [
                 name,
@@ -437,7 +438,7 @@ def results_page(
 
 
 def coloured_methods(summary: Mapping[str, Any]):
-    """(name, what is told of it, its colour), the best method first."""
+    """(name, its results, its colour), the best method first."""
     return zip(summary["methods"], summary["methods"].values(), itertools.cycle(SERIES_COLORS))
 
 

@@ -27,7 +27,7 @@ class RewardCurve(NamedTuple):
     """One way of climbing one proxy: K stations, P prompts. Gains are over the start, in deviations of its answers."""
 
     method: str  # BEST_OF_N or PPO
-    verdicts: int  # that the proxy learnt from
+    verdicts: int  # that the proxy learned from
     members: int  # 1: a single proxy; more: an ensemble
     stations: Sequence[int]  # n, or updates
     kl: np.ndarray  # f64[K,P]
@@ -85,8 +85,8 @@ def best_of_n_counts(most: int) -> list[int]:
 
 
 def fitted_coefficients(form: str, d: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """(alpha, beta) of the form in FORMS that is nearest to gain f64[K] at distances d f64[K], by least squares; the
-    station at distance 0 says nothing."""
+    """(alpha, beta) of the form in CURVE_FORMS that is nearest to gain f64[K] at distances d f64[K], by least squares;
+    the station at distance 0 says nothing."""
     away = d > 1e-2
     return np.linalg.lstsq(CURVE_FORMS[form](d[away]).T, gain[away], rcond=None)[0]
 

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.core.errors import UserError, check_at_least
-from lm.data import preferences as records
+from lm.data.preferences import preference_pairs, ranking_json, read_jsonl_rankings
 from lm.data.sources import is_held_out
 from lm.evaluate.policies import HeldOutPrompts, policy_answerer
 from lm.feedback import auto_rank
@@ -39,11 +39,7 @@ def ranking_subset_file(root: Path, size: int, fraction: float) -> Path:
     of a larger one, and the members of an ensemble learn from the same."""
     path = root / "verdicts" / f"rankings-{size}.jsonl"
     if not path.exists():
-        decided = [
-            r
-            for r in records.read_jsonl_rankings(root / "verdicts" / auto_rank.RANKINGS_FILE)
-            if records.preference_pairs(r)
-        ]
+        decided = [r for r in read_jsonl_rankings(root / "verdicts" / auto_rank.RANKINGS_FILE) if preference_pairs(r)]
         unseen = [r for r in decided if is_held_out(r.name, fraction)]
         seen = [r for r in decided if not is_held_out(r.name, fraction)]
         if len(seen) < size:
@@ -51,7 +47,7 @@ def ranking_subset_file(root: Path, size: int, fraction: float) -> Path:
                 f"the gold rater decided only {len(seen):,} pairs to learn from, sizes asks for {size:,}: "
                 "raise verdicts.rank.prompts, or lower sizes"
             )
-        write_text(path, "".join(f"{records.ranking_json(ranking)}\n" for ranking in seen[:size] + unseen))
+        write_text(path, "".join(f"{ranking_json(ranking)}\n" for ranking in seen[:size] + unseen))
     return path
 
 

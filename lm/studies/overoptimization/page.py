@@ -127,18 +127,14 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
         reached = (
             f"{curve['name']}: gold {signed_number(end['value'])} at the end (distance {curve['distance'][-1]:.1f})"
         )
+        fall = f"{signed_number(down['value'])} {interval_text(down, 'signed')}"
+        top = f"{signed_number(peak['value'])} at {curve['distance'][curve['highest']]:.1f}"
         if curve["turns"]:
-            said.append(
-                f"{reached}, highest {signed_number(peak['value'])} at {curve['distance'][curve['highest']]:.1f}: it turns "
-                f"down, by {signed_number(down['value'])} {interval_text(down, 'signed')}."
-            )
+            said.append(f"{reached}, highest {top}: it turns down, by {fall}.")
         elif curve["highest"] == len(curve["gold"]) - 1:
             said.append(f"{reached}, its highest: it does not turn down in this range.")
         else:
-            said.append(
-                f"{reached}, highest {signed_number(peak['value'])} at {curve['distance'][curve['highest']]:.1f}: whether it "
-                f"turns down is inside the noise ({signed_number(down['value'])} {interval_text(down, 'signed')})."
-            )
+            said.append(f"{reached}, highest {top}: whether it turns down is inside the noise ({fall}).")
     for one in summary["ensembles"]:
         told = "helps" if one["low"] > 0 else "harms" if one["high"] < 0 else "makes no difference outside the noise"
         said.append(

@@ -1,11 +1,12 @@
-"""Over-optimisation: what the gold rater says while a policy is pushed ever further up a reward model learnt from it.
+"""Optimizes policies against learned proxy rewards and measures the true reward as they move away from the start.
 
     python -m lm overoptimization --config=experiments/overoptimization.py --workdir=runs/overoptimisation
+    python -m lm overoptimization --config=experiments/overoptimization.py:tiny --workdir=runs/try
 
-The gold rater ranks answers of the starting model; proxy reward models learn from few and from many of its verdicts;
-best-of-n and PPO climb each proxy, and an ensemble of several from the same verdicts, while the gold rater watches.
-Writes WORKDIR/summary.json, overoptimisation.html, .svg and .png. The same command continues after a kill. Gao,
-Schulman and Hilton 2022, "Scaling Laws for Reward Model Overoptimization", arXiv 2210.10760.
+The gold rater ranks answers of the starting model; proxy reward models are trained on few and on many of its verdicts;
+best-of-n and PPO optimize each proxy, and an ensemble of several trained on the same verdicts, and the gold rater
+scores the result. Writes WORKDIR/summary.json, overoptimisation.html, .svg and .png. The same command continues after a
+kill. Gao, Schulman and Hilton 2022, "Scaling Laws for Reward Model Overoptimization", arXiv 2210.10760.
 """
 
 import itertools
@@ -41,7 +42,7 @@ from lm.train.warm_start import load_policy
 
 CONFIG_KEYS = ("seed", "init_from", "sizes", "reward_steps", "members", "pessimism", "verdicts", "reward", "ppo")
 CONFIG_KEYS += ("prompts", "evaluate")
-FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the lab's folder; the same command continues")}
+FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the study's folder; the same command continues")}
 
 
 def study_functions(config: ConfigDict) -> dict[str, ConfigFunction]:

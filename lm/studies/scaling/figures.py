@@ -1,4 +1,4 @@
-"""The figure of a ladder: parabolas, best sizes, losses over compute with the larger run foretold, the law."""
+"""The figure of a ladder: parabolas, best sizes, losses over compute with the larger run predicted, the law."""
 
 import itertools
 from collections.abc import Mapping
@@ -86,10 +86,10 @@ def draw_best_sizes(summary: Mapping[str, Any], grown: Mapping[str, IsoflopFit],
 
 
 def draw_loss_over_compute(summary: Mapping[str, Any], law: ParametricFit, axes: Axes) -> None:
-    """Every run's loss over its compute, the law at its best size, and the larger run: foretold and measured."""
+    """Every run's loss over its compute, the law at its best size, and the larger run: predicted and measured."""
     for runs, colour in zip(runs_by_budget(summary).values(), itertools.cycle(SERIES_COLORS)):
         axes.plot(run_column(runs, "flops"), run_column(runs, "loss"), "o", color=colour, markersize=3.5)
-    larger, foretold = summary["larger"], summary["prediction"]["loss"]
+    larger, predicted = summary["larger"], summary["prediction"]["loss"]
     flops = np.geomspace(min(run["flops"] for run in summary["runs"]), 1.3 * larger["flops"], 80)
     low, high = np.array([law.of(lambda one, c=c: one.loss(*one.optimum(c)))[2:] for c in flops]).T
     axes.fill_between(flops, low, high, color=TEXT_COLOR, alpha=0.2, linewidth=0)
@@ -98,18 +98,18 @@ def draw_loss_over_compute(summary: Mapping[str, Any], law: ParametricFit, axes:
     )
     axes.errorbar(
         larger["flops"] * 1.06,
-        foretold["value"],
-        yerr=[[foretold["value"] - foretold["low"]], [foretold["high"] - foretold["value"]]],
+        predicted["value"],
+        yerr=[[predicted["value"] - predicted["low"]], [predicted["high"] - predicted["value"]]],
         fmt="_",
         color=TRAIN_COLOR,
         capsize=4,
-        label="foretold, 95 %",
+        label="predicted, 95 %",
     )
     axes.plot(larger["flops"], larger["loss"], "*", color=HELD_OUT_COLOR, markersize=10, label="then measured")
     axes.set_xscale("log")
     axes.set_xlabel("FLOPs of training C, counted")
     axes.set_ylabel("held-out loss, nats a token")
-    axes.set_title("a larger run, foretold before it was made", fontsize=9)
+    axes.set_title("a larger run, predicted before it was made", fontsize=9)
     axes.legend(frameon=False, fontsize=7, labelcolor=TEXT_COLOR)
 
 

@@ -1,4 +1,4 @@
-"""What a ladder says: laws and parabolas, what they foretell of a larger run, and what came of it; as numbers."""
+"""The fits of a ladder as numbers: laws and parabolas, their prediction for a larger run, and its measured loss."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -43,7 +43,7 @@ def compute_optimal_size(parabolas: Mapping[str, IsoflopFit], laws: Mapping[str,
 def loss_prediction(laws: Mapping[str, ParametricFit], rung: PlannedRun) -> dict[str, Any]:
     """The loss of a run that is still to be made, by each law, with the moment at which this was said."""
     sizes = {SIX_ND: rung.parameters, SIX_ND_WITHOUT_EMBEDDING: rung.parameters - rung.embedding}
-    said = {name: law.foretold(sizes[name], rung.tokens)._asdict() for name, law in laws.items()}
+    said = {name: law.predicted_loss(sizes[name], rung.tokens)._asdict() for name, law in laws.items()}
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "rung": rung._asdict(),
@@ -96,17 +96,19 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
     for name, law in summary["laws"].items():
         rise, floor = Estimate(**law["growth"]), Estimate(**law["E"])
         said.append(
-            f"The law, {name}: loss = {floor.value:.3g} {interval_text(floor, '.3g')} + A/N^{law['alpha']['value']:.3f} + "
-            f"B/D^{law['beta']['value']:.3f}, so N_opt grows as C^{rise.value:.3f} {interval_text(rise)}."
+            f"The law, {name}: loss = {floor.value:.3g} {interval_text(floor, '.3g')} + "
+            f"A/N^{law['alpha']['value']:.3f} + B/D^{law['beta']['value']:.3f}, "
+            f"so N_opt grows as C^{rise.value:.3f} {interval_text(rise)}."
         )
     said.append(counting_sentence(summary["growth"]))
     prediction, larger = summary["prediction"], summary["larger"]
     loss, rung = Estimate(**prediction["loss"]), prediction["rung"]
     inside = loss.low <= larger["loss"] <= loss.high
     said.append(
-        f"Foretold at {prediction['written']} for {rung['budget']:.3g} FLOPs, {rung['budget'] / largest_budget(summary):.3g} "
-        f"times the ladder's largest budget (width {rung['width']}, {rung['tokens']:,} tokens): loss {loss.value:.4f} "
-        f"{interval_text(loss, '.4f')}. The run, begun at {larger['begun']}, came to {larger['loss']:.4f}: "
+        f"Predicted at {prediction['written']} for {rung['budget']:.3g} FLOPs, "
+        f"{rung['budget'] / largest_budget(summary):.3g} times the ladder's largest budget "
+        f"(width {rung['width']}, {rung['tokens']:,} tokens): loss {loss.value:.4f} "
+        f"{interval_text(loss, '.4f')}. The run, started at {larger['begun']}, reached {larger['loss']:.4f}: "
         f"{'inside' if inside else 'outside'} the interval, {100 * (larger['loss'] / loss.value - 1):+.2f} % from "
         "the prediction."
     )
@@ -124,7 +126,7 @@ def growth_sentence(name: str, one: Mapping[str, Any]) -> str:
     """A sentence on the parabolas by one way of counting."""
     inside = sum(valley["inside"] for valley in one["valleys"])
     if one["sizes"] is None:
-        return f"Parabolas, {name}: fewer than two budgets have a valley, so no growth is told."
+        return f"Parabolas, {name}: fewer than two budgets have a valley, so the growth is unknown."
     sizes, tokens = Estimate(**one["sizes"]), Estimate(**one["tokens"])
     lost = f"; {100 * one['lost']:.0f} % of the redrawn tables have no line" if one["lost"] else ""
     return (

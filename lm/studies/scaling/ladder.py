@@ -50,7 +50,8 @@ def ladder_plan(
     tokens_per_parameter: tuple[float, float] = (1.5, 200.0),
     draws: int = 1000,
 ) -> LadderPlan:
-    """Budgets from `lowest` to `highest` FLOPs, equally spaced in their logarithm; `larger` is run last, foretold.
+    """Budgets from `lowest` to `highest` FLOPs, equally spaced in their logarithm; `larger` is run last, after its
+    loss is predicted.
 
     sizes: runs a budget, from the fewest to the most tokens_per_parameter. draws: of the bootstraps.
     """

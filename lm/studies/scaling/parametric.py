@@ -62,7 +62,7 @@ class ParametricFit(NamedTuple):
     def estimates(self) -> Mapping[str, Estimate]:
         return {name: self.of(lambda law: getattr(law, name)) for name in (*LAW_PARAMETERS, "growth")}
 
-    def foretold(self, parameters: float, tokens: float, *, seed: int = 0) -> Estimate:
+    def predicted_loss(self, parameters: float, tokens: float, *, seed: int = 0) -> Estimate:
         """The loss of one more run. Its interval holds what is unknown of the law, and how far runs fall from it."""
         n = len(self.errors)
         drawn = (

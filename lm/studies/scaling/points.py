@@ -27,7 +27,7 @@ class Points(NamedTuple):
 
 
 def read_points(path: str | Path) -> Points:
-    """The runs of a CSV file with the columns `parameters`, `tokens` and `loss`; others are passed over.
+    """The runs of a CSV file with the columns `parameters`, `tokens` and `loss`; others are ignored.
 
     UserError for a file that cannot be read, a missing column, a cell that is no positive number, too few runs.
     """
@@ -57,7 +57,7 @@ def positive_cell(path: str | Path, line: int, column: str, text: str | None) ->
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise UserError(
-            f"{path}, line {line}: {column} is {text!r}; it must be a positive number: mend the row or drop it"
+            f"{path}, line {line}: {column} is {text!r}; it must be a positive number: correct the row or delete it"
         )
     return value
 

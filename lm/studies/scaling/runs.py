@@ -1,4 +1,4 @@
-"""What a ladder's runs came to, read from their workdirs."""
+"""The results of a ladder's runs, read from their workdirs."""
 
 from collections.abc import Sequence
 from pathlib import Path

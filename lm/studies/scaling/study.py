@@ -1,12 +1,12 @@
-"""Scaling laws: a ladder of runs from a FLOP budget, the laws that fit it, and a larger run foretold before it is made.
+"""Fits scaling laws to a ladder of runs and predicts a larger run before it is made.
 
     python -m lm scaling --config=experiments/scaling.py --workdir=runs/scaling --jobs=2
     python -m lm scaling --points=table.csv
 
-The first plans sizes and lengths at budgets over decades of compute, runs them as a sweep, fits IsoFLOP parabolas and
-the law E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, arXiv 2203.15556; as Besiroglu et al. 2024, arXiv 2404.10102,
-correct it), writes WORKDIR/prediction.json, only then runs the larger model, and tells what came of it in
-scaling.html, scaling.png and summary.json. --dry_run prints the plan. The same command continues after a kill.
+With --config it plans sizes and lengths at budgets over decades of compute, runs them as a sweep, and fits IsoFLOP
+parabolas and the law E + A/N^alpha + B/D^beta (Hoffmann et al. 2022, arXiv 2203.15556; as corrected by Besiroglu et
+al. 2024, arXiv 2404.10102). It writes WORKDIR/prediction.json, only then runs the larger model, and writes the outcome
+to scaling.html, scaling.png and summary.json. --dry_run prints the plan. The same command continues after a kill.
 --points fits anyone's table, with the columns parameters, tokens, loss.
 """
 
@@ -31,8 +31,9 @@ from lm.core.errors import UserError
 from lm.core.options import ConfigFunction
 from lm.runs.console import print_table, run_program, say
 from lm.runs.workdir import open_workdir, read_json, read_run_starts, write_text
-from lm.studies.scaling import fit, ladder, page, parametric, points as tables, runs
+from lm.studies.scaling import fit, ladder, page, parametric, runs
 from lm.studies.scaling.ladder import LadderPlan, PlannedRun
+from lm.studies.scaling.points import read_points
 from lm.studies.scaling.runs import LADDER_DIR, LARGER_DIR, PLAN_FILE, PREDICTION_FILE
 from lm.sweep import controller
 from lm.sweep.config_functions import config_functions
@@ -83,7 +84,7 @@ def program(argv: list[str]) -> None:
 
 def print_table_fit(path: str) -> None:
     """Prints the law of a CSV file's runs."""
-    points = tables.read_points(path)
+    points = read_points(path)
     say(f"{path}: {len(points.loss)} runs")
     fitted = parametric.parametric_fit(points, draws=BOOTSTRAP_DRAWS)
     names = {"growth": "a = beta / (alpha + beta)"}
@@ -93,8 +94,8 @@ def print_table_fit(path: str) -> None:
         [[names.get(name, name), e.value, f"[{e.low:.4g}, {e.high:.4g}]"] for name, e in fitted.estimates().items()],
     )
     say(
-        f"Intervals: percentiles of {BOOTSTRAP_DRAWS:,} fits to resampled runs. With C = 6 N D the best size grows as C^a, the "
-        "best number of tokens as C^(1 - a)."
+        f"Intervals: percentiles of {BOOTSTRAP_DRAWS:,} fits to resampled runs. With C = 6 N D the best size grows as "
+        "C^a, the best number of tokens as C^(1 - a)."
     )
 
 
@@ -107,7 +108,7 @@ def print_plan(plan: LadderPlan, rungs: Sequence[PlannedRun]) -> None:
 
 
 def run_scaling(flags: Namespace, source: ConfigSource, plan: LadderPlan, rungs: Sequence[PlannedRun]) -> None:
-    """Everything in its order, each step passed over if it is done."""
+    """Everything in its order, each step skipped if it is done."""
     config, root = source.config({}), Path(flags.workdir)
     with open_workdir(root, to_dict(config), harmless=()) as workdir:
         write_text(root / PLAN_FILE, json.dumps({"rungs": [rung._asdict() for rung in rungs]}, indent=2) + "\n")
@@ -123,7 +124,7 @@ def run_scaling(flags: Namespace, source: ConfigSource, plan: LadderPlan, rungs:
         prediction = read_json(root / PREDICTION_FILE)
         loss = prediction["loss"]
         say(
-            f"foretold, {prediction['written']}: loss {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] for "
+            f"predicted, {prediction['written']}: loss {loss['value']:.4f} [{loss['low']:.4f}, {loss['high']:.4f}] for "
             f"width {prediction['rung']['width']} and {prediction['rung']['tokens']:,} tokens: {root / PREDICTION_FILE}"
         )
         run_planned(flags, source, root / LARGER_DIR, [PlannedRun(**prediction["rung"])])
@@ -154,7 +155,7 @@ def run_planned(flags: Namespace, source: ConfigSource, folder: Path, rungs: Seq
     failed = [one for one in told if one.state == "failed"]
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(told)} runs in {folder} failed; the first: {failed[0].error}; mend it and give "
+            f"{len(failed)} of {len(told)} runs in {folder} failed; the first: {failed[0].error}; fix it and give "
             "the same command with --retry_failed"
         )
     if any(one.state != "complete" for one in told):
