@@ -1,6 +1,7 @@
 """Text, conversations and preferences to batches; batch i depends on the seed and i alone.
 
-`sources` reads corpora, `conversations` and `preferences` the other two kinds, `packing` turns them into rows, `batches`
+`sources` reads corpora, `conversations` and `preferences` the other two kinds, `packing` turns them into rows,
+`batches`
 orders the rows, `annotations` keeps what people said, `tasks` makes items with one right answer. A new source goes to
 the file of its kind.
 """

@@ -214,7 +214,8 @@ class AnnotationStore:
             raise UserError(f"{self.path} is a database of something else: name another file")
         if application == APPLICATION_ID and version != SCHEMA_VERSION:
             raise UserError(
-                f"{self.path} has version {version} of our tables, but this program knows {SCHEMA_VERSION}: use the program "
+                f"{self.path} has version {version} of our tables, but this program knows {SCHEMA_VERSION}: "
+                "use the program "
                 "that made it to export its verdicts, then import them here"
             )
         self._rows("PRAGMA journal_mode = WAL")
@@ -239,7 +240,8 @@ class AnnotationStore:
             json.dumps(getattr(ranking, field)) if field in JSON_COLUMNS else getattr(ranking, field)
             for field in VERDICT_COLUMNS
         ]
-        insert = f"INSERT INTO verdicts (key, item, {', '.join(VERDICT_COLUMNS)}) VALUES (?, ?{', ?' * len(VERDICT_COLUMNS)})"
+        places = f"?, ?{', ?' * len(VERDICT_COLUMNS)}"
+        insert = f"INSERT INTO verdicts (key, item, {', '.join(VERDICT_COLUMNS)}) VALUES ({places})"
         self._db.execute(insert, [key, item, *said])
 
     def _items(self, query: str, *arguments: Any) -> list[RankingItem]:

@@ -63,7 +63,8 @@ def docstring_conversations() -> list[Conversation]:
 
 
 def arithmetic_conversations() -> list[Conversation]:
-    """6,000 made sums, differences and products of digits, each worked out by the calculator of lm.rewards.environments.
+    """6,000 made sums, differences and products of digits, each worked out by the calculator of
+    lm.rewards.environments.
 
     The assistant asks for calc(...), the tool replies with the number, the assistant says it. A conversation bears the
     name of its sum, so that a sum is held out in every phrasing.

@@ -46,7 +46,8 @@ def beam_search(
 ) -> tuple[Completions, Array]:
     """The `width` best completions found for each right-padded prompt i32[B,P] of length i32[B] >= 1, and their scores.
 
-    Completions are rows as of lm.generate.sampler.sample with samples=width: a prompt's own are adjacent, best first. Log-probs
+    Completions are rows as of lm.generate.sampler.sample with samples=width: a prompt's own are adjacent, best
+    first. Log-probs
     are of softmax(logits), the scores f32[B,width] as above. Where there are fewer sequences than places, the last rows
     have length 0 and the score -inf. Width 1 without stop ids is greedy decoding.
     """

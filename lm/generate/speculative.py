@@ -144,7 +144,8 @@ def speculative_sample(
     min_p: float = 0.0,
     stop: Sequence[int] = (),
 ) -> tuple[Completions, AcceptanceCounts]:
-    """Completions as of lm.generate.sampler.sample, of the target's distribution; log-probs are the target's. Temperature 0 gives
+    """Completions as of lm.generate.sampler.sample, of the target's distribution; log-probs are the target's.
+    Temperature 0 gives
     sample's tokens, unless rounding decides between two; at others the draws differ, their distribution does not.
 
     Round r of row b draws with fold_in(fold_in(key, b), r), see `advanced`: a row's tokens are its own. `lm` and
@@ -196,7 +197,8 @@ def extended_completions(
 
 
 def check_speculation(models: TargetDraft, prompt: int, *, ahead: int, max_new: int, **sampler) -> None:
-    """UserError for a request that these two cannot serve; `prompt` is its length in tokens, sampler as lm.generate.sampler's."""
+    """UserError for a request that these two cannot serve; `prompt` is its length in tokens, sampler as
+    lm.generate.sampler's."""
     target, draft = (model.config for model in models)
     check_sample(models.target, prompt, max_new=max_new, **sampler)
     if ahead < 1:

@@ -19,7 +19,7 @@ from lm.model.logits import repetition_penalized_logits
 def token_streamer(
     model: Model, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0, repetition_penalty: float = 1.0
 ) -> Callable[..., Iterator[int]]:
-    """stream(lm, ids, key, *, max_new, stop): the tokens of lm.generate.sampler.sample's row 0, each as soon as it is drawn.
+    """stream(lm, ids, key, *, max_new, stop): the tokens of generate.sampler.sample's row 0, each once it is drawn.
 
     The keys are sample's, and so are the tokens, unless rounding decides between two: the padding differs. Prompts are
     aligned to the right of their bucket, so a cache of the context and one bucket more holds every allowed answer.

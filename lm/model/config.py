@@ -151,7 +151,8 @@ class ModelConfig:
         """
         if not self.runs_on(backend):
             raise UserError(
-                f"model.attention is {self.attention!r}, which needs {KERNEL_PLATFORMS[self.attention][1]}; this is a {backend}: "
+                f"model.attention is {self.attention!r}, which needs {KERNEL_PLATFORMS[self.attention][1]}; "
+                f"this is a {backend}: "
                 "leave it to auto, or choose xla"
             )
         cpu = backend == "cpu"

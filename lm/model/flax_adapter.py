@@ -6,7 +6,8 @@ f[B,T,V], and reward and value heads read D numbers. It must be causal, keep seg
 segment 0; `verified` measures that.
 
 What such a model has not: a cache. Sampling works, but goes over all tokens again for each new one. Workdirs, and so
-the programs, hold decoders of lm.model.ModelConfig only: train it with a stage's `make` and lm.optim.update. Weight decay spares
+the programs, hold decoders of lm.model.ModelConfig only: train it with a stage's `make` and lm.optim.update. Weight
+decay spares
 parameters by name (see optim.NOT_DECAYED): call norms "norm", embeddings "embedding".
 """
 
@@ -43,7 +44,8 @@ def model_from_linen(
     """The Model of a linen module that has no variables but its parameters and draws nothing at random.
 
     context: the longest row it is used with. axes: logical axes in the structure of its parameters (a tuple of names a
-    leaf, see lm.core.sharding.LOGICAL_AXIS_RULES); None: every device holds all. UserError for a module that will not do.
+    leaf, see lm.core.sharding.LOGICAL_AXIS_RULES); None: every device holds all. UserError for a module that will
+    not do.
     """
 
     def call(lm: Params, method: str, *arrays: Array) -> Array:

@@ -121,7 +121,8 @@ def muon_labels(params: Params):
 
 
 def scale_by_width(base_width: int) -> optax.GradientTransformation:
-    """Steps on the blocks' matrices times base_width / width: the learning rate of muP (see lm.model.params.param_specs).
+    """Steps on the blocks' matrices times base_width / width: the learning rate of muP (see
+    lm.model.params.param_specs).
 
     The width is the embedding's. For steps whose size is not the gradient's, as Adam's and Lion's (Yang et al. 2022,
     table 8, arXiv 2203.03466).

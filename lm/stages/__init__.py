@@ -1,6 +1,7 @@
 """Every way of training, by name: the whole of a method is one file in one of the families below.
 
-`pretraining`, `reward_model`, `preference`, `rl`, `distillation`; `context` is what a program gives a stage, `stage.Stage`
+`pretraining`, `reward_model`, `preference`, `rl`, `distillation`; `context` is what a program gives a stage,
+`stage.Stage`
 what a stage is. A new method is a file here that ends in a `Stage`, and a line in STAGES.
 """
 

@@ -124,12 +124,14 @@ def _check_tensor_names(
     extra = sorted(name for name in unused if not is_computed(found[name], c))
     for name in missing[:1]:
         raise UserError(
-            f"{source} lacks tensor {name}{_more(missing)}, which config.json with {_flag_text(name, hf, c, found)} needs: "
+            f"{source} lacks tensor {name}{_more(missing)}, which config.json with "
+            f"{_flag_text(name, hf, c, found)} needs: "
             "correct that, or download the folder again"
         )
     for name in extra[:1]:
         raise UserError(
-            f"{found[name]}{_more(extra)} has no place in a model whose config.json says {_flag_text(name, hf, c, found)}: "
+            f"{found[name]}{_more(extra)} has no place in a model whose config.json says "
+            f"{_flag_text(name, hf, c, found)}: "
             "correct that, or take away what is not of this model"
         )
 

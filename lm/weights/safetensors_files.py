@@ -85,7 +85,8 @@ def open_tensors(source: Path) -> Iterator[dict[str, StoredTensor]]:
             lacking = sorted(name for name, there in index.items() if source / there == file and name not in inside)
             if lacking:
                 raise UserError(
-                    f"{source / INDEX_FILE} names tensor {lacking[0]} in {file.name}, which lacks it: download both again"
+                    f"{source / INDEX_FILE} names tensor {lacking[0]} in {file.name}, which lacks it: "
+                    "download both again"
                 )
         yield found
 

@@ -46,7 +46,8 @@ def read_tokenizer_files(source: Path, hf: Mapping[str, Any]) -> Tokenizer:
         coder, known = {"pieces": (source / SENTENCEPIECE_FILE).read_bytes()}, {}
     else:
         raise UserError(
-            f"{source} has neither {TOKENIZER_JSON} nor {SENTENCEPIECE_FILE}: a model needs its tokenizer; download the folder again"
+            f"{source} has neither {TOKENIZER_JSON} nor {SENTENCEPIECE_FILE}: a model needs its tokenizer; "
+            "download the folder again"
         )
     stops = _id_list(generation.get("eos_token_id")) or _id_list(hf.get("eos_token_id"))
     named = known.get(tokens.get("eos_token"))

@@ -64,7 +64,7 @@ def policy_gradient_stage(recipe: Callable[..., PolicyGradientMethod]) -> Callab
 
     passed_on = list(inspect.signature(policy_gradient_update).parameters.values())
     parameters = [*passed_on[:2], *inspect.signature(recipe).parameters.values(), *passed_on[3:]]
-    make.__signature__ = inspect.Signature(parameters, return_annotation=Update)
+    make.__signature__ = inspect.Signature(parameters, return_annotation=Update)  # pyright: ignore[reportAttributeAccessIssue]
     return make
 
 

@@ -67,7 +67,8 @@ def batches(
     and counted.
 
     `resample`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by further
-    ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of lm.rewards.environments', which
+    ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of
+    lm.rewards.environments', which
     replies to an answer of the policy with up to `reply_length` tokens, for at most `exchanges` answers a row; what it
     says is context, never trained. `corpus`: adds rows of `text_length` tokens of it to each batch, one a rollout, for
     stages that go on learning from text.
