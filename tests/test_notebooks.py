@@ -98,7 +98,10 @@ assert sure["loss"] < unsure["loss"], values
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 TIMED = re.compile(r"\b\d+:\d\d\b|\bseconds\b")  # in a line that depends on the machine's speed
-EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+LONG = ("06_dpo_grpo_ppo", "07_sweeps_scaling")  # a minute and more each
+EACH = pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in NOTEBOOKS]
+)
 
 
 def executed(path: Path, conclusions: str = "") -> NotebookNode:

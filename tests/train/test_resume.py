@@ -35,7 +35,14 @@ def at_batch(monkeypatch, number: int, event) -> None:
     )
 
 
-@pytest.mark.parametrize("stage, moment", [(stage, moment) for stage in TRAINED for moment in moments(stage)])
+@pytest.mark.parametrize(
+    "stage, moment",
+    [
+        pytest.param(stage, moment, marks=[pytest.mark.slow] * (stage not in ("pretrain", "ppo")))
+        for stage in TRAINED
+        for moment in moments(stage)
+    ],
+)
 def test_what_a_kill_leaves_continues_to_the_same_bits(finished, small, tmp_path, stage, moment):
     """Before the first checkpoint, between two (the first still being written), in the middle of the last save, and in
     the last evaluation."""
