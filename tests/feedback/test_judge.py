@@ -249,7 +249,9 @@ def test_some_nonsense_skips_its_items(serve, people, capsys):
 def test_nothing_but_nonsense(serve, people):
     endpoint = serve(lambda *_: NONSENSE)
     for _ in range(2):  # the second time nothing is asked, but it is known
-        with pytest.raises(UserError, match=f"gave no readable verdict, such as '{NONSENSE}': all 11 items are recorded"):
+        with pytest.raises(
+            UserError, match=f"gave no readable verdict, such as '{NONSENSE}': all 11 items are recorded"
+        ):
             run(people, f"--judge={endpoint.url}", "--model=mad")
     assert {kind for kind, _ in verdicts_of(people, "judge mad").values()} == {"skipped"}
     assert len(endpoint.bodies) == 26
