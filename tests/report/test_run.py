@@ -40,7 +40,13 @@ def folder(path, **files):
 def test_what_is_not_known_is_left_out_with_a_word(tmp_path):
     """A run that has not finished, of an older version, of a stage of somebody's own."""
     page = run.write_run_page(folder(tmp_path / "run", config={"stage": {"name": "mine"}})).read_text()
-    for words in ("It has not finished.", "told once it has finished", "scored", "took no steps", "no record.json"):
+    for words in (
+        "It has not finished.",
+        "shown once the run has finished",
+        "scored",
+        "took no steps",
+        "no record.json",
+    ):
         assert words in page, words
 
 
