@@ -115,7 +115,7 @@ def test_a_row_that_is_no_text_is_named_by_its_line(tmp_path):
     path.write_bytes(b"What is it?\n\xff\xfe\n")
     warnings = []
     assert len(prompt_file.read_prompts(str(path), warnings.append)) == 1
-    assert "1 of 2 lines will not do" in warnings[0] and f"{path}:2: " in warnings[0]
+    assert "1 of 2 lines are not valid" in warnings[0] and f"{path}:2: " in warnings[0]
 
 
 def test_metrics_with_a_character_torn_by_a_kill(tmp_path):

@@ -46,7 +46,7 @@ def no_measurement(monkeypatch):
 def test_a_start(workdir, checkout, monkeypatch):
     """The code's revision, not the current directory's, which is another repository's."""
     monkeypatch.setattr(metadata, "CODE_ROOT", checkout.folder)
-    monkeypatch.setattr(metadata.sys, "orig_argv", ["/usr/bin/python3", "-m", "lm.train.loop", "--workdir=my run"])
+    monkeypatch.setattr(metadata.sys, "orig_argv", ["/usr/bin/python3", "-m", "lm", "train", "--workdir=my run"])
     start = metadata.record_start(workdir, seed=7)
     assert read_json(workdir / "record.json") == [start]
     assert start["revision"] == checkout("rev-parse", "HEAD").strip()
