@@ -146,7 +146,10 @@ def split_held_out(
                 "give them names, or add others"
             )
         if not side:
-            raise UserError(f"of {len(items)} documents none is {name} at {fraction:g}: {way} the fraction or add some")
+            way = f"{way} the fraction or add some"
+            if len(items) == 1 and 0 < fraction < 1:
+                way = f"all have the name {items[0].name!r}, which falls on one side: give them names, or add others"
+            raise UserError(f"of {len(items)} documents none is {name} at {fraction:g}: {way}")
     return sides
 
 

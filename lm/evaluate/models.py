@@ -51,7 +51,7 @@ def evaluation_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
 
 def run_evaluation(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
     """Evaluates into a workdir and returns the summary it leaves there; a finished one is not done again."""
-    require_entries(config, ("seed", "models", "evaluate"), "lm.evaluate.models")
+    require_entries(config, ("seed", "models", "evaluate"), "lm evaluate")
     with open_workdir(path, to_dict(config)) as workdir:
         summary = workdir.summary()
         if summary is None:

@@ -47,7 +47,7 @@ def auto_rank_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
 
 def run_auto_rank(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
     """Ranks in a workdir, or takes up where it stopped, and returns the summary it leaves there."""
-    require_entries(config, ("seed", "init_from", "rank"), "lm.feedback.auto_rank")
+    require_entries(config, ("seed", "init_from", "rank"), "lm auto-rank")
     with open_workdir(path, to_dict(config)) as workdir:
         summary = workdir.summary()
         if summary is None:

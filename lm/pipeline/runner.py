@@ -81,7 +81,7 @@ def program(argv: list[str]) -> None:
     flags, config = flags_and_config(argv, __doc__, FLAGS, config_functions)
     if "stages" not in config:
         raise UserError("the config has no `stages`: is it a config of lm pipeline? (lm train runs a single stage)")
-    require_entries(config, config.stages, "lm.pipeline.runner")
+    require_entries(config, config.stages, "lm pipeline")
     if flags.workdir:
         config.root = str(Path(flags.workdir))  # "runs/a/" and "runs/a" are one folder, so one config
     run_pipeline(config)

@@ -103,7 +103,7 @@ def train_stage(
     name = config.stage.name
     if name not in ("tokenizer", *STAGES):
         raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
-    require_entries(config, ("seed", "stage", "data") if name == "tokenizer" else CONFIG_KEYS, "lm.train.loop")
+    require_entries(config, ("seed", "stage", "data") if name == "tokenizer" else CONFIG_KEYS, "lm train")
     check_at_least(0, "config", seed=config.seed)
     packages, traced = tracker_packages(log), profiler.profile_steps(profile) if profile else range(0)
     if name == "tokenizer" and (packages or traced):

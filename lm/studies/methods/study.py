@@ -79,7 +79,7 @@ def study_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
 
 def run_methods_study(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     """Trains whatever has not finished, lets it answer, writes the page; returns the summary."""
-    require_entries(config, CONFIG_KEYS, "lm.studies.methods.study")
+    require_entries(config, CONFIG_KEYS, "lm contest")
     entries, started = method_entries(config), time.monotonic()
     with open_workdir(path, to_dict(config), harmless=("seeds", "methods")) as workdir:
         start = load_policy(config.init_from, backend=jax.default_backend(), warn=warn)

@@ -53,7 +53,7 @@ def study_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
 
 def run_overoptimization(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     """Makes whatever is missing, in order; writes the page; returns the summary."""
-    require_entries(config, CONFIG_KEYS, "lm.studies.overoptimization.study")
+    require_entries(config, CONFIG_KEYS, "lm overoptimization")
     check_config(config)
     started = time.monotonic()
     with open_workdir(path, to_dict(config)) as workdir:

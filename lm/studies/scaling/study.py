@@ -74,7 +74,7 @@ def program(argv: list[str]) -> None:
         raise UserError("give --config=experiments/scaling.py and --workdir=DIR, or --points=CSV")
     source = ConfigSource(flags.config, tuple(overrides), study_functions)
     config = source.config({})
-    require_entries(config, CONFIG_KEYS, "lm.studies.scaling.study")
+    require_entries(config, CONFIG_KEYS, "lm scaling")
     plan = call_with_options(study_functions(config)["ladder"].function, config.ladder, name="ladder")
     rungs = ladder.planned_runs(plan, source)
     print_plan(plan, rungs)
