@@ -1,12 +1,10 @@
 """Learning from one's own samples: what PPO and the methods that compare answers within a group share.
 
-A batch is `Rollouts`. `scored` completes it with old and reference log-probs; `learner` composes the rest from the
-three things in which the group methods differ: the advantage of a token, the loss of a token given its log-prob, and
-the average that turns token losses into one number.
+A batch is `Rollouts`. `annotated_rollouts` completes it with old and reference log-probs; `policy_gradient_update`
+composes the rest from the three things in which the group methods differ: the advantage of a token, the loss of a token
+given its log-prob, and the average that turns token losses into one number.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -54,24 +52,10 @@ class PolicyGradientMethod(NamedTuple):
     ratio: TokenLoss = ratio_to_old_policy  # what is clipped
 
 
-def policy_gradient_stage(recipe: Callable[..., PolicyGradientMethod]) -> Callable[..., Update]:
-    """The `make` of a stage from its recipe: (model, optimizer, *, the recipe's options, `learner`'s options)."""
-
-    @functools.wraps(recipe)
-    def make(model: Model, optimizer: optax.GradientTransformation, **options) -> Update:
-        own = {name: options.pop(name) for name in inspect.signature(recipe).parameters if name in options}
-        return policy_gradient_update(model, optimizer, recipe(**own), **options)
-
-    passed_on = list(inspect.signature(policy_gradient_update).parameters.values())
-    parameters = [*passed_on[:2], *inspect.signature(recipe).parameters.values(), *passed_on[3:]]
-    make.__signature__ = inspect.Signature(parameters, return_annotation=Update)
-    return make
-
-
 def policy_gradient_update(
     model: Model,
     optimizer: optax.GradientTransformation,
-    recipe: PolicyGradientMethod,
+    method: PolicyGradientMethod,
     *,
     entropy_bonus: float = 0.0,
     correction: float = 0.0,
@@ -81,7 +65,7 @@ def policy_gradient_update(
     microbatches: int = 1,
     temperature: float = 1.0,
 ) -> Update:
-    """renewed(annotate(scored + advantages, minibatches(gradient(objective + kl_in_loss * k3 - entropy)))).
+    """refreshed_reference(annotate(advantages, minibatches(gradient(objective + kl_in_loss * k3 - entropy)))).
 
     `entropy_bonus` times the entropy of the policy's distribution is added to the objective.
     `correction` > 0 weighs each token by min(p_old / p_sampler, correction), where sampler and trainer compute the same
@@ -90,7 +74,7 @@ def policy_gradient_update(
     `refresh`: the reference becomes the current policy every so many batches; 0: never.
     """
     check_update_options(epochs=epochs, minibatch_count=minibatch_count, refresh=refresh, correction=correction)
-    loss = policy_gradient_loss(model, recipe, entropy_bonus=entropy_bonus, temperature=temperature)
+    loss = policy_gradient_loss(model, method, entropy_bonus=entropy_bonus, temperature=temperature)
     inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
 
     def signal(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
@@ -99,7 +83,7 @@ def policy_gradient_update(
             rewards = rewards_by_group(batch.rewards, batch.group)
             alike = jnp.max(rewards, axis=1) == jnp.min(rewards, axis=1)
             metrics["equal_groups"] = mean(alike.astype(jnp.float32), jnp.ones(len(rewards)))
-        return importance_corrected(batch.replace(advantages=recipe.advantages(batch)), correction), metrics
+        return importance_corrected(batch.replace(advantages=method.advantages(batch)), correction), metrics
 
     return refreshed_reference(annotate(signal, inner), every=refresh * epochs * minibatch_count)
 
@@ -159,7 +143,7 @@ def importance_corrected(batch: Rollouts, correction: float) -> Rollouts:
 
 
 def policy_gradient_loss(
-    model: Model, recipe: PolicyGradientMethod, *, entropy_bonus: float, temperature: float
+    model: Model, method: PolicyGradientMethod, *, entropy_bonus: float, temperature: float
 ) -> Loss:
     """average(objective) + kl_in_loss * average(k3 to the reference) - entropy_bonus * mean entropy."""
 
@@ -167,15 +151,15 @@ def policy_gradient_loss(
         tokens, w = batch.tokens, batch.tokens.weights
         x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
         scores = model.scores(params["lm"], x, tokens.targets, temperature=temperature)
-        terms = {"policy": recipe.average(recipe.objective(scores.logprobs, batch), w)}
-        if recipe.kl_in_loss is not None:
-            terms["kl"] = recipe.kl_in_loss * recipe.average(kl_k3(scores.logprobs, batch.ref_logprobs), w)
+        terms = {"policy": method.average(method.objective(scores.logprobs, batch), w)}
+        if method.kl_in_loss is not None:
+            terms["kl"] = method.kl_in_loss * method.average(kl_k3(scores.logprobs, batch.ref_logprobs), w)
         if entropy_bonus:
             terms["entropy"] = -entropy_bonus * mean(scores.entropy, w)
-        ratio = recipe.ratio(scores.logprobs, batch)
+        ratio = method.ratio(scores.logprobs, batch)
         return terms, {
             "policy_loss": terms["policy"],
-            **policy_shift_metrics(scores.logprobs, ratio, batch, recipe.band),
+            **policy_shift_metrics(scores.logprobs, ratio, batch, method.band),
         }
 
     return loss
