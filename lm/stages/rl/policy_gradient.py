@@ -22,6 +22,7 @@ from lm.optim.update import Loss, Update, gradient
 
 Advantages = Callable[[Rollouts], Array]  # rollouts with old and reference log-probs -> f32[B,T]
 TokenLoss = Callable[[Array, Rollouts], Array]  # (log-probs f32[B,T], annotated rollouts) -> loss f32[B,T]
+Annotation = Callable[[TrainState, Rollouts], tuple[Rollouts, Metrics]]  # completes a batch before it is learnt from
 LossAverage = Callable[[Array, Array], Mean]  # (f32[B,T], weights f32[B,T]) -> Mean
 
 SHOWN_METRICS = ("reward", "score/rule", "kl", "entropy")  # in the live line
@@ -73,9 +74,7 @@ def policy_gradient_update(
     secretly brings you off-policy RL training"); 0 does not.
     `refresh`: the reference becomes the current policy every so many batches; 0: never.
     """
-    check_update_options(epochs=epochs, minibatch_count=minibatch_count, refresh=refresh, correction=correction)
-    loss = policy_gradient_loss(model, method, entropy_bonus=entropy_bonus, temperature=temperature)
-    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
+    check_at_least(0, "stage", correction=correction)
 
     def signal(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
         batch, _, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
@@ -85,7 +84,32 @@ def policy_gradient_update(
             metrics["equal_groups"] = mean(alike.astype(jnp.float32), jnp.ones(len(rewards)))
         return importance_corrected(batch.replace(advantages=method.advantages(batch)), correction), metrics
 
-    return refreshed_reference(annotate(signal, inner), every=refresh * epochs * minibatch_count)
+    return rollout_update(
+        policy_gradient_loss(model, method, entropy_bonus=entropy_bonus, temperature=temperature),
+        optimizer,
+        signal,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
+    )
+
+
+def rollout_update(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    annotation: Annotation,
+    *,
+    refresh: int,
+    epochs: int,
+    minibatch_count: int,
+    microbatches: int,
+) -> Update:
+    """How every method learns from a batch of rollouts: refreshed_reference(annotate(minibatches(gradient(loss))))."""
+    check_at_least(1, "stage", epochs=epochs, minibatch_count=minibatch_count)
+    check_at_least(0, "stage", refresh=refresh)
+    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
+    return refreshed_reference(annotate(annotation, inner), every=refresh * epochs * minibatch_count)
 
 
 def clipped_objective(low: float, high: float) -> TokenLoss:
@@ -100,12 +124,6 @@ def clipped_objective(low: float, high: float) -> TokenLoss:
 def advantages_within_group(advantage: Callable[[Array, int], Array]) -> Advantages:
     """The advantages f32[B] that `advantage` (rewards, group) gives the answers, on all their tokens."""
     return lambda batch: token_advantages(advantage(batch.rewards, batch.group), batch)
-
-
-def check_update_options(*, epochs: int, minibatch_count: int, refresh: int, correction: float) -> None:
-    """UserError for options that no method on rollouts can use."""
-    check_at_least(1, "stage", epochs=epochs, minibatch_count=minibatch_count)
-    check_at_least(0, "stage", refresh=refresh, correction=correction)
 
 
 def annotated_rollouts(

@@ -20,17 +20,17 @@ from lm.core.types import Rollouts
 from lm.losses.advantages import gae, kl_rewards, whiten
 from lm.losses.policy import clipped_surrogate, clipped_value_loss, kl_k1, token_ratio
 from lm.model import Model
-from lm.optim.combinators import annotate, combined_loss, minibatches, refreshed_reference, with_value_head
-from lm.optim.update import Loss, Update, gradient
+from lm.optim.combinators import combined_loss, with_value_head
+from lm.optim.update import Loss, Update
 from lm.stages.pretraining.next_token import next_token_loss
 from lm.stages.rl.policy_gradient import (
     METRIC_LIMITS,
     SHOWN_METRICS,
     START_METRICS,
     annotated_rollouts,
-    check_update_options,
     importance_corrected,
     policy_shift_metrics,
+    rollout_update,
     summary,
 )
 from lm.stages.rl.rollouts import batches
@@ -60,15 +60,14 @@ def make(
     microbatches: int = 1,
     temperature: float = 1.0,
 ) -> Update:
-    """value_head(renewed(adaptive(annotate(signal, minibatches(gradient(mix(surrogate + value, text))))))).
+    """with_value_head(with_adaptive_kl(rollout_update(combined_loss(surrogate + value, text), gae_annotation))).
 
-    `kl_target` > 0 (nats an answer) lets `beta` adapt to hold the KL there (see `adaptive`); 0 keeps it fixed.
+    `kl_target` > 0 (nats an answer) lets `beta` adapt to hold the KL there (see `with_adaptive_kl`); 0 keeps it fixed.
     `dual_clip` > 1 bounds what a bad answer can cost (losses.policy). `text_coefficient` > 0 adds the next-token loss
     on the batch's rows of text, which `data.corpus` brings: PPO-ptx, against forgetting (Ouyang et al. 2022, eq. 2,
-    arXiv 2203.02155). `entropy_bonus`, `correction`, `refresh`: as in stages.policy.learner.
+    arXiv 2203.02155). What is not said here is as in `policy_gradient_update`.
     """
-    check_update_options(epochs=epochs, minibatch_count=minibatch_count, refresh=refresh, correction=correction)
-    check_at_least(0, "stage", kl_target=kl_target, text_coefficient=text_coefficient)
+    check_at_least(0, "stage", correction=correction, kl_target=kl_target, text_coefficient=text_coefficient)
     loss = actor_critic_loss(
         model,
         clip=clip,
@@ -80,13 +79,17 @@ def make(
     )
     if text_coefficient:
         loss = combined_loss(ppo=(1.0, loss), text=(text_coefficient, text_loss(model)))
-    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
-    annotated = annotate(
+    update = rollout_update(
+        loss,
+        optimizer,
         gae_annotation(model, gamma=gamma, lam=lam, whitened=whitened, correction=correction, temperature=temperature),
-        inner,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
     )
-    controlled = with_adaptive_kl(annotated, beta=beta, target=kl_target, gain=kl_gain if kl_target else 0.0)
-    return with_value_head(model.init_value, refreshed_reference(controlled, every=refresh * epochs * minibatch_count))
+    controlled = with_adaptive_kl(update, beta=beta, target=kl_target, gain=kl_gain if kl_target else 0.0)
+    return with_value_head(model.init_value, controlled)
 
 
 def with_adaptive_kl(inner: Update, *, beta: float, target: float, gain: float) -> Update:
