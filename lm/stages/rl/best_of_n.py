@@ -23,6 +23,7 @@ from lm.stages.rl.policy_gradient import (
     SHOWN_METRICS,
     START_METRICS,
     PolicyGradientMethod,
+    annotated_advantages,
     annotated_rollouts,
     policy_gradient_loss,
     rollout_update,
@@ -44,9 +45,7 @@ def make(
     temperature: float = 1.0,
 ) -> Update:
     """refreshed_reference(annotate(best_answers, minibatches(gradient(-log p))))."""
-    likelihood = PolicyGradientMethod(
-        lambda batch: batch.advantages, lambda logprobs, batch: -logprobs, mean, band=(1.0, 1.0)
-    )
+    likelihood = PolicyGradientMethod(annotated_advantages, lambda logprobs, batch: -logprobs, mean, band=(1.0, 1.0))
 
     def kept(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
         batch, _, metrics = annotated_rollouts(model, state, batch, temperature=temperature)

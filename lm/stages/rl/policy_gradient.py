@@ -15,7 +15,7 @@ from lm.core.errors import check_at_least
 from lm.core.metrics import Mean, Metrics, mean, metric_values
 from lm.core.types import Array, Rollouts, TrainState
 from lm.losses.advantages import rewards_by_group
-from lm.losses.policy import clipped_surrogate, kl_k1, kl_k3, token_ratio
+from lm.losses.policy import clipped_surrogate, clipped_value_loss, kl_k1, kl_k3, token_ratio
 from lm.model import Model
 from lm.optim.combinators import annotate, minibatches, refreshed_reference
 from lm.optim.update import Loss, Update, gradient
@@ -51,6 +51,13 @@ class PolicyGradientMethod(NamedTuple):
     band: tuple[float, float]  # the clip below and above 1, for the metric `clip_fraction`
     kl_in_loss: float | None = None  # coefficient of k3 to the reference, averaged like the objective; None: no k3
     ratio: TokenLoss = ratio_to_old_policy  # what is clipped
+
+
+class ValueTerm(NamedTuple):
+    """What a value head on the shared trunk adds to the loss: `coefficient` * mean clipped value loss."""
+
+    clip: float
+    coefficient: float
 
 
 def policy_gradient_update(
@@ -112,13 +119,19 @@ def rollout_update(
     return refreshed_reference(annotate(annotation, inner), every=refresh * epochs * minibatch_count)
 
 
-def clipped_objective(low: float, high: float) -> TokenLoss:
-    """PPO's surrogate of token ratios, clipped `low` below and `high` above 1."""
+def clipped_objective(low: float, high: float, dual: float = 0.0) -> TokenLoss:
+    """PPO's surrogate of token ratios, clipped `low` below and `high` above 1; `dual`: see `clipped_surrogate`."""
 
     def objective(logprobs, batch: Rollouts):
-        return clipped_surrogate(ratio_to_old_policy(logprobs, batch), batch.advantages, low=low, high=high)
+        ratio = ratio_to_old_policy(logprobs, batch)
+        return clipped_surrogate(ratio, batch.advantages, low=low, high=high, dual=dual)
 
     return objective
+
+
+def annotated_advantages(batch: Rollouts) -> Array:
+    """Those that the batch has been given."""
+    return batch.advantages
 
 
 def advantages_within_group(advantage: Callable[[Array, int], Array]) -> Advantages:
@@ -161,9 +174,14 @@ def importance_corrected(batch: Rollouts, correction: float) -> Rollouts:
 
 
 def policy_gradient_loss(
-    model: Model, method: PolicyGradientMethod, *, entropy_bonus: float, temperature: float
+    model: Model,
+    method: PolicyGradientMethod,
+    *,
+    entropy_bonus: float,
+    temperature: float,
+    value: ValueTerm | None = None,
 ) -> Loss:
-    """average(objective) + kl_in_loss * average(k3 to the reference) - entropy_bonus * mean entropy."""
+    """average(objective) + kl_in_loss * average(k3 to the reference) - entropy_bonus * mean entropy (+ value term)."""
 
     def loss(params, frozen, batch: Rollouts, key):
         tokens, w = batch.tokens, batch.tokens.weights
@@ -175,10 +193,13 @@ def policy_gradient_loss(
         if entropy_bonus:
             terms["entropy"] = -entropy_bonus * mean(scores.entropy, w)
         ratio = method.ratio(scores.logprobs, batch)
-        return terms, {
-            "policy_loss": terms["policy"],
-            **policy_shift_metrics(scores.logprobs, ratio, batch, method.band),
-        }
+        metrics = {"policy_loss": terms["policy"]}
+        if value is not None:
+            values = model.value(params["value"], x)
+            value_loss = clipped_value_loss(values, batch.old_values, batch.returns, clip=value.clip)
+            metrics["value_loss"] = mean(value_loss, w)
+            terms["value"] = value.coefficient * metrics["value_loss"]
+        return terms, {**metrics, **policy_shift_metrics(scores.logprobs, ratio, batch, method.band)}
 
     return loss
 
