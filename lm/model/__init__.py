@@ -20,7 +20,7 @@ class Model(NamedTuple):
     """Pure functions. `lm` is the decoder's parameters, `head` the scalar head's."""
 
     config: ModelConfig
-    init: Callable[..., Params]  # (key) -> lm; with config.lora_rank its adapters, which lora.joined lays on a base
+    init: Callable[..., Params]  # (key) -> lm; with config.lora_rank its adapters: see lora.join_adapters
     init_value: Callable[..., Params]  # (key) -> head, all zero
     axes: dict  # logical axes of {"lm": ..., "value": ...}
     hidden: Callable[..., Array]  # (lm, inputs, positions, segments) -> f[B,T,D]

@@ -2,8 +2,8 @@
 
 A run learns the adapters, {"layers": {"query_a", "query_b", ...}}; the base lies in state.frozen["base"], in float32,
 bfloat16, or int8 with a scale a column (as QLoRA's frozen base, Dettmers et al. 2023, arXiv 2305.14314, in 8 bits).
-`joined` lays them into one tree, by reference: what the forward pass reads. B starts at zero, so that the first output
-is the base model's.
+`adapters_over_base` lays them into one tree, by reference: what the forward pass reads. B starts at zero, so that the
+first output is the base model's.
 """
 
 import dataclasses
@@ -60,6 +60,14 @@ def adapters_over_base(lm: Params, frozen: Mapping[str, Any]) -> Params:
         return lm
     base = frozen[FROZEN_BASE]
     return {**base, **lm, "layers": {**base["layers"], **lm["layers"]}}
+
+
+def join_adapters(params: Params, frozen: Mapping[str, Any]) -> tuple[Params, Mapping[str, Any]]:
+    """Both with decoders as their forward pass reads them: adapters laid on the frozen base, if there is one."""
+    if FROZEN_BASE not in frozen:
+        return params, frozen
+    params = {**params, "lm": adapters_over_base(params["lm"], frozen)} if "lm" in params else params
+    return params, {**frozen, **({"ref": adapters_over_base(frozen["ref"], frozen)} if "ref" in frozen else {})}
 
 
 def merged_params(c: ModelConfig, base: Mapping[str, Any], lm: Mapping[str, Any]) -> Params:

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 
 from lm.core.metrics import Metrics
 from lm.core.types import Array, Params, TrainState
-from lm.optim.update import Batch, Loss, Update, _is_mean, batch_parts, join_adapters
+from lm.model.lora import join_adapters
+from lm.optim.update import Batch, Loss, Update, _is_mean, batch_parts
 
 SHUFFLE_ROLE = 2**30  # a role folded into a step's key, above every microbatch's number: no two draws share a key
 
 
 def inference_state(state: TrainState) -> TrainState:
-    """The state as losses, annotations and samplers see it: see `whole`. Not to be trained."""
+    """The state as losses, annotations and samplers see it: see `join_adapters`. Not to be trained."""
     state = with_moving_reference(state)
     params, frozen = join_adapters(state.params, state.frozen)
     return state.replace(params=params, frozen=frozen, memory={k: v for k, v in state.memory.items() if k != "ref"})

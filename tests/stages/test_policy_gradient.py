@@ -60,12 +60,12 @@ def values(metrics):
     return {name: float(m.value()) for name, m in metrics.items()}
 
 
-def annotated(shallow, lm, batch, recipe, *, correction=0.0, ref=None):
+def annotated(shallow, lm, batch, method, *, correction=0.0, ref=None):
     """What a method's objective is given, with `ref` as the reference."""
-    update = policy_gradient.policy_gradient_update(shallow, optimizer(), recipe, temperature=T)
+    update = policy_gradient.policy_gradient_update(shallow, optimizer(), method, temperature=T)
     state = update.init(KEY, {"lm": lm}, {"ref": ref or other(lm)})
     batch, _, _ = policy_gradient.annotated_rollouts(shallow, state, batch, temperature=T)
-    return policy_gradient.importance_corrected(batch.replace(advantages=recipe.advantages(batch)), correction)
+    return policy_gradient.importance_corrected(batch.replace(advantages=method.advantages(batch)), correction)
 
 
 @EACH
@@ -126,7 +126,7 @@ def test_options_of_a_stage_are_its_own_and_the_shared_ones(shallow):
 
 def test_kl_is_in_the_reward_of_rloo(shallow, lm, rollouts):
     """Rule 4 and 7: the answer's reward less beta times the sum of log(p / p_ref), then the mean of the others."""
-    batch = annotated(shallow, lm, rollouts, rloo.make.__wrapped__(beta=0.5))
+    batch = annotated(shallow, lm, rollouts, rloo.method(beta=0.5, clip=0.2))
     w = np.asarray(batch.tokens.weights)
     kl = ((np.asarray(batch.old_logprobs) - np.asarray(batch.ref_logprobs)) * w).sum(axis=1)
     assert np.abs(kl).max() > 0.1
@@ -135,7 +135,7 @@ def test_kl_is_in_the_reward_of_rloo(shallow, lm, rollouts):
 
 
 def test_reinforce_pp_whitens_rewards_to_go_over_the_whole_batch(shallow, lm, rollouts):
-    batch = annotated(shallow, lm, rollouts, reinforce_pp.make.__wrapped__(beta=0.5))
+    batch = annotated(shallow, lm, rollouts, reinforce_pp.method(beta=0.5, clip=0.2))
     w = np.asarray(batch.tokens.weights)
     kl = (np.asarray(batch.old_logprobs) - np.asarray(batch.ref_logprobs)) * w
     to_come = np.cumsum(kl[:, ::-1], axis=1)[:, ::-1]
@@ -155,8 +155,8 @@ def test_truncated_importance_correction(shallow, lm, rollouts):
     """A sampler that thought a token half or four times as likely as the trainer: weights 2 and 1/4, cut at 1.5."""
     shift = jnp.log(jnp.where(jnp.arange(12)[:, None] % 2 == 0, 0.5, 4.0)) * rollouts.tokens.weights
     drawn = rollouts.replace(sampler_logprobs=rollouts.sampler_logprobs + shift)
-    recipe = grpo.make.__wrapped__()
-    plain, corrected = (annotated(shallow, lm, drawn, recipe, correction=c) for c in (0.0, 1.5))
+    method = grpo.method(beta=0.04, clip=0.2)
+    plain, corrected = (annotated(shallow, lm, drawn, method, correction=c) for c in (0.0, 1.5))
     weight = jnp.where(jnp.arange(12)[:, None] % 2 == 0, 1.5, 0.25)
     np.testing.assert_allclose(corrected.advantages, plain.advantages * weight, rtol=1e-4, atol=1e-6)
 
@@ -172,10 +172,10 @@ def test_entropy_bonus_pulls_towards_the_uniform_distribution(shallow, lm, rollo
 
 def test_clipped_answers_of_gspo_teach_nothing(shallow, lm, rollouts):
     """A policy that has moved: whole answers are beyond the narrow clip, and only those."""
-    recipe = gspo.make.__wrapped__()
-    batch = annotated(shallow, lm, rollouts, recipe)
+    method = gspo.method(beta=0.0, low=3e-4, high=4e-4)
+    batch = annotated(shallow, lm, rollouts, method)
     logprobs = batch.old_logprobs + 0.01 * batch.tokens.weights  # every ratio exp(0.01) > 1 + 4e-4
-    slope = jax.grad(lambda x: recipe.average(recipe.objective(x, batch), batch.tokens.weights).total)(logprobs)
+    slope = jax.grad(lambda x: method.average(method.objective(x, batch), batch.tokens.weights).total)(logprobs)
     good = np.asarray(batch.advantages) > 0
     assert not np.asarray(slope)[good].any() and np.asarray(slope)[np.asarray(batch.advantages) < 0].all()
 
@@ -246,6 +246,6 @@ def test_it_raises_the_frequency_of_a_rewarded_token(stage, shallow, lm):
 
 
 def test_standardised_is_what_grpo_uses(shallow, lm, rollouts):
-    batch = annotated(shallow, lm, rollouts, grpo.make.__wrapped__())
+    batch = annotated(shallow, lm, rollouts, grpo.method(beta=0.04, clip=0.2))
     by_hand = np.asarray(group_advantages(rollouts.rewards, 4))[:, None] * (np.asarray(batch.tokens.weights) > 0)
     np.testing.assert_allclose(batch.advantages, by_hand, rtol=1e-6)

@@ -363,8 +363,8 @@ def test_kl_is_counted_in_the_reward(annotated, rollouts):
 def test_kl_is_not_counted_in_the_loss_again(annotated, tiny_model, tiny_lm):
     """Rule 4: whatever the reference says, the annotated batch has the same loss."""
     batch, _ = annotated
-    options = {"clip": 0.2, "dual_clip": 0.0, "value_clip": 0.2, "value_coefficient": 0.1, "entropy_bonus": 0.0}
-    loss = ppo.actor_critic_loss(tiny_model, **options, temperature=T)
+    method, value = ppo.method(clip=0.2, dual_clip=0.0), policy_gradient.ValueTerm(clip=0.2, coefficient=0.1)
+    loss = policy_gradient.policy_gradient_loss(tiny_model, method, entropy_bonus=0.0, temperature=T, value=value)
     run = jax.jit(lambda batch: loss(headed(tiny_lm), {}, batch, KEY)[0])
     once, again = run(batch), run(batch.replace(ref_logprobs=7 * batch.ref_logprobs - 3))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, once, again))

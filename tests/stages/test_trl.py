@@ -4,7 +4,6 @@ Stored numbers (tests/peers/fixtures.json) are compared in every run. The tests 
 itself; they need tests/peers.txt, and .ci/run gives them an environment of their own.
 """
 
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -31,7 +30,7 @@ from lm.losses.advantages import (
 )
 from lm.model import decoder
 from lm.optim.update import gradient
-from lm.stages import STAGES
+from lm.stages import STAGES, rl
 from lm.stages.rl.policy_gradient import policy_gradient_loss
 
 PEERS = Path(__file__).parents[1] / "peers"
@@ -235,14 +234,14 @@ PREFERENCES = {
     "simpo": ("simpo", {"beta": 2.0, "gamma": 0.5}),
 }
 
-# stage: its options, TRL's loss, TRL's advantages. TRL's RLOO clips whole answers, ours tokens: it has no such loss.
+# stage: its method, TRL's loss, TRL's advantages. TRL's RLOO clips whole answers, ours tokens: it has no such loss.
 GROUPS = {
-    "grpo": ({"beta": 0.04, "clip": 0.2}, "grpo with k3", "standardised"),
-    "dapo": ({"low": 0.2, "high": 0.28}, "dapo", "standardised"),
-    "dr_grpo": ({"clip": 0.2, "length": LONGEST}, "dr_grpo", "centred"),
-    "gspo": ({"low": 0.1, "high": 0.15}, "gspo", "standardised"),
-    "cispo": ({"high": 1.3 - 1}, "cispo", "standardised"),
-    "rloo": ({"beta": 0.05, "clip": 0.2}, None, "leave one out, k1 in the reward"),
+    "grpo": (rl.grpo.method(beta=0.04, clip=0.2), "grpo with k3", "standardised"),
+    "dapo": (rl.dapo.method(low=0.2, high=0.28), "dapo", "standardised"),
+    "dr_grpo": (rl.dr_grpo.method(clip=0.2, length=LONGEST), "dr_grpo", "centred"),
+    "gspo": (rl.gspo.method(beta=0.0, low=0.1, high=0.15), "gspo", "standardised"),
+    "cispo": (rl.cispo.method(high=1.3 - 1), "cispo", "standardised"),
+    "rloo": (rl.rloo.method(beta=0.05, clip=0.2), None, "leave one out, k1 in the reward"),
 }
 
 
@@ -284,8 +283,7 @@ def test_gradient_of_stage_reward_equals_trl():
 
 @pytest.mark.parametrize("stage", GROUPS)
 def test_gradient_and_advantages_of_a_group_stage_equal_trl(stage):
-    options, loss, advantages = GROUPS[stage]
-    recipe = inspect.unwrap(STAGES[stage].make)(**options)
+    method, loss, advantages = GROUPS[stage]
     a = SimpleNamespace(**INPUTS)
     batch = Rollouts(
         numbered(jnp.arange(len(a.weights))),
@@ -298,9 +296,9 @@ def test_gradient_and_advantages_of_a_group_stage_equal_trl(stage):
         advantages=a.advantages[:, None] * a.weights,
         group=GROUP,
     )
-    close(recipe.advantages(batch), np.array(STORED["signals"][advantages]["advantages"])[:, None] * a.weights)
+    close(method.advantages(batch), np.array(STORED["signals"][advantages]["advantages"])[:, None] * a.weights)
     if loss:
-        update = gradient(policy_gradient_loss(TABLE, recipe, entropy_bonus=0.0, temperature=1.0), KEPT)
+        update = gradient(policy_gradient_loss(TABLE, method, entropy_bonus=0.0, temperature=1.0), KEPT)
         after, _ = update.update(update.init(jax.random.key(0), {"lm": a.logprobs}, {}), batch)
         close(after.opt_state["lm"], STORED["losses"][loss]["logprobs"])
 

@@ -1,12 +1,27 @@
 """Next-token prediction: the objective that pretraining and supervised fine-tuning share."""
 
 import jax.numpy as jnp
+import optax
 
 from lm.core.errors import UserError
 from lm.core.metrics import Mean, mean
 from lm.core.types import Tokens
 from lm.model import Model, moe
-from lm.optim.update import Loss
+from lm.optim.update import Loss, Update, gradient
+
+
+def next_token_update(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    z_loss: float,
+    balance: float,
+    router_z: float,
+    microbatches: int,
+) -> Update:
+    """gradient(next_token_loss)."""
+    loss = next_token_loss(model, z_loss=z_loss, balance=balance, router_z=router_z)
+    return gradient(loss, optimizer, microbatches=microbatches)
 
 
 def next_token_loss(model: Model, *, z_loss: float = 0.0, balance: float = 0.0, router_z: float = 0.0) -> Loss:

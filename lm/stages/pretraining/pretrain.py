@@ -13,9 +13,9 @@ import optax
 from lm.core.metrics import Metrics, metric_values
 from lm.data import batches as rows_to_batches, packing, sources as corpora
 from lm.model import Model
-from lm.optim.update import Update, gradient
+from lm.optim.update import Update
 from lm.stages.context import Batches, StageContext
-from lm.stages.pretraining.next_token import next_token_loss
+from lm.stages.pretraining.next_token import next_token_update
 from lm.stages.stage import Stage
 
 
@@ -28,9 +28,10 @@ def make(
     router_z: float = 0.0,
     microbatches: int = 1,
 ) -> Update:
-    """gradient(next_token). `balance` and `router_z`: of a mixture of experts (see `next_token`)."""
-    loss = next_token_loss(model, z_loss=z_loss, balance=balance, router_z=router_z)
-    return gradient(loss, optimizer, microbatches=microbatches)
+    """next_token_update. `balance` and `router_z`: of a mixture of experts (see `next_token_loss`)."""
+    return next_token_update(
+        model, optimizer, z_loss=z_loss, balance=balance, router_z=router_z, microbatches=microbatches
+    )
 
 
 def batches(

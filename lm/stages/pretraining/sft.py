@@ -9,9 +9,9 @@ import optax
 
 from lm.core.metrics import Metrics, metric_values
 from lm.model import Model
-from lm.optim.update import Update, gradient
+from lm.optim.update import Update
 from lm.stages.pretraining.conversation_batches import batches
-from lm.stages.pretraining.next_token import next_token_loss
+from lm.stages.pretraining.next_token import next_token_update
 from lm.stages.stage import Stage
 
 
@@ -24,9 +24,10 @@ def make(
     router_z: float = 0.0,
     microbatches: int = 1,
 ) -> Update:
-    """gradient(next_token). `balance` and `router_z`: of a mixture of experts (see `next_token`)."""
-    loss = next_token_loss(model, z_loss=z_loss, balance=balance, router_z=router_z)
-    return gradient(loss, optimizer, microbatches=microbatches)
+    """next_token_update. `balance` and `router_z`: of a mixture of experts (see `next_token_loss`)."""
+    return next_token_update(
+        model, optimizer, z_loss=z_loss, balance=balance, router_z=router_z, microbatches=microbatches
+    )
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:

@@ -17,16 +17,16 @@ from lm.core.metrics import Metrics, mean
 from lm.core.types import Rollouts
 from lm.losses.advantages import rewards_by_group
 from lm.model import Model
-from lm.optim.combinators import annotate, minibatches, refreshed_reference
-from lm.optim.update import Update, gradient
+from lm.optim.update import Update
 from lm.stages.rl.policy_gradient import (
     METRIC_LIMITS,
     SHOWN_METRICS,
     START_METRICS,
     PolicyGradientMethod,
+    annotated_advantages,
     annotated_rollouts,
-    check_update_options,
     policy_gradient_loss,
+    rollout_update,
     summary,
 )
 from lm.stages.rl.rollouts import batches
@@ -44,19 +44,22 @@ def make(
     microbatches: int = 1,
     temperature: float = 1.0,
 ) -> Update:
-    """renewed(annotate(scored + best, minibatches(gradient(-log p))))."""
-    check_update_options(epochs=epochs, minibatch_count=minibatch_count, refresh=refresh, correction=0.0)
-    likelihood = PolicyGradientMethod(
-        lambda batch: batch.advantages, lambda logprobs, batch: -logprobs, mean, band=(1.0, 1.0)
-    )
-    loss = policy_gradient_loss(model, likelihood, entropy_bonus=entropy_bonus, temperature=temperature)
-    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
+    """refreshed_reference(annotate(best_answers, minibatches(gradient(-log p))))."""
+    likelihood = PolicyGradientMethod(annotated_advantages, lambda logprobs, batch: -logprobs, mean, band=(1.0, 1.0))
 
     def kept(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
         batch, _, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
         return best_answers(batch), metrics
 
-    return refreshed_reference(annotate(kept, inner), every=refresh * epochs * minibatch_count)
+    return rollout_update(
+        policy_gradient_loss(model, likelihood, entropy_bonus=entropy_bonus, temperature=temperature),
+        optimizer,
+        kept,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
+    )
 
 
 def best_answers(batch: Rollouts) -> Rollouts:

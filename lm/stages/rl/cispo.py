@@ -9,24 +9,27 @@ Biased: by the group's deviation and the number of tokens of a batch, as DAPO; a
 moved.
 """
 
+import optax
+
 from lm.core.metrics import mean
 from lm.losses.advantages import group_advantages
 from lm.losses.policy import token_ratio, truncated_reinforce_loss
+from lm.model import Model
+from lm.optim.update import Update
 from lm.stages.rl.policy_gradient import (
     METRIC_LIMITS,
     SHOWN_METRICS,
     START_METRICS,
     PolicyGradientMethod,
     advantages_within_group,
-    policy_gradient_stage,
+    policy_gradient_update,
     summary,
 )
 from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
 
 
-@policy_gradient_stage
-def make(*, high: float = 4.0) -> PolicyGradientMethod:
+def method(*, high: float) -> PolicyGradientMethod:
     """Standardised within the group, REINFORCE with truncated weights, mean over all tokens."""
 
     def objective(logprobs, batch):
@@ -35,6 +38,34 @@ def make(*, high: float = 4.0) -> PolicyGradientMethod:
 
     return PolicyGradientMethod(
         advantages=advantages_within_group(group_advantages), objective=objective, average=mean, band=(1.0, high)
+    )
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    high: float = 4.0,
+    entropy_bonus: float = 0.0,
+    correction: float = 0.0,
+    refresh: int = 0,
+    epochs: int = 1,
+    minibatch_count: int = 1,
+    microbatches: int = 1,
+    temperature: float = 1.0,
+) -> Update:
+    """policy_gradient_update of `method`."""
+    return policy_gradient_update(
+        model,
+        optimizer,
+        method(high=high),
+        entropy_bonus=entropy_bonus,
+        correction=correction,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
+        temperature=temperature,
     )
 
 

@@ -9,8 +9,12 @@ and `data.overlong_buffer` lowers the reward of answers near the limit. Frozen: 
 Biased: by the group's deviation, as GRPO, and by the number of tokens of a batch, which depends on what was sampled.
 """
 
+import optax
+
 from lm.core.metrics import mean
 from lm.losses.advantages import group_advantages
+from lm.model import Model
+from lm.optim.update import Update
 from lm.stages.rl.policy_gradient import (
     METRIC_LIMITS,
     SHOWN_METRICS,
@@ -18,21 +22,49 @@ from lm.stages.rl.policy_gradient import (
     PolicyGradientMethod,
     advantages_within_group,
     clipped_objective,
-    policy_gradient_stage,
+    policy_gradient_update,
     summary,
 )
 from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
 
 
-@policy_gradient_stage
-def make(*, low: float = 0.2, high: float = 0.28) -> PolicyGradientMethod:
+def method(*, low: float, high: float) -> PolicyGradientMethod:
     """Standardised within the group, clipped surrogate with room above, mean over all tokens."""
     return PolicyGradientMethod(
         advantages=advantages_within_group(group_advantages),
         objective=clipped_objective(low, high),
         average=mean,
         band=(low, high),
+    )
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    low: float = 0.2,
+    high: float = 0.28,
+    entropy_bonus: float = 0.0,
+    correction: float = 0.0,
+    refresh: int = 0,
+    epochs: int = 1,
+    minibatch_count: int = 1,
+    microbatches: int = 1,
+    temperature: float = 1.0,
+) -> Update:
+    """policy_gradient_update of `method`."""
+    return policy_gradient_update(
+        model,
+        optimizer,
+        method(low=low, high=high),
+        entropy_bonus=entropy_bonus,
+        correction=correction,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
+        temperature=temperature,
     )
 
 

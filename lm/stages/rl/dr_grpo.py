@@ -9,8 +9,12 @@ lm certify`). Frozen: "ref", for the metrics. A batch is `Rollouts` of `data.gro
 
 import functools
 
+import optax
+
 from lm.core.metrics import row_sum
 from lm.losses.advantages import centered_group_advantages
+from lm.model import Model
+from lm.optim.update import Update
 from lm.stages.rl.policy_gradient import (
     METRIC_LIMITS,
     SHOWN_METRICS,
@@ -18,22 +22,49 @@ from lm.stages.rl.policy_gradient import (
     PolicyGradientMethod,
     advantages_within_group,
     clipped_objective,
-    policy_gradient_stage,
+    policy_gradient_update,
     summary,
 )
 from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
 
 
-@policy_gradient_stage
-def make(*, clip: float = 0.2, length: int = 32) -> PolicyGradientMethod:
-    """Centred within the group, clipped surrogate, mean of row sums over `length` (the longest answer:
-    data.max_new)."""
+def method(*, clip: float, length: int) -> PolicyGradientMethod:
+    """Centred within the group, clipped surrogate, mean of row sums over `length`."""
     return PolicyGradientMethod(
         advantages=advantages_within_group(centered_group_advantages),
         objective=clipped_objective(clip, clip),
         average=functools.partial(row_sum, length=length),
         band=(clip, clip),
+    )
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    clip: float = 0.2,
+    length: int = 32,  # of the longest answer: data.max_new
+    entropy_bonus: float = 0.0,
+    correction: float = 0.0,
+    refresh: int = 0,
+    epochs: int = 1,
+    minibatch_count: int = 1,
+    microbatches: int = 1,
+    temperature: float = 1.0,
+) -> Update:
+    """policy_gradient_update of `method`."""
+    return policy_gradient_update(
+        model,
+        optimizer,
+        method(clip=clip, length=length),
+        entropy_bonus=entropy_bonus,
+        correction=correction,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
+        temperature=temperature,
     )
 
 

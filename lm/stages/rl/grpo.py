@@ -10,8 +10,12 @@ advantage, the mean over each answer's own length, and k3 in the loss, whose gra
 kept, for this is GRPO as published; `dr_grpo` and `rloo` do without.
 """
 
+import optax
+
 from lm.core.metrics import row_mean
 from lm.losses.advantages import group_advantages
+from lm.model import Model
+from lm.optim.update import Update
 from lm.stages.rl.policy_gradient import (
     METRIC_LIMITS,
     SHOWN_METRICS,
@@ -19,15 +23,14 @@ from lm.stages.rl.policy_gradient import (
     PolicyGradientMethod,
     advantages_within_group,
     clipped_objective,
-    policy_gradient_stage,
+    policy_gradient_update,
     summary,
 )
 from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
 
 
-@policy_gradient_stage
-def make(*, beta: float = 0.04, clip: float = 0.2) -> PolicyGradientMethod:
+def method(*, beta: float, clip: float) -> PolicyGradientMethod:
     """Standardised within the group, clipped surrogate, mean of row means, beta * k3."""
     return PolicyGradientMethod(
         advantages=advantages_within_group(group_advantages),
@@ -35,6 +38,35 @@ def make(*, beta: float = 0.04, clip: float = 0.2) -> PolicyGradientMethod:
         average=row_mean,
         band=(clip, clip),
         kl_in_loss=beta,
+    )
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    beta: float = 0.04,
+    clip: float = 0.2,
+    entropy_bonus: float = 0.0,
+    correction: float = 0.0,
+    refresh: int = 0,
+    epochs: int = 1,
+    minibatch_count: int = 1,
+    microbatches: int = 1,
+    temperature: float = 1.0,
+) -> Update:
+    """policy_gradient_update of `method`."""
+    return policy_gradient_update(
+        model,
+        optimizer,
+        method(beta=beta, clip=clip),
+        entropy_bonus=entropy_bonus,
+        correction=correction,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
+        temperature=temperature,
     )
 
 

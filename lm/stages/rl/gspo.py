@@ -8,24 +8,27 @@ eq. 5 to 7, arXiv 2507.18071.
 Biased at the first update as GRPO is: by the group's deviation and the answer's own length.
 """
 
+import optax
+
 from lm.core.metrics import row_mean
 from lm.losses.advantages import group_advantages
 from lm.losses.policy import clipped_surrogate, sequence_ratio
+from lm.model import Model
+from lm.optim.update import Update
 from lm.stages.rl.policy_gradient import (
     METRIC_LIMITS,
     SHOWN_METRICS,
     START_METRICS,
     PolicyGradientMethod,
     advantages_within_group,
-    policy_gradient_stage,
+    policy_gradient_update,
     summary,
 )
 from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
 
 
-@policy_gradient_stage
-def make(*, beta: float = 0.0, low: float = 3e-4, high: float = 4e-4) -> PolicyGradientMethod:
+def method(*, beta: float, low: float, high: float) -> PolicyGradientMethod:
     """Standardised within the group, clipped surrogate of sequence ratios, mean of rows, beta * k3."""
 
     def ratio(logprobs, batch):
@@ -41,6 +44,36 @@ def make(*, beta: float = 0.0, low: float = 3e-4, high: float = 4e-4) -> PolicyG
         band=(low, high),
         kl_in_loss=beta,
         ratio=ratio,
+    )
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    beta: float = 0.0,
+    low: float = 3e-4,
+    high: float = 4e-4,
+    entropy_bonus: float = 0.0,
+    correction: float = 0.0,
+    refresh: int = 0,
+    epochs: int = 1,
+    minibatch_count: int = 1,
+    microbatches: int = 1,
+    temperature: float = 1.0,
+) -> Update:
+    """policy_gradient_update of `method`."""
+    return policy_gradient_update(
+        model,
+        optimizer,
+        method(beta=beta, low=low, high=high),
+        entropy_bonus=entropy_bonus,
+        correction=correction,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
+        temperature=temperature,
     )
 
 

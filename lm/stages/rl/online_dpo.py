@@ -18,10 +18,9 @@ from lm.core.types import Rollouts
 from lm.losses.advantages import rewards_by_group
 from lm.losses.preference import dpo_loss
 from lm.model import Model
-from lm.optim.combinators import annotate, minibatches, refreshed_reference
-from lm.optim.update import Update, gradient
+from lm.optim.update import Update
 from lm.stages.preference.preference_batches import answer_logprobs, mean_over_pairs, preference_metrics
-from lm.stages.rl.policy_gradient import METRIC_LIMITS, SHOWN_METRICS, annotated_rollouts, check_update_options, summary
+from lm.stages.rl.policy_gradient import METRIC_LIMITS, SHOWN_METRICS, annotated_rollouts, rollout_update, summary
 from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
 
@@ -38,8 +37,7 @@ def make(
     microbatches: int = 1,
     temperature: float = 1.0,
 ) -> Update:
-    """renewed(annotate(scored + by_prompt, minibatches(gradient(dpo))))."""
-    check_update_options(epochs=epochs, minibatch_count=minibatch_count, refresh=refresh, correction=0.0)
+    """refreshed_reference(annotate(prompt_groups, minibatches(gradient(dpo))))."""
 
     def loss(params, frozen, batch: Rollouts, key):
         logprobs = answer_logprobs(model, params["lm"], batch.tokens, temperature=temperature)
@@ -51,8 +49,15 @@ def make(
         batch, _, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
         return prompt_groups(batch), metrics
 
-    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
-    return refreshed_reference(annotate(paired, inner), every=refresh * epochs * minibatch_count)
+    return rollout_update(
+        loss,
+        optimizer,
+        paired,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
+    )
 
 
 def prompt_groups(batch: Rollouts) -> Rollouts:

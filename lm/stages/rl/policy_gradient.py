@@ -1,12 +1,10 @@
 """Learning from one's own samples: what PPO and the methods that compare answers within a group share.
 
-A batch is `Rollouts`. `scored` completes it with old and reference log-probs; `learner` composes the rest from the
-three things in which the group methods differ: the advantage of a token, the loss of a token given its log-prob, and
-the average that turns token losses into one number.
+A batch is `Rollouts`. `annotated_rollouts` completes it with old and reference log-probs; `policy_gradient_update`
+composes the rest from the three things in which the group methods differ: the advantage of a token, the loss of a token
+given its log-prob, and the average that turns token losses into one number.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -17,13 +15,14 @@ from lm.core.errors import check_at_least
 from lm.core.metrics import Mean, Metrics, mean, metric_values
 from lm.core.types import Array, Rollouts, TrainState
 from lm.losses.advantages import rewards_by_group
-from lm.losses.policy import clipped_surrogate, kl_k1, kl_k3, token_ratio
+from lm.losses.policy import clipped_surrogate, clipped_value_loss, kl_k1, kl_k3, token_ratio
 from lm.model import Model
 from lm.optim.combinators import annotate, minibatches, refreshed_reference
 from lm.optim.update import Loss, Update, gradient
 
 Advantages = Callable[[Rollouts], Array]  # rollouts with old and reference log-probs -> f32[B,T]
 TokenLoss = Callable[[Array, Rollouts], Array]  # (log-probs f32[B,T], annotated rollouts) -> loss f32[B,T]
+Annotation = Callable[[TrainState, Rollouts], tuple[Rollouts, Metrics]]  # completes a batch before it is learnt from
 LossAverage = Callable[[Array, Array], Mean]  # (f32[B,T], weights f32[B,T]) -> Mean
 
 SHOWN_METRICS = ("reward", "score/rule", "kl", "entropy")  # in the live line
@@ -54,24 +53,17 @@ class PolicyGradientMethod(NamedTuple):
     ratio: TokenLoss = ratio_to_old_policy  # what is clipped
 
 
-def policy_gradient_stage(recipe: Callable[..., PolicyGradientMethod]) -> Callable[..., Update]:
-    """The `make` of a stage from its recipe: (model, optimizer, *, the recipe's options, `learner`'s options)."""
+class ValueTerm(NamedTuple):
+    """What a value head on the shared trunk adds to the loss: `coefficient` * mean clipped value loss."""
 
-    @functools.wraps(recipe)
-    def make(model: Model, optimizer: optax.GradientTransformation, **options) -> Update:
-        own = {name: options.pop(name) for name in inspect.signature(recipe).parameters if name in options}
-        return policy_gradient_update(model, optimizer, recipe(**own), **options)
-
-    passed_on = list(inspect.signature(policy_gradient_update).parameters.values())
-    parameters = [*passed_on[:2], *inspect.signature(recipe).parameters.values(), *passed_on[3:]]
-    make.__signature__ = inspect.Signature(parameters, return_annotation=Update)  # pyright: ignore[reportAttributeAccessIssue]
-    return make
+    clip: float
+    coefficient: float
 
 
 def policy_gradient_update(
     model: Model,
     optimizer: optax.GradientTransformation,
-    recipe: PolicyGradientMethod,
+    method: PolicyGradientMethod,
     *,
     entropy_bonus: float = 0.0,
     correction: float = 0.0,
@@ -81,7 +73,7 @@ def policy_gradient_update(
     microbatches: int = 1,
     temperature: float = 1.0,
 ) -> Update:
-    """renewed(annotate(scored + advantages, minibatches(gradient(objective + kl_in_loss * k3 - entropy)))).
+    """refreshed_reference(annotate(advantages, minibatches(gradient(objective + kl_in_loss * k3 - entropy)))).
 
     `entropy_bonus` times the entropy of the policy's distribution is added to the objective.
     `correction` > 0 weighs each token by min(p_old / p_sampler, correction), where sampler and trainer compute the same
@@ -89,9 +81,7 @@ def policy_gradient_update(
     secretly brings you off-policy RL training"); 0 does not.
     `refresh`: the reference becomes the current policy every so many batches; 0: never.
     """
-    check_update_options(epochs=epochs, minibatch_count=minibatch_count, refresh=refresh, correction=correction)
-    loss = policy_gradient_loss(model, recipe, entropy_bonus=entropy_bonus, temperature=temperature)
-    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
+    check_at_least(0, "stage", correction=correction)
 
     def signal(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
         batch, _, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
@@ -99,29 +89,55 @@ def policy_gradient_update(
             rewards = rewards_by_group(batch.rewards, batch.group)
             alike = jnp.max(rewards, axis=1) == jnp.min(rewards, axis=1)
             metrics["equal_groups"] = mean(alike.astype(jnp.float32), jnp.ones(len(rewards)))
-        return importance_corrected(batch.replace(advantages=recipe.advantages(batch)), correction), metrics
+        return importance_corrected(batch.replace(advantages=method.advantages(batch)), correction), metrics
 
-    return refreshed_reference(annotate(signal, inner), every=refresh * epochs * minibatch_count)
+    return rollout_update(
+        policy_gradient_loss(model, method, entropy_bonus=entropy_bonus, temperature=temperature),
+        optimizer,
+        signal,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
+    )
 
 
-def clipped_objective(low: float, high: float) -> TokenLoss:
-    """PPO's surrogate of token ratios, clipped `low` below and `high` above 1."""
+def rollout_update(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    annotation: Annotation,
+    *,
+    refresh: int,
+    epochs: int,
+    minibatch_count: int,
+    microbatches: int,
+) -> Update:
+    """How every method learns from a batch of rollouts: refreshed_reference(annotate(minibatches(gradient(loss))))."""
+    check_at_least(1, "stage", epochs=epochs, minibatch_count=minibatch_count)
+    check_at_least(0, "stage", refresh=refresh)
+    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
+    return refreshed_reference(annotate(annotation, inner), every=refresh * epochs * minibatch_count)
+
+
+def clipped_objective(low: float, high: float, dual: float = 0.0) -> TokenLoss:
+    """PPO's surrogate of token ratios, clipped `low` below and `high` above 1; `dual`: see `clipped_surrogate`."""
 
     def objective(logprobs, batch: Rollouts):
-        return clipped_surrogate(ratio_to_old_policy(logprobs, batch), batch.advantages, low=low, high=high)
+        ratio = ratio_to_old_policy(logprobs, batch)
+        return clipped_surrogate(ratio, batch.advantages, low=low, high=high, dual=dual)
 
     return objective
+
+
+def annotated_advantages(batch: Rollouts) -> Array:
+    """Those that the batch has been given."""
+    assert batch.advantages is not None, "annotate the batch first"
+    return batch.advantages
 
 
 def advantages_within_group(advantage: Callable[[Array, int], Array]) -> Advantages:
     """The advantages f32[B] that `advantage` (rewards, group) gives the answers, on all their tokens."""
     return lambda batch: token_advantages(advantage(batch.rewards, batch.group), batch)
-
-
-def check_update_options(*, epochs: int, minibatch_count: int, refresh: int, correction: float) -> None:
-    """UserError for options that no method on rollouts can use."""
-    check_at_least(1, "stage", epochs=epochs, minibatch_count=minibatch_count)
-    check_at_least(0, "stage", refresh=refresh, correction=correction)
 
 
 def annotated_rollouts(
@@ -159,24 +175,32 @@ def importance_corrected(batch: Rollouts, correction: float) -> Rollouts:
 
 
 def policy_gradient_loss(
-    model: Model, recipe: PolicyGradientMethod, *, entropy_bonus: float, temperature: float
+    model: Model,
+    method: PolicyGradientMethod,
+    *,
+    entropy_bonus: float,
+    temperature: float,
+    value: ValueTerm | None = None,
 ) -> Loss:
-    """average(objective) + kl_in_loss * average(k3 to the reference) - entropy_bonus * mean entropy."""
+    """average(objective) + kl_in_loss * average(k3 to the reference) - entropy_bonus * mean entropy (+ value term)."""
 
     def loss(params, frozen, batch: Rollouts, key):
         tokens, w = batch.tokens, batch.tokens.weights
         x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
         scores = model.scores(params["lm"], x, tokens.targets, temperature=temperature)
-        terms = {"policy": recipe.average(recipe.objective(scores.logprobs, batch), w)}
-        if recipe.kl_in_loss is not None:
-            terms["kl"] = recipe.kl_in_loss * recipe.average(kl_k3(scores.logprobs, batch.ref_logprobs), w)
+        terms = {"policy": method.average(method.objective(scores.logprobs, batch), w)}
+        if method.kl_in_loss is not None:
+            terms["kl"] = method.kl_in_loss * method.average(kl_k3(scores.logprobs, batch.ref_logprobs), w)
         if entropy_bonus:
             terms["entropy"] = -entropy_bonus * mean(scores.entropy, w)
-        ratio = recipe.ratio(scores.logprobs, batch)
-        return terms, {
-            "policy_loss": terms["policy"],
-            **policy_shift_metrics(scores.logprobs, ratio, batch, recipe.band),
-        }
+        ratio = method.ratio(scores.logprobs, batch)
+        metrics = {"policy_loss": terms["policy"]}
+        if value is not None:
+            values = model.value(params["value"], x)
+            value_loss = clipped_value_loss(values, batch.old_values, batch.returns, clip=value.clip)
+            metrics["value_loss"] = mean(value_loss, w)
+            terms["value"] = value.coefficient * metrics["value_loss"]
+        return terms, {**metrics, **policy_shift_metrics(scores.logprobs, ratio, batch, method.band)}
 
     return loss
 

@@ -18,23 +18,37 @@ from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Metrics, mean, scalar_metric
 from lm.core.types import Rollouts
 from lm.losses.advantages import gae, kl_rewards, whiten
-from lm.losses.policy import clipped_surrogate, clipped_value_loss, kl_k1, token_ratio
+from lm.losses.policy import kl_k1
 from lm.model import Model
-from lm.optim.combinators import annotate, combined_loss, minibatches, refreshed_reference, with_value_head
-from lm.optim.update import Loss, Update, gradient
+from lm.optim.combinators import combined_loss, with_value_head
+from lm.optim.update import Loss, Update
 from lm.stages.pretraining.next_token import next_token_loss
 from lm.stages.rl.policy_gradient import (
     METRIC_LIMITS,
     SHOWN_METRICS,
     START_METRICS,
+    PolicyGradientMethod,
+    ValueTerm,
+    annotated_advantages,
     annotated_rollouts,
-    check_update_options,
+    clipped_objective,
     importance_corrected,
-    policy_shift_metrics,
+    policy_gradient_loss,
+    rollout_update,
     summary,
 )
 from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
+
+
+def method(*, clip: float, dual_clip: float) -> PolicyGradientMethod:
+    """Clipped surrogate of the advantages that `gae_annotation` gives, mean over all tokens."""
+    return PolicyGradientMethod(
+        advantages=annotated_advantages,
+        objective=clipped_objective(clip, clip, dual_clip),
+        average=mean,
+        band=(clip, clip),
+    )
 
 
 def make(
@@ -60,33 +74,34 @@ def make(
     microbatches: int = 1,
     temperature: float = 1.0,
 ) -> Update:
-    """value_head(renewed(adaptive(annotate(signal, minibatches(gradient(mix(surrogate + value, text))))))).
+    """with_value_head(with_adaptive_kl(rollout_update(combined_loss(surrogate + value, text), gae_annotation))).
 
-    `kl_target` > 0 (nats an answer) lets `beta` adapt to hold the KL there (see `adaptive`); 0 keeps it fixed.
+    `kl_target` > 0 (nats an answer) lets `beta` adapt to hold the KL there (see `with_adaptive_kl`); 0 keeps it fixed.
     `dual_clip` > 1 bounds what a bad answer can cost (losses.policy). `text_coefficient` > 0 adds the next-token loss
     on the batch's rows of text, which `data.corpus` brings: PPO-ptx, against forgetting (Ouyang et al. 2022, eq. 2,
-    arXiv 2203.02155). `entropy_bonus`, `correction`, `refresh`: as in stages.policy.learner.
+    arXiv 2203.02155). What is not said here is as in `policy_gradient_update`.
     """
-    check_update_options(epochs=epochs, minibatch_count=minibatch_count, refresh=refresh, correction=correction)
-    check_at_least(0, "stage", kl_target=kl_target, text_coefficient=text_coefficient)
-    loss = actor_critic_loss(
+    check_at_least(0, "stage", correction=correction, kl_target=kl_target, text_coefficient=text_coefficient)
+    loss = policy_gradient_loss(
         model,
-        clip=clip,
-        dual_clip=dual_clip,
-        value_clip=value_clip,
-        value_coefficient=value_coefficient,
+        method(clip=clip, dual_clip=dual_clip),
         entropy_bonus=entropy_bonus,
         temperature=temperature,
+        value=ValueTerm(value_clip, value_coefficient),
     )
     if text_coefficient:
         loss = combined_loss(ppo=(1.0, loss), text=(text_coefficient, text_loss(model)))
-    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
-    annotated = annotate(
+    update = rollout_update(
+        loss,
+        optimizer,
         gae_annotation(model, gamma=gamma, lam=lam, whitened=whitened, correction=correction, temperature=temperature),
-        inner,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
     )
-    controlled = with_adaptive_kl(annotated, beta=beta, target=kl_target, gain=kl_gain if kl_target else 0.0)
-    return with_value_head(model.init_value, refreshed_reference(controlled, every=refresh * epochs * minibatch_count))
+    controlled = with_adaptive_kl(update, beta=beta, target=kl_target, gain=kl_gain if kl_target else 0.0)
+    return with_value_head(model.init_value, controlled)
 
 
 def with_adaptive_kl(inner: Update, *, beta: float, target: float, gain: float) -> Update:
@@ -137,39 +152,6 @@ def explained_variance(predicted, returns, weights):
         return mean(jnp.square(x - centre), weights).value()
 
     return 1 - variance(returns - predicted) / jnp.maximum(variance(returns), 1e-8)
-
-
-def actor_critic_loss(
-    model: Model,
-    *,
-    clip: float,
-    dual_clip: float,
-    value_clip: float,
-    value_coefficient: float,
-    entropy_bonus: float,
-    temperature: float,
-) -> Loss:
-    """Clipped surrogate + value_coefficient * clipped value loss - entropy_bonus * entropy, means over sampled
-    tokens."""
-
-    def loss(params, frozen, batch: Rollouts, key):
-        tokens, w = batch.tokens, batch.tokens.weights
-        x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
-        scores = model.scores(params["lm"], x, tokens.targets, temperature=temperature)
-        predicted = model.value(params["value"], x)
-        ratio = token_ratio(scores.logprobs, batch.old_logprobs)
-        policy = mean(clipped_surrogate(ratio, batch.advantages, low=clip, high=clip, dual=dual_clip), w)
-        value = mean(clipped_value_loss(predicted, batch.old_values, batch.returns, clip=value_clip), w)
-        terms = {"policy": policy, "value": value_coefficient * value}
-        if entropy_bonus:
-            terms["entropy"] = -entropy_bonus * mean(scores.entropy, w)
-        return terms, {
-            "policy_loss": policy,
-            "value_loss": value,
-            **policy_shift_metrics(scores.logprobs, ratio, batch, (clip, clip)),
-        }
-
-    return loss
 
 
 def text_loss(model: Model) -> Loss:

@@ -8,24 +8,27 @@ Biased: the batch's own mean and deviation are part of the advantage, and the nu
 sampled.
 """
 
+import optax
+
 from lm.core.metrics import mean
 from lm.losses.advantages import kl_rewards, rewards_to_go, whiten
 from lm.losses.policy import kl_k1
+from lm.model import Model
+from lm.optim.update import Update
 from lm.stages.rl.policy_gradient import (
     METRIC_LIMITS,
     SHOWN_METRICS,
     START_METRICS,
     PolicyGradientMethod,
     clipped_objective,
-    policy_gradient_stage,
+    policy_gradient_update,
     summary,
 )
 from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
 
 
-@policy_gradient_stage
-def make(*, beta: float = 0.05, clip: float = 0.2) -> PolicyGradientMethod:
+def method(*, beta: float, clip: float) -> PolicyGradientMethod:
     """KL rewards to go, whitened over the batch; clipped surrogate; mean over all tokens."""
 
     def advantages(batch):
@@ -35,6 +38,35 @@ def make(*, beta: float = 0.05, clip: float = 0.2) -> PolicyGradientMethod:
 
     return PolicyGradientMethod(
         advantages=advantages, objective=clipped_objective(clip, clip), average=mean, band=(clip, clip)
+    )
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    beta: float = 0.05,
+    clip: float = 0.2,
+    entropy_bonus: float = 0.0,
+    correction: float = 0.0,
+    refresh: int = 0,
+    epochs: int = 1,
+    minibatch_count: int = 1,
+    microbatches: int = 1,
+    temperature: float = 1.0,
+) -> Update:
+    """policy_gradient_update of `method`."""
+    return policy_gradient_update(
+        model,
+        optimizer,
+        method(beta=beta, clip=clip),
+        entropy_bonus=entropy_bonus,
+        correction=correction,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
+        temperature=temperature,
     )
 
 

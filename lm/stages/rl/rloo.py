@@ -11,17 +11,20 @@ REINFORCE.
 """
 
 import jax.numpy as jnp
+import optax
 
 from lm.core.metrics import row_sum
 from lm.losses.advantages import leave_one_out_advantages
 from lm.losses.policy import kl_k1
+from lm.model import Model
+from lm.optim.update import Update
 from lm.stages.rl.policy_gradient import (
     METRIC_LIMITS,
     SHOWN_METRICS,
     START_METRICS,
     PolicyGradientMethod,
     clipped_objective,
-    policy_gradient_stage,
+    policy_gradient_update,
     summary,
     token_advantages,
 )
@@ -29,8 +32,7 @@ from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
 
 
-@policy_gradient_stage
-def make(*, beta: float = 0.05, clip: float = 0.2) -> PolicyGradientMethod:
+def method(*, beta: float, clip: float) -> PolicyGradientMethod:
     """Reward less beta * k1, leave-one-out baseline, clipped surrogate, mean of row sums."""
 
     def advantages(batch):
@@ -39,6 +41,35 @@ def make(*, beta: float = 0.05, clip: float = 0.2) -> PolicyGradientMethod:
 
     return PolicyGradientMethod(
         advantages=advantages, objective=clipped_objective(clip, clip), average=row_sum, band=(clip, clip)
+    )
+
+
+def make(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    beta: float = 0.05,
+    clip: float = 0.2,
+    entropy_bonus: float = 0.0,
+    correction: float = 0.0,
+    refresh: int = 0,
+    epochs: int = 1,
+    minibatch_count: int = 1,
+    microbatches: int = 1,
+    temperature: float = 1.0,
+) -> Update:
+    """policy_gradient_update of `method`."""
+    return policy_gradient_update(
+        model,
+        optimizer,
+        method(beta=beta, clip=clip),
+        entropy_bonus=entropy_bonus,
+        correction=correction,
+        refresh=refresh,
+        epochs=epochs,
+        minibatch_count=minibatch_count,
+        microbatches=microbatches,
+        temperature=temperature,
     )
 
 
