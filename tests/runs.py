@@ -30,7 +30,7 @@ from lm.report import run
 from lm.runs import checkpoint, console, metadata
 from lm.runs.timing import PHASES
 from lm.runs.workdir import read_metrics
-from lm.stages.rl import ppo
+from lm.stages.rl import policy_gradient
 from lm.train import config, loop
 
 ROOT = Path(__file__).parents[1]
@@ -235,7 +235,7 @@ def die_while_saving(number: int) -> None:
 
 def die_in_update(number: int) -> None:
     """On the devices, at the minibatch of that number, counted over the epochs of PPO's updates."""
-    gradient, seen = ppo.gradient, []
+    gradient, seen = policy_gradient.gradient, []
 
     def tick(step):
         seen.append(step)
@@ -251,7 +251,7 @@ def die_in_update(number: int) -> None:
 
         return inner._replace(update=update)
 
-    ppo.gradient = ticking
+    policy_gradient.gradient = ticking
 
 
 MOMENTS = {

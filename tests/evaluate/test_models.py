@@ -114,19 +114,19 @@ def test_an_answer_depends_on_its_place_not_on_what_follows(finished):
 def test_prompts_fit_every_model(finished):
     """What is short enough for one template may be too long for the other: then nobody is asked."""
     tokenizer = load_tokenizer(finished / "tokenizer" / "tokenizer.model")
-    models = [SimpleNamespace(tokenizer=tokenizer, stage=stage) for stage in ("pretrain", "sft")]
+    trained = [SimpleNamespace(tokenizer=tokenizer, stage=stage) for stage in ("pretrain", "sft")]
     contexts = [
         Conversation(text, [{"role": "user", "content": text}]) for text in ("the name", "the name of the type")
     ]
-    sizes = [[len(models.prompt_ids(model, context.messages)) for context in contexts] for model in models]
+    sizes = [[len(models.prompt_ids(model, context.messages)) for context in contexts] for model in trained]
     assert sizes[0][0] < sizes[1][0] < sizes[0][1] < sizes[1][1]
-    assert models.shared_prompts(models, contexts, sizes[1][1]) == contexts
-    assert models.shared_prompts(models[:1], contexts, sizes[0][1]) == contexts
-    assert models.shared_prompts(models, contexts, sizes[0][1]) == contexts[:1]
+    assert models.shared_prompts(trained, contexts, sizes[1][1]) == contexts
+    assert models.shared_prompts(trained[:1], contexts, sizes[0][1]) == contexts
+    assert models.shared_prompts(trained, contexts, sizes[0][1]) == contexts[:1]
     with pytest.raises(
         UserError, match=f"no held-out prompt has at most {sizes[1][0] - 1} tokens; raise evaluate.prompt_length"
     ):
-        models.shared_prompts(models, contexts, sizes[1][0] - 1)
+        models.shared_prompts(trained, contexts, sizes[1][0] - 1)
 
 
 @pytest.mark.parametrize(

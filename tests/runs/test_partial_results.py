@@ -65,7 +65,7 @@ def killing(function, at: int, asked: list):
     return called
 
 
-@pytest.mark.parametrize("where, at, left", [("losses_of", 1, (2, 2)), ("answers_of", 2, (1, 0))])
+@pytest.mark.parametrize("where, at, left", [("held_out_losses", 1, (2, 2)), ("sampled_answers", 2, (1, 0))])
 def test_an_evaluation_goes_on_with_the_model_it_had_come_to(finished, small, tmp_path, monkeypatch, where, at, left):
     """Of three models: killed as the second reads, and as the third, which has read, answers."""
     answers, losses, workdir = [], [], tmp_path / "evaluate"
@@ -73,7 +73,7 @@ def test_an_evaluation_goes_on_with_the_model_it_had_come_to(finished, small, tm
         patch.setattr(models, where, killing(getattr(models, where), at, []))
         models.run_evaluation(stage_config(finished, "evaluate"), workdir)
     assert not (workdir / "answers.jsonl").exists()
-    for name, calls in (("answers_of", answers), ("losses_of", losses)):
+    for name, calls in (("sampled_answers", answers), ("held_out_losses", losses)):
         monkeypatch.setattr(models, name, killing(getattr(models, name), 100, calls))
     summary = models.run_evaluation(stage_config(finished, "evaluate"), workdir)
     assert (len(answers), len(losses)) == left
@@ -100,13 +100,13 @@ def test_another_run_in_the_place_of_a_model_is_evaluated_anew(finished, small, 
 
 
 def test_answers_that_no_rater_has_seen_are_kept(finished, small, tmp_path, monkeypatch):
-    """Of two chunks of 32 prompts the rater dies over the second: its answers are not drawn again."""
+    """Of four chunks of 32 prompts the rater dies over the last: its answers are not drawn again."""
     workdir, drawn = tmp_path / "rank", []
     rule, answerer = auto_rank.REWARDS["rule"], auto_rank.batch_answerer
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setitem(auto_rank.REWARDS, "rule", killing(rule, 1, []))
+        patch.setitem(auto_rank.REWARDS, "rule", killing(rule, 3, []))
         auto_rank.run_auto_rank(stage_config(finished, "rank"), workdir)
-    assert len(preferences.read_jsonl_rankings(workdir / auto_rank.RANKINGS_FILE)) == 32
+    assert len(preferences.read_jsonl_rankings(workdir / auto_rank.RANKINGS_FILE)) == 96
     monkeypatch.setattr(
         auto_rank, "batch_answerer", lambda *args, **options: killing(answerer(*args, **options), 100, drawn)
     )
@@ -132,12 +132,16 @@ def test_answers_of_a_contest_outlive_a_judge_that_dies(finished, small, tmp_pat
     def proxy(contexts, texts):
         return np.float32([len(text) for text in texts])
 
-    options = {**config.evaluate.to_dict()}
+    def answers(judge, workdir):
+        monkeypatch.setattr(study, "reward_from_workdirs", lambda *_, **limits: judge)
+        given = start, questions, config.reward_model, 64
+        return study.answer_recorder(*given, **config.evaluate.to_dict())(workdir / "start" / "0", 0)
+
     with pytest.raises(Killed):
-        study.answer_recorder(start, questions, killing(proxy, 0, []), **options)(tmp_path / "start" / "0", 0)
-    rows = study.answer_recorder(start, questions, proxy, **options)(tmp_path / "start" / "0", 0)
+        answers(killing(proxy, 0, []), tmp_path)
+    rows = answers(proxy, tmp_path)
     assert len(calls) == 1  # asked once, by the start that the judge's death ended
-    again = study.answer_recorder(start, questions, proxy, **options)(tmp_path / "other" / "start" / "0", 0)
+    again = answers(proxy, tmp_path / "other")
     assert rows == again == read_metrics(tmp_path / "start" / "0" / "answers.jsonl")
     assert [file.name for file in (tmp_path / "start" / "0").iterdir()] == ["answers.jsonl"]
 

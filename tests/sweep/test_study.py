@@ -21,7 +21,7 @@ __all__ = ["file", "stand_in"]
 
 SEARCH = ("--search=tpe", "--trials=5", "--space", "rate=log:1e-4:1", "layers=1:8", "fate=well,silent")
 KNOWING = "sampler = lambda seed: __import__('optuna').samplers.TPESampler(seed=seed, n_startup_trials=2)"
-PATCH = f"{KNOWING}; sweep.SAMPLERS['tpe'] = sampler"
+PATCH = f"{KNOWING}; from lm.sweep.study import OPTUNA_SAMPLERS; OPTUNA_SAMPLERS['tpe'] = sampler"
 METRIC = "--metric=loss"  # which the silent ones log too
 
 
