@@ -17,7 +17,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config = sibling_config(__file__, "grpo").get_config(arg).unlock()
     shared = ("refresh", "epochs", "minibatch_count", "temperature")
     config.stage = ConfigDict(
-        {"name": "online_dpo", "beta": 0.1, "smoothing": 0.0, **{name: config.stage.get_ref(name) for name in shared}}
+        {
+            "name": "online_dpo",
+            "beta": 0.1,
+            "label_smoothing": 0.0,
+            **{name: config.stage.get_ref(name) for name in shared},
+        }
     )
     config.data.group = 2
     return config.lock()

@@ -67,10 +67,10 @@ POSITIONAL = {"what": dict(nargs="*", metavar="WHAT", help=f"{', '.join(BENCHMAR
 class BenchmarkCase(NamedTuple):
     """One thing to time: how to set it up, and what to make of its seconds."""
 
-    what: str
-    ours: Callable[[], TimedSteps]
+    benchmark: str
+    make_steps: Callable[[], TimedSteps]
     peer: Peer | None
-    result: Callable[[Timings], dict[str, Any]]
+    make_result: Callable[[Timings], dict[str, Any]]
 
 
 def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
@@ -86,7 +86,7 @@ def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
         models = [(name, size.config, None) for name, size in sizes.items()]
         if flags.workdir:
             given = load_trained_model(flags.workdir, backend=jax.default_backend(), warn=warn)
-            models.append((given.path.name, given.shape, given.params["lm"]))
+            models.append((given.path.name, given.model_config, given.params["lm"]))
         for name, config, lm in models:
             for dtype in dtypes:
                 for batch in parsed_counts("batches", flags.batches):
@@ -143,19 +143,19 @@ def measurements(flags) -> dict[str, Any]:
             progress.update(done, last)
 
         def looked(last: Mapping[str, float]) -> None:
-            limits.look()
+            limits.remeasure()
             after(last)
 
         for case in chosen:
             timings.append(
-                interleaved_timings(case.ours(), case.peer, turns=flags.turns, steps=flags.steps, after=looked)
+                interleaved_timings(case.make_steps(), case.peer, turns=flags.turns, steps=flags.steps, on_turn=looked)
             )
         if "startup" in flags.what:
-            found["startup"] = startup.result(startup.startup_seconds(turns=flags.turns, after=after))
+            found["startup"] = startup.result(startup.startup_seconds(turns=flags.turns, on_turn=after))
     if chosen:
         found["limits"] = dataclasses.asdict(limits)
     for case, timed in zip(chosen, timings):  # now that the limits have been looked at in every turn
-        found.setdefault(case.what, []).append(case.result(timed))
+        found.setdefault(case.benchmark, []).append(case.make_result(timed))
     return found
 
 

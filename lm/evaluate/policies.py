@@ -24,7 +24,7 @@ from lm.tokenizer import Tokenizer
 
 class HeldOutPrompts(NamedTuple):
     prompts: Prompts
-    conversations: np.ndarray  # i32[n]  which one each prompt is from: 0, 1, ...
+    conversation_ids: np.ndarray  # i32[n]  which one each prompt is from: 0, 1, ...
 
 
 class PolicyAnswers(NamedTuple):
@@ -53,7 +53,7 @@ def held_out_prompts(
     check_at_least(1, "prompts", turns=turns, prompts_per_conversation=prompts_per_conversation)
     check_at_least(0, "prompts", conversations=conversations)
     if not 0 <= after < held_out:
-        raise UserError(f"prompts.after is {after}; it must be below prompts.held_out, which is {held_out}")
+        raise UserError(f"prompts.held_out_from is {after}; it must be below prompts.held_out, which is {held_out}")
     _, unseen = split_held_out(load_conversations(sources), held_out)
     if after:
         unseen, _ = split_held_out(unseen, after)
@@ -75,7 +75,7 @@ def policy_answerer(
     """(lm, prompts, key) -> the answers of a policy of start's shape, sampled as in RL, and their KL to `start`."""
     check_at_least(1, "evaluate", rows_at_once=rows_at_once)
     model, tokenizer = start.model, start.tokenizer
-    sampler = dict(max_new=max_new, temperature=temperature, stop=tokenizer.stops)
+    sampler = dict(max_new=max_new, temperature=temperature, stop=tokenizer.stop_ids)
     answer = single_turn_sampler(jax.jit(functools.partial(rollout_rows, model, **sampler)), tokenizer)
     logprobs = jax.jit(lambda lm, tokens: model.token_logprobs(lm, tokens, temperature=temperature))
     reference = jax.tree.map(jnp.asarray, start.params["lm"])  # on the device once, not for every chunk

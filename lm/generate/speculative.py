@@ -78,8 +78,8 @@ def initial_speculative_state(
     """
 
     def cache(model: Model, lm: Params) -> KVCache:
-        _, filled = prefill(model, lm, prompts, lengths, capacity=capacity + ahead, slack=ahead)
-        return filled.replace(filled=jnp.full(prompts.shape[0], filled.filled - 1))
+        _, filled = prefill(model, lm, prompts, lengths, capacity=capacity + ahead, rollback_slots=ahead)
+        return filled.replace(filled=jnp.full(prompts.shape[0], filled.length - 1))
 
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
     return SpeculativeState(
@@ -154,7 +154,7 @@ def speculative_sample(
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     models, (B, P) = TargetDraft(target, draft), prompts.shape
     check_speculation(models, P, ahead=ahead, max_new=max_new, **settings)
-    lms = TargetDraft(target.unrolled(lm), draft.unrolled(draft_lm))
+    lms = TargetDraft(target.decoding_params(lm), draft.decoding_params(draft_lm))
     stops, keys = jnp.asarray(tuple(stop), jnp.int32), row_keys(key, jnp.arange(B))
     width, none = max_new + ahead + 1, jnp.zeros(B, jnp.int32)
     out = Completions(jnp.zeros((B, width), jnp.int32), jnp.zeros((B, width)), none, jnp.zeros(B, bool))
@@ -196,11 +196,11 @@ def extended_completions(
     return out, AcceptanceCounts(told.proposed + proposed, told.accepted + accepted, told.rounds + (room > 0))
 
 
-def check_speculation(models: TargetDraft, prompt: int, *, ahead: int, max_new: int, **sampler) -> None:
+def check_speculation(models: TargetDraft, prompt_length: int, *, ahead: int, max_new: int, **sampler) -> None:
     """UserError for a request that these two cannot serve; `prompt` is its length in tokens, sampler as
     lm.generate.sampler's."""
     target, draft = (model.config for model in models)
-    check_sample(models.target, prompt, max_new=max_new, **sampler)
+    check_sample(models.target, prompt_length, max_new=max_new, **sampler)
     if ahead < 1:
         raise UserError(f"ahead is {ahead}; the draft must propose at least 1 token a round")
     if draft.vocab_size != target.vocab_size:
@@ -208,9 +208,9 @@ def check_speculation(models: TargetDraft, prompt: int, *, ahead: int, max_new: 
             f"the draft's vocabulary has {draft.vocab_size} tokens and the target's {target.vocab_size}: "
             "a draft must share the target's ids, take one trained with the same tokenizer"
         )
-    if prompt + max_new > draft.context:
+    if prompt_length + max_new > draft.context:
         raise UserError(
-            f"the prompt has {prompt} tokens and {max_new} more were asked for, but the draft's context is "
-            f"{draft.context}: shorten the prompt, lower max_new_tokens to {max(draft.context - prompt, 0)}, or take "
+            f"the prompt has {prompt_length} tokens and {max_new} more were asked for, but the draft's context is "
+            f"{draft.context}: shorten the prompt, lower max_new_tokens to {max(draft.context - prompt_length, 0)}, or take "
             "another draft"
         )

@@ -94,7 +94,7 @@ class Chat:
     def __init__(
         self,
         trained: TrainedModel,
-        note: Callable[[str], None],
+        notify: Callable[[str], None],
         *,
         seed: int = 0,
         max_new: int | None = None,
@@ -128,13 +128,13 @@ class Chat:
         now = datetime.now().isoformat(timespec="minutes")  # for a template that contains the date
         self._trained = trained._replace(tokenizer=trained.tokenizer.dated(now))
         self._check(1, 1 if max_new is None else max_new)
-        self._note, self._seed, self._max_new, self._stop = note, seed, max_new, tuple(stop)
+        self._note, self._seed, self._max_new, self._stop = notify, seed, max_new, tuple(stop)
         self._lm = jax.device_put(trained.params["lm"])
         self._proposed = self._accepted = 0
         if draft:
             settings = {name: value for name, value in self._sampler.items() if name != "repetition_penalty"}
             lm = draft.params["lm"]
-            self._stream = speculative_token_streamer(self._models, lm, self._told_of, ahead=ahead, **settings)
+            self._stream = speculative_token_streamer(self._models, lm, self._count_proposals, ahead=ahead, **settings)
         else:
             self._stream = token_streamer(trained.model, **self._sampler)
         self._answers = 0
@@ -143,7 +143,9 @@ class Chat:
     def __str__(self) -> str:
         config = self._trained.model.config
         sampler = ", ".join(f"{name} {value:g}" for name, value in {**self._sampler, "seed": self._seed}.items())
-        plain = "" if self._talks else "\nit was only pretrained: it continues your text instead of answering it"
+        plain = (
+            "" if self._is_chat_model else "\nit was only pretrained: it continues your text instead of answering it"
+        )
         return (
             f"{self._trained.stage} model of {self._trained.path}: {param_count(param_specs(config)):,} parameters, "
             f"context {self._context} tokens; {sampler}{self._drafted}{plain}"
@@ -152,14 +154,14 @@ class Chat:
     def reset(self) -> None:
         """Forgets what was said."""
         self.messages: list[Message] = []
-        self.ended = True  # whether the last answer ended by itself
+        self.has_ended = True  # whether the last answer ended by itself
         self._told = False
 
     def answer(self, text: str) -> Iterator[str]:
         """The answer to `text`, in pieces as it comes; the conversation keeps both. UserError if `text` will not do."""
         if not text.strip():
             raise UserError("the prompt is empty: write something")
-        kept, ids = self._asked([*self.messages, {"role": "user", "content": text}])
+        kept, ids = self._fitting_prompt([*self.messages, {"role": "user", "content": text}])
         left = self._context - len(ids)
         if left < 1:
             raise UserError(
@@ -167,16 +169,16 @@ class Chat:
             )
         max_new = min(DEFAULT_MAX_NEW, left) if self._max_new is None else self._max_new
         self._check(len(ids), max_new)
-        if len(kept) <= len(self.messages) and self._talks and not self._told:
+        if len(kept) <= len(self.messages) and self._is_chat_model and not self._told:
             self._note(
                 f"the conversation has outgrown the context of {self._context} tokens: "
                 "from now on its oldest exchanges are left out"
             )
             self._told = True
         self.messages = kept
-        return self._answered(ids, max_new)
+        return self._streamed_answer(ids, max_new)
 
-    def guessed(self) -> str:
+    def acceptance_text(self) -> str:
         """How many of the last answer's proposals were accepted, with an interval as if each were judged by itself;
         empty without a draft."""
         if not self._proposed:
@@ -187,7 +189,7 @@ class Chat:
             f"(95% interval {share.low:.0%} to {share.high:.0%})"
         )
 
-    def _told_of(self, proposed: int, accepted: int) -> None:
+    def _count_proposals(self, proposed: int, accepted: int) -> None:
         self._proposed, self._accepted = self._proposed + proposed, self._accepted + accepted
 
     def _check(self, prompt: int, max_new: int) -> None:
@@ -197,27 +199,27 @@ class Chat:
             check_sampling(self._trained.model, prompt, max_new=max_new, **self._sampler)
 
     @property
-    def _talks(self) -> bool:
+    def _is_chat_model(self) -> bool:
         return self._trained.stage != "pretrain"
 
-    def _asked(self, messages: list[Message]) -> tuple[list[Message], np.ndarray]:
+    def _fitting_prompt(self, messages: list[Message]) -> tuple[list[Message], np.ndarray]:
         """The part of the conversation that fits, and its ids; of a model without chat training, the last message and
         the ids of its text."""
         tokenizer = self._trained.tokenizer
-        if not self._talks:
-            return messages[-1:], np.array([*tokenizer.start, *tokenizer.encode(messages[-1]["content"])], np.int32)
+        if not self._is_chat_model:
+            return messages[-1:], np.array([*tokenizer.start_ids, *tokenizer.encode(messages[-1]["content"])], np.int32)
         reserved = min(DEFAULT_MAX_NEW, self._context // 4) if self._max_new is None else self._max_new
         kept = recent_messages(tokenizer, messages, self._context - reserved)
         return kept, encode_prompt(tokenizer, kept)
 
-    def _answered(self, ids: np.ndarray, max_new: int) -> Iterator[str]:
+    def _streamed_answer(self, ids: np.ndarray, max_new: int) -> Iterator[str]:
         tokenizer = self._trained.tokenizer
         key = jax.random.fold_in(jax.random.key(self._seed), self._answers)
         self._answers += 1
         self._proposed = self._accepted = 0
         drawn, said = [], ""
         try:
-            for token in self._stream(self._lm, ids, key, max_new=max_new, stop=tokenizer.stops):
+            for token in self._stream(self._lm, ids, key, max_new=max_new, stop=tokenizer.stop_ids):
                 drawn.append(token)
                 so_far, found = text_before_stop(stable_text(tokenizer, drawn), self._stop)
                 if found:
@@ -228,7 +230,7 @@ class Chat:
             yield text_before_stop(printable_text(tokenizer.decode(drawn)), self._stop)[0][len(said) :]
         finally:  # also when the answer is cut short
             text, found = text_before_stop(printable_text(tokenizer.decode(drawn)), self._stop)
-            self.ended = found or bool(drawn) and drawn[-1] in tokenizer.stops
+            self.has_ended = found or bool(drawn) and drawn[-1] in tokenizer.stop_ids
             self.messages.append({"role": "assistant", "content": text})
 
 
@@ -244,9 +246,9 @@ def print_answer(chat: Chat, text: str) -> None:
     for piece in chat.answer(text):
         print(piece, end="", flush=True)
     print(flush=True)
-    if not chat.ended:
+    if not chat.has_ended:
         print_note("(cut off at max_new_tokens, or by the end of the context)")
-    if told := chat.guessed():
+    if told := chat.acceptance_text():
         print_note(f"({told})")
 
 

@@ -28,7 +28,7 @@ def small():
     config = model.ModelConfig(
         vocab_size=32, layers=2, width=16, heads=4, kv_heads=2, head_size=4, hidden=24, context=32, query_blocks=1
     )
-    return model.make_model(config.on("cpu"))
+    return model.make_model(config.for_backend("cpu"))
 
 
 def test_sizes_and_what_is_left():
@@ -135,7 +135,7 @@ def updated(small, start, rows):
         state = jax.jit(update.init)(jax.random.key(0), {"lm": lm}, {})
         step, put = jax.jit(update.update), lambda batch: batch
         if mesh is not None:
-            shardings = state_shardings(mesh, state, m.axes)
+            shardings = state_shardings(mesh, state, m.logical_axes)
             state = jax.device_put(state, shardings)
             step = jax.jit(update.update, donate_argnums=0, out_shardings=(shardings, None))
             put = lambda batch: put_batch(batch, mesh)

@@ -39,7 +39,7 @@ def item(number: int) -> tuple:
 def store(tmp_path):
     """With three items."""
     with AnnotationStore(tmp_path / "people.db") as opened:
-        assert opened.add(map(item, range(3))) == 3
+        assert opened.add_items(map(item, range(3))) == 3
         yield opened
 
 
@@ -131,12 +131,12 @@ def test_merge(store, tmp_path):
     store.record(Annotation("b", 2, "ann", [1, 1], "both bad"))
     bare = Ranking("n", [{"role": "user", "content": "hi"}], ["x", "y"], [1, 2], "rule", "2024-05-01T12:00:00+00:00")
     with AnnotationStore(tmp_path / "other.db") as other:
-        assert other.merge(store.rankings()) == (2, 0)
-        assert other.merge([*store.rankings(), bare]) == (1, 2)
+        assert other.merge_rankings(store.rankings()) == (2, 0)
+        assert other.merge_rankings([*store.rankings(), bare]) == (1, 2)
         assert other.rankings() == [bare, *store.rankings()], "in order of time"
-        assert other.add(map(item, range(3))) == 1, "the other two came with their verdicts"
+        assert other.add_items(map(item, range(3))) == 1, "the other two came with their verdicts"
         with pytest.raises(RuntimeError):
-            other.merge(_failing(bare))
+            other.merge_rankings(_failing(bare))
         assert len(other.rankings()) == 3, "all or none"
 
 
@@ -148,15 +148,15 @@ def _failing(bare):
 def test_ten_thousand(tmp_path):
     """Each of the queries behind a click walks an index, none sorts or scans."""
     with AnnotationStore(tmp_path / "people.db") as store:
-        assert store.add(map(item, range(5_000))) == 5_000
+        assert store.add_items(map(item, range(5_000))) == 5_000
         given = [
             Ranking(*item(i)[:3], [1, 2], rater, f"2024-05-01T12:00:{i % 60:02}+00:00", sources=SOURCES)
             for rater in ("ann", "ben")
             for i in range(5_000)
         ]
-        assert store.merge(given) == (10_000, 0)
-        assert (len(store.rankings()), store.progress("ann"), store.next("ann")) == (10_000, (5_000, 5_000), None)
-        assert store.next("cleo").id == 1
+        assert store.merge_rankings(given) == (10_000, 0)
+        assert (len(store.rankings()), store.progress("ann"), store.next_item("ann")) == (10_000, (5_000, 5_000), None)
+        assert store.next_item("cleo").id == 1
         for query, arguments in (
             (f"{SELECT_UNJUDGED} LIMIT 1", ["ann"]),
             (SELECT_STANDING, ["ann", 1]),
@@ -173,7 +173,7 @@ def test_two_connections_and_many_threads(store):
     with AnnotationStore(store.path) as other:
         assert other.items() == store.items()
         tasks = [
-            threading.Thread(target=s.record, args=[Annotation(f"{rater}/{i}", i, f"rater {rater}", [1, 2])])
+            threading.Thread(target=s.record_verdict, args=[Annotation(f"{rater}/{i}", i, f"rater {rater}", [1, 2])])
             for rater in range(6)
             for i in (1, 2, 3)
             for s in (store, other)
@@ -190,10 +190,10 @@ def test_a_locked_file(store, monkeypatch):
     with AnnotationStore(store.path) as impatient, sqlite3.connect(store.path, isolation_level=None) as db:
         db.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreUnavailable, match="people.db is locked by another process: try again when it is done"):
-            impatient.record(Annotation("k", 1, "ann", [1, 2]))
-        assert impatient.next("ann").id == 1, "reading goes on"
+            impatient.record_verdict(Annotation("k", 1, "ann", [1, 2]))
+        assert impatient.next_item("ann").id == 1, "reading goes on"
         db.execute("COMMIT")
-        impatient.record(Annotation("k", 1, "ann", [1, 2]))
+        impatient.record_verdict(Annotation("k", 1, "ann", [1, 2]))
     assert store.progress("ann") == (1, 3)
 
 
@@ -201,18 +201,18 @@ def test_a_full_disk(disk):
     """What was acknowledged stays; with room again the same verdict goes in."""
     folder = disk(400)
     with AnnotationStore(folder / "people.db") as store:
-        store.add(map(item, range(3)))
-        store.record(Annotation("a", 1, "ann", [1, 2]))
+        store.add_items(map(item, range(3)))
+        store.record_verdict(Annotation("a", 1, "ann", [1, 2]))
         filling = folder / "filling"
         with filling.open("wb", buffering=0) as file, pytest.raises(OSError):
             while True:
                 file.write(bytes(4096))
         with pytest.raises(StoreUnavailable, match="cannot write .*people.db: .*; make room there and try again"):
             for i in range(3, 400):  # what the log has room for already goes in
-                store.add([item(i)])
+                store.add_items([item(i)])
         filling.unlink()
         assert [r.rater for r in store.rankings()] == ["ann"]
-        store.record(Annotation("b", 2, "ann", [1, 2]))
+        store.record_verdict(Annotation("b", 2, "ann", [1, 2]))
         assert store.progress("ann")[0] == 2
 
 
@@ -263,7 +263,7 @@ with AnnotationStore(sys.argv[1]) as store:
 def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path):
     path = tmp_path / "people.db"
     with AnnotationStore(path) as store:
-        store.add(map(item, range(2_000)))
+        store.add_items(map(item, range(2_000)))
     for stop_at in (40, 300):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         acknowledged = [json.loads(writer.stdout.readline()) for _ in range(stop_at)]

@@ -49,7 +49,7 @@ def store(tmp_path):
     with AnnotationStore(tmp_path / "people.db") as opened:
         for number, count in enumerate((2, 4, 2)):
             prompt = [{"role": "user", "content": f"prompt {number} {ATTACK}"}]
-            opened.add([(f"n{number}", prompt, [f"answer {i} {ATTACK}" for i in range(count)], [])])
+            opened.add_items([(f"n{number}", prompt, [f"answer {i} {ATTACK}" for i in range(count)], [])])
         yield opened
 
 
@@ -113,7 +113,7 @@ def test_four_by_key(page, store):
 def test_every_kind_of_ranking_can_be_clicked(page, tmp_path):
     kinds = [[1, 1, 1, 1], [1, 2, 2, 2], [2, 1, 2, 4], [1, 1, 3, 3], [4, 3, 2, 1], [1, 3, 3, 1]]
     with AnnotationStore(tmp_path / "people.db") as store:
-        store.add((f"n{i}", [{"role": "user", "content": f"{i}"}], list("abcd"), []) for i in range(len(kinds)))
+        store.add_items((f"n{i}", [{"role": "user", "content": f"{i}"}], list("abcd"), []) for i in range(len(kinds)))
         with served(store) as url:
             enter(page, url, "ann")
             for ranks in kinds:

@@ -22,7 +22,7 @@ def no_time_passes(monkeypatch):
 def store(tmp_path):
     """Two items of two responses, then one of three."""
     with AnnotationStore(tmp_path / "people.db") as store:
-        store.add(
+        store.add_items(
             (f"made/{i}", [{"role": "user", "content": f"Question {i}?"}], list(responses), [])
             for i, responses in enumerate((("yes", "no"), ("so", MARKUP), THREE))
         )
@@ -177,7 +177,7 @@ def test_what_cannot_be_followed_is_an_error_in_one_line(store):
     with pytest.raises(UserError, match="nothing to tie with"):
         ranker.tie()
     ranker.skip()
-    for method in (ranker.tie, ranker.save, ranker.skip, ranker.both_bad, lambda: ranker.choose(0)):
+    for method in (ranker.tie, ranker.save, ranker.skip, ranker.mark_both_bad, lambda: ranker.choose(0)):
         with pytest.raises(UserError, match="me has judged everything in "):
             method()
 

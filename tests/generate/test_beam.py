@@ -23,7 +23,7 @@ def five():
     config = model.ModelConfig(
         vocab_size=V, layers=1, width=8, heads=2, kv_heads=1, head_size=4, hidden=8, context=16, query_blocks=1
     )
-    made = model.make_model(config.on("cpu"))
+    made = model.make_model(config.for_backend("cpu"))
     lm = jax.jit(made.init)(jax.random.key(0))
     leaves, treedef = jax.tree.flatten(lm)
     keys = jax.random.split(jax.random.key(5), len(leaves))

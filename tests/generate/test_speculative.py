@@ -72,15 +72,15 @@ def test_frequencies_of_whole_answers(settings):
         vocab_size=V, layers=1, width=8, heads=2, kv_heads=1, head_size=4, hidden=8, context=16, query_blocks=1
     )
     target, draft = (
-        model.make_model(config.on("cpu")),
-        model.make_model(dataclasses.replace(config, window=2).on("cpu")),
+        model.make_model(config.for_backend("cpu")),
+        model.make_model(dataclasses.replace(config, window=2).for_backend("cpu")),
     )
     lm = off(jax.jit(target.init)(jax.random.key(0)), 0.7)
     draft_lm = off(lm, 0.3, seed=1)
     long = np.array(list(itertools.product(range(V), repeat=LONG)), np.int32)
     ids = np.concatenate([np.tile(prompt, (len(long), 1)), long], axis=1).astype(np.int32)
     positions = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
-    logits = target.logits(lm, target.hidden(lm, ids, positions, np.ones_like(ids)))[:, 1:-1]
+    logits = target.logits(lm, target.hidden_states(lm, ids, positions, np.ones_like(ids)))[:, 1:-1]
     each = np.take_along_axis(np.asarray(jax.nn.softmax(sampling_logits(logits, **settings))), long[..., None], axis=-1)
     p = np.prod(each[..., 0].astype(np.float64), axis=1)
     go = jax.jit(functools.partial(speculative_sample, target, draft, max_new=LONG, ahead=2, **settings))

@@ -132,7 +132,7 @@ def test_caps_hold_in_the_loss_and_in_sampling(made):
     def run(lm):
         drawn = sample(m, lm, prompts, lengths, jax.random.key(0), max_new=5, temperature=0.7)
         tokens, logprobs = prompt_completion_rows(prompts, lengths, drawn)
-        x = bare.hidden(lm, tokens.inputs, tokens.positions, tokens.segments)
+        x = bare.hidden_states(lm, tokens.inputs, tokens.positions, tokens.segments)
         return tokens, logprobs, bare.logits(lm, x), m.token_logprobs(lm, tokens, temperature=0.7)
 
     tokens, logprobs, raw, scored = jax.device_get(run(lm))

@@ -115,7 +115,9 @@ def test_router_z_by_hand():
 def test_the_terms_of_the_loss(mixture, fresh, rows):
     """Of all tokens but padding, trained or not; logged without their coefficients. No NaN where all is padding."""
     tokens, padding = tokens_of(rows), jax.tree.map(np.zeros_like, tokens_of(rows))
-    loss = jax.jit(functools.partial(next_token_loss(mixture, balance=0.01, router_z=0.001), {"lm": fresh}, {}))
+    loss = jax.jit(
+        functools.partial(next_token_loss(mixture, balance_loss=0.01, router_z_loss=0.001), {"lm": fresh}, {})
+    )
     terms, metrics = loss(tokens, jax.random.key(0))
     _, routing = jax.jit(mixture.routed)(fresh, tokens.inputs, tokens.positions, tokens.segments)
     real = tokens.segments > 0
@@ -150,7 +152,7 @@ def test_a_skewed_router_learns_to_share(mixture, fresh, rows):
 
     @jax.jit
     def run(coefficient):
-        update = pretrain.make(mixture, optimizer, balance=coefficient)
+        update = pretrain.make(mixture, optimizer, balance_loss=coefficient)
         state = update.init(jax.random.key(0), {"lm": skewed(fresh)}, {})
         many = jax.tree.map(lambda *each: jnp.stack([jnp.asarray(x) for x in each]), *batches * 15)
         return jax.lax.scan(update.update, state, many)
@@ -173,7 +175,7 @@ def test_a_model_without_experts_has_neither(stage, name, tiny_model):
 
 def test_experts_of_a_base_kept_in_8_bits(mixture, fresh, rows):
     """Adapters on a frozen mixture: its experts' columns are scaled as those of other matrices are."""
-    c = dataclasses.replace(mixture.config, lora_rank=1, lora_base="int8")
+    c = dataclasses.replace(mixture.config, lora_rank=1, lora_base_dtype="int8")
     adapted, tokens = model.make_model(c), tokens_of(rows)
     base, adapters = quantized_params(c.lora_base, fresh), jax.jit(adapted.init)(jax.random.key(1))
     assert base["layers"]["gate"].dtype == jnp.int8

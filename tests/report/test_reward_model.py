@@ -69,10 +69,10 @@ def test_it_agrees_with_the_loop_s_own_held_out_score(finished):
     held_out = summary["held_out"]
     assert told["prompts"] == summary["about"]["held_out_prompts"]
     assert told["accuracy"]["value"] == pytest.approx(held_out["accuracy"], abs=1e-6)
-    assert told["longer"]["value"] == pytest.approx(held_out["longer"], abs=1e-6)
+    assert told["longer"]["value"] == pytest.approx(held_out["longer_preferred"], abs=1e-6)
     assert told["length_correlation"] == pytest.approx(held_out["length_correlation"], abs=1e-3)
     for one in told["calibration"]:
-        assert one["said"] == pytest.approx(held_out[f"said {one['from']}"], abs=1e-4)
+        assert one["said"] == pytest.approx(held_out[f"confidence/{one['from']}"], abs=1e-4)
     page = (finished / "reward" / reward_model.PAGE_FILE).read_text()
     assert page.count("<svg") == 3 and page.count("the rater&#39;s choice") + page.count("the rater's choice") == len(
         told["worst"]

@@ -43,7 +43,7 @@ def trained_workdir(tokenizer, tmp_path_factory):
     config = model.ModelConfig(
         vocab_size=tokenizer.vocab_size, layers=2, width=16, heads=2, kv_heads=1, head_size=8, hidden=24, context=64
     )
-    lm = jax.jit(model.make_model(config.on("cpu")).init)(jax.random.key(0))
+    lm = jax.jit(model.make_model(config.for_backend("cpu")).init)(jax.random.key(0))
     parent = tmp_path_factory.mktemp("runs")
 
     def make(stage: str) -> Path:
@@ -78,7 +78,7 @@ def run(*flags: str, stdin: str = "") -> subprocess.CompletedProcess:
 
 def sampled(trained: TrainedModel, ids, key, *, stop=None, **options) -> list[int]:
     """Row 0 of what lm.generate.sampler.sample draws."""
-    stop = trained.tokenizer.stops if stop is None else stop
+    stop = trained.tokenizer.stop_ids if stop is None else stop
     draw = jax.jit(lambda lm, ids, lengths: sample(trained.model, lm, ids, lengths, key, stop=stop, **options))
     drawn = draw(trained.params["lm"], jnp.array(ids)[None], jnp.array([len(ids)]))
     return drawn.tokens[0, : drawn.lengths[0]].tolist()
@@ -87,7 +87,7 @@ def sampled(trained: TrainedModel, ids, key, *, stop=None, **options) -> list[in
 def scripted(trained: TrainedModel, text: str, note=pytest.fail, **options) -> Chat:
     """A chat whose model always says `text`."""
     talk = Chat(trained, note, **options)
-    talk._stream = lambda *args, **kwargs: iter([*trained.tokenizer.encode(text), trained.tokenizer.end])
+    talk._stream = lambda *args, **kwargs: iter([*trained.tokenizer.encode(text), trained.tokenizer.end_of_message])
     return talk
 
 
@@ -212,7 +212,7 @@ def test_answers_follow_the_conversation(sft):
         sft, encode_prompt(sft.tokenizer, talk.messages[:3]), jax.random.fold_in(jax.random.key(5), 1), max_new=6
     )
     assert said[1] == printable_text(sft.tokenizer.decode(ids))
-    assert talk.ended == (ids[-1] in sft.tokenizer.stops)
+    assert talk.has_ended == (ids[-1] in sft.tokenizer.stops)
 
 
 def test_characters_come_out_whole(tokenizer):
@@ -242,12 +242,12 @@ def test_an_answer_ends_before_a_stop_string(sft, stop, said):
     for piece in talk.answer("hi"):
         so_far += piece
         assert said.startswith(so_far)
-    assert so_far == said == talk.messages[-1]["content"] and talk.ended
+    assert so_far == said == talk.messages[-1]["content"] and talk.has_ended
 
 
 def test_a_stop_string_that_never_comes_leaves_the_limit(sft):
     free, talk = (Chat(sft, pytest.fail, max_new=6, temperature=1.0, stop=stop) for stop in ((), ("@#@",)))
-    assert "".join(free.answer("hi")) == "".join(talk.answer("hi")) and free.ended == talk.ended
+    assert "".join(free.answer("hi")) == "".join(talk.answer("hi")) and free.has_ended == talk.has_ended
 
 
 def test_stop_strings_by_hand():
@@ -296,7 +296,7 @@ def test_control_characters_never_reach_the_terminal():
 def test_an_escape_sequence_from_the_model_is_disarmed(sft):
     talk = scripted(sft, "\x1b]0;owned\x07fine")
     assert "".join(talk.answer("hi")) == "]0;ownedfine" == talk.messages[-1]["content"]
-    assert talk.ended
+    assert talk.has_ended
 
 
 def test_newest_leaves_out_whole_exchanges(tokenizer):
@@ -331,7 +331,7 @@ def test_an_answer_cut_short_is_kept(sft):
     pieces.close()  # what ctrl-C comes to
     assert "quick brown fox".startswith(said) and said not in ("", "quick brown fox")
     assert talk.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}]
-    assert not talk.ended
+    assert not talk.has_ended
 
 
 def test_requests_that_cannot_be_served(sft):

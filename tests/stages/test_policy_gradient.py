@@ -32,7 +32,7 @@ def optimizer(learning_rate=0.01):
 def shallow():
     """One layer: these tests spend their time on compiling."""
     shape = model.ModelConfig(vocab_size=V, layers=1, width=16, heads=2, kv_heads=2, head_size=8, hidden=24, context=16)
-    return model.make_model(shape.on("cpu"))
+    return model.make_model(shape.for_backend("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -172,17 +172,17 @@ def test_entropy_bonus_pulls_towards_the_uniform_distribution(shallow, lm, rollo
 
 def test_clipped_answers_of_gspo_teach_nothing(shallow, lm, rollouts):
     """A policy that has moved: whole answers are beyond the narrow clip, and only those."""
-    method = gspo.method(beta=0.0, low=3e-4, high=4e-4)
+    method = gspo.method(beta=0.0, clip_low=3e-4, clip_high=4e-4)
     batch = annotated(shallow, lm, rollouts, method)
     logprobs = batch.old_logprobs + 0.01 * batch.tokens.weights  # every ratio exp(0.01) > 1 + 4e-4
-    slope = jax.grad(lambda x: method.average(method.objective(x, batch), batch.tokens.weights).total)(logprobs)
+    slope = jax.grad(lambda x: method.average(method.token_loss(x, batch), batch.tokens.weights).total)(logprobs)
     good = np.asarray(batch.advantages) > 0
     assert not np.asarray(slope)[good].any() and np.asarray(slope)[np.asarray(batch.advantages) < 0].all()
 
 
 def test_a_refreshed_reference_is_remembered(shallow, lm, rollouts):
     """Every second batch of two epochs and two minibatches: the KL to it starts again from 0."""
-    update = grpo.make(shallow, optimizer(), temperature=T, epochs=2, minibatch_count=2, refresh=2)
+    update = grpo.make(shallow, optimizer(), temperature=T, epochs=2, minibatch_count=2, refresh_reference_every=2)
     state = update.init(KEY, {"lm": lm}, {})
     step, seen = jax.jit(update.update), []
     for _ in range(4):

@@ -277,7 +277,11 @@ def test_a_refreshed_reference_becomes_the_policy(name, learner, verdicts, tiny_
 @pytest.mark.parametrize(
     "stage, options, message",
     [
-        (dpo, {"smoothing": 0.5}, "stage.smoothing is 0.5; it must be in [0, 0.5): at one half verdicts say nothing"),
+        (
+            dpo,
+            {"smoothing": 0.5},
+            "stage.label_smoothing is 0.5; it must be in [0, 0.5): at one half verdicts say nothing",
+        ),
         (ipo, {"beta": 0.0}, "stage.beta is 0.0; it must be above 0: the lead asked for is 1 / (2 beta)"),
     ],
 )
@@ -340,7 +344,7 @@ def halves(monkeypatch):
 def test_verdicts_become_rows(lent, file, halves):
     """Rule 2: the template's ids; weights on the answer and its end token only, also after an earlier answer."""
     found = dpo.batches(lent, rankings=file(VERDICTS), length=60, prompts_per_batch=2)
-    assert found.about == {
+    assert found.dataset_info == {
         "length": 60,
         "prompts": 2,  # a, g
         "pairs": 1 + 2,
@@ -381,7 +385,7 @@ def test_the_same_prompts_are_held_out_as_in_stage_reward(lent, file):
     options = {"rankings": file(many), "length": 40, "held_out": 0.3, "prompts_per_batch": 30, "limit": 12}
     theirs, ours = reward.batches(lent, **options), dpo.batches(lent, **options)
     for key in ("prompts", "pairs", "held_out_prompts", "held_out_pairs"):
-        assert ours.about[key] == theirs.about[key] > 0
+        assert ours.dataset_info[key] == theirs.dataset_info[key] > 0
     for their, our in ((next(b.held_out(None)) for b in (theirs, ours)), (b.train(None, 0) for b in (theirs, ours))):
         np.testing.assert_array_equal(their.tokens.inputs[..., :5], our.tokens.inputs[..., :5])  # which question
         np.testing.assert_array_equal(their.ranks, our.ranks)

@@ -203,9 +203,14 @@ def tiny(finished, name, *overrides):
 
 
 CASES = {
-    "ppo that remembers": ("ppo", "stage.kl_target=0.5", "stage.refresh=2", "stage.text_coefficient=0.1"),
-    "grpo that refreshes": ("grpo", "stage.refresh=2", "stage.epochs=2"),
-    "dapo that samples again": ("dapo", "data.resample=1"),
+    "ppo that remembers": (
+        "ppo",
+        "stage.kl_target=0.5",
+        "stage.refresh_reference_every=2",
+        "stage.text_coefficient=0.1",
+    ),
+    "grpo that refreshes": ("grpo", "stage.refresh_reference_every=2", "stage.epochs=2"),
+    "dapo that samples again": ("dapo", "data.resample_rounds=1"),
 }
 
 
@@ -237,8 +242,8 @@ def test_a_run_that_does_not_start_where_its_policy_is_stops(finished, small, tm
 
     def tampered(*args):
         r = prepare(*args)
-        ref = jax.tree.map(lambda x: 1.5 * x, r.state.frozen["ref"])
-        return r._replace(state=r.state.replace(frozen={"ref": ref}))
+        ref = jax.tree.map(lambda x: 1.5 * x, r.initial_state.frozen["ref"])
+        return r._replace(state=r.initial_state.replace(frozen={"ref": ref}))
 
     monkeypatch.setattr(loop, "training_setup", tampered)
     with pytest.raises(UserError, match=r"grpo: held-out kl is .* before the first step; it must be 0 within 0.05"):
@@ -251,7 +256,7 @@ def test_a_run_that_does_not_start_where_its_policy_is_stops(finished, small, tm
         ("grpo", "data.group=1", "data.group is 1: this stage compares answers to one prompt; give it at least 2"),
         ("grpo", "data.group=5", "data.rollouts 16 is no multiple of data.group 5"),
         ("grpo", "data.environment=moon", "data.environment is 'moon'; choose one of calculator, or leave it empty"),
-        ("grpo", "stage.refresh=-1", "stage.refresh is -1"),
+        ("grpo", "stage.refresh_reference_every=-1", "stage.refresh_reference_every is -1"),
         ("ppo", "stage.text_coefficient=0.5", "stage.text_coefficient needs text to learn from: set data.corpus"),
     ],
 )
@@ -274,7 +279,7 @@ def test_what_the_held_out_side_lacks_is_named():
 
 def test_equal_rewards_in_every_group_are_said_once_and_lose_nothing(finished, small, tmp_path, capsys):
     """No answer of this model is ever toxic: the run ends, the policy is where it was, one line says why."""
-    overrides = ("data.rewards.model=0.0", "data.cut_penalty=0.0", "data.rewards.toxicity=1.0", "stage.beta=0.0")
+    overrides = ("data.rewards.model=0.0", "data.truncation_penalty=0.0", "data.rewards.toxicity=1.0", "stage.beta=0.0")
     summary = loop.train_stage(tiny(finished, "grpo", *overrides), tmp_path / "run")
     said = capsys.readouterr().err
     assert said.count("equal_groups is 1 by step 1: in every group all answers got the same reward") == 1

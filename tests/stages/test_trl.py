@@ -49,12 +49,14 @@ def ratio(a):
 
 
 def clipped(a, *, low=0.2, high=0.2, dual=0.0):
-    return policy.clipped_surrogate(ratio(a), a.advantages[:, None], low=low, high=high, dual=dual)
+    return policy.clipped_surrogate(ratio(a), a.advantages[:, None], clip_low=low, clip_high=high, dual_clip=dual)
 
 
 def gspo(a):
     of_answer = policy.sequence_ratio(a.logprobs, a.old_logprobs, a.weights)
-    return row_mean(policy.clipped_surrogate(of_answer, a.advantages[:, None], low=0.1, high=0.15), a.weights).value()
+    return row_mean(
+        policy.clipped_surrogate(of_answer, a.advantages[:, None], clip_low=0.1, clip_high=0.15), a.weights
+    ).value()
 
 
 def with_k3(average, a):
@@ -64,14 +66,14 @@ def with_k3(average, a):
 
 def cispo(a):
     # TRL's epsilon_high is the bound of the ratio itself, ours its distance from 1
-    each = policy.truncated_reinforce_loss(a.logprobs, ratio(a), a.advantages[:, None], high=1.3 - 1)
+    each = policy.truncated_reinforce_loss(a.logprobs, ratio(a), a.advantages[:, None], clip_high=1.3 - 1)
     return mean(each, a.weights).value()
 
 
 def rloo(a):
     # TRL clips the ratio of whole answers: ours is elementwise, and takes the sums. (Stage rloo clips token by token.)
     of_answer = policy.token_ratio(answer_sum(a.logprobs, a), answer_sum(a.old_logprobs, a))
-    each = policy.clipped_surrogate(of_answer, a.advantages, low=0.2, high=0.2)
+    each = policy.clipped_surrogate(of_answer, a.advantages, clip_low=0.2, clip_high=0.2)
     return jnp.mean(each)
 
 
@@ -93,7 +95,7 @@ def trl_whiten(x, weights):
 
 def ppo(a):
     known, states = ppo_signal(a)
-    of_policy = policy.clipped_surrogate(ratio(a), known["advantages"], low=0.2, high=0.2)
+    of_policy = policy.clipped_surrogate(ratio(a), known["advantages"], clip_low=0.2, clip_high=0.2)
     of_value = policy.clipped_value_loss(a.values, a.old_values, known["returns"], clip=0.2)
     return mean(of_policy, a.weights).value() + 0.1 * mean(of_value, states).value()
 
@@ -113,7 +115,7 @@ def pair(x):
 
 def dpo(a, *, beta=0.1, smoothing=0.0):
     rewards = beta * answer_sum(a.logprobs - a.ref_logprobs, a)
-    return jnp.mean(preference.dpo_loss(*pair(rewards), smoothing=smoothing))
+    return jnp.mean(preference.dpo_loss(*pair(rewards), label_smoothing=smoothing))
 
 
 def ipo(a):
@@ -288,7 +290,7 @@ def test_gradient_and_advantages_of_a_group_stage_equal_trl(stage):
     batch = Rollouts(
         numbered(jnp.arange(len(a.weights))),
         rewards=a.rewards,
-        scores={},
+        row_metrics={},
         stopped=jnp.ones(len(a.weights), bool),
         sampler_logprobs=a.old_logprobs,
         old_logprobs=a.old_logprobs * a.weights,

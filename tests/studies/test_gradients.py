@@ -33,7 +33,7 @@ def test_every_certificate_holds_for_a_table_of_logits(table, section):
 def shifted(learn):
     """Log-probs of the next target on each token."""
     recipe = on_policy_losses.rloo_without_kl()
-    wrong = lambda logprobs, batch: recipe.objective(jnp.roll(logprobs, 1, axis=1), batch)
+    wrong = lambda logprobs, batch: recipe.token_loss(jnp.roll(logprobs, 1, axis=1), batch)
     return learn(recipe._replace(objective=wrong))
 
 

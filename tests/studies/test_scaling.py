@@ -71,7 +71,7 @@ def until(condition, process: subprocess.Popen, seconds: float = 300.0) -> None:
 
 
 def enter_stand_in(patch) -> None:
-    of = controller.TrialGoal.of
+    of = controller.TrialGoal.from_config
     patch(controller.TrialGoal, "of", lambda *args: of(*args)._replace(module="tests.scaling_trial"))
     patch(controller, "POLL_SECONDS", 0.02)
     patch(controller, "device_environments", lambda jobs: [{}] * (jobs or 1))
@@ -142,8 +142,8 @@ def test_its_runs_are_listed_as_planned(ladder):
 
 
 def test_another_config_is_refused(ladder, capsys):
-    with pytest.raises(UserError, match="was made with another config .ladder.larger: "):
-        study.program(command(ladder["root"], "--config.ladder.larger=9e9"))
+    with pytest.raises(UserError, match="was made with another config .ladder.target_flops: "):
+        study.program(command(ladder["root"], "--config.ladder.target_flops=9e9"))
 
 
 def test_a_failed_run_stops_it_with_its_error(ladder, tmp_path, monkeypatch):
@@ -190,8 +190,8 @@ def refused(capsys, monkeypatch, *flags) -> str:
     "override, error",
     [
         ("lowest=1e7", "a budget of 1e+07 FLOPs pays 10 steps or more of 0 widths, and a ladder needs 4: raise ladder"),
-        ("lowest=9e9", "ladder.lowest 9e+09, highest 4e+09, larger 8e+09: each must be above the one before"),
-        ("sizes=3", "ladder.sizes is 3; it must be at least 4"),
+        ("lowest=9e9", "ladder.min_flops 9e+09, highest 4e+09, larger 8e+09: each must be above the one before"),
+        ("sizes=3", "ladder.sizes_per_budget is 3; it must be at least 4"),
         ("budgets=1", "ladder.budgets is 1; it must be at least 2"),
         ("tokens_per_parameter=(9,1)", "ladder.tokens_per_parameter is 9, 1: give two numbers, the smaller first"),
     ],

@@ -42,7 +42,11 @@ def bytewise() -> str:
 
 def borrowed(bytewise, template=CHATML, stops=(0,)):
     return tokenizer_from_parts(
-        tokenizer=bytewise, template=template, tokens={"eos_token": SPECIAL[0]}, special=SPECIAL, stops=stops
+        tokenizer_json=bytewise,
+        chat_template=template,
+        named_tokens={"eos_token": SPECIAL[0]},
+        special_tokens=SPECIAL,
+        stop_ids=stops,
     )
 
 
@@ -166,12 +170,12 @@ def test_our_own_tokenizer_is_the_same_elsewhere(own):
 def test_our_own_tokenizer_comes_back_from_a_folder(own, tmp_path):
     said = write_tokenizer_files(tmp_path, own)
     back = read_tokenizer_files(tmp_path, said)
-    assert back.stops == (own.end, own.eos) and back.start == own.start and back.vocab_size == own.vocab_size
+    assert back.stop_ids == (own.end, own.eos) and back.start_ids == own.start and back.vocab_size == own.vocab_size
     ours, theirs = tk.encode_chat(own, TALK), tk.encode_chat(back, TALK)
     np.testing.assert_array_equal(ours.ids, theirs.ids)
     np.testing.assert_array_equal(ours.weights, theirs.weights)
     np.testing.assert_array_equal(tk.encode_prompt(own, TALK[:3]), tk.encode_prompt(back, TALK[:3]))
-    assert own.reply("tool", "the cat", 9) == back.reply("tool", "the cat", 9)
+    assert own.reply("tool", "the cat", 9) == back.encode_reply("tool", "the cat", 9)
 
 
 def test_a_sentencepiece_model_of_others(own, tmp_path):
@@ -182,7 +186,7 @@ def test_a_sentencepiece_model_of_others(own, tmp_path):
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     back = read_tokenizer_files(tmp_path, {"eos_token_id": 3})
-    assert back.encode_all(TEXTS[:3]) == own.encode_all(TEXTS[:3])
+    assert back.encode_batch(TEXTS[:3]) == own.encode_all(TEXTS[:3])
     user, end = own.roles["user"], own.end
     assert tk.encode_prompt(back, TALK[:1]).tolist() == [user, *own.encode("the cat?"), end]
 

@@ -90,7 +90,7 @@ def test_what_a_stage_leaves_behind(finished, stage):
     }
     assert summary["tokens"] == rows[-1]["tokens"] > 0
     passes = config.stage.epochs if stage == "ppo" else 1
-    per_token = flops_per_token(load_trained_model(workdir, backend="cpu").shape, summary["about"]["length"])
+    per_token = flops_per_token(load_trained_model(workdir, backend="cpu").model_config, summary["about"]["length"])
     assert summary["model_flops"] == passes * per_token * summary["tokens"]
     assert sorted(folder.name for folder in (workdir / "checkpoints").iterdir()) == [str(steps // 2), str(steps)]
     assert list((workdir / "tensorboard").iterdir())
@@ -174,7 +174,7 @@ def test_options_that_the_file_does_not_list_do_what_they_say_and_are_in_the_wor
     assert given == {"b1": 0.9, "b2": 0.5}
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows if "held_out/loss" in row] == [0, 2, 4]
-    assert load_trained_model(tmp_path / "run", backend="cpu").shape.remat == "block"
+    assert load_trained_model(tmp_path / "run", backend="cpu").model_config.remat == "block"
 
 
 def test_a_run_that_began_without_such_an_option_goes_on(finished, small, tmp_path, capsys):
