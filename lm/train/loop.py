@@ -253,7 +253,7 @@ def run_training_loop(
     )
     with Progress(config.stage.name, schedule.steps) as progress:
         r = training_setup(config, workdir, phases, host)
-        print_dataset_info(config.stage.name, r.batches.dataset_info)
+        print_dataset_info(config.stage.name, r.batches)
         start = metadata.record_start(workdir.path, seed=config.seed)
         with Checkpoints(workdir.checkpoints_path, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
             with host.checkpoint_turn(checkpoints):
@@ -323,10 +323,11 @@ def compiled_steps(r: TrainingSetup, host: RunHost) -> tuple[Callable, Callable]
     return functools.partial(step, given), functools.partial(host.jit(evaluate), given)
 
 
-def print_dataset_info(name: str, about: Mapping[str, Any]) -> None:
-    """One line: what a stage has prepared."""
-    numbers = (f"{key} {n:,.4g}" if isinstance(n, float) else f"{key} {n:,}" for key, n in about.items())
-    say(f"{name}: {', '.join(numbers)}")
+def print_dataset_info(name: str, batches: Batches) -> None:
+    """One line: what a stage has prepared, and what becomes of what does not fit a row."""
+    about = batches.dataset_info.items()
+    numbers = ", ".join(f"{key} {n:,.4g}" if isinstance(n, float) else f"{key} {n:,}" for key, n in about)
+    say(f"{name}: {numbers}{f'; {batches.truncation}' if batches.truncation else ''}")
 
 
 def device_batch(r: TrainingSetup, state: TrainState, i: int):

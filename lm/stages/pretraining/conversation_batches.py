@@ -6,6 +6,7 @@ from lm.core.errors import UserError, check_at_least
 from lm.core.types import Tokens
 from lm.data import batches as rows_to_batches, packing, sources as corpora
 from lm.data.conversations import Conversation, conversation_excerpts, load_conversations
+from lm.data.origins import SegmentOrigin, drawn_origins, source_of
 from lm.stages.context import Batches, StageContext
 from lm.tokenizer import Tokenizer, encode_chats as templated
 
@@ -30,9 +31,10 @@ def batches(
     if turns % 2:
         raise UserError(f"data.turns is {turns}; it must be even, or every other excerpt would open with the assistant")
     train, unseen = corpora.split_held_out(load_conversations(sources), held_out)
-    (train_rows, left_out), (unseen_rows, more) = (
-        conversation_rows(context.tokenizer, side, turns, length) for side in (train, unseen)
-    )
+    excerpts = conversation_excerpts(train, turns=turns)
+    examples = templated(context.tokenizer, [excerpt.messages for excerpt in excerpts])
+    train_rows, left_out, contents = packing.packed_rows_and_contents(examples, length)
+    unseen_rows, more = conversation_rows(context.tokenizer, unseen, turns, length)
     batch = rows_to_batches.batch_function(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
     about = {
         "length": length,
@@ -44,8 +46,15 @@ def batches(
         "held_out_conversations": len(unseen),
         **{f"held_out_{name}": count for name, count in more.items()},
     }
+    drawn = rows_to_batches.drawn_rows(len(train_rows.inputs), batch_size=batch_size, seed=context.seed, ramp=ramp)
+    named = [name.strip() for name in sources.split(",")]
+    origins = [SegmentOrigin(e.name, source_of(e.name, named), size=len(x.ids)) for e, x in zip(excerpts, examples)]
     return Batches(
-        lambda state, i: batch(i), lambda state: rows_to_batches.sequential_batches(unseen_rows, batch_size), about
+        lambda state, i: batch(i),
+        lambda state: rows_to_batches.sequential_batches(unseen_rows, batch_size),
+        about,
+        row_origins=lambda state, batch, i: drawn_origins(drawn(i), contents, origins.__getitem__, writer="people"),
+        truncation=f"{sources}: excerpts of {turns} messages, one longer than {length + 1} tokens left out",
     )
 
 
