@@ -104,10 +104,14 @@ def conversation_excerpts(conversations: Sequence[Conversation], *, turns: int =
     """Each conversation cut into stretches of `turns` messages (even, so that each opens with the user), a lone last
     one left out: most human conversations are longer than a row."""
     return [
-        Conversation(name, messages[i : i + turns], fields)
-        for name, messages, fields in conversations
-        for i in range(0, len(messages) - 1, turns)
+        Conversation(conversations[c].name, conversations[c].messages[i : i + turns], conversations[c].fields)
+        for c, i in excerpt_places(conversations, turns=turns)
     ]
+
+
+def excerpt_places(conversations: Sequence[Conversation], *, turns: int) -> list[tuple[int, int]]:
+    """(conversation, its first message) of each of `conversation_excerpts`."""
+    return [(c, i) for c, each in enumerate(conversations) for i in range(0, len(each.messages) - 1, turns)]
 
 
 def prompt_contexts(

@@ -14,7 +14,8 @@ class SegmentOrigin(NamedTuple):
     name: str  # of the document, conversation or prompt
     source: str = ""  # the entry of data.corpus or data.sources that brought it; empty where it is not known
     kind: str = ""  # "book", "code", ...; empty where it is not known
-    start: int = 0  # of text: how many tokens of the document stand before the segment
+    document: int = 0  # its place among all that a run trains on
+    start: int = 0  # of what stands before it: tokens of a text, messages of a conversation
     size: int = 0  # tokens of the whole document or conversation; 0 where it is not known
 
 

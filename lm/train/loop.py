@@ -87,6 +87,7 @@ class TrainingSetup(NamedTuple):
     checkpoint_metadata: Mapping[str, Any]  # what a checkpoint says of itself
     flops_per_token: float  # model FLOPs of learning from one token of a batch; sampling and scoring not counted
     phases: PhaseTimer
+    context: StageContext  # what the batches are made from: model, tokenizer
 
 
 def train_stage(
@@ -96,15 +97,8 @@ def train_stage(
 
     log: trackers, as --log names them. profile: a range of steps, as --profile does.
     """
-    if "stage" not in config or "name" not in config.stage:
-        raise UserError(
-            "the config has no stage.name: is it a config of lm train? (lm pipeline runs experiments/quickstart.py)"
-        )
+    check_training_config(config)
     name = config.stage.name
-    if name not in ("tokenizer", *STAGES):
-        raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
-    require_entries(config, ("seed", "stage", "data") if name == "tokenizer" else CONFIG_KEYS, "lm train")
-    check_at_least(0, "config", seed=config.seed)
     packages, traced = tracker_packages(log), profiler.profile_steps(profile) if profile else range(0)
     if name == "tokenizer" and (packages or traced):
         raise UserError("stage tokenizer takes no steps: leave --log and --profile out")
@@ -128,6 +122,19 @@ def train_stage(
                 say(f"{path} has finished: there is nothing to log or to trace")
         print_stage_summary(name, summary)
         return summary
+
+
+def check_training_config(config: ConfigDict) -> None:
+    """UserError unless it is a config of lm train."""
+    if "stage" not in config or "name" not in config.stage:
+        raise UserError(
+            "the config has no stage.name: is it a config of lm train? (lm pipeline runs experiments/quickstart.py)"
+        )
+    name = config.stage.name
+    if name not in ("tokenizer", *STAGES):
+        raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
+    require_entries(config, ("seed", "stage", "data") if name == "tokenizer" else CONFIG_KEYS, "lm train")
+    check_at_least(0, "config", seed=config.seed)
 
 
 def print_stage_summary(title: str, summary: Mapping[str, Any]) -> None:
@@ -182,7 +189,7 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
     passes = option_value(functions["stage"], config.stage, "epochs", 1)  # over each batch
     flops = passes * flops_per_token(model.config, batches.about["length"])
-    return TrainingSetup(STAGES[name], build, batches, mesh, shardings, state, meta, flops, phases)
+    return TrainingSetup(STAGES[name], build, batches, mesh, shardings, state, meta, flops, phases, context)
 
 
 def stage_update(
@@ -386,13 +393,19 @@ def checkpoint_tree(state: TrainState) -> dict[str, Any]:
 
 def restored_state(checkpoints: Checkpoints, r: TrainingSetup) -> tuple[int, TrainState]:
     """(batches done, state) of the newest whole checkpoint, or (0, the starting state)."""
-    found = checkpoints.restore(checkpoint_tree(r.initial_state))
+    return state_from_checkpoint(checkpoints.restore(checkpoint_tree(r.initial_state)), r, checkpoints.directory)
+
+
+def state_from_checkpoint(
+    found: tuple[int, dict[str, Any], dict[str, Any]] | None, r: TrainingSetup, directory: Path
+) -> tuple[int, TrainState]:
+    """(batches done, state) of a checkpoint as lm.runs.checkpoint reads it, or (0, the starting state) of none."""
     if found is None:
         return 0, r.initial_state
     done, tree, meta = found
     if meta["fingerprint"] != r.checkpoint_metadata["fingerprint"]:
         raise UserError(
-            f"{checkpoints.directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
+            f"{directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
             f"this run has {r.checkpoint_metadata['fingerprint'][:8]}: give another --workdir, or remove this one"
         )
     opt_state = with_averaged_params(tree["opt_state"], tree["params"])

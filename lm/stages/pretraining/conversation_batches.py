@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Tokens
 from lm.data import batches as rows_to_batches, packing, sources as corpora
-from lm.data.conversations import Conversation, conversation_excerpts, load_conversations
+from lm.data.conversations import Conversation, conversation_excerpts, excerpt_places, load_conversations
 from lm.data.origins import SegmentOrigin, drawn_origins, source_of
 from lm.stages.context import Batches, StageContext
 from lm.tokenizer import Tokenizer, encode_chats as templated
@@ -48,12 +48,18 @@ def batches(
     }
     drawn = rows_to_batches.drawn_rows(len(train_rows.inputs), batch_size=batch_size, seed=context.seed, ramp=ramp)
     named = [name.strip() for name in sources.split(",")]
-    origins = [SegmentOrigin(e.name, source_of(e.name, named), size=len(x.ids)) for e, x in zip(excerpts, examples)]
+    places, sizes = excerpt_places(train, turns=turns), [len(example.ids) for example in examples]
+
+    def segment_origin(i: int) -> SegmentOrigin:
+        document, start = places[i]
+        name = train[document].name
+        return SegmentOrigin(name, source_of(name, named), document=document, start=start, size=sizes[i])
+
     return Batches(
         lambda state, i: batch(i),
         lambda state: rows_to_batches.sequential_batches(unseen_rows, batch_size),
         about,
-        row_origins=lambda state, batch, i: drawn_origins(drawn(i), contents, origins.__getitem__, writer="people"),
+        row_origins=lambda state, batch, i: drawn_origins(drawn(i), contents, segment_origin, writer="people"),
         truncation=f"{sources}: excerpts of {turns} messages, one longer than {length + 1} tokens left out",
     )
 

@@ -95,8 +95,8 @@ def batches(
     sizes, sources = [len(each) for each in ids], [name.strip() for name in corpus.split(",")]
 
     def segment_origin(piece: DocumentPiece) -> SegmentOrigin:
-        name = train[piece.document].name
-        return SegmentOrigin(name, source_of(name, sources), start=piece.start, size=sizes[piece.document])
+        name, place = train[piece.document].name, piece.document
+        return SegmentOrigin(name, source_of(name, sources), document=place, start=piece.start, size=sizes[place])
 
     return Batches(
         lambda state, i: batch(i),
