@@ -79,7 +79,7 @@ def initial_speculative_state(
 
     def cache(model: Model, lm: Params) -> KVCache:
         _, filled = prefill(model, lm, prompts, lengths, capacity=capacity + ahead, rollback_slots=ahead)
-        return filled.replace(filled=jnp.full(prompts.shape[0], filled.length - 1))
+        return filled.replace(length=jnp.full(prompts.shape[0], filled.length - 1))
 
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
     return SpeculativeState(
@@ -111,7 +111,7 @@ def speculative_round(
     drawn, q = (x.swapaxes(0, 1) for x in found)  # [B,A+1], [B,A+1,V]
     fed = jnp.concatenate([rows.tokens[:, None], drawn[:, :-1]], axis=1)
     at = rows.positions[:, None] + places
-    x, target = models.target.cached(lms.target, fed, at, jnp.ones_like(fed), rows.caches.target)
+    x, target = models.target.cached_hidden_states(lms.target, fed, at, jnp.ones_like(fed), rows.caches.target)
     p = jax.nn.log_softmax(sampling_logits(models.target.logits(lms.target, x), **settings), axis=-1)
     q = q.at[:, -1].set(-jnp.inf)  # nothing is proposed for the last place: its residual is p
     chances = acceptance_probability(values_at_ids(p, drawn), values_at_ids(q, drawn))[:, :-1]
@@ -121,7 +121,7 @@ def speculative_round(
     last = each_row, accepted  # the place that is drawn again, or beyond all proposals
     tokens, _ = draw_tokens(again[last], residual_logits(p[last], q[last]))
     drawn, count = drawn.at[last].set(tokens), accepted + 1
-    caches = TargetDraft(*(new.replace(filled=old.filled + count) for new, old in zip((target, draft), rows.caches)))
+    caches = TargetDraft(*(new.replace(length=old.length + count) for new, old in zip((target, draft), rows.caches)))
     return SpeculativeState(tokens, rows.positions + count, caches), SpeculativeRound(
         drawn, values_at_ids(p, drawn), accepted
     )

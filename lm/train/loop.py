@@ -179,7 +179,7 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
             data, lambda: call_with_options(functions["data"].function, config.data, context, name="data")
         )
     if "ramp" in config.data and "microbatches" in config.stage:
-        check_ramp_microbatches(config.data.ramp, config.stage.count)
+        check_ramp_microbatches(config.data.ramp, config.stage.microbatches)
 
     mesh = call_with_options(host.make_mesh or functions["mesh"].function, config.mesh, name="mesh")
     params, base = inherited_params(start, config), {}
@@ -188,7 +188,7 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
     state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
     passes = option_value(functions["stage"], config.stage, "epochs", 1)  # over each batch
-    flops = passes * flops_per_token(model.config, batches.about["length"])
+    flops = passes * flops_per_token(model.config, batches.dataset_info["length"])
     return TrainingSetup(STAGES[name], build, batches, mesh, shardings, state, meta, flops, phases, context)
 
 

@@ -68,7 +68,7 @@ def expanded(lm):
 def test_the_forward_pass_reads_stored_weights_as_what_they_stand_for(changes, made):
     m, lm = made(**changes)
     kept = quantized_params("int8", lm, include_embeddings=True)
-    logits = jax.jit(lambda lm: m.logits(lm, m.hidden(lm, IDS, POSITIONS, SEGMENTS)))
+    logits = jax.jit(lambda lm: m.logits(lm, m.hidden_states(lm, IDS, POSITIONS, SEGMENTS)))
     found, real = np.asarray(logits(kept)), SEGMENTS > 0
     np.testing.assert_allclose(found[real], logits(expanded(kept))[real], rtol=1e-4, atol=2e-5)
     gap = np.abs(found - logits(lm))[real]
@@ -96,7 +96,7 @@ def test_decoding_from_an_int8_cache_is_near_the_full_pass(changes, made):
     in many, and about a ring: the same numbers, as a slot is rounded once, when it is written."""
     m, lm = made(**changes)
     kept = eight(m)
-    full = np.where(SEGMENTS[..., None] > 0, jax.jit(m.hidden)(lm, IDS, POSITIONS, SEGMENTS), 0)
+    full = np.where(SEGMENTS[..., None] > 0, jax.jit(m.hidden_states)(lm, IDS, POSITIONS, SEGMENTS), 0)
     step, outs = jax.jit(kept.cached_hidden_states), []
     for sizes in ([14], [5, 1, 1, 2, 3, 1, 1]):
         cache, parts = kept.empty_cache(batch=2, capacity=14), []

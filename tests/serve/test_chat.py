@@ -139,7 +139,7 @@ def test_a_new_prompt_length_compiles_nothing(sft):
     for length, width in ((5, 5), (17, 20), (30, 30), (60, 90)):
         ids = draw.integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
         said = sampled(sft, ids, jax.random.key(0), max_new=4, temperature=0.0)
-        assert list(stream(sft.params["lm"], ids, jax.random.key(0), max_new=4, stop=sft.tokenizer.stops)) == said
+        assert list(stream(sft.params["lm"], ids, jax.random.key(0), max_new=4, stop=sft.tokenizer.stop_ids)) == said
         (answer,) = ask(padded_prompts([ids], [[]], width), jax.random.key(0))
         assert answer.text == sft.tokenizer.decode(said) and answer.length == len(said)
     assert len(traced) == 2 and compiled(stream) == (2, 1)
@@ -212,7 +212,7 @@ def test_answers_follow_the_conversation(sft):
         sft, encode_prompt(sft.tokenizer, talk.messages[:3]), jax.random.fold_in(jax.random.key(5), 1), max_new=6
     )
     assert said[1] == printable_text(sft.tokenizer.decode(ids))
-    assert talk.has_ended == (ids[-1] in sft.tokenizer.stops)
+    assert talk.has_ended == (ids[-1] in sft.tokenizer.stop_ids)
 
 
 def test_characters_come_out_whole(tokenizer):
@@ -263,7 +263,7 @@ def test_stop_strings_by_hand():
 
 def test_a_stop_string_cuts_an_answer_of_many(tokenizer):
     """As lm.generate.engine does it: the length counts the tokens until the string is whole."""
-    ids = [*tokenizer.encode("The quick brown fox jumps"), tokenizer.end]
+    ids = [*tokenizer.encode("The quick brown fox jumps"), tokenizer.end_of_message]
     for stops in ([], ["lazy"]):
         assert answer_from_ids(tokenizer, ids, True, stops) == (tokenizer.decode(ids), len(ids), True)
     text, length, stopped = answer_from_ids(tokenizer, ids, False, ["jumps", "ck b"])

@@ -226,7 +226,7 @@ def test_ppo_ptx_goes_on_learning_from_text(shallow, lm, rollouts, rows):
 @EACH
 def test_it_raises_the_frequency_of_a_rewarded_token(stage, shallow, lm):
     """Reward: the fraction of an answer's six tokens that are 7. From 1/31 to over a half in 40 batches of 16 x 4."""
-    options = {gspo: {"low": 0.2, "high": 0.2}, rloo: {"beta": 0.01}, reinforce_pp: {"beta": 0.01}}
+    options = {gspo: {"clip_low": 0.2, "clip_high": 0.2}, rloo: {"beta": 0.01}, reinforce_pp: {"beta": 0.01}}
     update = stage.make(shallow, optimizer(0.02), **(options[stage] if stage in options else {}))
     state = update.init(KEY, {"lm": lm}, {})
     prompts, lengths = jnp.asarray(np.random.default_rng(0).integers(1, V, (16, 3)).repeat(4, axis=0)), jnp.full(64, 3)
