@@ -26,13 +26,8 @@ class Check(NamedTuple):
         )
 
 
-def batch_checks(
-    batch: Any, ids: TokenIds, origins: Sequence[RowOrigin] | None = None, *, trains_reward_model: bool = False
-) -> list[Check]:
-    """All checks of a batch but `trained_once`, which may look at several. A failing one is a bug, ours or a source's.
-
-    origins: of the rows, where they are known; they must be as many as the batch has.
-    """
+def batch_checks(batch: Any, ids: TokenIds, *, trains_reward_model: bool = False) -> list[Check]:
+    """All checks of a batch but `trained_once`, which may look at several. A failing one is a bug."""
     found: list[Check] = []
     for name, tokens in token_parts(batch).items():
         sampled = isinstance(batch, Rollouts) and name == "tokens"
