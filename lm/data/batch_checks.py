@@ -26,11 +26,16 @@ class Check(NamedTuple):
         )
 
 
-def batch_checks(batch: Any, ids: TokenIds, *, trains_reward_model: bool = False) -> list[Check]:
-    """All checks of a batch but `trained_once`, which may look at several. A failing one is a bug."""
+def batch_checks(
+    batch: Any, ids: TokenIds, *, is_sampled: bool = False, trains_reward_model: bool = False
+) -> list[Check]:
+    """All checks of a batch but `trained_once`, which may look at several. A failing one is a bug.
+
+    is_sampled: whether the model that is trained wrote it, so that a limit may have cut an answer off.
+    """
     found: list[Check] = []
     for name, tokens in token_parts(batch).items():
-        sampled = isinstance(batch, Rollouts) and name == "tokens"
+        sampled = is_sampled and name == "tokens"
         part = f" ({name.removesuffix('_tokens')})" if name != "tokens" else ""
         checks = [ids_in_vocabulary(tokens, ids), targets_in_segment(tokens, ids), positions_restart(tokens)]
         if trains_reward_model:

@@ -56,7 +56,7 @@ def batch_view(
     shown = annotated_batch(r, state, batch)
     if origins is not None and len(jax.tree.leaves(shown)[0]) < len(origins):  # the stage keeps some of its answers
         origins = origins[:: len(origins) // len(jax.tree.leaves(shown)[0])]
-    parts = token_parts(shown)
+    parts = {**token_parts(batch), **token_parts(shown)}  # what a stage drops when it has read it is shown too
     found: list[RowView] = []
     for name, tokens in parts.items():
         main = name == "tokens"
@@ -164,7 +164,8 @@ def segment_views(
 def segment_name(origin: SegmentOrigin) -> str:
     """Where a segment is from, as the end of its title."""
     what = ", ".join(part for part in (origin.source, origin.kind) if part)
-    return f": {origin.name}{f' ({what})' if what else ''}{f', from {origin.start:,}' if origin.start else ''}"
+    place = f", from {origin.start:,}" if origin.start else ""
+    return f": {origin.name}{f' ({what})' if what and what != origin.name else ''}{place}"
 
 
 def text_lines(view: BatchView, *, in_color: bool) -> Iterator[str]:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from lm.core.config import flags_and_config, to_dict
 from lm.core.errors import UserError, check_at_least
-from lm.core.types import Tokens, TrainState
+from lm.core.types import Rollouts, Tokens, TrainState
 from lm.data.batch_checks import Check, batch_checks, summed_checks, trained_once, trained_tokens
 from lm.data.inspect import TokenIds, token_ids, token_parts
 from lm.data.length_statistics import SegmentLength, segment_lengths
@@ -42,9 +42,7 @@ from lm.train.loop import TrainingSetup, check_training_config, checkpoint_tree,
 
 FLAGS = {
     "workdir": dict(default="", metavar="DIR", help="a run whose checkpoint gives the state; it is only read"),
-    "step": dict(
-        type=int, default=-1, metavar="I", help="the batch after I steps; else after the newest checkpoint"
-    ),
+    "step": dict(type=int, default=-1, metavar="I", help="the batch after I steps; else after the newest checkpoint"),
     "rows": dict(type=int, default=4, metavar="N", help="rows to show, or prompts with all their answers; 0: none"),
     "html": dict(default="", metavar="FILE", help="a page to write"),
     "batches": dict(type=int, default=1, metavar="K", help="batches to check and count, from that step on"),
@@ -148,13 +146,14 @@ def inspection(r: TrainingSetup, state: TrainState, done: int, steps: range, row
 
 def batch_count(r: TrainingSetup, batch: Any, origins: Sequence[RowOrigin] | None, ids: TokenIds) -> BatchCount:
     """A batch on the host, checked and counted."""
-    checks = batch_checks(batch, ids, trains_reward_model=r.stage.trains_reward_model)
+    sampled = isinstance(batch, Rollouts) or is_sampled(origins)
+    checks = batch_checks(batch, ids, is_sampled=sampled, trains_reward_model=r.stage.trains_reward_model)
     tokens = next(iter(token_parts(batch).values()))
     of_rows = None
     if origins is not None:  # one a prompt, whose answers are rows
         of_rows = [origin for origin in origins for _ in range(len(tokens.inputs) // len(origins))]
     trained, names = None, {}
-    if origins is not None and isinstance(batch, Tokens) and not is_sampled(origins):
+    if origins is not None and isinstance(batch, Tokens) and not sampled:
         trained = trained_tokens(tokens, ids, origins)
         names = {segment.document: segment.name for origin in origins for segment in origin.segments}
     padding = int((tokens.segments == 0).sum())

@@ -20,6 +20,7 @@ from lm.data import (
     sources as corpora,
     tokenized_rankings,
 )
+from lm.data.origins import RowOrigin, SegmentOrigin, drawn_origins
 from lm.data.preferences import OVERALL_AXIS, OVERALL_ONLY, ordered_axes
 from lm.data.tokenized_rankings import TokenizedRanking
 from lm.data.truncation import nothing_left_error
@@ -176,6 +177,8 @@ def batches(
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,
         limit=limit,
+        truncation=f"a conversation longer than {length - 1} tokens loses its prompt's beginning, then its answer's end "
+        "but for the end token",
     )
 
 
@@ -190,8 +193,12 @@ def batches_of_rankings(
     prompts_per_batch: int,
     held_out: float,
     limit: int,
+    truncation: str,
 ) -> Batches:
-    """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows."""
+    """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows.
+
+    truncation: what `laid_out` does with what does not fit a row, in words.
+    """
     ranked, aside, undecided = split_rankings(rankings, held_out)
     (train, counts), (unseen, more) = laid_out(ranking_subset(ranked, limit, context.seed)), laid_out(aside)
     counts = {name: count + more[name] for name, count in counts.items()}
@@ -220,7 +227,15 @@ def batches_of_rankings(
         "undecided": undecided + counts["undecided"],
     }
     held_out_batches = lambda state: rows_to_batches.sequential_batches(unseen_rows, prompts_per_batch)
-    return Batches(lambda state, i: batch(i), held_out_batches, about)
+    drawn = rows_to_batches.drawn_rows(len(train), batch_size=prompts_per_batch, seed=context.seed)
+
+    def origins(state, batch, i: int) -> list[RowOrigin]:
+        segment = lambda k: SegmentOrigin(train[k].ranking.name, rankings, document=k)
+        return drawn_origins(drawn(i), [[k] for k in range(len(train))], segment)
+
+    return Batches(
+        lambda state, i: batch(i), held_out_batches, about, row_origins=origins, truncation=f"{rankings}: {truncation}"
+    )
 
 
 def split_rankings(rankings: str, held_out: float) -> tuple[list[records.Ranking], list[records.Ranking], int]:
