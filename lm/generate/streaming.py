@@ -73,15 +73,15 @@ def speculative_token_streamer(
     """
     context = min(model.config.context for model in models)
     first = jax.jit(
-        functools.partial(initial_speculative_state, models, capacity=context + BUCKET_SIZE, ahead=draft_tokens)
+        functools.partial(initial_speculative_state, models, capacity=context + BUCKET_SIZE, draft_tokens=draft_tokens)
     )
     following = jax.jit(
-        functools.partial(speculative_round, models, ahead=draft_tokens, **settings), donate_argnames="rows"
+        functools.partial(speculative_round, models, draft_tokens=draft_tokens, **settings), donate_argnames="rows"
     )
-    draft_lm = models.draft.unrolled(jax.device_put(draft_lm))
+    draft_lm = models.draft.decoding_params(jax.device_put(draft_lm))
 
     def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
-        lms, key = TargetDraft(models.target.unrolled(lm), draft_lm), row_keys(key, jnp.arange(1))[0]
+        lms, key = TargetDraft(models.target.decoding_params(lm), draft_lm), row_keys(key, jnp.arange(1))[0]
         rows = first(lms, *single_prompt_row(ids, context))
         for t in itertools.count():
             rows, new = following(lms, rows, jax.random.fold_in(key, t)[None])

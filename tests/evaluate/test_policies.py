@@ -78,7 +78,7 @@ def test_answers_and_their_kl(finished, start, asked):
     theirs = ask(moved.params["lm"], questions.prompts, jax.random.key(0))
 
     first, key = prompts_at(questions.prompts, np.arange(4)), jax.random.fold_in(jax.random.key(0), 0)
-    sampler = dict(max_new=8, stop=start.tokenizer.stops)
+    sampler = dict(max_new=8, stop=start.tokenizer.stop_ids)
     lm = {policy.path.name: jax.tree.map(jnp.asarray, policy.params["lm"]) for policy in (moved, start)}
     run = jax.jit(functools.partial(rollout_rows, start.model, **sampler))
     tokens, *_ = run(lm["ppo"], first.ids, first.lengths, key)

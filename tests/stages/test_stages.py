@@ -48,8 +48,8 @@ def seen(tiny_model, tiny_lm):
     """Tokens -> the tiny decoder's states f32[B,T,D] and their Scores at temperature 1."""
 
     def of(tokens):
-        x = tiny_model.hidden(tiny_lm, tokens.inputs, tokens.positions, tokens.segments)
-        return x, tiny_model.scores(tiny_lm, x, tokens.targets)
+        x = tiny_model.hidden_states(tiny_lm, tokens.inputs, tokens.positions, tokens.segments)
+        return x, tiny_model.target_stats(tiny_lm, x, tokens.targets)
 
     return jax.jit(of)
 
