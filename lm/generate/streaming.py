@@ -73,10 +73,10 @@ def speculative_token_streamer(
     """
     context = min(model.config.context for model in models)
     first = jax.jit(
-        functools.partial(initial_speculative_state, models, capacity=context + BUCKET_SIZE, ahead=draft_tokens)
+        functools.partial(initial_speculative_state, models, capacity=context + BUCKET_SIZE, draft_tokens=draft_tokens)
     )
     following = jax.jit(
-        functools.partial(speculative_round, models, ahead=draft_tokens, **settings), donate_argnames="rows"
+        functools.partial(speculative_round, models, draft_tokens=draft_tokens, **settings), donate_argnames="rows"
     )
     draft_lm = models.draft.decoding_params(jax.device_put(draft_lm))
 

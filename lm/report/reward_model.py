@@ -166,7 +166,7 @@ def worst_pairs(
             "prompt": verdicts[pair.ranking].prompt,
             "better": verdicts[pair.ranking].responses[pair.better],
             "worse": verdicts[pair.ranking].responses[pair.worse],
-            "scores": [float(total[pair.ranking, pair.better]), float(total[pair.verdict, pair.worse])],
+            "scores": [float(total[pair.ranking, pair.better]), float(total[pair.ranking, pair.worse])],
             "sure": pair_confidence(pair),
         }
         for pair in shown

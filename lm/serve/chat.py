@@ -8,7 +8,7 @@ answers. A model that was only pretrained continues the text it is given. A chat
 the date on which the chat began, not that of training. /reset starts over, /exit or ctrl-D leaves, ctrl-C stops an
 answer.
 
-    python -m lm chat --workdir=runs/large --draft=runs/small --ahead=4
+    python -m lm chat --workdir=runs/large --draft=runs/small --draft_tokens=4
 
 --draft names a smaller model with the same tokenizer. It proposes tokens, and the large model checks several at a time
 (see lm.generate.speculative): answers have the same distribution as without a draft, and come faster where the draft
@@ -56,7 +56,7 @@ FLAGS = {
     ),
     "seed": dict(type=int, default=0, help="the same seed gives the same answers; default: 0"),
     "draft": dict(metavar="DIR", help="a smaller model's, which proposes tokens; default: none"),
-    "ahead": dict(type=int, default=4, help="with --draft: tokens it proposes at a time; default: 4"),
+    "draft_tokens": dict(type=int, default=4, help="with --draft: tokens it proposes at a time; default: 4"),
     "weights": dict(
         choices=STORAGE_DTYPES, default="", help="how the weights are kept; default: as the run keeps them"
     ),
@@ -88,7 +88,7 @@ class Chat:
     """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), over every reset.
 
     max_new: tokens an answer may have; None: NEW_TOKENS, or what the context leaves. note: given what is to be told.
-    stop: strings before the first of which an answer ends. draft: a model that proposes `ahead` tokens at a time.
+    stop: strings before the first of which an answer ends. draft: a model that proposes `draft_tokens` at a time.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Chat:
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         draft: TrainedModel | None = None,
-        ahead: int = 4,
+        draft_tokens: int = 4,
     ):
         self._sampler = {
             "temperature": temperature,
@@ -116,9 +116,9 @@ class Chat:
         }
         if draft:
             check_draft_model(trained, draft, repetition_penalty)
-        self._drafted = f"; {draft.path} proposes {ahead} tokens at a time" if draft else ""
+        self._drafted = f"; {draft.path} proposes {draft_tokens} tokens at a time" if draft else ""
         self._models = TargetDraft(trained.model, draft.model) if draft else None
-        self._ahead, contexts = ahead, [model.config.context for model in self._models or [trained.model]]
+        self._ahead, contexts = draft_tokens, [model.config.context for model in self._models or [trained.model]]
         self._context, self._whose = min(contexts), "model" if contexts[0] == min(contexts) else "draft"
         check_stop_strings(stop)
         if not 0 <= seed < 2**32:
@@ -134,7 +134,9 @@ class Chat:
         if draft:
             settings = {name: value for name, value in self._sampler.items() if name != "repetition_penalty"}
             lm = draft.params["lm"]
-            self._stream = speculative_token_streamer(self._models, lm, self._count_proposals, ahead=ahead, **settings)
+            self._stream = speculative_token_streamer(
+                self._models, lm, self._count_proposals, draft_tokens=draft_tokens, **settings
+            )
         else:
             self._stream = token_streamer(trained.model, **self._sampler)
         self._answers = 0
@@ -194,7 +196,7 @@ class Chat:
 
     def _check(self, prompt: int, max_new: int) -> None:
         if self._models:
-            check_speculation(self._models, prompt, ahead=self._ahead, max_new=max_new, **self._sampler)
+            check_speculation(self._models, prompt, draft_tokens=self._ahead, max_new=max_new, **self._sampler)
         else:
             check_sampling(self._trained.model, prompt, max_new=max_new, **self._sampler)
 
@@ -300,7 +302,7 @@ def program(argv: list[str]) -> None:
         repetition_penalty=flags.repetition_penalty,
         stop=flags.stop,
         draft=None if flags.draft is None else load_chat_policy(flags.draft),
-        ahead=flags.ahead,
+        draft_tokens=flags.draft_tokens,
     )
     if flags.prompt is not None:
         print_answer(chat, flags.prompt)

@@ -290,7 +290,7 @@ def run_training_loop(
                     if r.batches.rollout_table and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
                         with phases("save"):
                             workdir.append_rollouts(
-                                i + 1, r.batches.rollout_table(inference_state(state), batch, schedule.samples)
+                                i + 1, r.batches.rollout_table(inference_state(state), batch, schedule.logged_rollouts)
                             )
                     with phases("update"):
                         state, metrics = step(state, batch)

@@ -48,7 +48,11 @@ def tokenizer(bytewise):
     borrowed = functools.partial(
         tokenizer_from_parts, named_tokens={"eos_token": SPECIAL[0]}, special_tokens=SPECIAL, stop_ids=(0,)
     )
-    pieces = {"sentencepiece_model": ours.proto, "special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"], "stop_ids": (3,)}
+    pieces = {
+        "sentencepiece_model": ours.proto,
+        "special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"],
+        "stop_ids": (3,),
+    }
     theirs = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}" + (
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
@@ -141,7 +145,9 @@ def test_every_stage_has_the_ids_of_the_conversation(name, prompt, text, tokeniz
     tokenizer, lent = tokenizer[name], context(name)
     whole = conversation_with_answer(prompt, text)
     if name == "own":
-        said = [[tokenizer.role_ids[m["role"]], *tokenizer.encode(m["content"]), tokenizer.end_of_message] for m in whole]
+        said = [
+            [tokenizer.role_ids[m["role"]], *tokenizer.encode(m["content"]), tokenizer.end_of_message] for m in whole
+        ]
         expected = [tokenizer.bos, *(i for ids in said for i in ids)]
     else:
         rendered = tokenizer.template.render(whole, add_generation_prompt=False).removesuffix("\n")

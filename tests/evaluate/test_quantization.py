@@ -87,7 +87,7 @@ def test_attention_to_int8_is_attention_to_the_expanded_numbers():
 
 
 def eight(m, **changes):
-    return model.make_model(dataclasses.replace(m.config, cache="int8", **changes))
+    return model.make_model(dataclasses.replace(m.config, cache_dtype="int8", **changes))
 
 
 @pytest.mark.parametrize("changes", [{}, {"window": 3}, GEMMA, MIXTURE], ids=["plain", "windowed", "gemma", "mixture"])
@@ -134,7 +134,7 @@ def test_sampling_and_beam_search_go_through_an_int8_cache(made):
 
 def test_refused(tiny_model, tiny_lm):
     with pytest.raises(UserError, match="model.cache_dtype is 'int4'; choose one of auto, float32, bfloat16, int8"):
-        dataclasses.replace(tiny_model.config, cache="int4")
+        dataclasses.replace(tiny_model.config, cache_dtype="int4")
     with pytest.raises(UserError, match="the weights are to be kept as 'int4'; choose one of float32, bfloat16, int8"):
         quantized_params("int4", tiny_lm)
 

@@ -271,7 +271,7 @@ def test_the_results_page(client, store):
     assert "Nobody has judged anything yet." in client.get("/results").text
     for i, rater in enumerate(["ann", "ben", "<i>eve</i>"]):
         for number, ranking in ((1, [1, 2]), (2, [1, 2, 3, 3 + i]), (3, [1 + i % 2, 1])):
-            store.record(
+            store.record_verdict(
                 Annotation(f"{rater} {number}", number, rater, ranking, axes={"clear": [1 + i] * len(ranking)})
             )
     page = client.get("/results").text

@@ -203,7 +203,7 @@ def test_named_raters_and_a_token(page, store):
 
 def test_on_a_phone(browser, store):
     """Responses are stacked, nothing is wider than the screen, and a thumb hits every button."""
-    store.prioritise({2: 1.0})
+    store.set_priorities({2: 1.0})
     with (
         served(store) as url,
         browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, reduced_motion="reduce") as context,

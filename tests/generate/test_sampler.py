@@ -40,7 +40,9 @@ def free(sampler):
 @pytest.fixture(scope="module")
 def full(tiny_model, tiny_lm):
     """Tokens -> logits f32[B,T,V] of one uncached forward pass."""
-    run = jax.jit(lambda t: tiny_model.logits(tiny_lm, tiny_model.hidden_states(tiny_lm, t.inputs, t.positions, t.segments)))
+    run = jax.jit(
+        lambda t: tiny_model.logits(tiny_lm, tiny_model.hidden_states(tiny_lm, t.inputs, t.positions, t.segments))
+    )
     return lambda tokens: np.asarray(run(tokens))
 
 

@@ -133,4 +133,4 @@ def test_half_of_it_is_refused():
             model_config_for_run(config, tokenizer, None)
     start = SimpleNamespace(model_config=shaped(16, 16))
     config = ConfigDict({"init_from": "w", "model": {}, "optimizer": {}})
-    assert model_config_for_run(config, tokenizer, start) == start.shape
+    assert model_config_for_run(config, tokenizer, start) == start.model_config

@@ -153,11 +153,13 @@ def test_a_stream_with_a_draft_is_speculates(sft):
     draft, told = jax.tree.map(lambda x: 0.98 * x, sft.params["lm"]), []
     models, settings = TargetDraft(sft.model, sft.model), dict(temperature=0.8, top_k=20)
     tell = lambda *counts: told.append(counts)
-    stream = speculative_token_streamer(models, draft, tell, ahead=3, **settings)
+    stream = speculative_token_streamer(models, draft, tell, draft_tokens=3, **settings)
     for length, max_new, stop in ((5, 20, ()), (30, 34, (7, 30)), (33, 31, ())):
         ids = np.random.default_rng(length).integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
         key = jax.random.key(length)
-        run = jax.jit(functools.partial(speculative_sample, *models, max_new=max_new, ahead=3, stop=stop, **settings))
+        run = jax.jit(
+            functools.partial(speculative_sample, *models, max_new=max_new, draft_tokens=3, stop=stop, **settings)
+        )
         drawn, counts = run(sft.params["lm"], draft, ids[None], np.array([length], np.int32), key)
         told.clear()
         streamed = list(stream(sft.params["lm"], ids, key, max_new=max_new, stop=stop))
@@ -171,7 +173,9 @@ def test_a_chat_with_a_draft_tells_what_it_was_worth(sft, trained_workdir, capsy
     flags = ["--prompt=How are you?", "--temperature=0", "--max_new_tokens=8"]
     chat.program([f"--workdir={trained_workdir('sft')}", *flags])
     plain = capsys.readouterr().out
-    chat.program([f"--workdir={trained_workdir('sft')}", f"--draft={trained_workdir('pretrain')}", "--ahead=2", *flags])
+    chat.program(
+        [f"--workdir={trained_workdir('sft')}", f"--draft={trained_workdir('pretrain')}", "--draft_tokens=2", *flags]
+    )
     found = capsys.readouterr()
     assert found.out == plain
     n, of = map(
@@ -189,8 +193,8 @@ def test_drafts_that_do_not_fit(sft):
         Chat(sft, pytest.fail, draft=sft._replace(tokenizer=other))
     with pytest.raises(UserError, match="repetition_penalty does not go with a draft"):
         Chat(sft, pytest.fail, draft=sft, repetition_penalty=1.1)
-    with pytest.raises(UserError, match="ahead is 0"):
-        Chat(sft, pytest.fail, draft=sft, ahead=0)
+    with pytest.raises(UserError, match="draft_tokens is 0"):
+        Chat(sft, pytest.fail, draft=sft, draft_tokens=0)
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens and 36 more .* the draft's context is 40"):
         Chat(sft, pytest.fail, draft=short, max_new=36).answer("How are you?")
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens, but the draft's context is 40: shorten it"):

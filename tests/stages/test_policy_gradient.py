@@ -211,7 +211,7 @@ def test_the_kl_controller_by_hand(shallow, lm, rollouts):
 def test_ppo_ptx_goes_on_learning_from_text(shallow, lm, rollouts, rows):
     """Equal rewards: only the text moves the policy, and it becomes likelier."""
     text = rows(np.random.default_rng(5).integers(1, V, (12, 9)), [9] * 12)
-    batch = rollouts.replace(rewards=jnp.full(12, 0.1), text=text)
+    batch = rollouts.replace(rewards=jnp.full(12, 0.1), text_tokens=text)
     update = ppo.make(shallow, optimizer(), temperature=T, beta=0.0, text_coefficient=1.0, epochs=1, minibatch_count=2)
     state, step = update.init(KEY, {"lm": lm}, {}), jax.jit(update.update)
     losses = []
@@ -220,7 +220,7 @@ def test_ppo_ptx_goes_on_learning_from_text(shallow, lm, rollouts, rows):
         losses.append(values(metrics)["text_loss"])
     assert losses[-1] < losses[0] - 0.1
     with pytest.raises(UserError, match="stage.text_coefficient needs text to learn from: set data.corpus"):
-        update.update(state, batch.replace(text=None))
+        update.update(state, batch.replace(text_tokens=None))
 
 
 @EACH

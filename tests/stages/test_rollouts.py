@@ -168,7 +168,11 @@ def test_text_that_is_held_out_is_never_trained(finished, tokenizer):
 
 def test_the_table_shows_prompt_response_rewards_and_kl(tokenizer, tiny_model):
     ids = np.array(
-        [*encode_prompt(tokenizer, [{"role": "user", "content": "hi"}]), *tokenizer.encode("a list"), tokenizer.end_of_message]
+        [
+            *encode_prompt(tokenizer, [{"role": "user", "content": "hi"}]),
+            *tokenizer.encode("a list"),
+            tokenizer.end_of_message,
+        ]
     )
     answer = len(tokenizer.encode("a list")) + 1
     padding = np.zeros(3, np.int32)  # the model's vocabulary is not used: log-probs are made up below

@@ -222,7 +222,9 @@ TABLE = SimpleNamespace(
     target_stats=lambda lm, x, targets, **options: SimpleNamespace(logprobs=lm[x], entropy=jnp.zeros_like(lm[x])),
     token_logprobs=lambda lm, tokens, **options: lm[tokens.inputs[:, 0]],
 )
-SCORED = SimpleNamespace(hidden_states=lambda lm, inputs, positions, segments: lm[inputs][..., None], value=decoder.value)
+SCORED = SimpleNamespace(
+    hidden_states=lambda lm, inputs, positions, segments: lm[inputs][..., None], value=decoder.value
+)
 # An optimizer whose state is the last gradient.
 KEPT = optax.GradientTransformation(lambda params: params, lambda gradient, state, params=None: (gradient, gradient))
 

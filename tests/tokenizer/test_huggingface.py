@@ -170,7 +170,11 @@ def test_our_own_tokenizer_is_the_same_elsewhere(own):
 def test_our_own_tokenizer_comes_back_from_a_folder(own, tmp_path):
     said = write_tokenizer_files(tmp_path, own)
     back = read_tokenizer_files(tmp_path, said)
-    assert back.stop_ids == (own.end_of_message, own.eos) and back.start_ids == own.start_ids and back.vocab_size == own.vocab_size
+    assert (
+        back.stop_ids == (own.end_of_message, own.eos)
+        and back.start_ids == own.start_ids
+        and back.vocab_size == own.vocab_size
+    )
     ours, theirs = tk.encode_chat(own, TALK), tk.encode_chat(back, TALK)
     np.testing.assert_array_equal(ours.ids, theirs.ids)
     np.testing.assert_array_equal(ours.weights, theirs.weights)

@@ -126,7 +126,7 @@ def batches(
     def held_out_batches(state):
         for start in range(0, asked, prompts):
             part = prompts_at(unseen, np.arange(start, start + prompts))
-            yield drawn(state, part, HELD_OUT_KEY, start).replace(text=unseen_text(start // prompts))
+            yield drawn(state, part, HELD_OUT_KEY, start).replace(text_tokens=unseen_text(start // prompts))
 
     def train_batch(state, i):
         first = i * (resample_rounds + 1)  # every round has prompts and keys of its own
@@ -139,7 +139,7 @@ def batches(
             )
         if resample_rounds:
             batch = batch.replace(scores={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
-        return batch.replace(text=text(i))
+        return batch.replace(text_tokens=text(i))
 
     origins = prompt_origins(train, distinct, [name.strip() for name in sources.split(",")], writer="policy")
     return Batches(
@@ -321,7 +321,7 @@ def rollout_table(
     logprobs = context.jit(lambda ref, tokens, temperature: model.token_logprobs(ref, tokens, temperature=temperature))
 
     def shown(state: TrainState, batch: Rollouts, rows: int) -> Iterator[dict[str, Any]]:
-        part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text=None)))
+        part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text_tokens=None)))
         w = part.tokens.weights
         ref = np.asarray(logprobs(state.frozen["ref"], part.tokens, temperature))
         for b in range(len(w)):
