@@ -126,8 +126,8 @@ def row_views(
 ) -> list[list[TokenView]]:
     """The tokens of a row by segment, and its padding at the end.
 
-    values: f32[N,T] each, by name, of the targets. The last target of a segment is shown with it, but for that of a
-    document's end, which belongs to the next document and weighs nothing.
+    values: f32[N,T] each, by name, of the targets. The last target of a segment is shown with it unless it weighs
+    nothing and is none of its own: what follows an end token, or a 0.
     """
     found = []
     for r, begin, end in segment_ranges(tokens):
@@ -135,7 +135,7 @@ def row_views(
             continue
         weights = tokens.weights[row, begin:end]
         ids = [tokens.inputs[row, begin], *tokens.targets[row, begin:end]]
-        if weights[-1] == 0 and tokens.inputs[row, end - 1] == tokenizer.eos:
+        if weights[-1] == 0 and (ids[-1] == 0 or tokens.inputs[row, end - 1] in tokenizer.stop_ids):
             ids.pop()
         texts = tokenizer.pieces(ids)
         found.append(
@@ -155,11 +155,6 @@ def row_views(
     padding = int(np.sum(tokens.segments[row] == 0))
     empty = TokenView("·", "padding", 0, 0.0, 0, 0, {})
     return [*found, [empty] * padding] if padding else found
-
-
-def segment_starts(tokens: Tokens, row: int) -> list[tuple[int, int]]:
-    """(where it begins in the row, its first position) of each segment of a row: positions restart where all are 0."""
-    return [(begin, int(tokens.positions[row, begin])) for r, begin, _ in segment_ranges(tokens) if r == row]
 
 
 def group_label(row: int, shape: Sequence[int]) -> str:

@@ -81,6 +81,7 @@ def lengths_figure(lengths: Sequence[SegmentLength], sources: Sequence[str]) -> 
             ax.set_xlabel(label)
             ax.set_ylabel("how many")
             ax.legend(frameon=False, fontsize=8)
+            ax.set_axisbelow(True)
 
     return png_figure(draw, width=4.2 * len(drawn), height=3.0, ncols=len(drawn))
 
@@ -93,8 +94,9 @@ def shares_figure(groups: Mapping[str, Mapping[str, LengthSummary]], padding: fl
             places = np.arange(len(found))
             tokens = np.array([s.tokens for s in found.values()])
             trained = np.array([s.trained for s in found.values()])
-            ax.barh(places, trained, color=SERIES_COLORS[2], label="trained")
-            ax.barh(places, tokens - trained, left=trained, color=TEXT_COLOR, alpha=0.45, label="context")
+            ax.set_axisbelow(True)
+            ax.barh(places, trained, 0.6, color=SERIES_COLORS[2], label="trained")
+            ax.barh(places, tokens - trained, 0.6, left=trained, color=TEXT_COLOR, alpha=0.45, label="context")
             for place, s in zip(places, found.values()):
                 ax.text(s.tokens, place, f" {s.trained_share:.0%} trained", va="center", fontsize=8)
             ax.set_yticks(places, list(found))
@@ -103,7 +105,7 @@ def shares_figure(groups: Mapping[str, Mapping[str, LengthSummary]], padding: fl
             ax.grid(visible=False, axis="y")
             ax.grid(visible=True, axis="x")
             ax.set_xlabel(f"tokens by {title}; padding {padding:.1%} of all positions")
-            ax.legend(frameon=False, fontsize=8, loc="lower right")
+            ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
-    height = 1.2 + 0.35 * max(len(found) for found in groups.values())
+    height = 1.3 + 0.35 * max(len(found) for found in groups.values())
     return png_figure(draw, width=5.6 * len(groups), height=height, ncols=len(groups))

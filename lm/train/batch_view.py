@@ -8,7 +8,7 @@ import numpy as np
 
 from lm.core.sharding import put_batch
 from lm.core.types import RankedAnswers, Rollouts, Tokens, TrainState
-from lm.data.inspect import TokenView, flat_rows, group_label, row_views, token_parts
+from lm.data.inspect import TokenView, flat_rows, group_label, is_chat, row_views, token_ids, token_parts
 from lm.data.origins import RowOrigin, SegmentOrigin
 from lm.optim.combinators import inference_state
 from lm.runs.html import template_environment, visible_text
@@ -150,6 +150,7 @@ def segment_views(
 ) -> list[SegmentView]:
     """The segments of a row with their titles, the padding last."""
     known = origin.segments if origin is not None else ()
+    unit = "message" if is_chat(tokens, token_ids(r.context.tokenizer)) else "token"
     found = []
     for k, segment in enumerate(row_views(r.context.tokenizer, tokens, row, values)):
         if segment[0].kind == "padding":
@@ -157,14 +158,14 @@ def segment_views(
             continue
         places = tokens.positions[row][tokens.segments[row] == segment[0].segment]
         title = f"segment {segment[0].segment}, positions {places[0]} to {places[-1]}"
-        found.append(SegmentView(f"{title}{segment_name(known[k]) if k < len(known) else ''}", segment))
+        found.append(SegmentView(f"{title}{segment_name(known[k], unit) if k < len(known) else ''}", segment))
     return found
 
 
-def segment_name(origin: SegmentOrigin) -> str:
-    """Where a segment is from, as the end of its title."""
+def segment_name(origin: SegmentOrigin, unit: str) -> str:
+    """Where a segment is from, as the end of its title; `unit` is what its start counts."""
     what = ", ".join(part for part in (origin.source, origin.kind) if part)
-    place = f", from {origin.start:,}" if origin.start else ""
+    place = f", from {unit} {origin.start:,} on" if origin.start else ""
     return f": {origin.name}{f' ({what})' if what and what != origin.name else ''}{place}"
 
 

@@ -67,7 +67,8 @@ LEFT_OUT = (
 class Inspection(NamedTuple):
     """What there is to say of the batches that were looked at."""
 
-    view: BatchView  # of the first
+    batch: Any  # the first, on the host
+    view: BatchView  # of it
     checks: Sequence[Check]
     notes: Sequence[str]  # what is neither right nor wrong
     lengths: Sequence[SegmentLength]  # of all of them
@@ -124,16 +125,17 @@ def state_at(r: TrainingSetup, workdir: str | Path, step: int) -> tuple[int, Tra
 def inspection(r: TrainingSetup, state: TrainState, done: int, steps: range, rows: int) -> Inspection:
     """Of the batches of these steps, all drawn in this state."""
     ids, sees = token_ids(r.context.tokenizer), inference_state(state)
-    view, counts = None, []
-    for i in steps:
-        batch = jax.device_get(r.batches.train(sees, i))
-        origins = r.batches.row_origins(sees, batch, i) if r.batches.row_origins else None
-        counts.append(batch_count(r, batch, origins, ids))
-        if view is None:
-            view = batch_view(r, state, batch, origins, rows=rows, step=i, done=done)
-            if is_sampled(origins) and done != i:
-                warn(f"batch {i} is sampled in the state after {done} steps; a run samples it in that after {i}")
-    assert view is not None, "range is not empty"
+    drawn = lambda i: jax.device_get(r.batches.train(sees, i))
+    origins_of = r.batches.row_origins or (lambda state, batch, i: None)
+    first = drawn(steps[0])
+    origins = origins_of(sees, first, steps[0])
+    if is_sampled(origins) and done != steps[0]:
+        warn(f"batch {steps[0]} is sampled in the state after {done} steps; a run samples it in that after {steps[0]}")
+    view = batch_view(r, state, first, origins, rows=rows, step=steps[0], done=done)
+    counts = [batch_count(r, first, origins, ids)]
+    for i in steps[1:]:
+        batch = drawn(i)
+        counts.append(batch_count(r, batch, origins_of(sees, batch, i), ids))
     checks = summed_checks(count.checks for count in counts)
     trained = [count.trained for count in counts if count.trained is not None]
     if trained:
@@ -141,7 +143,7 @@ def inspection(r: TrainingSetup, state: TrainState, done: int, steps: range, row
     positions, padding = (sum(getattr(count, name) for count in counts) for name in ("positions", "padding"))
     notes = [f"padding: {padding / positions:.1%} of {positions:,} positions", *data_notes(r)]
     lengths = [length for count in counts for length in count.lengths]
-    return Inspection(view, checks, notes, lengths, padding / positions)
+    return Inspection(first, view, checks, notes, lengths, padding / positions)
 
 
 def batch_count(r: TrainingSetup, batch: Any, origins: Sequence[RowOrigin] | None, ids: TokenIds) -> BatchCount:
