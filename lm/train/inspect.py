@@ -141,8 +141,13 @@ def inspection(r: TrainingSetup, state: TrainState, done: int, steps: range, row
     if trained:
         checks.append(trained_once(trained, {k: name for count in counts for k, name in count.names.items()}))
     positions, padding = (sum(getattr(count, name) for count in counts) for name in ("positions", "padding"))
-    notes = [f"padding: {padding / positions:.1%} of {positions:,} positions", *data_notes(r)]
     lengths = [length for count in counts for length in count.lengths]
+    taught = sum(length.trained for length in lengths)
+    notes = [
+        f"padding: {padding / positions:.1%} of {positions:,} positions",
+        f"trained: {taught / max(positions - padding, 1):.1%} of {positions - padding:,} tokens",
+        *data_notes(r),
+    ]
     return Inspection(first, view, checks, notes, lengths, padding / positions)
 
 
@@ -180,11 +185,13 @@ def data_notes(r: TrainingSetup) -> Iterator[str]:
 
 
 def check_lines(checks: Sequence[Check], *, in_color: bool) -> Iterator[str]:
-    """A line for each check: ok or FAULT, and the counts."""
+    """A line for each check: ok or FAULT, and the counts; a dash where there is nothing to look at."""
     for check in checks:
         if check.faults:
             word = f"\033[{RED}mFAULT\033[0m" if in_color else "FAULT"
             yield f"{word}  {check.name}: {check.faults:,} of {check.count:,} {check.unit} not; first: {check.first}"
+        elif not check.count:
+            yield f"–      {check.name}: no {check.unit}"
         else:
             yield f"ok     {check.name}: {check.count:,} {check.unit}"
 

@@ -287,7 +287,8 @@ def run_training_loop(
                 for i in range(done, schedule.steps):
                     profile.begin_step(i + 1)
                     batch, tokens = device_batch(r, state, i)
-                    if r.batches.rollout_table and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
+                    logged = r.batches.rollout_table and schedule.logged_rollouts
+                    if logged and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
                         with phases("save"):
                             workdir.append_rollouts(
                                 i + 1, r.batches.rollout_table(inference_state(state), batch, schedule.logged_rollouts)
