@@ -24,14 +24,6 @@ from lm.train.batch_view import bracketed_text, colored_text, html_page, text_li
 MODEL = dict(layers=1, width=16, heads=2, kv_heads=1, head_size=8, hidden=24, context=64, query_blocks=1)
 SAMPLED = dict(prompt_length=32, max_new=6, rollouts=8, held_out_rollouts=8, held_out=0.1)
 ROLLOUTS = dict(**SAMPLED, rewards={"rule": 1.0}, truncation_penalty=0.0)
-    rewards={"rule": 1.0},
-    truncation_penalty=0.0,
-    prompt_length=32,
-    max_new=6,
-    rollouts=8,
-    held_out_rollouts=8,
-    held_out=0.1,
-)
 DATA = {
     "pretrain": dict(corpus="chitchat", length=32, batch_size=4, held_out_bytes=2000),
     "sft": dict(sources="chitchat", length=48, batch_size=4),

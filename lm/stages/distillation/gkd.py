@@ -127,7 +127,10 @@ def batches(
     student_origins = prompt_origins(train, distinct, [name.strip() for name in sources.split(",")], writer="student")
 
     def row_origins(state, batch, i: int) -> list[RowOrigin]:
-        return student_origins(batch) if is_student_written(state, i) else people.row_origins(state, batch, i)
+        if is_student_written(state, i):
+            return student_origins(batch)
+        assert people.row_origins is not None, "conversations say where they are from"
+        return people.row_origins(state, batch, i)
 
     def train_batch(state, i):
         if is_student_written(state, i):
