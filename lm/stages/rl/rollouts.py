@@ -136,7 +136,7 @@ def batches(
                 rounds + 1,
             )
         if resample_rounds:
-            batch = batch.replace(scores={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
+            batch = batch.replace(row_metrics={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
         return batch.replace(text_tokens=text(i))
 
     return Batches(train_batch, held_out_batches, about, rollout_table(context, temperature))
@@ -295,7 +295,7 @@ def rollout_table(
                 "prompt": "".join(tokenizer.pieces(part.tokens.inputs[b, : first + 1])),
                 "response": "".join(tokenizer.pieces(part.tokens.targets[b, first : last + 1])),
                 "reward": float(part.rewards[b]),
-                **{name: float(score[b]) for name, score in part.scores.items()},
+                **{name: float(score[b]) for name, score in part.row_metrics.items()},
                 "kl": float(np.sum((part.sampler_logprobs[b] - ref[b]) * trained)),
                 "tokens": int(trained.sum()),
                 "stopped": bool(part.stopped[b]),
