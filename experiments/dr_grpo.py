@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "name": "dr_grpo",
             "clip": 0.2,
-            "length": config.data.get_oneway_ref("max_new"),
+            "max_response_length": config.data.get_oneway_ref("max_new"),
             **{name: config.stage.get_ref(name) for name in shared},
         }
     )
