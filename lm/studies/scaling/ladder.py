@@ -114,8 +114,8 @@ def planned_run(source: ConfigSource, budget: float, width: int) -> PlannedRun:
     shape = call_with_options(
         ModelConfig, {**config.model.to_dict(), "vocab_size": config.vocabulary.vocab_size}, name="model"
     )
-    each = flops_per_token(shape, config.data.max_response_length)
-    batch = config.data.batch_size * config.data.max_response_length
+    each = flops_per_token(shape, config.data.length)
+    batch = config.data.batch_size * config.data.length
     steps = round(budget / each / batch)
     return PlannedRun(
         budget, width, param_count(param_specs(shape)), shape.vocab_size * width, each, steps, steps * batch
