@@ -74,7 +74,8 @@ def initial_speculative_state(
 ) -> SpeculativeState:
     """Right-padded prompts i32[B,P] of lengths i32[B] >= 1 as Rows, with caches for `capacity` tokens, prompt included.
 
-    A last round may write `draft_tokens` slots more. The prompt's last token is taken back: the first round feeds it again.
+    A last round may write `draft_tokens` slots more. The prompt's last token is taken back: the first round feeds it
+    again.
     """
 
     def cache(model: Model, lm: Params) -> KVCache:
@@ -211,6 +212,7 @@ def check_speculation(models: TargetDraft, prompt_length: int, *, draft_tokens: 
     if prompt_length + max_new > draft.context:
         raise UserError(
             f"the prompt has {prompt_length} tokens and {max_new} more were asked for, but the draft's context is "
-            f"{draft.context}: shorten the prompt, lower max_new_tokens to {max(draft.context - prompt_length, 0)}, or take "
+            f"{draft.context}: shorten the prompt, lower max_new_tokens to "
+            f"{max(draft.context - prompt_length, 0)}, or take "
             "another draft"
         )

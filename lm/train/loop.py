@@ -359,7 +359,8 @@ def held_out_metrics(r: TrainingSetup, evaluate, state: TrainState) -> dict[str,
             total = found if total is None else metric_sum(total, found)
     if total is None:
         raise UserError(
-            f"{r.checkpoint_metadata['stage']}: the held-out side holds no whole batch: raise data.held_out, or lower the batch"
+            f"{r.checkpoint_metadata['stage']}: the held-out side holds no whole batch: "
+            "raise data.held_out, or lower the batch"
         )
     return {f"held_out/{name}": value for name, value in r.stage.summary(total, r.batches.dataset_info).items()}
 
@@ -371,7 +372,8 @@ def check_start_metrics(r: TrainingSetup, before: Mapping[str, float]) -> None:
         found = before[f"held_out/{name}"]
         if not abs(found - value) <= tolerance:
             raise UserError(
-                f"{r.checkpoint_metadata['stage']}: held-out {name} is {found:.4g} before the first step; it must be {value:.4g} "
+                f"{r.checkpoint_metadata['stage']}: held-out {name} is {found:.4g} before the first step; "
+                f"it must be {value:.4g} "
                 f"within {tolerance}: policy and reference, or sampler and trainer, are not the same distribution "
                 f"(see start_metrics in {r.stage.path})"
             )

@@ -75,7 +75,8 @@ def _check_added_tokens(source: Path, tokenizer: HuggingFaceTokenizer, config: M
         for token, i in tokens:
             if tokenizer.token_id(token) != i:
                 raise UserError(
-                    f"{source / file} says that {token!r} is id {i}, but the tokenizer has {tokenizer.token_id(token)}: "
+                    f"{source / file} says that {token!r} is id {i}, but the tokenizer has "
+                    f"{tokenizer.token_id(token)}: "
                     f"make {TOKENIZER_JSON} anew with transformers, or take away the entry"
                 )
 

@@ -52,12 +52,12 @@ def test_some_of_each_conversation(asked):
 
 def test_settings_are_chosen_on_one_part_and_judged_on_the_other(asked):
     """All that is held out at 0.1 is what is held out at 0.05 already, and the rest."""
-    both, judged, tuned = asked(), asked(held_out=0.05), asked(after=0.05)
+    both, judged, tuned = asked(), asked(held_out=0.05), asked(held_out_from=0.05)
     assert said(judged) | said(tuned) == said(both) and not said(judged) & said(tuned)
     with pytest.raises(
         UserError, match="prompts.held_out_from is 0.1; it must be below prompts.held_out, which is 0.1"
     ):
-        asked(after=0.1)
+        asked(held_out_from=0.1)
 
 
 def test_all_are_of_conversations_that_are_held_out(asked):

@@ -173,7 +173,7 @@ def test_a_double_click_is_one_verdict(page, store):
 
 
 def test_a_full_disk_for_a_while(page, store, monkeypatch):
-    record, refusals = store.record, []
+    record, refusals = store.record_verdict, []
 
     def full(verdict):
         if not refusals:
@@ -181,7 +181,7 @@ def test_a_full_disk_for_a_while(page, store, monkeypatch):
             raise StoreUnavailable("cannot write people.db: database or disk is full; make room there and try again")
         record(verdict)
 
-    monkeypatch.setattr(store, "record", full)
+    monkeypatch.setattr(store, "record_verdict", full)
     with served(store) as url:
         enter(page, url, "ann")
         page.locator(".response").first.click()

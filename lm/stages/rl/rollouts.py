@@ -138,7 +138,7 @@ def batches(
                 rounds + 1,
             )
         if resample_rounds:
-            batch = batch.replace(scores={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
+            batch = batch.replace(row_metrics={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
         return batch.replace(text_tokens=text(i))
 
     origins = prompt_origins(train, distinct, [name.strip() for name in sources.split(",")], writer="policy")
@@ -331,7 +331,7 @@ def rollout_table(
                 "prompt": "".join(tokenizer.pieces(part.tokens.inputs[b, : first + 1])),
                 "response": "".join(tokenizer.pieces(part.tokens.targets[b, first : last + 1])),
                 "reward": float(part.rewards[b]),
-                **{name: float(score[b]) for name, score in part.scores.items()},
+                **{name: float(score[b]) for name, score in part.row_metrics.items()},
                 "kl": float(np.sum((part.sampler_logprobs[b] - ref[b]) * trained)),
                 "tokens": int(trained.sum()),
                 "stopped": bool(part.stopped[b]),
