@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits all of it, the 
     PROGRAMS = tempfile.TemporaryDirectory(prefix="programs-")
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+    os.environ["LM_CACHE"] = f"{PROGRAMS.name}/lm"  # tokens of a session's own
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"

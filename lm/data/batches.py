@@ -43,14 +43,24 @@ def drawn_rows(
     count: int, *, batch_size: int, seed: int, shuffle: bool = True, ramp: BatchSizeRamp = ()
 ) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
     """i -> which of `count` rows batch i of `batch_function` takes, i64[batch_size], and in which epoch, from 0 on."""
-    numbers = grain.MapDataset.range(count).seed(seed)
-    numbers = (numbers.shuffle() if shuffle else numbers).repeat()
+    numbers = shuffled_numbers(count, seed=seed, shuffle=shuffle)
 
     def drawn(i: int) -> tuple[np.ndarray, np.ndarray]:
         places = batch_row_range(int(i), batch_size=batch_size, ramp=ramp)
         return np.array([numbers[j] for j in places]), np.array(places) // count
 
     return drawn
+
+
+def shuffled_numbers(count: int, *, seed: int, shuffle: bool = True) -> grain.MapDataset:
+    """numbers[j]: the row that is drawn j-th of `count`, epoch after epoch, each in a new order."""
+    numbers = grain.MapDataset.range(count).seed(seed)
+    return (numbers.shuffle() if shuffle else numbers).repeat()
+
+
+def batch_size_at(i: int, *, batch_size: int, ramp: BatchSizeRamp) -> int:
+    """How many rows batch i has."""
+    return next((rows for end, rows in ramp if i < end), batch_size)
 
 
 def batch_row_range(i: int, *, batch_size: int, ramp: BatchSizeRamp) -> range:

@@ -2,14 +2,16 @@
 
 import ast
 import hashlib
+import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm.core.errors import UserError
 from lm.data import sources
 from lm.data.arithmetic import expression_value
+from lm.data.mixture import parse_sources
 
 QUESTION_TEMPLATES = (
     "What does {} do?",
@@ -91,13 +93,39 @@ CONVERSATION_SOURCES = {
 }
 
 
-def load_conversations(sources: str) -> list[Conversation]:
-    """All conversations of a comma-separated list of SOURCES."""
-    names = [name.strip() for name in sources.split(",")]
+CONVERSATION_KINDS: Mapping[str, str] = {"chitchat": "forum", "docstrings": "documentation", "arithmetic": "education"}
+
+
+class ConversationSource(NamedTuple):
+    """Conversations that can be read again and again, and what identifies them."""
+
+    digest: str  # of their content
+    conversations: Callable[[], Iterable[Conversation]]
+
+
+def load_conversations(sources: str | Sequence[Mapping[str, Any]]) -> list[Conversation]:
+    """All conversations of a comma-separated list of CONVERSATION_SOURCES, or of a mixture of such lists."""
+    mixture = parse_sources(sources, CONVERSATION_KINDS)
+    return [conversation for each in mixture for conversation in conversation_source(each.source).conversations()]
+
+
+def conversation_source(source: str) -> ConversationSource:
+    """The conversations of built-in names with commas between them. UserError for a name that is none."""
+    names = list(dict.fromkeys(name.strip() for name in source.split(",")))
     unknown = [name for name in names if name not in CONVERSATION_SOURCES]
     if unknown:
         raise UserError(f"data.sources has {unknown[0]!r}; choose among {', '.join(CONVERSATION_SOURCES)}")
-    return [conversation for name in dict.fromkeys(names) for conversation in CONVERSATION_SOURCES[name]()]
+    found = [conversation for name in names for conversation in CONVERSATION_SOURCES[name]()]
+    return ConversationSource(conversations_digest(found), lambda: found)
+
+
+def conversations_digest(conversations: Iterable[Conversation]) -> str:
+    """Of names and messages: what else a row holds becomes no token."""
+    digest = hashlib.sha256()
+    for name, messages, _ in conversations:
+        data = json.dumps([name, messages], sort_keys=True).encode()
+        digest.update(b"%d:" % len(data) + data)
+    return digest.hexdigest()
 
 
 def conversation_excerpts(conversations: Sequence[Conversation], *, turns: int = 6) -> list[Conversation]:

@@ -50,3 +50,9 @@ def prompts_within_length(
 def prompts_at(prompts: Prompts, rows: np.ndarray) -> Prompts:
     """The prompts at these rows."""
     return Prompts(prompts.ids[rows], prompts.lengths[rows], [prompts.contexts[i] for i in rows])
+
+
+def joined_prompts(parts: Sequence[Prompts]) -> Prompts:
+    """The prompts of all parts, which are padded to the same length."""
+    ids, lengths = (np.concatenate([part[i] for part in parts]) for i in range(2))
+    return Prompts(ids, lengths, [context for part in parts for context in part.contexts])

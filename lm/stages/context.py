@@ -1,6 +1,6 @@
 """What a program lends a stage to make its batches from, and what it gets back."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -41,6 +41,15 @@ class StageContext(NamedTuple):
             raise UserError(f"data.length {length} is longer than model.context {self.model.config.context}; lower it")
 
 
+class HeldOutPart(NamedTuple):
+    """A stretch of the held-out batches whose metrics are reported apart, too: those of one source."""
+
+    source: str  # its short name
+    kind: str  # "book", "code", ...; empty where it is not known
+    batches: int  # the parts follow one another in Batches.held_out, each so many batches long
+    dataset_info: Mapping[str, Any]  # of this part, what the stage's summary reads of it; counts, which add
+
+
 class Batches(NamedTuple):
     """Batches as functions: the i-th one depends on (seed, i) alone and, where it is sampled, on the state."""
 
@@ -51,4 +60,5 @@ class Batches(NamedTuple):
     rollout_table: Callable[[TrainState, Batch, int], Iterator[dict[str, Any]]] | None = None
     # (state, batch i, i) -> where each of its rows came from, for people; None where that is not known
     row_origins: Callable[[TrainState, Batch, int], list[RowOrigin]] | None = None
+    held_out_parts: Sequence[HeldOutPart] = ()  # where there are several sources
     truncation: str = ""  # what becomes of what does not fit a row, for the line that a run starts with

@@ -10,8 +10,10 @@ Every subtree of the config is the keyword arguments of one function (lm.train.c
 be set, whether the config file has it or not. --config=FILE --help lists them all.
 """
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -24,7 +26,7 @@ from ml_collections import ConfigDict
 
 from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
 from lm.core.errors import UserError, check_at_least
-from lm.core.metrics import metric_sum
+from lm.core.metrics import Metrics, metric_sum
 from lm.core.options import option_value
 from lm.core.sharding import put_batch, state_shardings
 from lm.core.types import Tokens, TrainState
@@ -56,6 +58,7 @@ from lm.stages import STAGES, TEACHER_STAGES
 from lm.stages.context import Batches, StageContext
 from lm.train.config import CONFIG_KEYS, check_equal_options, train_functions
 from lm.train.host import SINGLE_RUN_HOST, RunHost
+from lm.train.source_metrics import source_metrics
 from lm.train.warm_start import (
     inherited_params,
     lora_base_params,
@@ -348,21 +351,31 @@ def device_batch(r: TrainingSetup, state: TrainState, i: int):
 
 
 def held_out_metrics(r: TrainingSetup, evaluate, state: TrainState) -> dict[str, float]:
-    """The stage's summary of its metrics over every held-out batch, as "held_out/NAME"; of averaged weights, if any."""
+    """The stage's summary of its metrics over every held-out batch, as "held_out/NAME"; of averaged weights, if any.
+
+    Where there are several sources, what the stage shows is there for each and for each kind, too: "loss/SOURCE".
+    """
     with r.phases("update"):
         jax.block_until_ready(state.params)  # what the devices still have to do is not the evaluation's
     state = state.replace(params=averaged_params(state.opt_state) or state.params)
-    total = None
+    parts = r.batches.held_out_parts
+    ends = list(itertools.accumulate(part.batches for part in parts))
+    totals: dict[int, Metrics] = {}  # by part; all in the first where there are none
     with r.phases("eval"):
-        for batch in r.batches.held_out(inference_state(state)):
+        for number, batch in enumerate(r.batches.held_out(inference_state(state))):
             found = jax.device_get(dict(evaluate(state, put_batch(batch, r.mesh))))
-            total = found if total is None else metric_sum(total, found)
-    if total is None:
+            part = bisect.bisect_right(ends, number)
+            totals[part] = metric_sum(totals[part], found) if part in totals else found
+    if not totals:
         raise UserError(
             f"{r.checkpoint_metadata['stage']}: the held-out side holds no whole batch: "
             "raise data.held_out, or lower the batch"
         )
-    return {f"held_out/{name}": value for name, value in r.stage.summary(total, r.batches.dataset_info).items()}
+    scores = {
+        **r.stage.summary(functools.reduce(metric_sum, totals.values()), r.batches.dataset_info),
+        **source_metrics(r.stage, r.batches.dataset_info, [(part, totals[i]) for i, part in enumerate(parts)]),
+    }
+    return {f"held_out/{name}": value for name, value in scores.items()}
 
 
 def check_start_metrics(r: TrainingSetup, before: Mapping[str, float]) -> None:

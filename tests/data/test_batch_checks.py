@@ -19,6 +19,7 @@ from lm.data.inspect import (
     token_parts,
 )
 from lm.data.origins import RowOrigin, SegmentOrigin
+from lm.data.token_rows import all_rows
 from lm.tokenizer import TokenizedExample, encode_chat, train_tokenizer
 
 USER, ASSISTANT, END, BOS, EOS = 4, 5, 6, 2, 3
@@ -178,13 +179,14 @@ def test_a_row_may_come_again_in_the_next_epoch():
 
 def test_best_fit_and_stream_train_nothing_twice():
     documents = [[BOS, *range(20, 20 + n), EOS] for n in (5, 17, 2, 30)]
-    for rows, contents in packing.DOCUMENT_PACKINGS.values():
-        held = contents([len(document) for document in documents], 8)
+    sizes = np.array([len(document) for document in documents])
+    for pack in packing.DOCUMENT_PACKINGS.values():
+        rows = pack(np.concatenate(documents), np.cumsum(sizes) - sizes, sizes, 8)
         origins = [
             RowOrigin([SegmentOrigin("", document=piece.document, start=piece.start) for piece in row], r)
-            for r, row in enumerate(held)
+            for r, row in enumerate(map(rows.pieces, range(len(rows))))
         ]
-        found = trained_once([trained_tokens(rows(documents, 8), IDS, origins)], dict.fromkeys(range(4), ""))
+        found = trained_once([trained_tokens(all_rows(rows), IDS, origins)], dict.fromkeys(range(4), ""))
         assert (found.count, found.faults) == (sum(map(len, documents)) - 4, 0)
 
 

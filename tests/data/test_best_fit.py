@@ -9,12 +9,23 @@ from lm.core.errors import UserError
 from lm.data import packing
 from lm.data.batches import batch_function, drawn_rows
 from lm.data.origins import RowOrigin, SegmentOrigin, drawn_origins, source_of
+from lm.data.token_rows import all_rows
 
 DRAW = random.Random(0)
 # Distinct ids everywhere, so that a token says where it is from; documents of 1 to 60 tokens.
 SIZES = [1, 2, 17, 33, 16, *(DRAW.randrange(1, 60) for _ in range(60))]
 DOCUMENTS = [list(range(1000 * i, 1000 * i + size)) for i, size in enumerate(SIZES, 1)]
 EACH = pytest.mark.parametrize("name", packing.DOCUMENT_PACKINGS)
+
+
+def laid(name, documents, length):
+    """The rows of a packing, made when they are asked for."""
+    sizes = np.array([len(document) for document in documents])
+    return packing.DOCUMENT_PACKINGS[name](np.concatenate(documents), np.cumsum(sizes) - sizes, sizes, length)
+
+
+def contents(rows):
+    return [rows.pieces(r) for r in range(len(rows))]
 
 
 def test_best_fit_by_hand():
@@ -27,16 +38,16 @@ def test_best_fit_by_hand():
     assert tokens.weights.tolist() == [[1] * 4] * 3
     assert tokens.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 0, 1]]
     assert tokens.segments.tolist() == [[1] * 4, [1, 1, 1, 2], [1, 1, 2, 2]]
-    contents = packing.best_fit_contents([7, 3, 2, 4], 4)
-    assert contents == [[(0, 0, 4)], [(3, 0, 3), (2, 0, 1)], [(0, 4, 2), (1, 0, 2)]]
-    assert packing.packing_efficiency(contents, tokens) == {"packing_efficiency": 1.0, "documents_cut": 1}
+    rows = laid("best_fit", ids, 4)
+    assert contents(rows) == [[(0, 0, 4)], [(3, 0, 3), (2, 0, 1)], [(0, 4, 2), (1, 0, 2)]]
+    assert packing.packing_efficiency([rows]) == {"packing_efficiency": 1.0, "documents_cut": 1}
 
 
 @EACH
 @pytest.mark.parametrize("length", [8, 16, 64])
 def test_every_token_is_trained_exactly_once(name, length):
     """All but the first of each document, which nothing comes before: also where a document is cut."""
-    tokens = packing.DOCUMENT_PACKINGS[name][0](DOCUMENTS, length)
+    tokens = all_rows(laid(name, DOCUMENTS, length))
     trained = tokens.weights > 0
     assert sorted(tokens.targets[trained]) == sorted(i for document in DOCUMENTS for i in document[1:])
     assert (tokens.targets[trained] == tokens.inputs[trained] + 1).all()  # and after the token before it
@@ -45,8 +56,8 @@ def test_every_token_is_trained_exactly_once(name, length):
 @EACH
 @pytest.mark.parametrize("length", [8, 16, 64])
 def test_contents_say_what_the_rows_hold(name, length):
-    rows, contents = packing.DOCUMENT_PACKINGS[name]
-    tokens, held = rows(DOCUMENTS, length), contents(SIZES, length)
+    rows = laid(name, DOCUMENTS, length)
+    tokens, held = all_rows(rows), contents(rows)
     assert len(held) == len(tokens.inputs)
     for r, row in enumerate(held):
         inputs = [i for piece in row for i in DOCUMENTS[piece.document][piece.start : piece.start + piece.size]]
@@ -57,10 +68,7 @@ def test_contents_say_what_the_rows_hold(name, length):
 
 def test_best_fit_cuts_only_documents_longer_than_a_row():
     sizes = [size for size in SIZES if size > 1]
-    found = {
-        name: packing.packing_efficiency(contents(SIZES, 32), rows(DOCUMENTS, 32))
-        for name, (rows, contents) in packing.DOCUMENT_PACKINGS.items()
-    }
+    found = {name: packing.packing_efficiency([laid(name, DOCUMENTS, 32)]) for name in packing.DOCUMENT_PACKINGS}
     assert found["best_fit"]["documents_cut"] == sum(size > 33 for size in sizes)
     assert found["stream"]["documents_cut"] > found["best_fit"]["documents_cut"]
     assert 0.9 < found["best_fit"]["packing_efficiency"] <= 1 and found["stream"]["packing_efficiency"] > 0.99

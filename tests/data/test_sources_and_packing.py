@@ -29,7 +29,6 @@ def test_folder(tmp_path, caplog):
     (tmp_path / ".git" / "x.txt").write_text("hidden")
     expected = [("a.txt", "hé\nho"), ("b/a.py", "x = 1\n"), ("c.MD", "# c")]
     expected += [("d.jsonl#0001", "one"), ("d.jsonl#0003", "two")]
-    assert sources.read_documents(tmp_path) == (expected, 2)
     assert sources.load_documents(str(tmp_path)) == expected
     assert "skipped 2 files" in caplog.text
 
@@ -52,7 +51,7 @@ def test_bad_corpora(tmp_path):
 
     refused(tmp_path / "none", "no corpus at .*none: .*stdlib")
     refused("stdlib,none", "no corpus at stdlib,none: .*chitchat")
-    refused(" ", "no corpus is named")
+    refused(" ", "data.corpus names no source: give a file")
     refused(tmp_path, "no .txt .md .py .jsonl file in")
     (tmp_path / "a.bin").write_bytes(b"x")
     refused(tmp_path / "a.bin", "no .txt .md .py .jsonl file in")

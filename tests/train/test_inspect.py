@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from runs import WORDS, enter_small_world, made_dialogues
 
 from lm.core.errors import UserError
-from lm.data import packing
+from lm.data import packing, token_rows
 from lm.report import run
 from lm.runs.workdir import open_workdir
 from lm.tokenizer import train_tokenizer
@@ -268,14 +268,14 @@ def test_the_command_prints_checks_and_writes_page_and_figures(folder, tmp_path,
 
 def test_a_fault_gives_status_1(folder, monkeypatch, capsys):
     """A packer that forgets the weight of every end token."""
-    packed = packing.packed_rows_and_contents
+    rows = token_rows.SegmentRows.rows
 
-    def forgetful(examples, length):
-        tokens, *rest = packed(examples, length)
+    def forgetful(self, numbers):
+        tokens = rows(self, numbers)
         last = np.diff(tokens.weights, axis=1, append=0) < 0  # where a trained stretch ends
-        return tokens.replace(weights=np.where(last, 0, tokens.weights).astype(np.float32)), *rest
+        return tokens.replace(weights=np.where(last, 0, tokens.weights).astype(np.float32))
 
-    monkeypatch.setattr(packing, "packed_rows_and_contents", forgetful)
+    monkeypatch.setattr(token_rows.SegmentRows, "rows", forgetful)
     with pytest.raises(SystemExit) as stopped:
         inspect.program([f"--config={write_config(folder, 'sft')}", "--rows=0"])
     assert stopped.value.code == 1

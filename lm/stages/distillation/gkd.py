@@ -11,7 +11,8 @@ Ours differs: each token of a batch counts once (the paper: each answer); studen
 temperature at which the student writes.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,12 +21,12 @@ import optax
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Metrics, metric_values
 from lm.core.types import Array, Tokens
-from lm.data import batches as rows_to_batches, conversations, sources as corpora
 from lm.data.origins import RowOrigin
-from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.prompt_sources import prompt_sources
+from lm.data.prompts import Prompts, prompts_at
 from lm.model import Model
 from lm.optim.update import Update, gradient
-from lm.stages.context import Batches, StageContext
+from lm.stages.context import Batches, HeldOutPart, StageContext
 from lm.stages.distillation.teacher_divergence import distillation_loss, divergence_from_teacher
 from lm.stages.pretraining import conversation_batches
 from lm.stages.rl.multi_turn import rollout_rows
@@ -75,7 +76,7 @@ def make(
 def batches(
     context: StageContext,
     *,
-    sources: str = "chitchat",
+    sources: str | Sequence[Mapping[str, Any]] = "chitchat",
     turns: int = 3,
     prompt_length: int = 64,
     max_new: int = 32,
@@ -84,11 +85,13 @@ def batches(
     temperature: float = 1.0,
     length: int = 256,
     batch_size: int = 32,
+    source_temperature: float = 1.0,
     held_out: float = 0.02,
     held_out_rollouts: int = 128,
 ) -> Batches:
     """`rollouts` answers of the current student to prompts from `sources`, or `batch_size` rows of conversations.
 
+    `sources` and `source_temperature`: as in stage sft. Schedules go by the batch's number, whichever of the two it is.
     A coin of weight `on_policy`, a function of (seed, i), says which of the two batch i is. A prompt holds the last
     `turns` messages; one of more than `prompt_length` tokens, or that came before, is left out and counted. The rows
     are those of stage distill, of `length` tokens and excerpts that have room for a prompt and its reply.
@@ -100,15 +103,26 @@ def batches(
         raise UserError(f"data.on_policy_fraction is {on_policy_fraction}; it is a share of batches, from 0 to 1")
     even = turns + turns % 2
     people = conversation_batches.batches(
-        context, sources=sources, turns=even, length=length, batch_size=batch_size, held_out=held_out
+        context,
+        sources=sources,
+        turns=even,
+        length=length,
+        batch_size=batch_size,
+        source_temperature=source_temperature,
+        held_out=held_out,
     )
-    contexts = conversations.repeated_prompt_contexts(conversations.load_conversations(sources), turns=turns)
-    distinct = conversations.distinct_conversations(contexts)
-    (train, skipped), (unseen, more) = (
-        prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)
+    found = prompt_sources(
+        tokenizer,
+        sources,
+        turns=turns,
+        prompt_length=prompt_length,
+        held_out=held_out,
+        batch_size=rollouts,
+        seed=context.seed,
+        temperature=source_temperature,
     )
+    train, unseen, order = found.train, found.held_out, found.drawn
     answered = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts)
-    order = rows_to_batches.batch_function(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
     run = context.jit(
         lambda lm, prompts, lengths, key, temperature: rollout_rows(
             model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stop_ids
@@ -124,7 +138,7 @@ def batches(
         coin = jax.random.fold_in(jax.random.fold_in(state.key, ON_POLICY_KEY), i)
         return bool(jax.random.bernoulli(coin, on_policy_fraction))
 
-    student_origins = prompt_origins(train, distinct, [name.strip() for name in sources.split(",")], writer="student")
+    student_origins = prompt_origins(train, found.distinct, found.names, writer="student")
 
     def row_origins(state, batch, i: int) -> list[RowOrigin]:
         if is_student_written(state, i):
@@ -144,19 +158,16 @@ def batches(
         for rows in people.held_out(state):
             yield HeldOutRows(rows, np.zeros(batch_size, np.float32))
 
-    asked = {
-        "prompts": len(train.ids),
-        "held_out_prompts": len(unseen.ids),
-        "skipped_prompts": skipped,
-        "held_out_skipped_prompts": more,
-        "repeated_prompts": len(contexts) - len(distinct),
-    }
-    rule = prompt_truncation(sources, turns=turns, prompt_length=prompt_length, max_new=max_new)
+    of_prompts = {"skipped", "held_out_skipped", "repeated"}
+    asked = {f"{name}_prompts" if name in of_prompts else name: count for name, count in found.counts.items()}
+    student_part = HeldOutPart("", "", answered // rollouts, {})
+    rule = prompt_truncation(",".join(found.names), turns=turns, prompt_length=prompt_length, max_new=max_new)
     return Batches(
         train_batch,
         held_out_batches,
         {**people.dataset_info, **asked},
         row_origins=row_origins,
+        held_out_parts=[student_part, *people.held_out_parts] if people.held_out_parts else (),
         truncation=f"{people.truncation}; {rule}",
     )
 

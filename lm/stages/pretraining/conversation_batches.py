@@ -1,66 +1,72 @@
 """Conversations as batches: rows in which the assistant's replies are trained and all else is context."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Tokens
-from lm.data import batches as rows_to_batches, packing, sources as corpora
-from lm.data.conversations import Conversation, conversation_excerpts, excerpt_places, load_conversations
-from lm.data.origins import SegmentOrigin, drawn_origins, source_of
-from lm.stages.context import Batches, StageContext
-from lm.tokenizer import Tokenizer, encode_chats as templated
+from lm.data import batches as rows_to_batches
+from lm.data.conversations import CONVERSATION_KINDS, Conversation, conversation_excerpts
+from lm.data.mixture import parse_sources
+from lm.data.packing import packed_rows
+from lm.data.source_rows import mixture_origins, packed_conversations, source_order
+from lm.data.token_rows import mixed_rows, padded_batches
+from lm.data.tokenized_sources import tokenized_conversations
+from lm.stages.context import Batches, HeldOutPart, StageContext
+from lm.tokenizer import Tokenizer, encode_chats
 
 
 def batches(
     context: StageContext,
     *,
-    sources: str = "chitchat,docstrings",
+    sources: str | Sequence[Mapping[str, Any]] = "chitchat,docstrings",
     turns: int = 4,
     length: int = 256,
     batch_size: int = 32,
     ramp: rows_to_batches.BatchSizeRamp = (),
+    source_temperature: float = 1.0,
     held_out: float = 0.02,
 ) -> Batches:
-    """Rows of `length` tokens of conversations from `sources` (see data.chats), cut into excerpts of `turns` messages.
+    """Rows of `length` tokens of conversations from `sources`, cut into excerpts of `turns` messages.
 
-    The same documents are held out as in pretraining; an excerpt longer than a row, or in which nothing is trained, is
-    left out and counted. A `ramp` begins with other batches, as in stage pretrain.
+    `sources`: text (see data.conversations), or a list of {source, weight, kind, epochs} that are mixed row by row (see
+    data.mixture); where none has a weight, by size^(1/`source_temperature`). The same documents are held out as in
+    pretraining; an excerpt longer than a row, or in which nothing is trained, is left out and counted. A `ramp` begins
+    with other batches, as in stage pretrain.
     """
     context.check_length(length)
     check_at_least(2, "data", turns=turns)
     if turns % 2:
         raise UserError(f"data.turns is {turns}; it must be even, or every other excerpt would open with the assistant")
-    train, unseen = corpora.split_held_out(load_conversations(sources), held_out)
-    excerpts = conversation_excerpts(train, turns=turns)
-    examples = templated(context.tokenizer, [excerpt.messages for excerpt in excerpts])
-    train_rows, left_out, contents = packing.packed_rows_and_contents(examples, length)
-    unseen_rows, more = conversation_rows(context.tokenizer, unseen, turns, length)
-    batch = rows_to_batches.batch_function(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
+    mixture = parse_sources(sources, CONVERSATION_KINDS)
+    tokenized = tokenized_conversations(context.tokenizer, mixture, held_out, turns=turns)
+    train = [packed_conversations(source, source.train, length) for source in tokenized]
+    unseen = [
+        (source, *packed_conversations(source, source.held_out, length)) for source in tokenized if len(source.held_out)
+    ]
+    rows = [each for each, _ in train]
+    drawn = source_order(
+        tokenized, rows, temperature=source_temperature, batch_size=batch_size, seed=context.seed, ramp=ramp
+    )
     about = {
         "length": length,
-        "conversations": len(train),
-        "rows": len(train_rows.inputs),
-        "tokens": int((train_rows.segments > 0).sum()),
-        "trained_tokens": int(train_rows.weights.sum()),
-        **left_out,
-        "held_out_conversations": len(unseen),
-        **{f"held_out_{name}": count for name, count in more.items()},
+        "conversations": sum(len(source.train) for source in tokenized),
+        "rows": sum(map(len, rows)),
+        "tokens": sum(each.filled for each in rows),
+        "trained_tokens": sum(each.trained for each in rows),
+        **_summed_counts([counts for _, counts in train]),
+        "held_out_conversations": sum(len(source.held_out) for source in tokenized),
+        **{f"held_out_{name}": n for name, n in _summed_counts([counts for _, _, counts in unseen]).items()},
     }
-    drawn = rows_to_batches.drawn_rows(len(train_rows.inputs), batch_size=batch_size, seed=context.seed, ramp=ramp)
-    named = [name.strip() for name in sources.split(",")]
-    places, sizes = excerpt_places(train, turns=turns), [len(example.ids) for example in examples]
-
-    def segment_origin(i: int) -> SegmentOrigin:
-        document, start = places[i]
-        name = train[document].name
-        return SegmentOrigin(name, source_of(name, named), document=document, start=start, size=sizes[i])
-
+    parts = [HeldOutPart(source.label, source.source.kind, -(-len(own) // batch_size), {}) for source, own, _ in unseen]
+    rule = f"excerpts of {turns} messages, one longer than {length + 1} tokens left out"
     return Batches(
-        lambda state, i: batch(i),
-        lambda state: rows_to_batches.sequential_batches(unseen_rows, batch_size),
+        lambda state, i: mixed_rows(rows, drawn(i)),
+        lambda state: (batch for _, own, _ in unseen for batch in padded_batches(own, batch_size)),
         about,
-        row_origins=lambda state, batch, i: drawn_origins(drawn(i), contents, segment_origin, writer="people"),
-        truncation=f"{sources}: excerpts of {turns} messages, one longer than {length + 1} tokens left out",
+        row_origins=lambda state, batch, i: mixture_origins(tokenized, rows, drawn(i), writer="people"),
+        held_out_parts=parts if len(tokenized) > 1 else (),
+        truncation="; ".join(f"{source.source.source}: {rule}" for source in tokenized),
     )
 
 
@@ -69,4 +75,9 @@ def conversation_rows(
 ) -> tuple[Tokens, dict[str, int]]:
     """Excerpts packed into rows, and how many were left out."""
     excerpts = conversation_excerpts(conversations, turns=turns)
-    return packing.packed_rows(templated(tokenizer, [excerpt.messages for excerpt in excerpts]), length)
+    return packed_rows(encode_chats(tokenizer, [excerpt.messages for excerpt in excerpts]), length)
+
+
+def _summed_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Name by name; all have the same."""
+    return {name: sum(each[name] for each in counts) for name in counts[0]}

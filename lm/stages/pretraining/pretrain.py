@@ -7,25 +7,23 @@ Radford et al. 2019; packing as Krell et al. 2021, arXiv 2107.02027.
 
 import lzma
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import optax
 
 from lm.core.metrics import Metrics, metric_values
-from lm.data import batches as rows_to_batches, sources as corpora
-from lm.data.origins import SegmentOrigin, drawn_origins, source_of
-from lm.data.packing import (
-    DOCUMENT_PACKINGS,
-    PACKING_RULES,
-    DocumentPiece,
-    Packing,
-    check_packing,
-    document_rows,
-    encoded_documents,
-    packing_efficiency,
-)
+from lm.data import batches as rows_to_batches
+from lm.data.mixture import parse_sources
+from lm.data.packing import PACKING_RULES, Packing, check_packing, packing_efficiency
+from lm.data.source_rows import mixture_origins, source_order, text_rows
+from lm.data.sources import BUILT_IN_KINDS
+from lm.data.token_rows import TokenRows, mixed_rows, padded_batches
+from lm.data.tokenized_sources import TokenizedSource, documents_text, documents_within_bytes, tokenized_texts
 from lm.model import Model
 from lm.optim.update import Update
-from lm.stages.context import Batches, StageContext
+from lm.stages.context import Batches, HeldOutPart, StageContext
 from lm.stages.pretraining.next_token import next_token_update
 from lm.stages.stage import Stage
 
@@ -53,58 +51,77 @@ def make(
 def batches(
     context: StageContext,
     *,
-    corpus: str = "stdlib,chitchat",
+    corpus: str | Sequence[Mapping[str, Any]] = "stdlib,chitchat",
     length: int = 256,
     batch_size: int = 32,
     ramp: rows_to_batches.BatchSizeRamp = (),
     packing: Packing = "stream",
+    source_temperature: float = 1.0,
     held_out: float = 0.02,
     held_out_bytes: int = 400_000,
 ) -> Batches:
-    """Rows of `length` tokens from `corpus` (see data.corpus); a fraction `held_out` of its documents is never trained.
+    """Rows of `length` tokens from `corpus`; a fraction `held_out` of its documents is never trained.
+
+    `corpus`: text (see data.sources), or a list of {source, weight, kind, epochs} that are mixed row by row (see
+    data.mixture); where none has a weight, by size^(1/`source_temperature`).
 
     `packing` "stream" lays documents end to end and cuts them every `length` tokens, which wastes no position;
     "best_fit" cuts only documents that are longer than a row (see data.packing). Held-out documents are laid as a
     stream either way, so that scores compare.
 
     A ramp of pairs (step, rows) begins with other batches: ((100, 4), (200, 8)) takes 4 rows before step 100, 8 before
-    step 200, and `batch_size` from there on. The held-out score uses whole held-out documents up to `held_out_bytes`,
-    in a seeded order; those beyond are counted as skipped.
+    step 200, and `batch_size` from there on. The held-out score uses whole held-out documents up to `held_out_bytes`
+    of each source, in a seeded order; those beyond are counted as skipped.
     """
     context.check_length(length)
-    train, unseen = corpora.split_held_out(corpora.load_documents(corpus), held_out)
-    scored = corpora.documents_within_bytes(unseen, held_out_bytes)
     check_packing(packing)
-    lay_rows, row_contents = DOCUMENT_PACKINGS[packing]
-    ids = encoded_documents(context.tokenizer, [document.text for document in train])
-    train_rows, contents = lay_rows(ids, length), row_contents([len(each) for each in ids], length)
-    unseen_rows = document_rows(context.tokenizer, [document.text for document in scored], length)
-    batch = rows_to_batches.batch_function(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
+    mixture = parse_sources(corpus, BUILT_IN_KINDS, option="data.corpus")
+    sources = tokenized_texts(context.tokenizer, mixture, held_out)
+    train_rows = [text_rows(source, source.train, length, packing) for source in sources]
+    drawn = source_order(
+        sources, train_rows, temperature=source_temperature, batch_size=batch_size, seed=context.seed, ramp=ramp
+    )
+    parts = [held_out_part(source, length, batch_size, held_out_bytes) for source in sources if len(source.held_out)]
+    text = "".join(documents_text(context.tokenizer, part.source, part.documents) for part in parts).encode()
     about = {
         "length": length,
-        "documents": len(train),
-        "rows": len(train_rows.inputs),
-        "tokens": int(train_rows.weights.sum()),
-        **packing_efficiency(contents, train_rows),
-        "held_out_documents": len(scored),
-        "held_out_skipped": len(unseen) - len(scored),
-        "held_out_bytes": len(text := "".join(document.text for document in scored).encode()),
+        "documents": sum(len(source.train) for source in sources),
+        "rows": sum(map(len, train_rows)),
+        "tokens": sum(rows.trained for rows in train_rows),
+        **packing_efficiency(train_rows),
+        "held_out_documents": sum(len(part.documents) for part in parts),
+        "held_out_skipped": sum(len(part.source.held_out) - len(part.documents) for part in parts),
+        "held_out_bytes": sum(part.bytes for part in parts),
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
     }
-    drawn = rows_to_batches.drawn_rows(len(train_rows.inputs), batch_size=batch_size, seed=context.seed, ramp=ramp)
-    sizes, sources = [len(each) for each in ids], [name.strip() for name in corpus.split(",")]
-
-    def segment_origin(piece: DocumentPiece) -> SegmentOrigin:
-        name, place = train[piece.document].name, piece.document
-        return SegmentOrigin(name, source_of(name, sources), document=place, start=piece.start, size=sizes[place])
-
     return Batches(
-        lambda state, i: batch(i),
-        lambda state: rows_to_batches.sequential_batches(unseen_rows, batch_size),
+        lambda state, i: mixed_rows(train_rows, drawn(i)),
+        lambda state: (batch for part in parts for batch in padded_batches(part.rows, batch_size)),
         about,
-        row_origins=lambda state, batch, i: drawn_origins(drawn(i), contents, segment_origin),
-        truncation=f"{corpus}: {PACKING_RULES[packing].format(length=length)}",
+        row_origins=lambda state, batch, i: mixture_origins(sources, train_rows, drawn(i)),
+        held_out_parts=[part.described(batch_size) for part in parts] if len(sources) > 1 else (),
+        truncation="; ".join(f"{s.source.source}: {PACKING_RULES[packing].format(length=length)}" for s in sources),
     )
+
+
+class HeldOutText(NamedTuple):
+    """The documents of a source that are scored."""
+
+    source: TokenizedSource
+    documents: np.ndarray  # i64[n]
+    rows: TokenRows
+    bytes: int  # UTF-8, of the documents
+
+    def described(self, batch_size: int) -> HeldOutPart:
+        count = -(-len(self.rows) // batch_size)
+        return HeldOutPart(self.source.label, self.source.source.kind, count, {"held_out_bytes": self.bytes})
+
+
+def held_out_part(source: TokenizedSource, length: int, batch_size: int, size: int) -> HeldOutText:
+    """As many held-out documents of a source as `size` bytes allow, in rows."""
+    documents = documents_within_bytes(source, size)
+    rows = text_rows(source, documents, length, "stream")
+    return HeldOutText(source, documents, rows, int(source.store.bytes[documents].sum()))
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:

@@ -8,10 +8,15 @@ import numpy as np
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Rollouts, Tokens, TrainState
-from lm.data import batches as rows_to_batches, conversations, packing, sources as corpora
 from lm.data.conversations import Conversation
+from lm.data.mixture import parse_sources
 from lm.data.origins import RowOrigin, SegmentOrigin, source_of
-from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.prompt_sources import prompt_sources
+from lm.data.prompts import Prompts, prompts_at
+from lm.data.source_rows import source_order, text_rows
+from lm.data.sources import BUILT_IN_KINDS
+from lm.data.token_rows import mixed_rows
+from lm.data.tokenized_sources import TokenizedSource, tokenized_texts
 from lm.generate.sampler import check_sampling
 from lm.losses.advantages import overlong_penalty
 from lm.model import Model
@@ -41,7 +46,7 @@ def batches(
     rewards: Mapping[str, float] = REWARD_MODEL_ONLY,
     pessimism: float = 0.0,
     rater: str = "",
-    sources: str = "chitchat",
+    sources: str | Sequence[Mapping[str, Any]] = "chitchat",
     turns: int = 3,
     prompt_length: int = 64,
     max_new: int = 32,
@@ -54,12 +59,16 @@ def batches(
     environment: str = "",
     exchanges: int = 2,
     reply_length: int = 16,
-    corpus: str = "",
+    corpus: str | Sequence[Mapping[str, Any]] = "",
     text_length: int = 128,
+    source_temperature: float = 1.0,
     held_out: float = 0.02,
     held_out_rollouts: int = 128,
 ) -> Batches:
     """`rollouts` answers of the current policy, `group` to each prompt from `sources`, and what they are worth.
+
+    `sources` and `corpus`: text, or lists of {source, weight, kind, epochs} that are mixed prompt by prompt and row by
+    row (see data.mixture); where none of a list has a weight, by size^(1/`source_temperature`).
 
     The reward is a sum of `rewards`, by name and weight: "model" is the reward model of the workdir `reward_model` (of
     several, with commas between them: their mean less `pessimism` standard deviations), the others are lm.rewards';
@@ -105,23 +114,22 @@ def batches(
             total = total + np.asarray(overlong_penalty(found.lengths, limit=longest, buffer=overlong_buffer))
         return Rollouts(found.tokens, np.float32(total), scores, found.stopped, found.logprobs, group=group)
 
-    contexts = conversations.repeated_prompt_contexts(conversations.load_conversations(sources), turns=turns)
-    distinct = conversations.distinct_conversations(contexts)
-    (train, skipped), (unseen, more) = (
-        prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)
-    )
     prompts = rollouts // group
+    found = prompt_sources(
+        tokenizer,
+        sources,
+        turns=turns,
+        prompt_length=prompt_length,
+        held_out=held_out,
+        batch_size=prompts,
+        seed=context.seed,
+        temperature=source_temperature,
+        draws_per_step=resample_rounds + 1,
+    )
+    train, unseen, order = found.train, found.held_out, found.drawn
     asked = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts, group=group)
-    order = rows_to_batches.batch_function(np.arange(len(train.ids)), batch_size=prompts, seed=context.seed)
-    text, unseen_text = text_batches(context, corpus, text_length, rollouts, held_out)
-    about = {
-        "length": length,
-        "prompts": len(train.ids),
-        "held_out_prompts": len(unseen.ids),
-        "skipped": skipped,
-        "held_out_skipped": more,
-        "repeated": len(contexts) - len(distinct),
-    }
+    text, unseen_text = text_batches(context, corpus, text_length, rollouts, held_out, source_temperature)
+    about = {"length": length, **found.counts}
 
     def held_out_batches(state):
         for start in range(0, asked, prompts):
@@ -141,14 +149,14 @@ def batches(
             batch = batch.replace(row_metrics={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
         return batch.replace(text_tokens=text(i))
 
-    origins = prompt_origins(train, distinct, [name.strip() for name in sources.split(",")], writer="policy")
+    origins = prompt_origins(train, found.distinct, found.names, writer="policy")
     return Batches(
         train_batch,
         held_out_batches,
         about,
         rollout_table(context, temperature),
         row_origins=lambda state, batch, i: origins(batch.tokens),
-        truncation=prompt_truncation(sources, turns=turns, prompt_length=prompt_length, max_new=max_new),
+        truncation=prompt_truncation(",".join(found.names), turns=turns, prompt_length=prompt_length, max_new=max_new),
     )
 
 
@@ -295,21 +303,29 @@ TextBatches = Callable[[int], Tokens | None]
 
 
 def text_batches(
-    context: StageContext, corpus: str, length: int, rows: int, held_out: float
+    context: StageContext,
+    corpus: str | Sequence[Mapping[str, Any]],
+    length: int,
+    rows: int,
+    held_out: float,
+    temperature: float = 1.0,
 ) -> tuple[TextBatches, TextBatches]:
     """i -> that many rows of text, for training and held out, split as in pretraining; None without a corpus."""
     if not corpus:
         return (lambda i: None), (lambda i: None)
     context.check_length(length)
-    train, unseen = (
-        rows_to_batches.batch_function(
-            packing.document_rows(context.tokenizer, [document.text for document in side], length),
-            batch_size=rows,
-            seed=context.seed,
-        )
-        for side in corpora.split_held_out(corpora.load_documents(corpus), held_out)
+    sources = tokenized_texts(context.tokenizer, parse_sources(corpus, BUILT_IN_KINDS, option="data.corpus"), held_out)
+
+    def drawn_from(sources: Sequence[TokenizedSource], documents: Sequence[np.ndarray]) -> TextBatches:
+        own = [text_rows(*each, length, "stream") for each in zip(sources, documents)]
+        drawn = source_order(sources, own, temperature=temperature, batch_size=rows, seed=context.seed)
+        return lambda i: mixed_rows(own, drawn(i))
+
+    unseen = [source for source in sources if len(source.held_out)]
+    return (
+        drawn_from(sources, [source.train for source in sources]),
+        drawn_from(unseen, [source.held_out for source in unseen]),
     )
-    return train, unseen
 
 
 def rollout_table(
