@@ -55,7 +55,8 @@ def segment_lengths(tokens: Tokens, ids: TokenIds, origins: Sequence[RowOrigin] 
     answers: dict[tuple[int, int], list[int]] = {}
     for answer in found_answers(tokens, ids):
         segment = int(tokens.segments[answer.row, answer.begin])
-        answers.setdefault((answer.row, segment), []).append(answer.end + 1 - answer.begin)
+        ghost = not answer.is_ended and tokens.weights[answer.row, answer.end] == 0  # nothing follows a cut answer
+        answers.setdefault((answer.row, segment), []).append(answer.end + 1 - answer.begin - ghost)
     found = []
     for row, begin, end in segment_ranges(tokens):
         segment = int(tokens.segments[row, begin])

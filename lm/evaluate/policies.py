@@ -47,8 +47,8 @@ def held_out_prompts(
 ) -> HeldOutPrompts:
     """Prompts of held-out conversations, some of each, drawn by a hash among those of at most `prompt_length` tokens.
 
-    `conversations`: how many of them; 0: all. `held_out_from` > 0 leaves out those that a smaller `held_out` would hold out
-    already: settings can be chosen on the one part and judged on the other.
+    `conversations`: how many of them; 0: all. `held_out_from` > 0 leaves out those that a smaller `held_out` would
+    hold out already: settings can be chosen on the one part and judged on the other.
     """
     check_at_least(1, "prompts", turns=turns, prompts_per_conversation=prompts_per_conversation)
     check_at_least(0, "prompts", conversations=conversations)

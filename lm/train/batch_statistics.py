@@ -13,7 +13,7 @@ from lm.runs.html import SERIES_COLORS, TEXT_COLOR, png_figure
 LENGTHS_FIGURE, SHARES_FIGURE = "lengths.png", "shares.png"
 HISTOGRAM_BINS = 30
 MAX_SERIES = len(SERIES_COLORS)  # sources told apart in a histogram, those with the most tokens
-COLUMNS = ("", "segments", "tokens", "trained", "median", "95 %", "answer", "95 %")
+COLUMNS = ("", "segments", "tokens", "trained", "document", "95 %", "answer", "95 %")
 
 
 def write_statistics(lengths: Sequence[SegmentLength], folder: str | Path, *, padding: float) -> list[Path]:
@@ -22,7 +22,7 @@ def write_statistics(lengths: Sequence[SegmentLength], folder: str | Path, *, pa
     if not by_source:
         raise UserError("the batches hold no tokens: there is nothing to count")
     has_kinds = set(by_kind) != {UNKNOWN}
-    print_summaries("tokens by source", by_source)
+    print_summaries("tokens by source, and of a document (or conversation) and an answer: median, 95 %", by_source)
     if has_kinds:
         print_summaries("tokens by kind", by_kind)
     folder = Path(folder)
@@ -47,7 +47,7 @@ def kind_name(length: SegmentLength) -> str:
 
 
 def print_summaries(title: str, found: Mapping[str, LengthSummary]) -> None:
-    """A line for each source or kind; medians and 95 % are tokens a document or conversation, then an answer."""
+    """A line for each source or kind."""
     print_table(
         title,
         COLUMNS,
@@ -101,7 +101,7 @@ def shares_figure(groups: Mapping[str, Mapping[str, LengthSummary]], padding: fl
                 ax.text(s.tokens, place, f" {s.trained_share:.0%} trained", va="center", fontsize=8)
             ax.set_yticks(places, list(found))
             ax.invert_yaxis()
-            ax.margins(x=0.25)
+            ax.set_xlim(0, 1.3 * tokens.max())
             ax.grid(visible=False, axis="y")
             ax.grid(visible=True, axis="x")
             ax.set_xlabel(f"tokens by {title}; padding {padding:.1%} of all positions")

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from lm.core.types import RankedAnswers, Rollouts, Tokens
 from lm.data import batch_checks, length_statistics, packing
@@ -21,6 +22,7 @@ from lm.data.inspect import (
 from lm.data.origins import RowOrigin, SegmentOrigin
 from lm.data.token_rows import all_rows
 from lm.tokenizer import TokenizedExample, encode_chat, train_tokenizer
+from lm.tokenizer.huggingface import tokenizer_from_parts
 
 USER, ASSISTANT, END, BOS, EOS = 4, 5, 6, 2, 3
 IDS = TokenIds(60, (END, EOS), EOS, (ASSISTANT,))
@@ -259,6 +261,34 @@ TALK = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "cont
 def test_the_marker_of_a_template(tokenizer):
     assert assistant_marker(tokenizer) == (tokenizer.role_ids["assistant"],)
     assert token_ids(tokenizer).stop == tokenizer.stop_ids
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_of_others():
+    """ChatML: the marker is several ids, and after the end token stands a line's end, which is not trained."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, special_tokens=special, initial_alphabet=alphabet)
+    made.train_from_iterator(["How are you? I am fine."] * 9, trainer)
+    tokenizer = tokenizer_from_parts(
+        tokenizer_json=made.to_str(), chat_template=CHATML, special_tokens=special, stop_ids=(0,)
+    )
+    ids = token_ids(tokenizer)
+    assert "".join(tokenizer.pieces(ids.marker)) == "\n<|im_start|>assistant\n" and ids.stop == (2, 0)
+    tokens, _ = packing.packed_rows([encode_chat(tokenizer, TALK + TALK), encode_chat(tokenizer, TALK)], 160)
+    checks = {check.name: check for check in batch_checks.batch_checks(tokens, ids)}
+    assert checks["every assistant end token trained"].count == 3 and not any(c.faults for c in checks.values())
+    forgetful = tokens.replace(weights=np.where(tokens.targets == 2, 0, tokens.weights))
+    found = {check.name: check.faults for check in batch_checks.batch_checks(forgetful, ids)}
+    assert {name for name, faults in found.items() if faults} == {"every assistant end token trained"}
 
 
 def test_a_row_is_shown_as_it_is_trained(tokenizer):

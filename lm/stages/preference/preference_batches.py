@@ -101,8 +101,8 @@ def batches(
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,
         limit=limit,
-        truncation=f"a conversation longer than {length + 1} tokens loses its prompt's beginning, and is left out where "
-        "its answer alone is longer",
+        truncation=f"of a conversation longer than {length + 1} tokens the prompt loses its beginning, and the "
+        "answer is left out if it is longer by itself",
     )
 
 

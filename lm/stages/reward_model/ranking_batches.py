@@ -177,8 +177,8 @@ def batches(
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,
         limit=limit,
-        truncation=f"a conversation longer than {length - 1} tokens loses its prompt's beginning, then its answer's end "
-        "but for the end token",
+        truncation=f"of a conversation longer than {length} tokens the prompt loses its beginning, down to half a row, "
+        "then the answer what stands before its end token",
     )
 
 
