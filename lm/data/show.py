@@ -3,8 +3,8 @@
     python -m lm data conversations.jsonl
     python -m lm data 'prompts/*.parquet' --columns=prompt=question,answer=gold --tokenizer=runs/quickstart/tokenizer
 
-A source is a file, a folder, a glob or hf:NAME (lm.data.files); its formats are those of lm.data.formats. The exit status
-is 1 if a row would be refused.
+A source is a file, a folder, a glob or hf:NAME (lm.data.files); its formats are those of lm.data.formats. The exit
+status is 1 if a row would be refused.
 """
 
 import sys

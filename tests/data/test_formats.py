@@ -21,6 +21,8 @@ WORSE = {**ASSISTANT, "content": "b"}
 PARTS = {"role": "user", "content": [{"type": "text", "text": "Hi?"}]}
 VERL = {"style": "rule", "ground_truth": "7"}
 RATED = [{"response": text, "overall_score": score} for text, score in (("a", 5.0), ("b", 7.5), ("c", 5.0))]
+SCORES = {"score_chosen": 8.0, "score_rejected": 4.6}
+WITH_INPUT = [{"role": "user", "content": "Hi?\n\n1"}, ASSISTANT]
 SAID = {"name": "n", "rater": "ann", "time": "2024-05-01"}
 
 
@@ -42,7 +44,7 @@ def row(fields, **columns):
         ({"conversations": [HUMAN, GPT]}, "ShareGPT conversation", TURNS),
         ({"system": "Be brief.", "conversations": [HUMAN, GPT]}, "ShareGPT conversation", [SYSTEM, *TURNS]),
         ({"instruction": "Hi?", "input": "", "output": "Hello."}, "Alpaca conversation", TURNS),
-        ({"instruction": "Hi?", "input": "1", "output": "Hello."}, "Alpaca conversation", [{"role": "user", "content": "Hi?\n\n1"}, ASSISTANT]),
+        ({"instruction": "Hi?", "input": "1", "output": "Hello."}, "Alpaca conversation", WITH_INPUT),
         ({"prompt": "Hi?", "answer": "7", "tests": ["a"]}, "prompt", [USER]),
         ({"messages": [SYSTEM, USER], "ground_truth": "7"}, "prompt", [SYSTEM, USER]),
         ({"data_source": "d", "prompt": [USER], "ability": "m", "reward_model": VERL}, "prompt", [USER]),
@@ -69,7 +71,7 @@ def test_a_prompt_keeps_its_other_fields_for_the_reward():
         ({"prompt": "Hi?", "chosen": "a", "rejected": "b"}, [USER], ["a", "b"], [1, 2]),
         ({"prompt": [USER], "chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]}, [USER], ["Hello.", "b"], [1, 2]),
         ({"chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]}, [USER], ["Hello.", "b"], [1, 2]),
-        ({"prompt": "Hi?", "chosen": "a", "rejected": "b", "score_chosen": 8.0, "score_rejected": 4.6}, [USER], ["a", "b"], [1, 4]),
+        ({"prompt": "Hi?", "chosen": "a", "rejected": "b", **SCORES}, [USER], ["a", "b"], [1, 4]),
         ({"prompt": "Hi?", "chosen": "a", "rejected": "b", "margin": 0.2}, [USER], ["a", "b"], [1, 2]),
         ({"instruction": "Hi?", "completions": RATED}, [USER], ["a", "b", "c"], [2, 1, 2]),
         ({"prompt": [USER], "responses": ["a", "b"], "ranking": [2, 1], **SAID}, [USER], ["a", "b"], [2, 1]),
