@@ -190,8 +190,9 @@ def test_a_metric_that_nobody_logs_stops_the_sweep(file, tmp_path):
         swept(file, tmp_path / "t", "--grid", "fate=silent")
 
 
-def started(file: str, folder: Path, *flags: str, patch: str = "") -> subprocess.Popen:
-    """The sweep in a process of its own, with the stand-in. patch: a statement to run before it."""
+def started(file: str, folder: Path, *flags: str, patch: str = "", hold: str = "") -> subprocess.Popen:
+    """The sweep in a process of its own, with the stand-in. patch: a statement to run before it. hold: "NAME:STEP"
+    after which that trial waits to be killed."""
     code = (
         "import sys; from lm.sweep import controller; from lm.runs.console import run_program\n"
         f"of = controller.TrialGoal.of\n{patch}\n"
@@ -200,7 +201,7 @@ def started(file: str, folder: Path, *flags: str, patch: str = "") -> subprocess
         "run_program(controller.program)"
     )
     command = [sys.executable, "-c", code, f"--config={file}", f"--workdir={folder}", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOLD": hold}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -214,10 +215,10 @@ def until(condition, seconds: float = 60.0) -> None:
 
 
 def test_after_a_kill_it_goes_on_where_it_was(file, tmp_path):
-    flags = ["--grid", "rate=0.01,0.1", "--config.train.steps=60", "--config.pause=0.05"]
-    process = started(file, tmp_path / "s", *flags)
+    flags = ["--grid", "rate=0.01,0.1", "--config.train.steps=20"]
+    process = started(file, tmp_path / "s", *flags, hold="0001:6")
     second = tmp_path / "s" / "trials" / "0001"
-    until(lambda: len(read_metrics(second)) > 5)
+    until(lambda: len(read_metrics(second)) == 6)
     first = (tmp_path / "s" / "trials" / "0000.json").stat().st_mtime_ns
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -225,13 +226,12 @@ def test_after_a_kill_it_goes_on_where_it_was(file, tmp_path):
     assert [run["state"] for run in runs] == ["complete", "complete"]
     assert (tmp_path / "s" / "trials" / "0000.json").stat().st_mtime_ns == first
     steps = [row["step"] for row in read_metrics(second)]
-    assert steps == [*range(1, 61), 60]  # continued, not repeated
+    assert steps == [*range(1, 21), 20]  # continued, not repeated
 
 
 def test_interrupted_it_gives_its_trial_back(file, tmp_path):
-    flags = ["--grid", "rate=0.01", "--config.train.steps=400", "--config.pause=0.05"]
-    process = started(file, tmp_path / "s", *flags)
-    until(lambda: len(read_metrics(tmp_path / "s" / "trials" / "0000")) > 2)
+    process = started(file, tmp_path / "s", "--grid", "rate=0.01", hold="0000:3")
+    until(lambda: len(read_metrics(tmp_path / "s" / "trials" / "0000")) == 3)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143 and "the same command continues" in said
