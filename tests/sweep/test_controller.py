@@ -418,7 +418,7 @@ def test_a_launcher_that_is_not_installed(file, tmp_path, monkeypatch, launcher,
 
 def test_a_sweep_of_lm_train(tmp_path, tmp_path_factory, monkeypatch, capsys):
     monkeypatch.undo()
-    folder = base(tmp_path_factory.getbasetemp() / "runs")
+    folder = base(tmp_path_factory)
     flags = [f"--config.tokenizer={folder / 'run' / 'tokenizer'}", f"--config.data.corpus={folder / 'text'}"]
     (run,) = swept(f"{EXPERIMENTS / 'pretrain.py'}:tiny", tmp_path / "s", "--grid", "train.steps=3", *flags)
     workdir = tmp_path / "s" / "trials" / run["workdir"]
@@ -458,7 +458,7 @@ def test_the_study_knows_who_died(tmp_path):
 def test_workers_of_slurm_s_launcher_join_the_study(tmp_path, tmp_path_factory, monkeypatch):
     """submitit's own local cluster in the place of Slurm: two jobs, each this sweep's command."""
     monkeypatch.undo()
-    folder = base(tmp_path_factory.getbasetemp() / "runs")
+    folder = base(tmp_path_factory)
     flags = [f"--config.tokenizer={folder / 'run' / 'tokenizer'}", f"--config.data.corpus={folder / 'text'}"]
     launch = ["--launcher=slurm", "--workers=2", "--options", "cluster=local", "timeout_min=5"]
     runs = swept(f"{EXPERIMENTS / 'pretrain.py'}:tiny", tmp_path / "s", "--grid", "train.steps=3,4", *flags, *launch)
