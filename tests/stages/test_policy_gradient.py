@@ -108,7 +108,7 @@ def test_equal_rewards_move_nothing(stage, shallow, lm, rollouts):
         jax.tree.map(np.testing.assert_array_equal, moved.params, state.params)
 
 
-@some_by_default([stage for stage in GROUPED if stage is not reinforce_pp], grpo, best_of_n)
+@pytest.mark.parametrize("stage", [stage for stage in GROUPED if stage is not reinforce_pp])
 def test_a_group_of_one_is_refused(stage, shallow, lm, rollouts):
     update = stage.make(shallow, optimizer(), temperature=T)
     state = update.init(KEY, {"lm": lm}, {})
