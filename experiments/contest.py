@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "prompts_per_conversation": 1 if tiny else 3,
             "prompt_length": 32 if tiny else 64,
             "held_out": 0.1 if tuning else 0.05,
-            "after": 0.05 if tuning else 0.0,
+            "held_out_from": 0.05 if tuning else 0.0,
         }
     )
     config.evaluate = ConfigDict(
@@ -76,7 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
     rank.rater = config.get_oneway_ref("reward_model")
     rank.responses = 2
     rank.prompts = rollouts // 2
-    rank.cut_penalty = config.ppo.data.get_oneway_ref("cut_penalty")
+    rank.truncation_penalty = config.ppo.data.get_oneway_ref("truncation_penalty")
     rank.held_out = config.prompts.get_oneway_ref("held_out")
     rank.held_out_prompts = 16 if tiny else 64
     return config.lock()

@@ -21,8 +21,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "beta": 0.04,  # price of k3 to the reference, in the loss
             "clip": 0.2,
             "entropy_bonus": 0.0,
-            "correction": 0.0,  # above 0: the cap of p_trainer / p_sampler that weighs each token
-            "refresh": 0,  # batches after which the reference becomes the policy; 0: never
+            "importance_ratio_cap": 0.0,  # above 0: the cap of p_trainer / p_sampler that weighs each token
+            "refresh_reference_every": 0,  # batches after which the reference becomes the policy; 0: never
             "epochs": 1,
             "minibatch_count": 2 if arg == "tiny" else 4,
             "temperature": config.stage.get_ref("temperature"),  # of PPO: data.temperature follows it

@@ -4,7 +4,7 @@ Paper: Zheng et al. 2025, arXiv 2507.18071.
 Command: python -m lm train --config=experiments/gspo.py --workdir=runs/gspo
 Needs: runs/quickstart/sft and runs/quickstart/reward.
 Expect: held-out score/rule from 4.2 to 5.9 at a KL of 5.1 nats an answer, in 40 s on 2 cores of an AMD EPYC (Zen 4).
-Change first: stage.low, stage.high, optimizer.learning_rate.
+Change first: stage.clip_low, stage.clip_high, optimizer.learning_rate.
 """
 
 from ml_collections import ConfigDict
@@ -15,13 +15,20 @@ from lm.core.config import sibling_config
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
     config = sibling_config(__file__, "grpo").get_config(arg).unlock()
-    shared = ("entropy_bonus", "correction", "refresh", "epochs", "minibatch_count", "temperature")
+    shared = (
+        "entropy_bonus",
+        "importance_ratio_cap",
+        "refresh_reference_every",
+        "epochs",
+        "minibatch_count",
+        "temperature",
+    )
     config.stage = ConfigDict(
         {
             "name": "gspo",
             "beta": 0.04,
-            "low": 3e-4,
-            "high": 4e-4,
+            "clip_low": 3e-4,
+            "clip_high": 4e-4,
             **{name: config.stage.get_ref(name) for name in shared},
         }
     )

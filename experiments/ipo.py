@@ -16,5 +16,5 @@ from lm.core.config import sibling_config
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
     config = sibling_config(__file__, "dpo").get_config(arg).unlock()
-    config.stage = ConfigDict({"name": "ipo", "beta": 0.5, "refresh": 0})
+    config.stage = ConfigDict({"name": "ipo", "beta": 0.5, "refresh_reference_every": 0})
     return config.lock()

@@ -17,6 +17,6 @@ def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
     config = sibling_config(__file__, "dpo").get_config(arg).unlock()
     config.stage = ConfigDict(
-        {"name": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "refresh": 0}
+        {"name": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "refresh_reference_every": 0}
     )
     return config.lock()

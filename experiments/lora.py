@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = sibling_config(__file__, "sft").get_config(arg).unlock()
     tiny = arg == "tiny"
     config.model = ConfigDict(
-        {"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": "query,key,value,attention_out", "lora_base": "int8"}
+        {"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": "query,key,value,attention_out", "lora_base_dtype": "int8"}
     )
     if not tiny:
         config.init_from = "runs/smollm2"

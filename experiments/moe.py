@@ -9,7 +9,7 @@ Expect: so early, no gain: held-out bits per byte 2.919 with 1,542,912 parameter
 102,400 tokens, of which an expert sees a quarter). The mixture's training balance rises to 1.35 and ends at 1.12. Its
 steps take twice as long (91 s and 46 s, on 2 cores beside other work): on a CPU, XLA computes every expert for every
 token.
-Change first: model.experts and model.experts_per_token (model.hidden with them), stage.balance, train.steps.
+Change first: model.experts and model.experts_per_token (model.hidden with them), stage.balance_loss, train.steps.
 """
 
 from ml_collections import ConfigDict
@@ -34,8 +34,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.experts = 4 if arg == "tiny" else 8
     config.model.experts_per_token = TAKEN
     config.model.hidden = config.model.hidden // TAKEN  # of one expert
-    config.stage.balance = 0.01
-    config.stage.router_z = 0.001
+    config.stage.balance_loss = 0.01
+    config.stage.router_z_loss = 0.001
     return config.lock()
 
 
@@ -45,6 +45,6 @@ def sweep(arg: str = "") -> list[dict]:
     return zip_axes(
         axis("model.experts", model.experts, 0),
         axis("model.hidden", model.hidden, model.hidden * TAKEN),
-        axis("stage.balance", 0.01, 0.0),
-        axis("stage.router_z", 0.001, 0.0),
+        axis("stage.balance_loss", 0.01, 0.0),
+        axis("stage.router_z_loss", 0.001, 0.0),
     )

@@ -15,9 +15,14 @@ from lm.core.config import sibling_config
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
     config = sibling_config(__file__, "grpo").get_config(arg).unlock()
-    shared = ("refresh", "epochs", "minibatch_count", "temperature")
+    shared = ("refresh_reference_every", "epochs", "minibatch_count", "temperature")
     config.stage = ConfigDict(
-        {"name": "online_dpo", "beta": 0.1, "smoothing": 0.0, **{name: config.stage.get_ref(name) for name in shared}}
+        {
+            "name": "online_dpo",
+            "beta": 0.1,
+            "label_smoothing": 0.0,
+            **{name: config.stage.get_ref(name) for name in shared},
+        }
     )
     config.data.group = 2
     return config.lock()

@@ -68,7 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.ppo.init_from = config.get_oneway_ref("init_from")
     config.ppo.data.update({name: config.prompts.get_oneway_ref(name) for name in shared})
     config.ppo.data.max_new = config.evaluate.get_oneway_ref("max_new")
-    config.ppo.data.cut_penalty = 0.0  # the proxy alone is climbed
+    config.ppo.data.truncation_penalty = 0.0  # the proxy alone is climbed
     config.ppo.data.held_out_rollouts = 16 if tiny else 64  # the lab asks prompts of its own
     config.ppo.stage.beta = 0.0
     config.ppo.optimizer.learning_rate = 1e-4

@@ -31,8 +31,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "value_coefficient": 0.5,
             "text_coefficient": 0.0,  # above 0: PPO-ptx, on the text of data.corpus
             "entropy_bonus": 0.0,
-            "correction": 0.0,  # above 0: the cap of p_trainer / p_sampler that weighs each token
-            "refresh": 0,  # batches after which the reference becomes the policy; 0: never
+            "importance_ratio_cap": 0.0,  # above 0: the cap of p_trainer / p_sampler that weighs each token
+            "refresh_reference_every": 0,  # batches after which the reference becomes the policy; 0: never
             "gamma": 1.0,
             "lam": 0.95,
             "epochs": 2,
@@ -54,14 +54,14 @@ def get_config(arg: str = "") -> ConfigDict:
             "rollouts": 16 if tiny else 64,
             "group": 1,  # answers to each prompt
             "overlong_buffer": 0,  # tokens before max_new in which an answer begins to pay for its length
-            "resample": 0,  # rounds of further prompts in place of those whose answers are all worth the same
+            "resample_rounds": 0,  # rounds of further prompts in place of those whose answers are all worth the same
             "environment": "",  # what replies to an answer, e.g. calculator (see experiments/tools.py)
             "exchanges": 2,
             "reply_length": 16,
             "corpus": "",
             "text_length": 64 if tiny else 128,
             "temperature": config.stage.get_oneway_ref("temperature"),  # must be equal: one distribution
-            "cut_penalty": 1.0,
+            "truncation_penalty": 1.0,
             "held_out": 0.05,
             "held_out_rollouts": 16 if tiny else 128,
         }

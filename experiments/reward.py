@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "weight_decay": 0.1,
         }
     )
-    config.stage = ConfigDict({"name": "reward", "margin": 0.0, "flipped": 0.0, "centring": 0.01})
+    config.stage = ConfigDict({"name": "reward", "margin": 0.0, "flip_probability": 0.0, "centring_coefficient": 0.01})
     config.stage.axes = config.data.axes  # must be equal: one dict, so that to set an entry of either sets both
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()

@@ -6,7 +6,7 @@ Paper: Hoffmann et al. 2022, arXiv 2203.15556; Besiroglu et al. 2024, arXiv 2404
 Command: python -m lm scaling --config=experiments/scaling.py --workdir=runs/scaling --jobs=2
 Expect: 25 runs in 47 minutes, the larger one in 9, on 2 cores of an AMD EPYC that others kept busy too; best size as
 C^0.56; predicted loss 2.26 [2.16, 2.41], then measured 2.24. `python -m lm train` with it trains one run.
-Change first: ladder.lowest, highest and larger (FLOPs); data.corpus; ladder.sizes.
+Change first: ladder.min_flops, max_flops and target_flops (FLOPs); data.corpus; ladder.sizes_per_budget.
 """
 
 from ml_collections import ConfigDict
@@ -45,13 +45,13 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.ladder = ConfigDict(
         {
-            "lowest": 1e9 if tiny else 4e10,
-            "highest": 4e9 if tiny else 4e12,
+            "min_flops": 1e9 if tiny else 4e10,
+            "max_flops": 4e9 if tiny else 4e12,
             "budgets": 2 if tiny else 5,
-            "sizes": 4 if tiny else 5,
-            "larger": 8e9 if tiny else 1.2e13,
+            "sizes_per_budget": 4 if tiny else 5,
+            "target_flops": 8e9 if tiny else 1.2e13,
             "tokens_per_parameter": (0.1, 8.0) if tiny else (1.5, 200.0),
-            "draws": 50 if tiny else 1000,
+            "bootstrap_draws": 50 if tiny else 1000,
         }
     )
     return config.lock()

@@ -29,7 +29,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.prompt_length = 24
     config.data.max_new = 8 if tiny else 16
     config.data.reply_length = 12
-    config.data.cut_penalty = 0.0
+    config.data.truncation_penalty = 0.0
     config.train.steps = 4 if tiny else 56
     config.optimizer.learning_rate = 5e-4
     return config.lock()

@@ -99,7 +99,7 @@ def program(argv: list[str]) -> None:
         f"--config.data.rankings={workdir / 'people.db'}",
         "--config.data.prompts_per_batch=16",
         "--config.data.held_out=0.3",
-        f"--config.stage.flipped={flags.noise}",
+        f"--config.stage.flip_probability={flags.noise}",
     )
     run("lm.report.reward_model", f"--workdir={workdir / 'reward'}")
     run(

@@ -56,7 +56,7 @@ def tiny_model() -> model.Model:
     config = model.ModelConfig(
         vocab_size=31, layers=2, width=16, heads=4, kv_heads=2, head_size=8, hidden=24, context=64, query_blocks=1
     )
-    return model.make_model(config.on("cpu"))
+    return model.make_model(config.for_backend("cpu"))
 
 
 @pytest.fixture(scope="session")

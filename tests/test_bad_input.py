@@ -127,7 +127,7 @@ def config_file(folder: Path, name: str, change: str) -> str:
             "data.reward_model={finished}/../snapshots/reward/saving",
             "saving is no finished reward model (it is reward)",
         ),
-        ("reward", "stage.flipped=0.5", "stage.flipped is 0.5; it must be in [0, 0.5)"),
+        ("reward", "stage.flip_probability=0.5", "stage.flip_probability is 0.5; it must be in [0, 0.5)"),
         ("reward", "data.limit=-1", "data.limit is -1; it must be at least 0"),
         ("ppo", "data.rewards.model=0", "data.rewards gives no reward a weight: there is nothing to learn"),
         ("ppo", "data.reward_model=", "a workdir's name is empty: give the folder of a trained stage"),
@@ -350,7 +350,7 @@ def test_init_from_with_another_tokenizer(refused, stage, finished, other, tmp_p
 
 
 def test_init_from_with_another_template(refused, stage, monkeypatch):
-    monkeypatch.setattr(tokenizer.sentencepiece.SentencePieceTokenizer, "rule", "template 2")
+    monkeypatch.setattr(tokenizer.sentencepiece.SentencePieceTokenizer, "mask_rule", "template 2")
     assert "pretrain: its checkpoint was trained with tokenizer and template" in refused(loop, *stage("sft"))
 
 

@@ -40,7 +40,7 @@ def compared(folder: Path) -> list[list[str]]:
         expected = [[int(i) for i in line.split()] for line in ids.read_text().splitlines()]
         given = texts.read_text(encoding="utf-8").split(BETWEEN)[: len(expected)]
         try:
-            found = gguf.read_gguf_tokenizer(path).encode_all(given)
+            found = gguf.read_gguf_tokenizer(path).encode_batch(given)
         except UserError as error:
             rows.append([name, str(len(expected)), str(error)])
             continue

@@ -55,7 +55,7 @@ FLAGS = {
     "prompt_tokens": dict(type=int, default=32, help="tokens of each prompt"),
     "workdir": dict(default="", metavar="DIR", help="a trained or converted model whose generation is timed too"),
     "draft": dict(default="", metavar="DIR", help="of speculation: a model that proposes to the one of --workdir"),
-    "ahead": dict(type=int, default=4, help="of speculation: tokens it proposes at a time"),
+    "draft_tokens": dict(type=int, default=4, help="of speculation: tokens it proposes at a time"),
     "peer": dict(default="", metavar="PYTHON", help="an interpreter with tests/peers.txt; torch: this one"),
     "turns": dict(type=int, default=3, help="how often the two sides take turns"),
     "steps": dict(type=int, default=3, help="steps, or generations, that count in each turn"),
@@ -67,10 +67,10 @@ POSITIONAL = {"what": dict(nargs="*", metavar="WHAT", help=f"{', '.join(BENCHMAR
 class BenchmarkCase(NamedTuple):
     """One thing to time: how to set it up, and what to make of its seconds."""
 
-    what: str
-    ours: Callable[[], TimedSteps]
+    benchmark: str
+    make_steps: Callable[[], TimedSteps]
     peer: Peer | None
-    result: Callable[[Timings], dict[str, Any]]
+    make_result: Callable[[Timings], dict[str, Any]]
 
 
 def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
@@ -86,7 +86,7 @@ def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
         models = [(name, size.config, None) for name, size in sizes.items()]
         if flags.workdir:
             given = load_trained_model(flags.workdir, backend=jax.default_backend(), warn=warn)
-            models.append((given.path.name, given.shape, given.params["lm"]))
+            models.append((given.path.name, given.model_config, given.params["lm"]))
         for name, config, lm in models:
             for dtype in dtypes:
                 for batch in parsed_counts("batches", flags.batches):
@@ -104,7 +104,9 @@ def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
         for batch in parsed_counts("batches", flags.batches):
             shape = generation.GenerationShape(batch, flags.prompt_tokens, flags.new_tokens)
             given = target, draft, speculation.held_out_prompts(target, shape), shape
-            found += [speculation_case(*given, flags.ahead, temperature) for temperature in speculation.TEMPERATURES]
+            found += [
+                speculation_case(*given, flags.draft_tokens, temperature) for temperature in speculation.TEMPERATURES
+            ]
     return found
 
 
@@ -119,11 +121,13 @@ def generation_case(name, config, lm, shape, dtype: str, peer: Peer | None, limi
 
 
 def speculation_case(
-    target: TrainedModel, draft: TrainedModel, prompts, shape, ahead: int, temperature: float
+    target: TrainedModel, draft: TrainedModel, prompts, shape, draft_tokens: int, temperature: float
 ) -> BenchmarkCase:
-    both = speculation.speculation_samplers(target, draft, prompts, shape, ahead=ahead, temperature=temperature)
+    both = speculation.speculation_samplers(
+        target, draft, prompts, shape, draft_tokens=draft_tokens, temperature=temperature
+    )
     name = f"{target.path.name} from {draft.path.name}"
-    result = lambda timed: speculation.result(name, shape, ahead, temperature, both, timed)
+    result = lambda timed: speculation.result(name, shape, draft_tokens, temperature, both, timed)
     return BenchmarkCase("speculation", lambda: speculation.timed_steps(both), None, result)
 
 
@@ -143,19 +147,19 @@ def measurements(flags) -> dict[str, Any]:
             progress.update(done, last)
 
         def looked(last: Mapping[str, float]) -> None:
-            limits.look()
+            limits.remeasure()
             after(last)
 
         for case in chosen:
             timings.append(
-                interleaved_timings(case.ours(), case.peer, turns=flags.turns, steps=flags.steps, after=looked)
+                interleaved_timings(case.make_steps(), case.peer, turns=flags.turns, steps=flags.steps, on_turn=looked)
             )
         if "startup" in flags.what:
-            found["startup"] = startup.result(startup.startup_seconds(turns=flags.turns, after=after))
+            found["startup"] = startup.result(startup.startup_seconds(turns=flags.turns, on_turn=after))
     if chosen:
         found["limits"] = dataclasses.asdict(limits)
     for case, timed in zip(chosen, timings):  # now that the limits have been looked at in every turn
-        found.setdefault(case.what, []).append(case.result(timed))
+        found.setdefault(case.benchmark, []).append(case.make_result(timed))
     return found
 
 

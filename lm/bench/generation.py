@@ -71,7 +71,7 @@ def bytes_per_step(config: ModelConfig, shape: GenerationShape, dtype: str) -> f
     """
     width = jnp.dtype(dtype).itemsize
     held = [shape.prompt + t for t in range(1, shape.new + 1)]  # tokens that a step attends to, its own among them
-    seen = sum(statistics.fmean(min(n, config.window) if local else n for n in held) for local in config.local)
+    seen = sum(statistics.fmean(min(n, config.window) if local else n for n in held) for local in config.local_layers)
     return width * (matmul_param_count(config) + shape.batch * seen * 2 * config.kv_heads * config.head_size)
 
 

@@ -14,7 +14,7 @@ class DeviceLimits:
     flops: dict[str, float] = dataclasses.field(default_factory=lambda: {"float32": 0.0, "bfloat16": 0.0})
     bandwidth: float = 0.0
 
-    def look(self) -> None:
+    def remeasure(self) -> None:
         """Small arrays on a CPU; on an accelerator those that take longer than to launch a program."""
         cpu = jax.default_backend() == "cpu"
         for dtype in self.flops:
@@ -22,7 +22,7 @@ class DeviceLimits:
             self.flops[dtype] = max(self.flops[dtype], found)
         self.bandwidth = max(self.bandwidth, memory_bandwidth(size=2**28 if cpu else 2**32, seconds=0.3))
 
-    def peak(self) -> tuple[float, str]:
+    def peak_flops_per_second(self) -> tuple[float, str]:
         """FLOP/s that one device is held against, and what that is: the maker's figure where there is one."""
         if jax.default_backend() == "cpu":
             return self.flops["float32"], "the float32 matmul ceiling"

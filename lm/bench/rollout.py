@@ -80,7 +80,7 @@ def step_flops(config: ModelConfig, shape: RolloutShape) -> float:
 
 def result(config: ModelConfig, shape: RolloutShape, timed: Timings, limits: DeviceLimits) -> dict[str, Any]:
     """Seconds of each phase, and those that the products alone take at the device's best."""
-    peak, source = limits.peak()
+    peak, source = limits.peak_flops_per_second()
     least = step_flops(config, shape) / peak
     found = timing_summary(timed, "step")
     found |= {"of_peak": least / found["ours"]["median"]["step"], "least": least}

@@ -39,7 +39,7 @@ SIZES: Mapping[str, BenchmarkSize] = {
 
 def backend_config(config: ModelConfig, dtype: str) -> ModelConfig:
     """The config as this backend computes it, in `dtype`, or in the backend's own if that is auto."""
-    return dataclasses.replace(config, dtype=dtype).on(jax.default_backend())
+    return dataclasses.replace(config, dtype=dtype).for_backend(jax.default_backend())
 
 
 def sizes_named(names: str) -> dict[str, BenchmarkSize]:

@@ -30,8 +30,8 @@ HELD_OUT_FRACTION = 0.05  # of the conversations, as in the quickstart, whose mo
 class SpeculationSamplers(NamedTuple):
     """(key) -> what is drawn for the prompts, compiled at the first call."""
 
-    plain: Callable[[Array], Completions]
-    drafted: Callable[[Array], tuple[Completions, AcceptanceCounts]]
+    without_draft: Callable[[Array], Completions]
+    with_draft: Callable[[Array], tuple[Completions, AcceptanceCounts]]
 
 
 def speculation_samplers(
@@ -40,15 +40,17 @@ def speculation_samplers(
     prompts: Prompts,
     shape: GenerationShape,
     *,
-    ahead: int,
+    draft_tokens: int,
     temperature: float,
 ) -> SpeculationSamplers:
     """Answers of at most shape.new tokens, that end where they end. UserError for a draft of another tokenizer."""
     check_same_tokenizer(target, draft)
     lm, draft_lm = (jax.device_put(trained.params["lm"]) for trained in (target, draft))
-    options = dict(max_new=shape.new, temperature=temperature, stop=target.tokenizer.stops)
+    options = dict(max_new=shape.new, temperature=temperature, stop=target.tokenizer.stop_ids)
     plain = jax.jit(functools.partial(sample, target.model, **options))
-    drafted = jax.jit(functools.partial(speculative_sample, target.model, draft.model, ahead=ahead, **options))
+    drafted = jax.jit(
+        functools.partial(speculative_sample, target.model, draft.model, draft_tokens=draft_tokens, **options)
+    )
     given = prompts.ids, prompts.lengths
     return SpeculationSamplers(functools.partial(plain, lm, *given), functools.partial(drafted, lm, draft_lm, *given))
 
@@ -72,9 +74,9 @@ def timed_steps(both: SpeculationSamplers) -> TimedSteps:
         found = []
         for i in range(count + 1):
             key, start = jax.random.key(i), time.perf_counter()
-            plain = jax.block_until_ready(both.plain(key))
+            plain = jax.block_until_ready(both.without_draft(key))
             between = time.perf_counter()
-            drafted, _ = jax.block_until_ready(both.drafted(key))
+            drafted, _ = jax.block_until_ready(both.with_draft(key))
             seconds = {"plain": between - start, "drafted": time.perf_counter() - between}
             tokens = {"plain": plain, "drafted": drafted}
             each = {f"{name}_token": seconds[name] / int(out.lengths.sum()) for name, out in tokens.items()}
@@ -85,18 +87,18 @@ def timed_steps(both: SpeculationSamplers) -> TimedSteps:
 
 
 def result(
-    name: str, shape: GenerationShape, ahead: int, temperature: float, both: SpeculationSamplers, timed: Timings
+    name: str, shape: GenerationShape, draft_tokens: int, temperature: float, both: SpeculationSamplers, timed: Timings
 ) -> dict[str, Any]:
     """Tokens a second of both; over prompts, the share of proposals accepted and the tokens a pass of the target, each
     with its interval. A prompt whose answer had no room for a proposal counts in neither."""
-    drawn, told = jax.device_get(both.drafted(jax.random.key(0)))
+    drawn, told = jax.device_get(both.with_draft(jax.random.key(0)))
     some = told.proposed > 0
     seconds = phase_seconds(timed.ours)["median"]
     by_turn = [phase_seconds([turn])["median"] for turn in timed.ours]
     return {
         "size": name,
         "temperature": temperature,
-        "ahead": ahead,
+        "draft_tokens": draft_tokens,
         **shape._asdict(),
         "per_second": {side: 1 / seconds[f"{side}_token"] for side in ("plain", "drafted")},
         "ratio": seconds["plain_token"] / seconds["drafted_token"],

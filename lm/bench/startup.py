@@ -27,7 +27,7 @@ RESTART_VARIABLES = (
 TIMEOUT_SECONDS = 600.0  # seconds after which a start has failed
 
 
-def startup_seconds(*, turns: int, after: Callable[[Mapping[str, float]], None]) -> dict[str, list[float]]:
+def startup_seconds(*, turns: int, on_turn: Callable[[Mapping[str, float]], None]) -> dict[str, list[float]]:
     """Of each cold and warm start, in turns. UserError where lm train does not come to a step."""
     found: dict[str, list[float]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
@@ -40,7 +40,7 @@ def startup_seconds(*, turns: int, after: Callable[[Mapping[str, float]], None])
         for turn in range(turns):
             for kind in found:
                 found[kind].append(first_step_seconds(root, f"{turn}-{kind}", cache=root / f"programs-{turn}"))
-            after({kind: times[-1] for kind, times in found.items()})
+            on_turn({kind: times[-1] for kind, times in found.items()})
     return found
 
 

@@ -61,7 +61,7 @@ def result(name: str, size: BenchmarkSize, dtype: str, timed: Timings, limits: D
     tokens = size.rows * size.length
     found = timing_summary(timed, "step", units=tokens)
     flops = flops_per_token(size.config, size.length) * found["per_second"]["ours"]["median"]
-    peak, source = limits.peak()
+    peak, source = limits.peak_flops_per_second()
     return {
         "size": name,
         "dtype": backend_config(size.config, dtype).dtype,

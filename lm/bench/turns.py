@@ -26,7 +26,7 @@ class Peer(NamedTuple):
     script: str
     options: Mapping[str, Any]
 
-    def steps(self, count: int) -> dict[str, Any]:
+    def run_steps(self, count: int) -> dict[str, Any]:
         """What it says after so many steps. UserError where it cannot run."""
         options = {**self.options, "threads": thread_count(), "steps": count}
         script = PEERS_DIR / self.script
@@ -56,21 +56,21 @@ class Timings(NamedTuple):
 
     ours: list[Sequence[PhaseSeconds]]
     peer: list[Sequence[PhaseSeconds]]
-    about: Mapping[str, Any]  # what the peer says of itself
+    peer_info: Mapping[str, Any]  # what the peer says of itself
 
 
 def interleaved_timings(
-    ours: TimedSteps, peer: Peer | None, *, turns: int, steps: int, after: Callable[[PhaseSeconds], None]
+    ours: TimedSteps, peer: Peer | None, *, turns: int, steps: int, on_turn: Callable[[PhaseSeconds], None]
 ) -> Timings:
     """Each side takes `steps` steps, `turns` times; `after` is told our last step after each turn."""
     mine, theirs, about = [], [], {}
     for _ in range(turns):
         mine.append(list(ours(steps)))
         if peer:
-            said = peer.steps(steps)
+            said = peer.run_steps(steps)
             theirs.append(said["seconds"])
             about = {name: said[name] for name in ("threads", "versions")}
-        after(mine[-1][-1])
+        on_turn(mine[-1][-1])
     return Timings(mine, theirs, about)
 
 
@@ -86,8 +86,8 @@ def timing_summary(timed: Timings, phase: str, *, units: int = 1) -> dict[str, A
     }
     if timed.peer:
         speed = found["per_second"]
-        found["threads"]["peer"] = timed.about["threads"]
-        found["peer_versions"] = timed.about["versions"]
+        found["threads"]["peer"] = timed.peer_info["threads"]
+        found["peer_versions"] = timed.peer_info["versions"]
         found["ratio"] = {name: speed["ours"][name] / speed["peer"][name] for name in ("median", "best")}
         found["ratio"]["each_turn"] = [
             units_per_second([theirs], phase)["median"] ** -1 * units_per_second([ours], phase)["median"]

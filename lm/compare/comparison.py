@@ -57,11 +57,11 @@ def compare_runs(
     if not 0.5 <= confidence < 1:
         raise UserError(f"--confidence={confidence:g}: give a number from 0.5 to below 1, such as 0.95")
     found = read_runs(folders)
-    metric = metric or next(iter(found.aims), DEFAULT_METRIC)
+    metric = metric or next(iter(found.directions), DEFAULT_METRIC)
     direction = direction or metric_direction(metric, found)
     check_metric(found.runs, metric)
     grouped = settings_of_runs(found.runs, ignore=ignore)
-    each = ranked_results([setting_result(one, metric, confidence=confidence) for one in grouped.all], direction)
+    each = ranked_results([setting_result(one, metric, confidence=confidence) for one in grouped.settings], direction)
     spread = pooled_spread(each)
     reference = setting_named(each, baseline) if baseline else best_result(each, direction)
     return Comparison(
@@ -74,16 +74,16 @@ def compare_runs(
         baseline is None,
         spread,
         contrasts_with_reference(
-            each, reference, direction, spread=spread, chosen=baseline is None, confidence=confidence
+            each, reference, direction, spread=spread, reference_is_best=baseline is None, confidence=confidence
         ),
-        found.absent,
+        found.missing,
     )
 
 
 def metric_direction(metric: str, found: LoadedRuns) -> str:
     """Whether less or more of a metric is better: as a sweep says, else by its name."""
-    if metric in found.aims:
-        return found.aims[metric]
+    if metric in found.directions:
+        return found.directions[metric]
     return direction_by_name(metric)
 
 
@@ -126,10 +126,12 @@ def program(argv: list[str]) -> None:
     output = Path(flags.output) if flags.output else folders[0].resolve().parent / PAGE_FILE
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output={output} cannot be written: give a file in a folder that exists")
-    for gone in told.absent[:8]:
-        warn(f"{gone.path} is {gone.state} and counted in no mean: {gone.why}")
-    if len(told.absent) > 8:
-        warn(f"and {len(told.absent) - 8} more, {dict(Counter(gone.state for gone in told.absent[8:]))}: see the page")
+    for gone in told.missing[:8]:
+        warn(f"{gone.path} is {gone.state} and counted in no mean: {gone.reason}")
+    if len(told.missing) > 8:
+        warn(
+            f"and {len(told.missing) - 8} more, {dict(Counter(gone.state for gone in told.missing[8:]))}: see the page"
+        )
     for text in comparison_warnings(told):
         warn(text)
     print_comparison(told)

@@ -49,31 +49,31 @@ def render_page(told: Comparison, folders: Sequence[Path]) -> str:
             folders=folders,
             better="lower" if told.direction == MINIMIZE else "higher",
             percent=f"{100 * told.confidence:g}\u00a0%",
-            best=told.found[0],
+            best=told.results[0],
             spread=interval_or_reason,
             number=number_text,
-            alike=len(told.of(INSIDE_NOISE)),
-            unjudged=len(told.of(NOT_JUDGED)),
+            alike=len(told.with_conclusion(INSIDE_NOISE)),
+            unjudged=len(told.with_conclusion(NOT_JUDGED)),
             warnings=comparison_warnings(told),
             sentences=conclusion_sentences(told),
             corrected=correction_note(told),
-            rows=[setting_row(told, one) for one in told.found],
-            means=figures.means_figure(told.found[:MAX_ROWS], told.metric),
+            rows=[setting_row(told, one) for one in told.results],
+            means=figures.means_figure(told.results[:MAX_ROWS], told.metric),
             most=MAX_ROWS,
             curves=curve_figures(told),
-            colours=figures.setting_colours(told.found),
-            some=len(told.found) > len(SERIES_COLORS),
+            colours=figures.setting_colours(told.results),
+            some=len(told.results) > len(SERIES_COLORS),
             few=MAX_SEEDS_UNJUDGED,
             parameters=parameters,
-            found_few=len(told.found) <= len(parameters),
+            found_few=len(told.results) <= len(parameters),
             swept=parameter_figures(told),
             importance=importance_section(told),
             configs=config_rows(told),
-            names=[one.name for one in told.found],
+            names=[one.name for one in told.results],
             codes=code_rows(told),
-            absent=told.absent,
+            absent=told.missing,
             given=overrides_text,
-            lost={one.name: missing_runs_of_setting(one, told.absent) for one in told.found},
+            lost={one.name: missing_runs_of_setting(one, told.missing) for one in told.results},
         )
     )
 
@@ -95,7 +95,7 @@ def curve_figures(told: Comparison) -> list[PageFigure]:
         if name != told.metric and all(any(name in row for row in run.rows) for run in told.runs):
             logged.insert(1, (name, "step", f"{name} in training over step{why}"))
             break
-    drawn = [(title, figures.curves_figure(told.found, metric, clock)) for metric, clock, title in logged]
+    drawn = [(title, figures.curves_figure(told.results, metric, clock)) for metric, clock, title in logged]
     return [PageFigure(title, picture, "") for title, picture in drawn if picture]
 
 
@@ -106,15 +106,15 @@ def importance_section(told: Comparison) -> dict[str, Any]:
         return {"why": "Importance compares parameters, and there are fewer than two here."}
     if len(runs) < MIN_RUNS:
         return {"why": f"Importance takes at least {MIN_RUNS} finished runs; there are {len(runs)}."}
-    setting = [one.setting.config for one in told.found for _ in one.values]
-    values = [value for one in told.found for value in one.values.values()]
+    setting = [one.setting.config for one in told.results for _ in one.values]
+    values = [value for one in told.results for value in one.values.values()]
     shares = parameter_importances(setting, values, parameters, told.direction)
     return {"picture": figures.importance_bars(shares), "good": good_run_count(len(values)), "runs": len(values)}
 
 
 def parameter_figures(told: Comparison) -> list[PageFigure]:
     """What the parameters that differ do to the metric."""
-    found, parameters = told.found, told.settings.parameters
+    found, parameters = told.results, told.settings.parameters
     if len(found) <= len(parameters) or not parameters:
         return []
     drawn = []

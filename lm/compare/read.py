@@ -29,7 +29,7 @@ class Run(NamedTuple):
     path: Path
     config: Mapping[str, Any]  # dotted key to value
     rows: Sequence[Mapping[str, Any]]  # of metrics.jsonl
-    given: Mapping[str, Any]  # what its sweep set, by dotted key: the cause of whatever else differs in its config
+    overrides: Mapping[str, Any]  # what its sweep set, by dotted key: the cause of whatever else differs in its config
     code: CodeVersion
 
     @property
@@ -45,15 +45,15 @@ class MissingRun(NamedTuple):
     """A run that gives no number, which no mean counts and every page names."""
 
     path: Path
-    given: Mapping[str, Any]
+    overrides: Mapping[str, Any]
     state: str  # "pruned", "failed", "running" or "unfinished"
-    why: str
+    reason: str
 
 
 class LoadedRuns(NamedTuple):
     runs: Sequence[Run]
-    absent: Sequence[MissingRun]
-    aims: Mapping[str, str]  # of the sweeps: metric to direction
+    missing: Sequence[MissingRun]
+    directions: Mapping[str, str]  # of the sweeps: metric to direction
 
 
 def read_runs(folders: Iterable[str | Path]) -> LoadedRuns:
@@ -83,7 +83,7 @@ def read_runs(folders: Iterable[str | Path]) -> LoadedRuns:
         first = absent[0]
         more = f", and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise UserError(
-            f"no finished run is left ({first.path} is {first.state}: {first.why}{more}): finish or add one"
+            f"no finished run is left ({first.path} is {first.state}: {first.reason}{more}): finish or add one"
         )
     return LoadedRuns(runs, absent, aims)
 

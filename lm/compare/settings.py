@@ -23,9 +23,9 @@ class Setting(NamedTuple):
 
 
 class SettingGroups(NamedTuple):
-    all: Sequence[Setting]
+    settings: Sequence[Setting]
     parameters: Sequence[str]  # keys that tell the settings apart; what follows from those that a sweep set is left out
-    differing: Sequence[str]  # every key in which settings differ
+    differing_keys: Sequence[str]  # every key in which settings differ
     notes: Sequence[str]  # what a reader must know of how runs became settings
 
 
@@ -50,7 +50,7 @@ def settings_of_runs(runs: Sequence[Run], *, ignore: Iterable[str] = ()) -> Sett
             groups.setdefault(config_identity(config), (config, []))[1].append(run)
     found = list(groups.values())
     differing = differing_keys([config for config, _ in found])
-    causes = [key for run in runs for key in run.given] + [CODE_KEY] * by_code
+    causes = [key for run in runs for key in run.overrides] + [CODE_KEY] * by_code
     parameters = distinguishing_keys([config for config, _ in found], differing, list(dict.fromkeys(causes)))
     told = name_keys([config for config, _ in found], parameters)
     names = setting_names([config for config, _ in found], told, found[0][1][0].stage)

@@ -46,12 +46,14 @@ class Contrast(NamedTuple):
 
     name: str
     reference: str
-    tested: str  # PAIRED over the seeds that both have, UNPAIRED, or by the spread of all settings
+    test_name: str  # PAIRED over the seeds that both have, UNPAIRED, or by the spread of all settings
     n: int  # pairs, or the seeds of the side that has fewer
     difference: Estimate  # setting less reference, its interval as wide as the correction asks
     p: float | None  # two-sided, corrected for the number of comparisons; None where it cannot be judged
-    effect: float | None  # difference in standard deviations: the pooled one, d_z of pairs or d of two sides, by Hedges
-    verdict: str  # of the setting: BETTER, WORSE, INSIDE_NOISE or NOT_JUDGED
+    effect_size: (
+        float | None
+    )  # difference in standard deviations: the pooled one, d_z of pairs or d of two sides, by Hedges
+    conclusion: str  # of the setting: BETTER, WORSE, INSIDE_NOISE or NOT_JUDGED
 
 
 def setting_result(setting: Setting, metric: str, *, confidence: float) -> SettingResult:
@@ -80,19 +82,19 @@ class PooledSpread(NamedTuple):
     """The standard deviation between runs of one setting, estimated over several settings at once."""
 
     deviation: float
-    freedom: int
-    settings: int
-    blocked: bool  # all have the same seeds, whose own effect is taken out
-    p: float  # of Cochran's C, if the settings' own spreads are equal
+    degrees_of_freedom: int
+    setting_count: int
+    is_blocked: bool  # all have the same seeds, whose own effect is taken out
+    cochran_p: float  # of Cochran's C, if the settings' own spreads are equal
 
     @property
-    def equal(self) -> bool:
+    def is_equal(self) -> bool:
         """Whether one spread may stand for all."""
-        return self.p >= UNEQUAL_SPREAD_P
+        return self.cochran_p >= UNEQUAL_SPREAD_P
 
     @property
-    def words(self) -> str:
-        return f"pooled over {self.settings} settings, {self.freedom} degrees of freedom"
+    def description(self) -> str:
+        return f"pooled over {self.setting_count} settings, {self.degrees_of_freedom} degrees of freedom"
 
 
 def pooled_spread(found: Sequence[SettingResult]) -> PooledSpread | None:
@@ -136,7 +138,7 @@ def contrasts_with_reference(
     direction: str,
     *,
     spread: PooledSpread | None,
-    chosen: bool,
+    reference_is_best: bool,
     confidence: float,
 ) -> dict[str, Contrast]:
     """Every other setting against the reference, by name.
@@ -148,13 +150,13 @@ def contrasts_with_reference(
     counts then. Pooled, that takes equal spreads: where they differ three- to fivefold, of which Cochran's C sees
     little, the chance is 8 to 17 % instead of 5 (simulated: 6 settings of 4 or 5 seeds, 12 of 3).
     """
-    shared = spread if spread and spread.equal else None
+    shared = spread if spread and spread.is_equal else None
     sides = {one.name: samples_to_compare(one, reference, shared) for one in found if one.name != reference.name}
     judgeable = {name: side for name, side in sides.items() if side.n > MAX_SEEDS_UNJUDGED}
-    if shared and chosen:
-        corrected = {name: side.tukey(confidence) for name, side in judgeable.items()}
+    if shared and reference_is_best:
+        corrected = {name: side.tukey_test(confidence) for name, side in judgeable.items()}
     else:
-        corrected = holm_contrasts(judgeable, chosen, confidence)
+        corrected = holm_contrasts(judgeable, reference_is_best, confidence)
     told = {}
     for name, side in sides.items():
         if name in corrected:
@@ -163,16 +165,16 @@ def contrasts_with_reference(
         else:
             difference, p, verdict = side.test(confidence)[0], None, NOT_JUDGED
             difference = Estimate(difference.value, math.inf, -math.inf, math.inf)
-        told[name] = Contrast(name, reference.name, side.tested, side.n, difference, p, side.effect(), verdict)
+        told[name] = Contrast(name, reference.name, side.test_name, side.n, difference, p, side.effect_size(), verdict)
     return told
 
 
 def holm_contrasts(
-    sides: Mapping[str, "TwoSamples | PooledTwoSamples"], chosen: bool, confidence: float
+    sides: Mapping[str, "TwoSamples | PooledTwoSamples"], reference_is_best: bool, confidence: float
 ) -> dict[str, tuple[Estimate, float]]:
     """Differences and p by Holm's method, each interval widened until it matches its p."""
     plain = {name: p_value(*side.test(confidence)) for name, side in sides.items()}
-    factors = dict(zip(plain, holm_factors(list(plain.values()), comparison_count(len(plain), chosen))))
+    factors = dict(zip(plain, holm_factors(list(plain.values()), comparison_count(len(plain), reference_is_best))))
     return {
         name: (side.test(1 - (1 - confidence) / factors[name])[0], min(1.0, factors[name] * plain[name]))
         for name, side in sides.items()
@@ -198,7 +200,7 @@ class TwoSamples(NamedTuple):
         return min(len(self.a), len(self.b))
 
     @property
-    def tested(self) -> str:
+    def test_name(self) -> str:
         return PAIRED if self.paired else UNPAIRED
 
     def test(self, confidence: float) -> tuple[Estimate, float]:
@@ -207,7 +209,7 @@ class TwoSamples(NamedTuple):
             return student_mean(self.a - self.b, confidence=confidence), self.n - 1
         return welch_difference(self.a, self.b, confidence=confidence), welch_degrees_of_freedom(self.a, self.b)
 
-    def effect(self) -> float | None:
+    def effect_size(self) -> float | None:
         """Cohen's d_z of pairs, or d by the pooled deviation, each times Hedges' correction; None without a spread."""
         if self.n <= MAX_SEEDS_UNJUDGED:
             return None
@@ -226,34 +228,46 @@ class PooledTwoSamples(NamedTuple):
 
     a: np.ndarray  # f[n]
     b: np.ndarray  # f[m]
-    spread: PooledSpread
+    pooled_spread: PooledSpread
 
     @property
     def n(self) -> int:
         return min(len(self.a), len(self.b))
 
     @property
-    def tested(self) -> str:
-        return self.spread.words
+    def test_name(self) -> str:
+        return self.pooled_spread.description
 
     def test(self, confidence: float) -> tuple[Estimate, float]:
         """a - b, and its degrees of freedom."""
-        error = self.spread.deviation * math.sqrt(1 / len(self.a) + 1 / len(self.b))
+        error = self.pooled_spread.deviation * math.sqrt(1 / len(self.a) + 1 / len(self.b))
         return student_interval(
-            float(self.a.mean() - self.b.mean()), error, self.spread.freedom, confidence
-        ), self.spread.freedom
+            float(self.a.mean() - self.b.mean()), error, self.pooled_spread.degrees_of_freedom, confidence
+        ), self.pooled_spread.degrees_of_freedom
 
-    def tukey(self, confidence: float) -> tuple[Estimate, float]:
+    def tukey_test(self, confidence: float) -> tuple[Estimate, float]:
         """a - b and its p, corrected for all pairs of settings by the studentized range (Tukey 1953; by Kramer 1956
         where the numbers of seeds differ, which errs to the wide side: Hayter 1984)."""
         value, error, *_ = self.test(confidence)[0]
-        p = studentized_range_p(math.sqrt(2) * abs(value) / error, self.spread.settings, self.spread.freedom)
-        reach = studentized_range_quantile(confidence, self.spread.settings, self.spread.freedom) / math.sqrt(2) * error
+        p = studentized_range_p(
+            math.sqrt(2) * abs(value) / error, self.pooled_spread.setting_count, self.pooled_spread.degrees_of_freedom
+        )
+        reach = (
+            studentized_range_quantile(
+                confidence, self.pooled_spread.setting_count, self.pooled_spread.degrees_of_freedom
+            )
+            / math.sqrt(2)
+            * error
+        )
         return Estimate(value, error, value - reach, value + reach), p
 
-    def effect(self) -> float:
+    def effect_size(self) -> float:
         """The difference in pooled deviations, times Hedges' correction."""
-        return float(hedges_correction(self.spread.freedom) * (self.a.mean() - self.b.mean()) / self.spread.deviation)
+        return float(
+            hedges_correction(self.pooled_spread.degrees_of_freedom)
+            * (self.a.mean() - self.b.mean())
+            / self.pooled_spread.deviation
+        )
 
 
 def studentized_range_p(q: float, settings: int, freedom: int) -> float:
@@ -294,16 +308,16 @@ def hedges_correction(freedom: float) -> float:
     return math.exp(gammaln(freedom / 2) - gammaln((freedom - 1) / 2)) / math.sqrt(freedom / 2)
 
 
-def comparison_count(tests: int, chosen: bool) -> int:
+def comparison_count(tests: int, reference_is_best: bool) -> int:
     """How many comparisons to correct for: the tests, or every pair of settings where any might have been the best.
 
     With nine equal settings of three seeds, corrected for 8 only, the best would differ from one of the others in 8 %
     of cases and not in 5; with 20 settings of five seeds, in 14 %.
     """
-    return tests * (tests + 1) // 2 if chosen else tests
+    return tests * (tests + 1) // 2 if reference_is_best else tests
 
 
-def holm_factors(p: Sequence[float], family: int) -> list[float]:
+def holm_factors(p: Sequence[float], comparisons: int) -> list[float]:
     """What each p is multiplied by (Holm 1979): the smallest by `family`, the next by one less, and so on, and by more
     where that would make a larger p smaller than one before it. Not clipped to 1.
 
@@ -311,6 +325,6 @@ def holm_factors(p: Sequence[float], family: int) -> list[float]:
     """
     factors, highest = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        highest = max(highest, (family - rank) * p[i])
-        factors[i] = highest / p[i] if p[i] else float(family - rank)
+        highest = max(highest, (comparisons - rank) * p[i])
+        factors[i] = highest / p[i] if p[i] else float(comparisons - rank)
     return factors

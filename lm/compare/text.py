@@ -33,23 +33,23 @@ class Comparison(NamedTuple):
     direction: str  # MINIMIZE or MAXIMIZE
     confidence: float
     settings: SettingGroups
-    found: Sequence[SettingResult]  # the best mean first
+    results: Sequence[SettingResult]  # the best mean first
     reference: str  # the setting that all others are held against
-    chosen: bool  # by its mean, not by name
-    spread: PooledSpread | None  # of all settings together; None where they are too few
+    reference_is_best: bool  # by its mean, not by name
+    pooled_spread: PooledSpread | None  # of all settings together; None where they are too few
     contrasts: Mapping[str, Contrast]  # by the name of the other
-    absent: Sequence[MissingRun]
+    missing: Sequence[MissingRun]
 
     @property
     def runs(self) -> list[Run]:
-        return [run for one in self.found for run in one.setting.runs]
+        return [run for one in self.results for run in one.setting.runs]
 
-    def of(self, verdict: str) -> list[Contrast]:
-        return [contrast for contrast in self.contrasts.values() if contrast.verdict == verdict]
+    def with_conclusion(self, verdict: str) -> list[Contrast]:
+        return [contrast for contrast in self.contrasts.values() if contrast.conclusion == verdict]
 
     @property
-    def tested(self) -> list[Contrast]:
-        return [contrast for contrast in self.contrasts.values() if contrast.verdict != NOT_JUDGED]
+    def judged_contrasts(self) -> list[Contrast]:
+        return [contrast for contrast in self.contrasts.values() if contrast.conclusion != NOT_JUDGED]
 
 
 def number_text(value: float) -> str:
@@ -82,7 +82,7 @@ def interval_or_reason(one: SettingResult) -> str:
 
 def conclusion_sentences(told: Comparison) -> list[str]:
     """What may be concluded, and what may not."""
-    reference = next(one for one in told.found if one.name == told.reference)
+    reference = next(one for one in told.results if one.name == told.reference)
     if not told.contrasts:
         return [
             f"{reference.name}: {told.metric} {number_text(reference.mean.value)} "
@@ -90,8 +90,8 @@ def conclusion_sentences(told: Comparison) -> list[str]:
             + (f", {seed_count_text(len(reference.values))}" if len(reference.values) > 1 else "")
             + ". There is one setting only, so nothing is compared."
         ]
-    said = [contrast_sentence(contrast) for contrast in told.contrasts.values() if contrast.verdict != NOT_JUDGED]
-    if unjudged := told.of(NOT_JUDGED):
+    said = [contrast_sentence(contrast) for contrast in told.contrasts.values() if contrast.conclusion != NOT_JUDGED]
+    if unjudged := told.with_conclusion(NOT_JUDGED):
         names = "; ".join(
             f"{one.name} ({change_text(one.difference.value)}, {seed_count_text(one.n)})"
             for one in unjudged[:MAX_NAMES]
@@ -101,7 +101,7 @@ def conclusion_sentences(told: Comparison) -> list[str]:
             f"Against {told.reference} the noise cannot be judged without three seeds on both sides: "
             f"{names}{rest}. Such a difference may be chance, however large it looks."
         )
-    if said and told.chosen and told.tested:
+    if said and told.reference_is_best and told.judged_contrasts:
         said.append(
             f"{told.reference} was taken as the reference because its mean is the best here, which flatters it: on new "
             "seeds it would do a little worse. A reference named beforehand (--baseline) has narrower intervals."
@@ -112,15 +112,15 @@ def conclusion_sentences(told: Comparison) -> list[str]:
 def contrast_sentence(contrast: Contrast) -> str:
     """One contrast, plainly; the winner first."""
     d = contrast.difference
-    numbers = f"{p_text(contrast.p)}, n = {seed_count_text(contrast.n)}, {contrast.tested}"
-    effect = f", effect size {abs(contrast.effect):.1f}" if contrast.effect is not None else ""
-    if contrast.verdict == INSIDE_NOISE:
+    numbers = f"{p_text(contrast.p)}, n = {seed_count_text(contrast.n)}, {contrast.test_name}"
+    effect = f", effect size {abs(contrast.effect_size):.1f}" if contrast.effect_size is not None else ""
+    if contrast.conclusion == INSIDE_NOISE:
         return (
             f"{contrast.name} and {contrast.reference} cannot be told apart: a difference of {change_text(d.value)} "
             f"{interval_text(d, change_text)} is inside the noise ({numbers})."
         )
     winner, loser = contrast.name, contrast.reference
-    if contrast.verdict != BETTER:
+    if contrast.conclusion != BETTER:
         winner, loser = loser, winner
     low, high = sorted(map(abs, (d.low, d.high)))
     by = f"{number_text(abs(d.value))} [{number_text(low)}, {number_text(high)}]"
@@ -130,7 +130,7 @@ def contrast_sentence(contrast: Contrast) -> str:
 def comparison_warnings(told: Comparison) -> list[str]:
     """What a reader must know before believing any of it."""
     said = list(told.settings.notes)
-    labels = {one.name: dict.fromkeys(run.code.label for run in one.setting.runs) for one in told.found}
+    labels = {one.name: dict.fromkeys(run.code.label for run in one.setting.runs) for one in told.results}
     every = list(dict.fromkeys(label for each in labels.values() for label in each))
     if len(every) > 1:
         said.append(
@@ -142,8 +142,8 @@ def comparison_warnings(told: Comparison) -> list[str]:
     versions = [run.code.versions for run in told.runs if run.code.versions]
     if keys := differing_keys(versions) if versions else []:
         said.append(f"The runs were made with different versions of {', '.join(keys)}.")
-    for one in told.found:
-        if lost := missing_runs_of_setting(one, told.absent):
+    for one in told.results:
+        if lost := missing_runs_of_setting(one, told.missing):
             said.append(
                 f"{one.name}: {len(lost)} of {len(lost) + len(one.values)} runs gave no number "
                 f"({state_counts_text(lost)}). Its mean is over the others, which may be the luckier ones."
@@ -157,7 +157,7 @@ def missing_runs_of_setting(one: SettingResult, absent: Sequence[MissingRun]) ->
     return [
         gone
         for gone in absent
-        if gone.given and all(key in config and config[key] == value for key, value in gone.given.items())
+        if gone.overrides and all(key in config and config[key] == value for key, value in gone.overrides.items())
     ]
 
 
@@ -168,29 +168,29 @@ def state_counts_text(absent: Sequence[MissingRun]) -> str:
 
 def overrides_text(gone: MissingRun) -> str:
     """What a sweep had set for a trial: "learning_rate=0.001, width=64"."""
-    short = short_keys(list(gone.given))
-    return ", ".join(f"{short[key]}={config_value_text(gone.given, key)}" for key in gone.given)
+    short = short_keys(list(gone.overrides))
+    return ", ".join(f"{short[key]}={config_value_text(gone.overrides, key)}" for key in gone.overrides)
 
 
 def config_rows(told: Comparison) -> list[list[str]]:
     """A row for each key that differs between settings: the key, and its value in each."""
     return [
-        [key, *(clipped_text(config_value_text(one.setting.config, key)) for one in told.found)]
-        for key in told.settings.differing
+        [key, *(clipped_text(config_value_text(one.setting.config, key)) for one in told.results)]
+        for key in told.settings.differing_keys
     ]
 
 
 def code_rows(told: Comparison) -> list[list[str]]:
     """A row for each code that runs were made by: the code, its package versions, the settings, and how many runs."""
     made: dict[tuple[str, str], list[str]] = {}
-    for one in told.found:
+    for one in told.results:
         for run in one.setting.runs:
             versions = ", ".join(f"{name} {version}" for name, version in run.code.versions.items())
             made.setdefault((run.code.label, versions or NO_VALUE), []).append(one.name)
     rows = []
     for (label, versions), names in made.items():
         distinct = list(dict.fromkeys(names))
-        who = "all settings" if len(distinct) == len(told.found) else "; ".join(distinct)
+        who = "all settings" if len(distinct) == len(told.results) else "; ".join(distinct)
         rows.append([label, versions, who, str(len(names))])
     return rows
 
@@ -211,33 +211,33 @@ def setting_row(told: Comparison, one: SettingResult) -> dict[str, Any]:
     if one.name not in told.contrasts:
         return {**measured, **told_of_it, "verdict": "the reference" if told.contrasts else ""}
     contrast = told.contrasts[one.name]
-    told_of_it |= {"difference": change_text(contrast.difference.value), "verdict": contrast.verdict}
-    if contrast.verdict != NOT_JUDGED:
+    told_of_it |= {"difference": change_text(contrast.difference.value), "verdict": contrast.conclusion}
+    if contrast.conclusion != NOT_JUDGED:
         told_of_it |= {
             "range": interval_text(contrast.difference, change_text),
             "p": p_text(contrast.p).removeprefix("p ").removeprefix("= "),
             "over": sample_text(contrast),
-            "effect": "" if contrast.effect is None else change_text(contrast.effect),
+            "effect": "" if contrast.effect_size is None else change_text(contrast.effect_size),
         }
     return {**measured, **told_of_it}
 
 
 def sample_text(contrast: Contrast) -> str:
     """ "3 pairs", "3 seeds, unpaired" or "3 seeds, pooled"."""
-    if contrast.tested == PAIRED:
+    if contrast.test_name == PAIRED:
         return f"{contrast.n} pairs"
-    return f"{seed_count_text(contrast.n)}, {contrast.tested.partition(' ')[0]}"
+    return f"{seed_count_text(contrast.n)}, {contrast.test_name.partition(' ')[0]}"
 
 
 def correction_note(told: Comparison) -> str:
     """How the comparisons were made, and for how many of them p and intervals are corrected."""
-    tests = len(told.tested)
-    counted = comparison_count(tests, told.chosen)
+    tests = len(told.judged_contrasts)
+    counted = comparison_count(tests, told.reference_is_best)
     by = "Holm"
-    if told.spread and told.spread.equal:
-        how = f"Tested by one spread between seeds, {told.spread.words}. "
-        by = "Tukey" if told.chosen else by
-    elif told.spread:
+    if told.pooled_spread and told.pooled_spread.is_equal:
+        how = f"Tested by one spread between seeds, {told.pooled_spread.description}. "
+        by = "Tukey" if told.reference_is_best else by
+    elif told.pooled_spread:
         how = "The spread differs between settings (Cochran's C), so each pair is tested on its own seeds. "
     else:
         how = ""
@@ -255,7 +255,7 @@ def print_comparison(told: Comparison) -> None:
     """The comparison as a table and sentences on the terminal."""
     better = "lower" if told.direction == MINIMIZE else "higher"
     percent = f"{100 * told.confidence:g} %"
-    lines = [setting_row(told, one) for one in told.found]
+    lines = [setting_row(told, one) for one in told.results]
     print_table(
         f"{told.metric} ({better} is better)",
         ["", "seeds", f"mean [{percent}]", ""],
@@ -266,7 +266,7 @@ def print_comparison(told: Comparison) -> None:
     )
     if len(lines) > MAX_ROWS:
         say(f"These are the best {MAX_ROWS} of {len(lines)}; the page has all.")
-    if told.tested:
+    if told.judged_contrasts:
         say(f"{correction_note(told)} Intervals are {percent}, over seeds.")
     for text in conclusion_sentences(told):
         say(text)

@@ -91,6 +91,51 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+# The keys of configs that had another name: (subtree, old): new. Runs made under the old name are read as before.
+RENAMED_KEYS: Mapping[tuple[str, str], str] = {
+    ("model", "cache"): "cache_dtype",
+    ("model", "lora_base"): "lora_base_dtype",
+    ("model", "tied"): "tie_embeddings",
+    ("stage", "balance"): "balance_loss",
+    ("stage", "centring"): "centring_coefficient",
+    ("stage", "correction"): "importance_ratio_cap",
+    ("stage", "flipped"): "flip_probability",
+    ("stage", "high"): "clip_high",
+    ("stage", "length"): "max_response_length",
+    ("stage", "low"): "clip_low",
+    ("stage", "refresh"): "refresh_reference_every",
+    ("stage", "router_z"): "router_z_loss",
+    ("stage", "smoothing"): "label_smoothing",
+    ("stage", "whitened"): "whiten_advantages",
+    ("data", "cut_penalty"): "truncation_penalty",
+    ("data", "on_policy"): "on_policy_fraction",
+    ("data", "resample"): "resample_rounds",
+    ("rank", "cut_penalty"): "truncation_penalty",
+    ("train", "samples"): "logged_rollouts",
+    ("prompts", "after"): "held_out_from",
+    ("ladder", "lowest"): "min_flops",
+    ("ladder", "highest"): "max_flops",
+    ("ladder", "larger"): "target_flops",
+    ("ladder", "sizes"): "sizes_per_budget",
+    ("ladder", "draws"): "bootstrap_draws",
+}
+
+
+def with_current_names(config: Mapping[str, Any], subtree: str = "") -> dict[str, Any]:
+    """The config of an older run with the names that its keys have now. `subtree`: which one `config` is."""
+    return {
+        RENAMED_KEYS.get((subtree, key), key): with_current_names(value, key) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+    }
+
+
+def _new_name(path: str, names: Iterable[str]) -> str:
+    """ "; it is called X now" for a key that was renamed to one of `names`, or nothing."""
+    group, _, key = path.rpartition(".")
+    new = RENAMED_KEYS.get((group.rpartition(".")[2], key), "")
+    return f"; it is called {group}.{new} now" if new in names else ""
+
+
 def call_with_options(
     function: Callable, options: ConfigDict | Mapping[str, Any], *args: Any, name: str, **extra: Any
 ) -> Any:
@@ -108,7 +153,8 @@ def call_with_options(
     ]
     for option in options:
         if option not in names:
-            raise UserError(f"{name}.{option} is not an option of {label}{did_you_mean(option, names)}")
+            way_out = _new_name(f"{name}.{option}", names) or did_you_mean(option, names)
+            raise UserError(f"{name}.{option} is not an option of {label}{way_out}")
     for parameter in parameters:
         if parameter.name in names and parameter.default is parameter.empty and parameter.name not in options:
             raise UserError(f"{name}.{parameter.name} is missing: {label} has no default for it")
@@ -257,7 +303,8 @@ def _refuse_key(key: str, keys: Mapping[str, Any], called: Mapping[str, ConfigFu
             f"config.{key} is not in {path}{near or f'; give config.{group} as a whole, such as {{{leaf!r}: 1.0}}'}"
         )
     names = [*keys, *(f"{subtree}.{option}" for subtree, each in called.items() for option in each.options)]
-    near = did_you_mean(key, names, prefix="config.")
+    options = called[group].options if group in called else ()
+    near = _new_name(f"config.{key}", options) or did_you_mean(key, names, prefix="config.")
     nor = f", and no option of {called[group].name}; --help lists all there are" if group in called else ""
     raise UserError(f"config.{key} is not in {path}{near or nor}")
 

@@ -53,7 +53,7 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -
     return PartitionSpec(*entries)
 
 
-def map_row_shards(function: Callable, x: Any, whole: Any) -> Any:
+def map_row_shards(function: Callable, x: Any, replicated: Any) -> Any:
     """function(x, whole), a tree of [B, ...], computed by each device on its own rows of the leaves [B, ...] of x.
 
     For what mixes the rows of a device, such as a sort, which would else move them all. `whole` is gathered where rows
@@ -62,10 +62,10 @@ def map_row_shards(function: Callable, x: Any, whole: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     rows = partition_spec(("batch",), jax.tree.leaves(x)[0].shape[:1], mesh)
     if mesh.empty or rows[0] is None:
-        return function(x, whole)
+        return function(x, replicated)
     axes = {rows[0]} if isinstance(rows[0], str) else set(rows[0])
     own = jax.shard_map(function, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names=axes, check_vma=False)
-    return own(x, whole)
+    return own(x, replicated)
 
 
 def map_shards(function: Callable, *arrays: jax.Array, axes: tuple[tuple[str | None, ...], ...]) -> jax.Array:

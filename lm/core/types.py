@@ -56,7 +56,7 @@ class RankedAnswers(Replaceable):
 
     tokens: Tokens  # leaves [P,K,T]; weights are 1 on an answer's own tokens where a policy learns from it
     ranks: Array  # i32[P,K,A]  1 is best, equal is a tie; 0: no such answer, or not judged on this axis
-    mismatched: Tokens | None = None  # leaves [P,T]: the prompt with an answer to another one (KTO's baseline)
+    mismatched_tokens: Tokens | None = None  # leaves [P,T]: the prompt with an answer to another one (KTO's baseline)
     baseline: Array | None = None  # f32[P]  once annotated
 
 
@@ -69,7 +69,7 @@ class Rollouts(Replaceable):
 
     tokens: Tokens  # weights are 1 on sampled tokens only
     rewards: Array  # f32[B]
-    scores: Mapping[str, Array]  # f32[B] each: parts of the reward and other raters' scores, logged by these names
+    row_metrics: Mapping[str, Array]  # f32[B] each: parts of the reward and other raters' scores, logged by these names
     stopped: Array  # bool[B]  ended by themselves, not by the limit
     sampler_logprobs: Array  # f32[B,T]  what the sampler said while it drew
     old_logprobs: Array | None = None  # f32[B,T]  the trainer's, of the same policy
@@ -77,7 +77,7 @@ class Rollouts(Replaceable):
     old_values: Array | None = None  # f32[B,T]  V(s_t) at the position that predicts token t
     advantages: Array | None = None  # f32[B,T]
     returns: Array | None = None  # f32[B,T]
-    text: Tokens | None = None  # [B,T']: rows of pretraining text to be learnt from along the way (PPO-ptx)
+    text_tokens: Tokens | None = None  # [B,T']: rows of pretraining text to be learnt from along the way (PPO-ptx)
     group: int = struct.field(pytree_node=False, default=1)  # answers to each prompt
 
 

@@ -120,7 +120,7 @@ class AnnotationStore:
         with self._lock:
             self._db.close()
 
-    def add(self, items: Iterable[tuple[str, list[dict], list[str], list[dict]]]) -> int:
+    def add_items(self, items: Iterable[tuple[str, list[dict], list[str], list[dict]]]) -> int:
         """Adds (name, prompt, responses, sources), all or none; returns how many of them were not there yet."""
         with self._writing():
             return sum(self._added(*item)[1] for item in items)
@@ -135,15 +135,15 @@ class AnnotationStore:
     def items(self) -> list[RankingItem]:
         return self._items(f"{SELECT_ITEMS} ORDER BY id")
 
-    def next(self, rater: str) -> RankingItem | None:
+    def next_item(self, rater: str) -> RankingItem | None:
         """What this rater has not judged yet: highest priority first, then fewest verdicts, then in order."""
         return next(iter(self._items(f"{SELECT_UNJUDGED} LIMIT 1", rater)), None)
 
-    def unjudged(self, rater: str) -> list[RankingItem]:
+    def unjudged_items(self, rater: str) -> list[RankingItem]:
         """All that `next` has to offer, in its order."""
         return self._items(SELECT_UNJUDGED, rater)
 
-    def record(self, verdict: Annotation) -> None:
+    def record_verdict(self, verdict: Annotation) -> None:
         """Returns when the verdict is on the disk; one with a known key is already there.
 
         UserError for an unknown item, for one that this rater has judged, and for whatever Ranking does not admit.
@@ -162,7 +162,7 @@ class AnnotationStore:
                 raise UserError(f"item {item.id}: {error}") from error
             self._insert(verdict.key, item.id, ranking)
 
-    def undo(self, rater: str) -> RankingItem | None:
+    def undo_latest(self, rater: str) -> RankingItem | None:
         """Withdraws the rater's latest verdict and returns its item; None if there is none."""
         with self._writing() as db:
             latest = db.execute(SELECT_LATEST, [rater]).fetchone()
@@ -177,7 +177,7 @@ class AnnotationStore:
         judged = "SELECT count(*) FROM verdicts WHERE rater = ? AND NOT withdrawn"
         return self._rows(f"SELECT ({judged}), (SELECT count(*) FROM items)", rater)[0]
 
-    def prioritise(self, priorities: Mapping[int, float]) -> None:
+    def set_priorities(self, priorities: Mapping[int, float]) -> None:
         """Sets the priority of items by id; an item starts with 0."""
         with self._writing() as db:
             db.executemany("UPDATE items SET priority = ? WHERE id = ?", [(p, id) for id, p in priorities.items()])
@@ -186,7 +186,7 @@ class AnnotationStore:
         """Every standing verdict, "skipped" ones too, in order of time."""
         return [Ranking(*map(_column_value, Ranking._fields, row)) for row in self._rows(SELECT_RANKINGS)]
 
-    def merge(self, rankings: Iterable[Ranking]) -> tuple[int, int]:
+    def merge_rankings(self, rankings: Iterable[Ranking]) -> tuple[int, int]:
         """Adds verdicts from elsewhere and the items they need, all or none: (added, already there).
 
         Already there is what the same rater has said of the same item.

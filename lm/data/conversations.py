@@ -4,8 +4,8 @@ import ast
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lm.core.errors import UserError
 from lm.data import sources
@@ -29,6 +29,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 class Conversation(NamedTuple):
     name: str
     messages: list[dict]  # {"role", "content"}
+    fields: Mapping[str, Any] = {}  # what else its row holds, for rewards: "answer", "tests", ...
 
     @property
     def content(self) -> str:
@@ -103,8 +104,8 @@ def conversation_excerpts(conversations: Sequence[Conversation], *, turns: int =
     """Each conversation cut into stretches of `turns` messages (even, so that each opens with the user), a lone last
     one left out: most human conversations are longer than a row."""
     return [
-        Conversation(name, messages[i : i + turns])
-        for name, messages in conversations
+        Conversation(name, messages[i : i + turns], fields)
+        for name, messages, fields in conversations
         for i in range(0, len(messages) - 1, turns)
     ]
 
@@ -135,7 +136,7 @@ def repeated_prompt_contexts(
 ) -> list[Conversation]:
     """Those of `prompts`, as often as they come."""
     found = []
-    for name, messages in conversations:
+    for name, messages, fields in conversations:
         asked = []
         for i, message in enumerate(messages):
             if message["role"] == "user" and len(message["content"].split()) >= 3:
@@ -143,7 +144,7 @@ def repeated_prompt_contexts(
                 first = next(j for j, m in enumerate(context) if m["role"] == "user")
                 asked.append(context[first:])
         asked.sort(key=lambda context: _hash_index(name + context[-1]["content"], 2**32))
-        found += [Conversation(name, context) for context in asked[: per_conversation or None]]
+        found += [Conversation(name, context, fields) for context in asked[: per_conversation or None]]
     return found
 
 

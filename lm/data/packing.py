@@ -45,7 +45,7 @@ def stream_rows(ids: Sequence[Sequence[int]], length: int) -> Tokens:
 
 def document_rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tokens:
     """Texts, each a document of the tokenizer's, as `stream` lays them."""
-    return stream_rows([tokenizer.document(ids) for ids in tokenizer.encode_all(texts)], length)
+    return stream_rows([tokenizer.document_ids(ids) for ids in tokenizer.encode_batch(texts)], length)
 
 
 def packed_rows(examples: Sequence[TokenizedExample], length: int) -> tuple[Tokens, dict[str, int]]:

@@ -23,7 +23,7 @@ BEST_RATING = 10  # of each rating
 class RatedConversation(NamedTuple):
     key: str
     opener: str  # the question that both were given
-    first: str  # who spoke first
+    first_speaker: str  # who spoke first
     turns: list[str]
     ratings: dict[str, int]  # each of RATED, 1 to 10
 
@@ -37,7 +37,7 @@ def chitchat_rankings() -> list[Ranking]:
     """
     cells = defaultdict(list)
     for rated in _rated_conversations():
-        bucket = int.from_bytes(hashlib.sha256(rated.first.encode()).digest()[:8], "big") % RATER_BUCKETS
+        bucket = int.from_bytes(hashlib.sha256(rated.first_speaker.encode()).digest()[:8], "big") % RATER_BUCKETS
         cells[rated.opener, bucket].append(rated)
     return [
         _bucket_ranking(opener, bucket, cell[i : i + MAX_CONVERSATIONS])

@@ -21,7 +21,7 @@ class TokenizedRanking(NamedTuple):
     rows: list[TokenizedExample]  # prompt and answer, the answer trained; NOTHING for an answer that is left out
     ranks: np.ndarray  # i32[answers,axes]  1 is best, equal is a tie, 0 takes no part
 
-    def pairs(self) -> int:
+    def pair_count(self) -> int:
         """How many pairs of answers it decides, on the first axis."""
         return len(_decided_pairs(self.ranks[:, 0]))
 
@@ -44,7 +44,7 @@ def tokenized_rankings(
     whole = encode_chats(
         tokenizer, [conversation_with_answer(r.prompt, text) for r in rankings for text in r.responses], last=True
     )
-    fit = truncated_rows(whole, tokens, cut=cut, start=tokenizer.start, trained=trained)
+    fit = truncated_rows(whole, tokens, cut=cut, start=tokenizer.start_ids, trained=trained)
     given = iter(zip(whole, fit.rows))
     found, counts = [], {"undecided": 0, "equal": 0, **fit.counts, "empty": 0}
     for ranking in rankings:
@@ -59,7 +59,7 @@ def tokenized_rankings(
             continue
         ranks[[row is None for row in rows]] = 0
         verdict = TokenizedRanking(ranking, [EMPTY_ROW if row is None else row for row in rows], ranks)
-        if not verdict.pairs():
+        if not verdict.pair_count():
             counts["undecided"] += 1
             continue
         counts["empty"] += sum(float(row.weights.sum()) == 1 for row in verdict.rows)

@@ -53,7 +53,7 @@ def run_evaluation(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
     """Evaluates into a workdir and returns the summary it leaves there; a finished one is not done again."""
     require_entries(config, ("seed", "models", "evaluate"), "lm evaluate")
     with open_workdir(path, to_dict(config)) as workdir:
-        summary = workdir.summary()
+        summary = workdir.read_summary()
         if summary is None:
             metadata.record_start(workdir.path, seed=config.seed)
             trained = {
@@ -207,7 +207,7 @@ def prompt_ids(trained: TrainedModel, messages: list[dict]) -> np.ndarray:
     if trained.stage != "pretrain":
         return encode_prompt(trained.tokenizer, messages)
     text = "".join(f"{message['content']}\n" for message in messages)
-    return np.array([*trained.tokenizer.start, *trained.tokenizer.encode(text)], np.int32)
+    return np.array([*trained.tokenizer.start_ids, *trained.tokenizer.encode(text)], np.int32)
 
 
 def answer_statistics(given: list[GeneratedAnswer], scores: np.ndarray) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def with_storage_dtypes(trained: TrainedModel, *, weights: str = "", cache: str 
     """A run whose weights and cache are kept in one of STORAGE_DTYPES each; "" leaves them as they are."""
     if weights:
         trained = trained._replace(
-            params={**trained.params, "lm": quantized_params(weights, trained.params["lm"], ends=True)}
+            params={**trained.params, "lm": quantized_params(weights, trained.params["lm"], include_embeddings=True)}
         )
     return trained._replace(model=make_model(replace(trained.model.config, cache=cache))) if cache else trained
 
@@ -69,11 +69,11 @@ def decoded_logprobs(model: Model, lm: Params, tokens: Tokens) -> tuple[Array, A
     B, T = tokens.inputs.shape
     P = T // 2
     inputs = (tokens.inputs, tokens.positions, tokens.segments)
-    _, cache = model.cached(lm, *(a[:, :P] for a in inputs), model.cache(batch=B, capacity=T))
+    _, cache = model.cached_hidden_states(lm, *(a[:, :P] for a in inputs), model.empty_cache(batch=B, capacity=T))
 
     def step(cache, xs):
         *now, target = (a[:, None] for a in xs)
-        x, cache = model.cached(lm, *now, cache)
+        x, cache = model.cached_hidden_states(lm, *now, cache)
         logits = model.logits(lm, x)
         logprob = values_at_ids(jax.nn.log_softmax(logits, axis=-1), target)
         return cache, (logprob[:, 0], jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32))
@@ -86,14 +86,16 @@ def dtype_measurement(
     trained: TrainedModel, weights: str, cache: str, rows: Tokens, rows_at_once: int
 ) -> dict[str, Any]:
     """Of one way to keep them: bytes, and each row's nats per token and likeliest tokens."""
-    config = replace(trained.shape, dtype="float32", cache=cache, attention="auto").on(jax.default_backend())
-    model, lm = make_model(config), quantized_params(weights, trained.params["lm"], ends=True)
+    config = replace(trained.model_config, dtype="float32", cache=cache, attention="auto").for_backend(
+        jax.default_backend()
+    )
+    model, lm = make_model(config), quantized_params(weights, trained.params["lm"], include_embeddings=True)
     run, lm_there, parts = jax.jit(functools.partial(decoded_logprobs, model)), jax.device_put(lm), []
     for part in batches.sequential_batches(rows, rows_at_once):
         parts.append(jax.device_get(run(lm_there, part)))
     logprobs, likeliest = (np.concatenate(found)[: len(rows.inputs)] for found in zip(*parts))
     counted = rows.weights[:, -logprobs.shape[1] :]
-    slot = jax.eval_shape(functools.partial(model.cache, batch=1, capacity=1))
+    slot = jax.eval_shape(functools.partial(model.empty_cache, batch=1, capacity=1))
     return {
         "weights": weights,
         "cache": cache,
@@ -142,7 +144,7 @@ def measurement_settings(trained: TrainedModel, flags) -> dict[str, Any]:
     """What is measured on: by the flags, else as the run was held out."""
     if flags.rows < 2 or flags.rows_at_once < 1:
         raise UserError(f"--rows is {flags.rows} and --rows_at_once {flags.rows_at_once}; at least 2 and 1")
-    context = trained.shape.context
+    context = trained.model_config.context
     length = flags.length or min(256, context)
     if not 2 <= length <= context:
         raise UserError(f"--length is {length}; it must be at least 2, and at most the model's context of {context}")

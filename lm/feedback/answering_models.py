@@ -40,16 +40,16 @@ class AnsweringModel:
             "sampler": {"seed": seed, "max_new_tokens": max_new_tokens, **sampler},
         }
 
-    def room_for(self, conversations: Sequence[Conversation]) -> list[bool]:
+    def has_room_for(self, conversations: Sequence[Conversation]) -> list[bool]:
         """Whether each leaves room for an answer in the model's context."""
         room = self._trained.model.config.context - self._options["max_new"]
-        return [len(ids) <= room for ids in self._encoded(conversations)]
+        return [len(ids) <= room for ids in self._prompt_ids(conversations)]
 
-    def listening(
+    def answer_sampler(
         self, conversations: Sequence[Conversation], rows_at_once: int
     ) -> Callable[[Sequence[int], Array], list[str]]:
         """(rows of `conversations`, key) -> an answer to each."""
-        ids = self._encoded(conversations)
+        ids = self._prompt_ids(conversations)
         prompts = padded_prompts(ids, [conversation.messages for conversation in conversations], max(map(len, ids)))
         trained = self._trained
         answers = batch_answerer(
@@ -62,7 +62,7 @@ class AnsweringModel:
         )
         return lambda rows, key: [answer.text for answer in answers(prompts_at(prompts, np.array(rows)), key)]
 
-    def _encoded(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
+    def _prompt_ids(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
         return encode_prompts(self._trained.tokenizer, [conversation.messages for conversation in conversations])
 
 
@@ -82,14 +82,14 @@ def answer_prompts(
     Answer j to prompt i is of speaker (i + j) mod their number. What is drawn depends on the list of prompts and on the
     seed alone: after a kill, the same command comes to the same answers.
     """
-    room = np.all([speaker.room_for(asked) for speaker in speakers], axis=0)
+    room = np.all([speaker.has_room_for(asked) for speaker in speakers], axis=0)
     fit = [conversation for conversation, fits in zip(asked, room) if fits]
     if not fit:
         raise UserError("no prompt leaves room for an answer: shorten them, or lower --max_new_tokens")
     if len(fit) < len(asked):
         warn(f"{len(asked) - len(fit)} of {len(asked)} prompts are too long for the models' context and are left out")
     at_once = len(speakers) * max(1, PROMPTS_AT_ONCE // len(speakers))  # so that each gives as many of the answers
-    listening = [speaker.listening(fit, at_once * count // len(speakers)) for speaker in speakers]
+    listening = [speaker.answer_sampler(fit, at_once * count // len(speakers)) for speaker in speakers]
     sources = [speaker.source for speaker in speakers]
     there = {_prompt_key(item.prompt) for item in store.items() if all(source in sources for source in item.sources)}
     added = dropped = alike = 0
@@ -104,12 +104,17 @@ def answer_prompts(
                 answers = _distinct_answers(listening, rows, key, count)
                 dropped += sum(count - len(answers[i]) for i in new)
                 items = [
-                    (*fit[i], list(answers[i].values()), [sources[(i + j) % len(sources)] for j in answers[i]])
+                    (
+                        fit[i].name,
+                        fit[i].messages,
+                        list(answers[i].values()),
+                        [sources[(i + j) % len(sources)] for j in answers[i]],
+                    )
                     for i in new
                     if len(answers[i]) >= 2
                 ]
                 alike += len(new) - len(items)
-                added += store.add(items)
+                added += store.add_items(items)
             progress.update(rows[-1] + 1, {})
     say(f"answers: {added} prompts were answered, {len(fit) - added - alike} had answers already")
     if dropped:

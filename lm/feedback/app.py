@@ -68,7 +68,7 @@ def make_app(
 
     def upcoming(request: Request) -> Response:
         rater = checked_rater_name(request.query_params.get("rater"), raters)
-        return shown(rater, store.next(rater))
+        return shown(rater, store.next_item(rater))
 
     async def verdict(request: Request) -> Response:
         said = await json_body(request, REQUIRED_KEYS, OPTIONAL_KEYS)
@@ -81,12 +81,12 @@ def make_app(
         if not isinstance(said["key"], str) or not said["key"]:
             raise UserError(f"key is {said['key']!r}, not a text of the client's own")
         verdict = {name: value for name, value in said.items() if name != "digest"}
-        store.record(Annotation(**verdict, shown=display_order(item, rater)))
+        store.record_verdict(Annotation(**verdict, shown=display_order(item, rater)))
         return JSONResponse({"recorded": said["key"]})
 
     async def undo(request: Request) -> Response:
         rater = checked_rater_name((await json_body(request, {"rater"}))["rater"], raters)
-        item = await run_in_threadpool(store.undo, rater)
+        item = await run_in_threadpool(store.undo_latest, rater)
         if item is None:
             raise UserError(f"{rater} has no verdict to take back")
         return await run_in_threadpool(shown, rater, item)
@@ -149,9 +149,9 @@ class RequestGuard:
                     headers.append("Set-Cookie", f"{COOKIE_NAME}={self._token}; HttpOnly; SameSite=Strict; Path=/")
             await send(message)
 
-        await (self._refused(request, enters) or self._app)(scope, receive, guarded)
+        await (self._refusal(request, enters) or self._app)(scope, receive, guarded)
 
-    def _refused(self, request: Request, enters: bool) -> Response | None:
+    def _refusal(self, request: Request, enters: bool) -> Response | None:
         host = request.headers.get("host", "")
         if self._hosts and re.sub(r":\d+$", "", host).strip("[]") not in self._hosts:
             return error_response(403, f"this server is not {host!r}: open the address that it printed")

@@ -49,7 +49,7 @@ def run_auto_rank(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
     """Ranks in a workdir, or takes up where it stopped, and returns the summary it leaves there."""
     require_entries(config, ("seed", "init_from", "rank"), "lm auto-rank")
     with open_workdir(path, to_dict(config)) as workdir:
-        summary = workdir.summary()
+        summary = workdir.read_summary()
         if summary is None:
             metadata.record_start(workdir.path, seed=config.seed)
             summary = call_with_options(
@@ -82,7 +82,7 @@ def rank_sampled_answers(
     max_new: int = 32,
     temperature: float = 1.0,
     rater: str = "rule",
-    cut_penalty: float = 0.0,
+    truncation_penalty: float = 0.0,
     held_out: float = 0.02,
     held_out_prompts: int = 0,
     prompts_at_once: int = 128,
@@ -131,7 +131,7 @@ def rank_sampled_answers(
             key = jax.random.fold_in(jax.random.key(seed), first)
             given = [GeneratedAnswer(*each) for each in parts.once(f"answers from {first}", lambda: answers(part, key))]
             texts, cut = [answer.text for answer in given], np.array([not answer.stopped for answer in given])
-            scores = (judge(part.contexts, texts) - cut_penalty * cut).reshape(-1, responses)
+            scores = (judge(part.contexts, texts) - truncation_penalty * cut).reshape(-1, responses)
             names = [name_of[id(context)] for context in part.contexts[::responses]]
             append_rankings(
                 workdir.path / RANKINGS_FILE,

@@ -138,7 +138,7 @@ def judge_items(
 
     What the judge said goes into the file `log` and into `said`, by item.
     """
-    items = store.unjudged(name)[:limit]
+    items = store.unjudged_items(name)[:limit]
     skipped = 0
     with Progress("judge", len(items), "item") as progress:
         for done, (item, opinion) in enumerate(zip(items, opinions(items)), 1):
@@ -148,7 +148,7 @@ def judge_items(
             if opinion.choices:
                 append_choices(log, item.id, opinion.choices)
                 said[item.id] = opinion.choices
-            store.record(verdict)
+            store.record_verdict(verdict)
             skipped += opinion.scores is None
             progress.update(done, {"skipped": skipped})
 
@@ -176,7 +176,7 @@ def logged_choices(log: Path) -> dict[int, list[JudgeChoice]]:
 def print_judgments(name: str, rankings: Sequence[Ranking], choices: Sequence[JudgeChoice]) -> None:
     """What the rater said, and how far it agrees with every other; UserError if nothing it said made sense."""
     own = [ranking for ranking in rankings if ranking.rater == name]
-    nonsense = [choice.said for choice in choices if choice.first is None]
+    nonsense = [choice.reply for choice in choices if choice.first_probability is None]
     ranked = [ranking for ranking in own if ranking.verdict != "skipped"]
     if own and not ranked:
         example = f", such as {nonsense[-1][:100]!r}" if nonsense else ""
@@ -190,7 +190,10 @@ def print_judgments(name: str, rankings: Sequence[Ranking], choices: Sequence[Ju
         rows += [
             ["items skipped for nonsense", len(own) - len(ranked)],
             ["answers that were nonsense", len(nonsense) - nonsense.count(TOO_LONG_REPLY)],
-            ["questions cut to the context", sum(choice.cut and choice.said != TOO_LONG_REPLY for choice in choices)],
+            [
+                "questions cut to the context",
+                sum(choice.is_truncated and choice.reply != TOO_LONG_REPLY for choice in choices),
+            ],
             ["questions whose answers do not fit it", nonsense.count(TOO_LONG_REPLY)],
             ["first answer chosen (0.5: no position bias)", estimate_text(position_bias(choices))],
             ["both orders agree", estimate_text(order_consistency(choices))],
@@ -236,7 +239,7 @@ def run_judge(flags: Namespace) -> None:
     with AnnotationStore(people) as store:
         name, opinions = judge_from_flags(flags.judge, flags.model, flags.rubric)
         log = people.parent / "judges" / f"{quote(name, safe=' ()')}.jsonl"
-        waiting = {item.id for item in store.unjudged(name)}
+        waiting = {item.id for item in store.unjudged_items(name)}
         said = {item: choices for item, choices in logged_choices(log).items() if item not in waiting}
         judge_items(store, name, opinions, flags.limit, log, said)
         print_judgments(name, store.rankings(), [choice for choices in said.values() for choice in choices])

@@ -90,7 +90,7 @@ def model_folders(flags: argparse.Namespace) -> dict[str, Path]:
 def prioritise_items(store: AnnotationStore, paths: str) -> None:
     """What the reward models are least sure of, or disagree on, is asked first."""
     found = [
-        load_reward_model(path.strip(), backend=jax.default_backend(), centred=False, jit=jax.jit, warn=warn)
+        load_reward_model(path.strip(), backend=jax.default_backend(), normalized=False, jit=jax.jit, warn=warn)
         for path in paths.split(",")
     ]
     check_same_axes([trained for trained, _ in found])
@@ -100,7 +100,7 @@ def prioritise_items(store: AnnotationStore, paths: str) -> None:
     texts = [text for item in items for text in item.responses]
     scores = np.stack([judge(examples, texts) for judge in judges])
     ends = np.cumsum([len(item.responses) for item in items])
-    store.prioritise(
+    store.set_priorities(
         {item.id: reward_uncertainty(each) for item, each in zip(items, np.split(scores, ends[:-1], axis=1))}
     )
 
@@ -164,11 +164,13 @@ def report_results(store: AnnotationStore) -> None:
     rankings = store.rankings()
     found = results.ranking_results(rankings)
     counts = [
-        [r.name, r.verdicts, r.ties, r.bad, r.skipped, "–" if r.seconds is None else r.seconds] for r in found.raters
+        [r.name, r.verdicts, r.ties, r.both_bad, r.skipped, "–" if r.seconds is None else r.seconds]
+        for r in found.raters
     ]
     print_table("", ("rater", "verdicts", "ties", "both bad", "skipped", "median seconds"), counts)
     biases = [
-        [r.name, estimate_text(r.first, "percent"), estimate_text(r.reliability, "percent")] for r in found.raters
+        [r.name, estimate_text(r.first_shown_preferred, "percent"), estimate_text(r.reliability, "percent")]
+        for r in found.raters
     ]
     print_table("", ("rater", "first shown preferred", "with the majority"), biases)
     strengths = [[model.name, model.responses, estimate_text(model.strength, "signed")] for model in found.models]
@@ -191,7 +193,7 @@ def program(argv: list[str]) -> None:
     brought = read_rankings(flags.source) if flags.source else []
     with nullcontext() if stops else open_socket(flags.host, flags.port) as listening, AnnotationStore(path) as store:
         if flags.source:
-            added, there = store.merge(brought)
+            added, there = store.merge_rankings(brought)
             say(f"{added} verdicts imported into {path}, {there} were there already")
         if asked:
             answer_prompts(store, answering, asked, count=flags.responses, seed=flags.seed)

@@ -47,10 +47,10 @@ class RaterSummary(NamedTuple):
     verdicts: int
     seconds: float | None  # the median
     ties: int  # verdicts in which two responses share a rank, "both bad" apart
-    bad: int
+    both_bad: int
     skipped: int
-    first: Estimate  # how often the response shown first is the one preferred
-    chance: float  # and how often it would be without a bias
+    first_shown_preferred: Estimate  # how often the response shown first is the one preferred
+    first_shown_chance: float  # and how often it would be without a bias
     reliability: Estimate  # how often this rater agrees with the majority of the others
 
 
@@ -69,7 +69,7 @@ class ContestedItem(NamedTuple):
 
 
 class RankingResults(NamedTuple):
-    judged: list[Ranking]  # not skipped; the last verdict of a rater on an item
+    rankings: list[Ranking]  # not skipped; the last verdict of a rater on an item
     items: int
     raters: list[RaterSummary]
     alpha: Estimate
@@ -227,13 +227,13 @@ def results_page(rankings: Sequence[Ranking], *, title: str) -> str:
 
 def headline_figures(found: RankingResults) -> list[dict[str, str]]:
     """The headline: how much was judged, how fast, how far it agrees, and whether the order of showing mattered."""
-    seconds = [ranking.seconds for ranking in found.judged if ranking.seconds is not None]
-    first, chance = first_shown_bias(found.judged)
+    seconds = [ranking.seconds for ranking in found.rankings if ranking.seconds is not None]
+    first, chance = first_shown_bias(found.rankings)
     best = found.models[0] if found.models and np.isfinite(found.models[0].strength.value) else None
     return [
         {
             "title": "Verdicts",
-            "figure": f"{len(found.judged):,}",
+            "figure": f"{len(found.rankings):,}",
             "note": f"on {found.items:,} items, by {len(found.raters)} rater{'s' * (len(found.raters) != 1)}"
             + (f"; {statistics.median(seconds):.1f} s in the median" if seconds else ""),
         },

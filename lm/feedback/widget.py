@@ -39,20 +39,20 @@ class RankingWidget(VBox):
         self._bar, self._count, self._notice, self._prompt = IntProgress(), HTML(), HTML(), HTML()
         self._sides = HBox(layout=Layout(flex_flow="row wrap"))
         self._slots: list[VBox] = []  # a response's text and its button, in each place where one was ever shown
-        self._tie, self._bad = self._button("Tie", self.tie), self._button("", self.both_bad)
+        self._tie, self._bad = self._button("Tie", self.tie), self._button("", self.mark_both_bad)
         self._skip, self._undo = self._button("Skip", self.skip), self._button("Undo", self.undo)
         self._save = self._button("Save", self.save)
         layout = Layout(flex_flow="row wrap", margin="0.8em 0 0 0")
         actions = HBox([self._tie, self._bad, self._skip, self._undo, self._save], layout=layout)
         self.children = [HBox([self._bar, self._count]), self._notice, self._prompt, self._sides, actions]
-        self._show(store.next(self.rater))
+        self._show(store.next_item(self.rater))
 
     def __repr__(self) -> str:
         return f"RankingWidget({self.rater!r}): {self._count.value}"
 
     def choose(self, response: int) -> None:
         """Ranks item.responses[response] next, or takes its rank back; saves once one response at most has none."""
-        responses = range(len(self._asked().responses))
+        responses = range(len(self._current_item().responses))
         if response not in responses:
             raise UserError(f"response is {response}; this item has 0 to {responses[-1]}")
         if any(response in place for place in self._best):
@@ -62,49 +62,51 @@ class RankingWidget(VBox):
         else:
             self._best.append([response])
         self._tying = False
-        self._draw()  # what is chosen stays, with Save, if the store cannot be written for now
+        self._refresh()  # what is chosen stays, with Save, if the store cannot be written for now
         if sum(map(len, self._best)) >= len(responses) - 1:
             self.save()
 
     def tie(self) -> None:
         """Of two responses: they are as good. Of more: the next one chosen shares the rank of the one before."""
-        if len(self._asked().responses) == 2:
+        if len(self._current_item().responses) == 2:
             self._record([1, 1], "ranked")
         elif not self._best:
             raise UserError("there is nothing to tie with: choose the best answer first")
         else:
             self._tying = not self._tying
-            self._draw()
+            self._refresh()
 
     def save(self) -> None:
         """Records the ranks so far; responses without one share the last."""
-        count = len(self._asked().responses)
+        count = len(self._current_item().responses)
         if not self._best:
             raise UserError("no answer has a rank yet: choose the best one first")
         self._record(ranks_from_choices(self._best, count), "ranked")
 
-    def both_bad(self) -> None:
-        self._record([1] * len(self._asked().responses), "both bad")
+    def mark_both_bad(self) -> None:
+        self._record([1] * len(self._current_item().responses), "both bad")
 
     def skip(self) -> None:
-        self._record([1] * len(self._asked().responses), "skipped")
+        self._record([1] * len(self._current_item().responses), "skipped")
 
     def undo(self) -> None:
         """Takes this rater's latest verdict back and shows its item again."""
-        item = self._store.undo(self.rater)
+        item = self._store.undo_latest(self.rater)
         if item is None:
             raise UserError(f"{self.rater} has no verdict to take back")
         self._show(item)
 
-    def _asked(self) -> RankingItem:
+    def _current_item(self) -> RankingItem:
         if self.item is None:
             raise UserError(f"{self.rater} has judged everything in {self._store.path}")
         return self.item
 
     def _record(self, ranking: Sequence[int], verdict: str) -> None:
         said = {"shown": self._shown, "seconds": time.monotonic() - self._since}
-        self._store.record(Annotation(secrets.token_hex(16), self.item.id, self.rater, ranking, verdict, **said))
-        self._show(self._store.next(self.rater))
+        self._store.record_verdict(
+            Annotation(secrets.token_hex(16), self.item.id, self.rater, ranking, verdict, **said)
+        )
+        self._show(self._store.next_item(self.rater))
 
     def _show(self, item: RankingItem | None) -> None:
         self.item, self._since = item, time.monotonic()
@@ -120,9 +122,9 @@ class RankingWidget(VBox):
             slot.children[0].value = response_html(item.responses[response])
         self._prompt.value = "".join(map(message_html, item.prompt)) if item else "All done. Thank you!"
         self._bad.description = "All bad" if len(self._shown) > 2 else "Both bad"
-        self._draw()
+        self._refresh()
 
-    def _draw(self) -> None:
+    def _refresh(self) -> None:
         """How far the rater is, what each button says, and whether it can be pressed."""
         judged, self._bar.max = self._store.progress(self.rater)
         self._bar.value, self._count.value = judged, f"{judged} of {self._bar.max} judged"
@@ -138,10 +140,10 @@ class RankingWidget(VBox):
 
     def _button(self, label: str, action: Callable[[], None]) -> Button:
         made = Button(description=label, layout=Layout(width="auto", min_width="7em"))
-        made.on_click(lambda _: self._follow(action))
+        made.on_click(lambda _: self._run_action(action))
         return made
 
-    def _follow(self, action: Callable[[], None]) -> None:
+    def _run_action(self, action: Callable[[], None]) -> None:
         if time.monotonic() - self._since < MIN_CLICK_SECONDS:
             return
         try:

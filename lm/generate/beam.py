@@ -39,7 +39,7 @@ def beam_search(
     prompts: Array,
     lengths: Array,
     *,
-    width: int,
+    beam_width: int,
     max_new: int,
     length_penalty: float = 0.0,
     stop: Sequence[int] = (),
@@ -52,17 +52,17 @@ def beam_search(
     have length 0 and the score -inf. Width 1 without stop ids is greedy decoding.
     """
     check_sampling(model, prompts.shape[1], max_new=max_new, temperature=1.0, top_k=0, top_p=1.0)
-    if width < 1:
-        raise UserError(f"the beam's width is {width}; it must be at least 1")
+    if beam_width < 1:
+        raise UserError(f"the beam's width is {beam_width}; it must be at least 1")
     if not 0 <= length_penalty < math.inf:
         raise UserError(f"length_penalty is {length_penalty}; it must be 0 (none) or above")
-    lm = model.unrolled(lm)
+    lm = model.decoding_params(lm)
     logits, cache = prefill(model, lm, prompts, lengths, capacity=prompts.shape[1] + max_new)
     B, V = logits.shape
     stops = jnp.asarray(sorted({s for s in stop if 0 <= s < V}), jnp.int32)
-    logits, cache, lengths = repeated_rows((logits, cache, lengths), width)
+    logits, cache, lengths = repeated_rows((logits, cache, lengths), beam_width)
     penalty = lambda length: ((5 + jnp.asarray(length, jnp.float32)) / 6) ** length_penalty
-    live = done = empty_hypotheses(B, width, max_new)
+    live = done = empty_hypotheses(B, beam_width, max_new)
     live = live._replace(values=live.values.at[:, 0].set(0.0))  # one start, not `width` equal ones
 
     def unfinished(carry):
@@ -72,23 +72,23 @@ def beam_search(
 
     def step(carry):
         t, logits, cache, live, done = carry
-        new = jnp.minimum(jax.nn.log_softmax(logits, axis=-1), 0.0).reshape(B, width * V)
-        ends = jnp.broadcast_to((jnp.arange(width)[:, None] * V + stops).ravel(), (B, width * stops.size))
+        new = jnp.minimum(jax.nn.log_softmax(logits, axis=-1), 0.0).reshape(B, beam_width * V)
+        ends = jnp.broadcast_to((jnp.arange(beam_width)[:, None] * V + stops).ravel(), (B, beam_width * stops.size))
         ended = extended_hypotheses(live, ends, new, t)
         ended = ended._replace(values=ended.values / penalty(t + 1), stopped=jnp.ones_like(ended.stopped))
-        going = (live.values[..., None] + new.reshape(B, width, V)).at[..., stops].set(-jnp.inf)
-        values, places = jax.lax.top_k(going.reshape(B, width * V), width)
-        tokens, parents = (places % V).ravel(), (places // V + width * jnp.arange(B)[:, None]).ravel()
+        going = (live.values[..., None] + new.reshape(B, beam_width, V)).at[..., stops].set(-jnp.inf)
+        values, places = jax.lax.top_k(going.reshape(B, beam_width * V), beam_width)
+        tokens, parents = (places % V).ravel(), (places // V + beam_width * jnp.arange(B)[:, None]).ravel()
         cache = jax.tree.map(lambda x: x[parents] if x.ndim else x, cache)
         logits, cache = decode_step(model, lm, tokens, lengths + t, cache)
         live = extended_hypotheses(live, places, new, t)._replace(
             values=values
         )  # -inf for what should have been an end
-        return t + 1, logits, cache, live, best_hypotheses(done, ended, width)
+        return t + 1, logits, cache, live, best_hypotheses(done, ended, beam_width)
 
     t, _, _, live, done = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), logits, cache, live, done))
     cut = live._replace(values=jnp.where(t == max_new, live.values / penalty(max_new), -jnp.inf))
-    return hypothesis_rows(best_hypotheses(done, cut, width))
+    return hypothesis_rows(best_hypotheses(done, cut, beam_width))
 
 
 def empty_hypotheses(prompts: int, width: int, length: int) -> Hypotheses:

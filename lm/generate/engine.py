@@ -69,7 +69,7 @@ def batch_answerer(
     width are brought to that of their bucket, so a new one seldom compiles; what must fit is their real length.
     """
     check_stop_strings(stop_strings)
-    options |= {"samples": samples, "stop": (*tokenizer.stops, *stop)}
+    options |= {"samples": samples, "stop": (*tokenizer.stop_ids, *stop)}
     run = jit(lambda lm, ids, lengths, key: sample(model, lm, ids, lengths, key, **options))
     lm = jax.tree.map(jnp.asarray, lm)  # on the device once, not for every chunk
 

@@ -13,7 +13,7 @@ from lm.model.logits import is_static_temperature, repetition_penalized_logits, 
 
 
 def prefill(
-    model: Model, lm: Params, prompts: Array, lengths: Array, *, capacity: int, slack: int = 0
+    model: Model, lm: Params, prompts: Array, lengths: Array, *, capacity: int, rollback_slots: int = 0
 ) -> tuple[Array, KVCache]:
     """Logits f32[B,V] after each prompt, and the cache of `capacity` slots that decoding goes on from.
 
@@ -25,14 +25,16 @@ def prefill(
     segments = (positions >= 0).astype(jnp.int32)
     positions = jnp.maximum(positions, 0)
     aligned = jnp.where(segments > 0, jnp.take_along_axis(prompts, positions, axis=1), 0)
-    cache = model.cache(batch=prompts.shape[0], capacity=capacity, slack=slack)
-    x, cache = model.cached(lm, aligned, positions, segments, cache)
+    cache = model.empty_cache(batch=prompts.shape[0], capacity=capacity, rollback_slots=rollback_slots)
+    x, cache = model.cached_hidden_states(lm, aligned, positions, segments, cache)
     return model.logits(lm, x[:, -1]), cache
 
 
 def decode_step(model: Model, lm: Params, tokens: Array, positions: Array, cache: KVCache) -> tuple[Array, KVCache]:
     """Logits f32[B,V] after one more token i32[B] at positions i32[B]."""
-    x, cache = model.cached(lm, tokens[:, None], positions[:, None], jnp.ones_like(tokens)[:, None], cache)
+    x, cache = model.cached_hidden_states(
+        lm, tokens[:, None], positions[:, None], jnp.ones_like(tokens)[:, None], cache
+    )
     return model.logits(lm, x[:, 0]), cache
 
 
@@ -100,7 +102,7 @@ def sample(
         model, prompts.shape[1], max_new=max_new, **settings, repetition_penalty=repetition_penalty, samples=samples
     )
     stops = jnp.asarray(tuple(stop), jnp.int32)
-    lm = model.unrolled(lm)
+    lm = model.decoding_params(lm)
     logits, cache = prefill(model, lm, prompts, lengths, capacity=prompts.shape[1] + max_new)
     seen = None if repetition_penalty == 1 else prompt_token_mask(prompts, lengths, logits.shape[1])
     if samples > 1:
@@ -136,7 +138,7 @@ def sample(
 
 def check_sampling(
     model: Model,
-    prompt: int,
+    prompt_length: int,
     *,
     max_new: int,
     temperature: float,
@@ -148,14 +150,14 @@ def check_sampling(
 ) -> None:
     """UserError for a request that this model cannot serve; `prompt` is its length in tokens."""
     context = model.config.context
-    if prompt < 1:
+    if prompt_length < 1:
         raise UserError("the prompt is empty; give at least one token")
     if max_new < 1:
         raise UserError(f"max_new_tokens is {max_new}; it must be at least 1")
-    if prompt + max_new > context:
+    if prompt_length + max_new > context:
         raise UserError(
-            f"the prompt has {prompt} tokens and {max_new} more were asked for, but the model's context is "
-            f"{context}: shorten the prompt or lower max_new_tokens to {max(context - prompt, 0)}"
+            f"the prompt has {prompt_length} tokens and {max_new} more were asked for, but the model's context is "
+            f"{context}: shorten the prompt or lower max_new_tokens to {max(context - prompt_length, 0)}"
         )
     if not isinstance(temperature, Array) and not 0 <= temperature < math.inf:
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or above")

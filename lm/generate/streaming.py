@@ -46,7 +46,7 @@ def token_streamer(
 
     def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
         prompts, lengths = single_prompt_row(ids, model.config.context)
-        lm, keys = model.unrolled(lm), row_keys(key, jnp.arange(1))
+        lm, keys = model.decoding_params(lm), row_keys(key, jnp.arange(1))
         tokens, seen, cache = first(lm, prompts, lengths, keys)
         for t in range(1, max_new + 1):
             yield int(tokens[0])
@@ -65,26 +65,30 @@ def single_prompt_row(ids: Sequence[int], context: int) -> tuple[np.ndarray, np.
 
 
 def speculative_token_streamer(
-    models: TargetDraft, draft_lm: Params, tell: Callable[[int, int], None], *, ahead: int, **settings
+    models: TargetDraft, draft_lm: Params, on_round: Callable[[int, int], None], *, draft_tokens: int, **settings
 ) -> Callable[..., Iterator[int]]:
     """`streamer` with a draft: the tokens of lm.generate.speculative.speculative_sample's row 0, a round's at a time.
 
     tell: given how many tokens each round proposed and how many of them the target accepted.
     """
     context = min(model.config.context for model in models)
-    first = jax.jit(functools.partial(initial_speculative_state, models, capacity=context + BUCKET_SIZE, ahead=ahead))
-    following = jax.jit(functools.partial(speculative_round, models, ahead=ahead, **settings), donate_argnames="rows")
-    draft_lm = models.draft.unrolled(jax.device_put(draft_lm))
+    first = jax.jit(
+        functools.partial(initial_speculative_state, models, capacity=context + BUCKET_SIZE, draft_tokens=draft_tokens)
+    )
+    following = jax.jit(
+        functools.partial(speculative_round, models, draft_tokens=draft_tokens, **settings), donate_argnames="rows"
+    )
+    draft_lm = models.draft.decoding_params(jax.device_put(draft_lm))
 
     def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
-        lms, key = TargetDraft(models.target.unrolled(lm), draft_lm), row_keys(key, jnp.arange(1))[0]
+        lms, key = TargetDraft(models.target.decoding_params(lm), draft_lm), row_keys(key, jnp.arange(1))[0]
         rows = first(lms, *single_prompt_row(ids, context))
         for t in itertools.count():
             rows, new = following(lms, rows, jax.random.fold_in(key, t)[None])
             tokens, accepted = new.tokens[0].tolist(), int(new.accepted[0])
             end = next((i + 1 for i, token in enumerate(tokens[: accepted + 1]) if token in stop), max_new)
             limit = min(end, max_new)
-            tell(min(ahead, limit), min(accepted, limit))
+            on_round(min(draft_tokens, limit), min(accepted, limit))
             yield from tokens[: min(accepted + 1, limit)]
             max_new -= accepted + 1
             if end <= accepted + 1 or max_new < 1:

@@ -27,7 +27,7 @@ def sequence_ratio(logprobs: Array, old_logprobs: Array, weights: Array) -> Arra
 
 
 def clipped_surrogate(
-    ratio: Array, advantages: Array, *, low: float = 0.2, high: float = 0.2, dual: float = 0.0
+    ratio: Array, advantages: Array, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 0.0
 ) -> Array:
     """-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) per token; its gradient is zero beyond the clip.
 
@@ -35,18 +35,18 @@ def clipped_surrogate(
     arXiv 2503.14476). `dual` > 1 bounds the loss of a bad token that became likely by -dual * A (Ye et al. 2020, eq. 5,
     arXiv 1912.09729); 0 does not.
     """
-    gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - low, 1 + high) * advantages)
-    if dual > 0:
-        gain = jnp.where(advantages < 0, jnp.maximum(gain, dual * advantages), gain)
+    gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages)
+    if dual_clip > 0:
+        gain = jnp.where(advantages < 0, jnp.maximum(gain, dual_clip * advantages), gain)
     return -gain
 
 
-def truncated_reinforce_loss(logprobs: Array, ratio: Array, advantages: Array, *, high: float) -> Array:
+def truncated_reinforce_loss(logprobs: Array, ratio: Array, advantages: Array, *, clip_high: float) -> Array:
     """-stop_gradient(min(ratio, 1 + high)) * A * log p per token: every token keeps a gradient, only its weight is cut.
 
     MiniMax 2025 (CISPO), eq. 4 and 5, arXiv 2506.13585.
     """
-    return -jax.lax.stop_gradient(jnp.minimum(ratio, 1 + high)) * advantages * logprobs
+    return -jax.lax.stop_gradient(jnp.minimum(ratio, 1 + clip_high)) * advantages * logprobs
 
 
 def clipped_value_loss(values: Array, old_values: Array, returns: Array, *, clip: float = 0.2) -> Array:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def dpo_loss(chosen: Array, rejected: Array, *, smoothing: float = 0.0) -> Array:
+def dpo_loss(chosen: Array, rejected: Array, *, label_smoothing: float = 0.0) -> Array:
     """-(1 - smoothing) log sigmoid(d) - smoothing log sigmoid(-d), with d = chosen - rejected.
 
     `chosen` and `rejected` are implicit rewards beta * (log p - log p_ref), each log p a sum over the answer's tokens.
@@ -15,7 +15,7 @@ def dpo_loss(chosen: Array, rejected: Array, *, smoothing: float = 0.0) -> Array
     preferences and relationship to IPO"), where `ranking.bradley_terry`'s `flipped` only bounds what one verdict costs.
     """
     d = chosen - rejected
-    return -(1 - smoothing) * jax.nn.log_sigmoid(d) - smoothing * jax.nn.log_sigmoid(-d)
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(d) - label_smoothing * jax.nn.log_sigmoid(-d)
 
 
 def ipo_loss(chosen: Array, rejected: Array, *, beta: float) -> Array:

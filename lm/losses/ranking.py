@@ -8,7 +8,9 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
-def bradley_terry_loss(chosen: Array, rejected: Array, *, margin: Array | float = 0.0, flipped: float = 0.0) -> Array:
+def bradley_terry_loss(
+    chosen: Array, rejected: Array, *, margin: Array | float = 0.0, flip_probability: float = 0.0
+) -> Array:
     """-log P(the verdict), with d = chosen - rejected - margin and P = (1 - flipped) sigmoid(d) + flipped sigmoid(-d).
 
     Elementwise. `margin` asks for a lead (Touvron et al. 2023, eq. 2, arXiv 2307.09288); `flipped` is the share of
@@ -16,9 +18,12 @@ def bradley_terry_loss(chosen: Array, rejected: Array, *, margin: Array | float 
     Bradley & Terry 1952; Ouyang et al. 2022, eq. 1, arXiv 2203.02155.
     """
     d = chosen - rejected - margin
-    if flipped == 0:
+    if flip_probability == 0:
         return -jax.nn.log_sigmoid(d)
-    right, wrong = jax.nn.log_sigmoid(d) + math.log1p(-flipped), jax.nn.log_sigmoid(-d) + math.log(flipped)
+    right, wrong = (
+        jax.nn.log_sigmoid(d) + math.log1p(-flip_probability),
+        jax.nn.log_sigmoid(-d) + math.log(flip_probability),
+    )
     return -jnp.logaddexp(right, wrong)
 
 

@@ -21,16 +21,20 @@ class Model(NamedTuple):
 
     config: ModelConfig
     init: Callable[..., Params]  # (key) -> lm; with config.lora_rank its adapters: see lora.join_adapters
-    init_value: Callable[..., Params]  # (key) -> head, all zero
-    axes: dict  # logical axes of {"lm": ..., "value": ...}
-    hidden: Callable[..., Array]  # (lm, inputs, positions, segments) -> f[B,T,D]
-    routed: Callable[..., tuple[Array, Routing | None]]  # the same, and which experts it went through
-    unrolled: Callable[..., Params]  # (lm) -> lm as `cached` reads it in a loop: cut into its layers once, before it
-    cached: Callable[..., tuple[Array, KVCache]]  # (lm, inputs, positions, segments, cache) -> f[B,T,D], Cache
-    cache: Callable[..., KVCache]  # (batch=, capacity=, slack=0) -> Cache
+    init_value_head: Callable[..., Params]  # (key) -> head, all zero
+    logical_axes: dict  # logical axes of {"lm": ..., "value": ...}
+    hidden_states: Callable[..., Array]  # (lm, inputs, positions, segments) -> f[B,T,D]
+    hidden_and_routing: Callable[..., tuple[Array, Routing | None]]  # the same, and which experts it went through
+    decoding_params: Callable[
+        ..., Params
+    ]  # (lm) -> lm as `cached` reads it in a loop: cut into its layers once, before it
+    cached_hidden_states: Callable[
+        ..., tuple[Array, KVCache]
+    ]  # (lm, inputs, positions, segments, cache) -> f[B,T,D], Cache
+    empty_cache: Callable[..., KVCache]  # (batch=, capacity=, rollback_slots=0) -> Cache
     logits: Callable[..., Array]  # (lm, f[...,D]) -> f32[...,V]
     value: Callable[..., Array]  # (head, f[...,D]) -> f32[...]
-    scores: Callable[..., TargetStats]  # (lm, f[B,T,D], targets, temperature=1.0) -> Scores
+    target_stats: Callable[..., TargetStats]  # (lm, f[B,T,D], targets, temperature=1.0) -> Scores
     token_logprobs: Callable[..., Array]  # (lm, Tokens, temperature=1.0) -> f32[B,T]
 
 
@@ -53,21 +57,21 @@ def make_model(config: ModelConfig) -> Model:
     return Model(
         config=config,
         init=functools.partial(parameters.initial_params, learnt),
-        init_value=functools.partial(parameters.initial_params, value_specs),
-        axes={"lm": axes, "value": parameters.logical_axes(value_specs)},
-        hidden=hidden,
-        routed=functools.partial(decoder.hidden_and_routing, config),
-        unrolled=functools.partial(decoder.decoding_params, config),
-        cached=functools.partial(decoder.cached_hidden_states, config),
-        cache=functools.partial(
+        init_value_head=functools.partial(parameters.initial_params, value_specs),
+        logical_axes={"lm": axes, "value": parameters.logical_axes(value_specs)},
+        hidden_states=hidden,
+        hidden_and_routing=functools.partial(decoder.hidden_and_routing, config),
+        decoding_params=functools.partial(decoder.decoding_params, config),
+        cached_hidden_states=functools.partial(decoder.cached_hidden_states, config),
+        empty_cache=functools.partial(
             empty_cache,
-            windows=tuple(config.window if local else 0 for local in config.local),
+            windows=tuple(config.window if local else 0 for local in config.local_layers),
             kv_heads=config.kv_heads,
             head_size=config.head_size,
-            dtype=jnp.dtype(config.cache),
+            dtype=jnp.dtype(config.cache_dtype),
         ),
         logits=functools.partial(decoder.logits, config),
         value=decoder.value,
-        scores=scores,
+        target_stats=scores,
         token_logprobs=token_logprobs,
     )

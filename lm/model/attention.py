@@ -54,7 +54,14 @@ def softcapped_logits(x: Array, cap: float) -> Array:
 
 
 def causal_attention(
-    q: Array, k: Array, v: Array, segments: Array, *, window: Array | int | None = None, blocks: int = 1, **options
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array,
+    *,
+    window: Array | int | None = None,
+    query_blocks: int = 1,
+    **options,
 ) -> Array:
     """Attention of every position to the earlier ones of its own segment (0 is padding: it sees and is seen by none).
 
@@ -66,7 +73,7 @@ def causal_attention(
     T = q.shape[1]
     q, k, v = (row_major(x) for x in (queries_by_kv_head(q, k.shape[2]), k.swapaxes(1, 2), v.swapaxes(1, 2)))
     positions = jnp.arange(T)
-    edges = [T * i // blocks for i in range(blocks + 1)]
+    edges = [T * i // query_blocks for i in range(query_blocks + 1)]
     outputs = []
     for start, stop in zip(edges, edges[1:]):
         same = segments[:, start:stop, None] == segments[:, None, :stop]
@@ -75,7 +82,7 @@ def causal_attention(
             causal &= positions[start:stop, None] - positions[None, :stop] < window
         mask = same & causal & (segments[:, None, :stop] > 0)
         outputs.append(masked_attention(q[:, :, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask, **options))
-    return merged_heads(outputs[0] if blocks == 1 else jnp.concatenate(outputs, axis=3))
+    return merged_heads(outputs[0] if query_blocks == 1 else jnp.concatenate(outputs, axis=3))
 
 
 def cached_attention(
@@ -83,9 +90,9 @@ def cached_attention(
 ) -> tuple[Array, KVCache]:
     """Writes k, v f[B,T,K,H] into the next T slots of a layer and attends to everything up to each query's own slot.
 
-    `cache.segments` must already name the new slots; `cache.filled` is advanced once per forward pass, by the caller.
+    `cache.segments` must already name the new slots; `cache.length` is advanced once per forward pass, by the caller.
     """
-    if cache.filled.ndim:  # rows at slots of their own: each as a batch of one
+    if cache.length.ndim:  # rows at slots of their own: each as a batch of one
         add, drop = (lambda x: x[None] if x.ndim else x), (lambda x: x[0] if x.ndim else x)
 
         def alone(*row):
@@ -94,7 +101,7 @@ def cached_attention(
             return jax.tree.map(drop, done)
 
         return jax.vmap(alone)(q, k, v, cache)
-    start, T, S = cache.filled, q.shape[1], cache.segments.shape[1]
+    start, T, S = cache.length, q.shape[1], cache.segments.shape[1]
     held, new = layer_cache(cache, layer), new_cache_entries(cache, k, v)
     if held[0].shape[2] == S:
         seen = kept = tuple(updated_slots(a, b, start, axis=2) for a, b in zip(held, new))

@@ -12,10 +12,10 @@ CHOICES = {
     "bias": ("none", "qkv", "attention", "all"),
     "positions": ("rope", "learned"),
     "rope_scaling": ("none", "linear", "llama3", "yarn"),
-    "lora_base": ("float32", "bfloat16", "int8"),
+    "lora_base_dtype": ("float32", "bfloat16", "int8"),
     "remat": ("none", "block", "dots"),
     "dtype": ("auto", "float32", "bfloat16"),
-    "cache": ("auto", "float32", "bfloat16", "int8"),
+    "cache_dtype": ("auto", "float32", "bfloat16", "int8"),
     "scan": ("auto", "yes", "no"),
     "attention": ("auto", "xla", "cudnn", "splash"),
 }
@@ -48,7 +48,7 @@ class ModelConfig:
     head_size: int = 32
     hidden: int = 384  # of the SwiGLU; 3 x width costs what 4.5 x width costs without the gate
     qk_norm: bool = True  # norm of queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
-    tied: bool = True  # the output matrix is the embedding
+    tie_embeddings: bool = True  # the output matrix is the embedding
     base_width: int = (
         0  # muP: the width whose learning rate suits every other; 0: off (see lm.model.params.param_specs)
     )
@@ -85,10 +85,12 @@ class ModelConfig:
     lora_rank: int = 0  # of the adapters that are learnt on a frozen base (Hu et al. 2021, arXiv 2106.09685); 0: none
     lora_alpha: float = 16.0  # their product counts lora_alpha / lora_rank
     lora_targets: str = "query,value"  # the matrices that have them
-    lora_base: str = "float32"  # how the base is kept: also bfloat16, int8
+    lora_base_dtype: str = "float32"  # how the base is kept: also bfloat16, int8
 
     dtype: str = "auto"  # of the matrix products; parameters, norms, softmax and losses stay float32
-    cache: str = "auto"  # how keys and values are kept for decoding: auto as dtype; int8 with a scale a head of a slot
+    cache_dtype: str = (
+        "auto"  # how keys and values are kept for decoding: auto as dtype; int8 with a scale a head of a slot
+    )
     scan: str = "auto"  # "yes": one compiled block for all layers; "no": unrolled
     attention: str = "auto"  # of whole rows: plain xla, or the kernel of a platform, cudnn or splash (lm.model.kernels)
     remat: str = "none"  # what the backward pass recomputes: nothing, each block, or all but matrix products
@@ -117,10 +119,10 @@ class ModelConfig:
             raise UserError(f"model.experts_per_token {self.experts_per_token} is above model.experts {self.experts}")
         if self.rope_scaling in ("llama3", "yarn") and not self.rope_original:
             raise UserError(f"model.rope_scaling {self.rope_scaling} needs model.rope_original, the context before it")
-        if unable := self.unable(self.attention):
+        if unable := self.unsupported_reason(self.attention):
             raise UserError(f"model.attention is {self.attention!r}, which {unable}: leave it to auto, or choose xla")
 
-    def unable(self, attention: str) -> str:
+    def unsupported_reason(self, attention: str) -> str:
         """Why that implementation of attention cannot compute this model; "" if it can."""
         if attention != "cudnn":
             return ""
@@ -135,12 +137,12 @@ class ModelConfig:
         return self.attention not in KERNEL_PLATFORMS or KERNEL_PLATFORMS[self.attention][0] == backend
 
     @property
-    def local(self) -> tuple[bool, ...]:
+    def local_layers(self) -> tuple[bool, ...]:
         """Whether each layer sees only its window."""
         every = self.global_every
         return tuple(bool(self.window) and not (every and (i + 1) % every == 0) for i in range(self.layers))
 
-    def on(self, backend: str) -> "ModelConfig":
+    def for_backend(self, backend: str) -> "ModelConfig":
         """This config with every "auto" settled for a backend ("cpu", "gpu", "tpu").
 
         On CPU a scanned stack trains 6 % slower and static query blocks 4 % faster, and bfloat16 gains little;
@@ -157,9 +159,13 @@ class ModelConfig:
             )
         cpu = backend == "cpu"
         dtype = ("float32" if cpu else "bfloat16") if self.dtype == "auto" else self.dtype
-        auto = {"dtype": dtype, "cache": dtype, "scan": "no" if cpu else "yes", "query_blocks": 2 if cpu else 1}
+        auto = {"dtype": dtype, "cache_dtype": dtype, "scan": "no" if cpu else "yes", "query_blocks": 2 if cpu else 1}
         c = dataclasses.replace(self, **{k: v for k, v in auto.items() if getattr(self, k) == "auto"})
         if c.attention != "auto":
             return c
-        able = [name for name, (needed, _) in KERNEL_PLATFORMS.items() if needed == backend and not c.unable(name)]
+        able = [
+            name
+            for name, (needed, _) in KERNEL_PLATFORMS.items()
+            if needed == backend and not c.unsupported_reason(name)
+        ]
         return dataclasses.replace(c, attention=able[0] if able else "xla")

@@ -141,17 +141,17 @@ def hidden_and_routing(
     """`hidden`, and how its layers spread the tokens over their experts, if they have any."""
     T = inputs.shape[1]
     turns, options = _rotary_angles(c, positions), dict(scale=c.attention_scale, softcap=c.attention_softcap)
-    blocks, mixed = min(int(c.query_blocks), T), len(set(c.local)) == 2
+    blocks, mixed = min(int(c.query_blocks), T), len(set(c.local_layers)) == 2
 
     def block(x, xs):
         layer, local = xs
         if not mixed:
-            local, angles = c.local[0], turns[c.local[0]]
+            local, angles = c.local_layers[0], turns[c.local_layers[0]]
         else:  # one program for both kinds
             angles = None if turns[0] is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *turns)
 
         def attend(q, k, v):
-            shape = dict(window=c.window, local=local, blocks=blocks)
+            shape = dict(window=c.window, is_local=local, query_blocks=blocks)
             return self_attention(c.attention, q, k, v, segments, **shape, **options), None
 
         x, _, routing = _block(c, attend, angles, x, layer)
@@ -163,10 +163,10 @@ def hidden_and_routing(
         block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     x = _embeddings(c, params, inputs, positions)
     if c.scan == "yes":
-        x, routing = jax.lax.scan(block, x, (params["layers"], jnp.asarray(c.local)))
+        x, routing = jax.lax.scan(block, x, (params["layers"], jnp.asarray(c.local_layers)))
     else:
         found = []
-        for layer, local in zip(unstacked_layers(params["layers"], c.layers), c.local):
+        for layer, local in zip(unstacked_layers(params["layers"], c.layers), c.local_layers):
             x, routing = block(x, (layer, local))
             found.append(routing)
         routing = jax.tree.map(lambda *parts: jnp.stack(parts), *found)
@@ -177,22 +177,22 @@ def cached_hidden_states(
     c: ModelConfig, params: Params, inputs: Array, positions: Array, segments: Array, cache: KVCache
 ) -> tuple[Array, KVCache]:
     """The same for T more positions of rows whose earlier ones are in `cache`; T may be 1. Always unrolled."""
-    cache = cache.replace(segments=updated_slots(cache.segments, segments, cache.filled))
+    cache = cache.replace(segments=updated_slots(cache.segments, segments, cache.length))
     turns, options = _rotary_angles(c, positions), dict(scale=c.attention_scale, softcap=c.attention_softcap)
     x = _embeddings(c, params, inputs, positions)
-    for i, (layer, local) in enumerate(zip(unstacked_layers(params["layers"], c.layers), c.local)):
+    for i, (layer, local) in enumerate(zip(unstacked_layers(params["layers"], c.layers), c.local_layers)):
         window = c.window if local else None
         attend = functools.partial(cached_attention, cache=cache, layer=i, window=window, **options)
         x, cache, _ = _block(c, attend, turns[local], x, layer)
-    cache = cache.replace(filled=cache.filled + inputs.shape[1])
+    cache = cache.replace(length=cache.length + inputs.shape[1])
     return apply_norm(c, x, params, "final_norm"), cache
 
 
 def logits(c: ModelConfig, params: Params, x: Array) -> Array:
     """f32[...,V] from states f[...,D]; under muP times base_width / width; capped where the model caps, in loss and
     sampling alike."""
-    name = "embedding" if c.tied else "head"
-    whole = lambda a: a.T if c.tied else a
+    name = "embedding" if c.tie_embeddings else "head"
+    whole = lambda a: a.T if c.tie_embeddings else a
     raw = linear(x, whole(params[name]).astype(x.dtype), jnp.float32)
     if f"{name}_scale" in params:  # kept in 8 bits, a scale a token
         raw = raw * whole(params[f"{name}_scale"])
@@ -207,5 +207,5 @@ def value(head: Params, x: Array) -> Array:
 def target_stats(c: ModelConfig, params: Params, x: Array, targets: Array, *, temperature: float = 1.0) -> TargetStats:
     """Scores of targets i32[B,T] under softmax(logits / temperature), from states f[B,T,D]."""
     return chunked_target_stats(
-        functools.partial(logits, c, params), x, targets, temperature=temperature, size=c.loss_chunk
+        functools.partial(logits, c, params), x, targets, temperature=temperature, chunk_size=c.loss_chunk
     )

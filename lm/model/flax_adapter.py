@@ -35,7 +35,7 @@ class TokenCache:
     inputs: Array  # i32[B,S]
     positions: Array  # i32[B,S]
     segments: Array  # i32[B,S]; 0: empty or padding
-    filled: Array  # i32[]  slots written, or i32[B]
+    length: Array  # i32[]  slots written, or i32[B]
 
 
 def model_from_linen(
@@ -99,7 +99,7 @@ def verified_model(model: Model, lm: Params, *, length: int = 8) -> Model:
     positions = jnp.where(segments == 2, slots - middle, jnp.where(segments == 0, 0, slots))
     changed = jnp.where(jnp.eye(length, dtype=bool), (inputs + 1) % model.config.vocab_size, inputs)
     rows = jnp.concatenate([inputs[None], changed])
-    states = model.hidden(lm, rows, *(jnp.broadcast_to(x, rows.shape) for x in (positions, segments)))
+    states = model.hidden_states(lm, rows, *(jnp.broadcast_to(x, rows.shape) for x in (positions, segments)))
     seen = jnp.any(states[1:] != states[:1], axis=-1)  # [s, t]: whether token s changes what stands at position t
     for s, t in zip(*(x.tolist() for x in jnp.nonzero(seen))):
         if segments[t] and s > t and segments[s] == segments[t]:
@@ -129,7 +129,9 @@ def _flax_model(
         return (call(lm, head, x) if head else x).astype(jnp.float32)
 
     def scores(lm: Params, x: Array, targets: Array, *, temperature: float = 1.0) -> TargetStats:
-        return chunked_target_stats(functools.partial(logits, lm), x, targets, temperature=temperature, size=loss_chunk)
+        return chunked_target_stats(
+            functools.partial(logits, lm), x, targets, temperature=temperature, chunk_size=loss_chunk
+        )
 
     def token_logprobs(lm: Params, tokens: Tokens, *, temperature: float = 1.0) -> Array:
         x = hidden(lm, tokens.inputs, tokens.positions, tokens.segments)
@@ -148,19 +150,19 @@ def _flax_model(
     return Model(
         config=config,  # of its entries only these four speak of the module
         init=init,
-        init_value=functools.partial(parameters.initial_params, value_specs),
-        axes={
+        init_value_head=functools.partial(parameters.initial_params, value_specs),
+        logical_axes={
             "lm": axes if axes is not None else jax.tree.map(lambda leaf: (None,) * leaf.ndim, shapes),
             "value": parameters.logical_axes(value_specs),
         },
-        hidden=hidden,
-        routed=lambda *given: (hidden(*given), None),
-        unrolled=lambda lm: lm,
-        cached=functools.partial(_recomputed_hidden_states, hidden),
-        cache=_empty_token_cache,
+        hidden_states=hidden,
+        hidden_and_routing=lambda *given: (hidden(*given), None),
+        decoding_params=lambda lm: lm,
+        cached_hidden_states=functools.partial(_recomputed_hidden_states, hidden),
+        empty_cache=_empty_token_cache,
         logits=logits,
         value=decoder.value,
-        scores=scores,
+        target_stats=scores,
         token_logprobs=token_logprobs,
     )
 
@@ -170,15 +172,15 @@ def _recomputed_hidden_states(
 ) -> tuple[Array, TokenCache]:
     """The states of T more positions, by a pass over all slots."""
 
-    new, old, start = (inputs, positions, segments), (prefix.inputs, prefix.positions, prefix.segments), prefix.filled
+    new, old, start = (inputs, positions, segments), (prefix.inputs, prefix.positions, prefix.segments), prefix.length
     rows = [updated_slots(before, after.astype(before.dtype), start) for before, after in zip(old, new)]
     slots = start[..., None] + jnp.arange(inputs.shape[1])  # [T], or [B,T]
     x = hidden(lm, *rows)
     x = jnp.take_along_axis(x, jnp.broadcast_to(slots, inputs.shape)[..., None], axis=1)
-    return x, TokenCache(*rows, filled=prefix.filled + inputs.shape[1])
+    return x, TokenCache(*rows, length=prefix.length + inputs.shape[1])
 
 
-def _empty_token_cache(*, batch: int, capacity: int, slack: int = 0) -> TokenCache:
+def _empty_token_cache(*, batch: int, capacity: int, rollback_slots: int = 0) -> TokenCache:
     """slack: slots that may be taken back; nothing is overwritten here, so there is room for any number."""
     slots = jnp.zeros((batch, capacity), jnp.int32)
     return TokenCache(slots, slots, slots, jnp.zeros((), jnp.int32))

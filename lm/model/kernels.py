@@ -36,21 +36,23 @@ def self_attention(
     segments: Array,
     *,
     window: int,
-    local: Array | bool,
-    blocks: int,
+    is_local: Array | bool,
+    query_blocks: int,
     **options,
 ) -> Array:
     """`causal_attention` as the implementation of that name computes it; options: scale, softcap.
 
     local: whether the window holds, traced where one program serves layers of both kinds. blocks: of xla.
     """
-    attend = functools.partial(ATTENTION_KERNELS[name], **options, **({"blocks": blocks} if name == "xla" else {}))
-    if isinstance(local, bool):
-        return attend(q, k, v, segments, window=window if local else None)
+    attend = functools.partial(
+        ATTENTION_KERNELS[name], **options, **({"query_blocks": query_blocks} if name == "xla" else {})
+    )
+    if isinstance(is_local, bool):
+        return attend(q, k, v, segments, window=window if is_local else None)
     if name == "splash":  # its blocks are chosen when it is compiled, so there are two of it
         both = (functools.partial(attend, window=size) for size in (window, None))
-        return jax.lax.cond(local, *both, q, k, v, segments)
-    return attend(q, k, v, segments, window=jnp.where(local, window, q.shape[1]))
+        return jax.lax.cond(is_local, *both, q, k, v, segments)
+    return attend(q, k, v, segments, window=jnp.where(is_local, window, q.shape[1]))
 
 
 def cudnn_attention(

@@ -24,16 +24,16 @@ class KVCache(Replaceable):
     keys: tuple[Array, ...]  # layers x f[B,K,S,H] or f[B,K,W,H]: what a query reads of a head lies together
     values: tuple[Array, ...]  # likewise
     segments: Array  # i32[B,S]; 0: empty or padding, seen by nobody
-    filled: Array  # i32[]  slots written: all rows write the same slot (prompts are aligned to the right); or i32[B]
+    length: Array  # i32[]  slots written: all rows write the same slot (prompts are aligned to the right); or i32[B]
     key_scales: tuple[Array, ...] = ()  # layers x f32[B,K,S] or f32[B,K,W]
     value_scales: tuple[Array, ...] = ()  # likewise
 
 
 def empty_cache(
-    *, windows: Sequence[int], batch: int, capacity: int, slack: int = 0, kv_heads: int, head_size: int, dtype
+    *, windows: Sequence[int], batch: int, capacity: int, rollback_slots: int = 0, kv_heads: int, head_size: int, dtype
 ) -> KVCache:
     """A cache of `capacity` slots with nothing in it; windows: that of each layer, 0 for none; slack: see Cache."""
-    kept = [min(window + slack if window else capacity, capacity) for window in windows]
+    kept = [min(window + rollback_slots if window else capacity, capacity) for window in windows]
 
     def zeros():
         return tuple(jnp.zeros((batch, kv_heads, slots, head_size), dtype) for slots in kept)

@@ -38,7 +38,7 @@ def sampling_logits(
     return logits
 
 
-def repetition_penalized_logits(logits: Array, seen: Array, penalty: float) -> Array:
+def repetition_penalized_logits(logits: Array, present: Array, penalty: float) -> Array:
     """Logits f32[...,V], where those of `seen` tokens bool[...,V] are divided by the penalty if positive, and
     multiplied by it if negative (Keskar et al. 2019, sec. 4.1, arXiv 1909.05858; the sign as in their code).
 
@@ -46,7 +46,7 @@ def repetition_penalized_logits(logits: Array, seen: Array, penalty: float) -> A
     whatever else the row holds. So no stage that learns from its own samples offers it.
     """
     logits = logits.astype(jnp.float32)
-    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return jnp.where(present, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def is_static_temperature(temperature: float | Array, value: float) -> bool:

@@ -19,28 +19,28 @@ class TargetStats(NamedTuple):
     log_z: Array  # logsumexp of the unscaled logits
 
 
-def map_position_chunks(function: Callable[..., Any], *arrays: Array, size: int) -> Any:
+def map_position_chunks(function: Callable[..., Any], *arrays: Array, chunk_size: int) -> Any:
     """function(*arrays), a tree of [B,T,...], for arrays [B,T,...]: `size` positions a row at a time, or 0 for all.
 
     What `function` makes on the way exists for so many positions only and is made again in the backward pass, so
     logits f32[B,T,V] never do. It must treat every position alike: the last piece is filled up with zeros.
     """
     B, T = arrays[0].shape[:2]
-    if not 0 < size < T:
+    if not 0 < chunk_size < T:
         return function(*arrays)
-    count = -(-T // size)
-    pad = count * size - T
+    count = -(-T // chunk_size)
+    pad = count * chunk_size - T
 
     def pieces(a):
         a = jnp.pad(a, ((0, 0), (0, pad)) + ((0, 0),) * (a.ndim - 2))
-        return a.reshape(B, count, size, *a.shape[2:]).swapaxes(0, 1)
+        return a.reshape(B, count, chunk_size, *a.shape[2:]).swapaxes(0, 1)
 
     parts = jax.lax.map(lambda part: jax.checkpoint(function)(*part), tuple(map(pieces, arrays)))
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, count * size, *a.shape[3:])[:, :T], parts)
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(B, count * chunk_size, *a.shape[3:])[:, :T], parts)
 
 
 def chunked_target_stats(
-    logits: Callable[[Array], Array], x: Array, targets: Array, *, temperature: float | Array, size: int
+    logits: Callable[[Array], Array], x: Array, targets: Array, *, temperature: float | Array, chunk_size: int
 ) -> TargetStats:
     """Scores of targets i32[B,T] under softmax(logits(x) / temperature).
 
@@ -55,7 +55,7 @@ def chunked_target_stats(
         unscaled = log_z if is_static_temperature(temperature, 1) else jax.nn.logsumexp(raw, axis=-1)
         return TargetStats(logprobs, entropy, unscaled)
 
-    return map_position_chunks(chunk, x, targets, size=size)
+    return map_position_chunks(chunk, x, targets, chunk_size=chunk_size)
 
 
 @jax.custom_vjp

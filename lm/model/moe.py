@@ -15,7 +15,7 @@ class Routing:
     """How tokens were spread over E experts, by layer."""
 
     probabilities: Array  # f32[L,B,T,E]  softmax of the router
-    chosen: Array  # f32[L,B,T,E]  1 for the experts that a token took
+    expert_mask: Array  # f32[L,B,T,E]  1 for the experts that a token took
     log_z: Array  # f32[L,B,T]  logsumexp of the router's logits
 
 
@@ -54,7 +54,7 @@ def load_balancing_loss(routing: Routing, weights: Array) -> Array:
     the whole batch's.
     """
     w = weights / jnp.maximum(jnp.sum(weights), 1)
-    share = jnp.einsum("lbte,bt->le", routing.chosen, w)
+    share = jnp.einsum("lbte,bt->le", routing.expert_mask, w)
     probability = jnp.einsum("lbte,bt->le", routing.probabilities, w)
     E = share.shape[-1]
     k = jnp.maximum(jnp.sum(share, axis=-1), 1e-9)

@@ -44,7 +44,7 @@ def param_specs(c: ModelConfig) -> dict:
         tree["final_norm_bias"] = tree["final_norm"]._replace(std=0.0)
     if c.positions == "learned":
         tree["position_embedding"] = ParamSpec((c.context, c.width), (None, "width"), outer)
-    if not c.tied:
+    if not c.tie_embeddings:
         tree["head"] = ParamSpec((c.width, c.vocab_size), ("width", "vocab"), outer)
     return tree
 
@@ -149,5 +149,5 @@ def flops_per_token(c: ModelConfig, length: int) -> float:
     whole = (length + 1) / 2
     seen = min(c.window, length)
     windowed = seen - seen * (seen - 1) / (2 * length)  # the first queries of a row see less than a window
-    keys = sum(windowed if local else whole for local in c.local)
+    keys = sum(windowed if local else whole for local in c.local_layers)
     return (4 if c.lora_rank else 6) * matmul_param_count(c) + 12 * c.heads * c.head_size * keys

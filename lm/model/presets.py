@@ -10,12 +10,14 @@ from typing import Any
 
 Options = dict[str, Any]
 
-LLAMA = dict(qk_norm=False, tied=False, norm_eps=1e-5)
+LLAMA = dict(qk_norm=False, tie_embeddings=False, norm_eps=1e-5)
 LLAMA_3 = dict(LLAMA, vocab_size=128_256, kv_heads=8, rope_base=500_000.0)
 LLAMA_3_1 = dict(rope_scaling="llama3", rope_original=8192, context=131_072)
 QWEN_2_5 = dict(qk_norm=False, bias="qkv", rope_base=1e6)
 QWEN_3 = dict(vocab_size=151_936, head_size=128, rope_base=1e6, context=40_960)
-OLMO_2 = dict(vocab_size=100_352, head_size=128, tied=False, norm_at="output", qk_norm_over="all", rope_base=500_000.0)
+OLMO_2 = dict(
+    vocab_size=100_352, head_size=128, tie_embeddings=False, norm_at="output", qk_norm_over="all", rope_base=500_000.0
+)
 SMOLLM_2 = dict(vocab_size=49_152, head_size=64, qk_norm=False, norm_eps=1e-5, context=8192)
 
 
@@ -98,12 +100,12 @@ def llama3_1_8b() -> Options:
 
 def llama3_2_1b() -> Options:
     """1,235,814,400 parameters ("1.23B"). Model card of meta-llama/Llama-3.2-1B."""
-    return _sizes(16, 2048, 32, 8192, **LLAMA_3 | LLAMA_3_1, rope_factor=32.0) | dict(tied=True)
+    return _sizes(16, 2048, 32, 8192, **LLAMA_3 | LLAMA_3_1, rope_factor=32.0) | dict(tie_embeddings=True)
 
 
 def llama3_2_3b() -> Options:
     """3,212,749,824 parameters ("3.21B"). Model card of meta-llama/Llama-3.2-3B."""
-    return _sizes(28, 3072, 24, 8192, **LLAMA_3 | LLAMA_3_1, rope_factor=32.0) | dict(tied=True)
+    return _sizes(28, 3072, 24, 8192, **LLAMA_3 | LLAMA_3_1, rope_factor=32.0) | dict(tie_embeddings=True)
 
 
 def mistral_7b() -> Options:
@@ -124,7 +126,9 @@ def qwen2_5_0_5b() -> Options:
 
 def qwen2_5_7b() -> Options:
     """7,615,616,512 parameters ("7.61B"). Model card of Qwen/Qwen2.5-7B; Qwen 2024, arXiv 2412.15115."""
-    return _sizes(28, 3584, 28, 18_944, **QWEN_2_5, vocab_size=152_064, kv_heads=4, context=131_072, tied=False)
+    return _sizes(
+        28, 3584, 28, 18_944, **QWEN_2_5, vocab_size=152_064, kv_heads=4, context=131_072, tie_embeddings=False
+    )
 
 
 def qwen3_0_6b() -> Options:
@@ -134,12 +138,12 @@ def qwen3_0_6b() -> Options:
 
 def qwen3_8b() -> Options:
     """8,190,735,360 parameters ("8.2B"). Yang et al. 2025, table 1, arXiv 2505.09388; model card of Qwen/Qwen3-8B."""
-    return _sizes(36, 4096, 32, 12_288, **QWEN_3, kv_heads=8, tied=False)
+    return _sizes(36, 4096, 32, 12_288, **QWEN_3, kv_heads=8, tie_embeddings=False)
 
 
 def qwen3_30b_a3b() -> Options:
     """30,532,122,624 parameters ("30.5B"), 3.3B of them a token's. Yang et al. 2025, table 2, arXiv 2505.09388."""
-    sizes = _sizes(48, 2048, 32, 768, **QWEN_3, kv_heads=4, tied=False)
+    sizes = _sizes(48, 2048, 32, 768, **QWEN_3, kv_heads=4, tie_embeddings=False)
     return sizes | dict(experts=128, experts_per_token=8)
 
 

@@ -20,23 +20,23 @@ QUANTIZED_MATRICES = ("query", "key", "value", "attention_out", "gate", "up", "d
 STORAGE_DTYPES = ("float32", "bfloat16", "int8")
 
 
-def quantized_params(form: str, lm: Mapping[str, Any], *, ends: bool = False) -> Params:
+def quantized_params(dtype: str, lm: Mapping[str, Any], *, include_embeddings: bool = False) -> Params:
     """A decoder in numpy, in one of FORMS: all in bfloat16, or the layers' matrices in int8, their scales beside them.
 
     ends: embedding and head in int8 too; else, as norms and biases, as they were.
     """
-    if form not in STORAGE_DTYPES:
-        raise UserError(f"the weights are to be kept as {form!r}; choose one of {', '.join(STORAGE_DTYPES)}")
-    if form == "float32":
+    if dtype not in STORAGE_DTYPES:
+        raise UserError(f"the weights are to be kept as {dtype!r}; choose one of {', '.join(STORAGE_DTYPES)}")
+    if dtype == "float32":
         return lm
-    if form == "bfloat16":
+    if dtype == "bfloat16":
         return jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), lm)
     kept = {**lm, "layers": dict(lm["layers"])}
     for name in QUANTIZED_MATRICES:
         if name in lm["layers"]:
             kept["layers"][name], kept["layers"][f"{name}_scale"] = quantize_int8(lm["layers"][name])
     for name, axis in (("embedding", -1), ("head", -2)):
-        if ends and name in lm:
+        if include_embeddings and name in lm:
             kept[name], kept[f"{name}_scale"] = quantize_int8(lm[name], axis=axis)
     return kept
 

@@ -16,9 +16,9 @@ def rope_frequencies(head_size: int, base: float) -> np.ndarray:
     return (base ** (-np.arange(0, head_size, 2, dtype=np.float32) / head_size)).astype(np.float32)
 
 
-def rope_angles(positions: Array, slowed: np.ndarray, factor: float = 1.0) -> Angles:
+def rope_angles(positions: Array, frequencies: np.ndarray, factor: float = 1.0) -> Angles:
     """cos and sin of positions i32[B,T] at frequencies f32[H/2], times `factor`."""
-    angles = positions[..., None, None].astype(jnp.float32) * slowed
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 

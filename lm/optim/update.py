@@ -70,7 +70,7 @@ def gradient(
         metrics = dict(metrics, grad_norm=scalar_metric(jnp.sqrt(square)))
         if microbatches > 1:
             rows = jax.tree.leaves(batch)[0].shape[0]
-            metrics["noise_scale"] = gradient_noise_scale(squares, square, rows=rows, count=microbatches)
+            metrics["noise_scale"] = gradient_noise_scale(squares, square, rows=rows, microbatches=microbatches)
         learning_rate = optax.tree.get(
             opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
         )
@@ -84,7 +84,7 @@ def gradient(
     return Update(init, update, evaluate)
 
 
-def gradient_noise_scale(squares: Array, square: Array, *, rows: int, count: int) -> Mean:
+def gradient_noise_scale(part_squared_norms: Array, squared_norm: Array, *, rows: int, microbatches: int) -> Mean:
     """S / |G|^2, in rows: of a batch of so many, the noise of the gradient is as large as the gradient itself.
 
     squares: the sum of |g|^2 over the `count` microbatches' parts g of the gradient; square: |sum of g|^2; rows: of the
@@ -94,9 +94,9 @@ def gradient_noise_scale(squares: Array, square: Array, *, rows: int, count: int
     microbatch's own gradient, as if all weighed alike: where rows differ in weight, that adds to the noise, by the
     squared coefficient of variation of a row's weight.
     """
-    small = count * squares  # the mean over microbatches of |count g|^2
-    noise = rows * (small - square) / (count - 1)
-    return Mean(noise, (count * square - small) / (count - 1))
+    small = microbatches * part_squared_norms  # the mean over microbatches of |count g|^2
+    noise = rows * (small - squared_norm) / (microbatches - 1)
+    return Mean(noise, (microbatches * squared_norm - small) / (microbatches - 1))
 
 
 def batch_parts(batch: Batch, count: int) -> Batch:

@@ -41,11 +41,11 @@ FLAGS = {"workdir": dict(required=True, metavar="DIR", help="a trained reward mo
 class PreferencePair(NamedTuple):
     """A preference of the rater on an axis, and by how much the model shares it."""
 
-    verdict: int  # which of the held-out verdicts
+    ranking: int  # which of the held-out verdicts
     better: int
     worse: int
-    apart: int  # ranks between the two
-    lead: float  # score of the better one minus score of the other
+    rank_gap: int  # ranks between the two
+    score_gap: float  # score of the better one minus score of the other
 
 
 def measure_reward_model(path: str | Path) -> dict[str, Any]:
@@ -108,14 +108,14 @@ def preference_pairs(ranks: np.ndarray, scores: np.ndarray) -> list[PreferencePa
 
 def pair_accuracy(pair: PreferencePair) -> float:
     """1 where the model shares the preference, one half where it has none."""
-    return 0.5 if pair.lead == 0 else float(pair.lead > 0)
+    return 0.5 if pair.score_gap == 0 else float(pair.score_gap > 0)
 
 
 def accuracy_by_ranking(pairs: Sequence[PreferencePair]) -> Estimate:
     """Share of shared preferences; each verdict counts once, as its pairs are not independent."""
     of_verdict: dict[int, list[float]] = {}
     for pair in pairs:
-        of_verdict.setdefault(pair.verdict, []).append(pair_accuracy(pair))
+        of_verdict.setdefault(pair.ranking, []).append(pair_accuracy(pair))
     return mean_estimate([float(np.mean(each)) for each in of_verdict.values()])
 
 
@@ -123,7 +123,7 @@ def accuracy_by_margin(pairs: Sequence[PreferencePair]) -> list[dict[str, Any]]:
     """Accuracy where the two answers are so many ranks apart; the last group takes in all that are further."""
     found = []
     for low, high in zip(ranking_batches.MARGIN_BINS, (*ranking_batches.MARGIN_BINS[1:], math.inf)):
-        inside = [pair.lead > 0 for pair in pairs if low <= pair.apart < high]
+        inside = [pair.score_gap > 0 for pair in pairs if low <= pair.rank_gap < high]
         if inside:
             found.append(
                 {"apart": low, "last": math.isinf(high), "pairs": len(inside), **success_rate(inside)._asdict()}
@@ -138,14 +138,14 @@ def calibration_bins(pairs: Sequence[PreferencePair]) -> list[dict[str, Any]]:
         inside = [pair for pair in pairs if low <= pair_confidence(pair) < high]
         if inside:
             said = float(np.mean([pair_confidence(pair) for pair in inside]))
-            true = success_rate([pair.lead > 0 for pair in inside])
+            true = success_rate([pair.score_gap > 0 for pair in inside])
             found.append({"from": low, "said": said, "pairs": len(inside), **true._asdict()})
     return found
 
 
 def pair_confidence(pair: PreferencePair) -> float:
     """The probability that the model gives to the side it prefers."""
-    return 1 / (1 + math.exp(-abs(pair.lead)))
+    return 1 / (1 + math.exp(-abs(pair.score_gap)))
 
 
 def pearson_correlation(x: np.ndarray, y: np.ndarray) -> float:
@@ -158,15 +158,15 @@ def worst_pairs(
 ) -> list[dict[str, Any]]:
     """The preferences that the model contradicts most, of each verdict the worst."""
     worst_of = {}
-    for pair in sorted((pair for pair in pairs if pair.lead < 0), key=lambda pair: pair.lead):
-        worst_of.setdefault(pair.verdict, pair)
+    for pair in sorted((pair for pair in pairs if pair.score_gap < 0), key=lambda pair: pair.score_gap):
+        worst_of.setdefault(pair.ranking, pair)
     shown = list(worst_of.values())[:MAX_WORST_PAIRS]
     return [
         {
-            "prompt": verdicts[pair.verdict].prompt,
-            "better": verdicts[pair.verdict].responses[pair.better],
-            "worse": verdicts[pair.verdict].responses[pair.worse],
-            "scores": [float(total[pair.verdict, pair.better]), float(total[pair.verdict, pair.worse])],
+            "prompt": verdicts[pair.ranking].prompt,
+            "better": verdicts[pair.ranking].responses[pair.better],
+            "worse": verdicts[pair.ranking].responses[pair.worse],
+            "scores": [float(total[pair.ranking, pair.better]), float(total[pair.ranking, pair.worse])],
             "sure": pair_confidence(pair),
         }
         for pair in shown

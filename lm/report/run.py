@@ -40,7 +40,7 @@ class MetricPanel(NamedTuple):
     metric: str
     title: str
     note: str
-    held_out: bool = True  # whether its held-out value means anything
+    shows_held_out: bool = True  # whether its held-out value means anything
 
 
 LOSS_PANEL = MetricPanel("loss", "Loss", "Surprise at the next token, in nats; lower is better.")
@@ -78,7 +78,7 @@ PREFERENCE_PANELS = (
 )
 DISTILLATION_PANELS = (
     MetricPanel("divergence", "Divergence from the teacher", "In nats a token, on what people wrote."),
-    MetricPanel("own_divergence", "The same, on its own words", "On answers that the student sampled."),
+    MetricPanel("on_policy_divergence", "The same, on its own words", "On answers that the student sampled."),
     LOSS_PANEL,
 )
 STAGE_PANELS: Mapping[str, Sequence[MetricPanel]] = {
@@ -184,7 +184,7 @@ def metric_figures(stage: StageRun) -> list[tuple[str, MetricPanel, Markup]]:
     """A curve for each panel of the stage that has a metric; "score/" stands for every metric that begins so."""
     logged = dict.fromkeys(name for row in stage.rows for name in row)
     return [
-        (stage.name, panel, metric_curve(stage.rows, name, held_out=panel.held_out))
+        (stage.name, panel, metric_curve(stage.rows, name, held_out=panel.shows_held_out))
         for panel in (STAGE_PANELS[stage.method] if stage.method in STAGE_PANELS else ())
         for name in logged
         if name == panel.metric or panel.metric.endswith("/") and name.startswith(panel.metric)

@@ -55,11 +55,11 @@ class PairQuestion(NamedTuple):
 class JudgeChoice(NamedTuple):
     """A judge's answer to a question."""
 
-    first: (
+    first_probability: (
         float | None
     )  # P(the first is better): 1, 0 or, for a tie, 0.5 where the judge has only words; None: nonsense
-    said: str  # in words, where the judge has them
-    cut: bool = False  # whether the question was too long and lost its oldest part
+    reply: str  # in words, where the judge has them
+    is_truncated: bool = False  # whether the question was too long and lost its oldest part
 
 
 Judge = Callable[
@@ -88,23 +88,25 @@ def pair_verdict(forward: float, backward: float, *, margin: float = TIE_MARGIN)
 
 def win_counts(choices: Sequence[JudgeChoice], count: int) -> np.ndarray | None:
     """f64[count]: how many others each of `count` responses beats, a tie being half a win; None if any is nonsense."""
-    if any(choice.first is None for choice in choices):
+    if any(choice.first_probability is None for choice in choices):
         return None
     won = np.zeros(count)
     for (a, b), (forward, backward) in zip(itertools.combinations(range(count), 2), choice_pairs(choices)):
-        won[a] += (1 + pair_verdict(forward.first, backward.first)) / 2
-        won[b] += (1 - pair_verdict(forward.first, backward.first)) / 2
+        won[a] += (1 + pair_verdict(forward.first_probability, backward.first_probability)) / 2
+        won[b] += (1 - pair_verdict(forward.first_probability, backward.first_probability)) / 2
     return won
 
 
 def position_bias(choices: Sequence[JudgeChoice]) -> Estimate:
     """How often the first answer is chosen where one is; a judge that only looks at the answers has a half."""
-    return success_rate_or_nan([choice.first > 0.5 for choice in choices if choice.first not in (None, 0.5)])
+    return success_rate_or_nan(
+        [choice.first_probability > 0.5 for choice in choices if choice.first_probability not in (None, 0.5)]
+    )
 
 
 def order_consistency(choices: Sequence[JudgeChoice]) -> Estimate:
     """For how many pairs both orders say the same; pairs with nonsense do not count."""
-    sides = [(forward.first, backward.first) for forward, backward in choice_pairs(choices)]
+    sides = [(forward.first_probability, backward.first_probability) for forward, backward in choice_pairs(choices)]
     return success_rate_or_nan(
         [np.sign(a - 0.5) == np.sign(0.5 - b) for a, b in sides if a is not None and b is not None]
     )
@@ -177,7 +179,7 @@ def endpoint_judge(
     timeout: float = 60.0,
     retries: int = 4,
     backoff: float = 1.0,
-    at_once: int = 8,
+    requests_at_once: int = 8,
 ) -> Judge:
     """A model behind the OpenAI-compatible POST {url}/chat/completions, asked `at_once` questions at a time.
 
@@ -188,7 +190,7 @@ def endpoint_judge(
 
     def judge(questions: Sequence[PairQuestion]) -> Iterator[JudgeChoice]:
         limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT_TIMEOUT))
-        with httpx.Client(headers=headers, timeout=limits) as client, ThreadPoolExecutor(at_once) as pool:
+        with httpx.Client(headers=headers, timeout=limits) as client, ThreadPoolExecutor(requests_at_once) as pool:
 
             def ask(question: PairQuestion) -> JudgeChoice:
                 body = {
@@ -203,7 +205,7 @@ def endpoint_judge(
             waiting = deque()
             for question in questions:
                 waiting.append(pool.submit(ask, question))
-                if len(waiting) == at_once:
+                if len(waiting) == requests_at_once:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -15,7 +15,7 @@ from lm.tokenizer import Tokenizer
 
 
 def load_reward_model(
-    path: str | Path, *, backend: str, centred: bool, jit, warn: Callable[[str], None] = print
+    path: str | Path, *, backend: str, normalized: bool, jit, warn: Callable[[str], None] = print
 ) -> tuple[TrainedModel, Reward]:
     """A finished reward model, and its total score as a reward: the weighted sum of its axes.
 
@@ -31,8 +31,8 @@ def load_reward_model(
         trained.params,
         trained.tokenizer,
         weights=list(reward_axes(trained).values()),
-        offset=found["score_mean"] if centred else 0.0,
-        scale=found["score_deviation"] if centred else 1.0,
+        offset=found["score_mean"] if normalized else 0.0,
+        scale=found["score_deviation"] if normalized else 1.0,
         length=trained.summary["about"]["length"],
         rows_at_once=64,
         jit=jit,
@@ -75,7 +75,7 @@ def reward_from_workdir(
     path: str | Path, tokenizer: Tokenizer, longest: int, jit=jax.jit
 ) -> tuple[TrainedModel, Reward]:
     """The reward model of a finished workdir that shares our tokenizer and reads our rows whole, centred."""
-    judge, reward = load_reward_model(path, backend=jax.default_backend(), centred=True, jit=jit, warn=warn)
+    judge, reward = load_reward_model(path, backend=jax.default_backend(), normalized=True, jit=jit, warn=warn)
     if judge.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{path} was trained with tokenizer and template {judge.tokenizer.fingerprint[:8]}, but this run "

@@ -17,7 +17,7 @@ from lm.tokenizer import TokenizedExample, Tokenizer, encode_chats
 
 def reward_scores(model: Model, params: Params, tokens: Tokens) -> Array:
     """f32[B,A]: each axis' head at each row's last real token, found by length; 0 for a row that is all padding."""
-    x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
+    x = model.hidden_states(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
     lengths = jnp.sum(tokens.segments > 0, axis=1)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     return jnp.where(lengths[:, None] > 0, model.value(params["value"], last), 0.0)
@@ -29,7 +29,7 @@ def reward_rows(tokenizer: Tokenizer, conversations: list[list[dict]], length: i
     A row holds `length` tokens; of a longer conversation what truncation.fitted keeps, the end token always.
     """
     whole = encode_chats(tokenizer, conversations, last=True)
-    fit = truncated_rows(whole, length, cut="answer", start=tokenizer.start, trained=False)
+    fit = truncated_rows(whole, length, cut="answer", start=tokenizer.start_ids, trained=False)
     return padded_rows([reward_row(tokenizer, row) for row in fit.kept], length)
 
 

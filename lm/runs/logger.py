@@ -52,19 +52,21 @@ class MetricsLogger:
         self._workdir, self._writers, self._progress = workdir, writers, progress
         self._limits = stage.metric_limits
         self._shown = [prefix + name for prefix in ("", "held_out/") for name in stage.shown_metrics]
-        rows = read_metrics(workdir.metrics)
+        rows = read_metrics(workdir.metrics_path)
         self._tokens = rows[-1]["tokens"] if rows else 0
         self._phases, self._before = (
             phases,
             phase_seconds(rows[-1]) if rows else dict.fromkeys((*PHASES, OTHER_PHASE), 0.0),
         )
-        self.scored = bool(rows) and any(name.startswith("held_out/") for name in rows[-1])  # where this run takes up
+        self.has_held_out_scores = bool(rows) and any(
+            name.startswith("held_out/") for name in rows[-1]
+        )  # where this run takes up
         self._trained = phases.training()  # seconds until the last line of means; start-up is behind it
         self._pending: list[tuple[int, Mapping[str, Any], int]] = []
         self._amiss: Counter = Counter()  # by metric, lines on end
         self._advised: set[str] = set()
 
-    def note(self, step: int, metrics, tokens: int) -> None:
+    def add_step(self, step: int, metrics, tokens: int) -> None:
         self._pending.append((step, metrics, tokens))
 
     def flush(self) -> None:
@@ -90,7 +92,7 @@ class MetricsLogger:
         self._tokens += tokens
         values["tokens_per_second"] = tokens / (trained - self._trained)
         self._trained = trained
-        self.write(fetched[-1][0], values)
+        self.write_row(fetched[-1][0], values)
 
     def _advise(self, values: Mapping[str, float], fetched: Sequence[tuple[int, Mapping[str, Any], int]]) -> None:
         """Says of each metric of a line, once, that it is amiss; and of the first batch that nothing is learnt from."""
@@ -110,14 +112,14 @@ class MetricsLogger:
                 "look at its rows (data.length, data.turns, the chat template, equal rewards), or take larger batches"
             )
 
-    def seconds(self) -> dict[str, float]:
+    def seconds_by_phase(self) -> dict[str, float]:
         """Spent on each phase until now, by every process that had a part in the run."""
         return {name: spent + self._before[name] for name, spent in self._phases.seconds().items()}
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write_row(self, step: int, values: Mapping[str, float]) -> None:
         """One line to metrics.jsonl, TensorBoard and the terminal. Raises UserError if a value is not finite."""
         self._stop_unless_finite(step, values)
-        spent = self.seconds()
+        spent = self.seconds_by_phase()
         clock = {"tokens": self._tokens, "seconds": sum(spent.values())}
         clock |= {f"seconds/{phase}": spent[phase] for phase in PHASES}
         self._workdir.append_metrics({"step": step, **values, **clock})
@@ -132,7 +134,7 @@ class MetricsLogger:
                 good = "earlier checkpoints stay" if name.startswith("held_out/") else "the last good checkpoint stays"
                 raise UserError(
                     f"{self._stage}: {name} is {number} at step {step}; {good} in "
-                    f"{self._workdir.checkpoints}: lower optimizer.learning_rate and take a new --workdir"
+                    f"{self._workdir.checkpoints_path}: lower optimizer.learning_rate and take a new --workdir"
                 )
 
 

@@ -22,8 +22,8 @@ def profile_steps(text: str) -> range:
 class StepProfiler:
     """Traces the steps of a range into a folder; a context manager, as a trace must be ended to be written."""
 
-    def __init__(self, wanted: range, folder: Path):
-        self._wanted, self._folder = wanted, folder
+    def __init__(self, steps: range, folder: Path):
+        self._wanted, self._folder = steps, folder
         self._open: ExitStack | None = None
         self._begun = False
 
@@ -36,7 +36,7 @@ class StepProfiler:
         if self._wanted and not self._begun:
             warn(f"--profile={self._wanted[0]}:{self._wanted[-1]}: this process took none of these steps")
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """Before the first thing that is done for a step. A run that continues within the range traces its rest."""
         if step not in self._wanted:
             return
@@ -47,7 +47,7 @@ class StepProfiler:
             self._open, self._begun = ExitStack(), True
         self._open.enter_context(jax.profiler.StepTraceAnnotation("step", step_num=step))
 
-    def end(self, step: int, results) -> None:
+    def end_step(self, step: int, results) -> None:
         """After the last; `results` are waited for, so that the devices' part of the step is in the trace."""
         if step not in self._wanted:
             return

@@ -15,6 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from lm.core.config import with_current_names
 from lm.core.errors import UserError
 from lm.core.textfiles import file_text
 from lm.core.types import Params
@@ -44,7 +45,7 @@ class Workdir:
     """An open, locked run folder. Closing it, or leaving it as a context manager, unlocks it."""
 
     path: Path
-    differences: list[str]  # "key: old -> new" of every harmless change since the run was last opened
+    config_changes: list[str]  # "key: old -> new" of every harmless change since the run was last opened
     lock: TextIO
 
     def __enter__(self) -> "Workdir":
@@ -57,22 +58,22 @@ class Workdir:
         self.lock.close()
 
     @property
-    def tokenizer(self) -> Path:
+    def tokenizer_path(self) -> Path:
         return self.path / TOKENIZER_FILE
 
     @property
-    def metrics(self) -> Path:
+    def metrics_path(self) -> Path:
         return self.path / METRICS_FILE
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints_path(self) -> Path:
         return self.path / CHECKPOINTS_DIR
 
     @property
-    def base(self) -> Path:
+    def base_path(self) -> Path:
         return self.path / BASE_DIR
 
-    def summary(self) -> dict[str, Any] | None:
+    def read_summary(self) -> dict[str, Any] | None:
         """What the finished run wrote, or None if it has not finished."""
         return read_json(self.path / SUMMARY_FILE) if (self.path / SUMMARY_FILE).exists() else None
 
@@ -81,7 +82,7 @@ class Workdir:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Adds one line to metrics.jsonl, at once."""
-        with _write_errors_explained(self.metrics), self.metrics.open("a") as stream:
+        with _write_errors_explained(self.metrics_path), self.metrics_path.open("a") as stream:
             stream.write(json.dumps(dict(row)) + "\n")
 
     def append_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -91,16 +92,16 @@ class Workdir:
         with _write_errors_explained(path), path.open("a", encoding="utf-8") as stream:
             stream.write(text)
 
-    def truncate(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Drops the rows after `step`, which a run resumed from there writes again, and a last line torn by a kill."""
-        for path in (self.metrics, self.path / ROLLOUTS_FILE):
+        for path in (self.metrics_path, self.path / ROLLOUTS_FILE):
             if path.exists():
                 rows = [row for row in read_metrics(path) if row["step"] <= step]
                 write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def open_workdir(
-    path: str | Path, config: Mapping[str, Any], *, harmless: tuple[str, ...] = ("train", "mesh")
+    path: str | Path, config: Mapping[str, Any], *, changeable_keys: tuple[str, ...] = ("train", "mesh")
 ) -> Workdir:
     """Creates the folder and writes `config`, or takes up a run that was made with the same config.
 
@@ -113,7 +114,7 @@ def open_workdir(
         path.mkdir(parents=True, exist_ok=True)
         lock = _acquire_lock(path)
     try:
-        differences = _checked_config_changes(path, json.loads(json.dumps(config)), harmless)
+        differences = _checked_config_changes(path, json.loads(json.dumps(config)), changeable_keys)
         write_text(path / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
     except BaseException:
         lock.close()
@@ -126,7 +127,7 @@ class TrainedModel(NamedTuple):
 
     path: Path
     stage: str
-    shape: ModelConfig  # as it was trained, every "auto" still open
+    model_config: ModelConfig  # as it was trained, every "auto" still open
     model: Model
     params: Params  # numpy: {"lm": ...} or {"lm": ..., "value": ...}; averaged, where optimizer.ema_decay asked for it
     tokenizer: Tokenizer
@@ -155,14 +156,14 @@ def load_trained_model(
             f"{path / TOKENIZER_FILE} is {tokenizer.fingerprint[:8]}: restore that file, or train the stage again"
         )
     summary = read_json(path / SUMMARY_FILE) if (path / SUMMARY_FILE).exists() else {}
-    shape = ModelConfig(**meta["model"])
+    shape = ModelConfig(**with_current_names(meta["model"], "model"))
     if shape.lora_rank:  # whoever loads the run gets one decoder
         base, _ = restore_params(path / BASE_DIR, warn=warn)
         params = {**params, "lm": lora.merged_params(shape, base, params["lm"])}
         shape = lora.config_without_lora(shape)
     if not shape.runs_on(backend):  # trained on another platform, with its kernel
         shape = dataclasses.replace(shape, attention="auto")
-    return TrainedModel(path, meta["stage"], shape, make_model(shape.on(backend)), params, tokenizer, summary)
+    return TrainedModel(path, meta["stage"], shape, make_model(shape.for_backend(backend)), params, tokenizer, summary)
 
 
 def making_command(path: Path) -> str:
@@ -260,7 +261,7 @@ def _checked_config_changes(path: Path, config: dict[str, Any], harmless: tuple[
                 f"{path} is not a run's folder: it holds {min(foreign)} but no {CONFIG_FILE}; give another --workdir"
             )
         return []
-    differences = _config_changes(read_json(path / CONFIG_FILE), config)
+    differences = _config_changes(with_current_names(read_json(path / CONFIG_FILE)), config)
     harmful = [
         f"{key}: {change}"
         for key, change in differences.items()
@@ -315,7 +316,7 @@ def with_run_date(tokenizer: Tokenizer, workdir: Workdir) -> Tokenizer:
     start. Whatever loads the run gets that date with it; lm chat alone, which talks to somebody now, tells today's.
     """
     if tokenizer.shows_date:
-        kept = load_tokenizer(workdir.tokenizer).date if workdir.tokenizer.exists() else ""
+        kept = load_tokenizer(workdir.tokenizer_path).date if workdir.tokenizer_path.exists() else ""
         tokenizer = tokenizer.dated(kept or tokenizer.date or date.today().isoformat())
-    tokenizer.save(workdir.tokenizer)
+    tokenizer.save(workdir.tokenizer_path)
     return tokenizer

@@ -8,7 +8,7 @@ answers. A model that was only pretrained continues the text it is given. A chat
 the date on which the chat began, not that of training. /reset starts over, /exit or ctrl-D leaves, ctrl-C stops an
 answer.
 
-    python -m lm chat --workdir=runs/large --draft=runs/small --ahead=4
+    python -m lm chat --workdir=runs/large --draft=runs/small --draft_tokens=4
 
 --draft names a smaller model with the same tokenizer. It proposes tokens, and the large model checks several at a time
 (see lm.generate.speculative): answers have the same distribution as without a draft, and come faster where the draft
@@ -56,7 +56,7 @@ FLAGS = {
     ),
     "seed": dict(type=int, default=0, help="the same seed gives the same answers; default: 0"),
     "draft": dict(metavar="DIR", help="a smaller model's, which proposes tokens; default: none"),
-    "ahead": dict(type=int, default=4, help="with --draft: tokens it proposes at a time; default: 4"),
+    "draft_tokens": dict(type=int, default=4, help="with --draft: tokens it proposes at a time; default: 4"),
     "weights": dict(
         choices=STORAGE_DTYPES, default="", help="how the weights are kept; default: as the run keeps them"
     ),
@@ -88,13 +88,13 @@ class Chat:
     """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), over every reset.
 
     max_new: tokens an answer may have; None: NEW_TOKENS, or what the context leaves. note: given what is to be told.
-    stop: strings before the first of which an answer ends. draft: a model that proposes `ahead` tokens at a time.
+    stop: strings before the first of which an answer ends. draft: a model that proposes `draft_tokens` at a time.
     """
 
     def __init__(
         self,
         trained: TrainedModel,
-        note: Callable[[str], None],
+        notify: Callable[[str], None],
         *,
         seed: int = 0,
         max_new: int | None = None,
@@ -105,7 +105,7 @@ class Chat:
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         draft: TrainedModel | None = None,
-        ahead: int = 4,
+        draft_tokens: int = 4,
     ):
         self._sampler = {
             "temperature": temperature,
@@ -116,9 +116,9 @@ class Chat:
         }
         if draft:
             check_draft_model(trained, draft, repetition_penalty)
-        self._drafted = f"; {draft.path} proposes {ahead} tokens at a time" if draft else ""
+        self._drafted = f"; {draft.path} proposes {draft_tokens} tokens at a time" if draft else ""
         self._models = TargetDraft(trained.model, draft.model) if draft else None
-        self._ahead, contexts = ahead, [model.config.context for model in self._models or [trained.model]]
+        self._ahead, contexts = draft_tokens, [model.config.context for model in self._models or [trained.model]]
         self._context, self._whose = min(contexts), "model" if contexts[0] == min(contexts) else "draft"
         check_stop_strings(stop)
         if not 0 <= seed < 2**32:
@@ -128,13 +128,15 @@ class Chat:
         now = datetime.now().isoformat(timespec="minutes")  # for a template that contains the date
         self._trained = trained._replace(tokenizer=trained.tokenizer.dated(now))
         self._check(1, 1 if max_new is None else max_new)
-        self._note, self._seed, self._max_new, self._stop = note, seed, max_new, tuple(stop)
+        self._note, self._seed, self._max_new, self._stop = notify, seed, max_new, tuple(stop)
         self._lm = jax.device_put(trained.params["lm"])
         self._proposed = self._accepted = 0
         if draft:
             settings = {name: value for name, value in self._sampler.items() if name != "repetition_penalty"}
             lm = draft.params["lm"]
-            self._stream = speculative_token_streamer(self._models, lm, self._told_of, ahead=ahead, **settings)
+            self._stream = speculative_token_streamer(
+                self._models, lm, self._count_proposals, draft_tokens=draft_tokens, **settings
+            )
         else:
             self._stream = token_streamer(trained.model, **self._sampler)
         self._answers = 0
@@ -143,7 +145,9 @@ class Chat:
     def __str__(self) -> str:
         config = self._trained.model.config
         sampler = ", ".join(f"{name} {value:g}" for name, value in {**self._sampler, "seed": self._seed}.items())
-        plain = "" if self._talks else "\nit was only pretrained: it continues your text instead of answering it"
+        plain = (
+            "" if self._is_chat_model else "\nit was only pretrained: it continues your text instead of answering it"
+        )
         return (
             f"{self._trained.stage} model of {self._trained.path}: {param_count(param_specs(config)):,} parameters, "
             f"context {self._context} tokens; {sampler}{self._drafted}{plain}"
@@ -152,14 +156,14 @@ class Chat:
     def reset(self) -> None:
         """Forgets what was said."""
         self.messages: list[Message] = []
-        self.ended = True  # whether the last answer ended by itself
+        self.has_ended = True  # whether the last answer ended by itself
         self._told = False
 
     def answer(self, text: str) -> Iterator[str]:
         """The answer to `text`, in pieces as it comes; the conversation keeps both. UserError if `text` will not do."""
         if not text.strip():
             raise UserError("the prompt is empty: write something")
-        kept, ids = self._asked([*self.messages, {"role": "user", "content": text}])
+        kept, ids = self._fitting_prompt([*self.messages, {"role": "user", "content": text}])
         left = self._context - len(ids)
         if left < 1:
             raise UserError(
@@ -167,16 +171,16 @@ class Chat:
             )
         max_new = min(DEFAULT_MAX_NEW, left) if self._max_new is None else self._max_new
         self._check(len(ids), max_new)
-        if len(kept) <= len(self.messages) and self._talks and not self._told:
+        if len(kept) <= len(self.messages) and self._is_chat_model and not self._told:
             self._note(
                 f"the conversation has outgrown the context of {self._context} tokens: "
                 "from now on its oldest exchanges are left out"
             )
             self._told = True
         self.messages = kept
-        return self._answered(ids, max_new)
+        return self._streamed_answer(ids, max_new)
 
-    def guessed(self) -> str:
+    def acceptance_text(self) -> str:
         """How many of the last answer's proposals were accepted, with an interval as if each were judged by itself;
         empty without a draft."""
         if not self._proposed:
@@ -187,37 +191,37 @@ class Chat:
             f"(95% interval {share.low:.0%} to {share.high:.0%})"
         )
 
-    def _told_of(self, proposed: int, accepted: int) -> None:
+    def _count_proposals(self, proposed: int, accepted: int) -> None:
         self._proposed, self._accepted = self._proposed + proposed, self._accepted + accepted
 
     def _check(self, prompt: int, max_new: int) -> None:
         if self._models:
-            check_speculation(self._models, prompt, ahead=self._ahead, max_new=max_new, **self._sampler)
+            check_speculation(self._models, prompt, draft_tokens=self._ahead, max_new=max_new, **self._sampler)
         else:
             check_sampling(self._trained.model, prompt, max_new=max_new, **self._sampler)
 
     @property
-    def _talks(self) -> bool:
+    def _is_chat_model(self) -> bool:
         return self._trained.stage != "pretrain"
 
-    def _asked(self, messages: list[Message]) -> tuple[list[Message], np.ndarray]:
+    def _fitting_prompt(self, messages: list[Message]) -> tuple[list[Message], np.ndarray]:
         """The part of the conversation that fits, and its ids; of a model without chat training, the last message and
         the ids of its text."""
         tokenizer = self._trained.tokenizer
-        if not self._talks:
-            return messages[-1:], np.array([*tokenizer.start, *tokenizer.encode(messages[-1]["content"])], np.int32)
+        if not self._is_chat_model:
+            return messages[-1:], np.array([*tokenizer.start_ids, *tokenizer.encode(messages[-1]["content"])], np.int32)
         reserved = min(DEFAULT_MAX_NEW, self._context // 4) if self._max_new is None else self._max_new
         kept = recent_messages(tokenizer, messages, self._context - reserved)
         return kept, encode_prompt(tokenizer, kept)
 
-    def _answered(self, ids: np.ndarray, max_new: int) -> Iterator[str]:
+    def _streamed_answer(self, ids: np.ndarray, max_new: int) -> Iterator[str]:
         tokenizer = self._trained.tokenizer
         key = jax.random.fold_in(jax.random.key(self._seed), self._answers)
         self._answers += 1
         self._proposed = self._accepted = 0
         drawn, said = [], ""
         try:
-            for token in self._stream(self._lm, ids, key, max_new=max_new, stop=tokenizer.stops):
+            for token in self._stream(self._lm, ids, key, max_new=max_new, stop=tokenizer.stop_ids):
                 drawn.append(token)
                 so_far, found = text_before_stop(stable_text(tokenizer, drawn), self._stop)
                 if found:
@@ -228,7 +232,7 @@ class Chat:
             yield text_before_stop(printable_text(tokenizer.decode(drawn)), self._stop)[0][len(said) :]
         finally:  # also when the answer is cut short
             text, found = text_before_stop(printable_text(tokenizer.decode(drawn)), self._stop)
-            self.ended = found or bool(drawn) and drawn[-1] in tokenizer.stops
+            self.has_ended = found or bool(drawn) and drawn[-1] in tokenizer.stop_ids
             self.messages.append({"role": "assistant", "content": text})
 
 
@@ -244,9 +248,9 @@ def print_answer(chat: Chat, text: str) -> None:
     for piece in chat.answer(text):
         print(piece, end="", flush=True)
     print(flush=True)
-    if not chat.ended:
+    if not chat.has_ended:
         print_note("(cut off at max_new_tokens, or by the end of the context)")
-    if told := chat.guessed():
+    if told := chat.acceptance_text():
         print_note(f"({told})")
 
 
@@ -298,7 +302,7 @@ def program(argv: list[str]) -> None:
         repetition_penalty=flags.repetition_penalty,
         stop=flags.stop,
         draft=None if flags.draft is None else load_chat_policy(flags.draft),
-        ahead=flags.ahead,
+        draft_tokens=flags.draft_tokens,
     )
     if flags.prompt is not None:
         print_answer(chat, flags.prompt)

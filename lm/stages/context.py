@@ -21,19 +21,19 @@ class StageContext(NamedTuple):
     seed: int
     jit: Callable[..., Callable]  # jax.jit in a program, the identity where one wants to step through
     # (workdirs, pessimism, tokens of the longest row it must read): a reward model, or an ensemble of several
-    reward_from: Callable[[str, float, int], Reward]
+    load_reward_model: Callable[[str, float, int], Reward]
     # whose seconds they are: "rollout", "reward" or "update"; a program that measures none gives nothing
-    phase: Callable[[str], AbstractContextManager] = nullcontext
+    timed_phase: Callable[[str], AbstractContextManager] = nullcontext
 
     @contextmanager
-    def sampling(self, state: TrainState) -> Iterator[None]:
+    def sampling_phase(self, state: TrainState) -> Iterator[None]:
         """Phase "rollout", once the update that gives `state` is over: the devices' time until then is the update's."""
-        with self.phase("update"):
+        with self.timed_phase("update"):
             jax.block_until_ready(state.params)
-        with self.phase("rollout"):
+        with self.timed_phase("rollout"):
             yield
 
-    def admit(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
         """UserError for rows of no tokens, or of more than the model's context."""
         check_at_least(1, "data", length=length)
         if length > self.model.config.context:
@@ -45,6 +45,6 @@ class Batches(NamedTuple):
 
     train: Callable[[TrainState, int], Batch]
     held_out: Callable[[TrainState], Iterator[Batch]]  # every held-out row once
-    about: Mapping[str, Any]  # what was prepared: rows, tokens, bytes, skipped, ...
+    dataset_info: Mapping[str, Any]  # what was prepared: rows, tokens, bytes, skipped, ...
     # (state, batch, rows) -> the first rows of a sampled batch, for people to read; None where nothing is sampled
-    table: Callable[[TrainState, Batch, int], Iterator[dict[str, Any]]] | None = None
+    rollout_table: Callable[[TrainState, Batch, int], Iterator[dict[str, Any]]] | None = None

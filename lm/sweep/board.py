@@ -23,7 +23,7 @@ class TrialBoard:
         self._looked = 0.0
 
     def __enter__(self) -> "TrialBoard":
-        self._known = {one.number: one.state for one in self._study.told()}
+        self._known = {one.number: one.state for one in self._study.trial_statuses()}
         if self._live:
             self._live.start()
         return self
@@ -36,7 +36,7 @@ class TrialBoard:
         """Looks at the study, every few seconds or `now`, and shows what is new."""
         if not now and time.monotonic() - self._looked < REFRESH_SECONDS:
             return
-        told, self._looked = self._study.told(), time.monotonic()
+        told, self._looked = self._study.trial_statuses(), time.monotonic()
         if self._live:
             self._live.update(rich_table(state_counts_text(told), *trial_table(trials_to_show(told), self._keys)))
         for one in told:

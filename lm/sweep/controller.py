@@ -81,7 +81,7 @@ def program(argv: list[str]) -> None:
     overrides, rest = split_overrides(argv)
     flags = parsed_flags(rest, __doc__, FLAGS, epilog=config_help(argv, config_functions))
     source = ConfigSource(flags.config, tuple(overrides))
-    goal = TrialGoal.of(source.config({}), flags.metric, flags.direction)
+    goal = TrialGoal.from_config(source.config({}), flags.metric, flags.direction)
     trials, space = trials_and_space(flags, source)
     if flags.dry_run:
         print_plan(trials, space)
@@ -103,7 +103,7 @@ def run_sweep(
     """Runs the trials, or joins whoever does; what is then known of each. argv: what a launcher's workers are given."""
     root = sweep_folder(flags, source, goal)
     with open_study(flags, root, goal) as study:
-        study.enter(sweep_plan(flags, source, goal, space), trials)
+        study.add_trials(sweep_plan(flags, source, goal, space), trials)
         if flags.retry_failed:
             study.retry_failed()
         keys = swept_keys(trials, space)
@@ -113,7 +113,7 @@ def run_sweep(
             run_trials(study, source, goal, root, space, device_environments(flags.jobs), TrialBoard(study, keys))
         else:
             watch_workers(launch_workers(flags, argv, root), TrialBoard(study, keys))
-        told = study.told()
+        told = study.trial_statuses()
     print_trials(told, goal, root, keys)
     return told
 
@@ -226,7 +226,7 @@ def run_trials(
                     raise SigtermExit
         finally:
             for each in running.values():
-                each.give_up()
+                each.stop_and_release()
 
 
 def launch_workers(flags: Namespace, argv: Sequence[str], root: Path) -> Callable[[], int]:

@@ -71,7 +71,7 @@ class Study:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self._folder, self._sampler, self._seed = folder, sampler, seed
         self.worker = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
-        with database_errors(url), self._alone():
+        with database_errors(url), self._queue_lock():
             self._storage = open_with_retries(lambda: _storage(url))
             try:
                 self._study = optuna.create_study(storage=self._storage, study_name=name, direction=direction)
@@ -80,7 +80,7 @@ class Study:
                 self._study = optuna.load_study(storage=self._storage, study_name=name)
                 self._first = False
             self._study.pruner = OPTUNA_PRUNERS[pruner](steps)
-        self._place = self._place_of(self.worker).open("w")
+        self._place = self._worker_lock_path(self.worker).open("w")
         fcntl.flock(self._place, fcntl.LOCK_EX)
 
     def __enter__(self) -> "Study":
@@ -88,10 +88,10 @@ class Study:
 
     def __exit__(self, *exception) -> None:
         self._place.close()
-        self._place_of(self.worker).unlink(missing_ok=True)
+        self._worker_lock_path(self.worker).unlink(missing_ok=True)
         self._storage.remove_session()
 
-    def enter(self, plan: Mapping[str, Any], trials: Sequence[Trial]) -> None:
+    def add_trials(self, plan: Mapping[str, Any], trials: Sequence[Trial]) -> None:
         """Enters the trials that are not there yet. The first worker begins, the others wait, and do it if that one has
         died.
 
@@ -101,7 +101,7 @@ class Study:
         while not self._first and READY_KEY not in self._study.user_attrs and waited < GRACE_SECONDS:
             time.sleep(POLL_SECONDS)
             waited += POLL_SECONDS
-        with self._alone():
+        with self._queue_lock():
             attributes = self._study.user_attrs
             begun = json.loads(attributes[PLAN_KEY]) if PLAN_KEY in attributes else {**plan, TRIALS_KEY: []}
             trials = self._agreed(begun, plan, trials)
@@ -110,7 +110,7 @@ class Study:
                 self._study.set_user_attr(
                     PLAN_KEY, text
                 )  # first, so that whoever comes now has something to agree with
-            entered = {trial.number for trial in self.told()}
+            entered = {trial.number for trial in self.trial_statuses()}
             for trial in trials:
                 if trial.number not in entered:
                     self._study.enqueue_trial({}, user_attrs=_attributes(trial))
@@ -141,11 +141,11 @@ class Study:
 
     def claim(self, space: Mapping[str, BaseDistribution]) -> "TrialClaim | None":
         """A waiting trial that is now this worker's, its overrides chosen; None if none waits."""
-        with self._alone():
-            self._bury()
+        with self._queue_lock():
+            self._release_dead_workers()
             trials = current_trials(self._study.get_trials(deepcopy=False))
             for number in sorted(n for n, trial in trials.items() if trial.state == TrialState.WAITING):
-                trial_id = self._id(trials[number])
+                trial_id = self._trial_id(trials[number])
                 self._storage.record_heartbeat(trial_id)  # so that others find a claim that a kill cuts short
                 if self._is_taken(trial_id):
                     return self._claimed(trials[number], trial_id, space)
@@ -180,27 +180,29 @@ class Study:
         told = max(found.intermediate_values.items(), default=None)
         return TrialClaim(chosen, trial, trial_id, self, told, HOPELESS_KEY in attributes)
 
-    def told(self) -> list[TrialStatus]:
+    def trial_statuses(self) -> list[TrialStatus]:
         """Every trial as it stands, by number."""
         trials = current_trials(self._study.get_trials(deepcopy=False))
         return [_trial_status(trials[number]) for number in sorted(trials)]
 
     def retry_failed(self) -> None:
         """Lets every failed trial wait again."""
-        with self._alone():
+        with self._queue_lock():
             for trial in current_trials(self._study.get_trials(deepcopy=False)).values():
                 if trial.state == TrialState.FAIL:
                     _enqueue_again(self._study, trial)
 
-    def _bury(self) -> None:
+    def _release_dead_workers(self) -> None:
         """Takes back the trials of dead workers: of this folder those whose lock is free, of others the silent ones."""
         fail_stale_trials(self._study)
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        held = [(trial, self._place_of(trial.user_attrs[WORKER])) for trial in running if WORKER in trial.user_attrs]
+        held = [
+            (trial, self._worker_lock_path(trial.user_attrs[WORKER])) for trial in running if WORKER in trial.user_attrs
+        ]
         dead = {place for place in {place for _, place in held} if place.exists() and is_unlocked(place)}
         for trial, place in held:
             if place in dead:
-                self.release(self._id(trial))
+                self.release(self._trial_id(trial))
         for place in dead:
             place.unlink(missing_ok=True)
 
@@ -213,21 +215,21 @@ class Study:
             elif self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL):
                 _enqueue_again(self._study, trial)  # a kill came between two of its draws: all of them are made again
 
-    def beat(self, trial_id: int) -> None:
+    def heartbeat(self, trial_id: int) -> None:
         self._storage.record_heartbeat(trial_id)
 
     def finish(self, trial_id: int, state: TrialState, value: float | None) -> None:
         self._storage.set_trial_state_values(trial_id, state=state, values=None if value is None else [value])
 
-    def _place_of(self, worker: str) -> Path:
+    def _worker_lock_path(self, worker: str) -> Path:
         return self._folder / "workers" / f"{worker}.lock"
 
-    def _id(self, trial: FrozenTrial) -> int:
+    def _trial_id(self, trial: FrozenTrial) -> int:
         study = self._storage.get_study_id_from_name(self._study.study_name)
         return self._storage.get_trial_id_from_study_id_trial_number(study, trial.number)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _queue_lock(self) -> Iterator[None]:
         """One worker of this folder at a time: SQLite lets two read that a trial waits, and both then take it."""
         with (self._folder / "workers" / ".queue").open("w") as queue:
             fcntl.flock(queue, fcntl.LOCK_EX)
@@ -238,40 +240,40 @@ class TrialClaim(NamedTuple):
     """A trial that this worker runs."""
 
     trial: Trial
-    optuna: optuna.Trial
+    optuna_trial: optuna.Trial
     id: int
     study: Study
     told: tuple[int, float] | None  # the last intermediate value that an earlier worker reported, with its step
     hopeless: bool  # the pruner gave it up before, and its worker died before it had stopped the run
 
-    def report(self, step: int, value: float) -> bool:
+    def report_value(self, step: int, value: float) -> bool:
         """Notes an intermediate value; whether the pruner calls the trial hopeless."""
-        self.optuna.report(value, step)
-        return self.optuna.should_prune()
+        self.optuna_trial.report(value, step)
+        return self.optuna_trial.should_prune()
 
     def give_up(self) -> None:
         """Notes what the pruner said: it will not say so again of the same values."""
-        self.optuna.set_user_attr(HOPELESS_KEY, True)
+        self.optuna_trial.set_user_attr(HOPELESS_KEY, True)
 
-    def beat(self) -> None:
-        self.study.beat(self.id)
+    def heartbeat(self) -> None:
+        self.study.heartbeat(self.id)
 
-    def complete(self, value: float, seconds: float) -> None:
-        self._over(TrialState.COMPLETE, value, seconds, None)
+    def mark_complete(self, value: float, seconds: float) -> None:
+        self._finish(TrialState.COMPLETE, value, seconds, None)
 
-    def pruned(self, value: float, seconds: float) -> None:
-        self._over(TrialState.PRUNED, value, seconds, None)
+    def mark_pruned(self, value: float, seconds: float) -> None:
+        self._finish(TrialState.PRUNED, value, seconds, None)
 
-    def failed(self, error: str, seconds: float) -> None:
-        self._over(TrialState.FAIL, None, seconds, error)
+    def mark_failed(self, error: str, seconds: float) -> None:
+        self._finish(TrialState.FAIL, None, seconds, error)
 
-    def released(self) -> None:
+    def release(self) -> None:
         self.study.release(self.id)
 
-    def _over(self, state: TrialState, value: float | None, seconds: float, error: str | None) -> None:
-        self.optuna.set_user_attr(SECONDS, seconds)
+    def _finish(self, state: TrialState, value: float | None, seconds: float, error: str | None) -> None:
+        self.optuna_trial.set_user_attr(SECONDS, seconds)
         if error is not None:
-            self.optuna.set_user_attr(ERROR, error)
+            self.optuna_trial.set_user_attr(ERROR, error)
         self.study.finish(self.id, state, value)
 
 

@@ -41,7 +41,7 @@ class TrialGoal(NamedTuple):
     steps: int  # of a whole trial
 
     @classmethod
-    def of(cls, config: ConfigDict, metric: str, direction: str) -> "TrialGoal":
+    def from_config(cls, config: ConfigDict, metric: str, direction: str) -> "TrialGoal":
         """metric: "" for the first that the stage shows; "STAGE:METRIC" names a stage of a pipeline."""
         part, colon, name = metric.rpartition(":")
         if "stages" in config:
@@ -77,52 +77,52 @@ class TrialProcess:
         self.claim, self._source, self._goal, self._root, self._devices = claim, source, goal, root, devices
         self._left, self._values, self._spent = list(claim.trial.seeds), [], 0.0
         self._told = claim.told  # the last (step, value) that the study has been told
-        self._next()
+        self._start_next_seed()
 
     def poll(self) -> bool:
         """Looks after the trial; True once it is over and the study knows its outcome.
 
         Raises UserError if the run went well but did not log the metric: then no other trial will.
         """
-        self.claim.beat()
+        self.claim.heartbeat()
         if self.claim.hopeless:
             return self._pruned()
         code = self._process.poll()
         if code is None:
-            if self._hopeless():
+            if self._is_hopeless():
                 self.claim.give_up()
                 self._stop()
                 return self._pruned()
             return False
         if code:
             error = failure_reason(self._log.read_text(errors="replace"), code)
-            self._over("failed", None, error)
-            self.claim.failed(error, self._spent)
+            self._record_outcome("failed", None, error)
+            self.claim.mark_failed(error, self._spent)
             return True
-        while self._hopeless():  # reports the last values; it is too late to prune
+        while self._is_hopeless():  # reports the last values; it is too late to prune
             pass
         self._values.append(last_metric_value(self.workdir, self._goal))
-        self._over("complete", self._values[-1], None)
+        self._record_outcome("complete", self._values[-1], None)
         if self._left:
-            self._next()
+            self._start_next_seed()
             return False
-        self.claim.complete(sum(self._values) / len(self._values), self._spent)
+        self.claim.mark_complete(sum(self._values) / len(self._values), self._spent)
         return True
 
-    def give_up(self) -> None:
+    def stop_and_release(self) -> None:
         """Stops the process, which saves itself, and lets the trial wait for another worker."""
         if not self.claim.hopeless:
             self._stop()
-        self.claim.released()
+        self.claim.release()
 
     def _pruned(self) -> bool:
         """Tells that the trial ended where the pruner gave it up, however far its process came before it stopped."""
         _, value = self._told
-        self._over("pruned", value, None)
-        self.claim.pruned(value, self._spent)
+        self._record_outcome("pruned", value, None)
+        self.claim.mark_pruned(value, self._spent)
         return True
 
-    def _next(self) -> None:
+    def _start_next_seed(self) -> None:
         self._seed = self._left.pop(0)
         name = f"{self.claim.trial.number:04}" + (f"-{self._seed}" if len(self.claim.trial.seeds) > 1 else "")
         self.workdir = self._root / TRIALS_DIR / name
@@ -140,14 +140,14 @@ class TrialProcess:
                 env={**os.environ, **self._devices},
             )
 
-    def _hopeless(self) -> bool:
+    def _is_hopeless(self) -> bool:
         """Reports what the first seed has newly logged to the study; whether its pruner gives the trial up."""
         if self._values:
             return False
         for row in logged_rows(self.workdir, self._goal):
             if self._goal.watched in row and (self._told is None or row["step"] > self._told[0]):
                 self._told = row["step"], row[self._goal.watched]
-                if self.claim.report(*self._told):
+                if self.claim.report_value(*self._told):
                     return True
         return False
 
@@ -159,7 +159,7 @@ class TrialProcess:
             self._process.kill()
             self._process.wait()
 
-    def _over(self, state: str, value: float | None, error: str | None) -> None:
+    def _record_outcome(self, state: str, value: float | None, error: str | None) -> None:
         """Writes the outcome of the run that just ended beside its workdir."""
         seconds = time.monotonic() - self._started
         self._spent += seconds

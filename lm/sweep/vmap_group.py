@@ -31,7 +31,7 @@ class StackedArray:
         self.array = array
         self._host: np.ndarray | None = None
 
-    def host(self) -> np.ndarray:
+    def host_array(self) -> np.ndarray:
         if self._host is None:
             self._host = np.asarray(self.array)
         return self._host
@@ -47,7 +47,7 @@ class MemberArray:
         self.shape, self.dtype = stacked.array.shape[1:], stacked.array.dtype
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.asarray(self.stacked.host()[self.member], dtype)
+        return np.asarray(self.stacked.host_array()[self.member], dtype)
 
 
 def materialized(tree: Any) -> Any:
@@ -68,7 +68,7 @@ class VmapGroup:
         self._made: dict[Hashable, Future] = {}
         self._member = threading.local()
 
-    def run(self, work: Callable[[int], Any]) -> list[Any]:
+    def run_members(self, work: Callable[[int], Any]) -> list[Any]:
         """work(member) of every member, each in a thread; an exception in the place of a result is what it raised."""
         self._alive = set(range(self.count))
 
@@ -81,7 +81,7 @@ class VmapGroup:
             finally:
                 with self._turn:
                     self._alive.discard(member)
-                    self._go_on()
+                    self._run_ready_program()
 
         with ThreadPoolExecutor(self.count) as threads:
             futures = [threads.submit(alone, member) for member in range(self.count)]
@@ -91,7 +91,7 @@ class VmapGroup:
                 self.stopped.set()
                 raise
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def make_once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """make(), by the first member that asks for this key; the others wait. It may compile, but must not compute."""
         with self._turn:
             mine = key not in self._made
@@ -120,14 +120,14 @@ class VmapGroup:
                 donated = donate_argnums if isinstance(donate_argnums, tuple) else (donate_argnums,)
                 self._programs[key] = VmappedProgram(function, self.count, donated, lazily=out_shardings is not None)
             program = self._programs[key]
-        program.admit(function)
-        return lambda *args: self._called(program, args)
+        program.check_constants(function)
+        return lambda *args: self._call_in_turn(program, args)
 
-    def _called(self, program: "VmappedProgram", args: tuple) -> Any:
+    def _call_in_turn(self, program: "VmappedProgram", args: tuple) -> Any:
         member = self._member.number
         with self._turn:
             program.waiting[member] = args
-            self._go_on()
+            self._run_ready_program()
             while member not in program.results:
                 self._turn.wait()
             result = program.results.pop(member)
@@ -135,14 +135,14 @@ class VmapGroup:
             raise result
         return result
 
-    def _go_on(self) -> None:
+    def _run_ready_program(self) -> None:
         """Makes the calls of one function, if everybody who is alive waits."""
         programs = self._programs.values()
         waiting = sum(len(program.waiting) for program in programs)
         if not self._alive or waiting < len(self._alive) or any(program.results for program in programs):
             return
         program = max(programs, key=lambda program: len(program.waiting))
-        program.call()
+        program.run_waiting_calls()
         self._turn.notify_all()
 
 
@@ -156,7 +156,7 @@ class VmappedProgram:
         self.waiting: dict[int, tuple] = {}
         self.results: dict[int, Any] = {}
 
-    def admit(self, function: Callable) -> None:
+    def check_constants(self, function: Callable) -> None:
         """UserError if `function`, of the same code, is bound to other numbers or words."""
         for (name, ours), theirs in zip(
             closure_constants(self._function).items(), closure_constants(function).values(), strict=True
@@ -167,7 +167,7 @@ class VmappedProgram:
                     f"{function.__qualname__}: sweep it without --vectorised"
                 )
 
-    def call(self) -> None:
+    def run_waiting_calls(self) -> None:
         """Makes the calls that wait and shares out what they return."""
         waiting, self.waiting = self.waiting, {}
         try:
@@ -182,12 +182,12 @@ class VmappedProgram:
             stacked = [
                 materialized(column[0]) if one is None else stacked_leaves(column) for column, one in zip(columns, axes)
             ]
-            out = self._program(trees[0], axes)(*jax.tree.unflatten(trees[0], stacked))
+            out = self._jitted_program(trees[0], axes)(*jax.tree.unflatten(trees[0], stacked))
             self.results = member_results(out, waiting, lazily=self._lazily)
         except Exception as error:
             self.results = dict.fromkeys(waiting, error)
 
-    def _program(self, tree: Any, axes: Sequence[int | None]) -> Callable:
+    def _jitted_program(self, tree: Any, axes: Sequence[int | None]) -> Callable:
         key = tree, axes
         if key not in self._jitted:
             function = jax.vmap(self._function, in_axes=jax.tree.unflatten(tree, axes), axis_size=self._count)

@@ -54,11 +54,18 @@ def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[
         def member(number: int) -> dict[str, Any]:
             with muted_thread() if number else nullcontext():
                 host = RunHost(
-                    group.jit, group.once, given[number], one_device_mesh, watched, materialized, turn, timed=False
+                    group.jit,
+                    group.make_once,
+                    given[number],
+                    one_device_mesh,
+                    watched,
+                    materialized,
+                    turn,
+                    is_timed=False,
                 )
                 return loop.train_stage(configs[number], paths[number], host=host)
 
-        results = group.run(member)
+        results = group.run_members(member)
     for result in results:
         if isinstance(result, SigtermExit):
             raise result

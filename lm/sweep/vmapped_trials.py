@@ -28,7 +28,7 @@ def run_vmapped_trials(study: Study, source: ConfigSource, goal: TrialGoal, root
             claims = [claim for claim in claims if claim not in done]
     finally:
         for claim in claims:
-            claim.released()
+            claim.release()
 
 
 def claim_structure(source: ConfigSource, claim: TrialClaim) -> str:
@@ -48,10 +48,10 @@ def run_trial_group(
     for claim, seed, workdir, result in zip(claims, seeds, workdirs, results):
         if isinstance(result, Exception):
             value, error = None, str(result).split("\n")[0] or type(result).__name__
-            claim.failed(error, seconds)
+            claim.mark_failed(error, seconds)
         else:
             value, error = last_metric_value(workdir, goal), None
-            claim.complete(value, seconds)
+            claim.mark_complete(value, seconds)
         state = "complete" if error is None else "failed"
         write_outcome(workdir, source, goal, claim.trial, seed, state, value, error, seconds)
     return claims
@@ -65,7 +65,7 @@ def heartbeats(claims: Sequence[TrialClaim]) -> Iterator[None]:
     def beat() -> None:
         while not over.wait(HEARTBEAT_SECONDS):
             for claim in claims:
-                claim.beat()
+                claim.heartbeat()
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()

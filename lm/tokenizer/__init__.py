@@ -42,21 +42,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> TokenizedExample:
     """One conversation: see Tokenizer.chats."""
-    return tokenizer.chats([messages])[0]
+    return tokenizer.encode_chats([messages])[0]
 
 
 def encode_chats(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, last: bool = False
 ) -> list[TokenizedExample]:
     """See Tokenizer.chats."""
-    return tokenizer.chats(conversations, last=last)
+    return tokenizer.encode_chats(conversations, last=last)
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:
     """i32[n]: see Tokenizer.prompts."""
-    return tokenizer.prompts([messages])[0]
+    return tokenizer.encode_prompts([messages])[0]
 
 
 def encode_prompts(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
     """See Tokenizer.prompts."""
-    return tokenizer.prompts(conversations)
+    return tokenizer.encode_prompts(conversations)

@@ -27,7 +27,7 @@ class Tokenizer(ABC):
     """Text to ids and back, conversations by a template. Held as its bytes: cheap to pickle, compare, fingerprint."""
 
     proto: bytes
-    rule: str  # how it lays out a conversation and masks it
+    mask_rule: str  # how it lays out a conversation and masks it
 
     @property
     @abstractmethod
@@ -35,12 +35,12 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
-    def talks(self) -> bool:
+    def has_chat_template(self) -> bool:
         """Whether it has a template for conversations."""
 
     @property
     @abstractmethod
-    def start(self) -> tuple[int, ...]:
+    def start_ids(self) -> tuple[int, ...]:
         """The ids that a document begins with, if any."""
 
     @property
@@ -50,16 +50,16 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
-    def end(self) -> int:
+    def end_of_message(self) -> int:
         """The id that ends a message."""
 
     @property
     @abstractmethod
-    def stops(self) -> tuple[int, ...]:
+    def stop_ids(self) -> tuple[int, ...]:
         """The ids that end an answer."""
 
     @abstractmethod
-    def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """The ids of each text, on all cores. Never a special id."""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class Tokenizer(ABC):
         """What each id stands for, special ids by name: for showing a row token by token."""
 
     @abstractmethod
-    def chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
+    def encode_chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
         """Whole conversations as the template renders them: the ids of every stage come from here and from `prompts`.
 
         Trained is what the assistant says and the token that ends it; nothing follows that. `last`: only in the last
@@ -79,11 +79,11 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
+    def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
         """i32[n] each: the conversation so far, up to where the assistant begins to speak."""
 
     @abstractmethod
-    def reply(self, role: str, text: str, limit: int) -> list[int]:
+    def encode_reply(self, role: str, text: str, limit: int) -> list[int]:
         """What comes between an answer's end token and the next answer: a message, its words cut to `limit` tokens."""
 
     @property
@@ -103,14 +103,14 @@ class Tokenizer(ABC):
     @property
     def fingerprint(self) -> str:
         """What a later stage must agree with: pieces, special ids, template and mask rule; not the date."""
-        return hashlib.sha256(self.proto + self.rule.encode()).hexdigest()
+        return hashlib.sha256(self.proto + self.mask_rule.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_all([text])[0]
+        return self.encode_batch([text])[0]
 
-    def document(self, ids: Sequence[int]) -> list[int]:
+    def document_ids(self, ids: Sequence[int]) -> list[int]:
         """A text's ids as pretraining sees them."""
-        return [*self.start, *ids, self.eos]
+        return [*self.start_ids, *ids, self.eos]
 
     @property
     def file(self) -> bytes:

@@ -24,7 +24,7 @@ COMPOSED_FORMATS = {"%c": "%a %b %e %H:%M:%S %Y", "%x": "%m/%d/%y", "%X": "%H:%M
 
 class RenderedChat(NamedTuple):
     text: str
-    said: list[tuple[int, int]]  # characters [begin, end) of what the assistant said, end token and all
+    assistant_spans: list[tuple[int, int]]  # characters [begin, end) of what the assistant said, end token and all
 
 
 class ChatTemplate:
@@ -50,25 +50,33 @@ class ChatTemplate:
             raise UserError(f"the chat template does not parse ({error}): take that of another release") from error
         self._tokens = dict(tokens)
 
-    def render(self, messages: Sequence[Message], *, asked: bool) -> str:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The conversation as text; `asked`: with the marker after which the assistant speaks."""
-        given = dict(messages=[dict(m) for m in messages], add_generation_prompt=asked, tools=None, documents=None)
+        given = dict(
+            messages=[dict(m) for m in messages],
+            add_generation_prompt=add_generation_prompt,
+            tools=None,
+            documents=None,
+        )
         try:
             return self._template.render(**given, **self._tokens)
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses this conversation: {error}") from error
 
-    def conversation(self, messages: Sequence[Message], *, last: bool = False) -> RenderedChat:
+    def render_with_spans(self, messages: Sequence[Message], *, last: bool = False) -> RenderedChat:
         """The whole as text, and where the assistant speaks: what follows the marker, up to the next message.
 
         `last`: in the last message alone. UserError where the template rewrites earlier turns in the light of later
         ones, or a question in the light of its answer: no mask is true of both.
         """
-        text, said = self.render(messages, asked=False), []
+        text, said = self.render(messages, add_generation_prompt=False), []
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or last and i + 1 < len(messages):
                 continue
-            before, after = self.render(messages[:i], asked=True), self.render(messages[: i + 1], asked=False)
+            before, after = (
+                self.render(messages[:i], add_generation_prompt=True),
+                self.render(messages[: i + 1], add_generation_prompt=False),
+            )
             if not text.startswith(before) and i + 1 == len(messages):
                 raise UserError(
                     "the chat template writes an answer that is there otherwise than it asks for one, so that no mask "

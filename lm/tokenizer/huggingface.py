@@ -26,7 +26,7 @@ SPACE_SYMBOL = "\u2581"
 
 class EncodedText(NamedTuple):
     ids: list[int]
-    starts: list[int]  # of each token, in characters
+    offsets: list[int]  # of each token, in characters
 
 
 class TokenizerJson:
@@ -39,12 +39,12 @@ class TokenizerJson:
             each.no_truncation()
         self._plain.encode_special_tokens = True  # a text that spells a special token is a text
         self.vocab_size = max(self._plain.get_vocab().values()) + 1
-        self.start = tuple(self._special.encode("").ids)
+        self.start_ids = tuple(self._special.encode("").ids)
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._plain.encode_batch(list(texts), add_special_tokens=False)]
 
-    def marked(self, text: str) -> EncodedText:
+    def encode_with_special(self, text: str) -> EncodedText:
         """A text in which special tokens are themselves."""
         e = self._special.encode(text, add_special_tokens=False)
         return EncodedText(e.ids, [start for start, _ in e.offsets])
@@ -52,7 +52,7 @@ class TokenizerJson:
     def decode(self, ids: list[int], *, special: bool) -> str:
         return self._plain.decode(ids, skip_special_tokens=not special)
 
-    def id(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
         return self._plain.token_to_id(token)
 
 
@@ -62,14 +62,14 @@ class SentencePieceModel:
     def __init__(self, proto: bytes):
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.vocab_size = self._processor.vocab_size()
-        self.start = (self._processor.bos_id(),) if self._processor.bos_id() >= 0 else ()
+        self.start_ids = (self._processor.bos_id(),) if self._processor.bos_id() >= 0 else ()
         special = [self._processor.id_to_piece(i) for i in range(self.vocab_size) if self._processor.is_control(i)]
         self._cut = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
-    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts))
 
-    def marked(self, text: str) -> EncodedText:
+    def encode_with_special(self, text: str) -> EncodedText:
         ids, starts, at = [], [], 0
         for match in [*self._cut.finditer(text), None]:
             part = text[at : match.start() if match else len(text)]
@@ -89,7 +89,7 @@ class SentencePieceModel:
             return "".join(self._processor.id_to_piece(ids)).replace(SPACE_SYMBOL, " ")
         return self._processor.decode(ids)
 
-    def id(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
         found = self._processor.piece_to_id(token)
         unknown = self._processor.unk_id()
         return None if found == unknown and token != self._processor.id_to_piece(unknown) else found
@@ -102,7 +102,7 @@ class HuggingFaceTokenizer(Tokenizer):
     proto: bytes
     date: str = ""
 
-    rule = "borrowed 1; trained: what the assistant says, up to the last special token of it"
+    mask_rule = "borrowed 1; trained: what the assistant says, up to the last special token of it"
 
     def __reduce__(self):
         return HuggingFaceTokenizer, (self.proto, self.date)
@@ -129,12 +129,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def vocab_size(self) -> int:
         return self._coder.vocab_size
 
-    def id(self, token: str) -> int | None:
+    def token_id(self, token: str) -> int | None:
         """The id of a token that is spelt so; None if there is none."""
-        return self._coder.id(token)
+        return self._coder.token_id(token)
 
     @property
-    def talks(self) -> bool:
+    def has_chat_template(self) -> bool:
         return bool(self._bundle["template"])
 
     @property
@@ -149,29 +149,29 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.proto.removesuffix(b"}") + _date_suffix(self.date) if self.date else self.proto
 
     @property
-    def start(self) -> tuple[int, ...]:
-        return self._coder.start
+    def start_ids(self) -> tuple[int, ...]:
+        return self._coder.start_ids
 
     @property
     def eos(self) -> int:
         return self._bundle["stops"][0]
 
     @cached_property
-    def end(self) -> int:
+    def end_of_message(self) -> int:
         if not self._bundle["template"]:
             return self.eos
         try:
-            closing = int(self.chats([PROBE_MESSAGES])[0].ids[-1])
+            closing = int(self.encode_chats([PROBE_MESSAGES])[0].ids[-1])
         except UserError:  # a template that rewrites its answers can be asked, not learnt from
             return self.eos
         return closing if closing in self._special else self.eos  # the probe's own words end no answer
 
     @property
-    def stops(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys((self.end, *self._bundle["stops"])))
+    def stop_ids(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((self.end_of_message, *self._bundle["stops"])))
 
-    def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
-        return self._coder.encode_all([valid_unicode(text) for text in texts])
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        return self._coder.encode_batch([valid_unicode(text) for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._coder.decode([int(i) for i in ids], special=False)
@@ -179,15 +179,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def pieces(self, ids: Iterable[int]) -> list[str]:
         return [self._coder.decode([int(i)], special=True) for i in ids]
 
-    def chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
+    def encode_chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
         return [self._example(checked_messages(messages), last) for messages in conversations]
 
     def _example(self, messages: Sequence[Message], only_last: bool) -> TokenizedExample:
         """The template's text is tokenised once, as a whole. What an assistant's turn holds behind its last special
         token (a line's end) is not trained, and left out where nothing follows. Nor is an answer trained whose first
         token holds an end of the marker too: whoever is asked has another token there."""
-        text, said = self.template.conversation(messages, last=only_last)
-        ids, starts = self._coder.marked(text)
+        text, said = self.template.render_with_spans(messages, last=only_last)
+        ids, starts = self._coder.encode_with_special(text)
         starts = np.array(starts)
         weights = np.zeros(len(ids), np.float32)
         last = len(ids)
@@ -200,7 +200,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 )
             closing = [i for i in inside if ids[i] in self._special]
             last = closing[-1] + 1 if closing else inside[-1] + 1
-            if self._coder.marked(text[:begin]).ids == ids[: inside[0]]:
+            if self._coder.encode_with_special(text[:begin]).ids == ids[: inside[0]]:
                 weights[inside[0] : last] = 1
         if messages[-1]["role"] != "assistant":
             last = len(ids)
@@ -208,18 +208,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _special(self) -> set[int]:
-        found = {self._coder.id(token) for token in self._bundle["special"]}
+        found = {self._coder.token_id(token) for token in self._bundle["special"]}
         return (found - {None}) | set(self._bundle["stops"])
 
-    def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
-        texts = [self.template.render(checked_messages(messages), asked=True) for messages in conversations]
-        return [np.array(self._coder.marked(text).ids, np.int32) for text in texts]
+    def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
+        texts = [
+            self.template.render(checked_messages(messages), add_generation_prompt=True) for messages in conversations
+        ]
+        return [np.array(self._coder.encode_with_special(text).ids, np.int32) for text in texts]
 
-    def reply(self, role: str, text: str, limit: int) -> list[int]:
+    def encode_reply(self, role: str, text: str, limit: int) -> list[int]:
         content = self.decode(self.encode(text)[:limit])
-        whole = self.template.render([*PROBE_MESSAGES, {"role": role, "content": content}], asked=True)
-        ids = self._coder.marked(whole).ids
-        begin = len(self.chats([PROBE_MESSAGES])[0].ids)
+        whole = self.template.render([*PROBE_MESSAGES, {"role": role, "content": content}], add_generation_prompt=True)
+        ids = self._coder.encode_with_special(whole).ids
+        begin = len(self.encode_chats([PROBE_MESSAGES])[0].ids)
         return ids[begin:]
 
 
@@ -241,29 +243,34 @@ def _date_suffix(date: str) -> bytes:
 
 def tokenizer_from_parts(
     *,
-    tokenizer: str | None = None,
-    pieces: bytes | None = None,
-    template: str = "",
-    tokens: Mapping[str, str] = {},  # noqa: B006
-    special: Sequence[str] = (),
-    stops: Sequence[int] = (),
+    tokenizer_json: str | None = None,
+    sentencepiece_model: bytes | None = None,
+    chat_template: str = "",
+    named_tokens: Mapping[str, str] = {},  # noqa: B006
+    special_tokens: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
 ) -> HuggingFaceTokenizer:
     """A tokenizer from its parts.
 
     tokenizer: the text of a tokenizer.json, or pieces: a sentencepiece model. tokens: special tokens that a template
     may name ("bos_token"). special: all of them. stops: ids that end an answer, that of a document first.
     """
-    if not stops:
+    if not stop_ids:
         raise UserError("this tokenizer names no token that ends a text (eos_token): a model could never stop")
     coder = (
-        {"tokenizer": json.loads(tokenizer)}
-        if tokenizer is not None
-        else {"sentencepiece": base64.b64encode(pieces or b"").decode()}
+        {"tokenizer": json.loads(tokenizer_json)}
+        if tokenizer_json is not None
+        else {"sentencepiece": base64.b64encode(sentencepiece_model or b"").decode()}
     )
-    rest = {"template": template, "tokens": dict(tokens), "special": sorted(special), "stops": list(stops)}
+    rest = {
+        "template": chat_template,
+        "tokens": dict(named_tokens),
+        "special": sorted(special_tokens),
+        "stops": list(stop_ids),
+    }
     result = huggingface_from_bytes(json.dumps({**coder, **rest}, ensure_ascii=False).encode(), "the tokenizer")
-    if template:
+    if chat_template:
         result.template.render(
-            PROBE_MESSAGES[:1], asked=True
+            PROBE_MESSAGES[:1], add_generation_prompt=True
         )  # one that does not parse, or takes no question, is told now
     return result

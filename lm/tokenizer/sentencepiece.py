@@ -42,22 +42,22 @@ class SentencePieceTokenizer(Tokenizer):
 
     proto: bytes
 
-    rule = TEMPLATE_RULE
+    mask_rule = TEMPLATE_RULE
 
     def __reduce__(self):
         return SentencePieceTokenizer, (self.proto,)
 
     @cached_property
-    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+    def processor(self) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=self.proto)
 
     @cached_property
     def _blank(self) -> list[int]:
-        return [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
+        return [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SYMBOL.encode()]
 
     @property
     def vocab_size(self) -> int:
-        return self._processor.vocab_size()
+        return self.processor.vocab_size()
 
     @property
     def pad(self) -> int:
@@ -72,51 +72,51 @@ class SentencePieceTokenizer(Tokenizer):
         return SPECIAL_TOKENS.index("<|eos|>")
 
     @property
-    def end(self) -> int:
+    def end_of_message(self) -> int:
         return SPECIAL_TOKENS.index("<|end|>")
 
     @property
-    def stops(self) -> tuple[int, ...]:
-        return self.end, self.eos
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.end_of_message, self.eos
 
     @property
-    def roles(self) -> dict[str, int]:
+    def role_ids(self) -> dict[str, int]:
         return {role: SPECIAL_TOKENS.index(f"<|{role}|>") for role in ROLES}
 
     @property
-    def talks(self) -> bool:
+    def has_chat_template(self) -> bool:
         return True
 
     @property
-    def start(self) -> tuple[int, ...]:
+    def start_ids(self) -> tuple[int, ...]:
         return (self.bos,)
 
-    def encode_all(self, texts: Iterable[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         texts = [valid_unicode(text) for text in texts]
-        encoded = self._processor.encode(texts, num_threads=min(os.cpu_count() or 1, len(texts) or 1))
+        encoded = self.processor.encode(texts, num_threads=min(os.cpu_count() or 1, len(texts) or 1))
         for row, text in enumerate(texts):
             if SPACE_SYMBOL in text:
-                first, *rest = self._processor.encode(text.split(SPACE_SYMBOL))
+                first, *rest = self.processor.encode(text.split(SPACE_SYMBOL))
                 encoded[row] = first + [i for part in rest for i in self._blank + part]
         return encoded
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
+        return self.processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
         return [self._piece(int(i)) for i in ids]
 
     def _piece(self, i: int) -> str:
-        return self._processor.id_to_piece(i).replace(SPACE_SYMBOL, " ") if i < self.vocab_size else f"<{i}>"
+        return self.processor.id_to_piece(i).replace(SPACE_SYMBOL, " ") if i < self.vocab_size else f"<{i}>"
 
-    def chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
+    def encode_chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
         """`<|bos|>`, then for each message `<|role|>` content `<|end|>`; all their contents are encoded in one call.
 
         Trained as targets: the content of assistant messages and their `<|end|>`, so that answers learn to stop; not
         role markers, not what others said. `last`: of the last message alone.
         """
         said = [message["content"] for messages in conversations for message in checked_messages(messages)]
-        contents = iter(self.encode_all(said))
+        contents = iter(self.encode_batch(said))
         return [self._example(messages, contents, last) for messages in conversations]
 
     def _example(self, messages: Sequence[Message], contents: Iterator[list[int]], last: bool) -> TokenizedExample:
@@ -124,17 +124,17 @@ class SentencePieceTokenizer(Tokenizer):
         for i, message in enumerate(messages):
             content, counts = next(contents), not last or i + 1 == len(messages)
             trained = float(message["role"] == "assistant" and counts)
-            ids += [self.roles[message["role"]], *content, self.end]
+            ids += [self.role_ids[message["role"]], *content, self.end_of_message]
             weights += [0.0] + [trained] * (len(content) + 1)
         return TokenizedExample(np.array(ids, np.int32), np.array(weights, np.float32))
 
-    def prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
+    def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
         """The conversation and the assistant's marker: a prefix of `chats` of the same and any answer."""
-        assistant = np.int32(self.roles["assistant"])
-        return [np.append(example.ids, assistant) for example in self.chats(conversations)]
+        assistant = np.int32(self.role_ids["assistant"])
+        return [np.append(example.ids, assistant) for example in self.encode_chats(conversations)]
 
-    def reply(self, role: str, text: str, limit: int) -> list[int]:
-        return [self.roles[role], *self.encode(text)[:limit], self.end, self.roles["assistant"]]
+    def encode_reply(self, role: str, text: str, limit: int) -> list[int]:
+        return [self.role_ids[role], *self.encode(text)[:limit], self.end_of_message, self.role_ids["assistant"]]
 
 
 def sentencepiece_from_bytes(proto: bytes, path) -> SentencePieceTokenizer:
@@ -144,7 +144,7 @@ def sentencepiece_from_bytes(proto: bytes, path) -> SentencePieceTokenizer:
         pieces = tokenizer.pieces(range(min(len(SPECIAL_TOKENS), tokenizer.vocab_size)))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{path} is not a sentencepiece model: train a tokenizer again") from error
-    if pieces != list(SPECIAL_TOKENS) or tokenizer._processor.unk_id() in tokenizer._blank:
+    if pieces != list(SPECIAL_TOKENS) or tokenizer.processor.unk_id() in tokenizer._blank:
         raise UserError(
             f"{path} lacks our special pieces or byte fallback: it was not made by lm.tokenizer.train_tokenizer "
             "(lm convert brings in those of others)"

@@ -32,13 +32,13 @@ class TrainingSchedule:
     evaluate_every: int = 0  # held-out score; 0: at the start and the end only
     save_every: int = 100
     keep: int = 2  # newest checkpoints that stay
-    samples: int = 16  # rows of a sampled batch that rollouts.jsonl shows, at the start and at every save
+    logged_rollouts: int = 16  # rows of a sampled batch that rollouts.jsonl shows, at the start and at every save
 
     def __post_init__(self):
         check_at_least(
             1, "train", steps=self.steps, log_every=self.log_every, save_every=self.save_every, keep=self.keep
         )
-        check_at_least(0, "train", evaluate_every=self.evaluate_every, samples=self.samples)
+        check_at_least(0, "train", evaluate_every=self.evaluate_every, logged_rollouts=self.logged_rollouts)
 
     def scores(self, done: int) -> bool:
         """Whether the state after `done` batches is scored on the held-out side."""

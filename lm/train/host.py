@@ -21,16 +21,18 @@ def unchanged_tree(tree: Any) -> Any:
 
 class RunHost(NamedTuple):
     jit: Callable[..., Callable] = jax.jit
-    once: Callable[[Hashable, Callable[[], Any]], Any] = (
+    make_once: Callable[[Hashable, Callable[[], Any]], Any] = (
         make_unshared  # (key, make): what runs of one process may share
     )
     # "optimizer.NAME" and "stage.NAME" of the config whose numbers are traced, as they differ from run to run
-    scalars: Mapping[str, Any] = {}
-    mesh: Callable[..., jax.sharding.Mesh] | None = None  # (data, fsdp, tensor); None: lm.core.sharding.make_mesh
-    stopping: Callable[[], AbstractContextManager[Callable[[], bool]]] = on_sigterm
-    real: Callable[[Any], Any] = unchanged_tree  # a tree with every leaf an array of its own
-    turn: Callable[[Checkpoints], AbstractContextManager] = nullcontext  # in which checkpoints are read and written
-    timed: bool = True  # whether the time that passes is this run's
+    traced_scalars: Mapping[str, Any] = {}
+    make_mesh: Callable[..., jax.sharding.Mesh] | None = None  # (data, fsdp, tensor); None: lm.core.sharding.make_mesh
+    stop_signal: Callable[[], AbstractContextManager[Callable[[], bool]]] = on_sigterm
+    materialize: Callable[[Any], Any] = unchanged_tree  # a tree with every leaf an array of its own
+    checkpoint_turn: Callable[[Checkpoints], AbstractContextManager] = (
+        nullcontext  # in which checkpoints are read and written
+    )
+    is_timed: bool = True  # whether the time that passes is this run's
 
 
 SINGLE_RUN_HOST = RunHost()

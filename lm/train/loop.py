@@ -79,12 +79,12 @@ class TrainingSetup(NamedTuple):
     """Everything the loop works with, put together from a config."""
 
     stage: Any  # the module
-    build: UpdateBuilder
+    build_update: UpdateBuilder
     batches: Batches
     mesh: jax.sharding.Mesh
     shardings: Any  # of the TrainState
-    state: TrainState  # as it starts: resuming replaces all of it but the frozen networks
-    meta: Mapping[str, Any]  # what a checkpoint says of itself
+    initial_state: TrainState  # as it starts: resuming replaces all of it but the frozen networks
+    checkpoint_metadata: Mapping[str, Any]  # what a checkpoint says of itself
     flops_per_token: float  # model FLOPs of learning from one token of a batch; sampling and scoring not counted
     phases: PhaseTimer
 
@@ -109,10 +109,10 @@ def train_stage(
     if name == "tokenizer" and (packages or traced):
         raise UserError("stage tokenizer takes no steps: leave --log and --profile out")
     # A schedule may be stretched with the run: the change is named, as any is.
-    with open_workdir(path, to_dict(config), harmless=("train", "mesh", "optimizer.total_steps")) as workdir:
-        for difference in workdir.differences:
+    with open_workdir(path, to_dict(config), changeable_keys=("train", "mesh", "optimizer.total_steps")) as workdir:
+        for difference in workdir.config_changes:
             say(f"{path}: config changed since the last start: {difference}")
-        summary = workdir.summary()
+        summary = workdir.read_summary()
         if summary is None or "train" in config and summary["steps"] < config.train.steps:
             if name in STAGES:
                 summary = run_training_loop(config, workdir, packages=packages, traced=traced, host=host)
@@ -145,43 +145,43 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
     """From a config to a Run: tokenizer, model, optimizer, stage, batches, mesh, starting state."""
     name, backend, functions = config.stage.name, jax.default_backend(), train_functions(config)
     check_equal_options(config, functions)
-    start = host.once(
+    start = host.make_once(
         config.init_from,
         lambda: load_trained_model(config.init_from, backend=backend, warn=warn) if config.init_from else None,
     )
     tokenizer = with_run_date(tokenizer_for_run(config.tokenizer, start), workdir)
     shape = model_config_for_run(config, tokenizer, start)
-    model = make_model(shape.on(backend))
+    model = make_model(shape.for_backend(backend))
 
     teachers = {}
     if name in TEACHER_STAGES and "teacher" in config.stage:
         teachers["teacher"] = teacher_from_workdir(config.stage.teacher, tokenizer)
     build = functools.partial(stage_update, config, model, teachers)
-    build(host.scalars)  # raises its errors before the data are read
+    build(host.traced_scalars)  # raises its errors before the data are read
 
     def shared_reward(paths, pessimism, longest):
         made = lambda: reward_from_workdirs(paths, tokenizer, pessimism, longest=longest, jit=host.jit)
-        return host.once((paths, pessimism, longest), made)
+        return host.make_once((paths, pessimism, longest), made)
 
     context = StageContext(
-        model, tokenizer, config.seed, host.jit, shared_reward, phases if host.timed else nullcontext
+        model, tokenizer, config.seed, host.jit, shared_reward, phases if host.is_timed else nullcontext
     )
     data = json.dumps([config.seed, to_dict(config.data)])
     with phases("data"):
-        batches = host.once(
+        batches = host.make_once(
             data, lambda: call_with_options(functions["data"].function, config.data, context, name="data")
         )
     if "ramp" in config.data and "microbatches" in config.stage:
         check_ramp_microbatches(config.data.ramp, config.stage.microbatches)
 
-    mesh = call_with_options(host.mesh or functions["mesh"].function, config.mesh, name="mesh")
+    mesh = call_with_options(host.make_mesh or functions["mesh"].function, config.mesh, name="mesh")
     params, base = inherited_params(start, config), {}
     if shape.lora_rank:
-        base = lora_base_params(shape, params.pop("lm"), workdir, host.turn)
+        base = lora_base_params(shape, params.pop("lm"), workdir, host.checkpoint_turn)
     state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
     passes = option_value(functions["stage"], config.stage, "epochs", 1)  # over each batch
-    flops = passes * flops_per_token(model.config, batches.about["length"])
+    flops = passes * flops_per_token(model.config, batches.dataset_info["length"])
     return TrainingSetup(STAGES[name], build, batches, mesh, shardings, state, meta, flops, phases)
 
 
@@ -222,7 +222,7 @@ def initial_state(
         return build(scalars).init(key, params if "lm" in params else {"lm": model.init(init_key), **params}, frozen)
 
     given = (
-        dict(host.scalars),
+        dict(host.traced_scalars),
         init_key,
         key,
         params,
@@ -230,9 +230,10 @@ def initial_state(
     )
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(init, *given)
-        shardings = state_shardings(mesh, shapes, model.axes)
+        shardings = state_shardings(mesh, shapes, model.logical_axes)
         theirs = {
-            name: state_shardings(mesh, shapes.frozen[name], teacher.model.axes) for name, teacher in teachers.items()
+            name: state_shardings(mesh, shapes.frozen[name], teacher.model.logical_axes)
+            for name, teacher in teachers.items()
         }
         shardings = shardings.replace(frozen={**shardings.frozen, **theirs})
         return host.jit(init, out_shardings=shardings)(*given), shardings
@@ -252,71 +253,73 @@ def run_training_loop(
     )
     with Progress(config.stage.name, schedule.steps) as progress:
         r = training_setup(config, workdir, phases, host)
-        print_dataset_info(config.stage.name, r.batches.about)
+        print_dataset_info(config.stage.name, r.batches.dataset_info)
         start = metadata.record_start(workdir.path, seed=config.seed)
-        with Checkpoints(workdir.checkpoints, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
-            with host.turn(checkpoints):
+        with Checkpoints(workdir.checkpoints_path, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
+            with host.checkpoint_turn(checkpoints):
                 done, state = restored_state(checkpoints, r)
             first = done + 1 if done else 0  # the row to write next: a fresh start is scored before its first step
-            workdir.truncate(first - 1)
+            workdir.truncate_after(first - 1)
             if done:
                 say(f"{config.stage.name}: continues from step {done} of {workdir.path}")
             step, evaluate = compiled_steps(r, host)
             trackers = open_trackers(packages, workdir.path, to_dict(config))
             with (
-                host.stopping() as stopping,
+                host.stop_signal() as stopping,
                 MetricWriters(workdir.path, purge_step=first, trackers=trackers) as writers,
                 profiler.StepProfiler(traced, workdir.path / PROFILE_DIR) as profile,
             ):
                 log = MetricsLogger(r.stage, workdir, writers, progress, phases)
-                if not log.scored and schedule.scores(done):  # after a kill in the evaluation of a saved state, too
+                if not log.has_held_out_scores and schedule.scores(
+                    done
+                ):  # after a kill in the evaluation of a saved state, too
                     scores = held_out_metrics(r, evaluate, state)
-                    log.write(done, scores)
+                    log.write_row(done, scores)
                     if not done:
                         check_start_metrics(r, scores)
                 for i in range(done, schedule.steps):
-                    profile.begin(i + 1)
+                    profile.begin_step(i + 1)
                     batch, tokens = device_batch(r, state, i)
-                    if r.batches.table and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
+                    if r.batches.rollout_table and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
                         with phases("save"):
                             workdir.append_rollouts(
-                                i + 1, r.batches.table(inference_state(state), batch, schedule.samples)
+                                i + 1, r.batches.rollout_table(inference_state(state), batch, schedule.logged_rollouts)
                             )
                     with phases("update"):
                         state, metrics = step(state, batch)
-                    profile.end(i + 1, metrics)
-                    log.note(i + 1, metrics, tokens)
+                    profile.end_step(i + 1, metrics)
+                    log.add_step(i + 1, metrics, tokens)
                     stop = stopping()
                     due = (i + 1) % schedule.save_every == 0 or i + 1 == schedule.steps or stop
                     if (i + 1) % schedule.log_every == 0 or due:
                         log.flush()
                     if due:
-                        with phases("save"), host.turn(checkpoints):
-                            checkpoints.save(i + 1, host.real(checkpoint_tree(state)), r.meta)
+                        with phases("save"), host.checkpoint_turn(checkpoints):
+                            checkpoints.save(i + 1, host.materialize(checkpoint_tree(state)), r.checkpoint_metadata)
                     if stop:
                         break
                     if schedule.scores(i + 1):
                         with phases("save"):
                             checkpoints.wait()  # a kill in the evaluation must not cost the steps before it
-                        log.write(i + 1, held_out_metrics(r, evaluate, state))
+                        log.write_row(i + 1, held_out_metrics(r, evaluate, state))
                 with phases("save"):
                     checkpoints.wait()
                 if stopping():
                     raise SigtermExit
-    return stage_summary(config, r, workdir, log.seconds(), start["peak"]["flops_per_second"])
+    return stage_summary(config, r, workdir, log.seconds_by_phase(), start["peak"]["flops_per_second"])
 
 
 def compiled_steps(r: TrainingSetup, host: RunHost) -> tuple[Callable, Callable]:
     """The compiled (state, batch) -> (state, metrics) and -> metrics."""
 
     def update(scalars, state, batch):
-        return r.build(scalars).update(state, batch)
+        return r.build_update(scalars).update(state, batch)
 
     def evaluate(scalars, state, batch):
-        return r.build(scalars).evaluate(state, batch)
+        return r.build_update(scalars).evaluate(state, batch)
 
     step = host.jit(update, donate_argnums=1, out_shardings=(r.shardings, None))
-    given = dict(host.scalars)
+    given = dict(host.traced_scalars)
     return functools.partial(step, given), functools.partial(host.jit(evaluate), given)
 
 
@@ -347,9 +350,10 @@ def held_out_metrics(r: TrainingSetup, evaluate, state: TrainState) -> dict[str,
             total = found if total is None else metric_sum(total, found)
     if total is None:
         raise UserError(
-            f"{r.meta['stage']}: the held-out side holds no whole batch: raise data.held_out, or lower the batch"
+            f"{r.checkpoint_metadata['stage']}: the held-out side holds no whole batch: "
+            "raise data.held_out, or lower the batch"
         )
-    return {f"held_out/{name}": value for name, value in r.stage.summary(total, r.batches.about).items()}
+    return {f"held_out/{name}": value for name, value in r.stage.summary(total, r.batches.dataset_info).items()}
 
 
 def check_start_metrics(r: TrainingSetup, before: Mapping[str, float]) -> None:
@@ -359,7 +363,8 @@ def check_start_metrics(r: TrainingSetup, before: Mapping[str, float]) -> None:
         found = before[f"held_out/{name}"]
         if not abs(found - value) <= tolerance:
             raise UserError(
-                f"{r.meta['stage']}: held-out {name} is {found:.4g} before the first step; it must be {value:.4g} "
+                f"{r.checkpoint_metadata['stage']}: held-out {name} is {found:.4g} before the first step; "
+                f"it must be {value:.4g} "
                 f"within {tolerance}: policy and reference, or sampler and trainer, are not the same distribution "
                 f"(see start_metrics in {r.stage.path})"
             )
@@ -382,18 +387,18 @@ def checkpoint_tree(state: TrainState) -> dict[str, Any]:
 
 def restored_state(checkpoints: Checkpoints, r: TrainingSetup) -> tuple[int, TrainState]:
     """(batches done, state) of the newest whole checkpoint, or (0, the starting state)."""
-    found = checkpoints.restore(checkpoint_tree(r.state))
+    found = checkpoints.restore(checkpoint_tree(r.initial_state))
     if found is None:
-        return 0, r.state
+        return 0, r.initial_state
     done, tree, meta = found
-    if meta["fingerprint"] != r.meta["fingerprint"]:
+    if meta["fingerprint"] != r.checkpoint_metadata["fingerprint"]:
         raise UserError(
             f"{checkpoints.directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
-            f"this run has {r.meta['fingerprint'][:8]}: give another --workdir, or remove this one"
+            f"this run has {r.checkpoint_metadata['fingerprint'][:8]}: give another --workdir, or remove this one"
         )
     opt_state = with_averaged_params(tree["opt_state"], tree["params"])
     params = tree["live"] or tree["params"]
-    return done, r.state.replace(params=params, opt_state=opt_state, memory=tree["memory"], **tree["counts"])
+    return done, r.initial_state.replace(params=params, opt_state=opt_state, memory=tree["memory"], **tree["counts"])
 
 
 def stage_summary(
@@ -402,10 +407,12 @@ def stage_summary(
     """What a finished stage leaves behind: held-out scores before and after, size, tokens, FLOPs, seconds."""
     return {
         "stage": config.stage.name,
-        "parameters": param_count(param_specs(ModelConfig(**r.meta["model"]))),
-        **run_summary(read_metrics(workdir.metrics), flops_per_token=r.flops_per_token, seconds=seconds, peak=peak),
-        "about": dict(r.batches.about),
-        "fingerprint": r.meta["fingerprint"],
+        "parameters": param_count(param_specs(ModelConfig(**r.checkpoint_metadata["model"]))),
+        **run_summary(
+            read_metrics(workdir.metrics_path), flops_per_token=r.flops_per_token, seconds=seconds, peak=peak
+        ),
+        "about": dict(r.batches.dataset_info),
+        "fingerprint": r.checkpoint_metadata["fingerprint"],
     }
 
 

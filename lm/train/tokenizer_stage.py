@@ -22,14 +22,14 @@ def fit_tokenizer(
 
     def learn() -> str:
         found = train_tokenizer((document.text for document in seen), vocab_size=vocab_size, max_bytes=max_bytes)
-        found.save(workdir.tokenizer)
+        found.save(workdir.tokenizer_path)
         return found.fingerprint
 
     parts = PartialResults(workdir.path / "vocabulary.parts.jsonl")
     fingerprint = parts.once("fingerprint", learn)  # a kill while it is measured must not cost it
-    tokenizer = load_tokenizer(workdir.tokenizer)
+    tokenizer = load_tokenizer(workdir.tokenizer_path)
     size = sum(len(document.text.encode()) for document in unseen)
-    ids = tokenizer.encode_all(document.text for document in unseen)
+    ids = tokenizer.encode_batch(document.text for document in unseen)
     parts.remove()
     return {
         "stage": "tokenizer",

@@ -68,13 +68,13 @@ def teacher_from_workdir(path: str, tokenizer: Tokenizer) -> TrainedModel:
 
 def model_config_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedModel | None) -> ModelConfig:
     """The model that config.model asks for, its sizes those of `start` where there is one, which it may not change."""
-    inherited = dataclasses.asdict(start.shape) if start else {"vocab_size": tokenizer.vocab_size}
+    inherited = dataclasses.asdict(start.model_config) if start else {"vocab_size": tokenizer.vocab_size}
     shape = call_with_options(ModelConfig, {**inherited, **config.model.to_dict()}, name="model")
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size is {shape.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces: leave it out"
         )
-    if start and param_specs(shape) != param_specs(start.shape):
+    if start and param_specs(shape) != param_specs(start.model_config):
         raise UserError(f"config.model changes the shape of the model in {config.init_from}: leave its sizes out")
     if shape.lora_rank and not start:
         raise UserError("model.lora_rank needs a model to adapt: set config.init_from")
@@ -117,17 +117,17 @@ def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:
     return dict(start.params)
 
 
-def lora_base_params(shape: ModelConfig, lm: Params, workdir: Workdir, turn: Callable) -> Params:
-    """What adapters are laid on: the inherited decoder as shape.lora_base keeps it.
+def lora_base_params(shape: ModelConfig, lm: Params, workdir: Workdir, checkpoint_turn: Callable) -> Params:
+    """What adapters are laid on: the inherited decoder as shape.lora_base_dtype keeps it.
 
     The workdir keeps it beside them, once, and from its second start on goes by its own copy, whatever has become of
     the run that it came from. turn: the Host's, in which checkpoints are written.
     """
-    with Checkpoints(workdir.base, keep=1, warn=warn) as kept:
+    with Checkpoints(workdir.base_path, keep=1, warn=warn) as kept:
         if kept.steps():
-            return restore_params(workdir.base, warn=warn)[0]
-        base = quantized_params(shape.lora_base, lm)
-        with turn(kept):
+            return restore_params(workdir.base_path, warn=warn)[0]
+        base = quantized_params(shape.lora_base_dtype, lm)
+        with checkpoint_turn(kept):
             kept.save(0, {"params": base}, {})
         return base
 

@@ -23,10 +23,10 @@ class ModelFamily(NamedTuple):
     """What every model of one model_type has in common."""
 
     architecture: str  # the class in transformers
-    fixed: Mapping[str, Any]  # of our Config
-    read: Callable[[Json], dict[str, Any]]  # what else config.json says, as keyword arguments of Config
-    write: Callable[[ModelConfig], dict[str, Any]]  # and back
-    only: Mapping[str, Any] = {}  # keys of config.json that we follow at this value only
+    fixed_options: Mapping[str, Any]  # of our Config
+    read_options: Callable[[Json], dict[str, Any]]  # what else config.json says, as keyword arguments of Config
+    write_json: Callable[[ModelConfig], dict[str, Any]]  # and back
+    required_values: Mapping[str, Any] = {}  # keys of config.json that we follow at this value only
     defaults: Mapping[str, Any] = {}  # what transformers takes where config.json lacks a key
 
 
@@ -36,22 +36,22 @@ def model_config_from_json(hf: Json) -> ModelConfig:
     if kind not in FAMILIES:
         raise UserError(f"config.json has model_type {kind!r}, which we do not know: we read {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
-    refused = {**SUPPORTED_VALUES, **family.only}
+    refused = {**SUPPORTED_VALUES, **family.required_values}
     for key, value in refused.items():
         if hf.get(key, value) not in (value, None):
             raise UserError(f"config.json has {key} = {hf[key]!r}, which we do not compute for {kind} (only {value!r})")
     try:
-        c = ModelConfig(**{**family.fixed, **family.read(_with_aliases({**family.defaults, **hf}))})
+        c = ModelConfig(**{**family.fixed_options, **family.read_options(_with_aliases({**family.defaults, **hf}))})
     except KeyError as error:
         raise UserError(f"config.json lacks {error.args[0]}, which {kind} needs: take a complete folder") from error
     for name in ("rope_scaling", "rope_local_base"):
-        if getattr(c, name) != family.fixed.get(name, getattr(c, name)):
+        if getattr(c, name) != family.fixed_options.get(name, getattr(c, name)):
             raise UserError(
                 f"config.json has {name} {getattr(c, name)!r}, which a {kind} of transformers has not: "
                 "take it away, or give the model_type that has it"
             )
     types = hf.get("layer_types")
-    if types is not None and types != _layer_types(c.local):
+    if types is not None and types != _layer_types(c.local_layers):
         raise UserError(
             f"config.json has layer_types {types}, but {c.layers} layers and sliding_window "
             f"{hf.get('sliding_window')}: we compute every k-th layer global, or none; correct what is wrong"
@@ -77,15 +77,20 @@ ALIASES = (  # attribute_map of transformers
 )
 
 
-def config_json(c: ModelConfig, preferred: str = "") -> dict[str, Any]:
+def config_json(c: ModelConfig, preferred_type: str = "") -> dict[str, Any]:
     """The config.json of a Config: of the model_type preferred if it can say this, else of the first that can."""
-    shown = ("dtype", "cache", "scan", "remat", "query_blocks", "loss_chunk", "attention")  # how it is computed
+    shown = ("dtype", "cache_dtype", "scan", "remat", "query_blocks", "loss_chunk", "attention")  # how it is computed
     how = {name: getattr(c, name) for name in shown}
-    for kind in sorted(FAMILIES, key=lambda kind: kind != preferred):  # the others in their order
+    for kind in sorted(FAMILIES, key=lambda kind: kind != preferred_type):  # the others in their order
         family = FAMILIES[kind]
-        if any(getattr(c, name) != value for name, value in family.fixed.items()):
+        if any(getattr(c, name) != value for name, value in family.fixed_options.items()):
             continue
-        hf = {"architectures": [family.architecture], "model_type": kind, **family.write(c), **family.only}
+        hf = {
+            "architectures": [family.architecture],
+            "model_type": kind,
+            **family.write_json(c),
+            **family.required_values,
+        }
         with contextlib.suppress(UserError):  # one that this model_type cannot say
             if dataclasses.replace(model_config_from_json(hf), **how) == c:
                 return hf
@@ -121,7 +126,7 @@ def _sizes(hf: Json, base: float = 10_000.0, local: float = 0.0) -> dict[str, An
         "activation": single_value({key: ACTIVATION_NAMES[value] for key, value in named.items()}) or "silu",
         "context": hf["max_position_embeddings"],
         "norm_eps": hf["rms_norm_eps"],
-        "tied": bool(hf.get("tie_word_embeddings")),
+        "tie_embeddings": bool(hf.get("tie_word_embeddings")),
         **read_rope(hf, base=base, local=local),
     }
 
@@ -138,7 +143,7 @@ def _write_sizes(c: ModelConfig) -> dict[str, Any]:
         "hidden_act": c.activation if c.activation == "silu" else "gelu_pytorch_tanh",
         "max_position_embeddings": c.context,
         "rms_norm_eps": c.norm_eps,
-        "tie_word_embeddings": c.tied,
+        "tie_word_embeddings": c.tie_embeddings,
         **write_rope(c),
     }
 
@@ -159,7 +164,7 @@ def _layer_types(local: Iterable[bool]) -> list[str]:
 
 
 def _write_windows(c: ModelConfig) -> dict[str, Any]:
-    return {"sliding_window": c.window, "layer_types": _layer_types(c.local)}
+    return {"sliding_window": c.window, "layer_types": _layer_types(c.local_layers)}
 
 
 def _gpt2(hf: Json) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def _gpt2(hf: Json) -> dict[str, Any]:
         "hidden": hf.get("n_inner") or 4 * width,
         "context": hf["n_positions"],
         "norm_eps": hf["layer_norm_epsilon"],
-        "tied": hf.get("tie_word_embeddings", True),
+        "tie_embeddings": hf.get("tie_word_embeddings", True),
     }
 
 
@@ -190,7 +195,7 @@ def _write_gpt2(c: ModelConfig) -> dict[str, Any]:
         "n_positions": c.context,
         "layer_norm_epsilon": c.norm_eps,
         "activation_function": "gelu_new",
-        "tie_word_embeddings": c.tied,
+        "tie_word_embeddings": c.tie_embeddings,
     }
 
 
@@ -310,7 +315,11 @@ FAMILIES: dict[str, ModelFamily] = {
         dict(norm="layer", gated=False, positions="learned", bias="all", activation="gelu", qk_norm=False),
         _gpt2,
         _write_gpt2,
-        only={"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True, "add_cross_attention": False},
+        required_values={
+            "scale_attn_by_inverse_layer_idx": False,
+            "scale_attn_weights": True,
+            "add_cross_attention": False,
+        },
     ),
     "llama": ModelFamily("LlamaForCausalLM", dict(DENSE_OPTIONS, qk_norm=False), _llama, _write_llama),
     "mistral": ModelFamily(

@@ -48,7 +48,7 @@ def read_source(source: Path) -> tuple[ModelConfig, Params, Tokenizer, str]:
             tokenizer, kind = tokenizers.read_tokenizer_files(source, hf), hf["model_type"]
             check_vocabulary(config_map.model_config_from_json(hf), tokenizer, source)  # before gigabytes are read
             c, params = folder.read_folder(source, note)
-            if config_map.model_config_from_json(hf).tied and not c.tied:
+            if config_map.model_config_from_json(hf).tie_embeddings and not c.tie_embeddings:
                 warn(
                     f"{source}: config.json says tie_word_embeddings, but {HEAD_TENSOR} differs from the embedding: "
                     "read untied, as transformers does"
@@ -64,9 +64,10 @@ def check_vocabulary(c: ModelConfig, tokenizer: Tokenizer, source: Path) -> None
             f"{source}: its tokenizer has {tokenizer.vocab_size} ids, but its model only {c.vocab_size}: "
             "they do not belong together"
         )
-    if max(tokenizer.stops) >= c.vocab_size:
+    if max(tokenizer.stop_ids) >= c.vocab_size:
         raise UserError(
-            f"{source}: id {max(tokenizer.stops)} ends its texts, but its model has only {c.vocab_size} rows and could "
+            f"{source}: id {max(tokenizer.stop_ids)} ends its texts, but its model has only {c.vocab_size} "
+            "rows and could "
             "never stop: correct eos_token_id, or take both from the same model"
         )
 
@@ -91,11 +92,11 @@ class TensorProgress:
 def import_model(source: Path, workdir: Path) -> None:
     """Reads all, then makes the workdir: a policy if its tokenizer has a chat template, else a model of text."""
     c, params, tokenizer, kind = read_source(source)
-    stage = "sft" if tokenizer.talks else "pretrain"
+    stage = "sft" if tokenizer.has_chat_template else "pretrain"
     meta = {"stage": stage, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(c)}
     with open_workdir(workdir, {"convert": {"source": str(source), "kind": kind}}) as opened:
         with_run_date(tokenizer, opened)
-        with Checkpoints(opened.checkpoints, warn=warn) as checkpoints:
+        with Checkpoints(opened.checkpoints_path, warn=warn) as checkpoints:
             checkpoints.save(0, {"params": {"lm": params}}, meta)
         parameters = param_count(param_specs(c))
         opened.write_summary({"stage": stage, "parameters": parameters, "source": str(source), "kind": kind})
@@ -109,10 +110,10 @@ def export_model(workdir: Path, destination: Path, *, dtype: str, step: int | No
         raise UserError(f"{destination} is not empty: give a new --destination")
     trained = load_trained_model(workdir, backend="cpu", step=step, warn=warn)
     kind = trained.summary["kind"] if "kind" in trained.summary else ""  # where its weights came from, if not from us
-    check_vocabulary(trained.shape, trained.tokenizer, workdir)
+    check_vocabulary(trained.model_config, trained.tokenizer, workdir)
     with complete_folder(destination) as unfinished:
         ids = tokenizers.write_tokenizer_files(unfinished, trained.tokenizer)
-        folder.write_folder(unfinished, trained.shape, trained.params["lm"], dtype=dtype, ids=ids, kind=kind)
+        folder.write_folder(unfinished, trained.model_config, trained.params["lm"], dtype=dtype, ids=ids, kind=kind)
     if "value" in trained.params:
         say("the scalar head (of values or rewards) has no place there and stays behind")
     say(f"{destination}: transformers.AutoModelForCausalLM.from_pretrained({str(destination)!r})")

@@ -28,7 +28,9 @@ def read_config(source: Path) -> dict[str, Any]:
     return read_json(source / CONFIG_FILE)
 
 
-def read_folder(source: Path, note: tensors.ProgressCallback = lambda done, total: None) -> tuple[ModelConfig, Params]:
+def read_folder(
+    source: Path, on_progress: tensors.ProgressCallback = lambda done, total: None
+) -> tuple[ModelConfig, Params]:
     """The model in a folder: Config, and float32 parameters. Only one of their tensors is in memory at a time.
 
     Every tensor there is used, equals one that is, or holds what config.json says anyway; else UserError. A head beside
@@ -43,7 +45,7 @@ def read_folder(source: Path, note: tensors.ProgressCallback = lambda done, tota
         unused = found.keys() - needed - copies
         _check_tensor_names(found, needed, unused, hf, c, source)
         return c, tensors.read_params(
-            c, entries, lambda name: found[name].read(), note, place=lambda name: str(found[name])
+            c, entries, lambda name: found[name].read(), on_progress, place=lambda name: str(found[name])
         )
 
 
@@ -55,18 +57,22 @@ def _entries(
     def of(c: ModelConfig) -> list[names.TensorEntry]:
         entries = names.tensor_entries(c, kind)
         if kind == "gpt2" and not any(name.startswith("transformer.") for name in found):  # as OpenAI's own file
-            entries = [entry._replace(theirs=entry.theirs.removeprefix("transformer.")) for entry in entries]
+            entries = [entry._replace(tensor_name=entry.tensor_name.removeprefix("transformer.")) for entry in entries]
         return entries
 
     entries = of(c)
-    embedding = next(entry.theirs for entry in entries if entry.ours == ("embedding",))
-    if not c.tied or names.HEAD_TENSOR not in found:
+    embedding = next(entry.tensor_name for entry in entries if entry.leaf_names == ("embedding",))
+    if not c.tie_embeddings or names.HEAD_TENSOR not in found:
         return c, entries, set()
     if embedding not in found:  # the one matrix goes by the head's name
-        return c, [e._replace(theirs=names.HEAD_TENSOR) if e.theirs == embedding else e for e in entries], set()
+        return (
+            c,
+            [e._replace(tensor_name=names.HEAD_TENSOR) if e.tensor_name == embedding else e for e in entries],
+            set(),
+        )
     if found[names.HEAD_TENSOR].equals(found[embedding]):
         return c, entries, {names.HEAD_TENSOR}
-    untied = dataclasses.replace(c, tied=False)
+    untied = dataclasses.replace(c, tie_embeddings=False)
     return untied, of(untied), set()
 
 

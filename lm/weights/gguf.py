@@ -85,7 +85,7 @@ UNKNOWN_TOKEN, CONTROL_TOKEN, USER_DEFINED_TOKEN, UNUSED_TOKEN = (
 
 
 def read_gguf(
-    path: Path, note: tensors.ProgressCallback = lambda done, total: None
+    path: Path, on_progress: tensors.ProgressCallback = lambda done, total: None
 ) -> tuple[ModelConfig, Params, Tokenizer]:
     """The model of a GGUF file, dequantised to float32, and its tokenizer."""
     file = _open_gguf(path)
@@ -115,7 +115,7 @@ def read_gguf(
         return value
 
     params = tensors.read_params(
-        c, entries, tensor, note, place=lambda name: f"tensor {name} of {path}", says="its metadata"
+        c, entries, tensor, on_progress, place=lambda name: f"tensor {name} of {path}", says="its metadata"
     )
     return c, params, tokenizer_from_fields(fields)
 
@@ -207,7 +207,7 @@ def _tensor_entries(c: ModelConfig) -> list[TensorEntry]:
         TensorEntry("token_embd.weight", ("embedding",), False),
         TensorEntry("output_norm.weight", ("final_norm",), False),
     ]
-    if not c.tied:
+    if not c.tie_embeddings:
         found.append(TensorEntry("output.weight", ("head",), True))
     absent = {f"{name}_bias" for name in TRANSPOSED_TENSORS - set(BIASED_PROJECTIONS[c.bias])}
     absent |= set() if c.qk_norm else {"query_norm", "key_norm"}
@@ -224,19 +224,19 @@ def tokenizer_from_fields(fields) -> Tokenizer:
     _check_counts(fields, len(tokens))
     special = [token for token, kind in zip(tokens, kinds) if kind == CONTROL_TOKEN]
     if model in ("gpt2", "gemma4"):
-        coder = {"tokenizer": _bpe_tokenizer(fields, tokens, kinds, blanks=model == "gemma4").to_str()}
+        coder = {"tokenizer_json": _bpe_tokenizer(fields, tokens, kinds, blanks=model == "gemma4").to_str()}
     elif model == "llama":
-        coder = {"pieces": _sentencepiece_proto(fields, tokens, kinds)}
+        coder = {"sentencepiece_model": _sentencepiece_proto(fields, tokens, kinds)}
     else:
         raise UserError(f"this GGUF file has a tokenizer of kind {model!r}: we read gpt2, gemma4 and llama")
     ids = {name: _field_value(fields, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     names = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     return tokenizer_from_parts(
         **coder,
-        template=_field_value(fields, "tokenizer.chat_template", ""),
-        tokens=names,
-        special=special,
-        stops=[ids["eos"]] if ids["eos"] is not None else [],
+        chat_template=_field_value(fields, "tokenizer.chat_template", ""),
+        named_tokens=names,
+        special_tokens=special,
+        stop_ids=[ids["eos"]] if ids["eos"] is not None else [],
     )
 
 

@@ -11,9 +11,9 @@ from lm.model.params import param_specs
 
 
 class TensorEntry(NamedTuple):
-    theirs: str  # with {i} for the layer and {e} for the expert
-    ours: tuple[str, ...]  # leaves; of "layers" where theirs has {i}
-    transposed: bool
+    tensor_name: str  # with {i} for the layer and {e} for the expert
+    leaf_names: tuple[str, ...]  # leaves; of "layers" where theirs has {i}
+    is_transposed: bool
 
 
 HEAD_TENSOR = "lm_head.weight"
@@ -57,7 +57,7 @@ def tensor_entries(c: ModelConfig, kind: str) -> list[TensorEntry]:
     """The tensors of a model of this Config and model_type, none of ours left out."""
     found = _gpt2_entries(c) if kind == "gpt2" else _llama_entries(c, kind)
     tree = param_specs(c)
-    known = {name for entry in found for name in entry.ours}
+    known = {name for entry in found for name in entry.leaf_names}
     assert known == tree["layers"].keys() | tree.keys() - {"layers"}, known ^ set(tree)
     return found
 
@@ -68,7 +68,7 @@ def _llama_entries(c: ModelConfig, kind: str) -> list[TensorEntry]:
         TensorEntry("model.embed_tokens.weight", ("embedding",), False),
         TensorEntry("model.norm.weight", ("final_norm",), False),
     ]
-    if not c.tied:
+    if not c.tie_embeddings:
         found.append(TensorEntry(HEAD_TENSOR, ("head",), True))
     for name, theirs in _layer_norms(c).items():
         if name in layers:
@@ -106,7 +106,7 @@ def _gpt2_entries(c: ModelConfig) -> list[TensorEntry]:
         TensorEntry("transformer.ln_f.weight", ("final_norm",), False),
         TensorEntry("transformer.ln_f.bias", ("final_norm_bias",), False),
     ]
-    if not c.tied:
+    if not c.tie_embeddings:
         found.append(TensorEntry(HEAD_TENSOR, ("head",), True))
     for names, theirs in GPT2_TENSORS.items():
         found.append(TensorEntry(f"transformer.h.{{i}}.{theirs}.weight", names, False))

@@ -19,23 +19,23 @@ ProgressCallback = Callable[[int, int], None]  # told of each tensor: how many a
 def tensor_places(c: ModelConfig, entries: Iterable[TensorEntry]) -> TensorPlaces:
     """Every tensor of theirs: its name, where it lies on our leading axes, and its entry."""
     for entry in entries:
-        axes = [("i", c.layers)] * ("{i}" in entry.theirs) + [("e", c.experts)] * ("{e}" in entry.theirs)
+        axes = [("i", c.layers)] * ("{i}" in entry.tensor_name) + [("e", c.experts)] * ("{e}" in entry.tensor_name)
         for index in itertools.product(*(range(size) for _, size in axes)):
-            yield entry.theirs.format(**{name: n for (name, _), n in zip(axes, index)}), index, entry
+            yield entry.tensor_name.format(**{name: n for (name, _), n in zip(axes, index)}), index, entry
 
 
 def tensor_size(c: ModelConfig, index: tuple[int, ...], entry: TensorEntry) -> int:
     """How many numbers the tensor of a place holds."""
     tree = param_specs(c)
     home = tree["layers"] if index else tree
-    return sum(math.prod(home[ours].shape[len(index) :]) for ours in entry.ours)
+    return sum(math.prod(home[ours].shape[len(index) :]) for ours in entry.leaf_names)
 
 
 def read_params(
     c: ModelConfig,
     entries: Iterable[TensorEntry],
     tensor: Callable[[str], np.ndarray],
-    note: ProgressCallback = lambda done, total: None,
+    on_progress: ProgressCallback = lambda done, total: None,
     *,
     place: Callable[[str], str],
     says: str = "config.json",
@@ -50,12 +50,12 @@ def read_params(
     wanted = list(tensor_places(c, entries))
     for done, (name, index, entry) in enumerate(wanted, 1):
         home = params["layers"] if index else params
-        targets = [home[ours][index] for ours in entry.ours]
+        targets = [home[ours][index] for ours in entry.leaf_names]
         found = tensor(name)
-        value = found.T if entry.transposed else found
+        value = found.T if entry.is_transposed else found
         expected = (*targets[0].shape[:-1], sum(target.shape[-1] for target in targets))
         if value.shape != expected:
-            theirs = list(reversed(expected)) if entry.transposed else list(expected)
+            theirs = list(reversed(expected)) if entry.is_transposed else list(expected)
             raise UserError(
                 f"{place(name)} is {list(found.shape)}, but {says} makes it {theirs}{_sizes(c, entry)}: "
                 "take both from the same model"
@@ -63,12 +63,12 @@ def read_params(
         edges = np.cumsum([target.shape[-1] for target in targets])[:-1]
         for target, part in zip(targets, np.split(value, edges, axis=-1)):
             target[...] = part
-        note(done, len(wanted))
+        on_progress(done, len(wanted))
     return params
 
 
 def _sizes(c: ModelConfig, entry: TensorEntry) -> str:
-    return f" (vocabulary {c.vocab_size})" if entry.ours[0] in ("embedding", "head") else ""
+    return f" (vocabulary {c.vocab_size})" if entry.leaf_names[0] in ("embedding", "head") else ""
 
 
 def check_params(c: ModelConfig, params: Mapping) -> None:
@@ -94,5 +94,5 @@ def named_tensors(c: ModelConfig, entries: Iterable[TensorEntry], params: Mappin
     """Their tensors, by name, float32."""
     for name, index, entry in tensor_places(c, entries):
         home = params["layers"] if index else params
-        value = np.concatenate([np.asarray(home[ours][index], np.float32) for ours in entry.ours], axis=-1)
-        yield name, np.ascontiguousarray(value.T if entry.transposed else value)
+        value = np.concatenate([np.asarray(home[ours][index], np.float32) for ours in entry.leaf_names], axis=-1)
+        yield name, np.ascontiguousarray(value.T if entry.is_transposed else value)

@@ -38,12 +38,12 @@ def read_tokenizer_files(source: Path, hf: Mapping[str, Any]) -> Tokenizer:
         text = file_text(source / TOKENIZER_JSON)
         content = _parsed_json(text, source / TOKENIZER_JSON)
         added += [t["content"] for t in content.get("added_tokens", []) if t.get("special")]
-        coder = {"tokenizer": text}
+        coder = {"tokenizer_json": text}
         known = {t["content"]: t["id"] for t in content.get("added_tokens", [])}
         vocab = content["model"].get("vocab", {})
         known |= vocab if isinstance(vocab, dict) else {}
     elif (source / SENTENCEPIECE_FILE).exists():
-        coder, known = {"pieces": (source / SENTENCEPIECE_FILE).read_bytes()}, {}
+        coder, known = {"sentencepiece_model": (source / SENTENCEPIECE_FILE).read_bytes()}, {}
     else:
         raise UserError(
             f"{source} has neither {TOKENIZER_JSON} nor {SENTENCEPIECE_FILE}: a model needs its tokenizer; "
@@ -54,7 +54,11 @@ def read_tokenizer_files(source: Path, hf: Mapping[str, Any]) -> Tokenizer:
     stops = list(dict.fromkeys(([named] if named is not None else []) + stops))
     special = sorted({*added, *tokens.values()})
     result = tokenizer_from_parts(
-        **coder, template=_chat_template(source, config), tokens=tokens, special=special, stops=stops
+        **coder,
+        chat_template=_chat_template(source, config),
+        named_tokens=tokens,
+        special_tokens=special,
+        stop_ids=stops,
     )
     _check_added_tokens(source, result, config)
     return result
@@ -69,9 +73,10 @@ def _check_added_tokens(source: Path, tokenizer: HuggingFaceTokenizer, config: M
     }
     for file, tokens in added.items():
         for token, i in tokens:
-            if tokenizer.id(token) != i:
+            if tokenizer.token_id(token) != i:
                 raise UserError(
-                    f"{source / file} says that {token!r} is id {i}, but the tokenizer has {tokenizer.id(token)}: "
+                    f"{source / file} says that {token!r} is id {i}, but the tokenizer has "
+                    f"{tokenizer.token_id(token)}: "
                     f"make {TOKENIZER_JSON} anew with transformers, or take away the entry"
                 )
 
@@ -103,7 +108,7 @@ def write_tokenizer_files(destination: Path, tokenizer: Tokenizer) -> dict[str, 
     else:
         text, template = huggingface_tokenizer(tokenizer).to_str(), CHAT_TEMPLATE
         tokens = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>", "unk_token": "<|unk|>"}
-        stops = [tokenizer.eos, tokenizer.end]
+        stops = [tokenizer.eos, tokenizer.end_of_message]
     (destination / TOKENIZER_JSON).write_text(text, encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **tokens}
     if template:
@@ -113,7 +118,7 @@ def write_tokenizer_files(destination: Path, tokenizer: Tokenizer) -> dict[str, 
         json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
     (destination / GENERATION_CONFIG).write_text(json.dumps({"eos_token_id": stops}, indent=2) + "\n")
-    bos = tokenizer.start[0] if tokenizer.start else None
+    bos = tokenizer.start_ids[0] if tokenizer.start_ids else None
     return {"bos_token_id": bos, "eos_token_id": stops[0]}
 
 
@@ -122,12 +127,12 @@ def huggingface_tokenizer(tokenizer: SentencePieceTokenizer) -> tokenizers.Token
 
     A merge is any way to cut a piece into two others; they are taken in the order of the pieces, as sentencepiece does.
     """
-    pieces = tokenizer._processor.id_to_piece(list(range(tokenizer.vocab_size)))
+    pieces = tokenizer.processor.id_to_piece(list(range(tokenizer.vocab_size)))
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    scores = tokenizer._processor.get_score(list(range(tokenizer.vocab_size)))
+    scores = tokenizer.processor.get_score(list(range(tokenizer.vocab_size)))
     merges = []
     for i, piece in enumerate(pieces):
-        if i < len(SPECIAL_TOKENS) or tokenizer._processor.is_byte(i) or len(piece) < 2:
+        if i < len(SPECIAL_TOKENS) or tokenizer.processor.is_byte(i) or len(piece) < 2:
             continue
         cuts = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
         merges += [(-scores[i], vocab[a], vocab[b], (a, b)) for a, b in cuts if a in vocab and b in vocab]

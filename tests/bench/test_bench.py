@@ -26,7 +26,7 @@ TALKS = [Conversation(f"talk {i}", [{"role": "user", "content": f"what do you se
 @pytest.fixture
 def limits(monkeypatch):
     """A machine of 1 GFLOP/s that reads 1 MB/s, so that no test measures it."""
-    monkeypatch.setattr(DeviceLimits, "look", lambda self: None)
+    monkeypatch.setattr(DeviceLimits, "remeasure", lambda self: None)
     return DeviceLimits({"float32": 1e9, "bfloat16": 2e9}, 1e6)
 
 
@@ -52,15 +52,15 @@ def said(**phases: float) -> str:
 def test_a_peer_is_told_the_work_and_its_last_line_is_read(scripts):
     code = "import json, sys; print(0); print(json.dumps(sys.argv[1:]))"
     peer = turns.Peer(scripts(code, "peer.py"), "peer.py", {"rows": 2})
-    assert peer.steps(3) == ["--rows=2", f"--threads={thread_count()}", "--steps=3"]
+    assert peer.run_steps(3) == ["--rows=2", f"--threads={thread_count()}", "--steps=3"]
 
 
 def test_a_peer_that_cannot_run_is_one_line(scripts, tmp_path):
     peer = turns.Peer(scripts("import trll", "peer.py"), "peer.py", {})
     with pytest.raises(UserError, match="peer.py failed: ModuleNotFoundError: No module named 'trll'; give --peer="):
-        peer.steps(3)
+        peer.run_steps(3)
     with pytest.raises(UserError, match="cannot run .*nowhere: No such file or directory; give --peer=PYTHON, an int"):
-        turns.Peer(str(tmp_path / "nowhere"), "peer.py", {}).steps(3)
+        turns.Peer(str(tmp_path / "nowhere"), "peer.py", {}).run_steps(3)
 
 
 def test_torch_is_this_python_if_it_has_it(monkeypatch):
@@ -76,7 +76,7 @@ def test_sides_take_turns_and_are_compared_by_medians_bests_and_turn_by_turn(scr
     seconds, told = iter([1.0, 2.0, 3.0, 4.0]), []
     ours = lambda steps: [{"step": next(seconds)} for _ in range(steps)]
     peer = turns.Peer(scripts(said(step=4.0, cpu=7.0), "peer.py"), "peer.py", {})
-    timed = turns.interleaved_timings(ours, peer, turns=2, steps=2, after=told.append)
+    timed = turns.interleaved_timings(ours, peer, turns=2, steps=2, on_turn=told.append)
     found = turns.timing_summary(timed, "step", units=10)
     assert told == [{"step": 2.0}, {"step": 4.0}]
     assert found["per_second"]["ours"] == {"median": 4.0, "best": 10.0}
@@ -168,7 +168,7 @@ def test_a_whole_run(limits, scripts, tmp_path, capsys):
 def test_a_grpo_step_is_generation_and_update(limits, capsys):
     shape = rollout.RolloutShape(prompts=1, group=2, prompt=4, new=4)
     timed = turns.interleaved_timings(
-        rollout.timed_steps(TINY.config, shape), None, turns=1, steps=1, after=lambda row: None
+        rollout.timed_steps(TINY.config, shape), None, turns=1, steps=1, on_turn=lambda row: None
     )
     ((row,),) = timed.ours
     assert row["step"] == pytest.approx(row["generation"] + row["update"]) and min(row.values()) > 0
@@ -182,7 +182,9 @@ def test_a_draft_that_is_the_model_itself_is_always_right(finished, limits, caps
     monkeypatch.setattr(speculation, "TEMPERATURES", (0.0, 1.0))
     monkeypatch.setattr(speculation.conversations, "load_conversations", lambda source: TALKS)
     monkeypatch.setattr(speculation, "split_held_out", lambda talks, fraction: ([], talks))
-    flags = f"--workdir={finished}/sft --batches=2 --prompt_tokens=40 --new_tokens=8 --turns=1 --steps=1 --ahead=2"
+    flags = (
+        f"--workdir={finished}/sft --batches=2 --prompt_tokens=40 --new_tokens=8 --turns=1 --steps=1 --draft_tokens=2"
+    )
     found = {}
     for draft in ("sft", "pretrain"):
         given = parsed_flags(
@@ -197,7 +199,7 @@ def test_a_draft_that_is_the_model_itself_is_always_right(finished, limits, caps
         assert min(row["per_second"].values()) > 0
         assert row["ratio"] == pytest.approx(row["per_second"]["drafted"] / row["per_second"]["plain"])
         assert row["each_turn"] == pytest.approx([row["ratio"]])
-    assert "pretrain, 2 tokens ahead" in capsys.readouterr().out
+    assert "pretrain, 2 draft tokens" in capsys.readouterr().out
 
 
 def test_a_start_ends_with_its_first_step(tmp_path, monkeypatch):
@@ -261,9 +263,11 @@ def test_a_batch_is_whole_rows_of_next_tokens():
 @pytest.mark.peer
 def test_pytorch_does_the_same_work():
     """Its first loss, of random weights on random tokens, is near that of an even guess: log 256."""
-    trained = training.peer(sys.executable, TINY, "bfloat16").steps(1)
+    trained = training.peer(sys.executable, TINY, "bfloat16").run_steps(1)
     assert trained["losses"][0] == pytest.approx(np.log(256), rel=0.05)
-    generated = generation.peer(sys.executable, TINY.config, generation.GenerationShape(2, 4, 3), "float32").steps(1)
+    generated = generation.peer(sys.executable, TINY.config, generation.GenerationShape(2, 4, 3), "float32").run_steps(
+        1
+    )
     for found in (trained, generated):
         assert len(found["seconds"]) == 1 and min(found["seconds"][0].values()) > 0
         assert found["threads"] == thread_count() and set(found["versions"]) == {"transformers", "torch"}

@@ -111,52 +111,52 @@ def names(found):
 def test_runs_that_differ_in_the_seed_only_are_one_setting(tmp_path):
     folders = [*group(tmp_path, "a", [4.0, 4.2, 4.1]), *group(tmp_path, "b", [3.0, 3.3], optimizer__learning_rate=0.01)]
     told = comparison.compare_runs(folders)
-    assert names(told.found) == ["learning_rate=0.01", "learning_rate=0.001"]
-    assert told.found[1].values == {0: 4.0, 1: 4.2, 2: 4.1}
-    assert told.settings.differing == ["optimizer.learning_rate"] and not told.settings.notes
+    assert names(told.results) == ["learning_rate=0.01", "learning_rate=0.001"]
+    assert told.results[1].values == {0: 4.0, 1: 4.2, 2: 4.1}
+    assert told.settings.differing_keys == ["optimizer.learning_rate"] and not told.settings.notes
 
 
 def test_what_follows_from_a_sweeps_parameters_is_not_in_names(sweep):
     told = comparison.compare_runs([sweep(smooth)])
-    assert names(told.found)[0] == "learning_rate=0.001, width=128"
+    assert names(told.results)[0] == "learning_rate=0.001, width=128"
     assert told.settings.parameters == ["optimizer.learning_rate", "model.width"]
-    assert set(told.settings.differing) == {"model.width", "model.hidden", "optimizer.learning_rate"}
-    assert len(told.found) == 4 and all(len(one.values) == 3 for one in told.found)
+    assert set(told.settings.differing_keys) == {"model.width", "model.hidden", "optimizer.learning_rate"}
+    assert len(told.results) == 4 and all(len(one.values) == 3 for one in told.results)
 
 
 def test_without_a_sweep_every_difference_is_named(tmp_path):
     one, other = made(tmp_path / "a"), made(tmp_path / "b", model__width=128, model__hidden=384)
-    assert names(comparison.compare_runs([one, other]).found) == ["width=64, hidden=192", "width=128, hidden=384"]
+    assert names(comparison.compare_runs([one, other]).results) == ["width=64, hidden=192", "width=128, hidden=384"]
 
 
 def test_paths_beside_the_run_are_the_same_place_in_every_folder(tmp_path):
     folders = [made(tmp_path / seed / "sft", seed=int(seed), init_from=f"{tmp_path}/{seed}/pretrain") for seed in "01"]
-    (setting,) = comparison.compare_runs(folders).found
+    (setting,) = comparison.compare_runs(folders).results
     assert list(setting.values) == [0, 1]
     (note,) = comparison.compare_runs(folders).settings.notes
     assert note.startswith("Runs of one setting differ in init_from,")
     elsewhere = [made(tmp_path / x / "ppo", init_from=f"{tmp_path}/0/sft") for x in "ab"]
-    assert len(comparison.compare_runs(elsewhere).found) == 1  # one start for both, though it lies beside neither
+    assert len(comparison.compare_runs(elsewhere).results) == 1  # one start for both, though it lies beside neither
 
 
 def test_keys_may_be_set_aside(tmp_path):
     folders = [made(tmp_path / str(n), seed=n, train__log_every=10 + n) for n in (0, 1)]
-    assert len(comparison.compare_runs(folders).found) == 2
-    assert len(comparison.compare_runs(folders, ignore=["train"]).found) == 1
+    assert len(comparison.compare_runs(folders).results) == 2
+    assert len(comparison.compare_runs(folders, ignore=["train"]).results) == 1
 
 
 def test_a_repeated_run_counts_once_unless_the_code_was_another(tmp_path):
     one = [made(tmp_path / "a", 4.0, record="1" * 40), made(tmp_path / "b", 5.0, record="1" * 40)]
     told = comparison.compare_runs(one)
-    assert told.found[0].values == {0: 4.0} and f"{one[1]} repeats {one[0]}" in told.settings.notes[0]
+    assert told.results[0].values == {0: 4.0} and f"{one[1]} repeats {one[0]}" in told.settings.notes[0]
     told = comparison.compare_runs([*one, made(tmp_path / "c", 6.0, record="2" * 40)])
-    assert names(told.found) == ["code=1111111", "code=2222222"] and told.settings.parameters == [CODE_KEY]
+    assert names(told.results) == ["code=1111111", "code=2222222"] and told.settings.parameters == [CODE_KEY]
 
 
 def test_different_code_and_packages_are_warned_of(tmp_path):
     old, new = group(tmp_path, "a", [4.0], record="1" * 40), group(tmp_path, "b", [4.0], record="2" * 40, init_from="x")
     told = comparison.compare_runs([*old, *new])
-    assert names(told.found) == ["init_from=", "init_from=x"]  # the code is no part of a setting here
+    assert names(told.results) == ["init_from=", "init_from=x"]  # the code is no part of a setting here
     assert any("different code (1111111, 2222222)" in text for text in comparison_warnings(told))
     record = json.loads((new[0] / "record.json").read_text())
     record[0] |= {"dirty": True, "diff": "code-0.diff", "versions": {"jax": "0.11"}}
@@ -173,7 +173,7 @@ def test_a_number_is_the_same_with_and_without_a_point(tmp_path):
         len(
             comparison.compare_runs(
                 [made(tmp_path / "a", init_from=1.0), made(tmp_path / "b", seed=1, init_from=1)]
-            ).found
+            ).results
         )
         == 1
     )
@@ -181,7 +181,7 @@ def test_a_number_is_the_same_with_and_without_a_point(tmp_path):
 
 def test_the_last_value_counts(tmp_path):
     assert (
-        comparison.compare_runs([made(tmp_path / "a", 3.5)]).found[0].mean.value == 3.5
+        comparison.compare_runs([made(tmp_path / "a", 3.5)]).results[0].mean.value == 3.5
     )  # and not 5.5 or 4.5, logged before
 
 
@@ -190,7 +190,7 @@ def test_the_last_value_counts(tmp_path):
 
 def test_mean_and_interval(tmp_path):
     """1, 2, 3: se = 1 / sqrt(3); Student's quantile of two degrees of freedom is 4.302653."""
-    (one,) = comparison.compare_runs(group(tmp_path, "a", [1.0, 2.0, 3.0])).found
+    (one,) = comparison.compare_runs(group(tmp_path, "a", [1.0, 2.0, 3.0])).results
     assert one.mean.value == 2 and one.mean.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
 
 
@@ -201,11 +201,11 @@ def test_a_paired_contrast(tmp_path):
     told = comparison.compare_runs([*a, *b], baseline="init_from=x")
     (contrast,) = told.contrasts.values()
     reference = stats.ttest_rel([5, 7, 6], [4, 5, 3])
-    assert contrast.tested == PAIRED and contrast.n == 3 and contrast.difference.value == 2
+    assert contrast.test_name == PAIRED and contrast.n == 3 and contrast.difference.value == 2
     assert contrast.p == pytest.approx(reference.pvalue) == pytest.approx(0.07418, abs=1e-5)
     assert (contrast.difference.low, contrast.difference.high) == pytest.approx(tuple(reference.confidence_interval()))
-    assert contrast.effect == pytest.approx(2 / math.sqrt(math.pi))
-    assert contrast.verdict == INSIDE_NOISE
+    assert contrast.effect_size == pytest.approx(2 / math.sqrt(math.pi))
+    assert contrast.conclusion == INSIDE_NOISE
 
 
 def test_other_seeds_are_compared_by_welch(tmp_path):
@@ -213,11 +213,11 @@ def test_other_seeds_are_compared_by_welch(tmp_path):
     b = [made(tmp_path / f"b{n}", value, seed=n, init_from="x") for n, value in zip((2, 3, 4, 5), [4.0, 4.1, 4.3, 3.9])]
     (contrast,) = comparison.compare_runs([*a, *b], baseline="init_from=x").contrasts.values()
     reference = stats.ttest_ind([5, 7, 6.5], [4, 4.1, 4.3, 3.9], equal_var=False)
-    assert contrast.tested == UNPAIRED and contrast.n == 3
+    assert contrast.test_name == UNPAIRED and contrast.n == 3
     assert contrast.p == pytest.approx(reference.pvalue)
     assert (contrast.difference.low, contrast.difference.high) == pytest.approx(tuple(reference.confidence_interval()))
     deviation = math.sqrt((2 * np.var([5, 7, 6.5], ddof=1) + 3 * np.var([4, 4.1, 4.3, 3.9], ddof=1)) / 5)
-    assert contrast.effect == pytest.approx(hedges_correction(5) * contrast.difference.value / deviation)
+    assert contrast.effect_size == pytest.approx(hedges_correction(5) * contrast.difference.value / deviation)
 
 
 def test_hedges():
@@ -250,7 +250,9 @@ def drawn(values, direction="minimize", *, chosen=False, pool=True, apart=False)
     found = settings_of(values, apart=apart)
     reference = comparison.best_result(found, direction) if chosen else found[0]
     spread = pooled_spread(found) if pool else None
-    return contrasts_with_reference(found, reference, direction, spread=spread, chosen=chosen, confidence=0.95)
+    return contrasts_with_reference(
+        found, reference, direction, spread=spread, reference_is_best=chosen, confidence=0.95
+    )
 
 
 TABLE = [[1.0, 2.0, 3.0], [2.0, 4.0, 3.0], [0.0, 0.0, 3.0]]
@@ -261,11 +263,11 @@ def test_the_pooled_spread_of_the_same_seeds():
     0 1 -1, 0 -1 1. Squares 0 + 2 + 2 over (3 - 1)(3 - 1) = 4: 1. Cochran: of 4 x 2/3 a row keeps a share of 2 / (8/3)
     = 3/4, uniform here (2 and 2 degrees of freedom), so 3 x 1/4."""
     spread = pooled_spread(settings_of(TABLE))
-    assert spread == (pytest.approx(1), 4, 3, True, pytest.approx(0.75)) and spread.equal
+    assert spread == (pytest.approx(1), 4, 3, True, pytest.approx(0.75)) and spread.is_equal
     contrast = drawn(TABLE)["s1"]
-    assert contrast.tested == "pooled over 3 settings, 4 degrees of freedom"
+    assert contrast.test_name == "pooled over 3 settings, 4 degrees of freedom"
     assert contrast.difference.value == 1 and contrast.difference.se == pytest.approx(math.sqrt(2 / 3))
-    assert contrast.effect == pytest.approx(hedges_correction(4))
+    assert contrast.effect_size == pytest.approx(hedges_correction(4))
     # t = sqrt(3/2) against both others, s2 being as far below; Holm doubles the p of either.
     assert contrast.p == pytest.approx(2 * 2 * stats.t.sf(math.sqrt(1.5), 4))
 
@@ -278,7 +280,7 @@ def test_the_pooled_spread_of_other_seeds():
     assert pooled_spread(settings_of(more))[:4] == (pytest.approx(math.sqrt(11.2 / 8)), 8, 3, False)
     contrast = drawn(more)["s1"]
     assert contrast.n == 3 and contrast.difference.se == pytest.approx(math.sqrt(1.4 * (1 / 5 + 1 / 3)))
-    assert drawn(more)["s3"].verdict == NOT_JUDGED
+    assert drawn(more)["s3"].conclusion == NOT_JUDGED
 
 
 def test_two_settings_or_no_spread_pool_nothing():
@@ -320,14 +322,14 @@ def test_inside_the_noise_is_said_when_and_only_when_the_interval_includes_zero(
             told = drawn(draw(size=(4, 3)) + scale * draw(size=(4, 1)), chosen=chosen, pool=pool)
             for contrast in told.values():
                 within = contrast.difference.low <= 0 <= contrast.difference.high
-                assert within == (contrast.p >= 0.05) == (contrast.verdict == INSIDE_NOISE)
+                assert within == (contrast.p >= 0.05) == (contrast.conclusion == INSIDE_NOISE)
                 said = contrast_sentence(contrast)
                 assert ("inside the noise" in said) == within and ("is better than" in said) != within
                 if not within:
                     winner = contrast.name if contrast.difference.value < 0 else contrast.reference
                     assert said.startswith(f"{winner} is better than ")
-                    assert contrast.verdict == (BETTER if winner == contrast.name else WORSE)
-                seen.add(contrast.verdict)
+                    assert contrast.conclusion == (BETTER if winner == contrast.name else WORSE)
+                seen.add(contrast.conclusion)
     assert seen == ({INSIDE_NOISE, WORSE} if chosen else {INSIDE_NOISE, BETTER, WORSE})
 
 
@@ -341,7 +343,7 @@ def test_equal_settings_are_rarely_called_different(chosen, pool, monkeypatch):
     draw, wrong = np.random.default_rng(1).normal, 0
     for _ in range(400):
         told = drawn(draw(size=(6, 4)) + draw(size=4), chosen=chosen, pool=pool)
-        wrong += any(contrast.verdict != INSIDE_NOISE for contrast in told.values())
+        wrong += any(contrast.conclusion != INSIDE_NOISE for contrast in told.values())
     assert wrong / 400 <= 0.072
 
 
@@ -352,25 +354,25 @@ def test_three_seeds_of_twelve_settings_show_a_difference_of_five_spreads():
         values = draw(size=(12, 3)) + draw(size=3)
         values[0] -= 5
         for pool in found:
-            found[pool] += [one.verdict == WORSE for one in drawn(values, chosen=True, pool=pool).values()]
+            found[pool] += [one.conclusion == WORSE for one in drawn(values, chosen=True, pool=pool).values()]
     assert np.mean(found[True]) > 0.9 and np.mean(found[False]) < 0.1
 
 
 def test_more_is_better_where_the_direction_says_so():
     values = [[1.0, 1.1, 1.2], [5.0, 5.11, 5.19]]
-    assert [drawn(values, direction)["s1"].verdict for direction in ("minimize", "maximize")] == [WORSE, BETTER]
+    assert [drawn(values, direction)["s1"].conclusion for direction in ("minimize", "maximize")] == [WORSE, BETTER]
 
 
 @pytest.mark.parametrize("values", [[[1.0, 1.1], [5.0, 5.1]], [[1.0], [5.0]], [[1.0, 1.1, 1.2], [5.0, 5.1]]])
 def test_two_seeds_judge_nothing(values):
     contrast = drawn(values)["s1"]
-    assert contrast.verdict == NOT_JUDGED and contrast.p is None and contrast.difference.high == math.inf
+    assert contrast.conclusion == NOT_JUDGED and contrast.p is None and contrast.difference.high == math.inf
 
 
 def test_a_difference_that_no_seed_changes():
     assert drawn([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])["s1"][4:] == ((0, 0, 0, 0), 1.0, None, INSIDE_NOISE)
     same = drawn([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])["s1"]
-    assert (same.p, same.effect, same.verdict) == (0, None, WORSE)
+    assert (same.p, same.effect_size, same.conclusion) == (0, None, WORSE)
 
 
 # What is said
@@ -414,8 +416,8 @@ def test_spreads_that_differ_are_not_pooled_and_that_is_said(tmp_path):
     values = [[1.0, 1.01, 1.03], [2.0, 2.03, 2.02], [3.02, 3.0, 3.01], [4.0, 9.0, 5.0]]
     folders = [path for i, row in enumerate(values) for path in group(tmp_path, f"r{i}-", row, init_from=f"{i}")]
     told = comparison.compare_runs(folders)
-    assert not told.spread.equal
-    assert {contrast.tested for contrast in told.contrasts.values()} == {PAIRED}
+    assert not told.pooled_spread.is_equal
+    assert {contrast.test_name for contrast in told.contrasts.values()} == {PAIRED}
     assert told.contrasts["init_from=1"] == drawn(values, chosen=True, pool=False)["s1"]._replace(
         name="init_from=1", reference="init_from=0"
     )
@@ -437,8 +439,8 @@ def test_failed_and_pruned_trials_are_named_and_counted_in_no_mean(sweep, capsys
     lost = {(1e-2, 128, 0): "failed", (1e-2, 128, 2): "pruned"}
     root = sweep(lambda *key: lost[key] if key in lost else smooth(*key))
     told = comparison.compare_runs([root])
-    assert {gone.path.name: gone.state for gone in told.absent} == {"0009": "failed", "0011": "pruned"}
-    (one,) = [one for one in told.found if one.name == "learning_rate=0.01, width=128"]
+    assert {gone.path.name: gone.state for gone in told.missing} == {"0009": "failed", "0011": "pruned"}
+    (one,) = [one for one in told.results if one.name == "learning_rate=0.01, width=128"]
     assert one.values == {1: smooth(1e-2, 128, 1)}
     assert any("2 of 3 runs gave no number (1 failed, 1 pruned)" in text for text in comparison_warnings(told))
     comparison.program([str(root)])
@@ -452,8 +454,8 @@ def test_a_sweep_says_what_is_measured_and_what_is_better(sweep):
     root = sweep(smooth, direction="maximize")
     told = comparison.compare_runs([root])
     assert (told.metric, told.direction) == ("held_out/loss", "maximize")
-    assert told.found[0].name == "learning_rate=0.01, width=64"
-    assert comparison.compare_runs([root], direction="minimize").found[-1].name == told.found[0].name
+    assert told.results[0].name == "learning_rate=0.01, width=64"
+    assert comparison.compare_runs([root], direction="minimize").results[-1].name == told.results[0].name
 
 
 def test_the_direction_of_a_metric_by_its_name():
@@ -477,8 +479,8 @@ def test_a_sweep_of_pipelines_is_judged_by_one_stage_and_told_by_all(tmp_path):
         root.with_name(f"{root.name}.json").write_text(json.dumps(told))
     (tmp_path / "sweep.json").write_text('{"metric": "held_out/loss", "direction": "minimize"}')
     told = comparison.compare_runs([tmp_path])
-    assert names(told.found)[::3] == ["learning_rate=0.1, width=64", "learning_rate=0.2, width=128"]
-    assert [list(one.values) for one in told.found] == [[0, 1]] * 4
+    assert names(told.results)[::3] == ["learning_rate=0.1, width=64", "learning_rate=0.2, width=128"]
+    assert [list(one.values) for one in told.results] == [[0, 1]] * 4
 
 
 def test_the_page_holds_everything_and_needs_nothing(sweep, capsys):
@@ -487,7 +489,7 @@ def test_the_page_holds_everything_and_needs_nothing(sweep, capsys):
     html = (root / "page.html").read_text()
     assert "<script" not in html and "http" not in html.replace("http://www.w3.org", "")
     told = comparison.compare_runs([root], confidence=0.9)
-    for text in (*conclusion_sentences(told), *names(told.found), *comparison_warnings(told)):
+    for text in (*conclusion_sentences(told), *names(told.results), *comparison_warnings(told)):
         assert escape(text, quote=False) in html
     for part in ("The way there", "one line for each width", "mean over seeds", "Parallel coordinates", "PED-ANOVA",
                  "pooled over 4 settings, 6 degrees of freedom", "<small>3 seeds, pooled</small>",
@@ -509,7 +511,7 @@ def test_a_random_search_is_drawn_parameter_by_parameter(tmp_path):
         rate, width = 0.001 + 1e-9 * n, draw()
         made(tmp_path / str(n), draw(), optimizer__learning_rate=rate, model__width=width, init_from="ab"[n % 2])
     told = comparison.compare_runs(sorted(path for path in tmp_path.iterdir()))
-    assert len(set(names(told.found))) == 12
+    assert len(set(names(told.results))) == 12
     html = page.render_page(told, [])
     assert "over each parameter by itself" in html and "one line for each" not in html and "PED-ANOVA" in html
 
@@ -587,14 +589,14 @@ def test_unfinished_runs_are_skipped_by_name(tmp_path):
     done, torn = made(tmp_path / "a"), made(tmp_path / "b", finished=False, seed=1)
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 10, "held_out/loss": 1.0}\n{"step": 20, "held')
     told = comparison.compare_runs([done, torn])
-    assert told.found[0].values == {0: 4.0}
-    assert [(gone.path, gone.state, gone.why) for gone in told.absent] == [
+    assert told.results[0].values == {0: 4.0}
+    assert [(gone.path, gone.state, gone.reason) for gone in told.missing] == [
         (torn, "unfinished", "10 of 20 steps are done")
     ]
     with pytest.raises(UserError, match=f"no finished run is left .{torn} is unfinished: 10 of 20 steps are done"):
         comparison.compare_runs([torn])
     longer = made(tmp_path / "c", seed=2, train__steps=40)  # its summary is of the run before it was stretched
-    assert comparison.compare_runs([done, longer]).absent[0].why == "20 of 40 steps are done"
+    assert comparison.compare_runs([done, longer]).missing[0].reason == "20 of 40 steps are done"
 
 
 def test_bad_folders(tmp_path):
@@ -630,11 +632,11 @@ def test_torn_files_are_named(tmp_path, file):
 
 def test_a_trial_of_a_sweep_that_still_runs(sweep):
     root = sweep(smooth)
-    assert names(comparison.compare_runs([root / "trials" / n for n in ("0000", "0003")]).found)[0].endswith(
+    assert names(comparison.compare_runs([root / "trials" / n for n in ("0000", "0003")]).results)[0].endswith(
         "width=128"
     )
     (root / "trials" / "0003.json").unlink()
-    (gone,) = comparison.compare_runs([root]).absent
+    (gone,) = comparison.compare_runs([root]).missing
     assert (gone.path.name, gone.state) == ("0003", "running")
 
 
@@ -672,4 +674,4 @@ def test_a_baseline_is_a_setting_or_a_folder_of_one(tmp_path):
     folders = [made(tmp_path / "a", 1.0), made(tmp_path / "b", 2.0, init_from="x")]
     for baseline in ("init_from=x", str(folders[1])):
         assert comparison.compare_runs(folders, baseline=baseline).reference == "init_from=x"
-    assert read_runs(folders).aims == {} and settings_of_runs(read_runs(folders).runs).parameters == ["init_from"]
+    assert read_runs(folders).directions == {} and settings_of_runs(read_runs(folders).runs).parameters == ["init_from"]

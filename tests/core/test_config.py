@@ -17,7 +17,7 @@ def get_config(arg=""):
     width = {"": 64, "tiny": 8}[arg]
     c = ConfigDict({
         "corpus": "stdlib",
-        "model": {"width": width, "tied": True},
+        "model": {"width": width, "tie_embeddings": True},
         "optimizer": {"learning_rate": 1e-3, "betas": (0.9, 0.95), "b1": 0.9, "weight_decay": 0.0},
         "data": {"mixture": ["a"], "shards": (), "seed": config_dict.placeholder(int), "filter": None},
     })
@@ -43,8 +43,8 @@ def test_argument_after_the_colon_reaches_get_config(file):
     "override, expected",
     [
         ("model.width=128", 128),
-        ("model.tied=false", False),
-        ("model.tied=True", True),
+        ("model.tie_embeddings=false", False),
+        ("model.tie_embeddings=True", True),
         ("optimizer.learning_rate=3e-4", 3e-4),
         ("optimizer.learning_rate=1", 1.0),
         ("optimizer.betas=(0.8, 1)", (0.8, 1.0)),
@@ -88,7 +88,10 @@ def test_reference_follows_an_override(file):
         ("model.width=wide", "config.model.width=wide: expected an integer, as in config.model.width=64"),
         ("model.width=True", "config.model.width=True: expected an integer, as in config.model.width=64"),
         ("model.width=None", "config.model.width=None: expected an integer, as in config.model.width=64"),
-        ("model.tied=1", "config.model.tied=1: expected true or false, as in config.model.tied=True"),
+        (
+            "model.tie_embeddings=1",
+            "config.model.tie_embeddings=1: expected true or false, as in config.model.tie_embeddings=True",
+        ),
         (
             "optimizer.learning_rate=fast",
             "config.optimizer.learning_rate=fast: expected a number, as in config.optimizer.learning_rate=0.001",
@@ -353,10 +356,17 @@ FLAGS = {"workdir": dict(required=True, help="where the run lives"), "top_k": di
 
 
 def test_arguments_reads_flags_and_config(file):
-    argv = [f"--config={file}:tiny", "--config.corpus", "x.txt", "--workdir", "w", "--config.model.tied=false"]
+    argv = [
+        f"--config={file}:tiny",
+        "--config.corpus",
+        "x.txt",
+        "--workdir",
+        "w",
+        "--config.model.tie_embeddings=false",
+    ]
     namespace, loaded = config.flags_and_config(argv, "train", FLAGS)
     assert (namespace.workdir, namespace.top_k) == ("w", 0)
-    assert (loaded.model.width, loaded.corpus, loaded.model.tied) == (8, "x.txt", False)
+    assert (loaded.model.width, loaded.corpus, loaded.model.tie_embeddings) == (8, "x.txt", False)
 
 
 @pytest.mark.parametrize(

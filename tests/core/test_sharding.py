@@ -28,7 +28,7 @@ def small():
     config = model.ModelConfig(
         vocab_size=32, layers=2, width=16, heads=4, kv_heads=2, head_size=4, hidden=24, context=32, query_blocks=1
     )
-    return model.make_model(config.on("cpu"))
+    return model.make_model(config.for_backend("cpu"))
 
 
 def test_sizes_and_what_is_left():
@@ -128,14 +128,14 @@ def updated(small, start, rows):
 
     def run(stage, mesh, **options):
         m, lm = small, start
-        if "balance" in options:
+        if "balance_loss" in options:
             m = model.make_model(dataclasses.replace(small.config, experts=4))
             lm = decoder(m)
         update = stage.make(m, optimizers.make_optimizer(**OPTIMIZER), **options)
         state = jax.jit(update.init)(jax.random.key(0), {"lm": lm}, {})
         step, put = jax.jit(update.update), lambda batch: batch
         if mesh is not None:
-            shardings = state_shardings(mesh, state, m.axes)
+            shardings = state_shardings(mesh, state, m.logical_axes)
             state = jax.device_put(state, shardings)
             step = jax.jit(update.update, donate_argnums=0, out_shardings=(shardings, None))
             put = lambda batch: put_batch(batch, mesh)
@@ -161,7 +161,7 @@ def updated(small, start, rows):
         (sft, (1, 4, 2), {"microbatches": 2}),
         (reward, (2, 2, 2), {}),
         (ppo, (2, 2, 2), {}),
-        (pretrain, (2, 2, 2), {"balance": 0.1, "router_z": 0.01}),
+        (pretrain, (2, 2, 2), {"balance_loss": 0.1, "router_z_loss": 0.01}),
     ],
     ids=["pretrain-8x1x1", "sft-1x4x2", "reward-2x2x2", "ppo-2x2x2", "experts-2x2x2"],
 )

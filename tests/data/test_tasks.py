@@ -26,7 +26,7 @@ from lm.data.tasks.skills import (
     sum_item,
 )
 
-RULED = [name for name, task in TASKS.items() if task.make]
+RULED = [name for name, task in TASKS.items() if task.draw_item]
 LEVELS = [(name, level) for name, task in TASKS.items() for level in task.levels]
 
 

@@ -45,17 +45,23 @@ def turns(*texts):
 def tokenizer(bytewise):
     """name -> one of ours, or one of others with a template."""
     ours = tk.train_tokenizer(TEXTS, vocab_size=310)
-    borrowed = functools.partial(tokenizer_from_parts, tokens={"eos_token": SPECIAL[0]}, special=SPECIAL, stops=(0,))
-    pieces = {"pieces": ours.proto, "special": ["<|user|>", "<|assistant|>", "<|end|>"], "stops": (3,)}
+    borrowed = functools.partial(
+        tokenizer_from_parts, named_tokens={"eos_token": SPECIAL[0]}, special_tokens=SPECIAL, stop_ids=(0,)
+    )
+    pieces = {
+        "sentencepiece_model": ours.proto,
+        "special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"],
+        "stop_ids": (3,),
+    }
     theirs = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}" + (
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     return {
         "own": ours,
-        "chatml": borrowed(tokenizer=bytewise, template=CHATML),
-        "trims": borrowed(tokenizer=bytewise, template=TRIMS),
-        "last only": borrowed(tokenizer=bytewise, template=LAST_ONLY),
-        "sentencepiece": tokenizer_from_parts(template=theirs, tokens={"eos_token": "<|eos|>"}, **pieces),
+        "chatml": borrowed(tokenizer_json=bytewise, chat_template=CHATML),
+        "trims": borrowed(tokenizer_json=bytewise, chat_template=TRIMS),
+        "last only": borrowed(tokenizer_json=bytewise, chat_template=LAST_ONLY),
+        "sentencepiece": tokenizer_from_parts(chat_template=theirs, named_tokens={"eos_token": "<|eos|>"}, **pieces),
     }
 
 
@@ -66,7 +72,7 @@ def context(tokenizer):
         vocab_size=310, layers=1, width=16, heads=2, kv_heads=2, head_size=8, hidden=16, context=512, query_blocks=1
     )
     worth = lambda paths, pessimism, longest: lambda examples, texts: np.zeros(len(texts), np.float32)
-    return lambda name: StageContext(models.make_model(shape.on("cpu")), tokenizer[name], 0, jax.jit, worth)
+    return lambda name: StageContext(models.make_model(shape.for_backend("cpu")), tokenizer[name], 0, jax.jit, worth)
 
 
 def verdict(name, prompt, responses, ranking=(1, 2)):
@@ -139,12 +145,14 @@ def test_every_stage_has_the_ids_of_the_conversation(name, prompt, text, tokeniz
     tokenizer, lent = tokenizer[name], context(name)
     whole = conversation_with_answer(prompt, text)
     if name == "own":
-        said = [[tokenizer.roles[m["role"]], *tokenizer.encode(m["content"]), tokenizer.end] for m in whole]
+        said = [
+            [tokenizer.role_ids[m["role"]], *tokenizer.encode(m["content"]), tokenizer.end_of_message] for m in whole
+        ]
         expected = [tokenizer.bos, *(i for ids in said for i in ids)]
     else:
-        rendered = tokenizer.template.render(whole, asked=False).removesuffix("\n")
-        expected = tokenizer._coder.marked(rendered).ids
-    assert expected[-1] == tokenizer.end
+        rendered = tokenizer.template.render(whole, add_generation_prompt=False).removesuffix("\n")
+        expected = tokenizer._coder.encode_with_special(rendered).ids
+    assert expected[-1] == tokenizer.end_of_message
     asked = tk.encode_prompt(tokenizer, prompt).tolist()
     assert expected[: len(asked)] == asked  # what RL samples from
     own = expected[len(asked) :]
@@ -183,7 +191,7 @@ def test_an_answer_whose_first_token_is_also_the_marker_s_is_not_learnt(bytewise
     source["model"]["vocab"][newline * 2] = max(source["model"]["vocab"].values()) + 1
     source["model"]["merges"].insert(0, [newline, newline])
     merging = tokenizer_from_parts(
-        tokenizer=json.dumps(source), template=CHATML, tokens={}, special=SPECIAL, stops=(0,)
+        tokenizer_json=json.dumps(source), chat_template=CHATML, named_tokens={}, special_tokens=SPECIAL, stop_ids=(0,)
     )
     plain, merged = tk.encode_chats(merging, [turns("a", "b"), turns("a", "\n\nb")])
     assert plain.weights.sum() == 2 and merged.weights.sum() == 0
@@ -197,12 +205,16 @@ def test_a_template_that_closes_no_answer_ends_with_the_document(bytewise):
     template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}" + (
         "{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
-    assert tokenizer_from_parts(tokenizer=bytewise, template=template, special=SPECIAL, stops=(0,)).stops == (0,)
+    assert tokenizer_from_parts(
+        tokenizer_json=bytewise, chat_template=template, special_tokens=SPECIAL, stop_ids=(0,)
+    ).stop_ids == (0,)
 
 
 def test_a_template_that_asks_otherwise_than_it_answers_is_refused(bytewise):
     thinks = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
-    tokenizer = tokenizer_from_parts(tokenizer=bytewise, template=thinks, special=SPECIAL, stops=(0,))
+    tokenizer = tokenizer_from_parts(
+        tokenizer_json=bytewise, chat_template=thinks, special_tokens=SPECIAL, stop_ids=(0,)
+    )
     with pytest.raises(UserError, match="writes an answer that is there otherwise than it asks for one"):
         tk.encode_chats(tokenizer, [turns("a", "b")], last=True)
 
@@ -217,7 +229,7 @@ def test_prompts_longer_than_a_row_leave_the_answers_to_learn_from(stage, name, 
     lent = context(name)
     path = rankings(many(["yes", "no"]))
     found = STAGES[stage].batches(lent, rankings=path, length=24, prompts_per_batch=4)
-    about = found.about
+    about = found.dataset_info
     assert about["prompts"] + about["held_out_prompts"] == 30
     assert (about["shortened"], about["skipped"], about["equal"], about["undecided"]) == (60, 0, 0, 0)
     batch = found.train(None, 0).tokens
@@ -225,7 +237,7 @@ def test_prompts_longer_than_a_row_leave_the_answers_to_learn_from(stage, name, 
     assert (batch.segments == 1).all() and (first != second).any(axis=1).all()
     whole = tk.encode_chat(lent.tokenizer, conversation_with_answer(LONG, "yes")).ids.tolist()
     row = [*first[0], *([] if stage in REWARD_MODEL_STAGES else batch.targets[0, 0, -1:])]
-    opening = list(lent.tokenizer.start)
+    opening = list(lent.tokenizer.start_ids)
     assert row[: len(opening)] == opening and row[len(opening) :] == whole[len(opening) - len(row) :]
 
 
@@ -257,7 +269,7 @@ def test_what_cannot_teach_is_left_out_and_counted(stage, name, twice, context, 
     bad = [verdict(f"b{i}", turns(f"word {i}"), twice) for i in range(10)]
     options = {"length": 40, "prompts_per_batch": 30}
     found = STAGES[stage].batches(context(name), rankings=rankings(good + bad), **options)
-    about = found.about
+    about = found.dataset_info
     assert about["equal"] == 10 and about["prompts"] + about["held_out_prompts"] == 30
     without = STAGES[stage].batches(context(name), rankings=rankings(good), **options)
     jax.tree.map(np.testing.assert_array_equal, found.train(None, 1), without.train(None, 1))
@@ -268,7 +280,10 @@ def test_answers_that_are_the_same_once_cut_are_left_out(stage, context, ranking
     """Longer than a row, and different only behind its end."""
     alike = [verdict(f"b{i}", turns(f"word {i}"), ["the cat " * 30 + end for end in "xy"]) for i in range(10)]
     found = STAGES[stage].batches(context("own"), rankings=rankings(many(["a", "b"], ASKED) + alike), length=32)
-    assert found.about["equal"] == 10 and found.about["prompts"] + found.about["held_out_prompts"] == 30
+    assert (
+        found.dataset_info["equal"] == 10
+        and found.dataset_info["prompts"] + found.dataset_info["held_out_prompts"] == 30
+    )
 
 
 # Stages that learn from conversations, and those that sample
@@ -290,7 +305,7 @@ def test_conversations_longer_than_a_row(stage, context, made):
     sizes = {"rollouts": 2, "prompt_length": 32, "turns": 2} if stage == "gkd" else {"turns": 2}
     batches = functools.partial(STAGES[stage].batches, context("own"), **sizes)
     options = made(short + long)
-    about = batches(**options, length=32).about
+    about = batches(**options, length=32).dataset_info
     assert about["skipped"] + about["held_out_skipped"] == 20 and about["untrained"] == about["held_out_untrained"] == 0
     message = (
         r"none of \d+ conversations can be learnt from \(\d+ conversations longer than a row of 4 tokens\): "
@@ -307,7 +322,7 @@ def test_prompts_that_are_longer_or_come_again_are_counted(stage, context, made)
     long = [Conversation(f"l{i}", turns(f"{i} {LONG[0]['content']}", "yes")) for i in range(20)]
     options = made(talks + again + long) | {"rollouts": 4, "max_new": 4, "turns": 1}
     batches = functools.partial(STAGES[stage].batches, context("own"), **options)
-    about, end = batches(prompt_length=32).about, "_prompts" if stage == "gkd" else ""
+    about, end = batches(prompt_length=32).dataset_info, "_prompts" if stage == "gkd" else ""
     assert about[f"skipped{end}"] + about[f"held_out_skipped{end}"] == 20 and about[f"repeated{end}"] == 40
     assert about["prompts"] + about["held_out_prompts"] == 40
     with pytest.raises(UserError, match=r"can be asked \(\d+ prompts longer than prompt_length 3\): raise"):
@@ -318,7 +333,9 @@ def test_held_out_text_beyond_its_bytes_is_counted(context, tmp_path):
     for i in range(60):
         (tmp_path / f"{i}.txt").write_text(f"{i} " + TEXTS[0] * 5)
     options = {"corpus": str(tmp_path), "length": 16, "held_out": 0.3}
-    whole, part = (STAGES["pretrain"].batches(context("own"), **options, held_out_bytes=n).about for n in (10**6, 500))
+    whole, part = (
+        STAGES["pretrain"].batches(context("own"), **options, held_out_bytes=n).dataset_info for n in (10**6, 500)
+    )
     assert whole["held_out_skipped"] == 0 < part["held_out_skipped"]
     assert part["held_out_documents"] + part["held_out_skipped"] == whole["held_out_documents"]
 

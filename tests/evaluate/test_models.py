@@ -88,12 +88,12 @@ def test_a_model_is_asked_as_it_was_trained(finished):
     plain = models.prompt_ids(SimpleNamespace(tokenizer=tokenizer, stage="pretrain"), messages)
     assert plain[0] == tokenizer.bos and tokenizer.decode(plain) == "the name\na list\n"
     chat = models.prompt_ids(SimpleNamespace(tokenizer=tokenizer, stage="ppo"), messages)
-    roles = tokenizer.roles
-    assert [int(i) for i in chat if i in (*roles.values(), tokenizer.end)] == [
+    roles = tokenizer.role_ids
+    assert [int(i) for i in chat if i in (*roles.values(), tokenizer.end_of_message)] == [
         roles["user"],
-        tokenizer.end,
+        tokenizer.end_of_message,
         roles["assistant"],
-        tokenizer.end,
+        tokenizer.end_of_message,
         roles["assistant"],
     ]
 

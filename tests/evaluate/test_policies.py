@@ -43,19 +43,21 @@ def said(questions) -> set[str]:
 
 def test_some_of_each_conversation(asked):
     every, few = asked(), asked(conversations=5, prompts_per_conversation=1)
-    sizes = np.bincount(every.conversations)
+    sizes = np.bincount(every.conversation_ids)
     assert len(sizes) > 40 and sizes.min() >= 1 and sizes.max() == 2
-    assert few.conversations.tolist() == [0, 1, 2, 3, 4]
-    assert said(few) < said(every) and len(said(every)) == len(every.conversations)
+    assert few.conversation_ids.tolist() == [0, 1, 2, 3, 4]
+    assert said(few) < said(every) and len(said(every)) == len(every.conversation_ids)
     assert every.prompts.lengths.max() <= 32
 
 
 def test_settings_are_chosen_on_one_part_and_judged_on_the_other(asked):
     """All that is held out at 0.1 is what is held out at 0.05 already, and the rest."""
-    both, judged, tuned = asked(), asked(held_out=0.05), asked(after=0.05)
+    both, judged, tuned = asked(), asked(held_out=0.05), asked(held_out_from=0.05)
     assert said(judged) | said(tuned) == said(both) and not said(judged) & said(tuned)
-    with pytest.raises(UserError, match="prompts.after is 0.1; it must be below prompts.held_out, which is 0.1"):
-        asked(after=0.1)
+    with pytest.raises(
+        UserError, match="prompts.held_out_from is 0.1; it must be below prompts.held_out, which is 0.1"
+    ):
+        asked(held_out_from=0.1)
 
 
 def test_all_are_of_conversations_that_are_held_out(asked):
@@ -76,7 +78,7 @@ def test_answers_and_their_kl(finished, start, asked):
     theirs = ask(moved.params["lm"], questions.prompts, jax.random.key(0))
 
     first, key = prompts_at(questions.prompts, np.arange(4)), jax.random.fold_in(jax.random.key(0), 0)
-    sampler = dict(max_new=8, stop=start.tokenizer.stops)
+    sampler = dict(max_new=8, stop=start.tokenizer.stop_ids)
     lm = {policy.path.name: jax.tree.map(jnp.asarray, policy.params["lm"]) for policy in (moved, start)}
     run = jax.jit(functools.partial(rollout_rows, start.model, **sampler))
     tokens, *_ = run(lm["ppo"], first.ids, first.lengths, key)

@@ -41,8 +41,8 @@ def test_int8_by_hand():
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_stored_weights_are_themselves_within_half_a_step(tied, made):
-    m, lm = made(tied=tied)
-    kept = quantized_params("int8", lm, ends=True)
+    m, lm = made(tie_embeddings=tied)
+    kept = quantized_params("int8", lm, include_embeddings=True)
     inside = {f"{name}": (kept["layers"], lm["layers"]) for name in ("query", "down")}
     for name, (tree, source) in {**inside, **{n: (kept, lm) for n in ("embedding", "head") if n in lm}}.items():
         assert tree[name].dtype == np.int8
@@ -64,11 +64,11 @@ def expanded(lm):
     return {**whole(lm), "layers": whole(lm["layers"])}
 
 
-@pytest.mark.parametrize("changes", [GEMMA, {**MIXTURE, "tied": False}, GPT], ids=["gemma", "mixture", "gpt"])
+@pytest.mark.parametrize("changes", [GEMMA, {**MIXTURE, "tie_embeddings": False}, GPT], ids=["gemma", "mixture", "gpt"])
 def test_the_forward_pass_reads_stored_weights_as_what_they_stand_for(changes, made):
     m, lm = made(**changes)
-    kept = quantized_params("int8", lm, ends=True)
-    logits = jax.jit(lambda lm: m.logits(lm, m.hidden(lm, IDS, POSITIONS, SEGMENTS)))
+    kept = quantized_params("int8", lm, include_embeddings=True)
+    logits = jax.jit(lambda lm: m.logits(lm, m.hidden_states(lm, IDS, POSITIONS, SEGMENTS)))
     found, real = np.asarray(logits(kept)), SEGMENTS > 0
     np.testing.assert_allclose(found[real], logits(expanded(kept))[real], rtol=1e-4, atol=2e-5)
     gap = np.abs(found - logits(lm))[real]
@@ -87,7 +87,7 @@ def test_attention_to_int8_is_attention_to_the_expanded_numbers():
 
 
 def eight(m, **changes):
-    return model.make_model(dataclasses.replace(m.config, cache="int8", **changes))
+    return model.make_model(dataclasses.replace(m.config, cache_dtype="int8", **changes))
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,10 @@ def test_decoding_from_an_int8_cache_is_near_the_full_pass(changes, made):
     in many, and about a ring: the same numbers, as a slot is rounded once, when it is written."""
     m, lm = made(**changes)
     kept = eight(m)
-    full = np.where(SEGMENTS[..., None] > 0, jax.jit(m.hidden)(lm, IDS, POSITIONS, SEGMENTS), 0)
-    step, outs = jax.jit(kept.cached), []
+    full = np.where(SEGMENTS[..., None] > 0, jax.jit(m.hidden_states)(lm, IDS, POSITIONS, SEGMENTS), 0)
+    step, outs = jax.jit(kept.cached_hidden_states), []
     for sizes in ([14], [5, 1, 1, 2, 3, 1, 1]):
-        cache, parts = kept.cache(batch=2, capacity=14), []
+        cache, parts = kept.empty_cache(batch=2, capacity=14), []
         assert {a.dtype for a in (*cache.keys, *cache.values)} == {jnp.dtype("int8")}
         assert [a.shape for a in cache.key_scales] == [a.shape[:3] for a in cache.keys]
         for start, size in zip(np.cumsum([0, *sizes]), sizes):
@@ -131,7 +131,7 @@ def test_sampling_and_beam_search_go_through_an_int8_cache(made):
     shared = run(IDS[:, :9], lengths, samples=2)
     apart = run(np.repeat(IDS[:, :9], 2, axis=0), np.repeat(lengths, 2))
     np.testing.assert_array_equal(shared.tokens, apart.tokens)
-    best, scores = jax.jit(functools.partial(beam_search, kept, width=2, max_new=4))(lm, IDS[:, :9], lengths)
+    best, scores = jax.jit(functools.partial(beam_search, kept, beam_width=2, max_new=4))(lm, IDS[:, :9], lengths)
     logits, cache = jax.jit(functools.partial(prefill, kept, capacity=13))(lm, IDS[:, :9], lengths)
     total, rows = 0.0, best.tokens[::2]  # the best hypothesis of each prompt, its tokens fed one by one
     for t in range(4):
@@ -141,8 +141,8 @@ def test_sampling_and_beam_search_go_through_an_int8_cache(made):
 
 
 def test_refused(tiny_model, tiny_lm):
-    with pytest.raises(UserError, match="model.cache is 'int4'; choose one of auto, float32, bfloat16, int8"):
-        dataclasses.replace(tiny_model.config, cache="int4")
+    with pytest.raises(UserError, match="model.cache_dtype is 'int4'; choose one of auto, float32, bfloat16, int8"):
+        dataclasses.replace(tiny_model.config, cache_dtype="int4")
     with pytest.raises(UserError, match="the weights are to be kept as 'int4'; choose one of float32, bfloat16, int8"):
         quantized_params("int4", tiny_lm)
 
@@ -169,7 +169,7 @@ def test_the_program_decodes_what_the_full_pass_scores(finished, tmp_path, capsy
     plain, _, _, both = left["table"]
     assert plain["difference"]["value"] == 0 and plain["agreement"]["value"] == 1
     assert 0 < abs(both["difference"]["value"]) < 0.05 and both["agreement"]["value"] > 0.8
-    c = trained.shape  # keys and values: four bytes a number, or one and a scale a head
+    c = trained.model_config  # keys and values: four bytes a number, or one and a scale a head
     heads = 2 * c.layers * c.kv_heads
     assert (plain["bytes_per_token"], both["bytes_per_token"]) == (4 * heads * c.head_size, heads * (c.head_size + 4))
     assert 0.25 < both["bytes"] / plain["bytes"] < 0.4

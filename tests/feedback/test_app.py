@@ -27,7 +27,7 @@ def item(number: int, count: int = 2) -> tuple:
 @pytest.fixture
 def store(tmp_path):
     with AnnotationStore(tmp_path / "people.db") as opened:
-        opened.add([item(0), item(1, 4), item(2)])
+        opened.add_items([item(0), item(1, 4), item(2)])
         yield opened
 
 
@@ -152,7 +152,7 @@ def test_a_database_that_cannot_be_written_for_now(client, store, monkeypatch):
 
     verdict = said(client)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "record", full)
+        patch.setattr(store, "record_verdict", full)
         assert "make room there" in refused(client.post("/verdict", json=verdict), 503)
     assert client.post("/verdict", json=verdict).status_code == 200
 
@@ -243,9 +243,9 @@ def test_results_by_hand():
     tied = judged(14, "ann", [1, 1], axes={"safe": [4, None]}, flags=[["toxic"], []])
     found = results.ranking_results([*ann, *ben, skipped, bad, tied])
     first, second = found.raters
-    assert (first.name, first.verdicts, first.ties, first.bad, first.skipped) == ("ann", 14, 1, 1, 0)
+    assert (first.name, first.verdicts, first.ties, first.both_bad, first.skipped) == ("ann", 14, 1, 1, 0)
     assert (second.verdicts, second.skipped, first.seconds) == (13, 1, 5.5)
-    assert first.first.value == 9 / 12 and first.chance == 0.5
+    assert first.first_shown_preferred.value == 9 / 12 and first.first_shown_chance == 0.5
     assert second.reliability.value == 10 / 12
     # Of 12 shared pairs they agree on 10; by chance on 9/12 * 7/12 + 3/12 * 5/12 = 78/144: kappa 42/66.
     assert found.kappas == {("ann", "ben"): pytest.approx(42 / 66)}
@@ -264,14 +264,14 @@ def test_results_by_hand():
 
 def test_a_rater_s_last_verdict_on_an_item_counts():
     found = results.ranking_results([judged(0, "ann", [1, 2]), judged(0, "ann", [2, 1])])
-    assert [r.ranking for r in found.judged] == [[2, 1]]
+    assert [r.ranking for r in found.rankings] == [[2, 1]]
 
 
 def test_the_results_page(client, store):
     assert "Nobody has judged anything yet." in client.get("/results").text
     for i, rater in enumerate(["ann", "ben", "<i>eve</i>"]):
         for number, ranking in ((1, [1, 2]), (2, [1, 2, 3, 3 + i]), (3, [1 + i % 2, 1])):
-            store.record(
+            store.record_verdict(
                 Annotation(f"{rater} {number}", number, rater, ranking, axes={"clear": [1 + i] * len(ranking)})
             )
     page = client.get("/results").text
@@ -307,7 +307,7 @@ def test_prompts_from_files(tmp_path):
         "\n".join(map(json.dumps, [{"prompt": "hi"}, {"messages": said, "name": "n"}, {"prompt": said[2:]}]))
     )
     assert [c.messages[-1]["content"] for c in prompt_file.read_prompts(str(lines), pytest.fail)] == ["hi", "c", "c"]
-    assert prompt_file.read_prompts(str(lines), pytest.fail)[1] == ("n", said)
+    assert prompt_file.read_prompts(str(lines), pytest.fail)[1][:2] == ("n", said)
 
 
 @pytest.mark.parametrize(

@@ -86,12 +86,12 @@ def test_a_reward_model_ranks_and_held_out_prompts_follow(finished, small, tmp_p
     """Answers as before, but their order is the model's; the last ones are to prompts of held-out conversations."""
     options = (f"rank.rater={finished}/reward", "rank.prompts=32")
     config = stage_config(finished, "rank", *options).unlock()
-    config.rank.held_out_prompts, config.rank.cut_penalty = 8, 100.0
+    config.rank.held_out_prompts, config.rank.truncation_penalty = 8, 100.0
     auto_rank.run_auto_rank(config, tmp_path / "rank")
     found, before = told(tmp_path / "rank"), told(finished / "rank")
     assert [r.responses for r in found[:32]] == [r.responses for r in before[:32]]
     assert [sources.is_held_out(r.name, 0.05) for r in found] == [False] * 32 + [True] * 8
-    _, reward = load_reward_model(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
+    _, reward = load_reward_model(finished / "reward", backend="cpu", normalized=True, jit=jax.jit)
     agree, told_apart = 0, 0
     for ranking in found:
         assert ranking.rater == f"{finished}/reward"

@@ -118,12 +118,12 @@ def people(tmp_path):
     """
     pairs = [["x", "xxx"] if i < 6 else ["xxx", "x"] for i in range(10)]
     with AnnotationStore(tmp_path / "people.db") as store:
-        store.add((f"item {i}", ASKED, [f"{i}{text}" for text in pair], []) for i, pair in enumerate(pairs))
-        store.add([("three", ASKED, ["t", "ttt", "tt"], [])])
+        store.add_items((f"item {i}", ASKED, [f"{i}{text}" for text in pair], []) for i, pair in enumerate(pairs))
+        store.add_items([("three", ASKED, ["t", "ttt", "tt"], [])])
         for i, item in enumerate(store.items()[:10]):
             longest = ranks_from_scores(np.array([len(text) for text in item.responses]))
-            store.record(Annotation(f"ann {i}", item.id, "ann", longest if i < 8 else longest[::-1]))
-        store.record(Annotation("bob 0", item.id, "bob", [1, 1], "skipped"))
+            store.record_verdict(Annotation(f"ann {i}", item.id, "ann", longest if i < 8 else longest[::-1]))
+        store.record_verdict(Annotation("bob 0", item.id, "bob", [1, 1], "skipped"))
     return tmp_path
 
 
@@ -200,7 +200,7 @@ def test_what_is_asked(serve):
 def test_choices_come_in_order_however_long_they_take(serve):
     endpoint = serve(lambda first, _: time.sleep(0.002 * int(first)) or "AB"[int(first) % 2])
     asked = [PairQuestion(ASKED, str(i), "x") for i in range(20, 0, -1)]
-    assert [c.said for c in endpoint_judge(endpoint.url, "m", at_once=5)(asked)] == ["A", "B"] * 10
+    assert [c.reply for c in endpoint_judge(endpoint.url, "m", requests_at_once=5)(asked)] == ["A", "B"] * 10
     assert endpoint.keys == [None] * 20
 
 
@@ -261,7 +261,10 @@ def test_a_fault_that_passes_is_waited_out(serve, people, pauses):
     faults = iter([(500, "oh"), (503, "busy")])
     endpoint = serve(lambda *pair: next(faults, None) or longer(*pair))
     asked = pair_questions(ASKED, ["a", "bb"])
-    assert [c.first for c in endpoint_judge(endpoint.url, "m", at_once=1, backoff=0.5)(asked)] == [0, 1]
+    assert [c.first_probability for c in endpoint_judge(endpoint.url, "m", requests_at_once=1, backoff=0.5)(asked)] == [
+        0,
+        1,
+    ]
     assert pauses == [0, 0.5, 1.0, 0] and len(endpoint.bodies) == 4
 
 
@@ -302,7 +305,7 @@ def test_a_failure_loses_nothing_that_was_judged(serve, people, capsys):
     endpoint = serve(lambda *pair: (400, "broken") if next(number) == 9 else longer(*pair))
     with pytest.MonkeyPatch.context() as patch:
         one_by_one = lambda *args, **options: endpoint_judge(
-            *args, at_once=1, **options
+            *args, requests_at_once=1, **options
         )  # so that the tenth is the tenth
         patch.setattr(programs, "endpoint_judge", one_by_one)
         with pytest.raises(UserError, match="answered 400"):
@@ -370,7 +373,7 @@ def test_a_rule(people, capsys):
 
 def test_nobody_else(tmp_path, capsys):
     with AnnotationStore(tmp_path / "people.db") as store:
-        store.add([("one", ASKED, ["a", "b"], [])])
+        store.add_items([("one", ASKED, ["a", "b"], [])])
     run(tmp_path, "--judge=rule")
     assert "nobody else has ranked these items yet" in capsys.readouterr().out
 
@@ -389,18 +392,18 @@ def test_a_model_weighs_its_own_replies(finished):
     short = [PairQuestion([{"role": "user", "content": "?"}], *pair) for pair in ("ab", "ba", "ac", "cb", "bb")]
     with jax.default_matmul_precision("float32"):
         found = list(ask(short))
-    assert len(found) == 5 and not any(choice.cut for choice in found)
+    assert len(found) == 5 and not any(choice.is_truncated for choice in found)
     for question, choice in zip(short, found):
         ids = encode_prompt(tokenizer, llm_judge.judge_messages("", question))
         totals = []
         for letter in "AB":
-            reply = [*tokenizer.encode(letter), tokenizer.end]
+            reply = [*tokenizer.encode(letter), tokenizer.end_of_message]
             row = np.array([[*ids, *reply]], np.int32)
-            x = model.hidden(lm, row[:, :-1], np.arange(row.shape[1] - 1)[None], np.ones_like(row[:, :-1]))
+            x = model.hidden_states(lm, row[:, :-1], np.arange(row.shape[1] - 1)[None], np.ones_like(row[:, :-1]))
             logprobs = jax.nn.log_softmax(model.logits(lm, x[:, -len(reply) :]))[0]
             totals.append(float(sum(logprobs[i, token] for i, token in enumerate(reply))))
         a, b = np.exp(np.array(totals) - max(totals))
-        assert choice.first == pytest.approx(a / (a + b), abs=1e-4)
+        assert choice.first_probability == pytest.approx(a / (a + b), abs=1e-4)
 
 
 def test_a_long_question_loses_its_oldest_turns(finished):
@@ -409,7 +412,9 @@ def test_a_long_question_loses_its_oldest_turns(finished):
     last = [{"role": "user", "content": "?"}]
     long = [{"role": "user", "content": "an old question " * 9}, {"role": "assistant", "content": "yes " * 300}, *last]
     whole, cut = ask([PairQuestion(last, "a", "b"), PairQuestion(long, "a", "b")])
-    assert (whole.cut, cut.cut) == (False, True) and cut.first == pytest.approx(whole.first, abs=1e-5)
+    assert (whole.is_truncated, cut.is_truncated) == (False, True) and cut.first_probability == pytest.approx(
+        whole.first_probability, abs=1e-5
+    )
 
 
 def test_answers_that_a_judge_cannot_see_are_not_judged(finished):
@@ -417,10 +422,10 @@ def test_answers_that_a_judge_cannot_see_are_not_judged(finished):
     _, ask = by_sft(finished, "", questions_at_once=2)
     last = [{"role": "user", "content": "?"}]
     whole, endless = ask([PairQuestion(last, "a", "b"), PairQuestion(last, "a " * 200, "a " * 200 + "b")])
-    assert 0 <= whole.first <= 1 and endless == JudgeChoice(None, llm_judge.TOO_LONG_REPLY, True)
+    assert 0 <= whole.first_probability <= 1 and endless == JudgeChoice(None, llm_judge.TOO_LONG_REPLY, True)
     assert list(ask([PairQuestion(last, "a " * 200, "b")] * 3)) == [endless] * 3
     [alone] = ask([PairQuestion(last, "a", "b")])
-    assert alone.first == pytest.approx(whole.first, abs=1e-5)
+    assert alone.first_probability == pytest.approx(whole.first_probability, abs=1e-5)
 
 
 @pytest.fixture
@@ -436,7 +441,7 @@ def wide(finished, tmp_path):
 
 def test_a_model_of_ours_as_judge(wide, people, capsys):
     with AnnotationStore(people / "people.db") as store:
-        store.add([("endless", ASKED, ["a " * 600, "b"], []), ("talk", [*ASKED, OLD, *ASKED], ["a", "b"], [])])
+        store.add_items([("endless", ASKED, ["a " * 600, "b"], []), ("talk", [*ASKED, OLD, *ASKED], ["a", "b"], [])])
     run(people, f"--judge={wide}")
     found = verdicts_of(people, "judge wide/ppo")
     assert len(found) == 13 and found.pop("endless")[0] == "skipped"

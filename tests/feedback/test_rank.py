@@ -71,14 +71,14 @@ def test_models_answer_in_turn(asking, finished, tmp_path, capsys):
 def test_the_same_command_goes_on(asking, tmp_path, monkeypatch, capsys):
     """Stopped after four prompts it comes to the answers of a run that was not; then there is nothing left to do."""
     run(tmp_path / "whole", *asking)
-    add = AnnotationStore.add
+    add = AnnotationStore.add_items
 
     def stopped_after(store, new):
         os.kill(os.getpid(), signal.SIGTERM)
         return add(store, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AnnotationStore, "add", stopped_after)
+        patch.setattr(AnnotationStore, "add_items", stopped_after)
         with pytest.raises(SigtermExit):
             run(tmp_path / "cut", *asking)
     assert len(items(tmp_path / "cut")) == 4
@@ -86,7 +86,7 @@ def test_the_same_command_goes_on(asking, tmp_path, monkeypatch, capsys):
     run(tmp_path / "cut", *asking)
     assert "answers: 5 prompts were answered, 4 had answers already" in capsys.readouterr().out
     assert items(tmp_path / "cut") == items(tmp_path / "whole")
-    monkeypatch.setattr(AnnotationStore, "add", pytest.fail)
+    monkeypatch.setattr(AnnotationStore, "add_items", pytest.fail)
     run(tmp_path / "cut", *asking)
     assert "answers: 0 prompts were answered, 9 had answers already" in capsys.readouterr().out
     run(tmp_path / "cut", "--port=0")
@@ -120,9 +120,11 @@ def test_doubt_by_hand():
 
 def test_what_a_reward_model_is_least_sure_of_comes_first(asking, finished, tmp_path):
     run(tmp_path, *asking, f"--reward={finished}/reward,{finished}/reward")
-    _, judge = load_reward_model(finished / "reward", backend="cpu", centred=False, jit=jax.jit)
+    _, judge = load_reward_model(finished / "reward", backend="cpu", normalized=False, jit=jax.jit)
     with AnnotationStore(tmp_path / "people.db") as store:
-        gaps = [abs(float(np.diff(judge([item.prompt] * 2, item.responses))[0])) for item in store.unjudged("ann")]
+        gaps = [
+            abs(float(np.diff(judge([item.prompt] * 2, item.responses))[0])) for item in store.unjudged_items("ann")
+        ]
     assert len(gaps) == 9 and gaps == sorted(gaps) and gaps[0] < gaps[-1]
 
 
@@ -131,7 +133,7 @@ def test_import_export_and_results(asking, tmp_path, capsys):
     with AnnotationStore(tmp_path / "w" / "people.db") as store:
         for item in store.items():
             for rater in ("ann", "ben"):
-                store.record(Annotation(f"{rater} {item.id}", item.id, rater, [1, 2], seconds=1.5))
+                store.record_verdict(Annotation(f"{rater} {item.id}", item.id, rater, [1, 2], seconds=1.5))
     capsys.readouterr()
     run(tmp_path / "w", f"--export={tmp_path / 'out.jsonl'}", "--results")
     said = capsys.readouterr().out

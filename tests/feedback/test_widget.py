@@ -22,7 +22,7 @@ def no_time_passes(monkeypatch):
 def store(tmp_path):
     """Two items of two responses, then one of three."""
     with AnnotationStore(tmp_path / "people.db") as store:
-        store.add(
+        store.add_items(
             (f"made/{i}", [{"role": "user", "content": f"Question {i}?"}], list(responses), [])
             for i, responses in enumerate((("yes", "no"), ("so", MARKUP), THREE))
         )
@@ -177,7 +177,7 @@ def test_what_cannot_be_followed_is_an_error_in_one_line(store):
     with pytest.raises(UserError, match="nothing to tie with"):
         ranker.tie()
     ranker.skip()
-    for method in (ranker.tie, ranker.save, ranker.skip, ranker.both_bad, lambda: ranker.choose(0)):
+    for method in (ranker.tie, ranker.save, ranker.skip, ranker.mark_both_bad, lambda: ranker.choose(0)):
         with pytest.raises(UserError, match="me has judged everything in "):
             method()
 
@@ -189,7 +189,7 @@ def test_a_button_shows_the_error_and_the_choice_outlasts_it(store, monkeypatch)
         raise StoreUnavailable("<locked>")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "record", locked)
+        patch.setattr(store, "record_verdict", locked)
         press(ranker, "Best")
     assert "&lt;locked&gt;" in shown(ranker) and not store.rankings()
     press(ranker, "Save")

@@ -40,7 +40,9 @@ def free(sampler):
 @pytest.fixture(scope="module")
 def full(tiny_model, tiny_lm):
     """Tokens -> logits f32[B,T,V] of one uncached forward pass."""
-    run = jax.jit(lambda t: tiny_model.logits(tiny_lm, tiny_model.hidden(tiny_lm, t.inputs, t.positions, t.segments)))
+    run = jax.jit(
+        lambda t: tiny_model.logits(tiny_lm, tiny_model.hidden_states(tiny_lm, t.inputs, t.positions, t.segments))
+    )
     return lambda tokens: np.asarray(run(tokens))
 
 
@@ -57,7 +59,7 @@ def test_cached_decode_equals_the_full_forward_pass(tiny_model, tiny_lm, rows, f
         np.testing.assert_allclose(logits, expected[np.arange(4), LENGTHS - 1 + t], rtol=1e-4, atol=1e-5)
         if t < NEW:
             logits, cache = step(tiny_lm, new[:, t], LENGTHS + t, cache)
-    assert cache.filled == 9 + NEW == cache.segments.shape[1]
+    assert cache.length == 9 + NEW == cache.segments.shape[1]
 
 
 def test_greedy_is_the_argmax_of_the_full_forward_pass(sampler, full):

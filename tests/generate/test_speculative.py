@@ -78,18 +78,18 @@ def test_frequencies_of_whole_answers(settings):
         vocab_size=V, layers=1, width=8, heads=2, kv_heads=1, head_size=4, hidden=8, context=16, query_blocks=1
     )
     target, draft = (
-        model.make_model(config.on("cpu")),
-        model.make_model(dataclasses.replace(config, window=2).on("cpu")),
+        model.make_model(config.for_backend("cpu")),
+        model.make_model(dataclasses.replace(config, window=2).for_backend("cpu")),
     )
     lm = off(jax.jit(target.init)(jax.random.key(0)), 0.7)
     draft_lm = off(lm, 0.3, seed=1)
     long = np.array(list(itertools.product(range(V), repeat=LONG)), np.int32)
     ids = np.concatenate([np.tile(prompt, (len(long), 1)), long], axis=1).astype(np.int32)
     positions = np.tile(np.arange(ids.shape[1]), (len(ids), 1))
-    logits = target.logits(lm, target.hidden(lm, ids, positions, np.ones_like(ids)))[:, 1:-1]
+    logits = target.logits(lm, target.hidden_states(lm, ids, positions, np.ones_like(ids)))[:, 1:-1]
     each = np.take_along_axis(np.asarray(jax.nn.softmax(sampling_logits(logits, **settings))), long[..., None], axis=-1)
     p = np.prod(each[..., 0].astype(np.float64), axis=1)
-    go = jax.jit(functools.partial(speculative_sample, target, draft, max_new=LONG, ahead=2, **settings))
+    go = jax.jit(functools.partial(speculative_sample, target, draft, max_new=LONG, draft_tokens=2, **settings))
     drawn, told = go(lm, draft_lm, np.tile(np.array(prompt, np.int32), (n, 1)), np.full(n, 2, np.int32), KEY)
     counts = np.bincount(np.asarray(drawn.tokens) @ [V**2, V, 1], minlength=V**LONG)
     assert np.all(np.abs(counts - n * p) <= 4.5 * np.sqrt(n * p * (1 - p))) and (counts > 0).sum() >= 8
@@ -106,7 +106,9 @@ def test_greedy_is_samples_and_logprobs_are_the_trainers(changes, tiny_model):
     m = model.make_model(dataclasses.replace(tiny_model.config, **changes))
     lm = off(jax.jit(m.init)(jax.random.key(0)), 0.1)
     given = lm, off(lm, 0.03, seed=1), PROMPTS, LENGTHS, KEY
-    go = lambda **options: jax.jit(functools.partial(speculative_sample, m, m, max_new=NEW, ahead=3, **options))(*given)
+    go = lambda **options: jax.jit(functools.partial(speculative_sample, m, m, max_new=NEW, draft_tokens=3, **options))(
+        *given
+    )
     drawn, told = go(temperature=0.0)
     greedy = jax.jit(functools.partial(sample, m, max_new=NEW, temperature=0.0))(lm, PROMPTS, LENGTHS, KEY)
     jax.tree.map(np.testing.assert_array_equal, drawn, greedy)
@@ -159,7 +161,7 @@ def test_a_row_ends_with_the_first_of_several_stop_ids(run):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"ahead": 0}, "ahead is 0; the draft must propose at least 1"),
+        ({"draft_tokens": 0}, "draft_tokens is 0; the draft must propose at least 1"),
         ({"max_new": 60}, "the prompt has 9 tokens and 60 more .* the model's context is 64"),
         ({"temperature": -1.0}, "temperature is -1.0; it must be 0"),
         ({"draft": {"vocab_size": 30}}, "the draft's vocabulary has 30 tokens and the target's 31: a draft must share"),

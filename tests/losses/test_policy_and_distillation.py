@@ -32,10 +32,10 @@ def test_bradley_terry():
 
 def test_bradley_terry_with_a_margin_and_wrong_verdicts():
     # d = 2 - 1 - 0.5 = 0.5; sigmoid 0.622459; 0.9 * 0.622459 + 0.1 * 0.377541 = 0.597967; -log = 0.514219
-    got = ranking.bradley_terry_loss(jnp.array([2.0]), jnp.array([1.0]), margin=0.5, flipped=0.1)
+    got = ranking.bradley_terry_loss(jnp.array([2.0]), jnp.array([1.0]), margin=0.5, flip_probability=0.1)
     np.testing.assert_allclose(got, [0.514219], rtol=1e-5)
     # however far on the wrong side the scores are, a verdict that may be wrong costs -log 0.1 and pulls no more
-    far = lambda x: ranking.bradley_terry_loss(x, 0.0, flipped=0.1)
+    far = lambda x: ranking.bradley_terry_loss(x, 0.0, flip_probability=0.1)
     np.testing.assert_allclose(far(-50.0), -math.log(0.1), rtol=1e-6)
     assert abs(jax.grad(far)(-50.0)) < 1e-6 and jax.grad(lambda x: ranking.bradley_terry_loss(x, 0.0))(-50.0) == -1
 
@@ -83,7 +83,7 @@ def test_clipped_surrogate(ratio, advantage, loss, slope):
     """Rule 4: the clip; d/d logprob of -ratio A is -ratio A, and zero beyond the clip."""
 
     def of_logprob(logprob):
-        return policy.clipped_surrogate(policy.token_ratio(logprob, -3.0), advantage, low=0.2, high=0.2)
+        return policy.clipped_surrogate(policy.token_ratio(logprob, -3.0), advantage, clip_low=0.2, clip_high=0.2)
 
     np.testing.assert_allclose(jax.value_and_grad(of_logprob)(jnp.log(ratio) - 3.0), [loss, slope], rtol=1e-5)
 
@@ -100,7 +100,9 @@ def test_clipped_surrogate(ratio, advantage, loss, slope):
 )
 def test_clip_higher_and_dual_clip(ratio, advantage, loss, slope):
     def of_logprob(logprob):
-        return policy.clipped_surrogate(policy.token_ratio(logprob, -3.0), advantage, low=0.2, high=0.28, dual=3.0)
+        return policy.clipped_surrogate(
+            policy.token_ratio(logprob, -3.0), advantage, clip_low=0.2, clip_high=0.28, dual_clip=3.0
+        )
 
     np.testing.assert_allclose(jax.value_and_grad(of_logprob)(jnp.log(ratio) - 3.0), [loss, slope], rtol=1e-5)
 
@@ -115,7 +117,7 @@ def test_sequence_ratio_is_the_geometric_mean_of_a_row():
 
 def test_truncated_reinforce_cuts_the_weight_and_keeps_the_gradient():
     # weight min(ratio, 3): ratio 2 -> 2, ratio 5 -> 3; gradient -weight * A whatever the ratio, log p only its carrier
-    of_logprob = lambda x, ratio: policy.truncated_reinforce_loss(x, ratio, 2.0, high=2.0)
+    of_logprob = lambda x, ratio: policy.truncated_reinforce_loss(x, ratio, 2.0, clip_high=2.0)
     np.testing.assert_allclose(jax.grad(of_logprob)(-1.0, 2.0), -4.0)
     np.testing.assert_allclose(jax.grad(of_logprob)(-1.0, 5.0), -6.0)
     assert jax.grad(of_logprob, argnums=1)(-1.0, 2.0) == 0

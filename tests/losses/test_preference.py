@@ -27,7 +27,7 @@ def test_dpo():
 
 def test_dpo_with_smoothing():
     # 0.9 * 0.313262 + 0.1 * (0.313262 + 1) = 0.413262; policy = reference costs log 2, whatever the smoothing
-    smoothed = functools.partial(dpo_loss, smoothing=0.1)
+    smoothed = functools.partial(dpo_loss, label_smoothing=0.1)
     np.testing.assert_allclose(
         smoothed(jnp.array([1.0, 0.5]), jnp.array([0.0, 0.5])), [0.413262, math.log(2)], rtol=1e-5
     )
@@ -36,7 +36,7 @@ def test_dpo_with_smoothing():
     assert slope(smoothed, 4.0, 0.0) > 0 > slope(smoothed, 1.0, 0.0)
     # a verdict that may be wrong still pulls with 1 - smoothing; `flipped` of bradley_terry lets go of it instead
     np.testing.assert_allclose(slope(smoothed, -50.0, 0.0), -0.9, rtol=1e-6)
-    assert abs(slope(functools.partial(bradley_terry_loss, flipped=0.1), -50.0, 0.0)) < 1e-6
+    assert abs(slope(functools.partial(bradley_terry_loss, flip_probability=0.1), -50.0, 0.0)) < 1e-6
 
 
 def test_dpo_as_beta_goes_to_zero_is_the_plain_difference_of_log_probs():

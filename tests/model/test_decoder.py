@@ -82,17 +82,19 @@ def numpy_logits(c, lm, tokens):
             h = norm(x, p["mlp_norm"])
             gate = h @ p["gate"]
             x = x + (gate / (1 + np.exp(-gate)) * (h @ p["up"])) @ p["down"]
-        out[b] = norm(x, lm["final_norm"]) @ (lm["embedding"].T if c.tied else lm["head"])
+        out[b] = norm(x, lm["final_norm"]) @ (lm["embedding"].T if c.tie_embeddings else lm["head"])
     return out
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": False, "qk_norm": False, "kv_heads": 4}], ids=["grouped", "untied"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": False, "qk_norm": False, "kv_heads": 4}], ids=["grouped", "untied"]
+)
 def test_forward_pass_agrees_with_numpy(changes, tiny_model):
     m = variant(tiny_model, **changes)
     seeds = itertools.count()  # other noise on every leaf: no norm is 1, and no two are alike
     lm = jax.jit(m.init)(jax.random.key(3))
     lm = jax.tree.map(lambda x: np.asarray(x) + 0.1 * normal(*x.shape, seed=next(seeds)), lm)
-    x = jax.jit(m.hidden)(lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments)
+    x = jax.jit(m.hidden_states)(lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments)
     assert x.shape == (3, 12, 16)
     logits = jax.jit(m.logits)(lm, x)
     assert logits.shape == (3, 12, 31) and logits.dtype == jnp.float32
@@ -100,7 +102,7 @@ def test_forward_pass_agrees_with_numpy(changes, tiny_model):
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
     # Scores at a temperature: log-probs and entropy of softmax(logits / T), log_z of the logits themselves.
-    scores = jax.jit(lambda x: m.scores(lm, x, TOKENS.targets, temperature=0.7))(x)
+    scores = jax.jit(lambda x: m.target_stats(lm, x, TOKENS.targets, temperature=0.7))(x)
     log_z = lambda z: np.log(np.exp(z).sum(-1))
     logprobs = expected / 0.7 - log_z(expected / 0.7)[..., None]
     of_targets = np.take_along_axis(logprobs, TOKENS.targets[..., None], -1)[..., 0]
@@ -132,7 +134,7 @@ def test_causality_and_isolation_by_gradient(tiny_model, tiny_lm):
     project = normal(16)
 
     def states(embedding):
-        return tiny_model.hidden({**tiny_lm, "embedding": embedding}, ids, ids, segments)[0] @ project
+        return tiny_model.hidden_states({**tiny_lm, "embedding": embedding}, ids, ids, segments)[0] @ project
 
     moved = np.abs(np.asarray(jax.jit(jax.jacrev(states))(tiny_lm["embedding"]))).max(axis=-1)[:, :T]  # [t, s]
     same = (segments[0][:, None] == segments[0]) & (segments[0] > 0)
@@ -160,7 +162,7 @@ def test_padding_has_no_effect_and_gets_none(tiny_model, tiny_lm):
     assert value == same
     jax.tree.map(np.testing.assert_array_equal, grads, same_grads)
     # id 0 stands in padding only; in a tied model the softmax reaches its row too, so look at the untied one
-    untied = variant(tiny_model, tied=False)
+    untied = variant(tiny_model, tie_embeddings=False)
     inputs = jax.jit(
         jax.grad(
             lambda e: jnp.sum(
@@ -181,8 +183,8 @@ def score_and_grad(tiny_model, tiny_lm):
         m = variant(tiny_model, **changes)
 
         def total(lm):
-            x = m.hidden(lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments)
-            scores = m.scores(lm, x, TOKENS.targets, temperature=0.7)
+            x = m.hidden_states(lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments)
+            scores = m.target_stats(lm, x, TOKENS.targets, temperature=0.7)
             each = scores.logprobs + 0.1 * scores.entropy + 0.01 * jnp.square(scores.log_z)
             return jnp.sum(each * TOKENS.weights) / TOKENS.weights.sum()
 
@@ -217,7 +219,7 @@ def test_remat_dots_keeps_the_products_and_block_keeps_none(tiny_model, tiny_lm,
 
     def products(remat):
         m = variant(tiny_model, remat=remat)
-        total = lambda lm: jnp.sum(m.hidden(lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments))
+        total = lambda lm: jnp.sum(m.hidden_states(lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments))
         print_saved_residuals(total, tiny_lm)
         return capsys.readouterr().out.count("output of dot_general")
 
@@ -230,7 +232,7 @@ def test_query_blocks_change_nothing():
     q, k, v = normal(3, 12, 4, 8), normal(3, 12, 2, 8, seed=1), normal(3, 12, 2, 8, seed=2)
 
     def total(qkv, blocks):
-        return jnp.sum(jnp.sin(causal_attention(*qkv, jnp.asarray(TOKENS.segments), blocks=blocks)))
+        return jnp.sum(jnp.sin(causal_attention(*qkv, jnp.asarray(TOKENS.segments), query_blocks=blocks)))
 
     of = jax.jit(jax.value_and_grad(total), static_argnums=1)
     one = of((q, k, v), 1)
@@ -282,12 +284,12 @@ def test_sizes_by_hand(tiny_model):
     """
     c = tiny_model.config
     assert param_count(param_specs(c)) == 496 + 2 * (1024 + 512 + 1152 + 48) + 16
-    assert param_count(param_specs(dataclasses.replace(c, tied=False))) == param_count(param_specs(c)) + 496
-    assert matmul_param_count(c) == matmul_param_count(dataclasses.replace(c, tied=False)) == 5872
+    assert param_count(param_specs(dataclasses.replace(c, tie_embeddings=False))) == param_count(param_specs(c)) + 496
+    assert matmul_param_count(c) == matmul_param_count(dataclasses.replace(c, tie_embeddings=False)) == 5872
     assert flops_per_token(c, 9) == 39072
     shapes = jax.eval_shape(tiny_model.init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == param_count(param_specs(c))
-    axes = jax.tree.map(len, tiny_model.axes["lm"], is_leaf=lambda x: isinstance(x, tuple))
+    axes = jax.tree.map(len, tiny_model.logical_axes["lm"], is_leaf=lambda x: isinstance(x, tuple))
     assert axes == jax.tree.map(lambda x: len(x.shape), shapes)
 
 
@@ -300,7 +302,7 @@ def test_initial_parameters(tiny_model):
     np.testing.assert_allclose(lm["layers"]["gate"].std(), 0.88 / 8, rtol=0.05)
     np.testing.assert_allclose(lm["layers"]["down"].std(), 0.88 / 128**0.5 / 2, rtol=0.05)  # sqrt(2 * 2 layers) = 2
     assert not np.array_equal(lm["layers"]["gate"], lm["layers"]["up"])  # a key for each
-    head = tiny_model.init_value(jax.random.key(0))
+    head = tiny_model.init_value_head(jax.random.key(0))
     assert set(head) == {"score", "offset"}
     np.testing.assert_array_equal(tiny_model.value(head, normal(2, 3, 16)), np.zeros((2, 3)))
     head = {"score": jnp.arange(16.0), "offset": jnp.float32(0.5)}
@@ -310,7 +312,7 @@ def test_initial_parameters(tiny_model):
 def test_bfloat16_computes_and_float32_keeps(tiny_model, tiny_lm):
     """Rule 10: parameters, gradients and moments float32; products bfloat16; logits and log-probs float32 and close."""
     half = variant(tiny_model, dtype="bfloat16")
-    x = jax.eval_shape(half.hidden, tiny_lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments)
+    x = jax.eval_shape(half.hidden_states, tiny_lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments)
     assert x.dtype == jnp.bfloat16 and jax.eval_shape(half.logits, tiny_lm, x).dtype == jnp.float32
     grads = jax.eval_shape(jax.grad(lambda lm: jnp.sum(half.token_logprobs(lm, TOKENS))), tiny_lm)
     state = jax.eval_shape(optimizers.make_optimizer(learning_rate=1e-3, total_steps=10).init, tiny_lm)
@@ -323,11 +325,14 @@ def test_bfloat16_computes_and_float32_keeps(tiny_model, tiny_lm):
 
 def test_auto_is_settled_by_the_backend():
     c = model.ModelConfig(vocab_size=8)
-    assert dataclasses.asdict(c.on("cpu")).items() >= {"dtype": "float32", "scan": "no"}.items()
-    assert dataclasses.asdict(c.on("gpu")).items() >= {"dtype": "bfloat16", "scan": "yes", "query_blocks": 1}.items()
-    assert "auto" not in dataclasses.asdict(c.on("cpu")).values()
-    chosen = dataclasses.replace(c, dtype="bfloat16", scan="yes", query_blocks=2, attention="xla", cache="int8")
-    assert chosen.on("cpu") == chosen.on("tpu") == chosen
+    assert dataclasses.asdict(c.for_backend("cpu")).items() >= {"dtype": "float32", "scan": "no"}.items()
+    assert (
+        dataclasses.asdict(c.for_backend("gpu")).items()
+        >= {"dtype": "bfloat16", "scan": "yes", "query_blocks": 1}.items()
+    )
+    assert "auto" not in dataclasses.asdict(c.for_backend("cpu")).values()
+    chosen = dataclasses.replace(c, dtype="bfloat16", scan="yes", query_blocks=2, attention="xla", cache_dtype="int8")
+    assert chosen.for_backend("cpu") == chosen.for_backend("tpu") == chosen
 
 
 @pytest.mark.parametrize(

@@ -110,9 +110,9 @@ def test_every_leaf_has_axes_that_split_nothing(name):
     model = MODELS[name]()
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     is_axes = lambda x: isinstance(x, tuple)
-    assert jax.tree.structure(shapes) == jax.tree.structure(model.axes["lm"], is_leaf=is_axes)
+    assert jax.tree.structure(shapes) == jax.tree.structure(model.logical_axes["lm"], is_leaf=is_axes)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    shardings = sharding.state_shardings(mesh, {"params": {"lm": shapes}}, model.axes)
+    shardings = sharding.state_shardings(mesh, {"params": {"lm": shapes}}, model.logical_axes)
     assert all(each.is_fully_replicated for each in jax.tree.leaves(shardings))
 
 
@@ -122,7 +122,7 @@ def test_axes_of_ones_own_split():
     model = MODELS["linen"](axes=axes)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    found = sharding.state_shardings(mesh, {"params": {"lm": shapes}}, model.axes)["params"]["lm"]
+    found = sharding.state_shardings(mesh, {"params": {"lm": shapes}}, model.logical_axes)["params"]["lm"]
     assert found["Dense_0"]["kernel"].spec[0] == "fsdp"
 
 

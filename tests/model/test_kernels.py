@@ -81,7 +81,7 @@ def test_a_scanned_stack_of_two_kinds_of_layers(tiny_model, monkeypatch):
 
     def states(attention):
         m = model.make_model(dataclasses.replace(mixed, attention=attention))
-        return jax.jit(m.hidden)(lm, ids, np.broadcast_to(np.arange(20), (2, 20)), segments)
+        return jax.jit(m.hidden_states)(lm, ids, np.broadcast_to(np.arange(20), (2, 20)), segments)
 
     monkeypatch.setitem(kernels.ATTENTION_KERNELS, "splash", splash)
     same(states("splash"), states("xla"))
@@ -89,11 +89,11 @@ def test_a_scanned_stack_of_two_kinds_of_layers(tiny_model, monkeypatch):
 
 def test_auto_is_the_platforms_kernel_where_it_can():
     c = model.ModelConfig(vocab_size=8)
-    assert [c.on(backend).attention for backend in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
+    assert [c.for_backend(backend).attention for backend in ("cpu", "gpu", "tpu")] == ["xla", "cudnn", "splash"]
     for changes in ({"attention_softcap": 1.0}, {"head_size": 12}, {"head_size": 256}, {"dtype": "float32"}):
         other = dataclasses.replace(c, **changes)
-        assert [other.on(backend).attention for backend in ("gpu", "tpu")] == ["xla", "splash"]
-    assert dataclasses.replace(c, attention="xla").on("gpu").attention == "xla"
+        assert [other.for_backend(backend).attention for backend in ("gpu", "tpu")] == ["xla", "splash"]
+    assert dataclasses.replace(c, attention="xla").for_backend("gpu").attention == "xla"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_auto_is_the_platforms_kernel_where_it_can():
 )
 def test_what_an_implementation_cannot_do(changes, message):
     with pytest.raises(UserError, match=message):
-        model.ModelConfig(vocab_size=8, **changes).on("cpu")
+        model.ModelConfig(vocab_size=8, **changes).for_backend("cpu")
 
 
 def test_a_run_of_another_platform_is_read_here(finished, tmp_path):
@@ -129,5 +129,5 @@ def test_a_run_of_another_platform_is_read_here(finished, tmp_path):
         assert '"attention": "auto"' in told
         file.write_text(told.replace('"attention": "auto"', '"attention": "splash"'))
     here, there = (load_trained_model(path, backend=backend) for backend in ("cpu", "tpu"))
-    assert (here.shape.attention, here.model.config.attention) == ("auto", "xla")
-    assert (there.shape.attention, there.model.config.attention) == ("splash", "splash")
+    assert (here.model_config.attention, here.model.config.attention) == ("auto", "xla")
+    assert (there.model_config.attention, there.model.config.attention) == ("splash", "splash")

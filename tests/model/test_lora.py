@@ -79,7 +79,7 @@ def test_a_smaller_base_is_close_and_learns(adapted, tiny_model, tiny_lm, rows, 
     assert kept["gate"].dtype == {"bfloat16": jnp.bfloat16, "int8": jnp.int8}[base]
     apart = adapted.token_logprobs(inference_state(state).params["lm"], tokens)
     merged = lora.merged_params(
-        dataclasses.replace(adapted.config, lora_base=base), kept_base(state), state.params["lm"]
+        dataclasses.replace(adapted.config, lora_base_dtype=base), kept_base(state), state.params["lm"]
     )
     np.testing.assert_allclose(tiny_model.token_logprobs(merged, tokens), apart, atol=2e-4)
     plain = lora.merged_params(adapted.config, tiny_lm, state.params["lm"])
@@ -114,13 +114,17 @@ def run(capsys, monkeypatch, *flags):
 def test_a_workdir_of_adapters_is_a_whole_model_to_others(finished, tmp_path, capsys, monkeypatch, small):
     """SFT with adapters, which resumes; then plain SFT from there, as from any run."""
     flags = [f"--config={EXPERIMENTS / 'lora.py'}:tiny", f"--workdir={tmp_path / 'sft'}", *settings(finished, "sft")]
-    flags += ["--config.model.lora_rank=4", "--config.model.lora_targets=query,up", "--config.model.lora_base=int8"]
+    flags += [
+        "--config.model.lora_rank=4",
+        "--config.model.lora_targets=query,up",
+        "--config.model.lora_base_dtype=int8",
+    ]
     code, said = run(capsys, monkeypatch, *flags, "--config.train.steps=4")
     assert code == 0, said.err
     code, said = run(capsys, monkeypatch, *flags, "--config.train.steps=8")
     assert code == 0 and "continues from step 4" in said.out
     trained = load_trained_model(tmp_path / "sft", backend="cpu")
-    assert trained.shape == load_trained_model(finished / "pretrain", backend="cpu").shape
+    assert trained.model_config == load_trained_model(finished / "pretrain", backend="cpu").model_config
     assert trained.params["lm"]["layers"]["query"].dtype == np.float32
     rows = [row for row in read_metrics(tmp_path / "sft") if "held_out/loss" in row]
     assert [row["step"] for row in rows][0] == 0 and rows[-1]["step"] == 8

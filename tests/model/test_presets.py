@@ -33,7 +33,7 @@ def test_it_has_the_parameters_that_it_states(name):
     """Exactly; and within 5 % of the name that its authors gave it."""
     c, exactly = config_of(name), int(stated(name, r"^([\d,]+) parameters").replace(",", ""))
     assert param_count(param_specs(c)) == exactly
-    shapes = jax.eval_shape(model.make_model(c.on("cpu")).init, jax.random.key(0))
+    shapes = jax.eval_shape(model.make_model(c.for_backend("cpu")).init, jax.random.key(0))
     assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == exactly
     if name != "olmo2_1b":
         number, unit = re.fullmatch(r"([\d.]+)([BM])", stated(name, r'"(.*?)"')).groups()

@@ -27,7 +27,7 @@ def shaped(width: int, base: int, **options) -> ModelConfig:
     return ModelConfig(
         vocab_size=31, layers=2, width=width, heads=heads, kv_heads=heads, head_size=8, hidden=3 * width,
         context=16, base_width=base, **options,
-    ).on("cpu")  # fmt: skip
+    ).for_backend("cpu")  # fmt: skip
 
 
 def made_rows() -> Tokens:
@@ -53,7 +53,7 @@ def moved(width: int, base: int, steps: int = 4) -> float:
         return {"loss": (value := mean(-model.token_logprobs(params["lm"], batch), batch.weights))}, {"loss": value}
 
     def logits(lm):
-        return model.logits(lm, model.hidden(lm, rows.inputs, rows.positions, rows.segments))
+        return model.logits(lm, model.hidden_states(lm, rows.inputs, rows.positions, rows.segments))
 
     update = gradient(loss, optimizer)
     state = update.init(jax.random.key(1), {"lm": jax.jit(model.init)(jax.random.key(0))}, {})
@@ -84,7 +84,7 @@ def test_at_the_base_width_nothing_is_changed():
 def test_what_is_scaled(tied):
     """Width 64 of base 16: matrices of the blocks step a quarter as far, embedding, head and norms as ever; the
     embedding and the head start at 1 / sqrt(16), the logits are a quarter of the product."""
-    model = make_model(shaped(64, 16, tied=tied))
+    model = make_model(shaped(64, 16, tie_embeddings=tied))
     lm = model.init(jax.random.key(0))
     assert float(jnp.std(lm["embedding"])) == pytest.approx(0.88 / 4, rel=0.05)  # cut at two deviations: 0.88 of one
     x = jnp.ones((1, 64))
@@ -131,6 +131,6 @@ def test_half_of_it_is_refused():
         config = ConfigDict({"init_from": "", "model": model, "optimizer": optimizer})
         with pytest.raises(UserError, match=r"optimizer.base_width is \d+, model.base_width \d+: muP needs both"):
             model_config_for_run(config, tokenizer, None)
-    start = SimpleNamespace(shape=shaped(16, 16))
+    start = SimpleNamespace(model_config=shaped(16, 16))
     config = ConfigDict({"init_from": "w", "model": {}, "optimizer": {}})
-    assert model_config_for_run(config, tokenizer, start) == start.shape
+    assert model_config_for_run(config, tokenizer, start) == start.model_config

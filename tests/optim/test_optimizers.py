@@ -72,8 +72,8 @@ def test_bad_schedules():
 @pytest.mark.parametrize("tied", [True, False])
 def test_decay_mask_names_exactly_the_matrices(tied, tiny_model):
     """Rule 10: no weight decay on norms and embeddings; nor on the scalar head, which starts at zero to stay small."""
-    m = model.make_model(dataclasses.replace(tiny_model.config, tied=tied))
-    params = jax.eval_shape(lambda key: {"lm": m.init(key), "value": m.init_value(key)}, jax.random.key(0))
+    m = model.make_model(dataclasses.replace(tiny_model.config, tie_embeddings=tied))
+    params = jax.eval_shape(lambda key: {"lm": m.init(key), "value": m.init_value_head(key)}, jax.random.key(0))
     decayed = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, yes in jax.tree_util.tree_flatten_with_path(optimizers.weight_decay_mask(params))[0]
@@ -154,8 +154,8 @@ def test_adafactor_s_first_step_by_hand():
 @pytest.fixture(scope="module")
 def everything(tiny_model):
     """Parameters of every kind: an untied head and a scalar head too."""
-    untied = model.make_model(dataclasses.replace(tiny_model.config, tied=False))
-    return {"lm": untied.init(jax.random.key(0)), "value": untied.init_value(jax.random.key(1))}
+    untied = model.make_model(dataclasses.replace(tiny_model.config, tie_embeddings=False))
+    return {"lm": untied.init(jax.random.key(0)), "value": untied.init_value_head(jax.random.key(1))}
 
 
 def named(tree):
@@ -283,7 +283,7 @@ def test_every_optimizer_on_a_mesh_and_back_from_the_disk(name, tiny_model, tiny
     expected, _ = jax.jit(update.update)(alone, batch)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        shardings = state_shardings(mesh, alone, tiny_model.axes)
+        shardings = state_shardings(mesh, alone, tiny_model.logical_axes)
         step = jax.jit(update.update, out_shardings=(shardings, None))
         state, metrics = step(jax.device_put(alone, shardings), put_batch(batch, mesh))
     np.testing.assert_allclose(metrics["learning_rate"].value(), RATE, rtol=1e-6)

@@ -31,7 +31,9 @@ def test_preferences(pairs):
 def test_each_verdict_counts_once(pairs):
     found = reward_model.accuracy_by_ranking(pairs)  # (2/3 + 0) / 2, with the deviation of these two over root 2
     assert found.value == pytest.approx(1 / 3) and found.se == pytest.approx(1 / 3)
-    assert reward_model.accuracy_by_ranking([pairs[0]._replace(lead=0.0)] * 2).value == 0.5  # no preference: half right
+    assert (
+        reward_model.accuracy_by_ranking([pairs[0]._replace(score_gap=0.0)] * 2).value == 0.5
+    )  # no preference: half right
 
 
 def test_margins_and_calibration(pairs):
@@ -52,7 +54,7 @@ def test_the_worst_come_first_and_one_of_a_verdict(pairs):
         preferences.Ranking(name, [{"role": "user", "content": name}], ["p", "q", "r"], [1, 1, 1], "x", "2026-01-01")
         for name in ("one", "two")
     ]
-    found = reward_model.worst_pairs([*pairs, pairs[0]._replace(lead=-0.1)], verdicts, TOTAL)
+    found = reward_model.worst_pairs([*pairs, pairs[0]._replace(score_gap=-0.1)], verdicts, TOTAL)
     assert [(one["prompt"][0]["content"], one["better"], one["worse"]) for one in found] == [
         ("two", "q", "p"),
         ("one", "p", "q"),
@@ -69,10 +71,10 @@ def test_it_agrees_with_the_loop_s_own_held_out_score(finished):
     held_out = summary["held_out"]
     assert told["prompts"] == summary["about"]["held_out_prompts"]
     assert told["accuracy"]["value"] == pytest.approx(held_out["accuracy"], abs=1e-6)
-    assert told["longer"]["value"] == pytest.approx(held_out["longer"], abs=1e-6)
+    assert told["longer"]["value"] == pytest.approx(held_out["longer_preferred"], abs=1e-6)
     assert told["length_correlation"] == pytest.approx(held_out["length_correlation"], abs=1e-3)
     for one in told["calibration"]:
-        assert one["said"] == pytest.approx(held_out[f"said {one['from']}"], abs=1e-4)
+        assert one["said"] == pytest.approx(held_out[f"confidence/{one['from']}"], abs=1e-4)
     page = (finished / "reward" / reward_model.PAGE_FILE).read_text()
     assert page.count("<svg") == 3 and page.count("the rater&#39;s choice") + page.count("the rater's choice") == len(
         told["worst"]

@@ -36,8 +36,8 @@ def test_an_ensemble_is_its_mean_less_its_doubt():
 
 def test_the_reward_of_a_workdir_is_the_score_at_its_end_token_centred(finished):
     """By another way: one row at a time, without padding to a batch, and the summary's moments."""
-    trained, centred = load_reward_model(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
-    _, raw = load_reward_model(finished / "reward", backend="cpu", centred=False, jit=lambda function: function)
+    trained, centred = load_reward_model(finished / "reward", backend="cpu", normalized=True, jit=jax.jit)
+    _, raw = load_reward_model(finished / "reward", backend="cpu", normalized=False, jit=lambda function: function)
     texts = ["a list of names.", "no", "what is a class? a type of object, of course"]
     moments = read_json(finished / "reward" / "summary.json")["held_out"]
     by_hand = []
@@ -45,7 +45,7 @@ def test_the_reward_of_a_workdir_is_the_score_at_its_end_token_centred(finished)
         tokens = reward_rows(trained.tokenizer, [conversation_with_answer(PROMPT, text)], 64)
         by_hand.append(float(reward_scores(trained.model, jax.tree.map(jnp.asarray, trained.params), tokens)[0, 0]))
         last = int((tokens.segments > 0).sum()) - 1
-        assert tokens.inputs[0, last] == trained.tokenizer.end  # where it is read
+        assert tokens.inputs[0, last] == trained.tokenizer.end_of_message  # where it is read
     assert np.std(by_hand) > 1e-4
     np.testing.assert_allclose(raw([PROMPT] * 3, texts), by_hand, atol=1e-5)
     expected = (np.array(by_hand) - moments["score_mean"]) / moments["score_deviation"]
@@ -107,15 +107,15 @@ def test_an_ensemble_of_judges_that_answer_different_questions_is_refused(finish
 
 
 def test_an_answer_longer_than_a_row_keeps_its_end_token(finished):
-    trained, _ = load_reward_model(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
+    trained, _ = load_reward_model(finished / "reward", backend="cpu", normalized=True, jit=jax.jit)
     tokens = reward_rows(trained.tokenizer, [conversation_with_answer(PROMPT, "a list of names " * 50)], 16)
-    assert (tokens.segments > 0).all() and tokens.inputs[0, -1] == trained.tokenizer.end
+    assert (tokens.segments > 0).all() and tokens.inputs[0, -1] == trained.tokenizer.end_of_message
     assert tokens.inputs[0, 0] == trained.tokenizer.bos
 
 
 def test_behind_a_prompt_longer_than_a_row_answers_are_still_seen(finished):
     """The answer is whole, and before it stands the end of the prompt: different answers have different rewards."""
-    _, reward = load_reward_model(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
+    _, reward = load_reward_model(finished / "reward", backend="cpu", normalized=True, jit=jax.jit)
     long = [{"role": "user", "content": "the object code method? " * 60}]
     found = reward([long] * 3, ["a name.", "the type of a list", "no"])
     assert len({round(float(score), 4) for score in found}) == 3
@@ -123,6 +123,6 @@ def test_behind_a_prompt_longer_than_a_row_answers_are_still_seen(finished):
 
 @pytest.mark.parametrize("pessimism", [0.0, 1.0])
 def test_an_ensemble_of_one_model_twice_is_that_model(finished, pessimism):
-    _, one = load_reward_model(finished / "reward", backend="cpu", centred=True, jit=jax.jit)
+    _, one = load_reward_model(finished / "reward", backend="cpu", normalized=True, jit=jax.jit)
     two = reward_ensemble([one, one], pessimism=pessimism)
     np.testing.assert_allclose(two([PROMPT], ["a name."]), one([PROMPT], ["a name."]), rtol=1e-6)

@@ -159,21 +159,23 @@ def test_a_pool_and_a_measurement_go_on_with_the_draw_they_had_come_to(finished,
         found._ask = killing(found._ask, at, calls)
         return found
 
-    straight = lab("straight", 100, []).pool()
+    straight = lab("straight", 100, []).answer_pool()
     with pytest.raises(Killed):
-        lab("killed", 2, []).pool()
+        lab("killed", 2, []).answer_pool()
     calls: list = []
-    texts, gold = lab("killed", 100, calls).pool()
+    texts, gold = lab("killed", 100, calls).answer_pool()
     assert len(calls) == 2 and texts == straight[0] and gold.tolist() == straight[1].tolist()
     assert [file.name for file in (tmp_path / "killed").iterdir()] == ["pool.jsonl"]
 
     def proxy(contexts, texts):
         return np.float32([len(text) for text in texts])
 
-    whole = lab("straight", 100, []).measured(start, proxy, 4, PartialResults(tmp_path / "whole.jsonl"))
+    whole = lab("straight", 100, []).policy_scores(start, proxy, 4, PartialResults(tmp_path / "whole.jsonl"))
     with pytest.raises(Killed):
-        lab("killed", 100, []).measured(start, killing(proxy, 1, []), 4, PartialResults(tmp_path / "measured.jsonl"))
-    again = lab("killed", 0, []).measured(
+        lab("killed", 100, []).policy_scores(
+            start, killing(proxy, 1, []), 4, PartialResults(tmp_path / "measured.jsonl")
+        )
+    again = lab("killed", 0, []).policy_scores(
         start, proxy, 4, PartialResults(tmp_path / "measured.jsonl")
     )  # dies if it is asked
     assert json.dumps(again) == json.dumps(whole)

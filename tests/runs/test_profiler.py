@@ -46,14 +46,14 @@ def test_a_run_traces_its_steps(finished, small, tmp_path, capsys):
 
 def test_an_error_within_ends_the_trace_and_keeps_it(tmp_path):
     with pytest.raises(KeyError), StepProfiler(range(1, 9), tmp_path / "profile") as trace:
-        trace.begin(1)
-        trace.end(1, jnp.ones(1))
-        trace.begin(2)
+        trace.begin_step(1)
+        trace.end_step(1, jnp.ones(1))
+        trace.begin_step(2)
         raise KeyError
     assert len(events(tmp_path / "profile", "step")) == 2
     with StepProfiler(range(1, 2), tmp_path / "again") as trace:  # another may begin
-        trace.begin(1)
-        trace.end(1, jnp.ones(1))
+        trace.begin_step(1)
+        trace.end_step(1, jnp.ones(1))
 
 
 def test_steps_outside_the_range_are_not_traced(tmp_path, monkeypatch, capsys):
@@ -62,10 +62,10 @@ def test_steps_outside_the_range_are_not_traced(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(jax.profiler, "start_trace", refuse)
     with StepProfiler(range(5, 6), tmp_path / "profile") as trace:
-        trace.begin(4)
-        trace.end(4, None)
-        trace.begin(6)
-        trace.end(6, None)
+        trace.begin_step(4)
+        trace.end_step(4, None)
+        trace.begin_step(6)
+        trace.end_step(6, None)
     assert not (tmp_path / "profile").exists()
     assert capsys.readouterr().err == "warning: --profile=5:5: this process took none of these steps\n"
 
@@ -79,8 +79,8 @@ def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(jax.profiler, "stop_trace", full)
     with StepProfiler(range(1, 2), tmp_path / "profile") as trace:
-        trace.begin(1)
-        trace.end(1, jnp.ones(1))
+        trace.begin_step(1)
+        trace.end_step(1, jnp.ones(1))
     assert capsys.readouterr().err.startswith(
         f"warning: the profile could not be written to {tmp_path}/profile: No space"
     )

@@ -87,10 +87,10 @@ def test_sampling_waits_for_the_update_first():
         hands.append(f"-{name}")
 
     state = TrainState(step=0, params=jnp.ones(1), opt_state=(), key=None, frozen={})
-    with StageContext(None, None, 0, None, None, phase).sampling(state):
+    with StageContext(None, None, 0, None, None, phase).sampling_phase(state):
         hands.append("drawn")
     assert hands == ["+update", "-update", "+rollout", "drawn", "-rollout"]
-    with StageContext(None, None, 0, None, None).sampling(state):  # nobody measures
+    with StageContext(None, None, 0, None, None).sampling_phase(state):  # nobody measures
         pass
 
 

@@ -19,19 +19,19 @@ def changed(**model) -> dict:
 
 def test_creates_the_folder_with_its_config(tmp_path):
     with open_workdir(tmp_path / "runs" / "a", CONFIG) as workdir:
-        assert workdir.differences == []
-        assert workdir.summary() is None
-        assert workdir.checkpoints == tmp_path / "runs" / "a" / "checkpoints"
+        assert workdir.config_changes == []
+        assert workdir.read_summary() is None
+        assert workdir.checkpoints_path == tmp_path / "runs" / "a" / "checkpoints"
     assert read_json(tmp_path / "runs" / "a" / "config.json")["model"] == {"width": 8, "betas": [0.9, 0.95]}
     with open_workdir(tmp_path / "runs" / "a", CONFIG) as workdir:  # tuples have become lists, and that is no change
-        assert workdir.differences == []
+        assert workdir.config_changes == []
 
 
 def test_harmless_differences_are_listed_and_kept(tmp_path):
     open_workdir(tmp_path, CONFIG).close()
     new = CONFIG | {"train": {"steps": 20, "log": 5}, "mesh": {}}
     with open_workdir(tmp_path, new) as workdir:
-        assert workdir.differences == ["train.steps: 10 -> 20", "train.log: absent -> 5", "mesh.data: 1 -> absent"]
+        assert workdir.config_changes == ["train.steps: 10 -> 20", "train.log: absent -> 5", "mesh.data: 1 -> absent"]
     assert read_json(tmp_path / "config.json") == json.loads(json.dumps(new))
 
 
@@ -54,7 +54,7 @@ def test_a_folder_without_results_takes_a_mended_config(tmp_path):
     for begun in ("record.json", "code-0.diff", "trackers.json"):
         (tmp_path / begun).write_text("{}")
     with open_workdir(tmp_path, changed(width=16)) as workdir:
-        assert workdir.differences == ["model.width: 8 -> 16"]
+        assert workdir.config_changes == ["model.width: 8 -> 16"]
     assert read_json(tmp_path / "config.json")["model"]["width"] == 16
 
 
@@ -63,8 +63,8 @@ def test_harmless_is_a_whole_key(tmp_path):
         workdir.append_metrics({"step": 0})
     with pytest.raises(UserError, match="training: 1 -> 2"):
         open_workdir(tmp_path, {"training": 2, "sft": {"train": 1}})
-    with open_workdir(tmp_path, {"training": 1, "sft": {"train": 2}}, harmless=("sft.train",)) as workdir:
-        assert workdir.differences == ["sft.train: 1 -> 2"]
+    with open_workdir(tmp_path, {"training": 1, "sft": {"train": 2}}, changeable_keys=("sft.train",)) as workdir:
+        assert workdir.config_changes == ["sft.train: 1 -> 2"]
 
 
 def test_foreign_folder_is_refused(tmp_path):
@@ -100,12 +100,12 @@ def test_metrics_are_appended_truncated_and_read(tmp_path):
         assert read_metrics(tmp_path) == []
         for step in (1, 2, 3):
             workdir.append_metrics({"step": step, "loss": 1 / step})
-        with workdir.metrics.open("a") as stream:
+        with workdir.metrics_path.open("a") as stream:
             stream.write('{"step": 2, "lo')  # killed while writing
         assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
-        workdir.truncate(2)
+        workdir.truncate_after(2)
         workdir.append_metrics({"step": 3, "loss": 0.25})
-        assert read_metrics(workdir.metrics) == [
+        assert read_metrics(workdir.metrics_path) == [
             {"step": 1, "loss": 1.0},
             {"step": 2, "loss": 0.5},
             {"step": 3, "loss": 0.25},
@@ -121,7 +121,7 @@ def test_damaged_metrics_are_named(tmp_path):
 def test_summary_round_trip(tmp_path):
     with open_workdir(tmp_path, CONFIG) as workdir:
         workdir.write_summary({"loss": 1.5})
-        assert workdir.summary() == {"loss": 1.5}
+        assert workdir.read_summary() == {"loss": 1.5}
     assert ".tmp" not in "".join(os.listdir(tmp_path))
 
 

@@ -43,7 +43,7 @@ def trained_workdir(tokenizer, tmp_path_factory):
     config = model.ModelConfig(
         vocab_size=tokenizer.vocab_size, layers=2, width=16, heads=2, kv_heads=1, head_size=8, hidden=24, context=64
     )
-    lm = jax.jit(model.make_model(config.on("cpu")).init)(jax.random.key(0))
+    lm = jax.jit(model.make_model(config.for_backend("cpu")).init)(jax.random.key(0))
     parent = tmp_path_factory.mktemp("runs")
 
     def make(stage: str) -> Path:
@@ -78,7 +78,7 @@ def run(*flags: str, stdin: str = "") -> subprocess.CompletedProcess:
 
 def sampled(trained: TrainedModel, ids, key, *, stop=None, **options) -> list[int]:
     """Row 0 of what lm.generate.sampler.sample draws."""
-    stop = trained.tokenizer.stops if stop is None else stop
+    stop = trained.tokenizer.stop_ids if stop is None else stop
     draw = jax.jit(lambda lm, ids, lengths: sample(trained.model, lm, ids, lengths, key, stop=stop, **options))
     drawn = draw(trained.params["lm"], jnp.array(ids)[None], jnp.array([len(ids)]))
     return drawn.tokens[0, : drawn.lengths[0]].tolist()
@@ -87,7 +87,7 @@ def sampled(trained: TrainedModel, ids, key, *, stop=None, **options) -> list[in
 def scripted(trained: TrainedModel, text: str, note=pytest.fail, **options) -> Chat:
     """A chat whose model always says `text`."""
     talk = Chat(trained, note, **options)
-    talk._stream = lambda *args, **kwargs: iter([*trained.tokenizer.encode(text), trained.tokenizer.end])
+    talk._stream = lambda *args, **kwargs: iter([*trained.tokenizer.encode(text), trained.tokenizer.end_of_message])
     return talk
 
 
@@ -139,7 +139,7 @@ def test_a_new_prompt_length_compiles_nothing(sft):
     for length, width in ((5, 5), (30, 31), (60, 90)):
         ids = draw.integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
         said = sampled(sft, ids, jax.random.key(0), max_new=4, temperature=0.0)
-        assert list(stream(sft.params["lm"], ids, jax.random.key(0), max_new=4, stop=sft.tokenizer.stops)) == said
+        assert list(stream(sft.params["lm"], ids, jax.random.key(0), max_new=4, stop=sft.tokenizer.stop_ids)) == said
         (answer,) = ask(padded_prompts([ids], [[]], width), jax.random.key(0))
         assert answer.text == sft.tokenizer.decode(said) and answer.length == len(said)
     assert len(traced) == 2 and compiled(stream) == (2, 1)
@@ -153,11 +153,13 @@ def test_a_stream_with_a_draft_is_speculates(sft):
     draft, told = jax.tree.map(lambda x: 0.98 * x, sft.params["lm"]), []
     models, settings = TargetDraft(sft.model, sft.model), dict(temperature=0.8, top_k=20)
     tell = lambda *counts: told.append(counts)
-    stream = speculative_token_streamer(models, draft, tell, ahead=3, **settings)
+    stream = speculative_token_streamer(models, draft, tell, draft_tokens=3, **settings)
     for length, max_new, stop in ((30, 34, (7, 30)), (33, 31, ())):
         ids = np.random.default_rng(length).integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
         key = jax.random.key(length)
-        run = jax.jit(functools.partial(speculative_sample, *models, max_new=max_new, ahead=3, stop=stop, **settings))
+        run = jax.jit(
+            functools.partial(speculative_sample, *models, max_new=max_new, draft_tokens=3, stop=stop, **settings)
+        )
         drawn, counts = run(sft.params["lm"], draft, ids[None], np.array([length], np.int32), key)
         told.clear()
         streamed = list(stream(sft.params["lm"], ids, key, max_new=max_new, stop=stop))
@@ -171,7 +173,9 @@ def test_a_chat_with_a_draft_tells_what_it_was_worth(sft, trained_workdir, capsy
     flags = ["--prompt=How are you?", "--temperature=0", "--max_new_tokens=8"]
     chat.program([f"--workdir={trained_workdir('sft')}", *flags])
     plain = capsys.readouterr().out
-    chat.program([f"--workdir={trained_workdir('sft')}", f"--draft={trained_workdir('pretrain')}", "--ahead=2", *flags])
+    chat.program(
+        [f"--workdir={trained_workdir('sft')}", f"--draft={trained_workdir('pretrain')}", "--draft_tokens=2", *flags]
+    )
     found = capsys.readouterr()
     assert found.out == plain
     n, of = map(
@@ -189,8 +193,8 @@ def test_drafts_that_do_not_fit(sft):
         Chat(sft, pytest.fail, draft=sft._replace(tokenizer=other))
     with pytest.raises(UserError, match="repetition_penalty does not go with a draft"):
         Chat(sft, pytest.fail, draft=sft, repetition_penalty=1.1)
-    with pytest.raises(UserError, match="ahead is 0"):
-        Chat(sft, pytest.fail, draft=sft, ahead=0)
+    with pytest.raises(UserError, match="draft_tokens is 0"):
+        Chat(sft, pytest.fail, draft=sft, draft_tokens=0)
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens and 36 more .* the draft's context is 40"):
         Chat(sft, pytest.fail, draft=short, max_new=36).answer("How are you?")
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens, but the draft's context is 40: shorten it"):
@@ -212,7 +216,7 @@ def test_answers_follow_the_conversation(sft):
         sft, encode_prompt(sft.tokenizer, talk.messages[:3]), jax.random.fold_in(jax.random.key(5), 1), max_new=6
     )
     assert said[1] == printable_text(sft.tokenizer.decode(ids))
-    assert talk.ended == (ids[-1] in sft.tokenizer.stops)
+    assert talk.has_ended == (ids[-1] in sft.tokenizer.stop_ids)
 
 
 def test_characters_come_out_whole(tokenizer):
@@ -242,12 +246,12 @@ def test_an_answer_ends_before_a_stop_string(sft, stop, said):
     for piece in talk.answer("hi"):
         so_far += piece
         assert said.startswith(so_far)
-    assert so_far == said == talk.messages[-1]["content"] and talk.ended
+    assert so_far == said == talk.messages[-1]["content"] and talk.has_ended
 
 
 def test_a_stop_string_that_never_comes_leaves_the_limit(sft):
     free, talk = (Chat(sft, pytest.fail, max_new=6, temperature=1.0, stop=stop) for stop in ((), ("@#@",)))
-    assert "".join(free.answer("hi")) == "".join(talk.answer("hi")) and free.ended == talk.ended
+    assert "".join(free.answer("hi")) == "".join(talk.answer("hi")) and free.has_ended == talk.has_ended
 
 
 def test_stop_strings_by_hand():
@@ -263,7 +267,7 @@ def test_stop_strings_by_hand():
 
 def test_a_stop_string_cuts_an_answer_of_many(tokenizer):
     """As lm.generate.engine does it: the length counts the tokens until the string is whole."""
-    ids = [*tokenizer.encode("The quick brown fox jumps"), tokenizer.end]
+    ids = [*tokenizer.encode("The quick brown fox jumps"), tokenizer.end_of_message]
     for stops in ([], ["lazy"]):
         assert answer_from_ids(tokenizer, ids, True, stops) == (tokenizer.decode(ids), len(ids), True)
     text, length, stopped = answer_from_ids(tokenizer, ids, False, ["jumps", "ck b"])
@@ -296,7 +300,7 @@ def test_control_characters_never_reach_the_terminal():
 def test_an_escape_sequence_from_the_model_is_disarmed(sft):
     talk = scripted(sft, "\x1b]0;owned\x07fine")
     assert "".join(talk.answer("hi")) == "]0;ownedfine" == talk.messages[-1]["content"]
-    assert talk.ended
+    assert talk.has_ended
 
 
 def test_newest_leaves_out_whole_exchanges(tokenizer):
@@ -331,7 +335,7 @@ def test_an_answer_cut_short_is_kept(sft):
     pieces.close()  # what ctrl-C comes to
     assert "quick brown fox".startswith(said) and said not in ("", "quick brown fox")
     assert talk.messages == [{"role": "user", "content": "hi"}, {"role": "assistant", "content": said}]
-    assert not talk.ended
+    assert not talk.has_ended
 
 
 def test_requests_that_cannot_be_served(sft):

@@ -107,7 +107,9 @@ def test_what_only_the_teacher_cannot_say_costs_the_reverse_kl_everything():
 def pair(tiny_model):
     """A student and a teacher of another shape, with the decoders of both, off their starting values."""
     student = models.make_model(dataclasses.replace(tiny_model.config, layers=1))
-    teacher = models.make_model(dataclasses.replace(student.config, width=24, heads=2, kv_heads=1, tied=False))
+    teacher = models.make_model(
+        dataclasses.replace(student.config, width=24, heads=2, kv_heads=1, tie_embeddings=False)
+    )
     lm, teacher_lm = (jax.tree.map(lambda x: 1.5 * x, jax.jit(net.init)(KEY)) for net in (student, teacher))
     return SimpleNamespace(model=student, lm=lm, teacher=teacher, teacher_lm=teacher_lm)
 
@@ -133,7 +135,9 @@ def numbers(metrics):
 
 
 def logits_of(net, lm, tokens):
-    return np.asarray(net.logits(lm, net.hidden(lm, tokens.inputs, tokens.positions, tokens.segments)), np.float64)
+    return np.asarray(
+        net.logits(lm, net.hidden_states(lm, tokens.inputs, tokens.positions, tokens.segments)), np.float64
+    )
 
 
 def test_it_is_the_mean_over_weighted_targets(pair, rows):
@@ -210,7 +214,9 @@ def test_chunks_keep_trees_and_further_axes():
     x, y = np.arange(24.0).reshape(2, 6, 2), np.arange(12).reshape(2, 6)
     function = lambda x, y: {"sum": x.sum(-1) + y, "both": x * y[..., None]}
     for size in (0, 1, 4, 5, 6, 7):
-        jax.tree.map(np.testing.assert_array_equal, map_position_chunks(function, x, y, size=size), function(x, y))
+        jax.tree.map(
+            np.testing.assert_array_equal, map_position_chunks(function, x, y, chunk_size=size), function(x, y)
+        )
 
 
 @pytest.mark.parametrize("stage", [distill, gkd])
@@ -271,11 +277,11 @@ def test_held_out_tells_the_student_s_words_from_people_s(pair, rows):
     own, people = (
         numbers(jax.jit(plain.evaluate)(state, jax.tree.map(lambda x: x[start::2], tokens))) for start in (0, 1)
     )
-    assert sorted(found) == ["agreement", "divergence", "loss", "own_agreement", "own_divergence"]
+    assert sorted(found) == ["agreement", "divergence", "loss", "on_policy_agreement", "on_policy_divergence"]
     for name in ("divergence", "agreement", "loss"):
         np.testing.assert_allclose(found[name], people[name], rtol=1e-5)
     for name in ("divergence", "agreement"):
-        np.testing.assert_allclose(found[f"own_{name}"], own[name], rtol=1e-5)
+        np.testing.assert_allclose(found[f"on_policy_{name}"], own[name], rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +296,7 @@ def speech(tmp_path_factory):
 
 def net(speech, **sizes):
     common = dict(vocab_size=speech.vocab_size, layers=1, heads=2, kv_heads=1, head_size=8, hidden=24, context=64)
-    return models.make_model(models.ModelConfig(**common, **sizes).on("cpu"))
+    return models.make_model(models.ModelConfig(**common, **sizes).for_backend("cpu"))
 
 
 def test_a_coin_says_who_writes_a_batch(small, speech):
@@ -299,19 +305,24 @@ def test_a_coin_says_who_writes_a_batch(small, speech):
     state = SimpleNamespace(params={"lm": jax.jit(student.init)(KEY)}, key=KEY)
     options = dict(prompt_length=32, max_new=8, rollouts=8, length=60, batch_size=4, held_out=0.05, held_out_rollouts=8)
     context = StageContext(student, speech, 0, jax.jit, None)
-    batches = {share: gkd.batches(context, on_policy=share, **options) for share in (0.0, 0.5, 1.0)}
+    batches = {share: gkd.batches(context, on_policy_fraction=share, **options) for share in (0.0, 0.5, 1.0)}
     kinds = {share: [len(found.train(state, i).inputs) for i in range(12)] for share, found in batches.items()}
     assert set(kinds[0.0]) == {4} and set(kinds[1.0]) == {8} and 2 <= kinds[0.5].count(8) <= 10
-    again = gkd.batches(context, on_policy=0.5, **options)
+    again = gkd.batches(context, on_policy_fraction=0.5, **options)
     for i in (kinds[0.5].index(4), kinds[0.5].index(8)):
         jax.tree.map(np.testing.assert_array_equal, again.train(state, i), batches[0.5].train(state, i))
     first = batches[1.0].train(state, 0)
     counted = first.weights.sum(axis=1)
     assert first.inputs.shape == (8, 32 + 8 - 1) and ((1 <= counted) & (counted <= 8)).all()
     (own, *people) = batches[0.5].held_out(state)
-    assert own.own.all() and len(own.own) == 8 and people and not any(lesson.own.any() for lesson in people)
-    with pytest.raises(UserError, match="data.on_policy is 2; it is a share of batches, from 0 to 1"):
-        gkd.batches(context, on_policy=2, **options)
+    assert (
+        own.is_student_written.all()
+        and len(own.is_student_written) == 8
+        and people
+        and not any(lesson.is_student_written.any() for lesson in people)
+    )
+    with pytest.raises(UserError, match="data.on_policy_fraction is 2; it is a share of batches, from 0 to 1"):
+        gkd.batches(context, on_policy_fraction=2, **options)
     with pytest.raises(UserError, match="held_out_rollouts is 8, no whole batch of data.rollouts 64: raise it to 64"):
         gkd.batches(context, **options | {"rollouts": 64})
 
@@ -323,7 +334,7 @@ def test_a_coin_says_who_writes_a_batch(small, speech):
 def teacher(speech, tmp_path_factory):
     """A workdir as a stage leaves it, of a network of another shape than the student's."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    larger = net(speech, width=24, tied=False)
+    larger = net(speech, width=24, tie_embeddings=False)
     left_behind(folder, "sft", speech, larger)
     return folder
 
@@ -331,8 +342,8 @@ def teacher(speech, tmp_path_factory):
 def left_behind(folder, stage, tokens, network):
     lm = jax.tree.map(lambda x: 2.0 * x, jax.jit(network.init)(jax.random.key(5)))
     meta = {"stage": stage, "fingerprint": tokens.fingerprint, "model": dataclasses.asdict(network.config)}
-    with open_workdir(folder, {}) as workdir, Checkpoints(workdir.checkpoints) as checkpoints:
-        tokens.save(workdir.tokenizer)
+    with open_workdir(folder, {}) as workdir, Checkpoints(workdir.checkpoints_path) as checkpoints:
+        tokens.save(workdir.tokenizer_path)
         checkpoints.save(1, {"params": {"lm": lm}}, meta)
 
 
@@ -362,9 +373,9 @@ def test_a_taught_run_resumes_to_the_same_bits(small, config, tmp_path):
     assert_same_run(killed, straight)
     # then the student goes on with its own words
     summary = loop.train_stage(
-        config("gkd", f"init_from={straight}", "data.on_policy=1.0", "tokenizer="), tmp_path / "gkd"
+        config("gkd", f"init_from={straight}", "data.on_policy_fraction=1.0", "tokenizer="), tmp_path / "gkd"
     )
-    assert summary["held_out"]["own_divergence"] < summary["before"]["own_divergence"]
+    assert summary["held_out"]["on_policy_divergence"] < summary["before"]["on_policy_divergence"]
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def optimizer(learning_rate=0.01):
 def shallow():
     """One layer: these tests spend their time on compiling."""
     shape = model.ModelConfig(vocab_size=V, layers=1, width=16, heads=2, kv_heads=2, head_size=8, hidden=24, context=16)
-    return model.make_model(shape.on("cpu"))
+    return model.make_model(shape.for_backend("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -185,17 +185,17 @@ def test_entropy_bonus_pulls_towards_the_uniform_distribution(shallow, lm, rollo
 
 def test_clipped_answers_of_gspo_teach_nothing(shallow, lm, rollouts):
     """A policy that has moved: whole answers are beyond the narrow clip, and only those."""
-    method = gspo.method(beta=0.0, low=3e-4, high=4e-4)
+    method = gspo.method(beta=0.0, clip_low=3e-4, clip_high=4e-4)
     batch = annotated(shallow, lm, rollouts, method)
     logprobs = batch.old_logprobs + 0.01 * batch.tokens.weights  # every ratio exp(0.01) > 1 + 4e-4
-    slope = jax.grad(lambda x: method.average(method.objective(x, batch), batch.tokens.weights).total)(logprobs)
+    slope = jax.grad(lambda x: method.average(method.token_loss(x, batch), batch.tokens.weights).total)(logprobs)
     good = np.asarray(batch.advantages) > 0
     assert not np.asarray(slope)[good].any() and np.asarray(slope)[np.asarray(batch.advantages) < 0].all()
 
 
 def test_a_refreshed_reference_is_remembered(shallow, lm, rollouts):
     """Every second batch of two epochs and two minibatches: the KL to it starts again from 0."""
-    update = grpo.make(shallow, optimizer(), temperature=T, epochs=2, minibatch_count=2, refresh=2)
+    update = grpo.make(shallow, optimizer(), temperature=T, epochs=2, minibatch_count=2, refresh_reference_every=2)
     state = update.init(KEY, {"lm": lm}, {})
     step, seen = jax.jit(update.update), []
     for _ in range(4):
@@ -224,7 +224,7 @@ def test_the_kl_controller_by_hand(shallow, lm, rollouts):
 def test_ppo_ptx_goes_on_learning_from_text(shallow, lm, rollouts, rows):
     """Equal rewards: only the text moves the policy, and it becomes likelier."""
     text = rows(np.random.default_rng(5).integers(1, V, (12, 9)), [9] * 12)
-    batch = rollouts.replace(rewards=jnp.full(12, 0.1), text=text)
+    batch = rollouts.replace(rewards=jnp.full(12, 0.1), text_tokens=text)
     update = ppo.make(shallow, optimizer(), temperature=T, beta=0.0, text_coefficient=1.0, epochs=1, minibatch_count=2)
     state, step = update.init(KEY, {"lm": lm}, {}), jax.jit(update.update)
     losses = []
@@ -233,13 +233,13 @@ def test_ppo_ptx_goes_on_learning_from_text(shallow, lm, rollouts, rows):
         losses.append(values(metrics)["text_loss"])
     assert losses[-1] < losses[0] - 0.1
     with pytest.raises(UserError, match="stage.text_coefficient needs text to learn from: set data.corpus"):
-        update.update(state, batch.replace(text=None))
+        update.update(state, batch.replace(text_tokens=None))
 
 
 @some_by_default(GROUPED, grpo, best_of_n)
 def test_it_raises_the_frequency_of_a_rewarded_token(stage, shallow, lm):
     """Reward: the fraction of an answer's six tokens that are 7. From 1/31 to over a half in 40 batches of 16 x 4."""
-    options = {gspo: {"low": 0.2, "high": 0.2}, rloo: {"beta": 0.01}, reinforce_pp: {"beta": 0.01}}
+    options = {gspo: {"clip_low": 0.2, "clip_high": 0.2}, rloo: {"beta": 0.01}, reinforce_pp: {"beta": 0.01}}
     update = stage.make(shallow, optimizer(0.02), **(options[stage] if stage in options else {}))
     state = update.init(KEY, {"lm": lm}, {})
     prompts, lengths = jnp.asarray(np.random.default_rng(0).integers(1, V, (16, 3)).repeat(4, axis=0)), jnp.full(64, 3)

@@ -113,7 +113,7 @@ def test_what_an_environment_says_is_context(tokenizer):
         count = np.zeros(2, np.int32)
         for row in range(2):
             if (row, exchange) in said:
-                answer = [*tokenizer.encode(said[row, exchange]), tokenizer.end]
+                answer = [*tokenizer.encode(said[row, exchange]), tokenizer.end_of_message]
                 tokens[row, : len(answer)], count[row] = answer, len(answer)
                 logprobs[row, : len(answer)] = -1 - exchange - 0.01 * np.arange(len(answer))
         return None, None, Completions(tokens, logprobs, count, np.ones(2, bool))
@@ -154,7 +154,7 @@ def test_an_answer_that_was_cut_off_ends_its_conversation(tokenizer):
 
 def test_text_that_is_held_out_is_never_trained(finished, tokenizer):
     """PPO-ptx measures itself on documents that pretraining did not see either."""
-    context = SimpleNamespace(tokenizer=tokenizer, seed=0, admit=lambda length: None)
+    context = SimpleNamespace(tokenizer=tokenizer, seed=0, check_length=lambda length: None)
     corpus = str(finished.parent / "text")
     train_text, unseen_text = text_batches(context, corpus, 16, 8, 0.2)
     _, unseen = corpora.split_held_out(corpora.load_documents(corpus), 0.2)
@@ -169,7 +169,11 @@ def test_text_that_is_held_out_is_never_trained(finished, tokenizer):
 
 def test_the_table_shows_prompt_response_rewards_and_kl(tokenizer, tiny_model):
     ids = np.array(
-        [*encode_prompt(tokenizer, [{"role": "user", "content": "hi"}]), *tokenizer.encode("a list"), tokenizer.end]
+        [
+            *encode_prompt(tokenizer, [{"role": "user", "content": "hi"}]),
+            *tokenizer.encode("a list"),
+            tokenizer.end_of_message,
+        ]
     )
     answer = len(tokenizer.encode("a list")) + 1
     padding = np.zeros(3, np.int32)  # the model's vocabulary is not used: log-probs are made up below
@@ -204,9 +208,14 @@ def tiny(finished, name, *overrides):
 
 
 CASES = {
-    "ppo that remembers": ("ppo", "stage.kl_target=0.5", "stage.refresh=2", "stage.text_coefficient=0.1"),
-    "grpo that refreshes": ("grpo", "stage.refresh=2", "stage.epochs=2"),
-    "dapo that samples again": ("dapo", "data.resample=1"),
+    "ppo that remembers": (
+        "ppo",
+        "stage.kl_target=0.5",
+        "stage.refresh_reference_every=2",
+        "stage.text_coefficient=0.1",
+    ),
+    "grpo that refreshes": ("grpo", "stage.refresh_reference_every=2", "stage.epochs=2"),
+    "dapo that samples again": ("dapo", "data.resample_rounds=1"),
 }
 
 
@@ -244,8 +253,8 @@ def test_a_run_that_does_not_start_where_its_policy_is_stops(finished, small, tm
 
     def tampered(*args):
         r = prepare(*args)
-        ref = jax.tree.map(lambda x: 1.5 * x, r.state.frozen["ref"])
-        return r._replace(state=r.state.replace(frozen={"ref": ref}))
+        ref = jax.tree.map(lambda x: 1.5 * x, r.initial_state.frozen["ref"])
+        return r._replace(state=r.initial_state.replace(frozen={"ref": ref}))
 
     monkeypatch.setattr(loop, "training_setup", tampered)
     with pytest.raises(UserError, match=r"grpo: held-out kl is .* before the first step; it must be 0 within 0.05"):
@@ -258,7 +267,7 @@ def test_a_run_that_does_not_start_where_its_policy_is_stops(finished, small, tm
         ("grpo", "data.group=1", "data.group is 1: this stage compares answers to one prompt; give it at least 2"),
         ("grpo", "data.group=5", "data.rollouts 16 is no multiple of data.group 5"),
         ("grpo", "data.environment=moon", "data.environment is 'moon'; choose one of calculator, or leave it empty"),
-        ("grpo", "stage.refresh=-1", "stage.refresh is -1"),
+        ("grpo", "stage.refresh_reference_every=-1", "stage.refresh_reference_every is -1"),
         ("ppo", "stage.text_coefficient=0.5", "stage.text_coefficient needs text to learn from: set data.corpus"),
     ],
 )
@@ -281,7 +290,7 @@ def test_what_the_held_out_side_lacks_is_named():
 
 def test_equal_rewards_in_every_group_are_said_once_and_lose_nothing(finished, small, tmp_path, capsys):
     """No answer of this model is ever toxic: the run ends, the policy is where it was, one line says why."""
-    overrides = ("data.rewards.model=0.0", "data.cut_penalty=0.0", "data.rewards.toxicity=1.0", "stage.beta=0.0")
+    overrides = ("data.rewards.model=0.0", "data.truncation_penalty=0.0", "data.rewards.toxicity=1.0", "stage.beta=0.0")
     summary = loop.train_stage(tiny(finished, "grpo", *overrides), tmp_path / "run")
     said = capsys.readouterr().err
     assert said.count("equal_groups is 1 by step 1: in every group all answers got the same reward") == 1

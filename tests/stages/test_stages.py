@@ -48,8 +48,8 @@ def seen(tiny_model, tiny_lm):
     """Tokens -> the tiny decoder's states f32[B,T,D] and their Scores at temperature 1."""
 
     def of(tokens):
-        x = tiny_model.hidden(tiny_lm, tokens.inputs, tokens.positions, tokens.segments)
-        return x, tiny_model.scores(tiny_lm, x, tokens.targets)
+        x = tiny_model.hidden_states(tiny_lm, tokens.inputs, tokens.positions, tokens.segments)
+        return x, tiny_model.target_stats(tiny_lm, x, tokens.targets)
 
     return jax.jit(of)
 
@@ -182,7 +182,7 @@ def test_all_pairs_of_a_prompt_weigh_one_prompt(tiny_model, tiny_lm, verdicts, b
 
 def test_margin_and_flipped_verdicts(tiny_model, tiny_lm, verdicts, by_hand):
     """A margin is asked per rank of distance: 2 - 1, 3 - 1, 3 - 2 and 2 - 1; a share of verdicts may be wrong."""
-    update = reward.make(tiny_model, optimizer(), margin=0.5, flipped=0.1)
+    update = reward.make(tiny_model, optimizer(), margin=0.5, flip_probability=0.1)
     found = jax.jit(update.evaluate)(update.init(KEY, headed(tiny_lm, (1,)), {}), verdicts)
     lead = np.array([by_hand[p, i] - by_hand[p, j] for p, i, j in BETTER]) - 0.5 * np.array([1, 2, 1, 1])
     right = 1 / (1 + np.exp(-lead))
@@ -206,7 +206,10 @@ def test_axes_have_heads_of_their_own(tiny_model, tiny_lm, rows):
     params = headed(tiny_lm, (2,))
     s = np.asarray(ranking.answer_scores(tiny_model, params, batch.tokens), np.float64)
     loss = ranking.ranking_loss(
-        tiny_model, lambda s, ranks: bradley_terry_loss(s[:, 0], s[:, 1]), axes=("overall", "clear"), centring=0.0
+        tiny_model,
+        lambda s, ranks: bradley_terry_loss(s[:, 0], s[:, 1]),
+        axes=("overall", "clear"),
+        centring_coefficient=0.0,
     )
     terms, metrics = loss(params, {}, batch, KEY)
     assert metrics["loss"].weight == 3 and metrics["loss/clear"].weight == 1
@@ -216,7 +219,7 @@ def test_axes_have_heads_of_their_own(tiny_model, tiny_lm, rows):
 
 
 def test_centring_is_the_mean_square_of_a_pair_s_sum(tiny_model, tiny_lm, verdicts, by_hand):
-    loss = ranking.ranking_loss(tiny_model, lambda s, ranks: s[:, 0], axes=("overall",), centring=0.01)
+    loss = ranking.ranking_loss(tiny_model, lambda s, ranks: s[:, 0], axes=("overall",), centring_coefficient=0.01)
     terms, _ = loss(headed(tiny_lm, (1,)), {}, verdicts, KEY)
     sums = np.array([by_hand[p, i] + by_hand[p, j] for p, i, j in BETTER])
     np.testing.assert_allclose(terms["overall centring"].value(), 0.01 * per_prompt(sums**2), rtol=1e-5)
@@ -228,17 +231,21 @@ def test_measures_by_margin_and_of_calibration(verdicts):
     found = {
         name: (float(m.total), float(m.weight)) for name, m in ranking.reward_model_metrics(total, verdicts).items()
     }
-    assert found["apart 1"] == (2, 3) and found["apart 2"] == (1, 1) and found["apart 3"] == (0, 0)
+    assert (
+        found["margin_accuracy/1"] == (2, 3)
+        and found["margin_accuracy/2"] == (1, 1)
+        and found["margin_accuracy/3"] == (0, 0)
+    )
     sigmoid = lambda x: 1 / (1 + math.exp(-x))
     for low, lead, was_right in ((0.5, 0.2, 1), (0.9, 2.2, 1), (0.8, 2.0, 1), (0.7, 1.0, 0)):
-        np.testing.assert_allclose(found[f"said {low}"], (sigmoid(lead), 1), rtol=1e-5)
-        assert found[f"true {low}"] == (was_right, 1)
+        np.testing.assert_allclose(found[f"confidence/{low}"], (sigmoid(lead), 1), rtol=1e-5)
+        assert found[f"confidence_accuracy/{low}"] == (was_right, 1)
     about = {"held_out_prompts": 2}
     metrics = ranking.reward_model_metrics(total, verdicts) | {"accuracy": Mean(jnp.float32(1), jnp.float32(2))}
     told = ranking.summary(metrics, about)
     gaps = [1 - sigmoid(0.2), 1 - sigmoid(2.2), 1 - sigmoid(2.0), sigmoid(1.0)]
     np.testing.assert_allclose(told["calibration_error"], np.mean(gaps), rtol=1e-5)
-    assert "apart 3" not in told and "said 0.6" not in told  # nothing was seen there
+    assert "margin_accuracy/3" not in told and "confidence/0.6" not in told  # nothing was seen there
     lengths = np.asarray(jnp.sum(verdicts.tokens.segments > 0, axis=-1), float)
     real = lengths > 0
     np.testing.assert_allclose(
@@ -345,7 +352,9 @@ def annotated(tiny_model, tiny_lm, rollouts):
     """The rollouts with their signal: a reference that is another network, a value head that is not zero."""
     memory = {"beta": jnp.float32(0.5)}
     state = SimpleNamespace(params=headed(tiny_lm), frozen={"ref": other(tiny_lm)}, memory=memory)
-    signal = ppo.gae_annotation(tiny_model, gamma=1.0, lam=1.0, whitened=True, correction=0.0, temperature=T)
+    signal = ppo.gae_annotation(
+        tiny_model, gamma=1.0, lam=1.0, whiten_advantages=True, importance_ratio_cap=0.0, temperature=T
+    )
     return jax.jit(lambda batch: signal(state, batch))(rollouts)
 
 

@@ -95,22 +95,22 @@ def test_rambling_counts_as_silence():
 
 def test_a_steady_gain_jumps_by_exact_match_alone():
     found = jump_finding(of(STEADY)[0], FLOPS)
-    assert found.step == 4 and found.even == pytest.approx(np.log(3) / np.log(300))
-    assert found.rises[EXACT_MATCH].jumps == YES and found.rises[EXACT_MATCH].share.low > 0.9
-    assert found.rises[EDIT_DISTANCE].jumps == found.rises[LOG_PROBABILITY].jumps == NO
+    assert found.step == 4 and found.log_flops_share == pytest.approx(np.log(3) / np.log(300))
+    assert found.rises[EXACT_MATCH].jump == YES and found.rises[EXACT_MATCH].share.low > 0.9
+    assert found.rises[EDIT_DISTANCE].jump == found.rises[LOG_PROBABILITY].jump == NO
     log_share = np.log(0.99 / 0.7) / np.log(0.99 / 0.05)  # 0.116
     assert found.rises[LOG_PROBABILITY].share.value == pytest.approx(log_share, abs=0.01)
 
 
 def test_a_sudden_gain_jumps_by_every_metric():
     found = jump_finding(of(SUDDEN)[0], FLOPS)
-    assert found.step == 2 and {rise.jumps for rise in found.rises.values()} == {YES}
+    assert found.step == 2 and {rise.jump for rise in found.rises.values()} == {YES}
     assert found.rises[LOG_PROBABILITY].share.low < 1 < found.rises[LOG_PROBABILITY].share.high + 0.01
 
 
 def test_what_does_not_rise_has_no_step():
     found = jump_finding(of([0.3] * 6)[0], FLOPS)
-    assert found.step is None and {rise.jumps for rise in found.rises.values()} == {UNDECIDED}
+    assert found.step is None and {rise.jump for rise in found.rises.values()} == {UNDECIDED}
     assert np.isnan(found.rises[EXACT_MATCH].share.value)
 
 
@@ -118,7 +118,7 @@ def test_few_items_leave_it_untold():
     """One token an answer, 12 items: 0.6 of the rise of exact match lies in the last step, with a wide interval."""
     found = jump_finding(of([0.05, 0.1, 0.2, 0.3, 0.35, 0.95], tokens=1, items=12)[0], FLOPS)
     assert (
-        found.rises[EXACT_MATCH].jumps == UNDECIDED
+        found.rises[EXACT_MATCH].jump == UNDECIDED
         and found.rises[EXACT_MATCH].share.low < 0.5 < found.rises[EXACT_MATCH].share.high
     )
 
@@ -237,7 +237,7 @@ def test_log_probabilities_are_those_of_the_whole_text(ladder):
     questions = task_questions("sums", 2, trained.tokenizer, 100, items=3, shots=1, seed=0)
     found = TaskPrograms(trained, 8, 4).logprobs(questions)
     model = trained.model
-    logprobs = jax.jit(lambda lm, *row: jax.nn.log_softmax(model.logits(lm, model.hidden(lm, *row)), axis=-1))
+    logprobs = jax.jit(lambda lm, *row: jax.nn.log_softmax(model.logits(lm, model.hidden_states(lm, *row)), axis=-1))
     for item, prompt, target, value in zip(questions.items, questions.prompts, questions.targets, found):
         ids = [*prompt, *target]
         text = trained.tokenizer.decode(ids)
@@ -247,15 +247,15 @@ def test_log_probabilities_are_those_of_the_whole_text(ladder):
         assert value == pytest.approx(sum(float(nats[t - 1, ids[t]]) for t in range(len(prompt), len(ids))), abs=1e-3)
 
 
-@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.corpus != "stdlib"])
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.required_corpus != "stdlib"])
 def test_prompt_and_target_are_encoded_as_the_corpus_is(ladder, name):
     tokenizer = load_run(ladder / "steps3", backend="cpu").tokenizer
     for level in TASKS[name].levels:
         questions = task_questions(name, level, tokenizer, 100, items=5, shots=2, seed=0)
         for prompt, target, item in zip(questions.prompts, questions.targets, questions.items):
             assert tokenizer.encode(tokenizer.decode(prompt) + item.target) == [*prompt[1:], *target]
-            assert len(prompt) <= questions.room <= 100
-            assert tokenizer.decode(prompt).count("\n") == questions.shots == (2 if TASKS[name].shown else 0)
+            assert len(prompt) <= questions.prompt_length <= 100
+            assert tokenizer.decode(prompt).count("\n") == questions.shots == (2 if TASKS[name].allows_examples else 0)
 
 
 def test_fewer_examples_are_shown_where_there_is_no_room(ladder):
@@ -307,7 +307,9 @@ def test_runs_that_are_not_on_the_ladder_are_named(ladder, tmp_path, capsys):
     (folder / "begun/summary.json").unlink()
     found = read_ladder([folder, folder / "steps3"])  # one that is given twice counts once
     assert [rung.path.name for rung in found.rungs] == ["steps3", "steps5", "steps8"]
-    assert [rung.path.name for rung in found.passed] == ["worse"] and [a.path.name for a in found.absent] == ["begun"]
+    assert [rung.path.name for rung in found.passed_over] == ["worse"] and [a.path.name for a in found.missing] == [
+        "begun"
+    ]
     study.print_excluded_runs(found)
     out = capsys.readouterr()
     assert "worse is skipped" in out.out and "begun is unfinished and not on the ladder" in out.err

@@ -29,7 +29,7 @@ def test_the_law_by_hand():
     """2 + 30 / 100^0.5 + 80 / 10000^0.25 = 2 + 3 + 8."""
     law = ScalingLaw(2.0, 30.0, 80.0, 0.5, 0.25)
     assert law.loss(100.0, 10_000.0) == pytest.approx(13.0)
-    assert law.growth == pytest.approx(1 / 3)
+    assert law.size_exponent == pytest.approx(1 / 3)
 
 
 def test_the_optimum_is_lowest_among_sizes_of_the_same_cost():
@@ -41,11 +41,11 @@ def test_the_optimum_is_lowest_among_sizes_of_the_same_cost():
 
 def test_the_gradient_is_that_of_the_value():
     near, x = CenteredObjective(table(0.01)), np.array([0.5, -0.8, -0.4, 0.3, 0.45])
-    found = near.value(x)[1]
+    found = near.objective(x)[1]
     for i in range(5):
         step = np.zeros(5)
         step[i] = 1e-6
-        slope = (near.value(x + step)[0] - near.value(x - step)[0]) / 2e-6
+        slope = (near.objective(x + step)[0] - near.objective(x - step)[0]) / 2e-6
         assert found[i] == pytest.approx(slope, rel=1e-4)
 
 
@@ -63,7 +63,7 @@ def test_a_noisy_table_gives_intervals_that_hold_its_law():
     for name in LAW_PARAMETERS:
         assert estimates[name].low <= getattr(TRUTH, name) <= estimates[name].high, (name, estimates[name])
     assert estimates["alpha"].high - estimates["alpha"].low < 0.1
-    assert estimates["growth"].low <= TRUTH.growth <= estimates["growth"].high
+    assert estimates["growth"].low <= TRUTH.size_exponent <= estimates["growth"].high
     larger = TRUTH.optimum(1e22)
     predicted = found.predicted_loss(*larger)
     assert predicted.low < TRUTH.loss(*larger) < predicted.high < 1.1 * predicted.low
@@ -86,15 +86,18 @@ def test_a_parabola_by_hand():
     """3 + (log N - 5)^2 is lowest at e^5, where it is 3; D falls as 1 / N from there."""
     n = np.exp(np.array([3.0, 4.0, 5.5, 7.0]))
     budget = isoflop.BudgetRuns(n, 1e6 / n, np.full(4, 6e6), 3 + (np.log(n) - 5) ** 2)
-    (valley,) = isoflop.isoflop_fit([budget], draws=20).valleys
+    (valley,) = isoflop.isoflop_fit([budget], draws=20).minima
     assert valley.parameters == pytest.approx(np.exp(5)) and valley.loss == pytest.approx(3)
     assert valley.tokens == pytest.approx(1e6 / np.exp(5)) and valley.bend == pytest.approx(1) and valley.inside
 
 
 def test_parabolas_find_the_growth_of_the_best_size():
     found = isoflop.isoflop_fit(budgets(table(0.003)), draws=400)
-    assert found.sizes.low < TRUTH.growth < found.sizes.high and found.sizes.high - found.sizes.low < 0.2
-    assert found.tokens.value == pytest.approx(1 - found.sizes.value, abs=1e-6)  # as C = 6 N D
+    assert (
+        found.size_exponent.low < TRUTH.size_exponent < found.size_exponent.high
+        and found.size_exponent.high - found.size_exponent.low < 0.2
+    )
+    assert found.token_exponent.value == pytest.approx(1 - found.size_exponent.value, abs=1e-6)  # as C = 6 N D
     assert found.optimum(1e22)[0] == pytest.approx(TRUTH.optimum(1e22)[0], rel=0.5)
 
 
@@ -102,8 +105,8 @@ def test_a_budget_without_a_valley_is_left_out():
     runs = budgets(table(0.0))
     hill = runs[0]._replace(loss=5 - (np.log(runs[0].parameters) - 18) ** 2 / 10)
     with_hill, without = isoflop.isoflop_fit([hill, *runs[1:]], draws=20), isoflop.isoflop_fit(runs[1:], draws=20)
-    assert with_hill.line == without.line and np.isnan(with_hill.valleys[0].parameters)
-    assert isoflop.isoflop_fit([hill, hill], draws=20).sizes is None
+    assert with_hill.lines == without.lines and np.isnan(with_hill.minima[0].parameters)
+    assert isoflop.isoflop_fit([hill, hill], draws=20).size_exponent is None
 
 
 GOOD = "\n".join(

@@ -177,7 +177,10 @@ def test_sentences_say_what_an_interval_allows():
         ("rollouts=72", "rloo learns from 64 answers .*the contest's `rollouts` are 72: choose numbers that divide"),
         ("evaluate.rater=rul", "evaluate.rater is 'rul'; choose one of rule"),
         ("evaluate.rows_at_once=0", "evaluate.rows_at_once is 0; it must be at least 1"),
-        ("prompts.after=0.05", "prompts.after is 0.05; it must be below prompts.held_out, which is 0.05"),
+        (
+            "prompts.held_out_from=0.05",
+            "prompts.held_out_from is 0.05; it must be below prompts.held_out, which is 0.05",
+        ),
         ("init_from=nowhere", "there is no workdir nowhere"),
         ("reward_model=nowhere", "there is no workdir nowhere"),
         ("rloo.data.max_new=33", "reward was trained on rows of 64 tokens, but a prompt and .* may have 66 here"),
@@ -225,8 +228,8 @@ def test_schedules_are_as_long_as_their_runs(finished):
 
 def test_a_stage_whose_answers_cannot_be_counted_is_refused(finished):
     config = contest_config(finished, "methods=('rloo',)").unlock()
-    config.rloo.data.resample = 1
-    with pytest.raises(UserError, match="rloo.data.resample draws answers beyond the budget: set it to 0"):
+    config.rloo.data.resample_rounds = 1
+    with pytest.raises(UserError, match="rloo.data.resample_rounds draws answers beyond the budget: set it to 0"):
         study.method_entries(config)
 
 

@@ -47,8 +47,10 @@ def file(tmp_path) -> str:
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     """Trials are the stand-in's, polled often."""
-    of = TrialGoal.of
-    monkeypatch.setattr(controller.TrialGoal, "of", lambda *args: of(*args)._replace(module="tests.sweep_trial"))
+    of = TrialGoal.from_config
+    monkeypatch.setattr(
+        controller.TrialGoal, "from_config", lambda *args: of(*args)._replace(module="tests.sweep_trial")
+    )
     monkeypatch.setattr(controller, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(controller, "device_environments", lambda jobs: [{}] * (jobs or 1))
 
@@ -195,8 +197,8 @@ def started(file: str, folder: Path, *flags: str, patch: str = "", hold: str = "
     after which that trial waits to be killed."""
     code = (
         "import sys; from lm.sweep import controller; from lm.runs.console import run_program\n"
-        f"of = controller.TrialGoal.of\n{patch}\n"
-        "controller.TrialGoal.of = lambda *args: of(*args)._replace(module='tests.sweep_trial')\n"
+        f"of = controller.TrialGoal.from_config\n{patch}\n"
+        "controller.TrialGoal.from_config = lambda *args: of(*args)._replace(module='tests.sweep_trial')\n"
         "controller.POLL_SECONDS = 0.02; controller.device_environments = lambda jobs: [{}] * (jobs or 1)\n"
         "run_program(controller.program)"
     )
@@ -355,14 +357,14 @@ def test_dry_run_touches_nothing(file, tmp_path, capsys):
 
 
 def test_the_goal_of_a_pipeline_is_a_stage():
-    goal = TrialGoal.of(load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "", "")
+    goal = TrialGoal.from_config(load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "", "")
     assert (goal.part, goal.metric, goal.direction) == ("ppo", "held_out/reward", "maximize")
-    goal = TrialGoal.of(load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "reward:held_out/accuracy", "")
+    goal = TrialGoal.from_config(load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "reward:held_out/accuracy", "")
     assert (goal.part, goal.watched, goal.direction) == ("reward", "accuracy", "maximize")
     with pytest.raises(UserError, match="nowhere is no stage of the config; choose among tokenizer, pretrain"):
-        TrialGoal.of(load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "nowhere:loss", "")
+        TrialGoal.from_config(load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny"), "nowhere:loss", "")
     with pytest.raises(UserError, match="lm sweep varies configs of lm train and lm pipeline"):
-        TrialGoal.of(load_config(f"{EXPERIMENTS / 'evaluate.py'}:tiny"), "", "")
+        TrialGoal.from_config(load_config(f"{EXPERIMENTS / 'evaluate.py'}:tiny"), "", "")
 
 
 def test_every_seed_of_a_pipeline_is_set():
@@ -443,15 +445,15 @@ def test_the_study_knows_who_died(tmp_path):
         )
 
     gone = study()
-    gone.enter({}, space.trials_of_points([{"rate": "0.1"}], [0]))
+    gone.add_trials({}, space.trials_of_points([{"rate": "0.1"}], [0]))
     assert gone.claim({}).trial.overrides == {"rate": "0.1"}
     with study() as living:
         assert living.claim({}) is None  # the other one has it, and lives
         gone._place.close()  # as the kernel does when a process dies
         claim = living.claim({})
-        assert claim.trial.number == 0 and [one.state for one in living.told()] == ["running"]
-        claim.complete(1.5, 2.0)
-        assert [(one.state, one.value, one.seconds) for one in living.told()] == [("complete", 1.5, 2.0)]
+        assert claim.trial.number == 0 and [one.state for one in living.trial_statuses()] == ["running"]
+        claim.mark_complete(1.5, 2.0)
+        assert [(one.state, one.value, one.seconds) for one in living.trial_statuses()] == [("complete", 1.5, 2.0)]
 
 
 @pytest.mark.peer

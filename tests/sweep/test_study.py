@@ -106,16 +106,16 @@ def test_a_trial_that_a_machine_took_over_teaches_the_same(tmp_path, monkeypatch
         url = f"sqlite:///{tmp_path / f'{name}.db'}"
         if name == "taken":
             gone = study(tmp_path / "gone", url)
-            gone.enter({}, space.search_trials(1, [0]))
-            gone.claim(ranges).report(1, values[1])
+            gone.add_trials({}, space.search_trials(1, [0]))
+            gone.claim(ranges).report_value(1, values[1])
             time.sleep(3)
         with study(tmp_path / name, url) as living:
-            living.enter({}, space.search_trials(1, [0]))
+            living.add_trials({}, space.search_trials(1, [0]))
             claim = living.claim(ranges)
             for step, value in values.items():
-                claim.report(step, value)
-            claim.complete(2.0, 1.0)
-            assert living.claim(ranges) is None and [one.state for one in living.told()] == ["complete"]
+                claim.report_value(step, value)
+            claim.mark_complete(2.0, 1.0)
+            assert living.claim(ranges) is None and [one.state for one in living.trial_statuses()] == ["complete"]
         trials = optuna.load_study(study_name="s", storage=url).trials
         found[name] = {number: record(trial) for number, trial in current_trials(trials).items()}
     assert len(trials) == 2 and trials[0].state == TrialState.FAIL
@@ -135,15 +135,15 @@ def test_a_kill_between_two_draws_changes_neither(tmp_path, monkeypatch):
         url = f"sqlite:///{tmp_path / f'{name}.db'}"
         if name == "torn":
             killed = study(tmp_path / name, url)
-            killed.enter({}, space.search_trials(1, [0]))
+            killed.add_trials({}, space.search_trials(1, [0]))
             monkeypatch.setattr(studies, "sampled_overrides", torn)
             with pytest.raises(KeyboardInterrupt):
                 killed.claim(ranges)
             monkeypatch.setattr(studies, "sampled_overrides", drawn)
             killed._place.close()  # as the kernel does when a process dies
         with study(tmp_path / name, url) as living:
-            living.enter({}, space.search_trials(1, [0]))
-            found[name] = dict(living.claim(ranges).optuna.params)
+            living.add_trials({}, space.search_trials(1, [0]))
+            found[name] = dict(living.claim(ranges).optuna_trial.params)
     assert found["torn"] == found["straight"] and len(found["torn"]) == 2
 
 
@@ -177,21 +177,21 @@ def test_asha_does_not_count_a_failure_that_was_tried_again(tmp_path):
     """Past step 1 of 16, a sixteenth, only the best quarter goes on: two of eight. The value of a trial that failed and
     was tried again, counted twice, would take both places."""
     with study(tmp_path / "s", f"sqlite:///{tmp_path / 'study.db'}", pruner="asha") as s:
-        s.enter({}, space.trials_of_points([{"rate": str(i)} for i in range(8)], [0]))
+        s.add_trials({}, space.trials_of_points([{"rate": str(i)} for i in range(8)], [0]))
         first = s.claim({})
-        assert not first.report(1, 1.0)
-        first.failed("the disk is full", 1.0)
+        assert not first.report_value(1, 1.0)
+        first.mark_failed("the disk is full", 1.0)
         s.retry_failed()
         again = s.claim({})
         assert again.trial.number == 0  # it comes before those that have not been tried
-        assert not again.report(1, 1.0)
+        assert not again.report_value(1, 1.0)
         seen = studies.CurrentStudy(s._study).get_trials()
         assert [trial.user_attrs[NUMBER] for trial in seen] == list(range(8))
         assert sum("completed_rung_0" in trial.system_attrs for trial in seen) == 1
         # 1, 5, 5, 5, 5, 5, 5, 4: the best two are 1 and 4. With 1 twice they would be 1 and 1.
         for _ in range(6):
-            assert s.claim({}).report(1, 5.0)
-        assert not s.claim({}).report(1, 4.0)
+            assert s.claim({}).report_value(1, 5.0)
+        assert not s.claim({}).report_value(1, 4.0)
 
 
 def test_a_finished_study_takes_more_trials(file, tmp_path, knowing):
@@ -223,7 +223,7 @@ def test_a_finished_grid_takes_more_values_and_seeds(file, tmp_path):
 
 def test_what_a_kill_left_out_of_a_growing_study_is_entered(tmp_path, monkeypatch):
     with study(tmp_path / "s", f"sqlite:///{tmp_path / 'study.db'}") as s:
-        s.enter({}, space.search_trials(2, [0]))
+        s.add_trials({}, space.search_trials(2, [0]))
         enqueue, entered = s._study.enqueue_trial, []
 
         def killed(*args, **options):
@@ -233,22 +233,25 @@ def test_what_a_kill_left_out_of_a_growing_study_is_entered(tmp_path, monkeypatc
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(s._study, "enqueue_trial", killed)
-            s.enter({}, space.search_trials(5, [0]))
-        assert [one.number for one in s.told()] == [0, 1, 2]
-        s.enter({}, space.search_trials(5, [0]))
-        assert [one.number for one in s.told()] == [0, 1, 2, 3, 4]
-        s.enter({}, space.search_trials(5, [0]))
+            s.add_trials({}, space.search_trials(5, [0]))
+        assert [one.number for one in s.trial_statuses()] == [0, 1, 2]
+        s.add_trials({}, space.search_trials(5, [0]))
+        assert [one.number for one in s.trial_statuses()] == [0, 1, 2, 3, 4]
+        s.add_trials({}, space.search_trials(5, [0]))
         assert len(s._study.trials) == 5
 
 
 def test_two_machines_that_add_the_same_trials_run_each_once(tmp_path):
     """Neither saw the other's when it added its own: the first of each number counts."""
     with study(tmp_path / "s", f"sqlite:///{tmp_path / 'study.db'}") as s:
-        s.enter({}, space.trials_of_points([{"rate": "1"}, {"rate": "2"}], [0]))
+        s.add_trials({}, space.trials_of_points([{"rate": "1"}, {"rate": "2"}], [0]))
         s._study.enqueue_trial({}, user_attrs=dict(s._study.trials[1].user_attrs))
         for number in range(2):
             claim = s.claim({})
             assert claim.trial.number == number
-            claim.complete(float(number), 1.0)
+            claim.mark_complete(float(number), 1.0)
         assert s.claim({}) is None
-        assert [(one.number, one.state, one.value) for one in s.told()] == [(0, "complete", 0.0), (1, "complete", 1.0)]
+        assert [(one.number, one.state, one.value) for one in s.trial_statuses()] == [
+            (0, "complete", 0.0),
+            (1, "complete", 1.0),
+        ]

@@ -48,7 +48,9 @@ def dated_tokenizer(source: str = DATED) -> HuggingFaceTokenizer:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(["<|start|>", "<|end|>"])
-    return tokenizer_from_parts(tokenizer=made.to_str(), template=source, special=["<|start|>", "<|end|>"], stops=[1])
+    return tokenizer_from_parts(
+        tokenizer_json=made.to_str(), chat_template=source, special_tokens=["<|start|>", "<|end|>"], stop_ids=[1]
+    )
 
 
 def said(tokenizer) -> str:
@@ -118,7 +120,7 @@ def test_the_words_of_a_date_are_english(moment):
 @pytest.mark.parametrize("source", ["{{ messages | random }}", "{{ lipsum() }}"])
 def test_nothing_in_a_template_is_random(source):
     with pytest.raises(UserError, match="the chat template"):
-        ChatTemplate(source, {}).render(ASKED, asked=True)
+        ChatTemplate(source, {}).render(ASKED, add_generation_prompt=True)
 
 
 def sft(tokenizer: Path, steps: int, init_from: str = "") -> ConfigDict:
@@ -161,7 +163,7 @@ def test_a_run_resumed_after_midnight_is_the_same_run(small, tmp_path, clock):
 
     with pytest.MonkeyPatch.context() as patch:  # whoever asks the run is told its date; who talks to it, today's
         asked = []
-        patch.setattr(chat.Chat, "_answered", lambda self, ids, max_new: asked.append(ids) or iter(()))
+        patch.setattr(chat.Chat, "_streamed_answer", lambda self, ids, max_new: asked.append(ids) or iter(()))
         list(chat.Chat(load_trained_model(parted, backend="cpu"), pytest.fail, max_new=4).answer("what?"))
         pieces = load_trained_model(parted, backend="cpu").tokenizer.pieces(asked[0])
     assert "".join(pieces).startswith("<|start|>system\nToday is Thursday, 09 May 2024.<|end|><|start|>user")
@@ -172,7 +174,7 @@ def test_a_converted_model_has_the_date_of_its_conversion(tmp_path, monkeypatch,
     tokenizer = dated_tokenizer()
     sizes = dict(layers=1, width=8, heads=1, kv_heads=1, head_size=8, hidden=8)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, **sizes)
-    params = jax.tree.map(np.asarray, make_model(config.on("cpu")).init(jax.random.key(0)))
+    params = jax.tree.map(np.asarray, make_model(config.for_backend("cpu")).init(jax.random.key(0)))
     monkeypatch.setattr(convert, "read_source", lambda source: (config, params, tokenizer, "llama"))
     clock("2024-05-01")
     convert.import_model(tmp_path / "theirs", tmp_path / "run")

@@ -37,7 +37,7 @@ def test_a_head_is_taken_where_both_mean_the_same_by_it(finished):
     assert set(inherited_params(of(finished, "ppo"), ppo)) == {"lm", "value"}
     assert set(inherited_params(of(finished, "ppo"), reward)) == {"lm"}
     taken = inherited_params(of(finished, "reward"), reward)
-    assert taken["value"]["score"].shape == (of(finished, "reward").shape.width, 1)
+    assert taken["value"]["score"].shape == (of(finished, "reward").model_config.width, 1)
 
 
 def test_a_reward_model_from_a_ppo_policy_learns(finished, small, tmp_path):
@@ -47,7 +47,7 @@ def test_a_reward_model_from_a_ppo_policy_learns(finished, small, tmp_path):
     assert before["held_out/loss"] == pytest.approx(np.log(2)) and before["held_out/margin"] == 0
     assert after["held_out/margin"] != 0
     head = of(tmp_path, "run").params["value"]
-    assert jax.tree.map(np.shape, head) == {"score": (of(finished, "ppo").shape.width, 1), "offset": (1,)}
+    assert jax.tree.map(np.shape, head) == {"score": (of(finished, "ppo").model_config.width, 1), "offset": (1,)}
 
 
 def test_axes_must_be_those_of_the_start(finished):

@@ -69,7 +69,7 @@ def test_it_goes_out_as_the_architecture_that_it_came_in_as(finished, tmp_path):
     theirs, again = tmp_path / "theirs", tmp_path / "again"
     theirs.mkdir()
     c = model.ModelConfig(
-        vocab_size=trained.shape.vocab_size, width=16, heads=2, kv_heads=1, head_size=8, qk_norm=False
+        vocab_size=trained.model_config.vocab_size, width=16, heads=2, kv_heads=1, head_size=8, qk_norm=False
     )
     params = initial_params(param_specs(c), jax.random.key(0))
     ids = tokenizers.write_tokenizer_files(theirs, trained.tokenizer)
@@ -177,7 +177,7 @@ def test_gguf_is_what_llama_cpp_computes(file, tmp_path, capsys, monkeypatch):
     assert not error and "pretrain" in said  # no template, no talk
     trained = load_trained_model(tmp_path / "w", backend="cpu")
     ids = np.array([5, 77, 13, 200, 13, 42])
-    x = trained.model.hidden(trained.params["lm"], ids[None], jnp.arange(6)[None], jnp.ones((1, 6), int))
+    x = trained.model.hidden_states(trained.params["lm"], ids[None], jnp.arange(6)[None], jnp.ones((1, 6), int))
     np.testing.assert_allclose(trained.model.logits(trained.params["lm"], x)[0], pairs_forward(tensors, ids), atol=2e-4)
     assert trained.tokenizer.pieces(trained.tokenizer.encode("the")) == ["th", "e"]
 
@@ -195,9 +195,9 @@ def test_gguf_has_the_biases_and_the_head_that_its_tensors_say(count, bias, tmp_
     more = biases(*list(BIASES)[:count]) | ({"output.weight": (264, 32)} if count == 7 else {})
     tensors = write_gguf(tmp_path / "x.gguf", more=more)
     c, params, _ = ours.read_gguf(tmp_path / "x.gguf")
-    assert c.bias == bias and c.tied == (count != 7)
-    m, ids = model.make_model(c.on("cpu")), np.array([5, 77, 13, 200, 13, 42])
-    x = m.hidden(params, ids[None], jnp.arange(6)[None], jnp.ones((1, 6), int))
+    assert c.bias == bias and c.tie_embeddings == (count != 7)
+    m, ids = model.make_model(c.for_backend("cpu")), np.array([5, 77, 13, 200, 13, 42])
+    x = m.hidden_states(params, ids[None], jnp.arange(6)[None], jnp.ones((1, 6), int))
     np.testing.assert_allclose(m.logits(params, x)[0], pairs_forward(tensors, ids), atol=5e-4)
 
 
@@ -286,7 +286,9 @@ def test_a_head_beside_a_tied_config_is_told_and_kept(finished, tmp_path, capsys
     theirs, run, again = tmp_path / "theirs", tmp_path / "run", tmp_path / "again"
     theirs.mkdir()
     trained = load_trained_model(finished / "sft", backend="cpu")
-    c = model.ModelConfig(vocab_size=trained.shape.vocab_size, width=16, heads=2, kv_heads=1, head_size=8, tied=False)
+    c = model.ModelConfig(
+        vocab_size=trained.model_config.vocab_size, width=16, heads=2, kv_heads=1, head_size=8, tie_embeddings=False
+    )
     ids = tokenizers.write_tokenizer_files(theirs, trained.tokenizer)
     folder.write_folder(theirs, c, initial_params(param_specs(c), jax.random.key(0)), dtype="float32", ids=ids)
     config = json.loads((theirs / "config.json").read_text())
@@ -294,7 +296,7 @@ def test_a_head_beside_a_tied_config_is_told_and_kept(finished, tmp_path, capsys
     monkeypatch.setattr(convert, "warn", lambda line: print(line))
     said, error = told(capsys, monkeypatch, convert.program, f"--source={theirs}", f"--workdir={run}")
     assert not error and "config.json says tie_word_embeddings, but lm_head.weight differs from the embedding" in said
-    assert load_trained_model(run, backend="cpu").shape.tied is False
+    assert load_trained_model(run, backend="cpu").model_config.tie_embeddings is False
     convert.export_model(run, again, dtype="float32", step=None)
     assert folder.read_config(again) == config
     assert (again / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()

@@ -21,7 +21,9 @@ ANSWER = {"role": "assistant", "content": "The capital of France is Paris."}
 def logits(trained, ids):
     """f32[T,V]"""
     T = len(ids)
-    x = trained.model.hidden(trained.params["lm"], np.array([ids]), np.arange(T)[None], np.ones((1, T), np.int32))
+    x = trained.model.hidden_states(
+        trained.params["lm"], np.array([ids]), np.arange(T)[None], np.ones((1, T), np.int32)
+    )
     return np.asarray(trained.model.logits(trained.params["lm"], x))[0]
 
 
@@ -65,7 +67,7 @@ def test_our_folder_is_what_the_auto_classes_load(finished, tmp_path):
         expected = model(torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
     np.testing.assert_allclose(logits(trained, ids), expected, atol=1e-4)
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert set(generation["eos_token_id"]) == set(trained.tokenizer.stops)
+    assert set(generation["eos_token_id"]) == set(trained.tokenizer.stop_ids)
 
 
 def test_the_sentencepiece_files_of_mistral_common_encode_as_it_does():
@@ -85,7 +87,10 @@ def test_the_sentencepiece_files_of_mistral_common_encode_as_it_does():
     ]
     assert len(files) == 5
     for path in files:
-        theirs, ours = SentencePieceTokenizer(path), tokenizer_from_parts(pieces=path.read_bytes(), stops=[2])
+        theirs, ours = (
+            SentencePieceTokenizer(path),
+            tokenizer_from_parts(sentencepiece_model=path.read_bytes(), stop_ids=[2]),
+        )
         assert ours.vocab_size == theirs.n_words
-        assert ours.encode_all(texts) == [theirs.encode(text, bos=False, eos=False) for text in texts]
-        assert ours.start == (theirs.bos_id,)
+        assert ours.encode_batch(texts) == [theirs.encode(text, bos=False, eos=False) for text in texts]
+        assert ours.start_ids == (theirs.bos_id,)

@@ -49,7 +49,7 @@ def read(tmp_path_factory):
         if name not in found:
             path = folder_of(name, tmp_path_factory.mktemp("theirs") / "model")
             c, params = folder.read_folder(path)
-            found[name] = SimpleNamespace(shape=c, config=c.on("cpu"), params=params, path=path)
+            found[name] = SimpleNamespace(shape=c, config=c.for_backend("cpu"), params=params, path=path)
         return found[name]
 
     return of
@@ -76,7 +76,7 @@ def test_logits_equal_transformers_and_those_of_a_cache_the_full_pass(name, read
 
     @jax.jit
     def both(lm):
-        full = m.logits(lm, m.hidden(lm, ids, positions, real.astype(np.int32)))
+        full = m.logits(lm, m.hidden_states(lm, ids, positions, real.astype(np.int32)))
         first, cache = prefill(m, lm, IDS, lengths, capacity=LONGEST + NEW)
 
         def step(carry, t):
@@ -84,7 +84,7 @@ def test_logits_equal_transformers_and_those_of_a_cache_the_full_pass(name, read
             return cache, logits
 
         cache, decoded = jax.lax.scan(step, cache, jnp.arange(NEW))
-        return full, jnp.concatenate([first[None], decoded]), cache.filled
+        return full, jnp.concatenate([first[None], decoded]), cache.length
 
     full, cached, filled = jax.device_get(both(read(name).params))
     np.testing.assert_allclose(full[:, :LONGEST][REAL], STORED["models"][name]["logits"], atol=1e-4)
@@ -296,7 +296,7 @@ def peak(function) -> int:
 
 def test_memory_of_reading_and_writing(tmp_path):
     """Reading: the model and its largest tensor one and a half times. Writing: one file, and twice that."""
-    c = model.ModelConfig(vocab_size=3000, layers=12, hidden=512, tied=False)
+    c = model.ModelConfig(vocab_size=3000, layers=12, hidden=512, tie_embeddings=False)
     zeros = lambda tree: {
         k: zeros(v) if isinstance(v, dict) else np.zeros(v.shape, np.float32) for k, v in tree.items()
     }
@@ -314,6 +314,6 @@ def test_each_of_our_leaves_is_in_a_file_once():
     """Else a model would be exported without it: every preset's architecture names all of its parameters."""
     for name in MODELS:
         c, kind = read_shape(name), STORED["models"][name]["config"]["model_type"]
-        leaves = [leaf for entry in names.tensor_entries(c, kind) for leaf in entry.ours]
+        leaves = [leaf for entry in names.tensor_entries(c, kind) for leaf in entry.leaf_names]
         tree = param_specs(c)
         assert sorted(leaves) == sorted([*tree["layers"], *(leaf for leaf in tree if leaf != "layers")]), name

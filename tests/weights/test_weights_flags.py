@@ -56,10 +56,10 @@ def test_output_matrices_are_tied_as_the_tensors_have_it(name, tmp_path):
     """
     truth, untied = MISLABELLED[name]
     c, params = folder.read_folder(mislabelled_folder(name, tmp_path / "in"))
-    assert c.tied is not untied
-    m = model.make_model(c.on("cpu"))
+    assert c.tie_embeddings is not untied
+    m = model.make_model(c.for_backend("cpu"))
     positions = np.broadcast_to(np.arange(LONGEST, dtype=np.int32), IDS.shape)
-    logits = jax.jit(lambda lm: m.logits(lm, m.hidden(lm, IDS, positions, REAL.astype(np.int32))))(params)
+    logits = jax.jit(lambda lm: m.logits(lm, m.hidden_states(lm, IDS, positions, REAL.astype(np.int32))))(params)
     np.testing.assert_allclose(np.asarray(logits)[REAL], STORED["models"][truth]["logits"], atol=1e-4)
 
     (tmp_path / "out").mkdir()
@@ -95,10 +95,10 @@ def test_a_head_that_equals_the_embedding(tmp_path):
     rounded = tensors("llama 3")[EMBEDDING].astype(ml_dtypes.bfloat16)
     changed(path, **{HEAD: rounded, EMBEDDING: rounded.astype(np.float32)})
     c, params = folder.read_folder(path)
-    assert c.tied and "head" not in params
+    assert c.tie_embeddings and "head" not in params
     write_config(path, config_of("llama 3", tie_word_embeddings=False))
     c, params = folder.read_folder(path)
-    assert not c.tied
+    assert not c.tie_embeddings
     np.testing.assert_array_equal(params["head"].T, params["embedding"])
 
 
@@ -312,10 +312,10 @@ def test_keys_twice_in_one_file(tmp_path):
             ["attn_logit_softcapping", "final_logit_softcapping"],
             {"attention_softcap": 50.0, "logit_softcap": 30},
         ),
-        ("gemma2", ["hidden_activation", "tie_word_embeddings"], {"activation": "gelu", "tied": True}),
+        ("gemma2", ["hidden_activation", "tie_word_embeddings"], {"activation": "gelu", "tie_embeddings": True}),
         ("gemma3", ["rope_parameters"], {"rope_base": 1_000_000.0, "rope_local_base": 10_000.0}),
-        ("gpt2", ["tie_word_embeddings"], {"tied": True}),
-        ("llama", ["tie_word_embeddings"], {"tied": False}),
+        ("gpt2", ["tie_word_embeddings"], {"tie_embeddings": True}),
+        ("llama", ["tie_word_embeddings"], {"tie_embeddings": False}),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

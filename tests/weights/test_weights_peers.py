@@ -59,9 +59,9 @@ def test_logits_agree_and_the_export_is_the_same_model(name, peers, made, tmp_pa
     theirs, path = made(name)
     expected = peers.logits(theirs, ROWS, THERE)
     c, params = folder.read_folder(path)
-    m = model.make_model(c.on("cpu"))
+    m = model.make_model(c.for_backend("cpu"))
     positions = np.broadcast_to(np.arange(ROWS.shape[1]), ROWS.shape)
-    run = jax.jit(lambda lm: m.logits(lm, m.hidden(lm, ROWS, positions, THERE.astype(np.int32))))
+    run = jax.jit(lambda lm: m.logits(lm, m.hidden_states(lm, ROWS, positions, THERE.astype(np.int32))))
     np.testing.assert_allclose(np.asarray(run(params))[THERE], expected[THERE], atol=1e-4)
 
     kind = STORED["models"][name]["config"]["model_type"]

@@ -38,13 +38,13 @@ class TaskItem(NamedTuple):
 class Task(NamedTuple):
     """What is asked, in growing difficulty; the levels are of one kind, named by `unit`."""
 
-    about: str
+    description: str
     unit: str
     levels: Sequence[int | str]
-    make: Callable[[random.Random, int], TaskItem] | None  # draws an item of a level, or
-    told: Callable[[str], Sequence[TaskItem]] | None  # all there are of a level, which a corpus states
-    corpus: str = ""  # a built-in corpus without which the answer cannot be known
-    shown: bool = True  # whether examples before the question may show its form
+    draw_item: Callable[[random.Random, int], TaskItem] | None  # draws an item of a level, or
+    stated_items: Callable[[str], Sequence[TaskItem]] | None  # all there are of a level, which a corpus states
+    required_corpus: str = ""  # a built-in corpus without which the answer cannot be known
+    allows_examples: bool = True  # whether examples before the question may show its form
 
 
 def copying_item(draw: random.Random, letters: int) -> TaskItem:
@@ -154,25 +154,25 @@ def is_held_out_item(item: TaskItem) -> bool:
 def evaluation_items(name: str, level: int | str, *, count: int, seed: int) -> list[TaskItem]:
     """At most `count` different items of a level that no drill contains; of facts and idioms, the first `count`."""
     task = TASKS[name]
-    if task.told:
-        return list(task.told(level))[:count]
-    return drawn_items(name, level, count=count, draw=random.Random(f"test {seed} {name} {level}"), unseen=True)
+    if task.stated_items:
+        return list(task.stated_items(level))[:count]
+    return drawn_items(name, level, count=count, draw=random.Random(f"test {seed} {name} {level}"), held_out=True)
 
 
 def example_items(name: str, level: int | str, *, count: int, seed: int) -> list[TaskItem]:
     """As many items that drills may contain, to show a model what is asked; none where nothing may be shown."""
-    if not TASKS[name].shown:
+    if not TASKS[name].allows_examples:
         return []
-    return drawn_items(name, level, count=count, draw=random.Random(f"shown {seed} {name} {level}"), unseen=False)
+    return drawn_items(name, level, count=count, draw=random.Random(f"shown {seed} {name} {level}"), held_out=False)
 
 
-def drawn_items(name: str, level: int | str, *, count: int, draw: random.Random, unseen: bool) -> list[TaskItem]:
+def drawn_items(name: str, level: int | str, *, count: int, draw: random.Random, held_out: bool) -> list[TaskItem]:
     """Different items, all held out or none; fewer than `count` where the level has no more."""
     found: dict[TaskItem, None] = {}
     for _ in range(MAX_DRAWS_PER_ITEM * count):
         if len(found) == count:
             break
-        item = TASKS[name].make(draw, level)
-        if is_held_out_item(item) == unseen:
+        item = TASKS[name].draw_item(draw, level)
+        if is_held_out_item(item) == held_out:
             found[item] = None
     return list(found)

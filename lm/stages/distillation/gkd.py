@@ -38,7 +38,7 @@ class HeldOutRows(NamedTuple):
     """Rows of a held-out batch and who wrote them."""
 
     tokens: Tokens
-    own: Array  # f32[B]  1: the student; 0: people
+    is_student_written: Array  # f32[B]  1: the student; 0: people
 
 
 def make(
@@ -55,9 +55,11 @@ def make(
 
     def evaluate(state, batch: HeldOutRows) -> Metrics:
         found = compare(state.params["lm"], state.frozen["teacher"], batch.tokens)
-        own = batch.tokens.weights * batch.own[:, None]
-        on_own = {f"own_{name}": measured for name, measured in found.means(own).items() if name != "loss"}
-        return found.means(batch.tokens.weights - own) | on_own
+        own = batch.tokens.weights * batch.is_student_written[:, None]
+        on_own = {
+            f"on_policy_{name}": measured for name, measured in found.weighted_means(own).items() if name != "loss"
+        }
+        return found.weighted_means(batch.tokens.weights - own) | on_own
 
     return gradient(distillation_loss(compare), optimizer, microbatches=microbatches)._replace(evaluate=evaluate)
 
@@ -70,7 +72,7 @@ def batches(
     prompt_length: int = 64,
     max_new: int = 32,
     rollouts: int = 64,
-    on_policy: float = 1.0,
+    on_policy_fraction: float = 1.0,
     temperature: float = 1.0,
     length: int = 256,
     batch_size: int = 32,
@@ -86,8 +88,8 @@ def batches(
     model, tokenizer = context.model, context.tokenizer
     check_rollout_options(model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=1)
     check_at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts)
-    if not 0 <= on_policy <= 1:
-        raise UserError(f"data.on_policy is {on_policy}; it is a share of batches, from 0 to 1")
+    if not 0 <= on_policy_fraction <= 1:
+        raise UserError(f"data.on_policy_fraction is {on_policy_fraction}; it is a share of batches, from 0 to 1")
     even = turns + turns % 2
     people = conversation_batches.batches(
         context, sources=sources, turns=even, length=length, batch_size=batch_size, held_out=held_out
@@ -101,18 +103,18 @@ def batches(
     order = rows_to_batches.batch_function(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
     run = context.jit(
         lambda lm, prompts, lengths, key, temperature: rollout_rows(
-            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops
+            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stop_ids
         )[0]
     )
 
     def drawn(state, prompts: Prompts, role: int, i: int) -> Tokens:
         key = jax.random.fold_in(jax.random.fold_in(state.key, role), i)
-        with context.sampling(state):
+        with context.sampling_phase(state):
             return jax.block_until_ready(run(state.params["lm"], prompts.ids, prompts.lengths, key, temperature))
 
     def train_batch(state, i):
         coin = jax.random.fold_in(jax.random.fold_in(state.key, ON_POLICY_KEY), i)
-        if jax.random.bernoulli(coin, on_policy):
+        if jax.random.bernoulli(coin, on_policy_fraction):
             return drawn(state, prompts_at(train, order(i)), ROLLOUT_KEY, i)
         return people.train(state, i)
 
@@ -130,12 +132,14 @@ def batches(
         "held_out_skipped_prompts": more,
         "repeated_prompts": len(contexts) - len(distinct),
     }
-    return Batches(train_batch, held_out_batches, {**people.about, **asked})
+    return Batches(train_batch, held_out_batches, {**people.dataset_info, **asked})
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:
-    """Held-out divergence, nats per token and agreement, on people's replies; own_...: on the student's answers."""
+    """Held-out divergence, nats per token and agreement, on people's replies; on_policy_...: on the student's."""
     return metric_values(metrics)
 
 
-GKD = Stage(__name__, make, batches, summary, shown_metrics=("divergence", "own_divergence", "loss"), has_teacher=True)
+GKD = Stage(
+    __name__, make, batches, summary, shown_metrics=("divergence", "on_policy_divergence", "loss"), has_teacher=True
+)

@@ -24,7 +24,7 @@ class TeacherComparison(NamedTuple):
     loss: Array  # -log p(target) of the student at temperature 1, as in stage sft
     agreement: Array  # 1 where both hold the same token for the likeliest
 
-    def means(self, weights: Array) -> dict[str, Mean]:
+    def weighted_means(self, weights: Array) -> dict[str, Mean]:
         """The weighted mean of each, by its name."""
         return {name: mean(values, weights) for name, values in self._asdict().items()}
 
@@ -72,10 +72,10 @@ def divergence_from_teacher(
             )
 
         x, y = (
-            net.hidden(lm, tokens.inputs, tokens.positions, tokens.segments)
+            net.hidden_states(lm, tokens.inputs, tokens.positions, tokens.segments)
             for net, lm in ((model, student_lm), (teacher, teacher_lm))
         )
-        return map_position_chunks(piece, x, y, tokens.targets, size=model.config.loss_chunk)
+        return map_position_chunks(piece, x, y, tokens.targets, chunk_size=model.config.loss_chunk)
 
     return compared
 
@@ -84,7 +84,7 @@ def distillation_loss(compare: Callable[[Params, Params, Tokens], TeacherCompari
     """The mean divergence over the weighted targets of the batch; frozen["teacher"] is the teacher's decoder."""
 
     def loss(params, frozen, batch: Tokens, key):
-        metrics = compare(params["lm"], frozen["teacher"], batch).means(batch.weights)
+        metrics = compare(params["lm"], frozen["teacher"], batch).weighted_means(batch.weights)
         return {"divergence": metrics["divergence"]}, metrics
 
     return loss

@@ -35,22 +35,24 @@ def make(
     optimizer: optax.GradientTransformation,
     *,
     beta: float = 0.1,
-    smoothing: float = 0.0,
-    refresh: int = 0,
+    label_smoothing: float = 0.0,
+    refresh_reference_every: int = 0,
     microbatches: int = 1,
 ) -> Update:
     """renewed(gradient(dpo)): `smoothing` is the share of verdicts expected to be wrong, `refresh` the number of
     updates after which the reference becomes the policy of that moment (0: it stays)."""
-    if not 0 <= smoothing < 0.5:
-        raise UserError(f"stage.smoothing is {smoothing}; it must be in [0, 0.5): at one half verdicts say nothing")
+    if not 0 <= label_smoothing < 0.5:
+        raise UserError(
+            f"stage.label_smoothing is {label_smoothing}; it must be in [0, 0.5): at one half verdicts say nothing"
+        )
 
     def loss(params, frozen, batch, key):
         logprobs = answer_logprobs(model, params["lm"], batch.tokens)
         rewards = beta * (logprobs - answer_logprobs(model, frozen["ref"], batch.tokens))
-        each = mean_over_pairs(functools.partial(dpo_loss, smoothing=smoothing), rewards, batch.ranks)
+        each = mean_over_pairs(functools.partial(dpo_loss, label_smoothing=label_smoothing), rewards, batch.ranks)
         return each, preference_metrics(each, rewards, logprobs, batch.ranks)
 
-    return refreshed_reference(gradient(loss, optimizer, microbatches=microbatches), every=refresh)
+    return refreshed_reference(gradient(loss, optimizer, microbatches=microbatches), every=refresh_reference_every)
 
 
 DPO = Stage(

@@ -30,7 +30,12 @@ from lm.stages.stage import Stage
 
 
 def make(
-    model: Model, optimizer: optax.GradientTransformation, *, beta: float = 0.5, refresh: int = 0, microbatches: int = 1
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    beta: float = 0.5,
+    refresh_reference_every: int = 0,
+    microbatches: int = 1,
 ) -> Update:
     """renewed(gradient(ipo)): `refresh` is the number of updates after which the reference becomes the policy of
     that moment (0: it stays)."""
@@ -43,7 +48,7 @@ def make(
         each = mean_over_pairs(functools.partial(ipo_loss, beta=beta), ratios, batch.ranks)
         return each, preference_metrics(each, beta * ratios, logprobs, batch.ranks)
 
-    return refreshed_reference(gradient(loss, optimizer, microbatches=microbatches), every=refresh)
+    return refreshed_reference(gradient(loss, optimizer, microbatches=microbatches), every=refresh_reference_every)
 
 
 IPO = Stage(

@@ -46,7 +46,7 @@ def make(
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-    refresh: int = 0,
+    refresh_reference_every: int = 0,
     microbatches: int = 1,
 ) -> Update:
     """renewed(annotate(baseline, gradient(kto))).
@@ -67,16 +67,20 @@ def make(
         return value, preference_metrics(value, beta * ratios, logprobs, batch.ranks)
 
     inner = gradient(loss, optimizer, microbatches=microbatches)
-    return refreshed_reference(annotate(functools.partial(with_reference_point, model), inner), every=refresh)
+    return refreshed_reference(
+        annotate(functools.partial(with_reference_point, model), inner), every=refresh_reference_every
+    )
 
 
 def with_reference_point(model: Model, state, batch: RankedAnswers) -> tuple[RankedAnswers, Metrics]:
     """The batch with z = max(0, mean log(p / p_ref) of its mismatched answers) as the baseline of every prompt."""
-    tokens = batch.mismatched
+    tokens = batch.mismatched_tokens
     ratios = answer_logprobs(model, state.params["lm"], tokens) - answer_logprobs(model, state.frozen["ref"], tokens)
     real = jnp.any(tokens.weights > 0, axis=1).astype(jnp.float32)
     z = jnp.maximum(mean(ratios, real).value(), 0.0)
-    return batch.replace(mismatched=None, baseline=jnp.broadcast_to(z, real.shape)), {"baseline": scalar_metric(z)}
+    return batch.replace(mismatched_tokens=None, baseline=jnp.broadcast_to(z, real.shape)), {
+        "baseline": scalar_metric(z)
+    }
 
 
 def desirability_labels(ranks: Array) -> tuple[Array, Array]:
@@ -117,7 +121,7 @@ def batch_with_mismatched(
             f"of {len(verdicts)} verdicts no prompt takes an answer to another one within data.length {length}: KTO's "
             "baseline needs some; rank different prompts, or raise data.length or data.held_out"
         )
-    return ranked_answers_batch(verdicts, length, most).replace(mismatched=padded_rows(rows, length))
+    return ranked_answers_batch(verdicts, length, most).replace(mismatched_tokens=padded_rows(rows, length))
 
 
 def mismatched_example(
@@ -131,7 +135,7 @@ def mismatched_example(
         text = other.responses[i % len(other.responses)]  # the first, the second, ... in turn: good and bad ones
         if other.content != asked.content:
             whole = encode_chats(tokenizer, [conversation_with_answer(asked.prompt, text)], last=True)
-            fit = truncated_rows(whole, length + 1, cut="prompt", start=tokenizer.start)
+            fit = truncated_rows(whole, length + 1, cut="prompt", start=tokenizer.start_ids)
             if fit.kept and not fit.counts["shortened"]:
                 return fit.kept[0]
             cut = fit.kept[0] if fit.kept and cut is EMPTY_ROW else cut

@@ -88,7 +88,7 @@ def batches(
     beginning where its answer would not fit a row, and an answer that is longer than a row is skipped: both are
     counted; an empty answer, counted too, is its end token. `limit` > 0 trains on that many verdicts only.
     """
-    context.admit(length)
+    context.check_length(length)
     check_at_least(1, "data", prompts_per_batch=prompts_per_batch)
     check_at_least(0, "data", limit=limit)
     return batches_of_rankings(

@@ -25,7 +25,7 @@ def batches(
     The same documents are held out as in pretraining; an excerpt longer than a row, or in which nothing is trained, is
     left out and counted. A `ramp` begins with other batches, as in stage pretrain.
     """
-    context.admit(length)
+    context.check_length(length)
     check_at_least(2, "data", turns=turns)
     if turns % 2:
         raise UserError(f"data.turns is {turns}; it must be even, or every other excerpt would open with the assistant")

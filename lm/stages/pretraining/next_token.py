@@ -15,16 +15,18 @@ def next_token_update(
     optimizer: optax.GradientTransformation,
     *,
     z_loss: float,
-    balance: float,
-    router_z: float,
+    balance_loss: float,
+    router_z_loss: float,
     microbatches: int,
 ) -> Update:
     """gradient(next_token_loss)."""
-    loss = next_token_loss(model, z_loss=z_loss, balance=balance, router_z=router_z)
+    loss = next_token_loss(model, z_loss=z_loss, balance_loss=balance_loss, router_z_loss=router_z_loss)
     return gradient(loss, optimizer, microbatches=microbatches)
 
 
-def next_token_loss(model: Model, *, z_loss: float = 0.0, balance: float = 0.0, router_z: float = 0.0) -> Loss:
+def next_token_loss(
+    model: Model, *, z_loss: float = 0.0, balance_loss: float = 0.0, router_z_loss: float = 0.0
+) -> Loss:
     """Cross entropy -log p(target) in nats, over the weighted targets of the batch.
 
     `z_loss` * logsumexp(logits)^2 on the same weighted mean keeps the logits from drifting (Chowdhery et al. 2022,
@@ -37,7 +39,7 @@ def next_token_loss(model: Model, *, z_loss: float = 0.0, balance: float = 0.0, 
     """
     mixture = model.config.experts > 0
     if not mixture:
-        for name, coefficient in (("balance", balance), ("router_z", router_z)):
+        for name, coefficient in (("balance_loss", balance_loss), ("router_z_loss", router_z_loss)):
             if coefficient:
                 raise UserError(
                     f"stage.{name} is {coefficient}, but the model has no experts: leave it out, or set model.experts"
@@ -45,8 +47,12 @@ def next_token_loss(model: Model, *, z_loss: float = 0.0, balance: float = 0.0, 
 
     def loss(params, frozen, batch: Tokens, key):
         given = batch.inputs, batch.positions, batch.segments
-        x, routing = model.routed(params["lm"], *given) if mixture else (model.hidden(params["lm"], *given), None)
-        scores = model.scores(params["lm"], x, batch.targets)
+        x, routing = (
+            model.hidden_and_routing(params["lm"], *given)
+            if mixture
+            else (model.hidden_states(params["lm"], *given), None)
+        )
+        scores = model.target_stats(params["lm"], x, batch.targets)
         entropy = mean(-scores.logprobs, batch.weights)
         z = mean(jnp.square(scores.log_z), batch.weights)
         terms = {"loss": entropy, "z_loss": z_loss * z}
@@ -54,7 +60,7 @@ def next_token_loss(model: Model, *, z_loss: float = 0.0, balance: float = 0.0, 
             return terms, terms
         even, router = router_losses(routing, batch)
         return (
-            {**terms, "balance": balance * even, "router_z": router_z * router},
+            {**terms, "balance": balance_loss * even, "router_z": router_z_loss * router},
             {**terms, "balance": even, "router_z": router},
         )
 

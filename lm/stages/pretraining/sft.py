@@ -20,13 +20,18 @@ def make(
     optimizer: optax.GradientTransformation,
     *,
     z_loss: float = 1e-4,
-    balance: float = 0.0,
-    router_z: float = 0.0,
+    balance_loss: float = 0.0,
+    router_z_loss: float = 0.0,
     microbatches: int = 1,
 ) -> Update:
     """next_token_update. `balance` and `router_z`: of a mixture of experts (see `next_token_loss`)."""
     return next_token_update(
-        model, optimizer, z_loss=z_loss, balance=balance, router_z=router_z, microbatches=microbatches
+        model,
+        optimizer,
+        z_loss=z_loss,
+        balance_loss=balance_loss,
+        router_z_loss=router_z_loss,
+        microbatches=microbatches,
     )
 
 

@@ -24,7 +24,7 @@ def make(
     optimizer: optax.GradientTransformation,
     *,
     axes: Mapping[str, float] = OVERALL_ONLY,
-    centring: float = 0.01,
+    centring_coefficient: float = 0.01,
     microbatches: int = 1,
 ) -> Update:
     """learner(plackett_luce)."""
@@ -33,7 +33,9 @@ def make(
         choices = jnp.any(preference_mask(ranks), axis=2)
         return jnp.sum(plackett_luce_loss(scores, ranks), axis=1) / jnp.maximum(jnp.sum(choices, axis=1), 1)
 
-    return reward_model_update(model, optimizer, order, axes=axes, centring=centring, microbatches=microbatches)
+    return reward_model_update(
+        model, optimizer, order, axes=axes, centring_coefficient=centring_coefficient, microbatches=microbatches
+    )
 
 
 LISTWISE = Stage(__name__, make, batches, summary, shown_metrics=("loss", "accuracy"), trains_reward_model=True)

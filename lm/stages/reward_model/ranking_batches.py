@@ -44,12 +44,12 @@ def reward_model_update(
     objective: RankingObjective,
     *,
     axes: Mapping[str, float],
-    centring: float,
+    centring_coefficient: float,
     microbatches: int,
 ) -> Update:
     """value_head(gradient(objective of every axis + centring)), which also measures itself on held-out batches."""
     axes = ordered_axes(axes)
-    loss = ranking_loss(model, objective, axes=axes, centring=centring)
+    loss = ranking_loss(model, objective, axes=axes, centring_coefficient=centring_coefficient)
     update = with_value_head(
         lambda key: scalar_heads(model, key, len(axes)), gradient(loss, optimizer, microbatches=microbatches)
     )
@@ -63,7 +63,7 @@ def reward_model_update(
 
 def scalar_heads(model: Model, key: Array, count: int):
     """The scalar head once for each axis, all zero: score f32[D,A], offset f32[A]."""
-    return jax.tree.map(lambda x: jnp.zeros((*x.shape, count)), model.init_value(key))
+    return jax.tree.map(lambda x: jnp.zeros((*x.shape, count)), model.init_value_head(key))
 
 
 def answer_scores(model: Model, params, tokens: Tokens) -> Array:
@@ -73,7 +73,9 @@ def answer_scores(model: Model, params, tokens: Tokens) -> Array:
     return found.reshape(P, K, -1)
 
 
-def ranking_loss(model: Model, objective: RankingObjective, *, axes: Iterable[str], centring: float) -> Loss:
+def ranking_loss(
+    model: Model, objective: RankingObjective, *, axes: Iterable[str], centring_coefficient: float
+) -> Loss:
     """The sum of each axis' objective, a mean over the prompts that it decides, plus `centring` times the mean of
     (r_i + r_j)^2 over the compared pairs, which keeps scores near 0 (Eisenstein et al. 2023, arXiv 2312.09244)."""
 
@@ -91,7 +93,7 @@ def ranking_loss(model: Model, objective: RankingObjective, *, axes: Iterable[st
             both = s[:, :, None] + s[:, None, :] + 2 * head["offset"][a]
             ordered = mean(objective(s, ranks), decided)
             terms[axis] = ordered
-            terms[f"{axis} centring"] = centring * mean_over_prompts(jnp.square(both), better)
+            terms[f"{axis} centring"] = centring_coefficient * mean_over_prompts(jnp.square(both), better)
             name = "" if axis == OVERALL_AXIS else f"/{axis}"
             metrics |= {
                 f"loss{name}": ordered,
@@ -121,13 +123,16 @@ def reward_model_metrics(total: Array, batch: RankedAnswers) -> Metrics:
     lead = total[:, :, None] - total[:, None, :]
     better = preference_mask(ranks).astype(jnp.float32)
     apart = jnp.minimum(ranks[:, None, :] - ranks[:, :, None], MARGIN_BINS[-1])
-    found = {f"apart {n}": mean(pair_accuracy(lead), better * (apart == n)) for n in MARGIN_BINS}
+    found = {f"margin_accuracy/{n}": mean(pair_accuracy(lead), better * (apart == n)) for n in MARGIN_BINS}
     sure = jax.nn.sigmoid(jnp.abs(lead))
     for low, high in zip(CONFIDENCE_BINS, (*CONFIDENCE_BINS[1:], math.inf)):
         inside = better * (sure >= low) * (sure < high)
-        found |= {f"said {low}": mean(sure, inside), f"true {low}": mean(pair_accuracy(lead), inside)}
+        found |= {
+            f"confidence/{low}": mean(sure, inside),
+            f"confidence_accuracy/{low}": mean(pair_accuracy(lead), inside),
+        }
     lengths = jnp.sum(batch.tokens.segments > 0, axis=-1).astype(jnp.float32)
-    found["longer"] = mean_over_prompts(pair_accuracy(lengths[:, :, None] - lengths[:, None, :]), better)
+    found["longer_preferred"] = mean_over_prompts(pair_accuracy(lengths[:, :, None] - lengths[:, None, :]), better)
     real = (lengths > 0).astype(jnp.float32)
     moments = {
         "score": total,
@@ -157,7 +162,7 @@ def batches(
     longer answer keeps, data.truncation says; a verdict between two answers of the same tokens is left out. Both are
     counted.
     """
-    context.admit(length)
+    context.check_length(length)
     check_at_least(1, "data", prompts_per_batch=prompts_per_batch)
     check_at_least(0, "data", limit=limit)
     axes = ordered_axes(axes)
@@ -208,9 +213,9 @@ def batches_of_rankings(
     about = {
         "length": length,
         "prompts": len(train),
-        "pairs": sum(verdict.pairs() for verdict in train),
+        "pairs": sum(verdict.pair_count() for verdict in train),
         "held_out_prompts": len(unseen),
-        "held_out_pairs": sum(verdict.pairs() for verdict in unseen),
+        "held_out_pairs": sum(verdict.pair_count() for verdict in unseen),
         **counts,
         "undecided": undecided + counts["undecided"],
     }
@@ -275,7 +280,9 @@ def summary(metrics: Metrics, about) -> dict[str, float]:
 
 def calibration_error(metrics: Mapping[str, Mean]) -> float:
     """Mean over pairs of |what was said - how often it was true|, bin by bin (Guo et al. 2017, arXiv 1706.04599)."""
-    bins = [low for low in CONFIDENCE_BINS if f"said {low}" in metrics]
-    weights = [float(metrics[f"said {low}"].weight) for low in bins]
-    gaps = [abs(float(metrics[f"said {low}"].value() - metrics[f"true {low}"].value())) for low in bins]
+    bins = [low for low in CONFIDENCE_BINS if f"confidence/{low}" in metrics]
+    weights = [float(metrics[f"confidence/{low}"].weight) for low in bins]
+    gaps = [
+        abs(float(metrics[f"confidence/{low}"].value() - metrics[f"confidence_accuracy/{low}"].value())) for low in bins
+    ]
     return float(np.average(gaps, weights=weights))

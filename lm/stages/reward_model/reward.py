@@ -27,22 +27,28 @@ def make(
     *,
     axes: Mapping[str, float] = OVERALL_ONLY,
     margin: float = 0.0,
-    flipped: float = 0.0,
-    centring: float = 0.01,
+    flip_probability: float = 0.0,
+    centring_coefficient: float = 0.01,
     microbatches: int = 1,
 ) -> Update:
     """learner(bradley_terry): `margin` is asked for each rank between two answers, `flipped` is the share of verdicts
     that are expected to be wrong, `centring` the price of scores away from 0."""
-    if not 0 <= flipped < 0.5:
-        raise UserError(f"stage.flipped is {flipped}; it must be in [0, 0.5): at one half verdicts say nothing")
+    if not 0 <= flip_probability < 0.5:
+        raise UserError(
+            f"stage.flip_probability is {flip_probability}; it must be in [0, 0.5): at one half verdicts say nothing"
+        )
 
     def pairs(scores, ranks):
         better = preference_mask(ranks)
         apart = ranks[:, None, :] - ranks[:, :, None]
-        each = bradley_terry_loss(scores[:, :, None], scores[:, None, :], margin=margin * apart, flipped=flipped)
+        each = bradley_terry_loss(
+            scores[:, :, None], scores[:, None, :], margin=margin * apart, flip_probability=flip_probability
+        )
         return jnp.sum(jnp.where(better, each, 0.0), (1, 2)) / jnp.maximum(jnp.sum(better, (1, 2)), 1)
 
-    return reward_model_update(model, optimizer, pairs, axes=axes, centring=centring, microbatches=microbatches)
+    return reward_model_update(
+        model, optimizer, pairs, axes=axes, centring_coefficient=centring_coefficient, microbatches=microbatches
+    )
 
 
 REWARD = Stage(__name__, make, batches, summary, shown_metrics=("loss", "accuracy"), trains_reward_model=True)

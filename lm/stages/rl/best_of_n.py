@@ -38,14 +38,16 @@ def make(
     optimizer: optax.GradientTransformation,
     *,
     entropy_bonus: float = 0.0,
-    refresh: int = 0,
+    refresh_reference_every: int = 0,
     epochs: int = 1,
     minibatch_count: int = 1,
     microbatches: int = 1,
     temperature: float = 1.0,
 ) -> Update:
     """refreshed_reference(annotate(best_answers, minibatches(gradient(-log p))))."""
-    likelihood = PolicyGradientMethod(annotated_advantages, lambda logprobs, batch: -logprobs, mean, band=(1.0, 1.0))
+    likelihood = PolicyGradientMethod(
+        annotated_advantages, lambda logprobs, batch: -logprobs, mean, clip_range=(1.0, 1.0)
+    )
 
     def kept(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
         batch, _, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
@@ -55,7 +57,7 @@ def make(
         policy_gradient_loss(model, likelihood, entropy_bonus=entropy_bonus, temperature=temperature),
         optimizer,
         kept,
-        refresh=refresh,
+        refresh_reference_every=refresh_reference_every,
         epochs=epochs,
         minibatch_count=minibatch_count,
         microbatches=microbatches,

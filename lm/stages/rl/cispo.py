@@ -29,15 +29,18 @@ from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
 
 
-def method(*, high: float) -> PolicyGradientMethod:
+def method(*, clip_high: float) -> PolicyGradientMethod:
     """Standardised within the group, REINFORCE with truncated weights, mean over all tokens."""
 
     def objective(logprobs, batch):
         ratio = token_ratio(logprobs, batch.old_logprobs)
-        return truncated_reinforce_loss(logprobs, ratio, batch.advantages, high=high)
+        return truncated_reinforce_loss(logprobs, ratio, batch.advantages, clip_high=clip_high)
 
     return PolicyGradientMethod(
-        advantages=advantages_within_group(group_advantages), objective=objective, average=mean, band=(1.0, high)
+        advantages=advantages_within_group(group_advantages),
+        token_loss=objective,
+        average=mean,
+        clip_range=(1.0, clip_high),
     )
 
 
@@ -45,10 +48,10 @@ def make(
     model: Model,
     optimizer: optax.GradientTransformation,
     *,
-    high: float = 4.0,
+    clip_high: float = 4.0,
     entropy_bonus: float = 0.0,
-    correction: float = 0.0,
-    refresh: int = 0,
+    importance_ratio_cap: float = 0.0,
+    refresh_reference_every: int = 0,
     epochs: int = 1,
     minibatch_count: int = 1,
     microbatches: int = 1,
@@ -58,10 +61,10 @@ def make(
     return policy_gradient_update(
         model,
         optimizer,
-        method(high=high),
+        method(clip_high=clip_high),
         entropy_bonus=entropy_bonus,
-        correction=correction,
-        refresh=refresh,
+        importance_ratio_cap=importance_ratio_cap,
+        refresh_reference_every=refresh_reference_every,
         epochs=epochs,
         minibatch_count=minibatch_count,
         microbatches=microbatches,

@@ -29,13 +29,13 @@ from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
 
 
-def method(*, clip: float, length: int) -> PolicyGradientMethod:
+def method(*, clip: float, max_response_length: int) -> PolicyGradientMethod:
     """Centred within the group, clipped surrogate, mean of row sums over `length`."""
     return PolicyGradientMethod(
         advantages=advantages_within_group(centered_group_advantages),
-        objective=clipped_objective(clip, clip),
-        average=functools.partial(row_sum, length=length),
-        band=(clip, clip),
+        token_loss=clipped_objective(clip, clip),
+        average=functools.partial(row_sum, length=max_response_length),
+        clip_range=(clip, clip),
     )
 
 
@@ -44,10 +44,10 @@ def make(
     optimizer: optax.GradientTransformation,
     *,
     clip: float = 0.2,
-    length: int = 32,  # of the longest answer: data.max_new
+    max_response_length: int = 32,  # of the longest answer: data.max_new
     entropy_bonus: float = 0.0,
-    correction: float = 0.0,
-    refresh: int = 0,
+    importance_ratio_cap: float = 0.0,
+    refresh_reference_every: int = 0,
     epochs: int = 1,
     minibatch_count: int = 1,
     microbatches: int = 1,
@@ -57,10 +57,10 @@ def make(
     return policy_gradient_update(
         model,
         optimizer,
-        method(clip=clip, length=length),
+        method(clip=clip, max_response_length=max_response_length),
         entropy_bonus=entropy_bonus,
-        correction=correction,
-        refresh=refresh,
+        importance_ratio_cap=importance_ratio_cap,
+        refresh_reference_every=refresh_reference_every,
         epochs=epochs,
         minibatch_count=minibatch_count,
         microbatches=microbatches,

@@ -28,22 +28,22 @@ from lm.stages.rl.rollouts import batches
 from lm.stages.stage import Stage
 
 
-def method(*, beta: float, low: float, high: float) -> PolicyGradientMethod:
+def method(*, beta: float, clip_low: float, clip_high: float) -> PolicyGradientMethod:
     """Standardised within the group, clipped surrogate of sequence ratios, mean of rows, beta * k3."""
 
     def ratio(logprobs, batch):
         return sequence_ratio(logprobs, batch.old_logprobs, batch.tokens.weights)
 
     def objective(logprobs, batch):
-        return clipped_surrogate(ratio(logprobs, batch), batch.advantages, low=low, high=high)
+        return clipped_surrogate(ratio(logprobs, batch), batch.advantages, clip_low=clip_low, clip_high=clip_high)
 
     return PolicyGradientMethod(
         advantages=advantages_within_group(group_advantages),
-        objective=objective,
+        token_loss=objective,
         average=row_mean,
-        band=(low, high),
-        kl_in_loss=beta,
-        ratio=ratio,
+        clip_range=(clip_low, clip_high),
+        kl_coefficient=beta,
+        clipped_ratio=ratio,
     )
 
 
@@ -52,11 +52,11 @@ def make(
     optimizer: optax.GradientTransformation,
     *,
     beta: float = 0.0,
-    low: float = 3e-4,
-    high: float = 4e-4,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
     entropy_bonus: float = 0.0,
-    correction: float = 0.0,
-    refresh: int = 0,
+    importance_ratio_cap: float = 0.0,
+    refresh_reference_every: int = 0,
     epochs: int = 1,
     minibatch_count: int = 1,
     microbatches: int = 1,
@@ -66,10 +66,10 @@ def make(
     return policy_gradient_update(
         model,
         optimizer,
-        method(beta=beta, low=low, high=high),
+        method(beta=beta, clip_low=clip_low, clip_high=clip_high),
         entropy_bonus=entropy_bonus,
-        correction=correction,
-        refresh=refresh,
+        importance_ratio_cap=importance_ratio_cap,
+        refresh_reference_every=refresh_reference_every,
         epochs=epochs,
         minibatch_count=minibatch_count,
         microbatches=microbatches,

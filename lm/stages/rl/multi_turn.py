@@ -71,13 +71,13 @@ def multi_turn_sampler(
             _, _, drawn = jax.device_get(sampled(lm, ids, lengths, jax.random.fold_in(key, exchange)))
             for b in open_rows:
                 n = int(drawn.lengths[b])
-                told[b].hear(drawn.tokens[b, :n], drawn.logprobs[b, :n], bool(drawn.stopped[b]), tokenizer)
+                told[b].append_answer(drawn.tokens[b, :n], drawn.logprobs[b, :n], bool(drawn.stopped[b]), tokenizer)
             open_rows = [b for b in open_rows if told[b].stopped]
             if exchange + 1 < exchanges:
                 replies = environment([told[b].messages for b in open_rows], [told[b].text for b in open_rows])
                 replied = [(b, reply) for b, reply in zip(open_rows, replies, strict=True) if reply is not None]
                 for b, reply in replied:
-                    told[b].reply(reply, tokenizer, reply_length - REPLY_MARKER_TOKENS)
+                    told[b].append_reply(reply, tokenizer, reply_length - REPLY_MARKER_TOKENS)
                 open_rows = [b for b, _ in replied]
             if not open_rows:
                 break
@@ -106,16 +106,16 @@ class Episode:
         self.logprobs: list[float] = []  # of the sampled tokens
         self.text, self.stopped = "", False
 
-    def hear(self, ids, logprobs, stopped: bool, tokenizer: Tokenizer) -> None:
+    def append_answer(self, ids, logprobs, stopped: bool, tokenizer: Tokenizer) -> None:
         """An answer of the policy."""
         self.ids += ids.tolist()
         self.weights += [1.0] * len(ids)
         self.logprobs += logprobs.tolist()
         self.text, self.stopped = tokenizer.decode(ids), stopped
 
-    def reply(self, text: str, tokenizer: Tokenizer, limit: int) -> None:
+    def append_reply(self, text: str, tokenizer: Tokenizer, limit: int) -> None:
         """A message of the environment, its words cut to `limit` tokens, and the marker of the next answer."""
-        ids = tokenizer.reply("tool", text, limit)
+        ids = tokenizer.encode_reply("tool", text, limit)
         self.ids += ids
         self.weights += [0.0] * len(ids)
         self.messages += [{"role": "assistant", "content": self.text}, {"role": "tool", "content": text}]

@@ -30,8 +30,8 @@ def make(
     optimizer: optax.GradientTransformation,
     *,
     beta: float = 0.1,
-    smoothing: float = 0.0,
-    refresh: int = 0,
+    label_smoothing: float = 0.0,
+    refresh_reference_every: int = 0,
     epochs: int = 1,
     minibatch_count: int = 1,
     microbatches: int = 1,
@@ -42,7 +42,9 @@ def make(
     def loss(params, frozen, batch: Rollouts, key):
         logprobs = answer_logprobs(model, params["lm"], batch.tokens, temperature=temperature)
         rewards = beta * (logprobs - jnp.sum(batch.ref_logprobs, axis=-1))
-        each = mean_over_pairs(functools.partial(dpo_loss, smoothing=smoothing), rewards, reward_ranks(batch.rewards))
+        each = mean_over_pairs(
+            functools.partial(dpo_loss, label_smoothing=label_smoothing), rewards, reward_ranks(batch.rewards)
+        )
         return each, preference_metrics(each, rewards, logprobs, reward_ranks(batch.rewards))
 
     def paired(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
@@ -53,7 +55,7 @@ def make(
         loss,
         optimizer,
         paired,
-        refresh=refresh,
+        refresh_reference_every=refresh_reference_every,
         epochs=epochs,
         minibatch_count=minibatch_count,
         microbatches=microbatches,

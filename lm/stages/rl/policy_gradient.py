@@ -46,11 +46,11 @@ class PolicyGradientMethod(NamedTuple):
     """What a method that compares answers within a group is."""
 
     advantages: Advantages
-    objective: TokenLoss
+    token_loss: TokenLoss
     average: LossAverage
-    band: tuple[float, float]  # the clip below and above 1, for the metric `clip_fraction`
-    kl_in_loss: float | None = None  # coefficient of k3 to the reference, averaged like the objective; None: no k3
-    ratio: TokenLoss = ratio_to_old_policy  # what is clipped
+    clip_range: tuple[float, float]  # the clip below and above 1, for the metric `clip_fraction`
+    kl_coefficient: float | None = None  # coefficient of k3 to the reference, averaged like the objective; None: no k3
+    clipped_ratio: TokenLoss = ratio_to_old_policy  # what is clipped
 
 
 class ValueTerm(NamedTuple):
@@ -66,8 +66,8 @@ def policy_gradient_update(
     method: PolicyGradientMethod,
     *,
     entropy_bonus: float = 0.0,
-    correction: float = 0.0,
-    refresh: int = 0,
+    importance_ratio_cap: float = 0.0,
+    refresh_reference_every: int = 0,
     epochs: int = 1,
     minibatch_count: int = 1,
     microbatches: int = 1,
@@ -81,7 +81,7 @@ def policy_gradient_update(
     secretly brings you off-policy RL training"); 0 does not.
     `refresh`: the reference becomes the current policy every so many batches; 0: never.
     """
-    check_at_least(0, "stage", correction=correction)
+    check_at_least(0, "stage", importance_ratio_cap=importance_ratio_cap)
 
     def signal(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
         batch, _, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
@@ -89,13 +89,13 @@ def policy_gradient_update(
             rewards = rewards_by_group(batch.rewards, batch.group)
             alike = jnp.max(rewards, axis=1) == jnp.min(rewards, axis=1)
             metrics["equal_groups"] = mean(alike.astype(jnp.float32), jnp.ones(len(rewards)))
-        return importance_corrected(batch.replace(advantages=method.advantages(batch)), correction), metrics
+        return importance_corrected(batch.replace(advantages=method.advantages(batch)), importance_ratio_cap), metrics
 
     return rollout_update(
         policy_gradient_loss(model, method, entropy_bonus=entropy_bonus, temperature=temperature),
         optimizer,
         signal,
-        refresh=refresh,
+        refresh_reference_every=refresh_reference_every,
         epochs=epochs,
         minibatch_count=minibatch_count,
         microbatches=microbatches,
@@ -107,24 +107,24 @@ def rollout_update(
     optimizer: optax.GradientTransformation,
     annotation: Annotation,
     *,
-    refresh: int,
+    refresh_reference_every: int,
     epochs: int,
     minibatch_count: int,
     microbatches: int,
 ) -> Update:
     """How every method learns from a batch of rollouts: refreshed_reference(annotate(minibatches(gradient(loss))))."""
     check_at_least(1, "stage", epochs=epochs, minibatch_count=minibatch_count)
-    check_at_least(0, "stage", refresh=refresh)
+    check_at_least(0, "stage", refresh_reference_every=refresh_reference_every)
     inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
-    return refreshed_reference(annotate(annotation, inner), every=refresh * epochs * minibatch_count)
+    return refreshed_reference(annotate(annotation, inner), every=refresh_reference_every * epochs * minibatch_count)
 
 
-def clipped_objective(low: float, high: float, dual: float = 0.0) -> TokenLoss:
+def clipped_objective(clip_low: float, clip_high: float, dual: float = 0.0) -> TokenLoss:
     """PPO's surrogate of token ratios, clipped `low` below and `high` above 1; `dual`: see `clipped_surrogate`."""
 
     def objective(logprobs, batch: Rollouts):
         ratio = ratio_to_old_policy(logprobs, batch)
-        return clipped_surrogate(ratio, batch.advantages, low=low, high=high, dual=dual)
+        return clipped_surrogate(ratio, batch.advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual)
 
     return objective
 
@@ -145,8 +145,8 @@ def annotated_rollouts(
 ) -> tuple[Rollouts, Array, dict[str, Mean]]:
     """The batch with old and reference log-probs, the policy's states f[B,T,D], and what is known before learning."""
     tokens, w = batch.tokens, batch.tokens.weights
-    x = model.hidden(state.params["lm"], tokens.inputs, tokens.positions, tokens.segments)
-    scores = model.scores(state.params["lm"], x, tokens.targets, temperature=temperature)
+    x = model.hidden_states(state.params["lm"], tokens.inputs, tokens.positions, tokens.segments)
+    scores = model.target_stats(state.params["lm"], x, tokens.targets, temperature=temperature)
     old = scores.logprobs * w
     ref = model.token_logprobs(state.frozen["ref"], tokens, temperature=temperature) * w
     lengths = jnp.sum(w, axis=1)
@@ -156,7 +156,7 @@ def annotated_rollouts(
         "response_length": lengths,
         "stopped": batch.stopped.astype(jnp.float32),
         "empty": (lengths <= batch.stopped).astype(jnp.float32),  # the end token alone
-        **batch.scores,
+        **batch.row_metrics,
     }
     rows = (lengths > 0).astype(jnp.float32)
     metrics = {name: mean(value, rows) for name, value in per_row.items()}
@@ -166,11 +166,11 @@ def annotated_rollouts(
     return batch.replace(old_logprobs=old, ref_logprobs=ref), x, metrics
 
 
-def importance_corrected(batch: Rollouts, correction: float) -> Rollouts:
+def importance_corrected(batch: Rollouts, importance_ratio_cap: float) -> Rollouts:
     """Advantages weighed by min(p_old / p_sampler, correction); all of them as they are if it is 0."""
-    if correction == 0:
+    if importance_ratio_cap == 0:
         return batch
-    weight = jnp.minimum(token_ratio(batch.old_logprobs, batch.sampler_logprobs), correction)
+    weight = jnp.minimum(token_ratio(batch.old_logprobs, batch.sampler_logprobs), importance_ratio_cap)
     return batch.replace(advantages=batch.advantages * weight)
 
 
@@ -186,21 +186,21 @@ def policy_gradient_loss(
 
     def loss(params, frozen, batch: Rollouts, key):
         tokens, w = batch.tokens, batch.tokens.weights
-        x = model.hidden(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
-        scores = model.scores(params["lm"], x, tokens.targets, temperature=temperature)
-        terms = {"policy": method.average(method.objective(scores.logprobs, batch), w)}
-        if method.kl_in_loss is not None:
-            terms["kl"] = method.kl_in_loss * method.average(kl_k3(scores.logprobs, batch.ref_logprobs), w)
+        x = model.hidden_states(params["lm"], tokens.inputs, tokens.positions, tokens.segments)
+        scores = model.target_stats(params["lm"], x, tokens.targets, temperature=temperature)
+        terms = {"policy": method.average(method.token_loss(scores.logprobs, batch), w)}
+        if method.kl_coefficient is not None:
+            terms["kl"] = method.kl_coefficient * method.average(kl_k3(scores.logprobs, batch.ref_logprobs), w)
         if entropy_bonus:
             terms["entropy"] = -entropy_bonus * mean(scores.entropy, w)
-        ratio = method.ratio(scores.logprobs, batch)
+        ratio = method.clipped_ratio(scores.logprobs, batch)
         metrics = {"policy_loss": terms["policy"]}
         if value is not None:
             values = model.value(params["value"], x)
             value_loss = clipped_value_loss(values, batch.old_values, batch.returns, clip=value.clip)
             metrics["value_loss"] = mean(value_loss, w)
             terms["value"] = value.coefficient * metrics["value_loss"]
-        return terms, {**metrics, **policy_shift_metrics(scores.logprobs, ratio, batch, method.band)}
+        return terms, {**metrics, **policy_shift_metrics(scores.logprobs, ratio, batch, method.clip_range)}
 
     return loss
 

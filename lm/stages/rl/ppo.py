@@ -45,9 +45,9 @@ def method(*, clip: float, dual_clip: float) -> PolicyGradientMethod:
     """Clipped surrogate of the advantages that `gae_annotation` gives, mean over all tokens."""
     return PolicyGradientMethod(
         advantages=annotated_advantages,
-        objective=clipped_objective(clip, clip, dual_clip),
+        token_loss=clipped_objective(clip, clip, dual_clip),
         average=mean,
-        band=(clip, clip),
+        clip_range=(clip, clip),
     )
 
 
@@ -64,11 +64,11 @@ def make(
     value_coefficient: float = 0.1,
     text_coefficient: float = 0.0,
     entropy_bonus: float = 0.0,
-    correction: float = 0.0,
+    importance_ratio_cap: float = 0.0,
     gamma: float = 1.0,
     lam: float = 0.95,
-    whitened: bool = True,
-    refresh: int = 0,
+    whiten_advantages: bool = True,
+    refresh_reference_every: int = 0,
     epochs: int = 2,
     minibatch_count: int = 4,
     microbatches: int = 1,
@@ -81,7 +81,9 @@ def make(
     on the batch's rows of text, which `data.corpus` brings: PPO-ptx, against forgetting (Ouyang et al. 2022, eq. 2,
     arXiv 2203.02155). What is not said here is as in `policy_gradient_update`.
     """
-    check_at_least(0, "stage", correction=correction, kl_target=kl_target, text_coefficient=text_coefficient)
+    check_at_least(
+        0, "stage", importance_ratio_cap=importance_ratio_cap, kl_target=kl_target, text_coefficient=text_coefficient
+    )
     loss = policy_gradient_loss(
         model,
         method(clip=clip, dual_clip=dual_clip),
@@ -94,14 +96,21 @@ def make(
     update = rollout_update(
         loss,
         optimizer,
-        gae_annotation(model, gamma=gamma, lam=lam, whitened=whitened, correction=correction, temperature=temperature),
-        refresh=refresh,
+        gae_annotation(
+            model,
+            gamma=gamma,
+            lam=lam,
+            whiten_advantages=whiten_advantages,
+            importance_ratio_cap=importance_ratio_cap,
+            temperature=temperature,
+        ),
+        refresh_reference_every=refresh_reference_every,
         epochs=epochs,
         minibatch_count=minibatch_count,
         microbatches=microbatches,
     )
     controlled = with_adaptive_kl(update, beta=beta, target=kl_target, gain=kl_gain if kl_target else 0.0)
-    return with_value_head(model.init_value, controlled)
+    return with_value_head(model.init_value_head, controlled)
 
 
 def with_adaptive_kl(inner: Update, *, beta: float, target: float, gain: float) -> Update:
@@ -123,7 +132,9 @@ def with_adaptive_kl(inner: Update, *, beta: float, target: float, gain: float) 
     return inner._replace(init=init, update=update)
 
 
-def gae_annotation(model: Model, *, gamma: float, lam: float, whitened: bool, correction: float, temperature: float):
+def gae_annotation(
+    model: Model, *, gamma: float, lam: float, whiten_advantages: bool, importance_ratio_cap: float, temperature: float
+):
     """Completes rollouts with old and reference log-probs, values, returns and advantages; notes metrics."""
 
     def annotate_rollouts(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
@@ -132,14 +143,14 @@ def gae_annotation(model: Model, *, gamma: float, lam: float, whitened: bool, co
         old_values = model.value(state.params["value"], x) * w
         rewards = kl_rewards(batch.rewards, kl_k1(batch.old_logprobs, batch.ref_logprobs), w, beta=beta)
         advantages, returns = gae(rewards, old_values, w, gamma=gamma, lam=lam)
-        if whitened:
+        if whiten_advantages:
             advantages = whiten(advantages, w)
         metrics |= {
             "beta": scalar_metric(beta),
             "explained_variance": scalar_metric(explained_variance(old_values, returns, w)),
         }
         batch = batch.replace(old_values=old_values, returns=returns, advantages=advantages)
-        return importance_corrected(batch, correction), metrics
+        return importance_corrected(batch, importance_ratio_cap), metrics
 
     return annotate_rollouts
 
@@ -159,9 +170,9 @@ def text_loss(model: Model) -> Loss:
     objective = next_token_loss(model)
 
     def loss(params, frozen, batch: Rollouts, key):
-        if batch.text is None:
+        if batch.text_tokens is None:
             raise UserError("stage.text_coefficient needs text to learn from: set data.corpus, e.g. to stdlib")
-        terms, metrics = objective(params, frozen, batch.text, key)
+        terms, metrics = objective(params, frozen, batch.text_tokens, key)
         return terms, {"text_loss": metrics["loss"]}
 
     return loss

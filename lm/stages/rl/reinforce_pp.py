@@ -37,7 +37,7 @@ def method(*, beta: float, clip: float) -> PolicyGradientMethod:
         return whiten(rewards_to_go(rewards, w), w)
 
     return PolicyGradientMethod(
-        advantages=advantages, objective=clipped_objective(clip, clip), average=mean, band=(clip, clip)
+        advantages=advantages, token_loss=clipped_objective(clip, clip), average=mean, clip_range=(clip, clip)
     )
 
 
@@ -48,8 +48,8 @@ def make(
     beta: float = 0.05,
     clip: float = 0.2,
     entropy_bonus: float = 0.0,
-    correction: float = 0.0,
-    refresh: int = 0,
+    importance_ratio_cap: float = 0.0,
+    refresh_reference_every: int = 0,
     epochs: int = 1,
     minibatch_count: int = 1,
     microbatches: int = 1,
@@ -61,8 +61,8 @@ def make(
         optimizer,
         method(beta=beta, clip=clip),
         entropy_bonus=entropy_bonus,
-        correction=correction,
-        refresh=refresh,
+        importance_ratio_cap=importance_ratio_cap,
+        refresh_reference_every=refresh_reference_every,
         epochs=epochs,
         minibatch_count=minibatch_count,
         microbatches=microbatches,

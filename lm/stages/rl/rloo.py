@@ -40,7 +40,7 @@ def method(*, beta: float, clip: float) -> PolicyGradientMethod:
         return token_advantages(leave_one_out_advantages(batch.rewards - beta * kl, batch.group), batch)
 
     return PolicyGradientMethod(
-        advantages=advantages, objective=clipped_objective(clip, clip), average=row_sum, band=(clip, clip)
+        advantages=advantages, token_loss=clipped_objective(clip, clip), average=row_sum, clip_range=(clip, clip)
     )
 
 
@@ -51,8 +51,8 @@ def make(
     beta: float = 0.05,
     clip: float = 0.2,
     entropy_bonus: float = 0.0,
-    correction: float = 0.0,
-    refresh: int = 0,
+    importance_ratio_cap: float = 0.0,
+    refresh_reference_every: int = 0,
     epochs: int = 1,
     minibatch_count: int = 1,
     microbatches: int = 1,
@@ -64,8 +64,8 @@ def make(
         optimizer,
         method(beta=beta, clip=clip),
         entropy_bonus=entropy_bonus,
-        correction=correction,
-        refresh=refresh,
+        importance_ratio_cap=importance_ratio_cap,
+        refresh_reference_every=refresh_reference_every,
         epochs=epochs,
         minibatch_count=minibatch_count,
         microbatches=microbatches,

@@ -46,9 +46,9 @@ def batches(
     rollouts: int = 64,
     group: int = 1,
     temperature: float = 1.0,
-    cut_penalty: float = 1.0,
+    truncation_penalty: float = 1.0,
     overlong_buffer: int = 0,
-    resample: int = 0,
+    resample_rounds: int = 0,
     environment: str = "",
     exchanges: int = 2,
     reply_length: int = 16,
@@ -78,12 +78,12 @@ def batches(
         model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=group
     )
     check_at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts, exchanges=exchanges)
-    check_at_least(0, "data", resample=resample, overlong_buffer=overlong_buffer)
+    check_at_least(0, "data", resample_rounds=resample_rounds, overlong_buffer=overlong_buffer)
     more = (exchanges - 1) * (max_new + reply_length) if environment else 0
     length, longest = prompt_length + max_new - 1 + more, max_new  # tokens of a row, and sampled ones in it
     if environment:
         longest = exchanges * max_new
-        context.admit(length)
+        context.check_length(length)
     answer = answer_sampler(
         context, environment, exchanges=exchanges, reply_length=reply_length, max_new=max_new, temperature=temperature
     )
@@ -94,11 +94,11 @@ def batches(
     def drawn(state, prompts: Prompts, role: int, number: int) -> Rollouts:
         key = jax.random.fold_in(jax.random.fold_in(state.key, role), number)
         rows = prompts_at(prompts, np.repeat(np.arange(len(prompts.ids)), group))
-        with context.sampling(state):
+        with context.sampling_phase(state):
             found = answer(state.params["lm"], rows, key)
-        with context.phase("reward"):
+        with context.timed_phase("reward"):
             total, scores = worth(found)
-        total = total - cut_penalty * ~found.stopped
+        total = total - truncation_penalty * ~found.stopped
         if overlong_buffer:
             total = total + np.asarray(overlong_penalty(found.lengths, limit=longest, buffer=overlong_buffer))
         return Rollouts(found.tokens, np.float32(total), scores, found.stopped, found.logprobs, group=group)
@@ -124,20 +124,20 @@ def batches(
     def held_out_batches(state):
         for start in range(0, asked, prompts):
             part = prompts_at(unseen, np.arange(start, start + prompts))
-            yield drawn(state, part, HELD_OUT_KEY, start).replace(text=unseen_text(start // prompts))
+            yield drawn(state, part, HELD_OUT_KEY, start).replace(text_tokens=unseen_text(start // prompts))
 
     def train_batch(state, i):
-        first = i * (resample + 1)  # every round has prompts and keys of its own
+        first = i * (resample_rounds + 1)  # every round has prompts and keys of its own
         batch, rounds = drawn(state, prompts_at(train, order(first)), ROLLOUT_KEY, first), 1
-        while rounds <= resample and equal_reward_groups(batch).any():
+        while rounds <= resample_rounds and equal_reward_groups(batch).any():
             number = first + rounds
             batch, rounds = (
                 resampled_batch(batch, drawn(state, prompts_at(train, order(number)), ROLLOUT_KEY, number)),
                 rounds + 1,
             )
-        if resample:
-            batch = batch.replace(scores={**batch.scores, "rounds": np.full(rollouts, rounds, np.float32)})
-        return batch.replace(text=text(i))
+        if resample_rounds:
+            batch = batch.replace(row_metrics={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
+        return batch.replace(text_tokens=text(i))
 
     return Batches(train_batch, held_out_batches, about, rollout_table(context, temperature))
 
@@ -181,7 +181,7 @@ def answer_sampler(
     model, tokenizer = context.model, context.tokenizer
     compiled = context.jit(
         lambda lm, prompts, lengths, key, temperature: rollout_rows(
-            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stops
+            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stop_ids
         )
     )
     sampled = lambda *args: compiled(*args, temperature)
@@ -229,7 +229,7 @@ def reward_parts(
     return {
         name: (
             weight,
-            context.reward_from(reward_model, pessimism, longest) if name == REWARD_MODEL_NAME else REWARDS[name],
+            context.load_reward_model(reward_model, pessimism, longest) if name == REWARD_MODEL_NAME else REWARDS[name],
         )
         for name, weight in rewards.items()
         if weight
@@ -264,7 +264,7 @@ def text_batches(
     """i -> that many rows of text, for training and held out, split as in pretraining; None without a corpus."""
     if not corpus:
         return (lambda i: None), (lambda i: None)
-    context.admit(length)
+    context.check_length(length)
     train, unseen = (
         rows_to_batches.batch_function(
             packing.document_rows(context.tokenizer, [document.text for document in side], length),
@@ -285,7 +285,7 @@ def rollout_table(
     logprobs = context.jit(lambda ref, tokens, temperature: model.token_logprobs(ref, tokens, temperature=temperature))
 
     def shown(state: TrainState, batch: Rollouts, rows: int) -> Iterator[dict[str, Any]]:
-        part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text=None)))
+        part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text_tokens=None)))
         w = part.tokens.weights
         ref = np.asarray(logprobs(state.frozen["ref"], part.tokens, temperature))
         for b in range(len(w)):
@@ -295,7 +295,7 @@ def rollout_table(
                 "prompt": "".join(tokenizer.pieces(part.tokens.inputs[b, : first + 1])),
                 "response": "".join(tokenizer.pieces(part.tokens.targets[b, first : last + 1])),
                 "reward": float(part.rewards[b]),
-                **{name: float(score[b]) for name, score in part.scores.items()},
+                **{name: float(score[b]) for name, score in part.row_metrics.items()},
                 "kl": float(np.sum((part.sampler_logprobs[b] - ref[b]) * trained)),
                 "tokens": int(trained.sum()),
                 "stopped": bool(part.stopped[b]),

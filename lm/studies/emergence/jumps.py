@@ -34,16 +34,16 @@ class TaskCurve(NamedTuple):
 class MetricRise(NamedTuple):
     """How a metric rises on the ladder; a falling edit distance counts as a rise."""
 
-    whole: Estimate  # from the first rung to the last, the same items
+    total: Estimate  # from the first rung to the last, the same items
     share: Estimate  # of it that the step holds; nan where nothing rises
-    jumps: str  # whether that is more than half: YES, NO or UNTOLD
+    jump: str  # whether that is more than half: YES, NO or UNTOLD
 
 
 class JumpFinding(NamedTuple):
     """What is concluded from a curve."""
 
     step: int | None  # the steepest by exact match, from rung `step` to the next; None where exact match does not rise
-    even: float  # the share of the ladder's log-FLOPs in that step
+    log_flops_share: float  # the share of the ladder's log-FLOPs in that step
     rises: Mapping[str, MetricRise]
 
 

@@ -27,8 +27,8 @@ class LadderRun(NamedTuple):
 
 class ModelLadder(NamedTuple):
     rungs: Sequence[LadderRun]  # the least FLOPs first
-    passed: Sequence[LadderRun]  # runs of a rung's FLOPs with a higher held-out loss
-    absent: Sequence[MissingRun]  # not finished
+    passed_over: Sequence[LadderRun]  # runs of a rung's FLOPs with a higher held-out loss
+    missing: Sequence[MissingRun]  # not finished
 
 
 def read_ladder(folders: Iterable[str | Path]) -> ModelLadder:
@@ -48,7 +48,7 @@ def read_ladder(folders: Iterable[str | Path]) -> ModelLadder:
             rungs.append([rung])
     absent = [entry for entry in entries if isinstance(entry, MissingRun)]
     if len(rungs) < MIN_RUNGS:
-        unfinished = f" ({len(absent)} more are not finished: {absent[0].path}, {absent[0].why})" if absent else ""
+        unfinished = f" ({len(absent)} more are not finished: {absent[0].path}, {absent[0].reason})" if absent else ""
         raise UserError(
             f"a ladder needs finished runs of {MIN_RUNGS} different amounts of compute, and there are {len(rungs)} in "
             f"{', '.join(map(str, folders))}{unfinished}: train more, or name more folders"

@@ -57,8 +57,8 @@ def emergence_summary(
         "stage": PAGE_NAME,
         "settings": dict(settings),
         "rungs": [{**rung._asdict(), "path": str(rung.path)} for rung in ladder.rungs],
-        "passed": [str(rung.path) for rung in ladder.passed],
-        "absent": [{"path": str(one.path), "state": one.state, "why": one.why} for one in ladder.absent],
+        "passed": [str(rung.path) for rung in ladder.passed_over],
+        "absent": [{"path": str(one.path), "state": one.state, "why": one.reason} for one in ladder.missing],
         "curves": [curve_json(curve, jump_finding(curve, flops), scores) for curve in curves],
     }
 
@@ -78,9 +78,9 @@ def curve_json(curve: TaskCurve, found: JumpFinding, scores: Sequence[JsonTree])
         },
         "expected": list(curve.expected),
         "step": found.step,
-        "even": finite_or_none(found.even),
+        "even": finite_or_none(found.log_flops_share),
         "rises": {
-            metric: {"whole": estimate_json(rise.whole), "share": estimate_json(rise.share), "jumps": rise.jumps}
+            metric: {"whole": estimate_json(rise.total), "share": estimate_json(rise.share), "jumps": rise.jump}
             for metric, rise in found.rises.items()
         },
         "shown": asked[-1]["shown"],

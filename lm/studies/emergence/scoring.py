@@ -31,24 +31,24 @@ class TaskQuestions(NamedTuple):
     prompts: Sequence[Sequence[int]]
     targets: Sequence[Sequence[int]]
     shots: int  # examples before each prompt
-    room: int  # of a prompt, rounded up so that few programs are compiled
+    prompt_length: int  # of a prompt, rounded up so that few programs are compiled
 
 
 def task_questions(
-    name: str, level: int | str, tokenizer: Tokenizer, room: int, *, items: int, shots: int, seed: int
+    name: str, level: int | str, tokenizer: Tokenizer, max_prompt_length: int, *, items: int, shots: int, seed: int
 ) -> TaskQuestions | None:
     """The level's questions, each with as many examples before it, up to `shots`, as let all of them fit `room` tokens;
     None where they do not fit at all. The examples are other ones for each question."""
     found = evaluation_items(name, level, count=items, seed=seed)
     shown = example_items(name, level, count=shots * len(found), seed=seed)
-    targets = tokenizer.encode_all(item.target for item in found)
+    targets = tokenizer.encode_batch(item.target for item in found)
     for count in range(shots if shown else 0, -1, -1):
         around = itertools.cycle(shown)
         texts = ["".join(next(around).line for _ in range(count)) + item.prompt for item in found]
-        prompts = [[*tokenizer.start, *ids] for ids in tokenizer.encode_all(texts)]
+        prompts = [[*tokenizer.start_ids, *ids] for ids in tokenizer.encode_batch(texts)]
         longest = max(map(len, prompts))
-        if longest <= room:
-            return TaskQuestions(found, prompts, targets, count, bucket_length(longest, room))
+        if longest <= max_prompt_length:
+            return TaskQuestions(found, prompts, targets, count, bucket_length(longest, max_prompt_length))
     return None
 
 
@@ -60,7 +60,7 @@ def task_scores(
     samples: int,
     shots: int,
     seed: int,
-    tell: Callable[[str, str], None],
+    on_level: Callable[[str, str], None],
     parts: PartialResults,
 ) -> dict[str, dict[str, Any]]:
     """{task: {level: the result of each item}}; a level that does not fit the model's context is left out.
@@ -71,12 +71,12 @@ def task_scores(
     """
     levels = [(name, level) for name in tasks for level in TASKS[name].levels]
     targets = [item.target for name, level in levels for item in evaluation_items(name, level, count=items, seed=seed)]
-    answer = max(map(len, trained.tokenizer.encode_all(targets))) + EXTRA_ANSWER_TOKENS
+    answer = max(map(len, trained.tokenizer.encode_batch(targets))) + EXTRA_ANSWER_TOKENS
     programs = TaskPrograms(trained, answer, samples)
-    room = trained.shape.context - answer
+    room = trained.model_config.context - answer
     found: dict[str, dict[str, Any]] = {}
     for number, (name, level) in enumerate(levels):
-        tell(name, str(level))
+        on_level(name, str(level))
         questions = task_questions(name, level, trained.tokenizer, room, items=items, shots=shots, seed=seed)
         if questions:
             key = jax.random.fold_in(jax.random.key(seed), number)
@@ -120,7 +120,10 @@ class TaskPrograms:
     def answers(self, questions: TaskQuestions, key, *, greedy: bool) -> list[str]:
         """A text for each question, or adjacent samples; each ends with its first newline."""
         ask = self._greedy if greedy else self._sampled
-        return [answer.text for answer in ask(padded_prompts(questions.prompts, questions.items, questions.room), key)]
+        return [
+            answer.text
+            for answer in ask(padded_prompts(questions.prompts, questions.items, questions.prompt_length), key)
+        ]
 
     def logprobs(self, questions: TaskQuestions) -> list[float]:
         """Nats of each target after its prompt."""
@@ -130,7 +133,7 @@ class TaskPrograms:
             )
             for prompt, target in zip(questions.prompts, questions.targets)
         ]
-        parts = sequential_batches(padded_rows(examples, questions.room + self._answer - 1), ROWS_AT_ONCE)
+        parts = sequential_batches(padded_rows(examples, questions.prompt_length + self._answer - 1), ROWS_AT_ONCE)
         found = [np.sum(np.asarray(self._logprobs(self._lm, part)) * part.weights, axis=1) for part in parts]
         return np.concatenate(found)[: len(examples)].tolist()
 
@@ -143,4 +146,4 @@ def newline_ids(tokenizer: Tokenizer) -> list[int]:
 
 def tasks_for_corpora(corpora: Mapping[str, None] | Sequence[str]) -> list[str]:
     """The tasks that make sense for runs on these corpora: facts and idioms only where the corpus contains them."""
-    return [name for name, task in TASKS.items() if not task.corpus or task.corpus in corpora]
+    return [name for name, task in TASKS.items() if not task.required_corpus or task.required_corpus in corpora]

@@ -84,11 +84,11 @@ def run_emergence(
 
 def print_excluded_runs(ladder: ModelLadder) -> None:
     """Who is not on the ladder, and why."""
-    for one in ladder.absent[:8]:
-        warn(f"{one.path} is {one.state} and not on the ladder: {one.why}")
-    for one in ladder.passed[:8]:
+    for one in ladder.missing[:8]:
+        warn(f"{one.path} is {one.state} and not on the ladder: {one.reason}")
+    for one in ladder.passed_over[:8]:
         say(f"{one.path} is skipped: another run of as many FLOPs has a lower held-out loss")
-    more = len(ladder.absent[8:]) + len(ladder.passed[8:])
+    more = len(ladder.missing[8:]) + len(ladder.passed_over[8:])
     if more:
         say(f"and {more} more are skipped")
 
@@ -107,7 +107,9 @@ def cached_scores(rung: LadderRun, settings: Mapping[str, Any], folder: Path) ->
     levels = sum(len(TASKS[name].levels) for name in settings["tasks"])
     with Progress(str(rung.path), levels, unit="level") as progress:
         done = iter(range(levels))
-        scores = task_scores(trained, tell=lambda name, level: progress.update(next(done), {}), parts=parts, **settings)
+        scores = task_scores(
+            trained, on_level=lambda name, level: progress.update(next(done), {}), parts=parts, **settings
+        )
         progress.update(levels, {})
     write_text(file, json.dumps({"of": of, "scores": scores}) + "\n")
     parts.remove()

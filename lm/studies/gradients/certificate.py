@@ -26,9 +26,9 @@ class BatchDistribution(NamedTuple):
     """Every batch that there is."""
 
     indices: Any  # leaves i32[M,...]
-    chances: np.ndarray  # f64[M], of sum 1
-    batch: Callable[[Any], Any]  # the indices of one batch -> what the stage is given
-    rows: int  # answers in a batch
+    probabilities: np.ndarray  # f64[M], of sum 1
+    make_batch: Callable[[Any], Any]  # the indices of one batch -> what the stage is given
+    answers_per_batch: int  # answers in a batch
 
 
 class Certificate(NamedTuple):
@@ -36,14 +36,14 @@ class Certificate(NamedTuple):
 
     name: str
     objective: str  # whose gradient `exact` is, for people
-    exact: Params | None  # None: zero
+    exact_gradient: Params | None  # None: zero
     update: Update  # with the optimizer RECORDED
-    draws: BatchDistribution
+    batches: BatchDistribution
     params: Params
     frozen: Params
     scale: float = 1.0
-    biased: bool = False
-    part: str = "lm"  # of the parameters
+    is_biased: bool = False
+    param_group: str = "lm"  # of the parameters
 
 
 class CertificateResult(NamedTuple):
@@ -65,47 +65,47 @@ class CertificateResult(NamedTuple):
 
 
 def certificate_of(
-    w: TinyWorld,
+    world: TinyWorld,
     name: str,
     objective: str,
     loss: PolicyLoss | None,
     update: Update,
-    draws: BatchDistribution,
+    batches: BatchDistribution,
     **claimed,
 ) -> Certificate:
     """The certificate of an update of the world's policy: `loss` is the objective's, None where none should pull.
 
-    claimed: scale, biased, part; `temperature` of the policy; `heads`, further parameters.
+    claimed: scale, is_biased, param_group; `temperature` of the policy; `heads`, further parameters.
     """
-    truth = None if loss is None else exact_gradient(w, loss, temperature=claimed.pop("temperature", 1.0))
-    params = {"lm": w.nets.policy, **claimed.pop("heads", {})}
-    frozen = {"ref": w.nets.reference, "teacher": w.nets.teacher}
-    return Certificate(name, objective, truth, update, draws, params, frozen, **claimed)
+    truth = None if loss is None else exact_gradient(world, loss, temperature=claimed.pop("temperature", 1.0))
+    params = {"lm": world.nets.policy, **claimed.pop("heads", {})}
+    frozen = {"ref": world.nets.reference, "teacher": world.nets.teacher}
+    return Certificate(name, objective, truth, update, batches, params, frozen, **claimed)
 
 
 def certificate_result(c: Certificate) -> CertificateResult:
     """The gradient of every batch, their mean, and how far that is from the claim."""
-    found, chances = batch_gradients(c), c.draws.chances
+    found, chances = batch_gradients(c), c.batches.probabilities
     mean = chances @ found
     square = chances @ np.sum(np.square(found), axis=1)
     ours, size = np.linalg.norm(mean), np.sqrt(square)
-    variance = c.draws.rows * max(square - ours**2, 0.0)
-    if c.exact is None:
+    variance = c.batches.answers_per_batch * max(square - ours**2, 0.0)
+    if c.exact_gradient is None:
         norm, off, scale, residue, cosine, noise = 0.0, ours / size, None, None, None, None
         error = off
     else:
-        truth = np.asarray(ravel_pytree(c.exact)[0], np.float64)
+        truth = np.asarray(ravel_pytree(c.exact_gradient)[0], np.float64)
         norm = np.linalg.norm(truth) * abs(c.scale)
         off = np.linalg.norm(mean - c.scale * truth) / norm
         scale = mean @ truth / (truth @ truth)
         residue = np.linalg.norm(mean - scale * truth) / ours
         cosine = mean @ truth / (ours * np.linalg.norm(truth))
         noise = variance / ours**2
-        error = residue if c.biased else off
-    holds = error > MIN_BIAS if c.biased else error < UNBIASED_TOLERANCE
+        error = residue if c.is_biased else off
+    holds = error > MIN_BIAS if c.is_biased else error < UNBIASED_TOLERANCE
     numbers = (norm, ours, size, off, scale, residue, cosine, variance, noise)
     return CertificateResult(
-        c.name, c.objective, c.biased, bool(holds), *(None if x is None else float(x) for x in numbers)
+        c.name, c.objective, c.is_biased, bool(holds), *(None if x is None else float(x) for x in numbers)
     )
 
 
@@ -119,14 +119,14 @@ def batch_gradients(c: Certificate) -> np.ndarray:
     state = c.update.init(jax.random.key(0), c.params, c.frozen)
 
     def one(indices):
-        after, _ = c.update.update(state, c.draws.batch(indices))
-        return ravel_pytree(after.opt_state.trace[c.part])[0]
+        after, _ = c.update.update(state, c.batches.make_batch(indices))
+        return ravel_pytree(after.opt_state.trace[c.param_group])[0]
 
-    count = len(c.draws.chances)
+    count = len(c.batches.probabilities)
     found = []
     for start in range(0, count, BATCHES_AT_ONCE):
         piece = np.minimum(np.arange(start, start + BATCHES_AT_ONCE), count - 1)
-        found.append(np.asarray(jax.vmap(one)(jax.tree.map(lambda x: jnp.asarray(x[piece]), c.draws.indices))))
+        found.append(np.asarray(jax.vmap(one)(jax.tree.map(lambda x: jnp.asarray(x[piece]), c.batches.indices))))
     return np.concatenate(found)[:count].astype(np.float64)
 
 

@@ -48,8 +48,8 @@ def imitation_loss(w: TinyWorld, target: np.ndarray) -> PolicyLoss:
 
 def expected_prefix_loss(w: TinyWorld, writer: Params, each: Callable[[Array], Array]) -> PolicyLoss:
     """E over answers of `writer`, held fixed, of the sum over tokens of each(said) f32[X,Y,N]."""
-    fixed = answer_probabilities(w, writer)[:, :, None] * w.real
-    return lambda said: jnp.mean(jnp.sum(jnp.where(w.real > 0, fixed * each(said), 0.0), axis=(1, 2)))
+    fixed = answer_probabilities(w, writer)[:, :, None] * w.answer_mask
+    return lambda said: jnp.mean(jnp.sum(jnp.where(w.answer_mask > 0, fixed * each(said), 0.0), axis=(1, 2)))
 
 
 def kl_divergence(log_p: Array, log_q: Array) -> Array:
@@ -96,7 +96,7 @@ def pairwise_differences(x):
 def clipped_reward_loss(w: TinyWorld) -> PolicyLoss:
     """-E over the sampler's answers of the sum over tokens of min(ratio * r, clip(ratio, 0.8, 1.2) * r)."""
     old = realized_logprobs(w, next_token_logprobs(w, w.nets.sampler))
-    fixed = answer_probabilities(w, w.nets.sampler)[:, :, None] * w.real
+    fixed = answer_probabilities(w, w.nets.sampler)[:, :, None] * w.answer_mask
     r = w.rewards[:, :, None]
 
     def loss(said):
@@ -118,7 +118,7 @@ def prefix_values(w: TinyWorld, *, beta: float) -> np.ndarray:
     to_come = np.asarray(w.rewards)[:, :, None] - beta * np.cumsum(paid[:, :, ::-1], axis=2)[:, :, ::-1]
     found = np.zeros_like(to_come)
     for y, n in itertools.product(range(len(w.answers)), range(MAX_ANSWER_LENGTH)):
-        if w.real[y, n]:
+        if w.answer_mask[y, n]:
             same = [answer[:n] == w.answers[y][:n] for answer in w.answers]
             found[:, y, n] = np.sum(same * p * to_come[:, :, n], axis=1) / np.sum(same * p, axis=1)
     return found
@@ -127,6 +127,9 @@ def prefix_values(w: TinyWorld, *, beta: float) -> np.ndarray:
 def answer_hidden_states(w: TinyWorld) -> Array:
     """The policy's states where it predicts each token of an answer, f32[X,Y,N,D]; 0 after its end."""
     t = w.tokens
-    x = w.nets.model.hidden(w.nets.policy, t.inputs, t.positions, t.segments)
+    x = w.nets.model.hidden_states(w.nets.policy, t.inputs, t.positions, t.segments)
     x = x.reshape(len(PROMPTS), len(w.answers), *x.shape[1:])
-    return jnp.stack([x[i, :, len(p) - 1 :][:, :MAX_ANSWER_LENGTH] for i, p in enumerate(PROMPTS)]) * w.real[:, :, None]
+    return (
+        jnp.stack([x[i, :, len(p) - 1 :][:, :MAX_ANSWER_LENGTH] for i, p in enumerate(PROMPTS)])
+        * w.answer_mask[:, :, None]
+    )

@@ -109,12 +109,12 @@ def preference_certificates(nets: Networks) -> Iterator[Certificate]:
         return -m[:, :, None] + 0.1 * softplus(-pairwise_differences(m - jnp.log(1 - jnp.exp(m))))
 
     ratio = lambda said: answer_logprobs(w, said) - log_q
-    mean_ratio = lambda said: ratio(said) / w.lengths
-    mean_logprob = lambda said: answer_logprobs(w, said) / w.lengths
+    mean_ratio = lambda said: ratio(said) / w.answer_lengths
+    mean_logprob = lambda said: answer_logprobs(w, said) / w.answer_lengths
     make = lambda stage, **options: stage.make(model, GRADIENT_RECORDER, **options)
     for name, update, has, loss in (
         ("DPO", make(dpo, beta=BETA), ratio, lambda h: softplus(-BETA * pairwise_differences(h))),
-        ("cDPO", make(dpo, beta=BETA, smoothing=0.1), ratio, cdpo),
+        ("cDPO", make(dpo, beta=BETA, label_smoothing=0.1), ratio, cdpo),
         ("IPO", make(ipo, beta=BETA), mean_ratio, lambda h: jnp.square(pairwise_differences(h) - 1 / (2 * BETA))),
         ("SimPO", make(simpo, beta=2.0, gamma=1.0), mean_logprob, lambda m: softplus(1 - 2 * pairwise_differences(m))),
         ("ORPO", make(orpo, odds_coefficient=0.1), mean_logprob, odds),
@@ -133,12 +133,12 @@ def kto_certificates(w: TinyWorld, beta: float = 2.0) -> Iterator[Certificate]:
     other = answer_probabilities(w, w.nets.sampler)[::-1]  # the chance of each answer to the other prompt
     prompt = pairs.indices[0][:, :1] // Y
     mismatched = (prompt * Y + np.arange(Y)).reshape(-1)
-    likely = (pairs.chances[:, None] * other[prompt[:, 0]]).reshape(-1)
+    likely = (pairs.probabilities[:, None] * other[prompt[:, 0]]).reshape(-1)
     indices = jax.tree.map(lambda x: np.repeat(x, Y, axis=0), pairs.indices)
 
     def batch(indices) -> RankedAnswers:
         pair, row = indices
-        return pairs.batch(pair).replace(mismatched=rows_by_index(w.tokens, row[None]))
+        return pairs.make_batch(pair).replace(mismatched_tokens=rows_by_index(w.tokens, row[None]))
 
     def against(points: np.ndarray, weights: np.ndarray) -> PolicyLoss:
         """The loss with the reference points f64[X,Z], each as often as its weight."""
@@ -160,7 +160,7 @@ def kto_certificates(w: TinyWorld, beta: float = 2.0) -> Iterator[Certificate]:
         BatchDistribution((indices, mismatched), likely, batch, 2),
     )
     yield certificate_of(w, "KTO", "eq. 8, z = max(0,r')", drawn, update, draws)
-    yield certificate_of(w, "KTO", "eq. 8, z = KL(p,q)", known, update, draws, biased=True)
+    yield certificate_of(w, "KTO", "eq. 8, z = KL(p,q)", known, update, draws, is_biased=True)
 
 
 def optimum_certificates(nets: Networks) -> Iterator[Certificate]:
@@ -170,18 +170,20 @@ def optimum_certificates(nets: Networks) -> Iterator[Certificate]:
     h, make = answer_log_ratios(w), functools.partial(dpo.make, nets.model, GRADIENT_RECORDER)
     wins = sigmoid(BETA * pairwise_differences(h))
     still = functools.partial(certificate_of, w, loss=None, objective="p = q exp(r/β) / Z")
-    yield still("DPO", update=make(beta=BETA), draws=pairwise_batches(w, wins))
+    yield still("DPO", update=make(beta=BETA), batches=pairwise_batches(w, wins))
     four = ranking_batches(small, BETA * answer_log_ratios(small))
     yield certificate_of(small, "DPO, rankings of 4", "p = q exp(r/β) / Z", None, make(beta=BETA), four)
     noisy = pairwise_batches(w, flipped_wins(wins))
-    yield still("DPO, a tenth flipped", update=make(beta=BETA), draws=noisy, biased=True)
-    yield still("cDPO, a tenth flipped", update=make(beta=BETA, smoothing=FLIP_PROBABILITY), draws=noisy, biased=True)
+    yield still("DPO, a tenth flipped", update=make(beta=BETA), batches=noisy, is_biased=True)
+    yield still(
+        "cDPO, a tenth flipped", update=make(beta=BETA, label_smoothing=FLIP_PROBABILITY), batches=noisy, is_biased=True
+    )
     # A lead that smoothing cannot reach is nobody's optimum: beta keeps all within it.
     beta = 0.9 * np.log(1 / FLIP_PROBABILITY - 1) / np.abs(pairwise_differences(h)).max()
     sharper = (sigmoid(beta * pairwise_differences(h)) - FLIP_PROBABILITY) / (1 - 2 * FLIP_PROBABILITY)
-    update = make(beta=beta, smoothing=FLIP_PROBABILITY)
+    update = make(beta=beta, label_smoothing=FLIP_PROBABILITY)
     yield certificate_of(w, "cDPO", "σ(βd) = .1 + .8 P", None, update, pairwise_batches(w, sharper))
-    means = pairwise_differences(h / w.lengths)
+    means = pairwise_differences(h / w.answer_lengths)
     beta = 0.9 / (2 * np.abs(means).max())
     update = ipo.make(nets.model, GRADIENT_RECORDER, beta=beta)
     yield certificate_of(w, "IPO", "d = (P - ½) / β", None, update, pairwise_batches(w, 0.5 + beta * means))
@@ -190,21 +192,25 @@ def optimum_certificates(nets: Networks) -> Iterator[Certificate]:
 def reward_model_certificates(nets: Networks) -> Iterator[Certificate]:
     """Reward models, which read an answer to its last token."""
     w, model = short_answer_world(nets), nets.model
-    x = model.hidden(nets.policy, w.tokens.inputs, w.tokens.positions, w.tokens.segments)
+    x = model.hidden_states(nets.policy, w.tokens.inputs, w.tokens.positions, w.tokens.segments)
     ends = np.array([len(prompt) + len(answer) - 1 for prompt in PROMPTS for answer in w.answers])
-    scores = np.asarray(model.value(nets.head, x[np.arange(len(x)), ends]), np.float64).reshape(len(PROMPTS), -1)
+    scores = np.asarray(model.value(nets.value_head, x[np.arange(len(x)), ends]), np.float64).reshape(len(PROMPTS), -1)
     wins = sigmoid(pairwise_differences(scores))
-    heads = {"value": jax.tree.map(lambda x: x[..., None], nets.head)}  # of one axis
-    make = lambda stage, **options: stage.make(model, GRADIENT_RECORDER, centring=0.0, **options)
-    still = functools.partial(certificate_of, w, objective="r is the rater's", loss=None, heads=heads, part="value")
-    yield still("reward", update=make(reward), draws=pairwise_batches(w, wins))
-    yield still("reward, rankings of 4", update=make(reward), draws=ranking_batches(w, scores))
-    yield still("listwise, rankings of 4", update=make(listwise), draws=ranking_batches(w, scores))
+    heads = {"value": jax.tree.map(lambda x: x[..., None], nets.value_head)}  # of one axis
+    make = lambda stage, **options: stage.make(model, GRADIENT_RECORDER, centring_coefficient=0.0, **options)
+    still = functools.partial(
+        certificate_of, w, objective="r is the rater's", loss=None, heads=heads, param_group="value"
+    )
+    yield still("reward", update=make(reward), batches=pairwise_batches(w, wins))
+    yield still("reward, rankings of 4", update=make(reward), batches=ranking_batches(w, scores))
+    yield still("listwise, rankings of 4", update=make(listwise), batches=ranking_batches(w, scores))
     yield still(
-        "reward, a tenth flipped", update=make(reward), draws=pairwise_batches(w, flipped_wins(wins)), biased=True
+        "reward, a tenth flipped", update=make(reward), batches=pairwise_batches(w, flipped_wins(wins)), is_biased=True
     )
     yield still(
-        "  flipped = 0.1", update=make(reward, flipped=FLIP_PROBABILITY), draws=pairwise_batches(w, flipped_wins(wins))
+        "  flipped = 0.1",
+        update=make(reward, flip_probability=FLIP_PROBABILITY),
+        batches=pairwise_batches(w, flipped_wins(wins)),
     )
 
 
@@ -212,7 +218,7 @@ def distillation_certificates(nets: Networks) -> Iterator[Certificate]:
     w, uneven, model = fixed_length_world(nets), ragged_world(nets), nets.model
 
     def texts(w: TinyWorld, writer: Params) -> BatchDistribution:
-        return rollout_batches(w, sampler=writer)._replace(batch=lambda rows: rows_by_index(w.tokens, rows))
+        return rollout_batches(w, sampler=writer)._replace(make_batch=lambda rows: rows_by_index(w.tokens, rows))
 
     say = next_token_logprobs(w, nets.teacher)
     own, peoples, students = (texts(w, writer) for writer in (nets.teacher, nets.sampler, nets.policy))
@@ -225,7 +231,7 @@ def distillation_certificates(nets: Networks) -> Iterator[Certificate]:
     yield half("SFT", "½ E log p", imitation_loss(w, answer_probabilities(w, nets.sampler)), likelihood, peoples)
     target = imitation_loss(uneven, answer_probabilities(uneven, nets.sampler))
     yield certificate_of(
-        uneven, "  its token mean", "E log p", target, likelihood, texts(uneven, nets.sampler), biased=True
+        uneven, "  its token mean", "E log p", target, likelihood, texts(uneven, nets.sampler), is_biased=True
     )
     yield half("distill, teacher's", "½ KL(t,p)", alike, make(distill), own)
     forward = expected_prefix_loss(w, nets.sampler, lambda said: kl_divergence(say, said))
@@ -243,4 +249,4 @@ def distillation_certificates(nets: Networks) -> Iterator[Certificate]:
     whole = lambda said: jnp.mean(
         jnp.sum(jnp.exp(answer_logprobs(w, said)) * (answer_logprobs(w, said) - log_t), axis=1)
     )
-    yield certificate_of(w, "GKD", "KL(p,t)", whole, make(gkd), students, biased=True)
+    yield certificate_of(w, "GKD", "KL(p,t)", whole, make(gkd), students, is_biased=True)

@@ -30,7 +30,7 @@ class Networks(NamedTuple):
     reference: Params
     sampler: Params
     teacher: Params
-    head: Params  # a scalar head that nothing was trained with
+    value_head: Params  # a scalar head that nothing was trained with
 
 
 class TinyWorld(NamedTuple):
@@ -42,14 +42,14 @@ class TinyWorld(NamedTuple):
     rewards: Array  # f32[X,Y], some of them equal
 
     @property
-    def real(self) -> np.ndarray:
+    def answer_mask(self) -> np.ndarray:
         """f64[Y,N]: 1 on an answer's own tokens."""
         return np.array([[n < len(answer) for n in range(MAX_ANSWER_LENGTH)] for answer in self.answers], np.float64)
 
     @property
-    def lengths(self) -> np.ndarray:
+    def answer_lengths(self) -> np.ndarray:
         """f64[Y]: tokens an answer."""
-        return self.real.sum(axis=1)
+        return self.answer_mask.sum(axis=1)
 
 
 def ragged_world(nets: Networks) -> TinyWorld:
@@ -104,7 +104,7 @@ def next_token_logprobs(w: TinyWorld, lm: Params, *, temperature: float = 1.0) -
     inputs = _padded_rows([(*prompt, *string) for prompt in PROMPTS for string in ALL_STRINGS], ROW_LENGTH)[:, :-1]
     positions = jnp.broadcast_to(jnp.arange(T), inputs.shape)
     # One segment to the end of each row: causality alone hides what follows.
-    logits = model.logits(lm, model.hidden(lm, inputs, positions, jnp.ones_like(inputs)))
+    logits = model.logits(lm, model.hidden_states(lm, inputs, positions, jnp.ones_like(inputs)))
     logits = logits.reshape(X, len(ALL_STRINGS), T, VOCAB_SIZE)
     after = jnp.stack([logits[x, :, len(prompt) - 1 :][:, :MAX_ANSWER_LENGTH] for x, prompt in enumerate(PROMPTS)])
     opens = [ALL_STRINGS.index((*answer, *[0] * (MAX_ANSWER_LENGTH - len(answer)))) for answer in w.answers]
@@ -114,7 +114,7 @@ def next_token_logprobs(w: TinyWorld, lm: Params, *, temperature: float = 1.0) -
 def realized_logprobs(w: TinyWorld, said: Array) -> Array:
     """log p of each token of each answer, f32[X,Y,N], from what a network `said`; 0 after an answer's end."""
     ids = np.asarray(_padded_rows(w.answers, MAX_ANSWER_LENGTH))
-    written = (ids[:, :, None] == np.arange(VOCAB_SIZE)) & (w.real[:, :, None] > 0)
+    written = (ids[:, :, None] == np.arange(VOCAB_SIZE)) & (w.answer_mask[:, :, None] > 0)
     return jnp.sum(jnp.where(written, said, 0.0), axis=-1)
 
 
@@ -139,14 +139,14 @@ def tabular_networks(seed: int = 0) -> Networks:
         seen = jnp.where(np.tri(T, dtype=bool), inputs[:, None, :], -1)
         return jnp.all(seen[:, :, None, :] == table[:, :T], axis=-1).astype(jnp.float32)
 
-    model = make_model(_tiny_config(width=len(prefixes), hidden=1, tied=False))._replace(hidden=hidden)
+    model = make_model(_tiny_config(width=len(prefixes), hidden=1, tie_embeddings=False))._replace(hidden_states=hidden)
     start = {"head": np.zeros((len(prefixes), VOCAB_SIZE))}
     return _perturbed_networks(model, start, seed, shaken=0.8, apart=0.5)
 
 
 def transformer_networks(seed: int = 0) -> Networks:
     """A decoder of lm.model: one layer of width 12, two query heads that share one of keys."""
-    model = make_model(_tiny_config(width=12, hidden=16, tied=True))
+    model = make_model(_tiny_config(width=12, hidden=16, tie_embeddings=True))
     return _perturbed_networks(model, jax.jit(model.init)(jax.random.key(seed)), seed, shaken=0.2, apart=0.2)
 
 
@@ -154,7 +154,7 @@ def _tiny_config(**sizes) -> ModelConfig:
     config = ModelConfig(
         vocab_size=VOCAB_SIZE, layers=1, heads=2, kv_heads=1, head_size=4, context=ROW_LENGTH, query_blocks=1, **sizes
     )
-    return config.on("cpu")
+    return config.for_backend("cpu")
 
 
 def _perturbed_networks(model: Model, start: Params, seed: int, *, shaken: float, apart: float) -> Networks:
@@ -172,13 +172,13 @@ def _perturbed_networks(model: Model, start: Params, seed: int, *, shaken: float
 
 def _compiled_by_function(model: Model) -> Model:
     """The model, each of its functions compiled once: see certificate.gradients."""
-    hidden, scores = jax.jit(model.hidden), jax.jit(model.scores, static_argnames="temperature")
+    hidden, scores = jax.jit(model.hidden_states), jax.jit(model.target_stats, static_argnames="temperature")
 
     def token_logprobs(lm, tokens, *, temperature=1.0):
         x = hidden(lm, tokens.inputs, tokens.positions, tokens.segments)
         return scores(lm, x, tokens.targets, temperature=temperature).logprobs
 
-    return model._replace(hidden=hidden, scores=scores, token_logprobs=token_logprobs)
+    return model._replace(hidden_states=hidden, target_stats=scores, token_logprobs=token_logprobs)
 
 
 POLICIES: Mapping[str, Callable[[], Networks]] = {"tabular": tabular_networks, "transformer": transformer_networks}

@@ -81,7 +81,7 @@ def run_methods_study(config: ConfigDict, path: str | Path) -> dict[str, Any]:
     """Trains whatever has not finished, lets it answer, writes the page; returns the summary."""
     require_entries(config, CONFIG_KEYS, "lm contest")
     entries, started = method_entries(config), time.monotonic()
-    with open_workdir(path, to_dict(config), harmless=("seeds", "methods")) as workdir:
+    with open_workdir(path, to_dict(config), changeable_keys=("seeds", "methods")) as workdir:
         start = load_policy(config.init_from, backend=jax.default_backend(), warn=warn)
         questions = call_with_options(
             study_functions(config)["prompts"].function, config.prompts, start.tokenizer, name="prompts"
@@ -161,8 +161,8 @@ def method_entry(config: ConfigDict, name: str) -> MethodEntry:
     )
     if stage in REWARD_MODEL_STAGES or not learns_from or name in (START_MODEL, RANKINGS_DIR):
         raise UserError(f"{name} (stage {stage}) trains no policy from rewards or rankings: it cannot take part")
-    if "resample" in config[name].data and config[name].data.resample:
-        raise UserError(f"{name}.data.resample draws answers beyond the budget: set it to 0")
+    if "resample_rounds" in config[name].data and config[name].data.resample_rounds:
+        raise UserError(f"{name}.data.resample_rounds draws answers beyond the budget: set it to 0")
     return MethodEntry(config[name], learns_from)
 
 
@@ -200,7 +200,7 @@ def run_budget(
         seen = read_jsonl_rankings(root / RANKINGS_DIR / str(seed) / auto_rank.RANKINGS_FILE)[
             : config[RANKINGS_DIR].rank.prompts
         ]
-        ids = tokenizer.encode_all(text for ranking in seen for text in ranking.responses)
+        ids = tokenizer.encode_batch(text for ranking in seen for text in ranking.responses)
         sampled = float(sum(len(each) + 1 for each in ids))
         share = summary["about"]["prompts"] / len(seen)
         passes = entry.config.train.steps * data.prompts_per_batch / summary["about"]["prompts"]
@@ -259,7 +259,7 @@ def answer_recorder(
             given = parts.once("answers", lambda: sampled(path, seed))
             gold, learned = (judge(questions.prompts.contexts, given["text"]) for judge in (REWARDS[rater], proxy))
             columns = {
-                "conversation": questions.conversations.tolist(),
+                "conversation": questions.conversation_ids.tolist(),
                 "prompt": questions.prompts.contexts,
                 **given,
                 "gold": gold.tolist(),

@@ -27,9 +27,9 @@ class RewardCurve(NamedTuple):
     """One way of climbing one proxy: K stations, P prompts. Gains are over the start, in deviations of its answers."""
 
     method: str  # BEST_OF_N or PPO
-    verdicts: int  # that the proxy learned from
+    rankings: int  # that the proxy learned from
     members: int  # 1: a single proxy; more: an ensemble
-    stations: Sequence[int]  # n, or updates
+    amounts: Sequence[int]  # n, or updates
     kl: np.ndarray  # f64[K,P]
     gold: np.ndarray  # f64[K,P]
     proxy: np.ndarray  # f64[K,P]
@@ -42,7 +42,7 @@ class RewardCurve(NamedTuple):
     @property
     def name(self) -> str:
         proxies = "one proxy" if self.members == 1 else f"{self.members} proxies"
-        return f"{self.method}, {self.verdicts:,} verdicts, {proxies}"
+        return f"{self.method}, {self.rankings:,} verdicts, {proxies}"
 
 
 def within_prompt_deviation(scores: np.ndarray) -> float:

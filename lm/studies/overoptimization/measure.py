@@ -81,7 +81,7 @@ class GoldEvaluator:
         self._ask = policy_answerer(start, max_new=max_new, temperature=temperature, rows_at_once=rows_at_once)
         self.longest = reward_row_length(questions.prompts.ids.shape[1], max_new)
 
-    def pool(self) -> tuple[list[list[str]], np.ndarray]:
+    def answer_pool(self) -> tuple[list[list[str]], np.ndarray]:
         """Texts [N][P] of the start's answers and their gold scores f32[N,P]; kept in pool.jsonl."""
         path, lm = self.root / "pool.jsonl", self.start.params["lm"]
         if not path.exists():
@@ -106,7 +106,7 @@ class GoldEvaluator:
         """The proxy of a workdir, which must read every prompt and answer whole."""
         return reward_from_workdir(path, self.start.tokenizer, self.longest)[1]
 
-    def measured(
+    def policy_scores(
         self, policy: TrainedModel, proxy: Reward, station: int, parts: PartialResults
     ) -> dict[str, list[float]]:
         """KL, gold and proxy score of each prompt's answers by a policy, their means over the draws."""
@@ -127,7 +127,7 @@ class GoldEvaluator:
 
 def pool_scores(lab: GoldEvaluator, config: ConfigDict) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Gold scores f64[P,N] of the pool, and those of every proxy f64[members,P,N] by its number of verdicts."""
-    texts, gold = lab.pool()
+    texts, gold = lab.answer_pool()
     contexts, flat = list(lab.contexts) * len(texts), [text for row in texts for text in row]
     proxies = {}
     for size, member in itertools.product(config.sizes, range(config.members)):
@@ -201,7 +201,7 @@ def ppo_curve(
             if not file.exists():
                 policy = load_trained_model(path, backend=jax.default_backend(), step=station, warn=warn)
                 parts = PartialResults(file.with_suffix(".parts.jsonl"))
-                write_text(file, json.dumps(lab.measured(policy, proxy, station, parts)))
+                write_text(file, json.dumps(lab.policy_scores(policy, proxy, station, parts)))
                 parts.remove()
             found.append(read_json(file))
             progress.update(i + 1, {name: float(np.mean(values)) for name, values in found[-1].items()})

@@ -49,9 +49,9 @@ def study_summary(
             {
                 "name": curve.name,
                 "method": curve.method,
-                "verdicts": curve.verdicts,
+                "verdicts": curve.rankings,
                 "members": curve.members,
-                "stations": list(curve.stations),
+                "stations": list(curve.amounts),
                 "distance": curve.distance.tolist(),
                 "gold": [mean_estimate(each)._asdict() for each in curve.gold],
                 "proxy": [mean_estimate(each)._asdict() for each in curve.proxy],
@@ -112,7 +112,7 @@ def ensemble_gains(
             }
         )
         one, several = (
-            next(c for c in curves if (c.method, c.verdicts, c.members) == (PPO, size, count))
+            next(c for c in curves if (c.method, c.rankings, c.members) == (PPO, size, count))
             for count in (1, len(members))
         )
         found.append({"method": PPO, "verdicts": size, **mean_estimate(several.gold[-1] - one.gold[-1])._asdict()})

@@ -39,13 +39,13 @@ def run_column(runs, name: str) -> np.ndarray:
 def draw_isoflops(summary: Mapping[str, Any], grown: IsoflopFit, axes: Axes) -> None:
     """Loss over size at each budget, its parabola and where that is lowest."""
     for (budget, runs), valley, colour in zip(
-        runs_by_budget(summary).items(), grown.valleys, itertools.cycle(SERIES_COLORS)
+        runs_by_budget(summary).items(), grown.minima, itertools.cycle(SERIES_COLORS)
     ):
         n, tokens, flops, loss = (run_column(runs, name) for name in ("parameters", "tokens", "flops", "loss"))
         curve = IsoflopParabola(BudgetRuns(n, tokens, flops, loss))
         fine = np.linspace(np.log(n.min()), np.log(n.max()), 100)
         axes.plot(n, loss, "o", color=colour, markersize=4, label=f"{budget:.1e}")
-        axes.plot(np.exp(fine), curve.at(fine), color=colour, linewidth=1.2)
+        axes.plot(np.exp(fine), curve.loss_at(fine), color=colour, linewidth=1.2)
         if np.isfinite(valley.parameters):
             axes.plot(valley.parameters, valley.loss, "v", color=TEXT_COLOR, markersize=6)
     axes.set_xscale("log")
@@ -59,17 +59,15 @@ def draw_best_sizes(summary: Mapping[str, Any], grown: Mapping[str, IsoflopFit],
     """The valleys' N and D over compute, by two ways of counting, with their lines."""
     axes.set_title("how the best size and length grow", fontsize=9)
     if not any(
-        np.isfinite(valley.flops)
-        for name in (COUNTED_FLOPS, SIX_ND_WITHOUT_EMBEDDING)
-        for valley in grown[name].valleys
+        np.isfinite(valley.flops) for name in (COUNTED_FLOPS, SIX_ND_WITHOUT_EMBEDDING) for valley in grown[name].minima
     ):
         axes.text(0.5, 0.5, "no budget has a best size", ha="center", transform=axes.transAxes)
         return
     for name, marker in ((COUNTED_FLOPS, "o"), (SIX_ND_WITHOUT_EMBEDDING, "s")):
         one = grown[name]
-        flops = np.array([valley.flops for valley in one.valleys])
-        for what, colour, (slope, offset) in zip(("parameters", "tokens"), (TRAIN_COLOR, HELD_OUT_COLOR), one.line):
-            best = np.array([getattr(valley, what) for valley in one.valleys])
+        flops = np.array([valley.flops for valley in one.minima])
+        for what, colour, (slope, offset) in zip(("parameters", "tokens"), (TRAIN_COLOR, HELD_OUT_COLOR), one.lines):
+            best = np.array([getattr(valley, what) for valley in one.minima])
             label = f"{'N' if what == 'parameters' else 'D'}, {name.split(', N ')[1]}"
             label += f": C^{slope:.2f}" if np.isfinite(slope) else ""
             filled = colour if name == COUNTED_FLOPS else "none"
@@ -91,7 +89,7 @@ def draw_loss_over_compute(summary: Mapping[str, Any], law: ParametricFit, axes:
         axes.plot(run_column(runs, "flops"), run_column(runs, "loss"), "o", color=colour, markersize=3.5)
     larger, predicted = summary["larger"], summary["prediction"]["loss"]
     flops = np.geomspace(min(run["flops"] for run in summary["runs"]), 1.3 * larger["flops"], 80)
-    low, high = np.array([law.of(lambda one, c=c: one.loss(*one.optimum(c)))[2:] for c in flops]).T
+    low, high = np.array([law.estimate(lambda one, c=c: one.loss(*one.optimum(c)))[2:] for c in flops]).T
     axes.fill_between(flops, low, high, color=TEXT_COLOR, alpha=0.2, linewidth=0)
     axes.plot(
         flops, law.law.loss(*law.law.optimum(flops)), color=TEXT_COLOR, linewidth=1.0, label="law, best N and D of 6ND"

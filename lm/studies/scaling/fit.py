@@ -24,12 +24,13 @@ def fitted_laws(
 ) -> tuple[Mapping[str, IsoflopFit], Mapping[str, ParametricFit]]:
     """Parabolas by each way of counting, and the law with N as Hoffmann et al. and as Kaplan et al. count it."""
     parabolas = {
-        name: isoflop_fit(budgets_by_convention(found, name), draws=plan.draws)
+        name: isoflop_fit(budgets_by_convention(found, name), draws=plan.bootstrap_draws)
         for name in (COUNTED_FLOPS, SIX_ND, SIX_ND_WITHOUT_EMBEDDING)
     }
     tables = {SIX_ND: run_points(found), SIX_ND_WITHOUT_EMBEDDING: run_points(found, embedding=False)}
     laws = {
-        name: parametric_fit(checked_points(table, "the ladder"), draws=plan.draws) for name, table in tables.items()
+        name: parametric_fit(checked_points(table, "the ladder"), draws=plan.bootstrap_draws)
+        for name, table in tables.items()
     }
     return parabolas, laws
 
@@ -37,7 +38,7 @@ def fitted_laws(
 def compute_optimal_size(parabolas: Mapping[str, IsoflopFit], laws: Mapping[str, ParametricFit], flops: float) -> float:
     """Parameters that do best with `flops`, as the parabolas' line has it; as the law has it where there is no line."""
     line = parabolas[COUNTED_FLOPS]
-    return line.optimum(flops)[0] if line.sizes else laws[SIX_ND].law.optimum(flops)[0]
+    return line.optimum(flops)[0] if line.size_exponent else laws[SIX_ND].law.optimum(flops)[0]
 
 
 def loss_prediction(laws: Mapping[str, ParametricFit], rung: PlannedRun) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def scaling_summary(
     laws: Mapping[str, ParametricFit],
     prediction: Mapping[str, Any],
     larger: ScalingRun,
-    begun: str,
+    started_at: str,
 ) -> dict[str, Any]:
     """Everything as JSON. begun: when the larger run was first started."""
     return {
@@ -67,17 +68,17 @@ def scaling_summary(
         "runs": [run_json(run) for run in found],
         "growth": {
             name: {
-                "valleys": [valley_json(valley) for valley in one.valleys],
-                "sizes": one.sizes and one.sizes._asdict(),
-                "tokens": one.tokens and one.tokens._asdict(),
-                "line": one.line if one.sizes else None,
-                "lost": one.lost,
+                "valleys": [valley_json(valley) for valley in one.minima],
+                "sizes": one.size_exponent and one.size_exponent._asdict(),
+                "tokens": one.token_exponent and one.token_exponent._asdict(),
+                "line": one.lines if one.size_exponent else None,
+                "lost": one.failed_fraction,
             }
             for name, one in parabolas.items()
         },
         "laws": {name: {key: e._asdict() for key, e in law.estimates().items()} for name, law in laws.items()},
         "prediction": dict(prediction),
-        "larger": {**run_json(larger), "begun": begun},
+        "larger": {**run_json(larger), "begun": started_at},
     }
 
 

@@ -38,14 +38,14 @@ class IsoflopMinimum(NamedTuple):
 class IsoflopFit(NamedTuple):
     """How the best size and the best number of tokens grow with the cost, with 95 % intervals."""
 
-    valleys: Sequence[IsoflopMinimum]
-    sizes: Estimate | None  # a of N_opt ~ C^a; None where fewer than two budgets have a valley
-    tokens: Estimate | None  # b of D_opt ~ C^b
-    line: Sequence[tuple[float, float]]  # (slope, offset) of log N_opt and of log D_opt over log C
-    lost: float  # the share of redrawn tables in which fewer than two budgets have a valley
+    minima: Sequence[IsoflopMinimum]
+    size_exponent: Estimate | None  # a of N_opt ~ C^a; None where fewer than two budgets have a valley
+    token_exponent: Estimate | None  # b of D_opt ~ C^b
+    lines: Sequence[tuple[float, float]]  # (slope, offset) of log N_opt and of log D_opt over log C
+    failed_fraction: float  # the share of redrawn tables in which fewer than two budgets have a valley
 
     def optimum(self, flops: float) -> tuple[float, float]:
-        return tuple(float(np.exp(slope * np.log(flops) + offset)) for slope, offset in self.line)
+        return tuple(float(np.exp(slope * np.log(flops) + offset)) for slope, offset in self.lines)
 
 
 def isoflop_fit(budgets: Sequence[BudgetRuns], *, draws: int = 1000, seed: int = 0) -> IsoflopFit:
@@ -58,9 +58,9 @@ def isoflop_fit(budgets: Sequence[BudgetRuns], *, draws: int = 1000, seed: int =
     errors = np.concatenate([fit.errors for fit in fits])
     random = np.random.default_rng(seed)
     redrawn = [
-        fit.lowest(fit.smooth + random.choice(errors, size=(draws, len(fit.smooth)))) for fit in fits
+        fit.minimum(fit.fitted_loss + random.choice(errors, size=(draws, len(fit.fitted_loss)))) for fit in fits
     ]  # f64[draws] of log N, log D, log C each, nan where there is no valley
-    found = [fit.lowest(budget.loss[None]) for fit, budget in zip(fits, budgets)]
+    found = [fit.minimum(budget.loss[None]) for fit, budget in zip(fits, budgets)]
     lines = [line_fits(np.stack([each[i] for each in found]), np.stack([each[2] for each in found])) for i in (0, 1)]
     several = [
         line_fits(np.stack([each[i] for each in redrawn]), np.stack([each[2] for each in redrawn])) for i in (0, 1)
@@ -71,7 +71,7 @@ def isoflop_fit(budgets: Sequence[BudgetRuns], *, draws: int = 1000, seed: int =
         for (slope, _), (many, _) in zip(lines, several)
     ]
     return IsoflopFit(
-        [fit.valley(budget) for fit, budget in zip(fits, budgets)],
+        [fit.isoflop_minimum(budget) for fit, budget in zip(fits, budgets)],
         *estimates,
         [(float(slope[0]), float(offset[0])) for slope, offset in lines],
         float(np.mean(~np.isfinite(several[0][0]))),
@@ -87,12 +87,12 @@ class IsoflopParabola:
         powers = (size - self.middle)[:, None] ** np.arange(3)
         self._solve = np.linalg.pinv(powers)
         self.coefficients = self._solve @ budget.loss
-        self.smooth = powers @ self.coefficients
+        self.fitted_loss = powers @ self.coefficients
         n = len(size)
-        self.errors = (budget.loss - self.smooth) * (n / (n - 3)) ** 0.5
+        self.errors = (budget.loss - self.fitted_loss) * (n / (n - 3)) ** 0.5
         self._tokens, self._flops = self._solve @ np.log(budget.tokens), self._solve @ np.log(budget.flops)
 
-    def lowest(self, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def minimum(self, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """log N, log D and log C, f64[K] each, at the lowest points for losses f64[K,S]; nan where there is none."""
         _, slope, bend = self._solve @ loss.T
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -101,13 +101,13 @@ class IsoflopParabola:
         x = np.where((x >= reach[0]) & (x <= reach[1]), x, np.nan)
         return x + self.middle, *(np.polyval(c[::-1], x) for c in (self._tokens, self._flops))
 
-    def valley(self, budget: BudgetRuns) -> IsoflopMinimum:
-        size, tokens, flops = (float(np.exp(each[0])) for each in self.lowest(budget.loss[None]))
-        loss = float(self.at(np.log(size)))
+    def isoflop_minimum(self, budget: BudgetRuns) -> IsoflopMinimum:
+        size, tokens, flops = (float(np.exp(each[0])) for each in self.minimum(budget.loss[None]))
+        loss = float(self.loss_at(np.log(size)))
         inside = bool(self.low <= np.log(size) <= self.high)
         return IsoflopMinimum(size, tokens, flops, loss, float(self.coefficients[2]), inside)
 
-    def at(self, size):
+    def loss_at(self, size):
         """The parabola's loss at log N."""
         return np.polyval(self.coefficients[::-1], size - self.middle)
 

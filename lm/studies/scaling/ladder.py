@@ -18,10 +18,10 @@ class LadderPlan(NamedTuple):
     """`config.ladder`, checked. Budgets are FLOPs of training, all matrix products and attention counted."""
 
     budgets: Sequence[float]
-    sizes: int
-    larger: float
+    sizes_per_budget: int
+    target_flops: float
     tokens_per_parameter: tuple[float, float]
-    draws: int
+    bootstrap_draws: int
 
 
 class PlannedRun(NamedTuple):
@@ -42,13 +42,13 @@ class PlannedRun(NamedTuple):
 
 def ladder_plan(
     *,
-    lowest: float,
-    highest: float,
-    larger: float,
+    min_flops: float,
+    max_flops: float,
+    target_flops: float,
     budgets: int = 5,
-    sizes: int = 5,
+    sizes_per_budget: int = 5,
     tokens_per_parameter: tuple[float, float] = (1.5, 200.0),
-    draws: int = 1000,
+    bootstrap_draws: int = 1000,
 ) -> LadderPlan:
     """Budgets from `lowest` to `highest` FLOPs, equally spaced in their logarithm; `larger` is run last, after its
     loss is predicted.
@@ -56,16 +56,23 @@ def ladder_plan(
     sizes: runs a budget, from the fewest to the most tokens_per_parameter. draws: of the bootstraps.
     """
     check_at_least(2, "ladder", budgets=budgets)
-    check_at_least(4, "ladder", sizes=sizes)
-    check_at_least(20, "ladder", draws=draws)
-    if not 0 < lowest < highest < larger:
+    check_at_least(4, "ladder", sizes_per_budget=sizes_per_budget)
+    check_at_least(20, "ladder", bootstrap_draws=bootstrap_draws)
+    if not 0 < min_flops < max_flops < target_flops:
         raise UserError(
-            f"ladder.lowest {lowest:g}, highest {highest:g}, larger {larger:g}: each must be above the one before"
+            f"ladder.min_flops {min_flops:g}, max_flops {max_flops:g}, target_flops {target_flops:g}: "
+            "each must be above the one before"
         )
     low, high = tokens_per_parameter
     if not 0 < low < high:
         raise UserError(f"ladder.tokens_per_parameter is {low:g}, {high:g}: give two numbers, the smaller first")
-    return LadderPlan(tuple(map(float, np.geomspace(lowest, highest, budgets))), sizes, larger, (low, high), draws)
+    return LadderPlan(
+        tuple(map(float, np.geomspace(min_flops, max_flops, budgets))),
+        sizes_per_budget,
+        target_flops,
+        (low, high),
+        bootstrap_draws,
+    )
 
 
 def planned_runs(plan: LadderPlan, source: ConfigSource) -> list[PlannedRun]:
@@ -82,13 +89,14 @@ def runs_at_budget(plan: LadderPlan, source: ConfigSource, budget: float) -> lis
         if known[-1].tokens < low * known[-1].parameters / 4 or known[-1].steps < MIN_STEPS:
             break
     left = [one for one in known if one.steps >= MIN_STEPS]
-    if len(left) < plan.sizes:
+    if len(left) < plan.sizes_per_budget:
         raise UserError(
             f"a budget of {budget:.3g} FLOPs pays {MIN_STEPS} steps or more of {len(left)} widths, and a ladder "
-            f"needs {plan.sizes}: raise ladder.lowest, or make data.batch_size, data.length or model.head_size smaller"
+            f"needs {plan.sizes_per_budget}: raise ladder.min_flops, or make data.batch_size, "
+            "data.length or model.head_size smaller"
         )
     chosen = []
-    for target in np.geomspace(high, low, plan.sizes):
+    for target in np.geomspace(high, low, plan.sizes_per_budget):
         chosen.append(min(left, key=lambda one: abs(np.log(one.tokens / one.parameters / target))))
         left.remove(chosen[-1])
     return sorted(chosen, key=lambda one: one.width)
@@ -123,5 +131,5 @@ def nearest_run(source: ConfigSource, budget: float, parameters: float) -> Plann
             break
         best = one
     if best.steps < MIN_STEPS:
-        raise UserError(f"ladder.larger {budget:.3g} pays {best.steps} steps of width {best.width}: raise it")
+        raise UserError(f"ladder.target_flops {budget:.3g} pays {best.steps} steps of width {best.width}: raise it")
     return best

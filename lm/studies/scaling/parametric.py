@@ -38,11 +38,11 @@ class ScalingLaw(NamedTuple):
     def optimum(self, flops):
         """(parameters, tokens) of the least loss at `flops` = 6 N D (theirs, eq. 4)."""
         balance = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        parameters = balance * (flops / 6) ** self.growth
+        parameters = balance * (flops / 6) ** self.size_exponent
         return parameters, flops / 6 / parameters
 
     @property
-    def growth(self) -> float:
+    def size_exponent(self) -> float:
         """a of N_opt ~ C^a; tokens grow by 1 - a."""
         return self.beta / (self.alpha + self.beta)
 
@@ -53,14 +53,16 @@ class ParametricFit(NamedTuple):
     law: ScalingLaw
     resampled: Sequence[ScalingLaw]
     errors: np.ndarray  # f64[P]  log loss less the law's, of each run
-    value: float  # of what was minimised: the sum of Huber losses over delta^2
+    objective: float  # of what was minimised: the sum of Huber losses over delta^2
 
-    def of(self, function) -> Estimate:
+    def estimate(self, function) -> Estimate:
         """function(law) with its 95 % interval, which is of percentiles."""
         return percentile_estimate(function(self.law), [function(law) for law in self.resampled])
 
     def estimates(self) -> Mapping[str, Estimate]:
-        return {name: self.of(lambda law: getattr(law, name)) for name in (*LAW_PARAMETERS, "growth")}
+        """By the name of each parameter; "growth" is the exponent of the best size."""
+        found = {name: self.estimate(lambda law: getattr(law, name)) for name in LAW_PARAMETERS}
+        return {**found, "growth": self.estimate(lambda law: law.size_exponent)}
 
     def predicted_loss(self, parameters: float, tokens: float, *, seed: int = 0) -> Estimate:
         """The loss of one more run. Its interval holds what is unknown of the law, and how far runs fall from it."""
@@ -81,13 +83,13 @@ def percentile_estimate(value: float, draws: Sequence[float]) -> Estimate:
 def parametric_fit(points: Points, *, draws: int = 1000, seed: int = 0) -> ParametricFit:
     """The law of `points`, with `draws` resamplings of them; each of these starts from what the whole table gave."""
     near = CenteredObjective(points)
-    found = near.descended(near.starts())
+    found = near.descents(near.starting_points())
     law, value = near.law(found[0][1]), found[0][0]
     random, resampled = np.random.default_rng(seed), []
     while len(resampled) < draws:
         chosen = random.integers(len(points.loss), size=len(points.loss))
         if len(set(chosen)) >= min(MIN_RUNS, len(points.loss)) - 2:
-            resampled.append(near.law(near.only(chosen).from_near(found[0][1])))
+            resampled.append(near.law(near.subset(chosen).local_minimum(found[0][1])))
     return ParametricFit(
         law, resampled, np.log(points.loss) - np.log(law.loss(points.parameters, points.tokens)), value
     )
@@ -101,7 +103,7 @@ class CenteredObjective:
         self._middle = self._log_parameters.mean(), self._log_tokens.mean()
         self._n, self._d = self._log_parameters - self._middle[0], self._log_tokens - self._middle[1]
 
-    def only(self, chosen: np.ndarray) -> "CenteredObjective":
+    def subset(self, chosen: np.ndarray) -> "CenteredObjective":
         """Of some runs, in the same units."""
         other = object.__new__(CenteredObjective)
         other._middle = self._middle
@@ -113,7 +115,7 @@ class CenteredObjective:
         n, d = self._middle
         return ScalingLaw(float(np.exp(e)), float(np.exp(a + alpha * n)), float(np.exp(b + beta * d)), alpha, beta)
 
-    def starts(self) -> list[np.ndarray]:
+    def starting_points(self) -> list[np.ndarray]:
         """The best of a grid over the exponents and over the shares of E and A' in the least loss."""
         least, grid = self._log_loss.min(), []
         for alpha, beta, floor, part in itertools.product(
@@ -123,25 +125,25 @@ class CenteredObjective:
             grid.append(
                 [least + np.log(floor), least + rest + np.log(part), least + rest + np.log(1 - part), alpha, beta]
             )
-        values = [self.value(np.array(x))[0] for x in grid]
+        values = [self.objective(np.array(x))[0] for x in grid]
         return [np.array(grid[i]) for i in np.argsort(values)[:BEST_STARTS]]
 
-    def descended(self, starts: Sequence[np.ndarray]) -> list[tuple[float, np.ndarray]]:
+    def descents(self, starts: Sequence[np.ndarray]) -> list[tuple[float, np.ndarray]]:
         """(value, x) where L-BFGS ends from each start, the lowest first."""
         low = self._log_loss.min()
         bounds = [(low - 12, low + 2), (low - 12, low + 6), (low - 12, low + 6), (1e-3, 4), (1e-3, 4)]
         found = []
         for start in starts:
-            end = minimize(self.value, start, jac=True, method="L-BFGS-B", bounds=bounds, options=LBFGS_OPTIONS)
+            end = minimize(self.objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=LBFGS_OPTIONS)
             found.append((float(end.fun), end.x))
         return sorted(found, key=lambda pair: pair[0])
 
-    def from_near(self, x: np.ndarray) -> np.ndarray:
+    def local_minimum(self, x: np.ndarray) -> np.ndarray:
         """Where BFGS ends from x."""
         with np.errstate(over="ignore"):
-            return minimize(self.value, x, jac=True, method="BFGS", options={"gtol": 1e-6, "maxiter": 1000}).x
+            return minimize(self.objective, x, jac=True, method="BFGS", options={"gtol": 1e-6, "maxiter": 1000}).x
 
-    def value(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+    def objective(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """The sum over runs of Huber(log-sum-exp of the terms - log loss) / delta^2, and its gradient."""
         e, a, b, alpha, beta = x
         terms = np.stack([np.full_like(self._n, e), a - alpha * self._n, b - beta * self._d])

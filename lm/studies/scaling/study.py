@@ -101,7 +101,7 @@ def print_table_fit(path: str) -> None:
 
 def print_plan(plan: LadderPlan, rungs: Sequence[PlannedRun]) -> None:
     print_table(
-        f"{len(rungs)} runs, then a larger one of {plan.larger:.3g} FLOPs",
+        f"{len(rungs)} runs, then a larger one of {plan.target_flops:.3g} FLOPs",
         ["FLOPs", "width", "parameters", "steps", "tokens", "tokens a parameter"],
         [[r.budget, r.width, r.parameters, r.steps, r.tokens, r.tokens / r.parameters] for r in rungs],
     )
@@ -110,7 +110,7 @@ def print_plan(plan: LadderPlan, rungs: Sequence[PlannedRun]) -> None:
 def run_scaling(flags: Namespace, source: ConfigSource, plan: LadderPlan, rungs: Sequence[PlannedRun]) -> None:
     """Everything in its order, each step skipped if it is done."""
     config, root = source.config({}), Path(flags.workdir)
-    with open_workdir(root, to_dict(config), harmless=()) as workdir:
+    with open_workdir(root, to_dict(config), changeable_keys=()) as workdir:
         write_text(root / PLAN_FILE, json.dumps({"rungs": [rung._asdict() for rung in rungs]}, indent=2) + "\n")
         loop.train_stage(tokenizer_config(config), root / "tokenizer")
         source = source._replace(overrides=(*source.overrides, f"tokenizer={root / 'tokenizer'}"))
@@ -119,7 +119,9 @@ def run_scaling(flags: Namespace, source: ConfigSource, plan: LadderPlan, rungs:
         say(f"\nfitting {len(found)} runs")
         parabolas, laws = fit.fitted_laws(found, plan)
         if not (root / PREDICTION_FILE).exists():
-            rung = ladder.nearest_run(source, plan.larger, fit.compute_optimal_size(parabolas, laws, plan.larger))
+            rung = ladder.nearest_run(
+                source, plan.target_flops, fit.compute_optimal_size(parabolas, laws, plan.target_flops)
+            )
             write_text(root / PREDICTION_FILE, json.dumps(fit.loss_prediction(laws, rung), indent=2) + "\n")
         prediction = read_json(root / PREDICTION_FILE)
         loss = prediction["loss"]
@@ -151,7 +153,7 @@ def run_planned(flags: Namespace, source: ConfigSource, folder: Path, rungs: Seq
     given += ["--retry_failed"] if flags.retry_failed else []
     own = parsed_flags(given, "", controller.FLAGS)
     trials = [Trial(i, rung.overrides, (source.config({}).seed,)) for i, rung in enumerate(rungs)]
-    told = controller.run_sweep(own, source, TrialGoal.of(source.config({}), "", ""), trials, {}, [])
+    told = controller.run_sweep(own, source, TrialGoal.from_config(source.config({}), "", ""), trials, {}, [])
     failed = [one for one in told if one.state == "failed"]
     if failed:
         raise UserError(
