@@ -257,6 +257,15 @@ def joined(file: str, folders: tuple[Path, Path], *flags: str) -> None:
     assert [len(each) for each in rows] == [5] * 6
 
 
+@pytest.mark.parametrize("made", ["trials", "workers", "sweep.json.tmp"])
+def test_a_worker_that_starts_at_the_same_moment_is_no_foreign_folder(file, tmp_path, made):
+    """What it has made so far; so too for what a kill at that moment leaves."""
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / made).write_text("{") if "." in made else (tmp_path / "s" / made).mkdir()
+    (run,) = swept(file, tmp_path / "s", "--grid", "rate=0.1")
+    assert run["state"] == "complete" and read_json(tmp_path / "s" / "sweep.json")["metric"] == "held_out/loss"
+
+
 def workers_of(url: str) -> list[str]:
     return [trial.user_attrs["worker"] for trial in optuna.load_study(study_name="s", storage=url).trials]
 
