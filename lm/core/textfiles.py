@@ -27,18 +27,3 @@ def numbered_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
         line = line.removeprefix(codecs.BOM_UTF8).removesuffix(b"\r")
         if line.strip():
             yield number, line
-
-
-def numbered_file_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """`numbered_lines` of a file, of which one line at a time is in memory. OSError at once for one that cannot be
-    opened."""
-    stream = path.open("rb")
-
-    def lines() -> Iterator[tuple[int, bytes]]:
-        with stream:
-            for number, line in enumerate(stream, 1):
-                line = line.removesuffix(b"\n").removeprefix(codecs.BOM_UTF8).removesuffix(b"\r")
-                if line.strip():
-                    yield number, line
-
-    return lines()

@@ -2,16 +2,13 @@
 
 import ast
 import hashlib
-import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lm.core.errors import UserError
 from lm.data import sources
 from lm.data.arithmetic import expression_value
-from lm.data.mixture import parse_sources
 
 QUESTION_TEMPLATES = (
     "What does {} do?",
@@ -32,6 +29,7 @@ class Conversation(NamedTuple):
     name: str
     messages: list[dict]  # {"role", "content"}
     fields: Mapping[str, Any] = {}  # what else its row holds, for rewards: "answer", "tests", ...
+    is_whole: bool = False  # a user's own: neither cut into excerpts nor, as a prompt, into turns
 
     @property
     def content(self) -> str:
@@ -96,50 +94,14 @@ CONVERSATION_SOURCES = {
 CONVERSATION_KINDS: Mapping[str, str] = {"chitchat": "forum", "docstrings": "documentation", "arithmetic": "education"}
 
 
-class ConversationSource(NamedTuple):
-    """Conversations that can be read again and again, and what identifies them."""
-
-    digest: str  # of their content
-    conversations: Callable[[], Iterable[Conversation]]
-
-
-def load_conversations(sources: str | Sequence[Mapping[str, Any]]) -> list[Conversation]:
-    """All conversations of a comma-separated list of CONVERSATION_SOURCES, or of a mixture of such lists."""
-    mixture = parse_sources(sources, CONVERSATION_KINDS)
-    return [conversation for each in mixture for conversation in conversation_source(each.source).conversations()]
-
-
-def conversation_source(source: str) -> ConversationSource:
-    """The conversations of built-in names with commas between them. UserError for a name that is none."""
-    names = list(dict.fromkeys(name.strip() for name in source.split(",")))
-    unknown = [name for name in names if name not in CONVERSATION_SOURCES]
-    if unknown:
-        raise UserError(f"data.sources has {unknown[0]!r}; choose among {', '.join(CONVERSATION_SOURCES)}")
-    found = [conversation for name in names for conversation in CONVERSATION_SOURCES[name]()]
-    return ConversationSource(conversations_digest(found), lambda: found)
-
-
-def conversations_digest(conversations: Iterable[Conversation]) -> str:
-    """Of names and messages: what else a row holds becomes no token."""
-    digest = hashlib.sha256()
-    for name, messages, _ in conversations:
-        data = json.dumps([name, messages], sort_keys=True).encode()
-        digest.update(b"%d:" % len(data) + data)
-    return digest.hexdigest()
-
-
 def conversation_excerpts(conversations: Sequence[Conversation], *, turns: int = 6) -> list[Conversation]:
     """Each conversation cut into stretches of `turns` messages (even, so that each opens with the user), a lone last
-    one left out: most human conversations are longer than a row."""
+    one left out: most human conversations are longer than a row. One that is whole stays so."""
     return [
-        Conversation(conversations[c].name, conversations[c].messages[i : i + turns], conversations[c].fields)
-        for c, i in excerpt_places(conversations, turns=turns)
+        whole if whole.is_whole else Conversation(whole.name, whole.messages[i : i + turns], whole.fields)
+        for whole in conversations
+        for i in range(0, 1 if whole.is_whole else len(whole.messages) - 1, turns)
     ]
-
-
-def excerpt_places(conversations: Sequence[Conversation], *, turns: int) -> list[tuple[int, int]]:
-    """(conversation, its first message) of each of `conversation_excerpts`."""
-    return [(c, i) for c, each in enumerate(conversations) for i in range(0, len(each.messages) - 1, turns)]
 
 
 def prompt_contexts(
@@ -168,7 +130,11 @@ def repeated_prompt_contexts(
 ) -> list[Conversation]:
     """Those of `prompts`, as often as they come."""
     found = []
-    for name, messages, fields in conversations:
+    for name, messages, fields, is_whole in conversations:
+        if is_whole:
+            last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+            found.append(Conversation(name, messages[: last + 1], fields, is_whole))
+            continue
         asked = []
         for i, message in enumerate(messages):
             if message["role"] == "user" and len(message["content"].split()) >= 3:

@@ -5,13 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lm.data.conversations import (
-    CONVERSATION_KINDS,
-    Conversation,
-    conversation_source,
-    distinct_conversations,
-    repeated_prompt_contexts,
-)
+from lm.data.conversations import CONVERSATION_KINDS, Conversation, distinct_conversations, repeated_prompt_contexts
+from lm.data.loading import source_conversations
 from lm.data.mixture import mixture_order, mixture_weights, parse_sources
 from lm.data.prompts import Prompts, joined_prompts, prompts_within_length
 from lm.data.sources import split_sources_held_out
@@ -33,6 +28,8 @@ def prompt_sources(
     tokenizer: Tokenizer,
     sources: str | Sequence[Mapping[str, Any]],
     *,
+    columns: Mapping[str, str],
+    skip_bad_rows: int,
     turns: int,
     prompt_length: int,
     held_out: float,
@@ -49,7 +46,7 @@ def prompt_sources(
     """
     mixture = parse_sources(sources, CONVERSATION_KINDS)
     contexts = [
-        repeated_prompt_contexts(list(conversation_source(each.source).conversations()), turns=turns)
+        repeated_prompt_contexts(list(source_conversations(each.names, columns, skip_bad_rows)), turns=turns)
         for each in mixture
     ]
     distinct = distinct_conversations([context for each in contexts for context in each])
@@ -57,9 +54,7 @@ def prompt_sources(
     own = [[context for context in each if id(context) in first] for each in contexts]
     splits = split_sources_held_out(own, held_out)
     train, skipped = zip(*(prompts_within_length(tokenizer, side, prompt_length) for side, _ in splits))
-    unseen, unseen_skipped = zip(
-        *(prompts_within_length(tokenizer, side, prompt_length) for _, side in splits if side)
-    )
+    unseen, unseen_skipped = zip(*(prompts_within_length(tokenizer, side, prompt_length) for _, side in splits if side))
     sizes = [len(part.ids) for part in train]
     order = mixture_order(
         sizes,

@@ -4,6 +4,7 @@ A text that comes under several names is held out by its own words: see `split`.
 """
 
 import functools
+import glob
 import hashlib
 import importlib.util
 import itertools
@@ -18,13 +19,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from lm.core.cache import file_sha256
 from lm.core.errors import UserError
-from lm.core.textfiles import decoded_text, numbered_file_lines
+from lm.data.bad_rows import BadRows
 from lm.data.corpora import PACKAGE_CORPORA, PackageCorpus
+from lm.data.files import HUGGING_FACE_PREFIX, TEXT_SUFFIXES, file_kind, files_digest, named_files, source_rows
 from lm.data.mixture import parse_sources
 from lm.data.tasks.drills import drill_pages
 from lm.data.text_blocks import text_blocks
 
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 UNUSED_STDLIB_FOLDERS = {
     "test",
     "tests",
@@ -36,7 +37,6 @@ UNUSED_STDLIB_FOLDERS = {
 }  # folders of the stdlib: the last is tables
 
 Named = TypeVar("Named")  # anything with a .name and a .content
-Read = TypeVar("Read")
 
 
 class Document(NamedTuple):
@@ -55,31 +55,39 @@ class TextSource(NamedTuple):
     documents: Callable[[], Iterable[Document]]
 
 
-def load_documents(corpus: str | Sequence[Mapping[str, Any]]) -> list[Document]:
+def load_documents(
+    corpus: str | Sequence[Mapping[str, Any]],
+    *,
+    columns: Mapping[str, str] = {},
+    skip_bad_rows: int = 0,  # noqa: B006
+) -> list[Document]:
     """The documents of `corpus`, those of a source sorted by name.
 
-    `corpus` is a comma-separated list of built-in names ("stdlib", "chitchat", "drills"), or else the path of a file or
-    folder of .txt, .md, .py or .jsonl (a `text` field per line), or a mixture of such, whose weights count for nothing
-    here. A source that is one document is cut into blocks of paragraphs, so that some can be held out. UserError where
-    there is nothing to read.
+    `corpus` is a comma-separated list of built-in names ("stdlib", "chitchat", "drills", "wikipedia", ...) and of what
+    lm.data.files reads (a path, a glob, a folder, hf:NAME), or a mixture of such (lm.data.mixture), whose weights count
+    for nothing here. Of a row the field "text" is read, or the one that `columns` gives that name. A source that is one
+    document is cut into blocks of paragraphs, so that some can be held out. UserError where there is nothing to read.
     """
     sources = parse_sources(corpus, BUILT_IN_KINDS, option="data.corpus")
-    return [document for each in sources for document in sorted(text_source(each.source).documents())]
+    read = [text_source(each.source, columns=columns, skip_bad_rows=skip_bad_rows) for each in sources]
+    return [document for each in read for document in sorted(each.documents())]
 
 
-def text_source(source: str) -> TextSource:
-    """Built-in names with commas between them, or a path, whose files are read document by document.
+def text_source(source: str, *, columns: Mapping[str, str], skip_bad_rows: int) -> TextSource:
+    """Sources with commas between them, read document by document.
 
-    The documents of built-in names are sorted by name; those of a path come file by file, the files sorted. UserError
+    The documents of built-in names are sorted by name; those of files come file by file, the files sorted. UserError
     where there is nothing to read, at once for what is missing."""
     names = list(dict.fromkeys(name.strip() for name in source.split(",")))
-    if all(name in BUILT_IN_CORPORA for name in names):
-        found = [built_in_source(name) for name in names]
-        digest = found[0].digest if len(found) == 1 else " ".join(each.digest for each in found)
-        return TextSource(digest, lambda: sorted(document for each in found for document in each.documents()))
-    path = Path(source).expanduser()
-    files = corpus_files(path)
-    return TextSource(files_digest(files), lambda: path_documents(path, files))
+    found = [
+        built_in_source(name) if name in BUILT_IN_CORPORA else file_source(name, columns, skip_bad_rows)
+        for name in names
+    ]
+    documents = lambda: itertools.chain.from_iterable(each.documents() for each in found)
+    is_built_in = all(name in BUILT_IN_CORPORA for name in names)
+    return TextSource(
+        " ".join(each.digest for each in found), (lambda: sorted(documents())) if is_built_in else documents
+    )
 
 
 def built_in_source(name: str) -> TextSource:
@@ -93,6 +101,18 @@ def built_in_source(name: str) -> TextSource:
     return TextSource(documents_digest(documents), lambda: documents)
 
 
+def file_source(source: str, columns: Mapping[str, str], skip_bad_rows: int) -> TextSource:
+    """The texts of files, or of a data set of hf:, which is read once more to know its content."""
+    documents = lambda: file_documents(source, columns, skip_bad_rows)
+    if source.startswith(HUGGING_FACE_PREFIX):
+        return TextSource(documents_digest(documents()), documents)
+    path = Path(source).expanduser()
+    if not path.exists() and not glob.has_magic(source):
+        names = ", ".join(BUILT_IN_CORPORA)
+        raise UserError(f"no corpus at {path}: give a file, a folder, a glob, hf:NAME, or built-in names ({names})")
+    return TextSource(f"{files_digest(source)} {sorted(columns.items())} {skip_bad_rows}", documents)
+
+
 def documents_digest(documents: Iterable[Document]) -> str:
     digest = hashlib.sha256()
     for document in documents:
@@ -102,59 +122,47 @@ def documents_digest(documents: Iterable[Document]) -> str:
     return digest.hexdigest()
 
 
-def files_digest(files: Mapping[str, Path]) -> str:
-    """Of names and content."""
-    digest = hashlib.sha256()
-    for name, file in files.items():
-        digest.update(f"{name}\0{_read_file(file, file_sha256)}\0".encode(errors="surrogatepass"))
-    return digest.hexdigest()
-
-
-def corpus_files(path: Path) -> dict[str, Path]:
-    """The files of a file or folder that are read as text, by name relative to the folder, sorted.
-
-    Hidden files and folders are not among them. UserError where there is none.
-    """
-    if not path.exists():
-        raise UserError(
-            f"no corpus at {path}: give a file, a folder, or built-in names ({', '.join(BUILT_IN_CORPORA)})"
-        )
-    root, paths = (path, path.rglob("*")) if path.is_dir() else (path.parent, [path])
-    known = (p for p in paths if p.suffix.lower() in TEXT_SUFFIXES and not _is_hidden(p.relative_to(root)))
-    files = sorted(p for p in known if p.is_file())
-    if not files:
-        raise UserError(f"no {' '.join(TEXT_SUFFIXES)} file in {path}: give a corpus that has some")
-    return {file.relative_to(root).as_posix(): file for file in files}
-
-
-def path_documents(path: Path, files: Mapping[str, Path]) -> Iterator[Document]:
-    """The documents of a path's files, one by one; a single one as blocks. Skipped files are counted in a warning."""
-    skipped: list[Path] = []
-    documents = iter_documents(files, skipped)
+def file_documents(source: str, columns: Mapping[str, str], skip_bad_rows: int) -> Iterator[Document]:
+    """The documents of files, one by one: a text file is one, and so is each row of another; a single one comes as
+    blocks. Text files that are binary, damaged or not UTF-8 are passed over, with a warning that counts them."""
+    bad_rows, unread = BadRows(skip_bad_rows), []
+    documents = _row_documents(source, columns, bad_rows, unread)
     first, second = next(documents, None), next(documents, None)
     if first is None:
-        raise UserError(f"no text in {path}: {len(files)} files, {len(skipped)} of them binary, the rest empty")
+        hint = f" ({len(unread)} of its files are binary or damaged: {unread[0]})" if unread else ""
+        raise UserError(f"no text in {source}{hint}: give a corpus that has some")
     yield from document_blocks(first) if second is None else (first, second)
-    yield from documents
-    if skipped:
-        logging.getLogger(__name__).warning("%s: skipped %d files that are not UTF-8 text", path, len(skipped))
+    used = 1 + (second is not None)
+    for document in documents:
+        used += 1
+        yield document
+    bad_rows.warn(source, used)
+    if unread:
+        message = "%s: skipped %d files that cannot be read as text; the first: %s"
+        logging.getLogger(__name__).warning(message, source, len(unread), unread[0])
 
 
-def iter_documents(files: Mapping[str, Path], skipped: list[Path]) -> Iterator[Document]:
-    """The documents of files, one by one; a line of .jsonl is a document of its own. Binary and undecodable files are
-    added to `skipped`."""
-    for name, file in files.items():
-        if file.suffix.lower() == ".jsonl":
-            yield from _jsonl_documents(name, file)
+def _row_documents(source: str, columns: Mapping[str, str], bad_rows: BadRows, unread: list[str]) -> Iterator[Document]:
+    """Blank texts are left out. Text files that cannot be read are added to `unread`."""
+    files = {} if source.startswith(HUGGING_FACE_PREFIX) else {str(file): n for n, file in named_files(source).items()}
+    theirs = columns["text"] if "text" in columns else "text"
+    for row in source_rows(source, text_field=theirs):
+        is_text_file = row.file in files and file_kind(Path(row.file)) in TEXT_SUFFIXES
+        if is_text_file and row.fault:
+            unread.append(f"{row.place}: {row.fault}")
             continue
-        try:
-            text = decoded_text(_read_file(file, Path.read_bytes))
-        except UnicodeDecodeError:
-            text = "\0"
-        if "\0" in text:
-            skipped.append(file)
+        text = row.fields[theirs] if theirs in row.fields else None
+        if row.fault or not isinstance(text, str):
+            has = ", ".join(map(str, row.fields)) or "none"
+            lacks = (
+                f"its field {theirs!r} is {type(text).__name__}, not text"
+                if theirs in row.fields
+                else (f"it has no field {theirs!r} (but {has}): name yours, as in data.columns={{'text': 'content'}}")
+            )
+            bad_rows.add(row.place, row.fault or lacks)
         elif text.strip():
-            yield Document(name, text)
+            name = files[row.file] if row.file in files else row.file
+            yield Document(name if is_text_file else f"{name}#{row.number:04d}", text)
 
 
 def document_blocks(document: Document) -> list[Document]:
@@ -326,26 +334,3 @@ BUILT_IN_KINDS: Mapping[str, str] = {
     "drills": "education",
     **{name: corpus.kind for name, corpus in PACKAGE_CORPORA.items()},
 }
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _jsonl_documents(name: str, file: Path) -> Iterator[Document]:
-    for number, line in _read_file(file, numbered_file_lines):
-        try:
-            value = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{file}:{number} is not a JSON object with a 'text' field: mend or remove it") from error
-        if not isinstance(value, str):
-            raise UserError(f"{file}:{number}: 'text' is {type(value).__name__}, not a string: mend or remove the line")
-        if value.strip():
-            yield Document(f"{name}#{number:04d}", value)
-
-
-def _read_file(file: Path, read: Callable[[Path], Read]) -> Read:
-    try:
-        return read(file)
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror}): make it readable, or take it away") from error

@@ -1,11 +1,12 @@
 """Sources as tokens on disk, split by document into those to train on and those held out."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from lm.data.conversations import Conversation, conversation_excerpts, conversation_source
+from lm.data.conversations import Conversation, conversation_excerpts
+from lm.data.loading import NO_COLUMNS, conversation_source
 from lm.data.mixture import MixtureSource, source_labels
 from lm.data.sources import Document, one_sided_error, text_source
 from lm.data.token_rows import concatenated_ranges
@@ -33,11 +34,18 @@ class TokenizedSource(NamedTuple):
         return concatenated_ranges(begin, end - begin)
 
 
-def tokenized_texts(tokenizer: Tokenizer, sources: Sequence[MixtureSource], held_out: float) -> list[TokenizedSource]:
+def tokenized_texts(
+    tokenizer: Tokenizer,
+    sources: Sequence[MixtureSource],
+    held_out: float,
+    *,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
+) -> list[TokenizedSource]:
     """The texts of each source, a document each, as pretraining sees them."""
 
     def store(source: MixtureSource) -> TokenStore:
-        text = text_source(source.source)
+        text = text_source(source.source, columns=columns, skip_bad_rows=skip_bad_rows)
         encoded = lambda: encoded_texts(tokenizer, text.documents())
         key = store_key("texts", text.digest, tokenizer.fingerprint)
         return cached_store(key, encoded, vocab_size=tokenizer.vocab_size)
@@ -46,12 +54,18 @@ def tokenized_texts(tokenizer: Tokenizer, sources: Sequence[MixtureSource], held
 
 
 def tokenized_conversations(
-    tokenizer: Tokenizer, sources: Sequence[MixtureSource], held_out: float, *, turns: int
+    tokenizer: Tokenizer,
+    sources: Sequence[MixtureSource],
+    held_out: float,
+    *,
+    turns: int,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
 ) -> list[TokenizedSource]:
     """The conversations of each source, cut into excerpts of `turns` messages, as the chat template lays them."""
 
     def store(source: MixtureSource) -> TokenStore:
-        found = conversation_source(source.source)
+        found = conversation_source(source.source, columns=columns, skip_bad_rows=skip_bad_rows)
         encoded = lambda: encoded_conversations(tokenizer, found.conversations(), turns=turns)
         key = store_key("conversations", found.digest, tokenizer.fingerprint, tokenizer.date, f"turns {turns}")
         return cached_store(key, encoded, vocab_size=tokenizer.vocab_size)

@@ -21,6 +21,7 @@ import optax
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Metrics, metric_values
 from lm.core.types import Array, Tokens
+from lm.data.loading import NO_COLUMNS
 from lm.data.origins import RowOrigin
 from lm.data.prompt_sources import prompt_sources
 from lm.data.prompts import Prompts, prompts_at
@@ -77,6 +78,8 @@ def batches(
     context: StageContext,
     *,
     sources: str | Sequence[Mapping[str, Any]] = "chitchat",
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     turns: int = 3,
     prompt_length: int = 64,
     max_new: int = 32,
@@ -105,6 +108,8 @@ def batches(
     people = conversation_batches.batches(
         context,
         sources=sources,
+        columns=columns,
+        skip_bad_rows=skip_bad_rows,
         turns=even,
         length=length,
         batch_size=batch_size,
@@ -114,6 +119,8 @@ def batches(
     found = prompt_sources(
         tokenizer,
         sources,
+        columns=columns,
+        skip_bad_rows=skip_bad_rows,
         turns=turns,
         prompt_length=prompt_length,
         held_out=held_out,

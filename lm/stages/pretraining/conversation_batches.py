@@ -7,6 +7,7 @@ from lm.core.errors import UserError, check_at_least
 from lm.core.types import Tokens
 from lm.data import batches as rows_to_batches
 from lm.data.conversations import CONVERSATION_KINDS, Conversation, conversation_excerpts
+from lm.data.loading import NO_COLUMNS
 from lm.data.mixture import parse_sources
 from lm.data.packing import packed_rows
 from lm.data.source_rows import mixture_origins, packed_conversations, source_order
@@ -20,6 +21,8 @@ def batches(
     context: StageContext,
     *,
     sources: str | Sequence[Mapping[str, Any]] = "chitchat,docstrings",
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     turns: int = 4,
     length: int = 256,
     batch_size: int = 32,
@@ -27,10 +30,13 @@ def batches(
     source_temperature: float = 1.0,
     held_out: float = 0.02,
 ) -> Batches:
-    """Rows of `length` tokens of conversations from `sources`, cut into excerpts of `turns` messages.
+    """Rows of `length` tokens of conversations from `sources`, the built-in ones cut into excerpts of `turns` messages.
 
-    `sources`: text (see data.conversations), or a list of {source, weight, kind, epochs} that are mixed row by row (see
-    data.mixture); where none has a weight, by size^(1/`source_temperature`). The same documents are held out as in
+    `sources`: built-in names, files, folders, globs or hf:NAME, with commas between them. `columns`: our name of a
+    field -> that of the rows. `skip_bad_rows`: so many rows that cannot be used are passed over (lm.data.formats).
+
+    A list of {source, weight, kind, epochs} as `sources` is mixed row by row (see data.mixture); where none has a
+    weight, by size^(1/`source_temperature`). The same documents are held out as in
     pretraining; an excerpt longer than a row, or in which nothing is trained, is left out and counted. A `ramp` begins
     with other batches, as in stage pretrain.
     """
@@ -39,7 +45,9 @@ def batches(
     if turns % 2:
         raise UserError(f"data.turns is {turns}; it must be even, or every other excerpt would open with the assistant")
     mixture = parse_sources(sources, CONVERSATION_KINDS)
-    tokenized = tokenized_conversations(context.tokenizer, mixture, held_out, turns=turns)
+    tokenized = tokenized_conversations(
+        context.tokenizer, mixture, held_out, turns=turns, columns=columns, skip_bad_rows=skip_bad_rows
+    )
     train = [packed_conversations(source, source.train, length) for source in tokenized]
     unseen = [
         (source, *packed_conversations(source, source.held_out, length)) for source in tokenized if len(source.held_out)

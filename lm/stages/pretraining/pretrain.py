@@ -15,6 +15,7 @@ import optax
 
 from lm.core.metrics import Metrics, metric_values
 from lm.data import batches as rows_to_batches
+from lm.data.loading import NO_COLUMNS
 from lm.data.mixture import parse_sources
 from lm.data.packing import PACKING_RULES, Packing, check_packing, packing_efficiency
 from lm.data.source_rows import mixture_origins, source_order, text_rows
@@ -52,6 +53,8 @@ def batches(
     context: StageContext,
     *,
     corpus: str | Sequence[Mapping[str, Any]] = "stdlib,chitchat",
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     length: int = 256,
     batch_size: int = 32,
     ramp: rows_to_batches.BatchSizeRamp = (),
@@ -62,8 +65,10 @@ def batches(
 ) -> Batches:
     """Rows of `length` tokens from `corpus`; a fraction `held_out` of its documents is never trained.
 
-    `corpus`: text (see data.sources), or a list of {source, weight, kind, epochs} that are mixed row by row (see
-    data.mixture); where none has a weight, by size^(1/`source_temperature`).
+    `corpus`: built-in names, files, folders, globs or hf:NAME, with commas between them (see data.sources), or a list
+    of {source, weight, kind, epochs} that are mixed row by row (see data.mixture); where none has a weight, by
+    size^(1/`source_temperature`). `columns`: {"text": NAME}, where a row's text is called so. `skip_bad_rows`: so many
+    rows that cannot be used are passed over.
 
     `packing` "stream" lays documents end to end and cuts them every `length` tokens, which wastes no position;
     "best_fit" cuts only documents that are longer than a row (see data.packing). Held-out documents are laid as a
@@ -76,7 +81,7 @@ def batches(
     context.check_length(length)
     check_packing(packing)
     mixture = parse_sources(corpus, BUILT_IN_KINDS, option="data.corpus")
-    sources = tokenized_texts(context.tokenizer, mixture, held_out)
+    sources = tokenized_texts(context.tokenizer, mixture, held_out, columns=columns, skip_bad_rows=skip_bad_rows)
     train_rows = [text_rows(source, source.train, length, packing) for source in sources]
     drawn = source_order(
         sources, train_rows, temperature=source_temperature, batch_size=batch_size, seed=context.seed, ramp=ramp

@@ -9,6 +9,7 @@ import numpy as np
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Rollouts, Tokens, TrainState
 from lm.data.conversations import Conversation
+from lm.data.loading import NO_COLUMNS
 from lm.data.mixture import parse_sources
 from lm.data.origins import RowOrigin, SegmentOrigin, source_of
 from lm.data.prompt_sources import prompt_sources
@@ -47,6 +48,8 @@ def batches(
     pessimism: float = 0.0,
     rater: str = "",
     sources: str | Sequence[Mapping[str, Any]] = "chitchat",
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     turns: int = 3,
     prompt_length: int = 64,
     max_new: int = 32,
@@ -69,6 +72,7 @@ def batches(
 
     `sources` and `corpus`: text, or lists of {source, weight, kind, epochs} that are mixed prompt by prompt and row by
     row (see data.mixture); where none of a list has a weight, by size^(1/`source_temperature`).
+    `columns`, `skip_bad_rows`: see lm.data.loading; a row's other fields go to the rewards.
 
     The reward is a sum of `rewards`, by name and weight: "model" is the reward model of the workdir `reward_model` (of
     several, with commas between them: their mean less `pessimism` standard deviations), the others are lm.rewards';
@@ -118,6 +122,8 @@ def batches(
     found = prompt_sources(
         tokenizer,
         sources,
+        columns=columns,
+        skip_bad_rows=skip_bad_rows,
         turns=turns,
         prompt_length=prompt_length,
         held_out=held_out,
