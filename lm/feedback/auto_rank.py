@@ -25,6 +25,7 @@ from lm.data.preferences import Ranking, append_rankings, preference_pairs, read
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.generate.sampler import SamplingParams
 from lm.rewards import REWARDS, Reward
 from lm.rewards.load import reward_from_workdir
 from lm.rewards.reward_model import reward_row_length
@@ -118,10 +119,9 @@ def rank_sampled_answers(
         trained.model,
         trained.params["lm"],
         trained.tokenizer,
+        SamplingParams(max_new, temperature),
         jit=jax.jit,
         rows_at_once=prompts_at_once * responses,
-        max_new=max_new,
-        temperature=temperature,
     )
     parts = PartialResults(workdir.path / UNRANKED_FILE)
     with Progress("rank", len(chosen.ids), "prompt") as progress:

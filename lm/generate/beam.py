@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from lm.core.errors import UserError
 from lm.core.types import Array, Completions, Params
-from lm.generate.sampler import check_sampling, decode_step, prefill, repeated_rows
+from lm.generate.sampler import SamplingParams, check_sampling, decode_step, prefill, repeated_rows
 from lm.model import Model
 
 
@@ -51,7 +51,7 @@ def beam_search(
     are of softmax(logits), the scores f32[B,width] as above. Where there are fewer sequences than places, the last rows
     have length 0 and the score -inf. Width 1 without stop ids is greedy decoding.
     """
-    check_sampling(model, prompts.shape[1], max_new=max_new, temperature=1.0, top_k=0, top_p=1.0)
+    check_sampling(model, prompts.shape[1], SamplingParams(max_new))
     if beam_width < 1:
         raise UserError(f"the beam's width is {beam_width}; it must be at least 1")
     if not 0 <= length_penalty < math.inf:

@@ -10,7 +10,7 @@ import numpy as np
 from lm.core.errors import UserError
 from lm.core.types import Array, Params
 from lm.data.prompts import Prompts, bucket_length
-from lm.generate.sampler import check_sampling, sample
+from lm.generate.sampler import SamplingParams, check_sampling, sample
 from lm.model import Model
 from lm.tokenizer import Tokenizer
 
@@ -53,38 +53,35 @@ def batch_answerer(
     model: Model,
     lm: Params,
     tokenizer: Tokenizer,
+    sampling: SamplingParams,
     *,
     rows_at_once: int,
     jit,
-    samples: int = 1,
-    stop: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
-    **options,
 ) -> Callable[[Prompts, Array], list[GeneratedAnswer]]:
-    """(prompts, key) -> `samples` answers a prompt, adjacent, those to `rows_at_once` prompts at a time.
+    """(prompts, key) -> `sampling.samples` answers a prompt, adjacent, those to `rows_at_once` prompts at a time.
 
-    `options` are those of sample (max_new, temperature, ...). Chunk c draws with fold_in(key, c), so an answer depends
+    An answer ends with a stop id of the tokenizer or of `sampling`. Chunk c draws with fold_in(key, c), so an answer depends
     on its place in the list, not on how many follow. An answer ends before the first of `stop_strings`, but is sampled
-    to its own end: the program knows tokens, no text. stop: ids that end it beside the tokenizer's. Prompts of any
-    width are brought to that of their bucket, so a new one seldom compiles; what must fit is their real length.
+    to its own end: the program knows tokens, no text. Prompts of any width are brought to that of their bucket, so a new one seldom compiles; what must fit is their real length.
     """
     check_stop_strings(stop_strings)
-    options |= {"samples": samples, "stop": (*tokenizer.stop_ids, *stop)}
-    run = jit(lambda lm, ids, lengths, key: sample(model, lm, ids, lengths, key, **options))
+    sampling = sampling._replace(stop=(*tokenizer.stop_ids, *sampling.stop))
+    run = jit(lambda lm, ids, lengths, key: sample(model, lm, ids, lengths, key, sampling))
     lm = jax.tree.map(jnp.asarray, lm)  # on the device once, not for every chunk
 
     def answers(prompts: Prompts, key: Array) -> list[GeneratedAnswer]:
         found, given = [], prompts.ids.shape[1]
         longest = int(max(prompts.lengths, default=1))
-        check_sampling(model, longest, max_new=options["max_new"], temperature=1.0, top_k=0, top_p=1.0)
-        width = bucket_length(given, model.config.context - options["max_new"])
+        check_sampling(model, longest, sampling)
+        width = bucket_length(given, model.config.context - sampling.max_new)
         for chunk, start in enumerate(range(0, len(prompts.ids), rows_at_once)):
             ids, lengths = (x[start : start + rows_at_once] for x in (prompts.ids[:, :width], prompts.lengths))
             missing = rows_at_once - len(ids)
             ids = np.pad(ids, ((0, missing), (0, max(width - given, 0))))
             lengths = np.pad(lengths, (0, missing), constant_values=1)
             drawn = jax.device_get(run(lm, ids, lengths, jax.random.fold_in(key, chunk)))
-            for row in range((rows_at_once - missing) * samples):
+            for row in range((rows_at_once - missing) * sampling.samples):
                 length = int(drawn.lengths[row])
                 found.append(
                     answer_from_ids(tokenizer, drawn.tokens[row, :length], bool(drawn.stopped[row]), stop_strings)

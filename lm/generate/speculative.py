@@ -10,7 +10,6 @@ lm.generate.sampler.sample's, whatever the draft: a better one makes it faster, 
 Rows accept different numbers of tokens, so each writes its cache at slots of its own, and takes back what was refused.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +17,10 @@ import jax.numpy as jnp
 
 from lm.core.errors import UserError
 from lm.core.types import Array, Completions, Params
-from lm.generate.sampler import check_sampling as check_sample, decode_step, draw_tokens, prefill, row_keys
+from lm.generate.sampler import SamplingParams, check_sampling, decode_step, draw_categorical, prefill, row_keys
 from lm.model import KVCache, Model
 from lm.model.kv_cache import updated_slots
-from lm.model.logits import sampling_logits, values_at_ids
+from lm.model.logits import values_at_ids
 
 
 class TargetDraft(NamedTuple):
@@ -88,9 +87,9 @@ def initial_speculative_state(
 
 
 def speculative_round(
-    models: TargetDraft, lms: TargetDraft, rows: SpeculativeState, keys: Array, *, ahead: int, **settings
+    models: TargetDraft, lms: TargetDraft, rows: SpeculativeState, keys: Array, sampling: SamplingParams, *, ahead: int
 ) -> tuple[SpeculativeState, SpeculativeRound]:
-    """The rows after one more round, and what it gave; keys [B]. settings: those of `adjusted`.
+    """The rows after one more round, and what it gave; keys [B].
 
     Place i of a round draws with fold_in(key, i), split in three: proposal, judgement, and the token drawn again.
     """
@@ -101,8 +100,8 @@ def speculative_round(
     def propose(carry, xs):
         (tokens, cache), (place, key) = carry, xs
         logits, cache = decode_step(models.draft, lms.draft, tokens, rows.positions + place, cache)
-        logits = sampling_logits(logits, **settings)
-        tokens, _ = draw_tokens(key, logits)
+        logits = sampling.adjusted_logits(logits)
+        tokens, _ = draw_categorical(key, logits)
         return (tokens, cache), (tokens, jax.nn.log_softmax(logits, axis=-1))
 
     # One pass more than there are proposals: the last one's place in the draft's cache, should all be accepted.
@@ -112,14 +111,14 @@ def speculative_round(
     fed = jnp.concatenate([rows.tokens[:, None], drawn[:, :-1]], axis=1)
     at = rows.positions[:, None] + places
     x, target = models.target.cached(lms.target, fed, at, jnp.ones_like(fed), rows.caches.target)
-    p = jax.nn.log_softmax(sampling_logits(models.target.logits(lms.target, x), **settings), axis=-1)
+    p = jax.nn.log_softmax(sampling.adjusted_logits(models.target.logits(lms.target, x)), axis=-1)
     q = q.at[:, -1].set(-jnp.inf)  # nothing is proposed for the last place: its residual is p
     chances = acceptance_probability(values_at_ids(p, drawn), values_at_ids(q, drawn))[:, :-1]
     passed = jax.vmap(jax.vmap(jax.random.uniform))(judging[:, :-1]) < chances
     accepted = jnp.sum(jnp.cumprod(passed.astype(jnp.int32), axis=1), axis=1)
 
     last = each_row, accepted  # the place that is drawn again, or beyond all proposals
-    tokens, _ = draw_tokens(again[last], residual_logits(p[last], q[last]))
+    tokens, _ = draw_categorical(again[last], residual_logits(p[last], q[last]))
     drawn, count = drawn.at[last].set(tokens), accepted + 1
     caches = TargetDraft(*(new.replace(filled=old.filled + count) for new, old in zip((target, draft), rows.caches)))
     return SpeculativeState(tokens, rows.positions + count, caches), SpeculativeRound(
@@ -135,14 +134,9 @@ def speculative_sample(
     prompts: Array,
     lengths: Array,
     key: Array,
+    sampling: SamplingParams,
     *,
-    max_new: int,
     ahead: int = 4,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    stop: Sequence[int] = (),
 ) -> tuple[Completions, AcceptanceCounts]:
     """Completions as of lm.generate.sampler.sample, of the target's distribution; log-probs are the target's.
     Temperature 0 gives
@@ -151,11 +145,10 @@ def speculative_sample(
     Round r of row b draws with fold_in(fold_in(key, b), r), see `advanced`: a row's tokens are its own. `lm` and
     `draft_lm` are the decoders of `target` and `draft`, which share a vocabulary.
     """
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    models, (B, P) = TargetDraft(target, draft), prompts.shape
-    check_speculation(models, P, ahead=ahead, max_new=max_new, **settings)
+    models, (B, P), max_new = TargetDraft(target, draft), prompts.shape, sampling.max_new
+    check_speculation(models, P, sampling, ahead=ahead)
     lms = TargetDraft(target.decoding_params(lm), draft.decoding_params(draft_lm))
-    stops, keys = jnp.asarray(tuple(stop), jnp.int32), row_keys(key, jnp.arange(B))
+    stops, keys = jnp.asarray(tuple(sampling.stop), jnp.int32), row_keys(key, jnp.arange(B))
     width, none = max_new + ahead + 1, jnp.zeros(B, jnp.int32)
     out = Completions(jnp.zeros((B, width), jnp.int32), jnp.zeros((B, width)), none, jnp.zeros(B, bool))
     unfinished = lambda out: (out.lengths < max_new) & ~out.stopped
@@ -163,7 +156,7 @@ def speculative_sample(
     def step(carry):
         t, rows, out, told = carry
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        moved, new = speculative_round(models, lms, rows, now, ahead=ahead, **settings)
+        moved, new = speculative_round(models, lms, rows, now, sampling, ahead=ahead)
         live = unfinished(out)
         out, told = extended_completions(out, told, new, jnp.where(live, max_new - out.lengths, 0), stops)
         # A finished row stands still: what it writes lies beyond `filled`, which like all [B] is as it was.
@@ -196,11 +189,14 @@ def extended_completions(
     return out, AcceptanceCounts(told.proposed + proposed, told.accepted + accepted, told.rounds + (room > 0))
 
 
-def check_speculation(models: TargetDraft, prompt_length: int, *, ahead: int, max_new: int, **sampler) -> None:
-    """UserError for a request that these two cannot serve; `prompt` is its length in tokens, sampler as
-    lm.generate.sampler's."""
-    target, draft = (model.config for model in models)
-    check_sample(models.target, prompt_length, max_new=max_new, **sampler)
+def check_speculation(models: TargetDraft, prompt_length: int, sampling: SamplingParams, *, ahead: int) -> None:
+    """UserError for a request that these two cannot serve, with prompts of at most `prompt_length` tokens."""
+    target, draft, max_new = models.target.config, models.draft.config, sampling.max_new
+    check_sampling(models.target, prompt_length, sampling)
+    if sampling.repetition_penalty != 1:
+        raise UserError("repetition_penalty does not go with a draft, whose proposals it would change: leave one out")
+    if sampling.samples != 1:
+        raise UserError(f"samples is {sampling.samples}; with a draft each prompt gets 1: repeat the prompts")
     if ahead < 1:
         raise UserError(f"ahead is {ahead}; the draft must propose at least 1 token a round")
     if draft.vocab_size != target.vocab_size:

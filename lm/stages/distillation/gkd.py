@@ -22,12 +22,13 @@ from lm.core.metrics import Metrics, metric_values
 from lm.core.types import Array, Tokens
 from lm.data import batches as rows_to_batches, conversations, sources as corpora
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.generate.sampler import SamplingParams
 from lm.model import Model
 from lm.optim.update import Update, gradient
 from lm.stages.context import Batches, StageContext
 from lm.stages.distillation.teacher_divergence import distillation_loss, divergence_from_teacher
 from lm.stages.pretraining import conversation_batches
-from lm.stages.rl.multi_turn import rollout_rows
+from lm.stages.rl.multi_turn import rollout_program
 from lm.stages.rl.rollouts import HELD_OUT_KEY, ROLLOUT_KEY, check_rollout_options, held_out_prompts
 from lm.stages.stage import Stage
 
@@ -85,8 +86,8 @@ def batches(
     `turns` messages; one of more than `prompt_length` tokens, or that came before, is left out and counted. The rows
     are those of stage distill, of `length` tokens and excerpts that have room for a prompt and its reply.
     """
-    model, tokenizer = context.model, context.tokenizer
-    check_rollout_options(model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=1)
+    sampling = SamplingParams(max_new, temperature)
+    check_rollout_options(context.model, prompt_length, sampling, rollouts=rollouts, group=1)
     check_at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts)
     if not 0 <= on_policy_fraction <= 1:
         raise UserError(f"data.on_policy_fraction is {on_policy_fraction}; it is a share of batches, from 0 to 1")
@@ -97,20 +98,17 @@ def batches(
     contexts = conversations.repeated_prompt_contexts(conversations.load_conversations(sources), turns=turns)
     distinct = conversations.distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
-        prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)
+        prompts_within_length(context.tokenizer, side, prompt_length)
+        for side in corpora.split_held_out(distinct, held_out)
     )
     answered = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts)
     order = rows_to_batches.batch_function(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
-    run = context.jit(
-        lambda lm, prompts, lengths, key, temperature: rollout_rows(
-            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stop_ids
-        )[0]
-    )
+    run = rollout_program(context, sampling)
 
     def drawn(state, prompts: Prompts, role: int, i: int) -> Tokens:
         key = jax.random.fold_in(jax.random.fold_in(state.key, role), i)
         with context.sampling_phase(state):
-            return jax.block_until_ready(run(state.params["lm"], prompts.ids, prompts.lengths, key, temperature))
+            return jax.block_until_ready(run(state.params["lm"], prompts.ids, prompts.lengths, key)[0])
 
     def train_batch(state, i):
         coin = jax.random.fold_in(jax.random.fold_in(state.key, ON_POLICY_KEY), i)

@@ -31,6 +31,7 @@ from lm.data.preferences import preference_pairs, read_jsonl_rankings
 from lm.evaluate.models import ANSWERS_FILE
 from lm.evaluate.policies import HeldOutPrompts, conversation_means, held_out_prompts, policy_answerer
 from lm.feedback import auto_rank
+from lm.generate.sampler import SamplingParams
 from lm.rewards import REWARDS
 from lm.rewards.load import reward_from_workdirs
 from lm.rewards.reward_model import reward_row_length
@@ -247,7 +248,7 @@ def answer_recorder(
 
     longest: tokens that the reward model must read, here and in the runs of all methods.
     """
-    ask = policy_answerer(start, max_new=max_new, temperature=temperature, rows_at_once=rows_at_once)
+    ask = policy_answerer(start, SamplingParams(max_new, temperature), rows_at_once=rows_at_once)
     longest = max(longest, reward_row_length(questions.prompts.ids.shape[1], max_new))
     proxy = reward_from_workdirs(reward_model, start.tokenizer, 0.0, longest=longest)
 
