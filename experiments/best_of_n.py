@@ -15,6 +15,6 @@ from lm.core.config import sibling_config
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
     config = sibling_config(__file__, "grpo").get_config(arg).unlock()
-    shared = ("entropy_bonus", "refresh", "epochs", "minibatch_count", "temperature")
+    shared = ("entropy_bonus", "refresh_reference_every", "epochs", "minibatch_count", "temperature")
     config.stage = ConfigDict({"name": "best_of_n", **{name: config.stage.get_ref(name) for name in shared}})
     return config.lock()

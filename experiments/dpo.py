@@ -1,6 +1,7 @@
 """DPO: the policy learns from the ranked pairs themselves; no reward model, no sampling.
 
-Paper: Rafailov et al. 2023, arXiv 2305.18290. stage.label_smoothing makes it cDPO, stage.refresh_reference_every TR-DPO (arXiv 2404.09656).
+Paper: Rafailov et al. 2023, arXiv 2305.18290. stage.label_smoothing makes it cDPO,
+stage.refresh_reference_every TR-DPO (arXiv 2404.09656).
 Command: python -m lm train --config=experiments/dpo.py --workdir=runs/quickstart/dpo
 Needs: runs/quickstart/sft and runs/quickstart/rank/rankings.jsonl (any file of that format).
 Expect: accuracy of the implicit reward 0.81 +- 0.03 on held-out pairs, in 125 s of processor time on an AMD EPYC; the

@@ -5,9 +5,10 @@ Command: python -m lm train --config=experiments/gkd.py --workdir=runs/quickstar
 Needs: runs/quickstart/distill, the student, and runs/quickstart/ppo, the teacher, which is five times its size.
 Expect: divergence on its own words from 0.88 to 0.22 nats a token, agreement from 0.31 to 0.83, in 215 s on 2 shared
 cores of an AMD EPYC (Zen 4). It sees no reward, yet the rater's score of its answers goes from 4.50 to 5.56 (+-0.07;
-PPO itself: 5.59). People's conversations alone (data.on_policy_fraction=0.0) give 0.24 and 5.66: so small a student gains
-nothing but a closer fit from writing itself.
-Change first: data.on_policy_fraction, stage.beta (0 forward KL ... 1 reverse KL), stage.teacher, optimizer.learning_rate.
+PPO itself: 5.59). People's conversations alone (data.on_policy_fraction=0.0) give 0.24 and 5.66: so small a student
+gains nothing but a closer fit from writing itself.
+Change first: data.on_policy_fraction, stage.beta (0 forward KL ... 1 reverse KL), stage.teacher,
+optimizer.learning_rate.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "prompt_length": 32 if tiny else 64,
             "max_new": 8 if tiny else 32,
             "rollouts": 8 if tiny else 64,
-            "on_policy_fraction": 1.0,  # the share of batches that the student writes; the others are people's conversations
+            "on_policy_fraction": 1.0,  # the share of batches that the student writes; the rest are people's
             "temperature": config.stage.get_oneway_ref("temperature"),  # must be equal: one distribution
             "length": 64 if tiny else 256,
             "batch_size": 8 if tiny else 16,

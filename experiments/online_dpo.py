@@ -15,7 +15,7 @@ from lm.core.config import sibling_config
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
     config = sibling_config(__file__, "grpo").get_config(arg).unlock()
-    shared = ("refresh", "epochs", "minibatch_count", "temperature")
+    shared = ("refresh_reference_every", "epochs", "minibatch_count", "temperature")
     config.stage = ConfigDict(
         {
             "name": "online_dpo",

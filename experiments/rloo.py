@@ -15,7 +15,14 @@ from lm.core.config import sibling_config
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "" or "tiny"."""
     config = sibling_config(__file__, "grpo").get_config(arg).unlock()
-    shared = ("entropy_bonus", "correction", "refresh", "epochs", "minibatch_count", "temperature")
+    shared = (
+        "entropy_bonus",
+        "importance_ratio_cap",
+        "refresh_reference_every",
+        "epochs",
+        "minibatch_count",
+        "temperature",
+    )
     config.stage = ConfigDict(
         {"name": "rloo", "beta": 0.1, "clip": 0.2, **{name: config.stage.get_ref(name) for name in shared}}
     )

@@ -55,7 +55,7 @@ FLAGS = {
     "prompt_tokens": dict(type=int, default=32, help="tokens of each prompt"),
     "workdir": dict(default="", metavar="DIR", help="a trained or converted model whose generation is timed too"),
     "draft": dict(default="", metavar="DIR", help="of speculation: a model that proposes to the one of --workdir"),
-    "ahead": dict(type=int, default=4, help="of speculation: tokens it proposes at a time"),
+    "draft_tokens": dict(type=int, default=4, help="of speculation: tokens it proposes at a time"),
     "peer": dict(default="", metavar="PYTHON", help="an interpreter with tests/peers.txt; torch: this one"),
     "turns": dict(type=int, default=3, help="how often the two sides take turns"),
     "steps": dict(type=int, default=3, help="steps, or generations, that count in each turn"),
@@ -104,7 +104,9 @@ def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
         for batch in parsed_counts("batches", flags.batches):
             shape = generation.GenerationShape(batch, flags.prompt_tokens, flags.new_tokens)
             given = target, draft, speculation.held_out_prompts(target, shape), shape
-            found += [speculation_case(*given, flags.ahead, temperature) for temperature in speculation.TEMPERATURES]
+            found += [
+                speculation_case(*given, flags.draft_tokens, temperature) for temperature in speculation.TEMPERATURES
+            ]
     return found
 
 
@@ -119,11 +121,13 @@ def generation_case(name, config, lm, shape, dtype: str, peer: Peer | None, limi
 
 
 def speculation_case(
-    target: TrainedModel, draft: TrainedModel, prompts, shape, ahead: int, temperature: float
+    target: TrainedModel, draft: TrainedModel, prompts, shape, draft_tokens: int, temperature: float
 ) -> BenchmarkCase:
-    both = speculation.speculation_samplers(target, draft, prompts, shape, ahead=ahead, temperature=temperature)
+    both = speculation.speculation_samplers(
+        target, draft, prompts, shape, draft_tokens=draft_tokens, temperature=temperature
+    )
     name = f"{target.path.name} from {draft.path.name}"
-    result = lambda timed: speculation.result(name, shape, ahead, temperature, both, timed)
+    result = lambda timed: speculation.result(name, shape, draft_tokens, temperature, both, timed)
     return BenchmarkCase("speculation", lambda: speculation.timed_steps(both), None, result)
 
 

@@ -40,7 +40,7 @@ def speculation_samplers(
     prompts: Prompts,
     shape: GenerationShape,
     *,
-    ahead: int,
+    draft_tokens: int,
     temperature: float,
 ) -> SpeculationSamplers:
     """Answers of at most shape.new tokens, that end where they end. UserError for a draft of another tokenizer."""
@@ -48,7 +48,9 @@ def speculation_samplers(
     lm, draft_lm = (jax.device_put(trained.params["lm"]) for trained in (target, draft))
     sampling = SamplingParams(shape.new, temperature, stop=target.tokenizer.stop_ids)
     plain = jax.jit(functools.partial(sample, target.model, sampling=sampling))
-    drafted = jax.jit(functools.partial(speculative_sample, target.model, draft.model, sampling=sampling, ahead=ahead))
+    drafted = jax.jit(
+        functools.partial(speculative_sample, target.model, draft.model, sampling=sampling, draft_tokens=draft_tokens)
+    )
     given = prompts.ids, prompts.lengths
     return SpeculationSamplers(functools.partial(plain, lm, *given), functools.partial(drafted, lm, draft_lm, *given))
 
@@ -85,7 +87,7 @@ def timed_steps(both: SpeculationSamplers) -> TimedSteps:
 
 
 def result(
-    name: str, shape: GenerationShape, ahead: int, temperature: float, both: SpeculationSamplers, timed: Timings
+    name: str, shape: GenerationShape, draft_tokens: int, temperature: float, both: SpeculationSamplers, timed: Timings
 ) -> dict[str, Any]:
     """Tokens a second of both; over prompts, the share of proposals accepted and the tokens a pass of the target, each
     with its interval. A prompt whose answer had no room for a proposal counts in neither."""
@@ -96,7 +98,7 @@ def result(
     return {
         "size": name,
         "temperature": temperature,
-        "ahead": ahead,
+        "draft_tokens": draft_tokens,
         **shape._asdict(),
         "per_second": {side: 1 / seconds[f"{side}_token"] for side in ("plain", "drafted")},
         "ratio": seconds["plain_token"] / seconds["drafted_token"],

@@ -83,7 +83,7 @@ def print_speculation(rows: Sequence[ResultRow]) -> None:
         return f"{share['value']:.0%}" + (f" ({share['low']:.0%} to {share['high']:.0%})" if known else "")
 
     print_table(
-        f"{rows[0]['size']}, {rows[0]['ahead']} tokens ahead, answers of at most {rows[0]['new']}",
+        f"{rows[0]['size']}, {rows[0]['draft_tokens']} draft tokens, answers of at most {rows[0]['new']}",
         ["batch", "T", "tokens/s", "without", "times as fast", "accepted", "tokens a pass"],
         [
             [

@@ -43,20 +43,22 @@ def held_out_prompts(
     prompts_per_conversation: int = 3,
     prompt_length: int = 64,
     held_out: float = 0.02,
-    after: float = 0.0,
+    held_out_from: float = 0.0,
 ) -> HeldOutPrompts:
     """Prompts of held-out conversations, some of each, drawn by a hash among those of at most `prompt_length` tokens.
 
-    `conversations`: how many of them; 0: all. `after` > 0 leaves out those that a smaller `held_out` would hold out
-    already: settings can be chosen on the one part and judged on the other.
+    `conversations`: how many of them; 0: all. `held_out_from` > 0 leaves out those that a smaller `held_out` would
+    hold out already: settings can be chosen on the one part and judged on the other.
     """
     check_at_least(1, "prompts", turns=turns, prompts_per_conversation=prompts_per_conversation)
     check_at_least(0, "prompts", conversations=conversations)
-    if not 0 <= after < held_out:
-        raise UserError(f"prompts.held_out_from is {after}; it must be below prompts.held_out, which is {held_out}")
+    if not 0 <= held_out_from < held_out:
+        raise UserError(
+            f"prompts.held_out_from is {held_out_from}; it must be below prompts.held_out, which is {held_out}"
+        )
     _, unseen = split_held_out(load_conversations(sources), held_out)
-    if after:
-        unseen, _ = split_held_out(unseen, after)
+    if held_out_from:
+        unseen, _ = split_held_out(unseen, held_out_from)
     contexts = prompt_contexts(unseen, turns=turns, per_conversation=0)
     name_of = {id(context.messages): context.name for context in contexts}
     fit, _ = prompts_within_length(tokenizer, contexts, prompt_length)

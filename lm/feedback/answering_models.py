@@ -114,7 +114,12 @@ def answer_prompts(
                 answers = _distinct_answers(listening, rows, key, count)
                 dropped += sum(count - len(answers[i]) for i in new)
                 items = [
-                    (*fit[i], list(answers[i].values()), [sources[(i + j) % len(sources)] for j in answers[i]])
+                    (
+                        fit[i].name,
+                        fit[i].messages,
+                        list(answers[i].values()),
+                        [sources[(i + j) % len(sources)] for j in answers[i]],
+                    )
                     for i in new
                     if len(answers[i]) >= 2
                 ]

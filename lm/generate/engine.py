@@ -61,9 +61,10 @@ def batch_answerer(
 ) -> Callable[[Prompts, Array], list[GeneratedAnswer]]:
     """(prompts, key) -> `sampling.samples` answers a prompt, adjacent, those to `rows_at_once` prompts at a time.
 
-    An answer ends with a stop id of the tokenizer or of `sampling`. Chunk c draws with fold_in(key, c), so an answer depends
-    on its place in the list, not on how many follow. An answer ends before the first of `stop_strings`, but is sampled
-    to its own end: the program knows tokens, no text. Prompts of any width are brought to that of their bucket, so a new one seldom compiles; what must fit is their real length.
+    An answer ends with a stop id of the tokenizer or of `sampling`, and before the first of `stop_strings`; sampling
+    goes on to the stop id, as the program knows tokens and no text. Chunk c draws with fold_in(key, c), so an answer
+    depends on its place in the list, not on how many follow. Prompts are padded to the width of their bucket, so that
+    a new width seldom compiles; their real length must fit into the context.
     """
     check_stop_strings(stop_strings)
     sampling = sampling._replace(stop=(*tokenizer.stop_ids, *sampling.stop))

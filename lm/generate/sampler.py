@@ -70,7 +70,7 @@ def prefill(
     segments = (positions >= 0).astype(jnp.int32)
     positions = jnp.maximum(positions, 0)
     aligned = jnp.where(segments > 0, jnp.take_along_axis(prompts, positions, axis=1), 0)
-    cache = model.empty_cache(batch=prompts.shape[0], capacity=capacity, slack=rollback_slots)
+    cache = model.empty_cache(batch=prompts.shape[0], capacity=capacity, rollback_slots=rollback_slots)
     x, cache = model.cached_hidden_states(lm, aligned, positions, segments, cache)
     return model.logits(lm, x[:, -1]), cache
 

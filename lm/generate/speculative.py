@@ -1,7 +1,7 @@
 """Speculative sampling: a small model proposes, the large one judges all proposals in a single pass. Pure.
 
 Leviathan et al. 2023, alg. 1, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318. Each round the draft proposes
-`ahead` tokens one by one, x_i ~ q_i, and one pass of the target gives p_i after each of them. They are accepted in
+`draft_tokens` one by one, x_i ~ q_i, and one pass of the target gives p_i after each of them. They are accepted in
 their order, x_i with probability min(1, p_i(x_i) / q_i(x_i)); the first that is refused is drawn again from
 max(p_i - q_i, 0) over its sum; if none is, the pass has given one more token's p, which it is drawn from. p and q are
 the distributions sampled at these settings (temperature, top-k, top-p, min-p), so what comes out is distributed as
@@ -69,16 +69,17 @@ def residual_logits(p: Array, q: Array) -> Array:
 
 
 def initial_speculative_state(
-    models: TargetDraft, lms: TargetDraft, prompts: Array, lengths: Array, *, capacity: int, ahead: int
+    models: TargetDraft, lms: TargetDraft, prompts: Array, lengths: Array, *, capacity: int, draft_tokens: int
 ) -> SpeculativeState:
     """Right-padded prompts i32[B,P] of lengths i32[B] >= 1 as Rows, with caches for `capacity` tokens, prompt included.
 
-    A last round may write `ahead` slots more. The prompt's last token is taken back: the first round feeds it again.
+    A last round may write `draft_tokens` slots more. The prompt's last token is taken back: the first round feeds it
+    again.
     """
 
     def cache(model: Model, lm: Params) -> KVCache:
-        _, filled = prefill(model, lm, prompts, lengths, capacity=capacity + ahead, rollback_slots=ahead)
-        return filled.replace(filled=jnp.full(prompts.shape[0], filled.length - 1))
+        _, filled = prefill(model, lm, prompts, lengths, capacity=capacity + draft_tokens, rollback_slots=draft_tokens)
+        return filled.replace(length=jnp.full(prompts.shape[0], filled.length - 1))
 
     last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
     return SpeculativeState(
@@ -87,13 +88,19 @@ def initial_speculative_state(
 
 
 def speculative_round(
-    models: TargetDraft, lms: TargetDraft, rows: SpeculativeState, keys: Array, sampling: SamplingParams, *, ahead: int
+    models: TargetDraft,
+    lms: TargetDraft,
+    rows: SpeculativeState,
+    keys: Array,
+    sampling: SamplingParams,
+    *,
+    draft_tokens: int,
 ) -> tuple[SpeculativeState, SpeculativeRound]:
     """The rows after one more round, and what it gave; keys [B].
 
     Place i of a round draws with fold_in(key, i), split in three: proposal, judgement, and the token drawn again.
     """
-    places, each_row = jnp.arange(ahead + 1), jnp.arange(len(keys))
+    places, each_row = jnp.arange(draft_tokens + 1), jnp.arange(len(keys))
     of_row = lambda key: jax.vmap(lambda place: jax.random.split(jax.random.fold_in(key, place), 3))(places)
     proposing, judging, again = jnp.moveaxis(jax.vmap(of_row)(keys), 2, 0)  # [B,A+1] each
 
@@ -110,7 +117,7 @@ def speculative_round(
     drawn, q = (x.swapaxes(0, 1) for x in found)  # [B,A+1], [B,A+1,V]
     fed = jnp.concatenate([rows.tokens[:, None], drawn[:, :-1]], axis=1)
     at = rows.positions[:, None] + places
-    x, target = models.target.cached(lms.target, fed, at, jnp.ones_like(fed), rows.caches.target)
+    x, target = models.target.cached_hidden_states(lms.target, fed, at, jnp.ones_like(fed), rows.caches.target)
     p = jax.nn.log_softmax(sampling.adjusted_logits(models.target.logits(lms.target, x)), axis=-1)
     q = q.at[:, -1].set(-jnp.inf)  # nothing is proposed for the last place: its residual is p
     chances = acceptance_probability(values_at_ids(p, drawn), values_at_ids(q, drawn))[:, :-1]
@@ -120,7 +127,7 @@ def speculative_round(
     last = each_row, accepted  # the place that is drawn again, or beyond all proposals
     tokens, _ = draw_categorical(again[last], residual_logits(p[last], q[last]))
     drawn, count = drawn.at[last].set(tokens), accepted + 1
-    caches = TargetDraft(*(new.replace(filled=old.filled + count) for new, old in zip((target, draft), rows.caches)))
+    caches = TargetDraft(*(new.replace(length=old.length + count) for new, old in zip((target, draft), rows.caches)))
     return SpeculativeState(tokens, rows.positions + count, caches), SpeculativeRound(
         drawn, values_at_ids(p, drawn), accepted
     )
@@ -136,7 +143,7 @@ def speculative_sample(
     key: Array,
     sampling: SamplingParams,
     *,
-    ahead: int = 4,
+    draft_tokens: int = 4,
 ) -> tuple[Completions, AcceptanceCounts]:
     """Completions as of lm.generate.sampler.sample, of the target's distribution; log-probs are the target's.
     Temperature 0 gives
@@ -146,24 +153,24 @@ def speculative_sample(
     `draft_lm` are the decoders of `target` and `draft`, which share a vocabulary.
     """
     models, (B, P), max_new = TargetDraft(target, draft), prompts.shape, sampling.max_new
-    check_speculation(models, P, sampling, ahead=ahead)
+    check_speculation(models, P, sampling, draft_tokens=draft_tokens)
     lms = TargetDraft(target.decoding_params(lm), draft.decoding_params(draft_lm))
     stops, keys = jnp.asarray(tuple(sampling.stop), jnp.int32), row_keys(key, jnp.arange(B))
-    width, none = max_new + ahead + 1, jnp.zeros(B, jnp.int32)
+    width, none = max_new + draft_tokens + 1, jnp.zeros(B, jnp.int32)
     out = Completions(jnp.zeros((B, width), jnp.int32), jnp.zeros((B, width)), none, jnp.zeros(B, bool))
     unfinished = lambda out: (out.lengths < max_new) & ~out.stopped
 
     def step(carry):
         t, rows, out, told = carry
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        moved, new = speculative_round(models, lms, rows, now, sampling, ahead=ahead)
+        moved, new = speculative_round(models, lms, rows, now, sampling, draft_tokens=draft_tokens)
         live = unfinished(out)
         out, told = extended_completions(out, told, new, jnp.where(live, max_new - out.lengths, 0), stops)
         # A finished row stands still: what it writes lies beyond `filled`, which like all [B] is as it was.
         rows = jax.tree.map(lambda new, old: jnp.where(live, new, old) if new.ndim == 1 else new, moved, rows)
         return t + 1, rows, out, told
 
-    rows = initial_speculative_state(models, lms, prompts, lengths, capacity=P + max_new, ahead=ahead)
+    rows = initial_speculative_state(models, lms, prompts, lengths, capacity=P + max_new, draft_tokens=draft_tokens)
     start = jnp.zeros((), jnp.int32), rows, out, AcceptanceCounts(none, none, none)
     *_, out, told = jax.lax.while_loop(lambda carry: jnp.any(unfinished(carry[2])), step, start)
     return out.replace(tokens=out.tokens[:, :max_new], logprobs=out.logprobs[:, :max_new]), told
@@ -173,9 +180,9 @@ def extended_completions(
     out: Completions, told: AcceptanceCounts, new: SpeculativeRound, room: Array, stops: Array
 ) -> tuple[Completions, AcceptanceCounts]:
     """The rows with what counts of a round: up to `room` i32[B] tokens, and not beyond the first stop id."""
-    ahead, places = new.tokens.shape[1] - 1, jnp.arange(new.tokens.shape[1])
+    draft_tokens, places = new.tokens.shape[1] - 1, jnp.arange(new.tokens.shape[1])
     ends = jnp.any(new.tokens[..., None] == stops, axis=-1) & (places <= new.accepted[:, None])
-    end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, ahead + 1)
+    end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, draft_tokens + 1)
     limit = jnp.minimum(end, room)
     count = jnp.minimum(new.accepted + 1, limit)
     kept = places < count[:, None]
@@ -185,11 +192,11 @@ def extended_completions(
         lengths=out.lengths + count,
         stopped=out.stopped | jnp.any(ends & kept, axis=1),
     )
-    proposed, accepted = jnp.minimum(ahead, limit), jnp.minimum(new.accepted, limit)
+    proposed, accepted = jnp.minimum(draft_tokens, limit), jnp.minimum(new.accepted, limit)
     return out, AcceptanceCounts(told.proposed + proposed, told.accepted + accepted, told.rounds + (room > 0))
 
 
-def check_speculation(models: TargetDraft, prompt_length: int, sampling: SamplingParams, *, ahead: int) -> None:
+def check_speculation(models: TargetDraft, prompt_length: int, sampling: SamplingParams, *, draft_tokens: int) -> None:
     """UserError for a request that these two cannot serve, with prompts of at most `prompt_length` tokens."""
     target, draft, max_new = models.target.config, models.draft.config, sampling.max_new
     check_sampling(models.target, prompt_length, sampling)
@@ -197,8 +204,8 @@ def check_speculation(models: TargetDraft, prompt_length: int, sampling: Samplin
         raise UserError("repetition_penalty does not go with a draft, whose proposals it would change: leave one out")
     if sampling.samples != 1:
         raise UserError(f"samples is {sampling.samples}; with a draft each prompt gets 1: repeat the prompts")
-    if ahead < 1:
-        raise UserError(f"ahead is {ahead}; the draft must propose at least 1 token a round")
+    if draft_tokens < 1:
+        raise UserError(f"draft_tokens is {draft_tokens}; the draft must propose at least 1 token a round")
     if draft.vocab_size != target.vocab_size:
         raise UserError(
             f"the draft's vocabulary has {draft.vocab_size} tokens and the target's {target.vocab_size}: "
@@ -207,6 +214,7 @@ def check_speculation(models: TargetDraft, prompt_length: int, sampling: Samplin
     if prompt_length + max_new > draft.context:
         raise UserError(
             f"the prompt has {prompt_length} tokens and {max_new} more were asked for, but the draft's context is "
-            f"{draft.context}: shorten the prompt, lower max_new_tokens to {max(draft.context - prompt_length, 0)}, or take "
+            f"{draft.context}: shorten the prompt, lower max_new_tokens to "
+            f"{max(draft.context - prompt_length, 0)}, or take "
             "another draft"
         )

@@ -25,10 +25,11 @@ from lm.model.logits import repetition_penalized_logits
 
 
 def token_streamer(model: Model, sampling: SamplingParams) -> Callable[..., Iterator[int]]:
-    """stream(lm, ids, key, *, max_new): the tokens of generate.sampler.sample's row 0, each once it is drawn.
+    """stream(lm, ids, key, *, max_new, stop): the tokens of generate.sampler.sample's row 0, each once it is drawn.
 
-    max_new, of each answer, stands in place of the one in `sampling`, which has a single sample. The keys are sample's, and so are the tokens, unless rounding decides between two: the padding differs. Prompts are
-    aligned to the right of their bucket, so a cache of the context and one bucket more holds every allowed answer.
+    max_new and stop are those of each answer, in place of those in `sampling`. The keys are sample's, and so are the
+    tokens, unless rounding decides between two: the padding differs. Prompts are aligned to the right of their bucket,
+    so a cache of the context and one bucket more holds every allowed answer.
     """
     capacity, penalty = model.config.context + BUCKET_SIZE, sampling.repetition_penalty
 
@@ -50,13 +51,13 @@ def token_streamer(model: Model, sampling: SamplingParams) -> Callable[..., Iter
         logits, cache = decode_step(model, lm, tokens, lengths + t - 1, cache)
         return *drawn(logits, keys, t, seen), cache
 
-    def stream(lm, ids, key, *, max_new: int) -> Iterator[int]:
+    def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
         prompts, lengths = single_prompt_row(ids, model.config.context)
         lm, keys = model.decoding_params(lm), row_keys(key, jnp.arange(1))
         tokens, seen, cache = first(lm, prompts, lengths, keys)
         for t in range(1, max_new + 1):
             yield int(tokens[0])
-            if t == max_new or int(tokens[0]) in sampling.stop:
+            if t == max_new or int(tokens[0]) in stop:
                 return
             tokens, seen, cache = following(lm, tokens, lengths, keys, t, seen, cache)
 
@@ -84,20 +85,21 @@ def speculative_token_streamer(
     """
     context = min(model.config.context for model in models)
     first = jax.jit(
-        functools.partial(initial_speculative_state, models, capacity=context + BUCKET_SIZE, ahead=draft_tokens)
+        functools.partial(initial_speculative_state, models, capacity=context + BUCKET_SIZE, draft_tokens=draft_tokens)
     )
     following = jax.jit(
-        functools.partial(speculative_round, models, sampling=sampling, ahead=draft_tokens), donate_argnames="rows"
+        functools.partial(speculative_round, models, sampling=sampling, draft_tokens=draft_tokens),
+        donate_argnames="rows",
     )
-    draft_lm = models.draft.unrolled(jax.device_put(draft_lm))
+    draft_lm = models.draft.decoding_params(jax.device_put(draft_lm))
 
-    def stream(lm, ids, key, *, max_new: int) -> Iterator[int]:
-        lms, key = TargetDraft(models.target.unrolled(lm), draft_lm), row_keys(key, jnp.arange(1))[0]
+    def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
+        lms, key = TargetDraft(models.target.decoding_params(lm), draft_lm), row_keys(key, jnp.arange(1))[0]
         rows = first(lms, *single_prompt_row(ids, context))
         for t in itertools.count():
             rows, new = following(lms, rows, jax.random.fold_in(key, t)[None])
             tokens, accepted = new.tokens[0].tolist(), int(new.accepted[0])
-            end = next((i + 1 for i, token in enumerate(tokens[: accepted + 1]) if token in sampling.stop), max_new)
+            end = next((i + 1 for i, token in enumerate(tokens[: accepted + 1]) if token in stop), max_new)
             limit = min(end, max_new)
             on_round(min(draft_tokens, limit), min(accepted, limit))
             yield from tokens[: min(accepted + 1, limit)]

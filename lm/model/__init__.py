@@ -31,7 +31,7 @@ class Model(NamedTuple):
     cached_hidden_states: Callable[
         ..., tuple[Array, KVCache]
     ]  # (lm, inputs, positions, segments, cache) -> f[B,T,D], Cache
-    empty_cache: Callable[..., KVCache]  # (batch=, capacity=, slack=0) -> Cache
+    empty_cache: Callable[..., KVCache]  # (batch=, capacity=, rollback_slots=0) -> Cache
     logits: Callable[..., Array]  # (lm, f[...,D]) -> f32[...,V]
     value: Callable[..., Array]  # (head, f[...,D]) -> f32[...]
     target_stats: Callable[..., TargetStats]  # (lm, f[B,T,D], targets, temperature=1.0) -> Scores

@@ -90,7 +90,7 @@ def cached_attention(
 ) -> tuple[Array, KVCache]:
     """Writes k, v f[B,T,K,H] into the next T slots of a layer and attends to everything up to each query's own slot.
 
-    `cache.segments` must already name the new slots; `cache.filled` is advanced once per forward pass, by the caller.
+    `cache.segments` must already name the new slots; `cache.length` is advanced once per forward pass, by the caller.
     """
     if cache.length.ndim:  # rows at slots of their own: each as a batch of one
         add, drop = (lambda x: x[None] if x.ndim else x), (lambda x: x[0] if x.ndim else x)

@@ -15,7 +15,7 @@ CHOICES = {
     "lora_base_dtype": ("float32", "bfloat16", "int8"),
     "remat": ("none", "block", "dots"),
     "dtype": ("auto", "float32", "bfloat16"),
-    "cache": ("auto", "float32", "bfloat16", "int8"),
+    "cache_dtype": ("auto", "float32", "bfloat16", "int8"),
     "scan": ("auto", "yes", "no"),
     "attention": ("auto", "xla", "cudnn", "splash"),
 }
@@ -159,7 +159,7 @@ class ModelConfig:
             )
         cpu = backend == "cpu"
         dtype = ("float32" if cpu else "bfloat16") if self.dtype == "auto" else self.dtype
-        auto = {"dtype": dtype, "cache": dtype, "scan": "no" if cpu else "yes", "query_blocks": 2 if cpu else 1}
+        auto = {"dtype": dtype, "cache_dtype": dtype, "scan": "no" if cpu else "yes", "query_blocks": 2 if cpu else 1}
         c = dataclasses.replace(self, **{k: v for k, v in auto.items() if getattr(self, k) == "auto"})
         if c.attention != "auto":
             return c

@@ -151,7 +151,7 @@ def hidden_and_routing(
             angles = None if turns[0] is None else jax.tree.map(lambda a, b: jnp.where(local, b, a), *turns)
 
         def attend(q, k, v):
-            shape = dict(window=c.window, local=local, blocks=blocks)
+            shape = dict(window=c.window, is_local=local, query_blocks=blocks)
             return self_attention(c.attention, q, k, v, segments, **shape, **options), None
 
         x, _, routing = _block(c, attend, angles, x, layer)
@@ -184,7 +184,7 @@ def cached_hidden_states(
         window = c.window if local else None
         attend = functools.partial(cached_attention, cache=cache, layer=i, window=window, **options)
         x, cache, _ = _block(c, attend, turns[local], x, layer)
-    cache = cache.replace(filled=cache.length + inputs.shape[1])
+    cache = cache.replace(length=cache.length + inputs.shape[1])
     return apply_norm(c, x, params, "final_norm"), cache
 
 

@@ -45,7 +45,7 @@ def self_attention(
     local: whether the window holds, traced where one program serves layers of both kinds. blocks: of xla.
     """
     attend = functools.partial(
-        ATTENTION_KERNELS[name], **options, **({"blocks": query_blocks} if name == "xla" else {})
+        ATTENTION_KERNELS[name], **options, **({"query_blocks": query_blocks} if name == "xla" else {})
     )
     if isinstance(is_local, bool):
         return attend(q, k, v, segments, window=window if is_local else None)

@@ -163,10 +163,10 @@ def worst_pairs(
     shown = list(worst_of.values())[:MAX_WORST_PAIRS]
     return [
         {
-            "prompt": verdicts[pair.verdict].prompt,
-            "better": verdicts[pair.verdict].responses[pair.better],
-            "worse": verdicts[pair.verdict].responses[pair.worse],
-            "scores": [float(total[pair.verdict, pair.better]), float(total[pair.verdict, pair.worse])],
+            "prompt": verdicts[pair.ranking].prompt,
+            "better": verdicts[pair.ranking].responses[pair.better],
+            "worse": verdicts[pair.ranking].responses[pair.worse],
+            "scores": [float(total[pair.ranking, pair.better]), float(total[pair.ranking, pair.worse])],
             "sure": pair_confidence(pair),
         }
         for pair in shown

@@ -8,7 +8,7 @@ answers. A model that was only pretrained continues the text it is given. A chat
 the date on which the chat began, not that of training. /reset starts over, /exit or ctrl-D leaves, ctrl-C stops an
 answer.
 
-    python -m lm chat --workdir=runs/large --draft=runs/small --ahead=4
+    python -m lm chat --workdir=runs/large --draft=runs/small --draft_tokens=4
 
 --draft names a smaller model with the same tokenizer. It proposes tokens, and the large model checks several at a time
 (see lm.generate.speculative): answers have the same distribution as without a draft, and come faster where the draft
@@ -57,7 +57,7 @@ FLAGS = {
     ),
     "seed": dict(type=int, default=0, help="the same seed gives the same answers; default: 0"),
     "draft": dict(metavar="DIR", help="a smaller model's, which proposes tokens; default: none"),
-    "ahead": dict(type=int, default=4, help="with --draft: tokens it proposes at a time; default: 4"),
+    "draft_tokens": dict(type=int, default=4, help="with --draft: tokens it proposes at a time; default: 4"),
     "weights": dict(
         choices=STORAGE_DTYPES, default="", help="how the weights are kept; default: as the run keeps them"
     ),
@@ -89,7 +89,7 @@ class Chat:
     """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), over every reset.
 
     max_new: tokens an answer may have; None: NEW_TOKENS, or what the context leaves. note: given what is to be told.
-    stop: strings before the first of which an answer ends. draft: a model that proposes `ahead` tokens at a time.
+    stop: strings before the first of which an answer ends. draft: a model that proposes `draft_tokens` at a time.
     """
 
     def __init__(
@@ -106,13 +106,13 @@ class Chat:
         repetition_penalty: float = 1.0,
         stop: Sequence[str] = (),
         draft: TrainedModel | None = None,
-        ahead: int = 4,
+        draft_tokens: int = 4,
     ):
         if draft:
             check_same_tokenizer(trained, draft)
-        self._drafted = f"; {draft.path} proposes {ahead} tokens at a time" if draft else ""
+        self._drafted = f"; {draft.path} proposes {draft_tokens} tokens at a time" if draft else ""
         self._models = TargetDraft(trained.model, draft.model) if draft else None
-        self._ahead, contexts = ahead, [model.config.context for model in self._models or [trained.model]]
+        self._ahead, contexts = draft_tokens, [model.config.context for model in self._models or [trained.model]]
         self._context, self._whose = min(contexts), "model" if contexts[0] == min(contexts) else "draft"
         check_stop_strings(stop)
         if not 0 <= seed < 2**32:
@@ -128,7 +128,6 @@ class Chat:
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
-            stop=trained.tokenizer.stop_ids,
         )
         self._check(1, self._sampling.max_new)
         self._note, self._seed, self._max_new, self._stop = notify, seed, max_new, tuple(stop)
@@ -136,7 +135,7 @@ class Chat:
         self._proposed = self._accepted = 0
         if self._models and draft:
             self._stream = speculative_token_streamer(
-                self._models, draft.params["lm"], self._count_proposals, self._sampling, draft_tokens=ahead
+                self._models, draft.params["lm"], self._count_proposals, self._sampling, draft_tokens=draft_tokens
             )
         else:
             self._stream = token_streamer(trained.model, self._sampling)
@@ -199,7 +198,7 @@ class Chat:
     def _check(self, prompt: int, max_new: int) -> None:
         sampling = self._sampling._replace(max_new=max_new)
         if self._models:
-            check_speculation(self._models, prompt, sampling, ahead=self._ahead)
+            check_speculation(self._models, prompt, sampling, draft_tokens=self._ahead)
         else:
             check_sampling(self._trained.model, prompt, sampling)
 
@@ -224,7 +223,7 @@ class Chat:
         self._proposed = self._accepted = 0
         drawn, said = [], ""
         try:
-            for token in self._stream(self._lm, ids, key, max_new=max_new):
+            for token in self._stream(self._lm, ids, key, max_new=max_new, stop=tokenizer.stop_ids):
                 drawn.append(token)
                 so_far, found = text_before_stop(stable_text(tokenizer, drawn), self._stop)
                 if found:
@@ -298,7 +297,7 @@ def program(argv: list[str]) -> None:
         repetition_penalty=flags.repetition_penalty,
         stop=flags.stop,
         draft=None if flags.draft is None else load_chat_policy(flags.draft),
-        ahead=flags.ahead,
+        draft_tokens=flags.draft_tokens,
     )
     if flags.prompt is not None:
         print_answer(chat, flags.prompt)

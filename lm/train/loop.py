@@ -172,7 +172,7 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
             data, lambda: call_with_options(functions["data"].function, config.data, context, name="data")
         )
     if "ramp" in config.data and "microbatches" in config.stage:
-        check_ramp_microbatches(config.data.ramp, config.stage.count)
+        check_ramp_microbatches(config.data.ramp, config.stage.microbatches)
 
     mesh = call_with_options(host.make_mesh or functions["mesh"].function, config.mesh, name="mesh")
     params, base = inherited_params(start, config), {}
@@ -181,7 +181,7 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
     state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
     passes = option_value(functions["stage"], config.stage, "epochs", 1)  # over each batch
-    flops = passes * flops_per_token(model.config, batches.about["length"])
+    flops = passes * flops_per_token(model.config, batches.dataset_info["length"])
     return TrainingSetup(STAGES[name], build, batches, mesh, shardings, state, meta, flops, phases)
 
 
@@ -283,7 +283,7 @@ def run_training_loop(
                     if r.batches.rollout_table and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
                         with phases("save"):
                             workdir.append_rollouts(
-                                i + 1, r.batches.rollout_table(inference_state(state), batch, schedule.samples)
+                                i + 1, r.batches.rollout_table(inference_state(state), batch, schedule.logged_rollouts)
                             )
                     with phases("update"):
                         state, metrics = step(state, batch)
@@ -350,7 +350,8 @@ def held_out_metrics(r: TrainingSetup, evaluate, state: TrainState) -> dict[str,
             total = found if total is None else metric_sum(total, found)
     if total is None:
         raise UserError(
-            f"{r.checkpoint_metadata['stage']}: the held-out side holds no whole batch: raise data.held_out, or lower the batch"
+            f"{r.checkpoint_metadata['stage']}: the held-out side holds no whole batch: "
+            "raise data.held_out, or lower the batch"
         )
     return {f"held_out/{name}": value for name, value in r.stage.summary(total, r.batches.dataset_info).items()}
 
@@ -362,7 +363,8 @@ def check_start_metrics(r: TrainingSetup, before: Mapping[str, float]) -> None:
         found = before[f"held_out/{name}"]
         if not abs(found - value) <= tolerance:
             raise UserError(
-                f"{r.checkpoint_metadata['stage']}: held-out {name} is {found:.4g} before the first step; it must be {value:.4g} "
+                f"{r.checkpoint_metadata['stage']}: held-out {name} is {found:.4g} before the first step; "
+                f"it must be {value:.4g} "
                 f"within {tolerance}: policy and reference, or sampler and trainer, are not the same distribution "
                 f"(see start_metrics in {r.stage.path})"
             )

@@ -118,7 +118,7 @@ def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:
 
 
 def lora_base_params(shape: ModelConfig, lm: Params, workdir: Workdir, checkpoint_turn: Callable) -> Params:
-    """What adapters are laid on: the inherited decoder as shape.lora_base keeps it.
+    """What adapters are laid on: the inherited decoder as shape.lora_base_dtype keeps it.
 
     The workdir keeps it beside them, once, and from its second start on goes by its own copy, whatever has become of
     the run that it came from. turn: the Host's, in which checkpoints are written.

@@ -79,7 +79,7 @@ ALIASES = (  # attribute_map of transformers
 
 def config_json(c: ModelConfig, preferred_type: str = "") -> dict[str, Any]:
     """The config.json of a Config: of the model_type preferred if it can say this, else of the first that can."""
-    shown = ("dtype", "cache", "scan", "remat", "query_blocks", "loss_chunk", "attention")  # how it is computed
+    shown = ("dtype", "cache_dtype", "scan", "remat", "query_blocks", "loss_chunk", "attention")  # how it is computed
     how = {name: getattr(c, name) for name in shown}
     for kind in sorted(FAMILIES, key=lambda kind: kind != preferred_type):  # the others in their order
         family = FAMILIES[kind]

@@ -66,7 +66,8 @@ def check_vocabulary(c: ModelConfig, tokenizer: Tokenizer, source: Path) -> None
         )
     if max(tokenizer.stop_ids) >= c.vocab_size:
         raise UserError(
-            f"{source}: id {max(tokenizer.stop_ids)} ends its texts, but its model has only {c.vocab_size} rows and could "
+            f"{source}: id {max(tokenizer.stop_ids)} ends its texts, but its model has only {c.vocab_size} "
+            "rows and could "
             "never stop: correct eos_token_id, or take both from the same model"
         )
 

@@ -57,7 +57,7 @@ def _entries(
     def of(c: ModelConfig) -> list[names.TensorEntry]:
         entries = names.tensor_entries(c, kind)
         if kind == "gpt2" and not any(name.startswith("transformer.") for name in found):  # as OpenAI's own file
-            entries = [entry._replace(theirs=entry.theirs.removeprefix("transformer.")) for entry in entries]
+            entries = [entry._replace(tensor_name=entry.tensor_name.removeprefix("transformer.")) for entry in entries]
         return entries
 
     entries = of(c)
@@ -65,7 +65,11 @@ def _entries(
     if not c.tie_embeddings or names.HEAD_TENSOR not in found:
         return c, entries, set()
     if embedding not in found:  # the one matrix goes by the head's name
-        return c, [e._replace(theirs=names.HEAD_TENSOR) if e.tensor_name == embedding else e for e in entries], set()
+        return (
+            c,
+            [e._replace(tensor_name=names.HEAD_TENSOR) if e.tensor_name == embedding else e for e in entries],
+            set(),
+        )
     if found[names.HEAD_TENSOR].equals(found[embedding]):
         return c, entries, {names.HEAD_TENSOR}
     untied = dataclasses.replace(c, tie_embeddings=False)

@@ -224,9 +224,9 @@ def tokenizer_from_fields(fields) -> Tokenizer:
     _check_counts(fields, len(tokens))
     special = [token for token, kind in zip(tokens, kinds) if kind == CONTROL_TOKEN]
     if model in ("gpt2", "gemma4"):
-        coder = {"tokenizer": _bpe_tokenizer(fields, tokens, kinds, blanks=model == "gemma4").to_str()}
+        coder = {"tokenizer_json": _bpe_tokenizer(fields, tokens, kinds, blanks=model == "gemma4").to_str()}
     elif model == "llama":
-        coder = {"pieces": _sentencepiece_proto(fields, tokens, kinds)}
+        coder = {"sentencepiece_model": _sentencepiece_proto(fields, tokens, kinds)}
     else:
         raise UserError(f"this GGUF file has a tokenizer of kind {model!r}: we read gpt2, gemma4 and llama")
     ids = {name: _field_value(fields, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}

@@ -38,12 +38,12 @@ def read_tokenizer_files(source: Path, hf: Mapping[str, Any]) -> Tokenizer:
         text = file_text(source / TOKENIZER_JSON)
         content = _parsed_json(text, source / TOKENIZER_JSON)
         added += [t["content"] for t in content.get("added_tokens", []) if t.get("special")]
-        coder = {"tokenizer": text}
+        coder = {"tokenizer_json": text}
         known = {t["content"]: t["id"] for t in content.get("added_tokens", [])}
         vocab = content["model"].get("vocab", {})
         known |= vocab if isinstance(vocab, dict) else {}
     elif (source / SENTENCEPIECE_FILE).exists():
-        coder, known = {"pieces": (source / SENTENCEPIECE_FILE).read_bytes()}, {}
+        coder, known = {"sentencepiece_model": (source / SENTENCEPIECE_FILE).read_bytes()}, {}
     else:
         raise UserError(
             f"{source} has neither {TOKENIZER_JSON} nor {SENTENCEPIECE_FILE}: a model needs its tokenizer; "
@@ -75,7 +75,8 @@ def _check_added_tokens(source: Path, tokenizer: HuggingFaceTokenizer, config: M
         for token, i in tokens:
             if tokenizer.token_id(token) != i:
                 raise UserError(
-                    f"{source / file} says that {token!r} is id {i}, but the tokenizer has {tokenizer.token_id(token)}: "
+                    f"{source / file} says that {token!r} is id {i}, but the tokenizer has "
+                    f"{tokenizer.token_id(token)}: "
                     f"make {TOKENIZER_JSON} anew with transformers, or take away the entry"
                 )
 

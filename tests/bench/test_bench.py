@@ -26,7 +26,7 @@ TALKS = [Conversation(f"talk {i}", [{"role": "user", "content": f"what do you se
 @pytest.fixture
 def limits(monkeypatch):
     """A machine of 1 GFLOP/s that reads 1 MB/s, so that no test measures it."""
-    monkeypatch.setattr(DeviceLimits, "look", lambda self: None)
+    monkeypatch.setattr(DeviceLimits, "remeasure", lambda self: None)
     return DeviceLimits({"float32": 1e9, "bfloat16": 2e9}, 1e6)
 
 
@@ -182,7 +182,9 @@ def test_a_draft_that_is_the_model_itself_is_always_right(finished, limits, caps
     monkeypatch.setattr(speculation, "TEMPERATURES", (0.0, 1.0))
     monkeypatch.setattr(speculation.conversations, "load_conversations", lambda source: TALKS)
     monkeypatch.setattr(speculation, "split_held_out", lambda talks, fraction: ([], talks))
-    flags = f"--workdir={finished}/sft --batches=2 --prompt_tokens=40 --new_tokens=8 --turns=1 --steps=1 --ahead=2"
+    flags = (
+        f"--workdir={finished}/sft --batches=2 --prompt_tokens=40 --new_tokens=8 --turns=1 --steps=1 --draft_tokens=2"
+    )
     found = {}
     for draft in ("sft", "pretrain"):
         given = parsed_flags(
@@ -197,7 +199,7 @@ def test_a_draft_that_is_the_model_itself_is_always_right(finished, limits, caps
         assert min(row["per_second"].values()) > 0
         assert row["ratio"] == pytest.approx(row["per_second"]["drafted"] / row["per_second"]["plain"])
         assert row["each_turn"] == pytest.approx([row["ratio"]])
-    assert "pretrain, 2 tokens ahead" in capsys.readouterr().out
+    assert "pretrain, 2 draft tokens" in capsys.readouterr().out
 
 
 def test_a_start_ends_with_its_first_step(tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def updated(small, start, rows):
 
     def run(stage, mesh, **options):
         m, lm = small, start
-        if "balance" in options:
+        if "balance_loss" in options:
             m = model.make_model(dataclasses.replace(small.config, experts=4))
             lm = decoder(m)
         update = stage.make(m, optimizers.make_optimizer(**OPTIMIZER), **options)
@@ -161,7 +161,7 @@ def updated(small, start, rows):
         (sft, (1, 4, 2), {"microbatches": 2}),
         (reward, (2, 2, 2), {}),
         (ppo, (2, 2, 2), {}),
-        (pretrain, (2, 2, 2), {"balance": 0.1, "router_z": 0.01}),
+        (pretrain, (2, 2, 2), {"balance_loss": 0.1, "router_z_loss": 0.01}),
     ],
     ids=["pretrain-8x1x1", "sft-1x4x2", "reward-2x2x2", "ppo-2x2x2", "experts-2x2x2"],
 )

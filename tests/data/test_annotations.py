@@ -45,8 +45,8 @@ def store(tmp_path):
 
 def test_a_verdict_comes_back_as_a_ranking(store, tmp_path):
     details = {"axes": {"helpful": [5, None]}, "flags": [[], ["toxic"]], "shown": [1, 0], "seconds": 1.5}
-    store.record(Annotation("key", 2, "Änn", [1, 2], **details))
-    store.record(Annotation("other key", 3, "ben", [1, 1], "skipped"))
+    store.record_verdict(Annotation("key", 2, "Änn", [1, 2], **details))
+    store.record_verdict(Annotation("other key", 3, "ben", [1, 1], "skipped"))
     first, second = store.rankings()
     assert first._replace(time="") == Ranking(*item(1)[:3], [1, 2], "Änn", "", sources=SOURCES, **details)
     assert second == Ranking(*item(2)[:3], [1, 1], "ben", second.time, "skipped", sources=SOURCES)
@@ -58,48 +58,48 @@ def test_a_verdict_comes_back_as_a_ranking(store, tmp_path):
 def test_items(store):
     assert store.items() == [RankingItem(i + 1, *item(i)) for i in range(3)]
     assert store.item(2) == RankingItem(2, *item(1))
-    assert store.add([item(3), item(1)]) == 1, "one is known already"
+    assert store.add_items([item(3), item(1)]) == 1, "one is known already"
     with pytest.raises(UserError, match="there is no item 9 in .*people.db"):
         store.item(9)
 
 
 def test_what_is_next(store):
     """Highest priority first, then fewest verdicts, then in order; never twice to the same rater."""
-    assert store.next("ann").id == 1
-    store.record(Annotation("a", 1, "ann", [1, 2]))
-    assert (store.next("ann").id, store.next("ben").id) == (2, 2)
-    store.prioritise({3: 0.25, 1: 0.1})
-    assert (store.next("ann").id, [i.id for i in store.unjudged("ben")]) == (3, [3, 1, 2])
-    store.record(Annotation("b", 3, "ann", [1, 1], "skipped"))
-    store.record(Annotation("c", 2, "ann", [1, 1], "both bad"))
-    assert store.next("ann") is None and store.unjudged("ann") == []
+    assert store.next_item("ann").id == 1
+    store.record_verdict(Annotation("a", 1, "ann", [1, 2]))
+    assert (store.next_item("ann").id, store.next_item("ben").id) == (2, 2)
+    store.set_priorities({3: 0.25, 1: 0.1})
+    assert (store.next_item("ann").id, [i.id for i in store.unjudged_items("ben")]) == (3, [3, 1, 2])
+    store.record_verdict(Annotation("b", 3, "ann", [1, 1], "skipped"))
+    store.record_verdict(Annotation("c", 2, "ann", [1, 1], "both bad"))
+    assert store.next_item("ann") is None and store.unjudged_items("ann") == []
     assert (store.progress("ann"), store.progress("ben")) == ((3, 3), (0, 3))
 
 
 def test_the_same_key_is_the_same_verdict_and_another_is_a_duplicate(store):
     for _ in range(3):
-        store.record(Annotation("key", 1, "ann", [2, 1]))
+        store.record_verdict(Annotation("key", 1, "ann", [2, 1]))
     with pytest.raises(UserError, match="duplicate verdict: ann has judged item 1; undo that one first"):
-        store.record(Annotation("another", 1, "ann", [1, 2]))
-    store.record(Annotation("ben's", 1, "ben", [1, 2]))
+        store.record_verdict(Annotation("another", 1, "ann", [1, 2]))
+    store.record_verdict(Annotation("ben's", 1, "ben", [1, 2]))
     assert [(r.rater, r.ranking) for r in store.rankings()] == [("ann", [2, 1]), ("ben", [1, 2])]
 
 
 def test_undo(store):
-    assert store.undo("ann") is None
-    store.record(Annotation("a", 1, "ann", [1, 2]))
-    store.record(Annotation("b", 2, "ann", [1, 2]))
-    store.record(Annotation("c", 1, "ben", [1, 2]))
-    assert store.undo("ann").id == 2
+    assert store.undo_latest("ann") is None
+    store.record_verdict(Annotation("a", 1, "ann", [1, 2]))
+    store.record_verdict(Annotation("b", 2, "ann", [1, 2]))
+    store.record_verdict(Annotation("c", 1, "ben", [1, 2]))
+    assert store.undo_latest("ann").id == 2
     assert (store.progress("ann"), len(store.rankings())) == ((1, 3), 2)
-    store.record(Annotation("b", 2, "ann", [1, 2]))
+    store.record_verdict(Annotation("b", 2, "ann", [1, 2]))
     assert store.progress("ann") == (1, 3), "a late repetition does not bring it back"
-    store.record(Annotation("d", 2, "ann", [2, 1]))
-    assert [store.undo("ann").id, store.undo("ann").id, store.undo("ann")] == [2, 1, None]
+    store.record_verdict(Annotation("d", 2, "ann", [2, 1]))
+    assert [store.undo_latest("ann").id, store.undo_latest("ann").id, store.undo_latest("ann")] == [2, 1, None]
     with sqlite3.connect(store.path) as db:
         kept = db.execute("SELECT key, withdrawn FROM verdicts ORDER BY id").fetchall()
     assert kept == [("a", 1), ("b", 1), ("c", 0), ("d", 1)]
-    assert [i.id for i in store.unjudged("cleo")] == [2, 3, 1], "what was withdrawn does not count"
+    assert [i.id for i in store.unjudged_items("cleo")] == [2, 3, 1], "what was withdrawn does not count"
 
 
 @pytest.mark.parametrize(
@@ -121,14 +121,14 @@ def test_undo(store):
 )
 def test_what_cannot_be_recorded(store, said, message):
     with pytest.raises(UserError, match=message):
-        store.record(Annotation(**{"key": "k", "item": 1, "rater": "ann", "ranking": [1, 2], **said}))
+        store.record_verdict(Annotation(**{"key": "k", "item": 1, "rater": "ann", "ranking": [1, 2], **said}))
     assert store.rankings() == []
-    store.record(Annotation("k", 1, "ann", [1, 2]))
+    store.record_verdict(Annotation("k", 1, "ann", [1, 2]))
 
 
 def test_merge(store, tmp_path):
-    store.record(Annotation("a", 1, "ann", [1, 2]))
-    store.record(Annotation("b", 2, "ann", [1, 1], "both bad"))
+    store.record_verdict(Annotation("a", 1, "ann", [1, 2]))
+    store.record_verdict(Annotation("b", 2, "ann", [1, 1], "both bad"))
     bare = Ranking("n", [{"role": "user", "content": "hi"}], ["x", "y"], [1, 2], "rule", "2024-05-01T12:00:00+00:00")
     with AnnotationStore(tmp_path / "other.db") as other:
         assert other.merge_rankings(store.rankings()) == (2, 0)
@@ -255,7 +255,7 @@ import json, sys
 from lm.data.annotations import Annotation, AnnotationStore
 with AnnotationStore(sys.argv[1]) as store:
     for item in store.items():
-        store.record(Annotation(f"key {item.id}", item.id, "ann", [1, 2]))
+        store.record_verdict(Annotation(f"key {item.id}", item.id, "ann", [1, 2]))
         print(json.dumps(item.id), flush=True)
 """
 

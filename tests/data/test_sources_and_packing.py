@@ -123,7 +123,7 @@ def turns(*contents):
 
 
 def test_chitchat_merges_cleans_and_drops(chitchat):
-    assert conversations.chitchat_conversations() == [
+    assert [found[:2] for found in conversations.chitchat_conversations()] == [
         ("chitchat/one", turns("Hello how are you?", "fine", "ok")),
         ("chitchat/two", turns("what about exams now?", "over")),
     ]
@@ -178,11 +178,11 @@ def test_docstrings(monkeypatch):
 
 def test_excerpts_keep_every_reply():
     conversation = conversations.Conversation("c", turns("a", "b", "c", "d", "e", "f", "g"))
-    assert conversations.conversation_excerpts([conversation], turns=4) == [
+    assert [found[:2] for found in conversations.conversation_excerpts([conversation], turns=4)] == [
         ("c", turns("a", "b", "c", "d")),
         ("c", turns("e", "f", "g")),
     ]
-    assert conversations.conversation_excerpts([conversation], turns=2)[-1] == (
+    assert conversations.conversation_excerpts([conversation], turns=2)[-1][:2] == (
         "c",
         turns("e", "f"),
     )  # nobody answers g

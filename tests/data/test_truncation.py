@@ -48,7 +48,11 @@ def tokenizer(bytewise):
     borrowed = functools.partial(
         tokenizer_from_parts, named_tokens={"eos_token": SPECIAL[0]}, special_tokens=SPECIAL, stop_ids=(0,)
     )
-    pieces = {"pieces": ours.proto, "special": ["<|user|>", "<|assistant|>", "<|end|>"], "stops": (3,)}
+    pieces = {
+        "sentencepiece_model": ours.proto,
+        "special_tokens": ["<|user|>", "<|assistant|>", "<|end|>"],
+        "stop_ids": (3,),
+    }
     theirs = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}" + (
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
@@ -141,12 +145,14 @@ def test_every_stage_has_the_ids_of_the_conversation(name, prompt, text, tokeniz
     tokenizer, lent = tokenizer[name], context(name)
     whole = conversation_with_answer(prompt, text)
     if name == "own":
-        said = [[tokenizer.roles[m["role"]], *tokenizer.encode(m["content"]), tokenizer.end] for m in whole]
+        said = [
+            [tokenizer.role_ids[m["role"]], *tokenizer.encode(m["content"]), tokenizer.end_of_message] for m in whole
+        ]
         expected = [tokenizer.bos, *(i for ids in said for i in ids)]
     else:
-        rendered = tokenizer.template.render(whole, asked=False).removesuffix("\n")
-        expected = tokenizer._coder.marked(rendered).ids
-    assert expected[-1] == tokenizer.end
+        rendered = tokenizer.template.render(whole, add_generation_prompt=False).removesuffix("\n")
+        expected = tokenizer._coder.encode_with_special(rendered).ids
+    assert expected[-1] == tokenizer.end_of_message
     asked = tk.encode_prompt(tokenizer, prompt).tolist()
     assert expected[: len(asked)] == asked  # what RL samples from
     own = expected[len(asked) :]
@@ -231,7 +237,7 @@ def test_prompts_longer_than_a_row_leave_the_answers_to_learn_from(stage, name, 
     assert (batch.segments == 1).all() and (first != second).any(axis=1).all()
     whole = tk.encode_chat(lent.tokenizer, conversation_with_answer(LONG, "yes")).ids.tolist()
     row = [*first[0], *([] if stage in REWARD_MODEL_STAGES else batch.targets[0, 0, -1:])]
-    opening = list(lent.tokenizer.start)
+    opening = list(lent.tokenizer.start_ids)
     assert row[: len(opening)] == opening and row[len(opening) :] == whole[len(opening) - len(row) :]
 
 

@@ -15,7 +15,7 @@ from lm import model
 from lm.core.errors import UserError
 from lm.evaluate import quantization
 from lm.generate.beam import beam_search
-from lm.generate.sampler import decode_step, prefill, sample
+from lm.generate.sampler import SamplingParams, decode_step, prefill, sample
 from lm.model.attention import masked_attention
 from lm.model.quantization import quantize_heads_int8, quantize_int8, quantized_params
 from lm.runs.workdir import load_trained_model
@@ -68,7 +68,7 @@ def expanded(lm):
 def test_the_forward_pass_reads_stored_weights_as_what_they_stand_for(changes, made):
     m, lm = made(**changes)
     kept = quantized_params("int8", lm, include_embeddings=True)
-    logits = jax.jit(lambda lm: m.logits(lm, m.hidden(lm, IDS, POSITIONS, SEGMENTS)))
+    logits = jax.jit(lambda lm: m.logits(lm, m.hidden_states(lm, IDS, POSITIONS, SEGMENTS)))
     found, real = np.asarray(logits(kept)), SEGMENTS > 0
     np.testing.assert_allclose(found[real], logits(expanded(kept))[real], rtol=1e-4, atol=2e-5)
     gap = np.abs(found - logits(lm))[real]
@@ -87,7 +87,7 @@ def test_attention_to_int8_is_attention_to_the_expanded_numbers():
 
 
 def eight(m, **changes):
-    return model.make_model(dataclasses.replace(m.config, cache="int8", **changes))
+    return model.make_model(dataclasses.replace(m.config, cache_dtype="int8", **changes))
 
 
 @pytest.mark.parametrize("changes", [{}, {"window": 3}, GEMMA, MIXTURE], ids=["plain", "windowed", "gemma", "mixture"])
@@ -96,7 +96,7 @@ def test_decoding_from_an_int8_cache_is_near_the_full_pass(changes, made):
     in many, and about a ring: the same numbers, as a slot is rounded once, when it is written."""
     m, lm = made(**changes)
     kept = eight(m)
-    full = np.where(SEGMENTS[..., None] > 0, jax.jit(m.hidden)(lm, IDS, POSITIONS, SEGMENTS), 0)
+    full = np.where(SEGMENTS[..., None] > 0, jax.jit(m.hidden_states)(lm, IDS, POSITIONS, SEGMENTS), 0)
     step, outs = jax.jit(kept.cached_hidden_states), []
     for sizes in ([14], [5, 1, 1, 2, 3, 1, 1]):
         cache, parts = kept.empty_cache(batch=2, capacity=14), []
@@ -117,9 +117,9 @@ def test_sampling_and_beam_search_go_through_an_int8_cache(made):
     m, lm = made()
     kept = eight(m)
     lengths, key = np.array([9, 5], np.int32), jax.random.key(3)
-    run = lambda ids, lengths, **options: jax.jit(functools.partial(sample, kept, max_new=5, **options))(
-        lm, ids, lengths, key
-    )
+    run = lambda ids, lengths, **options: jax.jit(
+        functools.partial(sample, kept, sampling=SamplingParams(5, **options))
+    )(lm, ids, lengths, key)
     shared = run(IDS[:, :9], lengths, samples=2)
     apart = run(np.repeat(IDS[:, :9], 2, axis=0), np.repeat(lengths, 2))
     np.testing.assert_array_equal(shared.tokens, apart.tokens)
@@ -134,7 +134,7 @@ def test_sampling_and_beam_search_go_through_an_int8_cache(made):
 
 def test_refused(tiny_model, tiny_lm):
     with pytest.raises(UserError, match="model.cache_dtype is 'int4'; choose one of auto, float32, bfloat16, int8"):
-        dataclasses.replace(tiny_model.config, cache="int4")
+        dataclasses.replace(tiny_model.config, cache_dtype="int4")
     with pytest.raises(UserError, match="the weights are to be kept as 'int4'; choose one of float32, bfloat16, int8"):
         quantized_params("int4", tiny_lm)
 

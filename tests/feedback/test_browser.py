@@ -173,7 +173,7 @@ def test_a_double_click_is_one_verdict(page, store):
 
 
 def test_a_full_disk_for_a_while(page, store, monkeypatch):
-    record, refusals = store.record, []
+    record, refusals = store.record_verdict, []
 
     def full(verdict):
         if not refusals:
@@ -181,7 +181,7 @@ def test_a_full_disk_for_a_while(page, store, monkeypatch):
             raise StoreUnavailable("cannot write people.db: database or disk is full; make room there and try again")
         record(verdict)
 
-    monkeypatch.setattr(store, "record", full)
+    monkeypatch.setattr(store, "record_verdict", full)
     with served(store) as url:
         enter(page, url, "ann")
         page.locator(".response").first.click()
@@ -203,7 +203,7 @@ def test_named_raters_and_a_token(page, store):
 
 def test_on_a_phone(browser, store):
     """Responses are stacked, nothing is wider than the screen, and a thumb hits every button."""
-    store.prioritise({2: 1.0})
+    store.set_priorities({2: 1.0})
     with (
         served(store) as url,
         browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, reduced_motion="reduce") as context,

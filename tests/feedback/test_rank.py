@@ -78,7 +78,7 @@ def test_the_same_command_goes_on(asking, tmp_path, monkeypatch, capsys):
         return add(store, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AnnotationStore, "add", stopped_after)
+        patch.setattr(AnnotationStore, "add_items", stopped_after)
         with pytest.raises(SigtermExit):
             run(tmp_path / "cut", *asking)
     assert len(items(tmp_path / "cut")) == 4
@@ -86,7 +86,7 @@ def test_the_same_command_goes_on(asking, tmp_path, monkeypatch, capsys):
     run(tmp_path / "cut", *asking)
     assert "answers: 5 prompts were answered, 4 had answers already" in capsys.readouterr().out
     assert items(tmp_path / "cut") == items(tmp_path / "whole")
-    monkeypatch.setattr(AnnotationStore, "add", pytest.fail)
+    monkeypatch.setattr(AnnotationStore, "add_items", pytest.fail)
     run(tmp_path / "cut", *asking)
     assert "answers: 0 prompts were answered, 9 had answers already" in capsys.readouterr().out
     run(tmp_path / "cut", "--port=0")

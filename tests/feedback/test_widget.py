@@ -189,7 +189,7 @@ def test_a_button_shows_the_error_and_the_choice_outlasts_it(store, monkeypatch)
         raise StoreUnavailable("<locked>")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "record", locked)
+        patch.setattr(store, "record_verdict", locked)
         press(ranker, "Best")
     assert "&lt;locked&gt;" in shown(ranker) and not store.rankings()
     press(ranker, "Save")

@@ -11,7 +11,7 @@ import pytest
 from lm import model
 from lm.core.errors import UserError
 from lm.generate.beam import beam_search
-from lm.generate.sampler import prompt_completion_rows, sample
+from lm.generate.sampler import SamplingParams, prompt_completion_rows, sample
 
 V, NEW, STOP = 5, 3, (0, 3)
 PROMPTS, LENGTHS = np.array([[1, 2, 4], [2, 9, 9], [4, 1, 9]], np.int32) % V, np.array([3, 1, 2], np.int32)
@@ -46,7 +46,7 @@ def search(five):
 def table(five):
     """row -> {tokens: log-probability of the last of them after the prompt and the others}, by full forward passes."""
     made, lm = five
-    run = jax.jit(lambda t, p, s: jax.nn.log_softmax(made.logits(lm, made.hidden(lm, t, p, s))))
+    run = jax.jit(lambda t, p, s: jax.nn.log_softmax(made.logits(lm, made.hidden_states(lm, t, p, s))))
     long = np.array(list(itertools.product(range(V), repeat=NEW)), np.int32)
 
     @functools.cache
@@ -100,7 +100,7 @@ def agrees(found, scores, table, row: int, expected, penalty: float) -> None:
 @pytest.mark.parametrize("penalty", [0.0, 3.0])
 def test_a_wide_beam_finds_the_best_of_all(penalty, search, table):
     """9 places hold every unfinished hypothesis of two tokens, so nothing is lost: the search is exhaustive."""
-    found, scores = search(width=9, length_penalty=penalty, stop=STOP)
+    found, scores = search(beam_width=9, length_penalty=penalty, stop=STOP)
     for row in range(3):
         agrees(found, scores, table(row), row, ranked(table(row), penalty)[:9], penalty)
     assert set(found.lengths.tolist()) == {1, 2, 3}
@@ -108,7 +108,7 @@ def test_a_wide_beam_finds_the_best_of_all(penalty, search, table):
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_a_narrow_beam_loses_what_a_search_in_lists_loses(width, search, table):
-    found, scores = search(width=width, length_penalty=1.0, stop=STOP)
+    found, scores = search(beam_width=width, length_penalty=1.0, stop=STOP)
     for row in range(3):
         agrees(found, scores, table(row), row, searched(table(row), width, 1.0), 1.0)
 
@@ -124,8 +124,10 @@ def test_the_lists_do_lose_something_and_the_penalty_matters(table):
 
 def test_width_one_without_stop_ids_is_greedy(five, search):
     made, lm = five
-    found, scores = search(width=1, max_new=6)
-    greedy = jax.jit(lambda: sample(made, lm, PROMPTS, LENGTHS, jax.random.key(0), max_new=6, temperature=0.0))()
+    found, scores = search(beam_width=1, max_new=6)
+    greedy = jax.jit(
+        lambda: sample(made, lm, PROMPTS, LENGTHS, jax.random.key(0), SamplingParams(6, temperature=0.0))
+    )()
     np.testing.assert_array_equal(found.tokens, greedy.tokens)
     np.testing.assert_allclose(found.logprobs.sum(axis=1), scores[:, 0], rtol=1e-5)
     tokens, logprobs = prompt_completion_rows(jnp.asarray(PROMPTS), LENGTHS, jax.tree.map(jnp.asarray, found))
@@ -134,10 +136,10 @@ def test_width_one_without_stop_ids_is_greedy(five, search):
 
 def test_a_prompt_does_not_depend_on_its_mates(search):
     """Nor on when they end: rule 14."""
-    found, scores = search(width=2, length_penalty=1.0, stop=STOP)
+    found, scores = search(beam_width=2, length_penalty=1.0, stop=STOP)
     for row in range(3):
         one, alone = search(
-            np.tile(PROMPTS[row], (3, 1)), np.tile(LENGTHS[row], 3), width=2, length_penalty=1.0, stop=STOP
+            np.tile(PROMPTS[row], (3, 1)), np.tile(LENGTHS[row], 3), beam_width=2, length_penalty=1.0, stop=STOP
         )
         np.testing.assert_array_equal(one.tokens[:2], found.tokens[2 * row : 2 * row + 2])
         np.testing.assert_allclose(alone[0], scores[row], rtol=1e-6)
@@ -145,7 +147,7 @@ def test_a_prompt_does_not_depend_on_its_mates(search):
 
 def test_fewer_sequences_than_places(search):
     """One new token: five sequences, and seven places."""
-    found, scores = search(width=7, max_new=1, stop=(*STOP, 3, 99))
+    found, scores = search(beam_width=7, max_new=1, stop=(*STOP, 3, 99))
     assert (
         np.isfinite(scores).sum(axis=1).tolist() == [5, 5, 5]
         and found.lengths.tolist() == [1] * 5 + [0] * 2 + ([1] * 5 + [0] * 2) * 2
@@ -158,10 +160,10 @@ def test_fewer_sequences_than_places(search):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"width": 0}, "the beam's width is 0; it must be at least 1"),
-        ({"width": 2, "length_penalty": -1.0}, "length_penalty is -1.0; it must be 0"),
-        ({"width": 2, "max_new": 14}, "the prompt has 3 tokens and 14 more were asked for"),
-        ({"width": 2, "prompts": PROMPTS[:, :0]}, "the prompt is empty"),
+        ({"beam_width": 0}, "the beam's width is 0; it must be at least 1"),
+        ({"beam_width": 2, "length_penalty": -1.0}, "length_penalty is -1.0; it must be 0"),
+        ({"beam_width": 2, "max_new": 14}, "the prompt has 3 tokens and 14 more were asked for"),
+        ({"beam_width": 2, "prompts": PROMPTS[:, :0]}, "the prompt is empty"),
     ],
 )
 def test_bad_requests(changes, message, search):

@@ -10,7 +10,7 @@ import pytest
 
 from lm.core.errors import UserError
 from lm.core.types import Completions
-from lm.generate.sampler import decode_step, prefill, prompt_completion_rows, sample
+from lm.generate.sampler import SamplingParams, decode_step, prefill, prompt_completion_rows, sample
 from lm.model.logits import repetition_penalized_logits, sampling_logits
 from lm.stages import STAGES
 
@@ -23,7 +23,9 @@ SETTINGS = {"temperature": 0.7, "top_k": 12, "top_p": 0.9}
 @pytest.fixture(scope="module")
 def sampler(tiny_model, tiny_lm):
     """(prompts, lengths, **options) -> Completions of numpy arrays."""
-    compiled = functools.cache(lambda **options: jax.jit(functools.partial(sample, tiny_model, **options)))
+    compiled = functools.cache(
+        lambda **options: jax.jit(functools.partial(sample, tiny_model, sampling=SamplingParams(**options)))
+    )
 
     def run(prompts=PROMPTS, lengths=LENGTHS, max_new=NEW, **options):
         return jax.tree.map(np.asarray, compiled(max_new=max_new, **options)(tiny_lm, prompts, lengths, KEY))
@@ -40,7 +42,9 @@ def free(sampler):
 @pytest.fixture(scope="module")
 def full(tiny_model, tiny_lm):
     """Tokens -> logits f32[B,T,V] of one uncached forward pass."""
-    run = jax.jit(lambda t: tiny_model.logits(tiny_lm, tiny_model.hidden(tiny_lm, t.inputs, t.positions, t.segments)))
+    run = jax.jit(
+        lambda t: tiny_model.logits(tiny_lm, tiny_model.hidden_states(tiny_lm, t.inputs, t.positions, t.segments))
+    )
     return lambda tokens: np.asarray(run(tokens))
 
 
@@ -57,7 +61,7 @@ def test_cached_decode_equals_the_full_forward_pass(tiny_model, tiny_lm, rows, f
         np.testing.assert_allclose(logits, expected[np.arange(4), LENGTHS - 1 + t], rtol=1e-4, atol=1e-5)
         if t < NEW:
             logits, cache = step(tiny_lm, new[:, t], LENGTHS + t, cache)
-    assert cache.filled == 9 + NEW == cache.segments.shape[1]
+    assert cache.length == 9 + NEW == cache.segments.shape[1]
 
 
 def test_greedy_is_the_argmax_of_the_full_forward_pass(sampler, full):

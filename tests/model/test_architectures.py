@@ -12,7 +12,7 @@ import pytest
 
 from lm import model
 from lm.core.errors import UserError
-from lm.generate.sampler import prompt_completion_rows, sample
+from lm.generate.sampler import SamplingParams, prompt_completion_rows, sample
 from lm.model.attention import softcapped_logits
 from lm.model.params import flops_per_token
 from tests.model.test_decoder import TOKENS, A, B, C, packed
@@ -45,10 +45,10 @@ def test_a_windowed_cache_keeps_the_window_and_decodes_as_the_full_pass(every, m
     ids = np.random.default_rng(0).integers(1, 31, (2, T)).astype(np.int32)
     segments = (np.arange(T) >= pad[:, None]).astype(np.int32)
     positions = np.maximum(np.arange(T) - pad[:, None], 0)
-    full = jax.jit(m.hidden)(lm, ids, positions, segments)
-    step = jax.jit(m.cached)
+    full = jax.jit(m.hidden_states)(lm, ids, positions, segments)
+    step = jax.jit(m.cached_hidden_states)
     for sizes in ([5, 1, 1, 2, 3, 1, 1], [14], [1] * 14):
-        cache, parts = m.cache(batch=2, capacity=T), []
+        cache, parts = m.empty_cache(batch=2, capacity=T), []
         assert [layer.shape[2] for layer in (*cache.keys, *cache.values)] == 2 * [3, T if every else 3]
         for start, size in zip(np.cumsum([0, *sizes]), sizes):
             now = np.s_[:, start : start + size]
@@ -58,12 +58,12 @@ def test_a_windowed_cache_keeps_the_window_and_decodes_as_the_full_pass(every, m
         np.testing.assert_allclose(
             np.where(real, np.concatenate(parts, axis=1), 0), np.where(real, full, 0), rtol=1e-4, atol=1e-5
         )
-        assert cache.filled == T
+        assert cache.length == T
 
 
 def test_a_cache_no_longer_than_the_window_is_whole(made):
     m, _ = made(window=5)
-    assert {layer.shape[2] for layer in m.cache(batch=1, capacity=4).keys} == {4}
+    assert {layer.shape[2] for layer in m.empty_cache(batch=1, capacity=4).keys} == {4}
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,8 @@ def test_a_scanned_stack_of_two_kinds_of_layers_is_the_unrolled_one(changes, how
         m, lm = made(**changes, **computed)
 
         def total(lm):
-            x, routing = m.routed(lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments)
-            scores = m.scores(lm, x, TOKENS.targets)
+            x, routing = m.hidden_and_routing(lm, TOKENS.inputs, TOKENS.positions, TOKENS.segments)
+            scores = m.target_stats(lm, x, TOKENS.targets)
             extra = 0.0 if routing is None else jnp.sum(jnp.square(routing.probabilities)) + jnp.sum(routing.log_z)
             return jnp.sum((scores.logprobs + 0.01 * scores.log_z) * TOKENS.weights) + 0.01 * extra, routing
 
@@ -103,7 +103,7 @@ def test_causality_of_windows_by_gradient(layers, every, reach, made):
     project = np.random.default_rng(1).normal(size=16).astype(np.float32)
 
     def states(embedding):
-        return m.hidden({**lm, "embedding": embedding}, ids, ids, segments)[0] @ project
+        return m.hidden_states({**lm, "embedding": embedding}, ids, ids, segments)[0] @ project
 
     moved = np.abs(np.asarray(jax.jit(jax.jacrev(states))(lm["embedding"]))).max(axis=-1)[:, :12]
     back = np.arange(12)[:, None] - np.arange(12)
@@ -130,7 +130,7 @@ def test_caps_hold_in_the_loss_and_in_sampling(made):
 
     @jax.jit
     def run(lm):
-        drawn = sample(m, lm, prompts, lengths, jax.random.key(0), max_new=5, temperature=0.7)
+        drawn = sample(m, lm, prompts, lengths, jax.random.key(0), SamplingParams(5, temperature=0.7))
         tokens, logprobs = prompt_completion_rows(prompts, lengths, drawn)
         x = bare.hidden_states(lm, tokens.inputs, tokens.positions, tokens.segments)
         return tokens, logprobs, bare.logits(lm, x), m.token_logprobs(lm, tokens, temperature=0.7)

@@ -82,7 +82,7 @@ def numpy_logits(c, lm, tokens):
             h = norm(x, p["mlp_norm"])
             gate = h @ p["gate"]
             x = x + (gate / (1 + np.exp(-gate)) * (h @ p["up"])) @ p["down"]
-        out[b] = norm(x, lm["final_norm"]) @ (lm["embedding"].T if c.tied else lm["head"])
+        out[b] = norm(x, lm["final_norm"]) @ (lm["embedding"].T if c.tie_embeddings else lm["head"])
     return out
 
 
@@ -134,7 +134,7 @@ def test_causality_and_isolation_by_gradient(tiny_model, tiny_lm):
     project = normal(16)
 
     def states(embedding):
-        return tiny_model.hidden({**tiny_lm, "embedding": embedding}, ids, ids, segments)[0] @ project
+        return tiny_model.hidden_states({**tiny_lm, "embedding": embedding}, ids, ids, segments)[0] @ project
 
     moved = np.abs(np.asarray(jax.jit(jax.jacrev(states))(tiny_lm["embedding"]))).max(axis=-1)[:, :T]  # [t, s]
     same = (segments[0][:, None] == segments[0]) & (segments[0] > 0)
@@ -232,7 +232,7 @@ def test_query_blocks_change_nothing():
     q, k, v = normal(3, 12, 4, 8), normal(3, 12, 2, 8, seed=1), normal(3, 12, 2, 8, seed=2)
 
     def total(qkv, blocks):
-        return jnp.sum(jnp.sin(causal_attention(*qkv, jnp.asarray(TOKENS.segments), blocks=blocks)))
+        return jnp.sum(jnp.sin(causal_attention(*qkv, jnp.asarray(TOKENS.segments), query_blocks=blocks)))
 
     of = jax.jit(jax.value_and_grad(total), static_argnums=1)
     one = of((q, k, v), 1)
@@ -289,7 +289,7 @@ def test_sizes_by_hand(tiny_model):
     assert flops_per_token(c, 9) == 39072
     shapes = jax.eval_shape(tiny_model.init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) == param_count(param_specs(c))
-    axes = jax.tree.map(len, tiny_model.axes["lm"], is_leaf=lambda x: isinstance(x, tuple))
+    axes = jax.tree.map(len, tiny_model.logical_axes["lm"], is_leaf=lambda x: isinstance(x, tuple))
     assert axes == jax.tree.map(lambda x: len(x.shape), shapes)
 
 
@@ -302,7 +302,7 @@ def test_initial_parameters(tiny_model):
     np.testing.assert_allclose(lm["layers"]["gate"].std(), 0.88 / 8, rtol=0.05)
     np.testing.assert_allclose(lm["layers"]["down"].std(), 0.88 / 128**0.5 / 2, rtol=0.05)  # sqrt(2 * 2 layers) = 2
     assert not np.array_equal(lm["layers"]["gate"], lm["layers"]["up"])  # a key for each
-    head = tiny_model.init_value(jax.random.key(0))
+    head = tiny_model.init_value_head(jax.random.key(0))
     assert set(head) == {"score", "offset"}
     np.testing.assert_array_equal(tiny_model.value(head, normal(2, 3, 16)), np.zeros((2, 3)))
     head = {"score": jnp.arange(16.0), "offset": jnp.float32(0.5)}
@@ -331,7 +331,7 @@ def test_auto_is_settled_by_the_backend():
         >= {"dtype": "bfloat16", "scan": "yes", "query_blocks": 1}.items()
     )
     assert "auto" not in dataclasses.asdict(c.for_backend("cpu")).values()
-    chosen = dataclasses.replace(c, dtype="bfloat16", scan="yes", query_blocks=2, attention="xla", cache="int8")
+    chosen = dataclasses.replace(c, dtype="bfloat16", scan="yes", query_blocks=2, attention="xla", cache_dtype="int8")
     assert chosen.for_backend("cpu") == chosen.for_backend("tpu") == chosen
 
 

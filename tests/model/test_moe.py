@@ -72,7 +72,7 @@ def test_routed_equals_a_loop_over_experts(changes):
     out, routing = run(single)
     np.testing.assert_allclose(out, by_hand(layer), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(routing.log_z, np.log(np.exp(x @ layer["router"]).sum(-1)), rtol=1e-5)
-    np.testing.assert_array_equal(routing.chosen.sum(-1), c.experts_per_token)
+    np.testing.assert_array_equal(routing.expert_mask.sum(-1), c.experts_per_token)
     gradient = jax.jit(jax.grad(lambda layer: jnp.sum(run(layer)[0])))(single)
     for name in ("router", "up", "down"):
         index = tuple(np.unravel_index(np.abs(gradient[name]).argmax(), gradient[name].shape))
@@ -119,9 +119,9 @@ def test_the_terms_of_the_loss(mixture, fresh, rows):
         functools.partial(next_token_loss(mixture, balance_loss=0.01, router_z_loss=0.001), {"lm": fresh}, {})
     )
     terms, metrics = loss(tokens, jax.random.key(0))
-    _, routing = jax.jit(mixture.routed)(fresh, tokens.inputs, tokens.positions, tokens.segments)
+    _, routing = jax.jit(mixture.hidden_and_routing)(fresh, tokens.inputs, tokens.positions, tokens.segments)
     real = tokens.segments > 0
-    share = np.asarray(routing.chosen)[:, real].mean(axis=1)
+    share = np.asarray(routing.expert_mask)[:, real].mean(axis=1)
     probability = np.asarray(routing.probabilities)[:, real].mean(axis=1)
     expected = {
         "balance": np.mean(E / K * (share * probability).sum(-1)),
@@ -167,7 +167,7 @@ def test_a_skewed_router_learns_to_share(mixture, fresh, rows):
     assert np.all(np.asarray(moved).max(axis=(1, 2)) > 0.01)
 
 
-@pytest.mark.parametrize("stage, name", [(pretrain, "balance"), (sft, "router_z")])
+@pytest.mark.parametrize("stage, name", [(pretrain, "balance_loss"), (sft, "router_z_loss")])
 def test_a_model_without_experts_has_neither(stage, name, tiny_model):
     with pytest.raises(UserError, match=f"stage.{name} is 0.01, but the model has no experts: leave it out, or set"):
         stage.make(tiny_model, optimizers.make_optimizer(learning_rate=1.0, total_steps=1), **{name: 0.01})
@@ -177,7 +177,7 @@ def test_experts_of_a_base_kept_in_8_bits(mixture, fresh, rows):
     """Adapters on a frozen mixture: its experts' columns are scaled as those of other matrices are."""
     c = dataclasses.replace(mixture.config, lora_rank=1, lora_base_dtype="int8")
     adapted, tokens = model.make_model(c), tokens_of(rows)
-    base, adapters = quantized_params(c.lora_base, fresh), jax.jit(adapted.init)(jax.random.key(1))
+    base, adapters = quantized_params(c.lora_base_dtype, fresh), jax.jit(adapted.init)(jax.random.key(1))
     assert base["layers"]["gate"].dtype == jnp.int8
     found = jax.jit(adapted.token_logprobs)(lora.adapters_over_base(adapters, {lora.FROZEN_BASE: base}), tokens)
     expected = jax.jit(mixture.token_logprobs)(lora.merged_params(c, base, adapters), tokens)

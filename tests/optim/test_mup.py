@@ -131,6 +131,6 @@ def test_half_of_it_is_refused():
         config = ConfigDict({"init_from": "", "model": model, "optimizer": optimizer})
         with pytest.raises(UserError, match=r"optimizer.base_width is \d+, model.base_width \d+: muP needs both"):
             model_config_for_run(config, tokenizer, None)
-    start = SimpleNamespace(shape=shaped(16, 16))
+    start = SimpleNamespace(model_config=shaped(16, 16))
     config = ConfigDict({"init_from": "w", "model": {}, "optimizer": {}})
-    assert model_config_for_run(config, tokenizer, start) == start.shape
+    assert model_config_for_run(config, tokenizer, start) == start.model_config

@@ -283,7 +283,7 @@ def test_every_optimizer_on_a_mesh_and_back_from_the_disk(name, tiny_model, tiny
     expected, _ = jax.jit(update.update)(alone, batch)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
-        shardings = state_shardings(mesh, alone, tiny_model.axes)
+        shardings = state_shardings(mesh, alone, tiny_model.logical_axes)
         step = jax.jit(update.update, out_shardings=(shardings, None))
         state, metrics = step(jax.device_put(alone, shardings), put_batch(batch, mesh))
     np.testing.assert_allclose(metrics["learning_rate"].value(), RATE, rtol=1e-6)

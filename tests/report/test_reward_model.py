@@ -31,7 +31,9 @@ def test_preferences(pairs):
 def test_each_verdict_counts_once(pairs):
     found = reward_model.accuracy_by_ranking(pairs)  # (2/3 + 0) / 2, with the deviation of these two over root 2
     assert found.value == pytest.approx(1 / 3) and found.se == pytest.approx(1 / 3)
-    assert reward_model.accuracy_by_ranking([pairs[0]._replace(lead=0.0)] * 2).value == 0.5  # no preference: half right
+    assert (
+        reward_model.accuracy_by_ranking([pairs[0]._replace(score_gap=0.0)] * 2).value == 0.5
+    )  # no preference: half right
 
 
 def test_margins_and_calibration(pairs):
@@ -52,7 +54,7 @@ def test_the_worst_come_first_and_one_of_a_verdict(pairs):
         preferences.Ranking(name, [{"role": "user", "content": name}], ["p", "q", "r"], [1, 1, 1], "x", "2026-01-01")
         for name in ("one", "two")
     ]
-    found = reward_model.worst_pairs([*pairs, pairs[0]._replace(lead=-0.1)], verdicts, TOTAL)
+    found = reward_model.worst_pairs([*pairs, pairs[0]._replace(score_gap=-0.1)], verdicts, TOTAL)
     assert [(one["prompt"][0]["content"], one["better"], one["worse"]) for one in found] == [
         ("two", "q", "p"),
         ("one", "p", "q"),

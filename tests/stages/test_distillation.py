@@ -135,7 +135,9 @@ def numbers(metrics):
 
 
 def logits_of(net, lm, tokens):
-    return np.asarray(net.logits(lm, net.hidden(lm, tokens.inputs, tokens.positions, tokens.segments)), np.float64)
+    return np.asarray(
+        net.logits(lm, net.hidden_states(lm, tokens.inputs, tokens.positions, tokens.segments)), np.float64
+    )
 
 
 def test_it_is_the_mean_over_weighted_targets(pair, rows):
@@ -279,7 +281,7 @@ def test_held_out_tells_the_student_s_words_from_people_s(pair, rows):
     for name in ("divergence", "agreement", "loss"):
         np.testing.assert_allclose(found[name], people[name], rtol=1e-5)
     for name in ("divergence", "agreement"):
-        np.testing.assert_allclose(found[f"own_{name}"], own[name], rtol=1e-5)
+        np.testing.assert_allclose(found[f"on_policy_{name}"], own[name], rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +315,12 @@ def test_a_coin_says_who_writes_a_batch(small, speech):
     counted = first.weights.sum(axis=1)
     assert first.inputs.shape == (8, 32 + 8 - 1) and ((1 <= counted) & (counted <= 8)).all()
     (own, *people) = batches[0.5].held_out(state)
-    assert own.own.all() and len(own.own) == 8 and people and not any(lesson.own.any() for lesson in people)
+    assert (
+        own.is_student_written.all()
+        and len(own.is_student_written) == 8
+        and people
+        and not any(lesson.is_student_written.any() for lesson in people)
+    )
     with pytest.raises(UserError, match="data.on_policy_fraction is 2; it is a share of batches, from 0 to 1"):
         gkd.batches(context, on_policy_fraction=2, **options)
     with pytest.raises(UserError, match="held_out_rollouts is 8, no whole batch of data.rollouts 64: raise it to 64"):

@@ -10,6 +10,7 @@ import pytest
 from lm import model
 from lm.core.errors import UserError
 from lm.core.types import Rollouts
+from lm.generate.sampler import SamplingParams
 from lm.losses.advantages import group_advantages, leave_one_out_advantages
 from lm.optim import optimizers
 from lm.stages import STAGES
@@ -45,7 +46,7 @@ def rollouts(shallow, lm):
     """Four answers each to three ragged prompts; the second prompt's are all worth the same."""
     prompts = np.random.default_rng(0).integers(1, V, (3, 5)).astype(np.int32).repeat(4, axis=0)
     lengths = np.array([5, 3, 1], np.int32).repeat(4)
-    run = jax.jit(functools.partial(rollout_rows, shallow, max_new=6, temperature=T, stop=(3, 5, 11)))
+    run = jax.jit(functools.partial(rollout_rows, shallow, sampling=SamplingParams(6, T, stop=(3, 5, 11))))
     tokens, logprobs, completions = run(lm, prompts, lengths, KEY)
     assert 0 < completions.stopped.sum() < 12
     rewards = jnp.array([1.0, 0.0, 0.5, 2.0] + [0.1] * 4 + [3.0, 3.0, -1.0, 0.0])
@@ -211,7 +212,7 @@ def test_the_kl_controller_by_hand(shallow, lm, rollouts):
 def test_ppo_ptx_goes_on_learning_from_text(shallow, lm, rollouts, rows):
     """Equal rewards: only the text moves the policy, and it becomes likelier."""
     text = rows(np.random.default_rng(5).integers(1, V, (12, 9)), [9] * 12)
-    batch = rollouts.replace(rewards=jnp.full(12, 0.1), text=text)
+    batch = rollouts.replace(rewards=jnp.full(12, 0.1), text_tokens=text)
     update = ppo.make(shallow, optimizer(), temperature=T, beta=0.0, text_coefficient=1.0, epochs=1, minibatch_count=2)
     state, step = update.init(KEY, {"lm": lm}, {}), jax.jit(update.update)
     losses = []
@@ -220,13 +221,13 @@ def test_ppo_ptx_goes_on_learning_from_text(shallow, lm, rollouts, rows):
         losses.append(values(metrics)["text_loss"])
     assert losses[-1] < losses[0] - 0.1
     with pytest.raises(UserError, match="stage.text_coefficient needs text to learn from: set data.corpus"):
-        update.update(state, batch.replace(text=None))
+        update.update(state, batch.replace(text_tokens=None))
 
 
 @EACH
 def test_it_raises_the_frequency_of_a_rewarded_token(stage, shallow, lm):
     """Reward: the fraction of an answer's six tokens that are 7. From 1/31 to over a half in 40 batches of 16 x 4."""
-    options = {gspo: {"low": 0.2, "high": 0.2}, rloo: {"beta": 0.01}, reinforce_pp: {"beta": 0.01}}
+    options = {gspo: {"clip_low": 0.2, "clip_high": 0.2}, rloo: {"beta": 0.01}, reinforce_pp: {"beta": 0.01}}
     update = stage.make(shallow, optimizer(0.02), **(options[stage] if stage in options else {}))
     state = update.init(KEY, {"lm": lm}, {})
     prompts, lengths = jnp.asarray(np.random.default_rng(0).integers(1, V, (16, 3)).repeat(4, axis=0)), jnp.full(64, 3)
@@ -234,7 +235,7 @@ def test_it_raises_the_frequency_of_a_rewarded_token(stage, shallow, lm):
     @jax.jit
     def step(state, i):
         key = jax.random.fold_in(jax.random.key(1), i)
-        tokens, logprobs, drawn = rollout_rows(shallow, state.params["lm"], prompts, lengths, key, max_new=6)
+        tokens, logprobs, drawn = rollout_rows(shallow, state.params["lm"], prompts, lengths, key, SamplingParams(6))
         rewards = jnp.mean(drawn.tokens == 7, axis=1)
         return update.update(state, Rollouts(tokens, rewards, {}, drawn.stopped, logprobs, group=4))
 

@@ -69,7 +69,7 @@ def verdicts(rows):
     """Four prompts of up to three answers, and all but the last with an answer to another prompt."""
     draw = np.random.default_rng(3)
     found = ranked(rows, draw.integers(1, V, (4, 3, 9)), LENGTHS, RANKS, STARTS)
-    return found.replace(mismatched=rows(draw.integers(1, V, (4, 9)), [9, 6, 7, 1], start=STARTS))
+    return found.replace(mismatched_tokens=rows(draw.integers(1, V, (4, 9)), [9, 6, 7, 1], start=STARTS))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_kto_by_hand(learner, verdicts, by_hand, summed, tiny_lm):
     assert undesirable.tolist() == [[False, False, True], [False, True, False], [False, True, True], [False] * 3]
     step, state = learner("kto")
     _, found = step(state, verdicts)
-    policy, reference = (summed(lm, verdicts.mismatched) for lm in (tiny_lm, other(tiny_lm)))
+    policy, reference = (summed(lm, verdicts.mismatched_tokens) for lm in (tiny_lm, other(tiny_lm)))
     z = np.mean((policy - reference)[:3])  # the fourth prompt has no such answer
     assert z > 0.01
     np.testing.assert_allclose(found["baseline"].value(), z, rtol=1e-4)
@@ -221,7 +221,7 @@ def test_what_no_verdict_speaks_of_counts_for_nothing(name, learner, verdicts):
     def garbled(tokens):
         return tokens.replace(targets=np.where(tokens.weights > 0, tokens.targets, draw.integers(1, V, (9 - 1,))))
 
-    changed = verdicts.replace(tokens=garbled(verdicts.tokens), mismatched=garbled(verdicts.mismatched))
+    changed = verdicts.replace(tokens=garbled(verdicts.tokens), mismatched_tokens=garbled(verdicts.mismatched_tokens))
     absent = changed.replace(tokens=jax.tree.map(lambda x: x * (np.arange(4) < 3)[:, None, None], changed.tokens))
     absent.tokens.weights[1, 2], absent.tokens.segments[1, 2] = 1, 1  # were it ranked, it would be an answer
     expected, metrics = step(state, verdicts)
@@ -245,7 +245,7 @@ def test_learns_unseen_verdicts_and_touches_nothing_else(name, tiny_model, rows)
         ids[:, 1, :3] = ids[:, 2, :3] = ids[:, 0, :3]  # one prompt
         ids[:, 0, 3:], ids[:, 1, 3:] = draw.integers(3, 17, (32, 4)), draw.integers(17, V, (32, 4))
         both = ranked(rows, ids[:, :2], np.full((32, 2), 7), [[1, 2]] * 32, [3] * 32)
-        return both.replace(mismatched=rows(ids[:, 2], [7] * 32, start=3))
+        return both.replace(mismatched_tokens=rows(ids[:, 2], [7] * 32, start=3))
 
     fresh = jax.jit(tiny_model.init)(KEY)
     update = STAGES[name].make(tiny_model, optimizer(), **OPTIONS[name])
@@ -264,7 +264,7 @@ def test_learns_unseen_verdicts_and_touches_nothing_else(name, tiny_model, rows)
 @pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_a_refreshed_reference_becomes_the_policy(name, learner, verdicts, tiny_lm):
     """After every second update: the third finds no margin, the second does. What moves is saved, not frozen."""
-    step, start = learner(name, refresh=2)
+    step, start = learner(name, refresh_reference_every=2)
     once, _ = step(start, verdicts)
     twice, second = step(once, verdicts)
     _, third = step(twice, verdicts)
@@ -279,7 +279,7 @@ def test_a_refreshed_reference_becomes_the_policy(name, learner, verdicts, tiny_
     [
         (
             dpo,
-            {"smoothing": 0.5},
+            {"label_smoothing": 0.5},
             "stage.label_smoothing is 0.5; it must be in [0, 0.5): at one half verdicts say nothing",
         ),
         (ipo, {"beta": 0.0}, "stage.beta is 0.0; it must be above 0: the lead asked for is 1 / (2 beta)"),
@@ -359,7 +359,7 @@ def test_verdicts_become_rows(lent, file, halves):
     }
     (batch,) = found.held_out(None)
     tokenizer = lent.tokenizer
-    assert batch.ranks[..., 0].tolist() == [[1, 2, 2], [1, 0, 3]] and batch.mismatched is None
+    assert batch.ranks[..., 0].tolist() == [[1, 2, 2], [1, 0, 3]] and batch.mismatched_tokens is None
     for p, ranking in enumerate((VERDICTS[1], VERDICTS[4])):
         for k, text in enumerate(ranking.responses):
             row = jax.tree.map(lambda x: x[p, k], batch.tokens)
@@ -370,7 +370,7 @@ def test_verdicts_become_rows(lent, file, halves):
             n = len(ids) - 1
             assert row.inputs[:n].tolist() == ids[:-1].tolist() and row.targets[:n].tolist() == ids[1:].tolist()
             assert row.segments.tolist() == [1] * n + [0] * (60 - n)
-            assert row.targets[row.weights > 0].tolist() == [*tokenizer.encode(text), tokenizer.end]
+            assert row.targets[row.weights > 0].tolist() == [*tokenizer.encode(text), tokenizer.end_of_message]
     assert batch.tokens.weights[0, 0].sum() == 1  # the empty answer is its end token
 
 
@@ -398,11 +398,11 @@ def test_kto_pairs_prompts_with_answers_to_others(lent, file, halves):
     tokenizer = lent.tokenizer
     for row, prompt, text in ((0, LATER, "x"), (1, ASKED, "a long answer")):
         ids = tokenizers.encode_chat(tokenizer, conversation_with_answer(prompt, text)).ids
-        tokens = jax.tree.map(lambda x: x[row], batch.mismatched)
+        tokens = jax.tree.map(lambda x: x[row], batch.mismatched_tokens)
         assert tokens.inputs[tokens.segments > 0].tolist() == ids[:-1].tolist()
-        assert tokens.targets[tokens.weights > 0].tolist() == [*tokenizer.encode(text), tokenizer.end]
+        assert tokens.targets[tokens.weights > 0].tolist() == [*tokenizer.encode(text), tokenizer.end_of_message]
     sides = preference_batches.batches(lent, rankings=file(VERDICTS), length=60, prompts_per_batch=2)
-    jax.tree.map(np.testing.assert_array_equal, batch.replace(mismatched=None), next(sides.held_out(None)))
+    jax.tree.map(np.testing.assert_array_equal, batch.replace(mismatched_tokens=None), next(sides.held_out(None)))
 
 
 def test_an_answer_that_would_not_fit_another_prompt_is_passed_over(tokenizer):

@@ -112,7 +112,7 @@ def test_what_an_environment_says_is_context(tokenizer):
         count = np.zeros(2, np.int32)
         for row in range(2):
             if (row, exchange) in said:
-                answer = [*tokenizer.encode(said[row, exchange]), tokenizer.end]
+                answer = [*tokenizer.encode(said[row, exchange]), tokenizer.end_of_message]
                 tokens[row, : len(answer)], count[row] = answer, len(answer)
                 logprobs[row, : len(answer)] = -1 - exchange - 0.01 * np.arange(len(answer))
         return None, None, Completions(tokens, logprobs, count, np.ones(2, bool))
@@ -153,7 +153,7 @@ def test_an_answer_that_was_cut_off_ends_its_conversation(tokenizer):
 
 def test_text_that_is_held_out_is_never_trained(finished, tokenizer):
     """PPO-ptx measures itself on documents that pretraining did not see either."""
-    context = SimpleNamespace(tokenizer=tokenizer, seed=0, admit=lambda length: None)
+    context = SimpleNamespace(tokenizer=tokenizer, seed=0, check_length=lambda length: None)
     corpus = str(finished.parent / "text")
     train_text, unseen_text = text_batches(context, corpus, 16, 8, 0.2)
     _, unseen = corpora.split_held_out(corpora.load_documents(corpus), 0.2)
@@ -168,7 +168,11 @@ def test_text_that_is_held_out_is_never_trained(finished, tokenizer):
 
 def test_the_table_shows_prompt_response_rewards_and_kl(tokenizer, tiny_model):
     ids = np.array(
-        [*encode_prompt(tokenizer, [{"role": "user", "content": "hi"}]), *tokenizer.encode("a list"), tokenizer.end]
+        [
+            *encode_prompt(tokenizer, [{"role": "user", "content": "hi"}]),
+            *tokenizer.encode("a list"),
+            tokenizer.end_of_message,
+        ]
     )
     answer = len(tokenizer.encode("a list")) + 1
     padding = np.zeros(3, np.int32)  # the model's vocabulary is not used: log-probs are made up below

@@ -218,18 +218,20 @@ def test_learning_signal_equals_trl(case):
 
 # A model whose decoder is a table: log-probs f32[rows,T], or scores f32[rows], of rows whose inputs are their number.
 TABLE = SimpleNamespace(
-    hidden=lambda lm, inputs, positions, segments: inputs[:, 0],
-    scores=lambda lm, x, targets, **options: SimpleNamespace(logprobs=lm[x], entropy=jnp.zeros_like(lm[x])),
+    hidden_states=lambda lm, inputs, positions, segments: inputs[:, 0],
+    target_stats=lambda lm, x, targets, **options: SimpleNamespace(logprobs=lm[x], entropy=jnp.zeros_like(lm[x])),
     token_logprobs=lambda lm, tokens, **options: lm[tokens.inputs[:, 0]],
 )
-SCORED = SimpleNamespace(hidden=lambda lm, inputs, positions, segments: lm[inputs][..., None], value=decoder.value)
+SCORED = SimpleNamespace(
+    hidden_states=lambda lm, inputs, positions, segments: lm[inputs][..., None], value=decoder.value
+)
 # An optimizer whose state is the last gradient.
 KEPT = optax.GradientTransformation(lambda params: params, lambda gradient, state, params=None: (gradient, gradient))
 
 # case: the stage and its options
 PREFERENCES = {
     "dpo": ("dpo", {"beta": 0.1}),
-    "dpo with smoothing": ("dpo", {"beta": 0.3, "smoothing": 0.1}),
+    "dpo with smoothing": ("dpo", {"beta": 0.3, "label_smoothing": 0.1}),
     "ipo": ("ipo", {"beta": 0.5}),
     "kto": ("kto", {"beta": 0.5, "undesirable_weight": 1.2}),
     "orpo": ("orpo", {"odds_coefficient": 0.25}),
@@ -239,10 +241,10 @@ PREFERENCES = {
 # stage: its method, TRL's loss, TRL's advantages. TRL's RLOO clips whole answers, ours tokens: it has no such loss.
 GROUPS = {
     "grpo": (rl.grpo.method(beta=0.04, clip=0.2), "grpo with k3", "standardised"),
-    "dapo": (rl.dapo.method(low=0.2, high=0.28), "dapo", "standardised"),
-    "dr_grpo": (rl.dr_grpo.method(clip=0.2, length=LONGEST), "dr_grpo", "centred"),
-    "gspo": (rl.gspo.method(beta=0.0, low=0.1, high=0.15), "gspo", "standardised"),
-    "cispo": (rl.cispo.method(high=1.3 - 1), "cispo", "standardised"),
+    "dapo": (rl.dapo.method(clip_low=0.2, clip_high=0.28), "dapo", "standardised"),
+    "dr_grpo": (rl.dr_grpo.method(clip=0.2, max_response_length=LONGEST), "dr_grpo", "centred"),
+    "gspo": (rl.gspo.method(beta=0.0, clip_low=0.1, clip_high=0.15), "gspo", "standardised"),
+    "cispo": (rl.cispo.method(clip_high=1.3 - 1), "cispo", "standardised"),
     "rloo": (rl.rloo.method(beta=0.05, clip=0.2), None, "leave one out, k1 in the reward"),
 }
 
@@ -269,7 +271,7 @@ def test_gradient_of_a_preference_stage_equals_trl(case):
     ref = {"ref": jnp.concatenate([INPUTS["ref_logprobs"]] * 2)}
     update = STAGES[stage].make(TABLE, KEPT, **options)
     after, _ = update.update(
-        update.init(jax.random.key(0), lm, ref), pairs(mismatched=numbered(B + jnp.arange(B // 2)))
+        update.init(jax.random.key(0), lm, ref), pairs(mismatched_tokens=numbered(B + jnp.arange(B // 2)))
     )
     found, of_mismatched = pair(after.opt_state["lm"])
     close(found, STORED["losses"][case]["logprobs"])
@@ -277,7 +279,7 @@ def test_gradient_of_a_preference_stage_equals_trl(case):
 
 
 def test_gradient_of_stage_reward_equals_trl():
-    update = STAGES["reward"].make(SCORED, KEPT, margin=0.4, centring=0.05)
+    update = STAGES["reward"].make(SCORED, KEPT, margin=0.4, centring_coefficient=0.05)
     params = {"lm": INPUTS["scores"], "value": {"score": jnp.ones((1, 1)), "offset": jnp.zeros(1)}}
     after, _ = update.update(update.init(jax.random.key(0), params, {}), pairs())
     close(after.opt_state["lm"], STORED["losses"]["reward with one margin and centring"]["scores"])

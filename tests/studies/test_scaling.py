@@ -32,8 +32,8 @@ import sys
 from lm.studies.scaling import study
 from lm.sweep import controller
 from lm.runs.console import run_program
-of = controller.TrialGoal.of
-controller.TrialGoal.of = lambda *args: of(*args)._replace(module="tests.scaling_trial")
+of = controller.TrialGoal.from_config
+controller.TrialGoal.from_config = lambda *args: of(*args)._replace(module="tests.scaling_trial")
 controller.POLL_SECONDS = 0.02
 controller.device_environments = lambda jobs: [{}] * (jobs or 1)
 run_program(study.program)
@@ -189,9 +189,15 @@ def refused(capsys, monkeypatch, *flags) -> str:
 @pytest.mark.parametrize(
     "override, error",
     [
-        ("lowest=1e7", "a budget of 1e+07 FLOPs pays 10 steps or more of 0 widths, and a ladder needs 4: raise ladder"),
-        ("lowest=9e9", "ladder.min_flops 9e+09, highest 4e+09, larger 8e+09: each must be above the one before"),
-        ("sizes=3", "ladder.sizes_per_budget is 3; it must be at least 4"),
+        (
+            "min_flops=1e7",
+            "a budget of 1e+07 FLOPs pays 10 steps or more of 0 widths, and a ladder needs 4: raise ladder",
+        ),
+        (
+            "min_flops=9e9",
+            "ladder.min_flops 9e+09, max_flops 4e+09, target_flops 8e+09: each must be above the one before",
+        ),
+        ("sizes_per_budget=3", "ladder.sizes_per_budget is 3; it must be at least 4"),
         ("budgets=1", "ladder.budgets is 1; it must be at least 2"),
         ("tokens_per_parameter=(9,1)", "ladder.tokens_per_parameter is 9, 1: give two numbers, the smaller first"),
     ],

@@ -192,8 +192,8 @@ def started(file: str, folder: Path, *flags: str, patch: str = "") -> subprocess
     """The sweep in a process of its own, with the stand-in. patch: a statement to run before it."""
     code = (
         "import sys; from lm.sweep import controller; from lm.runs.console import run_program\n"
-        f"of = controller.TrialGoal.of\n{patch}\n"
-        "controller.TrialGoal.of = lambda *args: of(*args)._replace(module='tests.sweep_trial')\n"
+        f"of = controller.TrialGoal.from_config\n{patch}\n"
+        "controller.TrialGoal.from_config = lambda *args: of(*args)._replace(module='tests.sweep_trial')\n"
         "controller.POLL_SECONDS = 0.02; controller.device_environments = lambda jobs: [{}] * (jobs or 1)\n"
         "run_program(controller.program)"
     )

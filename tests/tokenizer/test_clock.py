@@ -161,7 +161,7 @@ def test_a_run_resumed_after_midnight_is_the_same_run(small, tmp_path, clock):
 
     with pytest.MonkeyPatch.context() as patch:  # whoever asks the run is told its date; who talks to it, today's
         asked = []
-        patch.setattr(chat.Chat, "_answered", lambda self, ids, max_new: asked.append(ids) or iter(()))
+        patch.setattr(chat.Chat, "_streamed_answer", lambda self, ids, max_new: asked.append(ids) or iter(()))
         list(chat.Chat(load_trained_model(parted, backend="cpu"), pytest.fail, max_new=4).answer("what?"))
         pieces = load_trained_model(parted, backend="cpu").tokenizer.pieces(asked[0])
     assert "".join(pieces).startswith("<|start|>system\nToday is Thursday, 09 May 2024.<|end|><|start|>user")

@@ -70,8 +70,8 @@ def test_what_the_assistant_says_is_trained_and_its_end(bytewise):
     trained = "".join(piece for piece, weight in zip(pieces, example.weights) if weight)
     assert trained == "the dog.<|im_end|>x + 1<|im_end|>"  # not the line's end behind it, not the markers
     assert set(example.weights) == {0.0, 1.0}
-    assert (tokenizer.end, tokenizer.stops, tokenizer.start) == (2, (2, 0), ())
-    assert tokenizer.document([5, 6]) == [5, 6, 0]
+    assert (tokenizer.end_of_message, tokenizer.stop_ids, tokenizer.start_ids) == (2, (2, 0), ())
+    assert tokenizer.document_ids([5, 6]) == [5, 6, 0]
 
 
 def test_a_prompt_and_a_reply_are_what_the_whole_conversation_says(bytewise):
@@ -81,9 +81,9 @@ def test_a_prompt_and_a_reply_are_what_the_whole_conversation_says(bytewise):
     np.testing.assert_array_equal(asked, whole[: len(asked)])
     answer = tokenizer.encode("the dog.")
     first = tk.encode_prompt(tokenizer, TALK[:1])
-    reply = tokenizer.reply("user", "a bird", limit=10)
-    np.testing.assert_array_equal([*first, *answer, tokenizer.end, *reply], asked)
-    assert len(tokenizer.reply("user", "a bird", limit=1)) < len(reply)
+    reply = tokenizer.encode_reply("user", "a bird", limit=10)
+    np.testing.assert_array_equal([*first, *answer, tokenizer.end_of_message, *reply], asked)
+    assert len(tokenizer.encode_reply("user", "a bird", limit=1)) < len(reply)
 
 
 def test_it_travels_and_is_known_again(bytewise, tmp_path):
@@ -135,7 +135,7 @@ def test_an_answer_that_no_token_begins(bytewise):
 
 def test_without_template_or_end(bytewise):
     tokenizer = borrowed(bytewise, "")
-    assert not tokenizer.talks and tokenizer.stops == (0,)
+    assert not tokenizer.has_chat_template and tokenizer.stop_ids == (0,)
     with pytest.raises(UserError, match="without a chat template"):
         tk.encode_chat(tokenizer, TALK)
     with pytest.raises(UserError, match="names no token that ends a text"):
@@ -164,18 +164,22 @@ def test_our_own_tokenizer_is_the_same_elsewhere(own):
         assert ids == own.encode(text)
         assert elsewhere.decode(ids) == text
     elsewhere.encode_special_tokens = False
-    assert elsewhere.encode("<|user|>").ids == [own.bos, own.roles["user"]]
+    assert elsewhere.encode("<|user|>").ids == [own.bos, own.role_ids["user"]]
 
 
 def test_our_own_tokenizer_comes_back_from_a_folder(own, tmp_path):
     said = write_tokenizer_files(tmp_path, own)
     back = read_tokenizer_files(tmp_path, said)
-    assert back.stop_ids == (own.end, own.eos) and back.start_ids == own.start and back.vocab_size == own.vocab_size
+    assert (
+        back.stop_ids == (own.end_of_message, own.eos)
+        and back.start_ids == own.start_ids
+        and back.vocab_size == own.vocab_size
+    )
     ours, theirs = tk.encode_chat(own, TALK), tk.encode_chat(back, TALK)
     np.testing.assert_array_equal(ours.ids, theirs.ids)
     np.testing.assert_array_equal(ours.weights, theirs.weights)
     np.testing.assert_array_equal(tk.encode_prompt(own, TALK[:3]), tk.encode_prompt(back, TALK[:3]))
-    assert own.reply("tool", "the cat", 9) == back.encode_reply("tool", "the cat", 9)
+    assert own.encode_reply("tool", "the cat", 9) == back.encode_reply("tool", "the cat", 9)
 
 
 def test_a_sentencepiece_model_of_others(own, tmp_path):
@@ -186,8 +190,8 @@ def test_a_sentencepiece_model_of_others(own, tmp_path):
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     back = read_tokenizer_files(tmp_path, {"eos_token_id": 3})
-    assert back.encode_batch(TEXTS[:3]) == own.encode_all(TEXTS[:3])
-    user, end = own.roles["user"], own.end
+    assert back.encode_batch(TEXTS[:3]) == own.encode_batch(TEXTS[:3])
+    user, end = own.role_ids["user"], own.end_of_message
     assert tk.encode_prompt(back, TALK[:1]).tolist() == [user, *own.encode("the cat?"), end]
 
 

@@ -40,8 +40,8 @@ def test_lone_surrogate_becomes_the_replacement_character(tokenizer):
 
 
 def test_special_ids(tokenizer):
-    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.end) == (0, 2, 3, 8)
-    assert tokenizer.roles == {"system": 4, "user": 5, "assistant": 6, "tool": 7}
+    assert (tokenizer.pad, tokenizer.bos, tokenizer.eos, tokenizer.end_of_message) == (0, 2, 3, 8)
+    assert tokenizer.role_ids == {"system": 4, "user": 5, "assistant": 6, "tool": 7}
     assert tokenizer.pieces(range(9)) == list(tk.SPECIAL_TOKENS)
     assert tokenizer.vocab_size == 320
 
@@ -70,8 +70,8 @@ def test_indentation_is_one_piece_and_digits_stand_alone(tokenizer):
 
 
 def test_encode_all_is_encode_of_each(tokenizer):
-    assert tokenizer.encode_all(NASTY) == [tokenizer.encode(text) for text in NASTY]
-    assert tokenizer.encode_all([]) == []
+    assert tokenizer.encode_batch(NASTY) == [tokenizer.encode(text) for text in NASTY]
+    assert tokenizer.encode_batch([]) == []
 
 
 def test_training_is_deterministic_and_capped(tokenizer):
@@ -93,7 +93,7 @@ def test_save_load_pickle_fingerprint(tokenizer, tmp_path):
 
 def test_fingerprint_covers_the_template(tokenizer, monkeypatch):
     before = tokenizer.fingerprint
-    monkeypatch.setattr(SentencePieceTokenizer, "rule", tk.TEMPLATE_RULE + "; and tool output")
+    monkeypatch.setattr(SentencePieceTokenizer, "mask_rule", tk.TEMPLATE_RULE + "; and tool output")
     assert tokenizer.fingerprint != before
 
 
@@ -157,7 +157,7 @@ def test_prompt_is_a_prefix_of_chat(tokenizer):
         np.testing.assert_array_equal(whole.ids[: len(start)], start)
         # what follows the prompt, and nothing before, is trained
         np.testing.assert_array_equal(whole.weights, np.arange(len(whole.ids)) >= len(start))
-    assert start.dtype == np.int32 and start[-1] == tokenizer.roles["assistant"]
+    assert start.dtype == np.int32 and start[-1] == tokenizer.role_ids["assistant"]
 
 
 @pytest.mark.parametrize(

@@ -222,10 +222,10 @@ def log(tmp_path):
 def test_a_line_is_one_mean_over_its_steps(log, tmp_path):
     """(1 + 5) / (1 + 3) = 1.5, where the mean of the two means 1 and 5 / 3 would be 4 / 3."""
     lines = log(pretrain.PRETRAIN)
-    lines.note(1, {"loss": Mean(np.float32(1), np.float32(1))}, 10)
-    lines.note(2, {"loss": Mean(np.float32(5), np.float32(3))}, 20)
+    lines.add_step(1, {"loss": Mean(np.float32(1), np.float32(1))}, 10)
+    lines.add_step(2, {"loss": Mean(np.float32(5), np.float32(3))}, 20)
     lines.flush()
-    lines.note(3, {"loss": Mean(np.float32(2), np.float32(1))}, 30)
+    lines.add_step(3, {"loss": Mean(np.float32(2), np.float32(1))}, 30)
     lines.flush()
     assert [(row["step"], row["loss"], row["tokens"]) for row in read_metrics(tmp_path / "run")] == [
         (2, 1.5, 30),
@@ -237,22 +237,22 @@ def test_a_line_is_one_mean_over_its_steps(log, tmp_path):
 def test_the_first_step_that_is_not_finite_is_named(log, tmp_path, bad):
     lines = log(pretrain.PRETRAIN)
     for step, total in ((4, 1.0), (5, bad), (6, bad)):
-        lines.note(step, {"loss": Mean(np.float32(total), np.float32(1))}, 1)
+        lines.add_step(step, {"loss": Mean(np.float32(total), np.float32(1))}, 1)
     with pytest.raises(
         UserError, match=f"pretrain: loss is {bad} at step 5; the last good checkpoint stays in .*/checkpoints: lower"
     ):
         lines.flush()
     with pytest.raises(UserError, match=f"pretrain: held_out/loss is {bad} at step 8; "):
-        lines.write(8, {"held_out/loss": bad})
+        lines.write_row(8, {"held_out/loss": bad})
     assert read_metrics(tmp_path / "run") == []
 
 
 def test_a_metric_over_its_limit_stops_the_run(log):
     lines = log(ppo.PPO)
     gap = ppo.PPO.metric_limits["sampler_gap"]
-    lines.note(1, {"sampler_gap": Mean(np.float32(gap * 0.9), np.float32(1))}, 1)
+    lines.add_step(1, {"sampler_gap": Mean(np.float32(gap * 0.9), np.float32(1))}, 1)
     lines.flush()
-    lines.note(2, {"sampler_gap": Mean(np.float32(gap * 1.1), np.float32(1))}, 1)
+    lines.add_step(2, {"sampler_gap": Mean(np.float32(gap * 1.1), np.float32(1))}, 1)
     with pytest.raises(
         UserError,
         match="ppo: sampler_gap is 0.055 by step 2, over its limit of 0.05: see metric_limits in lm/stages/rl/ppo.py",
@@ -269,7 +269,7 @@ def test_a_kl_that_stays_below_zero_is_said_once(log, capsys):
 
     def note(*values):
         for value in values:
-            lines.note(1, {"kl": Mean(np.float32(value * 4), np.float32(4)), "sampler_gap": ZERO}, 1)
+            lines.add_step(1, {"kl": Mean(np.float32(value * 4), np.float32(4)), "sampler_gap": ZERO}, 1)
             lines.flush()
         return capsys.readouterr().err
 
@@ -283,11 +283,11 @@ def test_a_kl_that_stays_below_zero_is_said_once(log, capsys):
 def test_a_batch_from_which_nothing_is_learnt_is_said_once(log, capsys, name, stage):
     lines = log(stage)
     for step, weight in ((1, 3.0), (2, 0.0), (3, 2.0), (4, 0.0)):
-        lines.note(step, {name: Mean(np.float32(weight), np.float32(weight)), "sampler_gap": ZERO}, 1)
+        lines.add_step(step, {name: Mean(np.float32(weight), np.float32(weight)), "sampler_gap": ZERO}, 1)
     lines.flush()
     said = capsys.readouterr().err
     assert "every weight of the batch of step 2 is 0, so nothing is learnt from it: look at" in said
     assert said.count("\n") == 1
-    lines.note(5, {name: Mean(np.float32(0), np.float32(0)), "sampler_gap": ZERO}, 1)
+    lines.add_step(5, {name: Mean(np.float32(0), np.float32(0)), "sampler_gap": ZERO}, 1)
     lines.flush()
     assert capsys.readouterr().err == ""

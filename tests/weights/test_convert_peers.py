@@ -21,7 +21,9 @@ ANSWER = {"role": "assistant", "content": "The capital of France is Paris."}
 def logits(trained, ids):
     """f32[T,V]"""
     T = len(ids)
-    x = trained.model.hidden(trained.params["lm"], np.array([ids]), np.arange(T)[None], np.ones((1, T), np.int32))
+    x = trained.model.hidden_states(
+        trained.params["lm"], np.array([ids]), np.arange(T)[None], np.ones((1, T), np.int32)
+    )
     return np.asarray(trained.model.logits(trained.params["lm"], x))[0]
 
 

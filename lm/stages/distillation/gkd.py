@@ -134,7 +134,7 @@ def batches(
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:
-    """Held-out divergence, nats per token and agreement, on people's replies; on_policy_...: on the student's answers."""
+    """Held-out divergence, nats per token and agreement, on people's replies; on_policy_...: on the student's."""
     return metric_values(metrics)
 
 

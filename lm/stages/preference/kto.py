@@ -78,7 +78,9 @@ def with_reference_point(model: Model, state, batch: RankedAnswers) -> tuple[Ran
     ratios = answer_logprobs(model, state.params["lm"], tokens) - answer_logprobs(model, state.frozen["ref"], tokens)
     real = jnp.any(tokens.weights > 0, axis=1).astype(jnp.float32)
     z = jnp.maximum(mean(ratios, real).value(), 0.0)
-    return batch.replace(mismatched=None, baseline=jnp.broadcast_to(z, real.shape)), {"baseline": scalar_metric(z)}
+    return batch.replace(mismatched_tokens=None, baseline=jnp.broadcast_to(z, real.shape)), {
+        "baseline": scalar_metric(z)
+    }
 
 
 def desirability_labels(ranks: Array) -> tuple[Array, Array]:
@@ -119,7 +121,7 @@ def batch_with_mismatched(
             f"of {len(verdicts)} verdicts no prompt takes an answer to another one within data.length {length}: KTO's "
             "baseline needs some; rank different prompts, or raise data.length or data.held_out"
         )
-    return ranked_answers_batch(verdicts, length, most).replace(mismatched=padded_rows(rows, length))
+    return ranked_answers_batch(verdicts, length, most).replace(mismatched_tokens=padded_rows(rows, length))
 
 
 def mismatched_example(

@@ -39,7 +39,7 @@ def next_token_loss(
     """
     mixture = model.config.experts > 0
     if not mixture:
-        for name, coefficient in (("balance", balance_loss), ("router_z", router_z_loss)):
+        for name, coefficient in (("balance_loss", balance_loss), ("router_z_loss", router_z_loss)):
             if coefficient:
                 raise UserError(
                     f"stage.{name} is {coefficient}, but the model has no experts: leave it out, or set model.experts"

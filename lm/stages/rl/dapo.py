@@ -2,9 +2,9 @@
 
 Objective: the sum over all tokens of the batch, over their number, of min(ratio * A, clip(ratio, 1 - low, 1 + high) *
 A), with GRPO's A and no KL. Of its four parts two are here, clip-higher and the token mean; two are options of the
-data: `data.resample_rounds` draws further prompts in place of those whose answers all got the same reward (dynamic sampling),
-and `data.overlong_buffer` lowers the reward of answers near the limit. Frozen: "ref", for the metrics. A batch is
-`Rollouts` of `data.group` answers to each prompt. Yu et al. 2025, eq. 8 to 13, arXiv 2503.14476.
+data: `data.resample_rounds` draws further prompts in place of those whose answers all got the same reward (dynamic
+sampling), and `data.overlong_buffer` lowers the reward of answers near the limit. Frozen: "ref", for the metrics. A
+batch is `Rollouts` of `data.group` answers to each prompt. Yu et al. 2025, eq. 8 to 13, arXiv 2503.14476.
 
 Biased: by the group's deviation, as GRPO, and by the number of tokens of a batch, which depends on what was sampled.
 """

@@ -121,7 +121,7 @@ def batches(
     def held_out_batches(state):
         for start in range(0, asked, prompts):
             part = prompts_at(unseen, np.arange(start, start + prompts))
-            yield drawn(state, part, HELD_OUT_KEY, start).replace(text=unseen_text(start // prompts))
+            yield drawn(state, part, HELD_OUT_KEY, start).replace(text_tokens=unseen_text(start // prompts))
 
     def train_batch(state, i):
         first = i * (resample_rounds + 1)  # every round has prompts and keys of its own
@@ -133,8 +133,8 @@ def batches(
                 rounds + 1,
             )
         if resample_rounds:
-            batch = batch.replace(scores={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
-        return batch.replace(text=text(i))
+            batch = batch.replace(row_metrics={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
+        return batch.replace(text_tokens=text(i))
 
     return Batches(train_batch, held_out_batches, about, rollout_table(context, temperature))
 
@@ -276,7 +276,7 @@ def rollout_table(
     logprobs = context.jit(lambda ref, tokens, temperature: model.token_logprobs(ref, tokens, temperature=temperature))
 
     def shown(state: TrainState, batch: Rollouts, rows: int) -> Iterator[dict[str, Any]]:
-        part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text=None)))
+        part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text_tokens=None)))
         w = part.tokens.weights
         ref = np.asarray(logprobs(state.frozen["ref"], part.tokens, temperature))
         for b in range(len(w)):
@@ -286,7 +286,7 @@ def rollout_table(
                 "prompt": "".join(tokenizer.pieces(part.tokens.inputs[b, : first + 1])),
                 "response": "".join(tokenizer.pieces(part.tokens.targets[b, first : last + 1])),
                 "reward": float(part.rewards[b]),
-                **{name: float(score[b]) for name, score in part.scores.items()},
+                **{name: float(score[b]) for name, score in part.row_metrics.items()},
                 "kl": float(np.sum((part.sampler_logprobs[b] - ref[b]) * trained)),
                 "tokens": int(trained.sum()),
                 "stopped": bool(part.stopped[b]),

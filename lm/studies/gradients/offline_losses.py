@@ -138,7 +138,7 @@ def kto_certificates(w: TinyWorld, beta: float = 2.0) -> Iterator[Certificate]:
 
     def batch(indices) -> RankedAnswers:
         pair, row = indices
-        return pairs.make_batch(pair).replace(mismatched=rows_by_index(w.tokens, row[None]))
+        return pairs.make_batch(pair).replace(mismatched_tokens=rows_by_index(w.tokens, row[None]))
 
     def against(points: np.ndarray, weights: np.ndarray) -> PolicyLoss:
         """The loss with the reference points f64[X,Z], each as often as its weight."""

@@ -178,7 +178,7 @@ def _compiled_by_function(model: Model) -> Model:
         x = hidden(lm, tokens.inputs, tokens.positions, tokens.segments)
         return scores(lm, x, tokens.targets, temperature=temperature).logprobs
 
-    return model._replace(hidden_states=hidden, scores=scores, token_logprobs=token_logprobs)
+    return model._replace(hidden_states=hidden, target_stats=scores, token_logprobs=token_logprobs)
 
 
 POLICIES: Mapping[str, Callable[[], Networks]] = {"tabular": tabular_networks, "transformer": transformer_networks}

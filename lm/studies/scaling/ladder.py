@@ -60,7 +60,8 @@ def ladder_plan(
     check_at_least(20, "ladder", draws=bootstrap_draws)
     if not 0 < min_flops < max_flops < target_flops:
         raise UserError(
-            f"ladder.min_flops {min_flops:g}, max_flops {max_flops:g}, target_flops {target_flops:g}: each must be above the one before"
+            f"ladder.min_flops {min_flops:g}, max_flops {max_flops:g}, target_flops {target_flops:g}: "
+            "each must be above the one before"
         )
     low, high = tokens_per_parameter
     if not 0 < low < high:
@@ -91,7 +92,8 @@ def runs_at_budget(plan: LadderPlan, source: ConfigSource, budget: float) -> lis
     if len(left) < plan.sizes_per_budget:
         raise UserError(
             f"a budget of {budget:.3g} FLOPs pays {MIN_STEPS} steps or more of {len(left)} widths, and a ladder "
-            f"needs {plan.sizes_per_budget}: raise ladder.min_flops, or make data.batch_size, data.length or model.head_size smaller"
+            f"needs {plan.sizes_per_budget}: raise ladder.min_flops, or make data.batch_size, "
+            "data.length or model.head_size smaller"
         )
     chosen = []
     for target in np.geomspace(high, low, plan.sizes_per_budget):
@@ -112,8 +114,8 @@ def planned_run(source: ConfigSource, budget: float, width: int) -> PlannedRun:
     shape = call_with_options(
         ModelConfig, {**config.model.to_dict(), "vocab_size": config.vocabulary.vocab_size}, name="model"
     )
-    each = flops_per_token(shape, config.data.max_response_length)
-    batch = config.data.batch_size * config.data.max_response_length
+    each = flops_per_token(shape, config.data.length)
+    batch = config.data.batch_size * config.data.length
     steps = round(budget / each / batch)
     return PlannedRun(
         budget, width, param_count(param_specs(shape)), shape.vocab_size * width, each, steps, steps * batch

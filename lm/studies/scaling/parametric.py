@@ -60,7 +60,9 @@ class ParametricFit(NamedTuple):
         return percentile_estimate(function(self.law), [function(law) for law in self.resampled])
 
     def estimates(self) -> Mapping[str, Estimate]:
-        return {name: self.estimate(lambda law: getattr(law, name)) for name in (*LAW_PARAMETERS, "growth")}
+        """By the name of each parameter; "growth" is the exponent of the best size."""
+        found = {name: self.estimate(lambda law: getattr(law, name)) for name in LAW_PARAMETERS}
+        return {**found, "growth": self.estimate(lambda law: law.size_exponent)}
 
     def predicted_loss(self, parameters: float, tokens: float, *, seed: int = 0) -> Estimate:
         """The loss of one more run. Its interval holds what is unknown of the law, and how far runs fall from it."""
