@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lm.core.metrics import Metrics
 from lm.core.types import Array, Params, TrainState
 from lm.model.lora import join_adapters
-from lm.optim.update import Batch, Loss, Update, _is_mean, batch_parts
+from lm.optim.update import Batch, Loss, Update, batch_parts, gradient, is_mean
 
 SHUFFLE_ROLE = 2**30  # a role folded into a step's key, above every microbatch's number: no two draws share a key
 
@@ -18,6 +19,15 @@ def inference_state(state: TrainState) -> TrainState:
     state = with_moving_reference(state)
     params, frozen = join_adapters(state.params, state.frozen)
     return state.replace(params=params, frozen=frozen, memory={k: v for k, v in state.memory.items() if k != "ref"})
+
+
+def decoder_gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> Update:
+    """`gradient` of a loss that is given decoders as their forward pass reads them: see `join_adapters`."""
+
+    def on_decoders(params, frozen, batch, key):
+        return loss(*join_adapters(params, frozen), batch, key)
+
+    return gradient(on_decoders, optimizer, microbatches=microbatches)
 
 
 def annotate(function: Callable[[TrainState, Batch], tuple[Batch, Metrics]], inner: Update) -> Update:
@@ -111,7 +121,7 @@ def combined_loss(**losses: tuple[float, Loss]) -> Loss:
         terms, metrics = {}, {}
         for name, (coefficient, part) in losses.items():
             found, noted = part(params, frozen, batch, key)
-            terms[name] = jax.tree.map(lambda term: coefficient * term, found, is_leaf=_is_mean)
+            terms[name] = jax.tree.map(lambda term: coefficient * term, found, is_leaf=is_mean)
             metrics |= noted
         return terms, metrics
 

@@ -30,8 +30,8 @@ from lm.data.truncation import EMPTY_ROW, truncated_rows
 from lm.losses.preference import kto_loss
 from lm.losses.ranking import preference_mask
 from lm.model import Model
-from lm.optim.combinators import annotate, refreshed_reference
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import annotate, decoder_gradient, refreshed_reference
+from lm.optim.update import Update
 from lm.stages.context import Batches, StageContext
 from lm.stages.preference import preference_batches
 from lm.stages.preference.preference_batches import answer_logprobs, preference_metrics, summary
@@ -49,7 +49,7 @@ def make(
     refresh_reference_every: int = 0,
     microbatches: int = 1,
 ) -> Update:
-    """renewed(annotate(baseline, gradient(kto))).
+    """refreshed_reference(annotate(baseline, gradient(kto))).
 
     The weights are lambda_D and lambda_U: where one label is rarer, weigh it up until both count about alike. `refresh`
     is the number of updates after which the reference becomes the policy of that moment (0: it stays).
@@ -66,7 +66,7 @@ def make(
         value = mean(each(ratios, batch.baseline[:, None], desirable), labelled)
         return value, preference_metrics(value, beta * ratios, logprobs, batch.ranks)
 
-    inner = gradient(loss, optimizer, microbatches=microbatches)
+    inner = decoder_gradient(loss, optimizer, microbatches=microbatches)
     return refreshed_reference(
         annotate(functools.partial(with_reference_point, model), inner), every=refresh_reference_every
     )

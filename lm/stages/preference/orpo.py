@@ -19,7 +19,8 @@ from lm.core.types import Array
 from lm.losses.preference import log_odds, odds_ratio_loss
 from lm.losses.ranking import preference_mask
 from lm.model import Model
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import decoder_gradient
+from lm.optim.update import Update
 from lm.stages.preference.preference_batches import (
     answer_lengths,
     answer_logprobs,
@@ -44,7 +45,7 @@ def make(
         metrics = {**preference_metrics(odds, log_odds(means), logprobs, batch.ranks), "nll": nll}
         return {"nll": nll, "odds": odds_coefficient * odds}, metrics
 
-    return gradient(loss, optimizer, microbatches=microbatches)
+    return decoder_gradient(loss, optimizer, microbatches=microbatches)
 
 
 def top_ranked_mask(ranks: Array) -> Array:

@@ -15,7 +15,8 @@ import optax
 
 from lm.losses.preference import simpo_loss
 from lm.model import Model
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import decoder_gradient
+from lm.optim.update import Update
 from lm.stages.preference.preference_batches import (
     answer_lengths,
     answer_logprobs,
@@ -43,7 +44,7 @@ def make(
         each = mean_over_pairs(functools.partial(simpo_loss, beta=beta, gamma=gamma), means, batch.ranks)
         return each, preference_metrics(each, beta * means, logprobs, batch.ranks)
 
-    return gradient(loss, optimizer, microbatches=microbatches)
+    return decoder_gradient(loss, optimizer, microbatches=microbatches)
 
 
 SIMPO = Stage(__name__, make, batches, summary, shown_metrics=("loss", "accuracy", "margin"))

@@ -17,8 +17,8 @@ from lm.core.types import Array, Rollouts, TrainState
 from lm.losses.advantages import rewards_by_group
 from lm.losses.policy import clipped_surrogate, clipped_value_loss, kl_k1, kl_k3, token_ratio
 from lm.model import Model
-from lm.optim.combinators import annotate, minibatches, refreshed_reference
-from lm.optim.update import Loss, Update, gradient
+from lm.optim.combinators import annotate, decoder_gradient, minibatches, refreshed_reference
+from lm.optim.update import Loss, Update
 
 Advantages = Callable[[Rollouts], Array]  # rollouts with old and reference log-probs -> f32[B,T]
 TokenLoss = Callable[[Array, Rollouts], Array]  # (log-probs f32[B,T], annotated rollouts) -> loss f32[B,T]
@@ -115,7 +115,9 @@ def rollout_update(
     """How every method learns from a batch of rollouts: refreshed_reference(annotate(minibatches(gradient(loss))))."""
     check_at_least(1, "stage", epochs=epochs, minibatch_count=minibatch_count)
     check_at_least(0, "stage", refresh_reference_every=refresh_reference_every)
-    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
+    inner = minibatches(
+        decoder_gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count
+    )
     return refreshed_reference(annotate(annotation, inner), every=refresh_reference_every * epochs * minibatch_count)
 
 
