@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm.core.errors import UserError
-from lm.data import preferences as records
-from lm.data.preferences import Ranking
+from lm.data.preferences import Ranking, ranking_from_record, ranking_json, read_jsonl_rankings
 
 PEOPLE_DB = "people.db"  # its name in a workdir
 SQLITE_MAGIC = b"SQLite format 3\0"  # the first bytes of every SQLite file
@@ -157,7 +156,7 @@ class AnnotationStore:
             said = {name: value for name, value in verdict._asdict().items() if name not in ("key", "item")}
             ranking = Ranking(item.name, item.prompt, item.responses, sources=item.sources, time=_now(), **said)
             try:
-                records.ranking_from_record(ranking._asdict())
+                ranking_from_record(ranking._asdict())
             except (TypeError, ValueError) as error:
                 raise UserError(f"item {item.id}: {error}") from error
             self._insert(verdict.key, item.id, ranking)
@@ -194,7 +193,7 @@ class AnnotationStore:
         added = there = 0
         with self._writing() as db:
             for ranking in rankings:
-                key = hashlib.sha256(records.ranking_json(ranking).encode()).hexdigest()
+                key = hashlib.sha256(ranking_json(ranking).encode()).hexdigest()
                 item, _ = self._added(ranking.name, ranking.prompt, ranking.responses, list(ranking.sources))
                 known = db.execute(
                     f"{SELECT_STANDING} UNION SELECT item FROM verdicts WHERE key = ?", [ranking.rater, item, key]
@@ -295,7 +294,7 @@ def read_rankings(path: str | Path) -> list[Ranking]:
     except OSError:
         is_database = False  # the reader of lines says what there is to say
     if not is_database:
-        return records.read_jsonl_rankings(path)
+        return read_jsonl_rankings(path)
     with AnnotationStore(path) as store:
         return store.rankings()
 

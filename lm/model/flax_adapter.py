@@ -21,9 +21,10 @@ from flax import linen, nnx, struct
 
 from lm.core.errors import UserError
 from lm.core.types import Array, Params, Tokens
-from lm.model import Model, ModelConfig, TargetStats, decoder, params as parameters
+from lm.model import Model, ModelConfig, TargetStats, decoder
 from lm.model.kv_cache import updated_slots
 from lm.model.logprobs import chunked_target_stats
+from lm.model.params import initial_params, logical_axes, value_head_specs
 
 ModuleCall = Callable[..., Array]  # (lm, method, *arrays): the module with these parameters; method "" calls it itself
 
@@ -146,14 +147,14 @@ def _flax_model(
     config = ModelConfig(
         vocab_size=vocabulary.shape[-1], width=states.shape[-1], context=context, loss_chunk=loss_chunk
     )
-    value_specs = parameters.value_head_specs(config)
+    value_specs = value_head_specs(config)
     return Model(
         config=config,  # of its entries only these four speak of the module
         init=init,
-        init_value_head=functools.partial(parameters.initial_params, value_specs),
+        init_value_head=functools.partial(initial_params, value_specs),
         logical_axes={
             "lm": axes if axes is not None else jax.tree.map(lambda leaf: (None,) * leaf.ndim, shapes),
-            "value": parameters.logical_axes(value_specs),
+            "value": logical_axes(value_specs),
         },
         hidden_states=hidden,
         hidden_and_routing=lambda *given: (hidden(*given), None),

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm.core import metrics as means
 from lm.core.errors import UserError
+from lm.core.metrics import metric_sum, metric_values
 from lm.runs.console import MetricWriters, Progress, warn
 from lm.runs.timing import OTHER_PHASE, PHASES, PhaseTimer
 from lm.runs.workdir import Workdir, read_metrics
@@ -78,8 +78,8 @@ class MetricsLogger:
         total = None
         for step, found, _ in fetched:
             self._stop_unless_finite(step, {name: float(m.total) for name, m in found.items()})
-            total = found if total is None else means.metric_sum(total, found)
-        values = means.metric_values(total)
+            total = found if total is None else metric_sum(total, found)
+        values = metric_values(total)
         for name, limit in self._limits.items():
             if values[name] > limit:
                 raise UserError(

@@ -159,7 +159,7 @@ def test_every_stage_has_the_ids_of_the_conversation(name, prompt, text, tokeniz
 
     path = rankings([verdict("n", prompt, [text, "other"]), *many(["a", "b"], ASKED)])
     monkeypatch.setattr(
-        "lm.stages.reward_model.ranking_batches.corpora.split_held_out", lambda items, *_: (items[9:], items[:9])
+        "lm.stages.reward_model.ranking_batches.split_held_out", lambda items, *_: (items[9:], items[:9])
     )
     for stage in PREFERENCES:
         [batch] = STAGES[stage].batches(lent, rankings=path, length=80, prompts_per_batch=9).held_out(None)

@@ -20,11 +20,14 @@ import optax
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Metrics, metric_values
 from lm.core.types import Array, Tokens
-from lm.data import batches as rows_to_batches, conversations, sources as corpora
+from lm.data.batches import batch_function
+from lm.data.conversations import distinct_conversations, load_conversations, repeated_prompt_contexts
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.sources import split_held_out
 from lm.generate.sampler import SamplingParams
 from lm.model import Model
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import decoder_gradient
+from lm.optim.update import Update
 from lm.stages.context import Batches, StageContext
 from lm.stages.distillation.teacher_divergence import distillation_loss, divergence_from_teacher
 from lm.stages.pretraining import conversation_batches
@@ -62,7 +65,9 @@ def make(
         }
         return found.weighted_means(batch.tokens.weights - own) | on_own
 
-    return gradient(distillation_loss(compare), optimizer, microbatches=microbatches)._replace(evaluate=evaluate)
+    return decoder_gradient(distillation_loss(compare), optimizer, microbatches=microbatches)._replace(
+        evaluate=evaluate
+    )
 
 
 def batches(
@@ -95,14 +100,13 @@ def batches(
     people = conversation_batches.batches(
         context, sources=sources, turns=even, length=length, batch_size=batch_size, held_out=held_out
     )
-    contexts = conversations.repeated_prompt_contexts(conversations.load_conversations(sources), turns=turns)
-    distinct = conversations.distinct_conversations(contexts)
+    contexts = repeated_prompt_contexts(load_conversations(sources), turns=turns)
+    distinct = distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
-        prompts_within_length(context.tokenizer, side, prompt_length)
-        for side in corpora.split_held_out(distinct, held_out)
+        prompts_within_length(context.tokenizer, side, prompt_length) for side in split_held_out(distinct, held_out)
     )
     answered = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts)
-    order = rows_to_batches.batch_function(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
+    order = batch_function(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
     run = rollout_program(context, sampling)
 
     def drawn(state, prompts: Prompts, role: int, i: int) -> Tokens:

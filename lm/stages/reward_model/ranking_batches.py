@@ -12,21 +12,17 @@ import optax
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Mean, Metrics, mean, metric_values
 from lm.core.types import Array, RankedAnswers, Tokens
-from lm.data import (
-    annotations,
-    batches as rows_to_batches,
-    preferences as records,
-    ratings,
-    sources as corpora,
-    tokenized_rankings,
-)
-from lm.data.preferences import OVERALL_AXIS, OVERALL_ONLY, ordered_axes
-from lm.data.tokenized_rankings import TokenizedRanking
+from lm.data.annotations import read_rankings
+from lm.data.batches import batch_function, sequential_batches
+from lm.data.preferences import OVERALL_AXIS, OVERALL_ONLY, Ranking, ordered_axes, preference_pairs
+from lm.data.ratings import BUILT_IN_RANKINGS
+from lm.data.sources import split_held_out
+from lm.data.tokenized_rankings import TokenizedRanking, ranked_answers_batch, tokenized_rankings
 from lm.data.truncation import nothing_left_error
 from lm.losses.ranking import preference_mask
 from lm.model import Model
-from lm.optim.combinators import with_value_head
-from lm.optim.update import Loss, Update, gradient
+from lm.optim.combinators import decoder_gradient, with_value_head
+from lm.optim.update import Loss, Update
 from lm.rewards.reward_model import reward_row, reward_scores
 from lm.stages.context import Batches, StageContext
 from lm.tokenizer import Tokenizer
@@ -47,11 +43,11 @@ def reward_model_update(
     centring_coefficient: float,
     microbatches: int,
 ) -> Update:
-    """value_head(gradient(objective of every axis + centring)), which also measures itself on held-out batches."""
+    """with_value_head(gradient(objective of every axis + centring)), which also measures itself on held-out batches."""
     axes = ordered_axes(axes)
     loss = ranking_loss(model, objective, axes=axes, centring_coefficient=centring_coefficient)
     update = with_value_head(
-        lambda key: scalar_heads(model, key, len(axes)), gradient(loss, optimizer, microbatches=microbatches)
+        lambda key: scalar_heads(model, key, len(axes)), decoder_gradient(loss, optimizer, microbatches=microbatches)
     )
 
     def evaluate(state, batch: RankedAnswers) -> Metrics:
@@ -169,7 +165,7 @@ def batches(
     return batches_of_rankings(
         context,
         lambda side: reward_model_rows(context.tokenizer, side, tuple(axes), length),
-        tokenized_rankings.ranked_answers_batch,
+        ranked_answers_batch,
         axes=axes,
         rankings=rankings,
         length=length,
@@ -181,7 +177,7 @@ def batches(
 
 def batches_of_rankings(
     context: StageContext,
-    laid_out: Callable[[Sequence[records.Ranking]], tuple[list[TokenizedRanking], dict[str, int]]],
+    laid_out: Callable[[Sequence[Ranking]], tuple[list[TokenizedRanking], dict[str, int]]],
     group: Callable[[Sequence[TokenizedRanking], int, int], RankedAnswers],
     *,
     axes: Iterable[str],
@@ -209,7 +205,7 @@ def batches_of_rankings(
         raise UserError(f"{rankings}: no verdict scores the axis {missing[0]!r} of data.axes: leave it out")
     most = max(len(verdict.rows) for verdict in [*train, *unseen])
     train_rows, unseen_rows = (group(side, length, most) for side in (train, unseen))
-    batch = rows_to_batches.batch_function(train_rows, batch_size=prompts_per_batch, seed=context.seed)
+    batch = batch_function(train_rows, batch_size=prompts_per_batch, seed=context.seed)
     about = {
         "length": length,
         "prompts": len(train),
@@ -219,37 +215,31 @@ def batches_of_rankings(
         **counts,
         "undecided": undecided + counts["undecided"],
     }
-    held_out_batches = lambda state: rows_to_batches.sequential_batches(unseen_rows, prompts_per_batch)
+    held_out_batches = lambda state: sequential_batches(unseen_rows, prompts_per_batch)
     return Batches(lambda state, i: batch(i), held_out_batches, about)
 
 
-def split_rankings(rankings: str, held_out: float) -> tuple[list[records.Ranking], list[records.Ranking], int]:
+def split_rankings(rankings: str, held_out: float) -> tuple[list[Ranking], list[Ranking], int]:
     """The verdicts to learn from, the held-out ones, and how many prefer no answer to another and are left out."""
-    everything = (
-        ratings.BUILT_IN_RANKINGS[rankings]()
-        if rankings in ratings.BUILT_IN_RANKINGS
-        else annotations.read_rankings(rankings)
-    )
-    ranked = [r for r in everything if records.preference_pairs(r)]
+    everything = BUILT_IN_RANKINGS[rankings]() if rankings in BUILT_IN_RANKINGS else read_rankings(rankings)
+    ranked = [r for r in everything if preference_pairs(r)]
     if not ranked:
         raise UserError(f"{rankings}: no ranking prefers one answer to another; rank more answers, or less alike ones")
-    content = "name" if rankings in ratings.BUILT_IN_RANKINGS else "content"  # the same opener is given to many raters
-    return *corpora.split_held_out(ranked, held_out, attrgetter(content)), len(everything) - len(ranked)
+    content = "name" if rankings in BUILT_IN_RANKINGS else "content"  # the same opener is given to many raters
+    return *split_held_out(ranked, held_out, attrgetter(content)), len(everything) - len(ranked)
 
 
-def ranking_subset(rankings: Sequence[records.Ranking], limit: int, seed: int) -> list[records.Ranking]:
+def ranking_subset(rankings: Sequence[Ranking], limit: int, seed: int) -> list[Ranking]:
     """`limit` of the verdicts, drawn by the seed and left in their order; 0: all of them."""
     order = np.random.default_rng(seed).permutation(len(rankings))[: limit or None]
     return [rankings[i] for i in sorted(order)]
 
 
 def reward_model_rows(
-    tokenizer: Tokenizer, rankings: Sequence[records.Ranking], axes: Sequence[str], length: int
+    tokenizer: Tokenizer, rankings: Sequence[Ranking], axes: Sequence[str], length: int
 ) -> tuple[list[TokenizedRanking], dict[str, int]]:
     """The verdicts that can be learnt from, their answers as a reward model reads them, and what is left out."""
-    found, counts = tokenized_rankings.tokenized_rankings(
-        tokenizer, rankings, length, axes=axes, cut="answer", trained=False
-    )
+    found, counts = tokenized_rankings(tokenizer, rankings, length, axes=axes, cut="answer", trained=False)
     rows = [[reward_row(tokenizer, row) for row in verdict.rows] for verdict in found]
     return [verdict._replace(rows=own) for verdict, own in zip(found, rows)], counts
 

@@ -8,8 +8,11 @@ import numpy as np
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Rollouts, Tokens, TrainState
-from lm.data import batches as rows_to_batches, conversations, packing, sources as corpora
+from lm.data.batches import batch_function
+from lm.data.conversations import distinct_conversations, load_conversations, repeated_prompt_contexts
+from lm.data.packing import document_rows
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.sources import load_documents, split_held_out
 from lm.generate.sampler import SamplingParams, check_sampling
 from lm.losses.advantages import overlong_penalty
 from lm.model import Model
@@ -100,14 +103,14 @@ def batches(
             total = total + np.asarray(overlong_penalty(found.lengths, limit=longest, buffer=overlong_buffer))
         return Rollouts(found.tokens, np.float32(total), scores, found.stopped, found.logprobs, group=group)
 
-    contexts = conversations.repeated_prompt_contexts(conversations.load_conversations(sources), turns=turns)
-    distinct = conversations.distinct_conversations(contexts)
+    contexts = repeated_prompt_contexts(load_conversations(sources), turns=turns)
+    distinct = distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
-        prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)
+        prompts_within_length(tokenizer, side, prompt_length) for side in split_held_out(distinct, held_out)
     )
     prompts = rollouts // group
     asked = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts, group=group)
-    order = rows_to_batches.batch_function(np.arange(len(train.ids)), batch_size=prompts, seed=context.seed)
+    order = batch_function(np.arange(len(train.ids)), batch_size=prompts, seed=context.seed)
     text, unseen_text = text_batches(context, corpus, text_length, rollouts, held_out)
     about = {
         "length": length,
@@ -257,12 +260,12 @@ def text_batches(
         return (lambda i: None), (lambda i: None)
     context.check_length(length)
     train, unseen = (
-        rows_to_batches.batch_function(
-            packing.document_rows(context.tokenizer, [document.text for document in side], length),
+        batch_function(
+            document_rows(context.tokenizer, [document.text for document in side], length),
             batch_size=rows,
             seed=context.seed,
         )
-        for side in corpora.split_held_out(corpora.load_documents(corpus), held_out)
+        for side in split_held_out(load_documents(corpus), held_out)
     )
     return train, unseen
 
