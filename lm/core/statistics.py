@@ -1,8 +1,8 @@
 """Numbers with their uncertainty. Every score the programs print carries one of these."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
@@ -104,3 +104,40 @@ NO_ESTIMATE = Estimate(np.nan, np.nan, np.nan, np.nan)  # of no observation
 def success_rate_or_nan(hits: Sequence[bool]) -> Estimate:
     """`rate`, or nan where there is nothing to count."""
     return success_rate(hits) if len(hits) else NO_ESTIMATE
+
+
+def percent_text(fraction: float) -> str:
+    """0.5 to "50 %"."""
+    return f"{100 * fraction:.0f}\u00a0%"
+
+
+def signed_number(number: float) -> str:
+    """Two decimals and the sign."""
+    return f"{number:+z.2f}".replace("-", "−")
+
+
+NUMBER_FORMATS: Mapping[str, Callable[[float], str]] = {
+    "plain": "{:z.2f}".format,
+    "tenths": "{:z.1f}".format,
+    "signed": signed_number,
+    "percent": percent_text,
+}
+
+
+NumberFormat = str | Callable[[float], str]  # a name among NUMBER_FORMATS, or the function itself
+
+
+def interval_text(estimate: Estimate | Mapping[str, Any], style: NumberFormat = "plain") -> str:
+    """ "[4.01, 4.23]": the 95 % interval of an Estimate, or of one that was read from JSON."""
+    number = NUMBER_FORMATS[style] if isinstance(style, str) else style
+    fields = estimate._asdict() if isinstance(estimate, Estimate) else estimate
+    return f"[{number(fields['low'])}, {number(fields['high'])}]"
+
+
+def estimate_text(estimate: Estimate | Mapping[str, Any], style: NumberFormat = "plain") -> str:
+    """ "0.62 [0.51, 0.72]"; a dash where nothing was observed, no interval where its width is unknown."""
+    number = NUMBER_FORMATS[style] if isinstance(style, str) else style
+    fields = estimate._asdict() if isinstance(estimate, Estimate) else estimate
+    if not math.isfinite(fields["value"]):
+        return "–"
+    return number(fields["value"]) + (f" {interval_text(estimate, style)}" if math.isfinite(fields["se"]) else "")

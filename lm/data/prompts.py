@@ -1,6 +1,6 @@
 """Prompts as arrays: what a sampler is given, with the conversations they came from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,3 +50,10 @@ def prompts_within_length(
 def prompts_at(prompts: Prompts, rows: np.ndarray) -> Prompts:
     """The prompts at these rows."""
     return Prompts(prompts.ids[rows], prompts.lengths[rows], [prompts.contexts[i] for i in rows])
+
+
+def prompt_chunks(prompts: Prompts, size: int) -> Iterator[tuple[int, Prompts]]:
+    """(number of its first row, `size` prompts) from the first to the last; the last chunk repeats earlier rows to be
+    full, so that every chunk has the same shape."""
+    for first in range(0, len(prompts.ids), size):
+        yield first, prompts_at(prompts, np.arange(first, first + size) % len(prompts.ids))

@@ -14,7 +14,7 @@ import numpy as np
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Array, Params
 from lm.data.conversations import load_conversations, prompt_contexts
-from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.prompts import Prompts, prompt_chunks, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.generate.sampler import SamplingParams
 from lm.runs.workdir import TrainedModel
@@ -85,9 +85,8 @@ def policy_answerer(
 
     def ask(lm: Params, prompts: Prompts, key: Array) -> PolicyAnswers:
         lm, texts, columns = jax.tree.map(jnp.asarray, lm), [], []
-        for first in range(0, len(prompts.ids), rows_at_once):
-            rows = np.arange(first, first + rows_at_once) % len(prompts.ids)  # the last chunk is filled up
-            drawn = answer(lm, prompts_at(prompts, rows), jax.random.fold_in(key, first))
+        for first, part in prompt_chunks(prompts, rows_at_once):
+            drawn = answer(lm, part, jax.random.fold_in(key, first))
             moved = np.sum((drawn.logprobs - logprobs(reference, drawn.tokens)) * drawn.tokens.weights, axis=1)
             texts += drawn.texts
             columns.append((drawn.lengths, drawn.stopped, moved))

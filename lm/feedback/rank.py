@@ -23,12 +23,12 @@ import uvicorn
 
 from lm.core.config import parsed_flags
 from lm.core.errors import UserError
+from lm.core.statistics import estimate_text
 from lm.data.annotations import PEOPLE_DB, AnnotationStore, read_rankings
 from lm.data.preferences import ranking_json
 from lm.feedback import prompt_file, results
 from lm.feedback.answering_models import AnsweringModel, answer_prompts
 from lm.feedback.app import LOOPBACK_HOSTS, checked_rater_name, make_app
-from lm.feedback.results import estimate_text
 from lm.generate.sampler import SamplingParams
 from lm.rewards.load import check_same_axes, load_reward_model
 from lm.runs.console import on_sigterm, print_table, run_program, say, warn

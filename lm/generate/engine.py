@@ -9,7 +9,7 @@ import numpy as np
 
 from lm.core.errors import UserError
 from lm.core.types import Array, Params
-from lm.data.prompts import Prompts, bucket_length
+from lm.data.prompts import Prompts, bucket_length, prompt_chunks
 from lm.generate.sampler import SamplingParams, check_sampling, sample
 from lm.model import Model
 from lm.tokenizer import Tokenizer
@@ -76,13 +76,10 @@ def batch_answerer(
         longest = int(max(prompts.lengths, default=1))
         check_sampling(model, longest, sampling)
         width = bucket_length(given, model.config.context - sampling.max_new)
-        for chunk, start in enumerate(range(0, len(prompts.ids), rows_at_once)):
-            ids, lengths = (x[start : start + rows_at_once] for x in (prompts.ids[:, :width], prompts.lengths))
-            missing = rows_at_once - len(ids)
-            ids = np.pad(ids, ((0, missing), (0, max(width - given, 0))))
-            lengths = np.pad(lengths, (0, missing), constant_values=1)
-            drawn = jax.device_get(run(lm, ids, lengths, jax.random.fold_in(key, chunk)))
-            for row in range((rows_at_once - missing) * sampling.samples):
+        prompts = prompts._replace(ids=np.pad(prompts.ids[:, :width], ((0, 0), (0, max(width - given, 0)))))
+        for first, part in prompt_chunks(prompts, rows_at_once):
+            drawn = jax.device_get(run(lm, part.ids, part.lengths, jax.random.fold_in(key, first // rows_at_once)))
+            for row in range(min(rows_at_once, len(prompts.ids) - first) * sampling.samples):
                 length = int(drawn.lengths[row])
                 found.append(
                     answer_from_ids(tokenizer, drawn.tokens[row, :length], bool(drawn.stopped[row]), stop_strings)

@@ -4,6 +4,7 @@ import io
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -12,7 +13,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lm.core.statistics import Estimate
+from lm.core.statistics import Estimate, estimate_text, interval_text, percent_text, signed_number
+from lm.runs.workdir import write_text
 
 TEXT_COLOR, TRAIN_COLOR, HELD_OUT_COLOR = "#7b7b7a", "#3f7fd6", "#d9822b"  # INK gives way to the page's own text colour
 SERIES_COLORS = (
@@ -53,9 +55,29 @@ def template_environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        f.__name__: f for f in (short_number, signed_number, percent_text, interval_text, visible_text)
+        f.__name__: f for f in (short_number, signed_number, percent_text, interval_text, estimate_text, visible_text)
     }
     return environment
+
+
+def rendered_page(template: str, **values: Any) -> str:
+    """The page that a template of this package, such as "compare/page.html.jinja", makes of these values."""
+    return template_environment().get_template(template).render(**values)
+
+
+def write_figure_page(
+    folder: Path, name: str, template: str, draw: Callable, size: Mapping[str, Any], **values: Any
+) -> list[Path]:
+    """NAME.html with the figure as its value `figure`, and the figure beside it as NAME.svg and NAME.png.
+
+    draw and size: the arguments of `svg_figure`. values: the other values of the template.
+    """
+    page, picture, bitmap = (folder / f"{name}.{ending}" for ending in ("html", "svg", "png"))
+    drawn = svg_figure(draw, **size)
+    write_text(page, rendered_page(template, figure=drawn, **values))
+    write_text(picture, drawn)
+    bitmap.write_bytes(png_figure(draw, **size))
+    return [page, picture, bitmap]
 
 
 def interval_plot(estimates: Mapping[str, Estimate], label: str, *, centre: float | None = None) -> Markup:
@@ -113,24 +135,3 @@ def short_number(number: float | None) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g} {letter}"
     return f"{number:.3g}"
-
-
-def percent_text(fraction: float) -> str:
-    return f"{100 * fraction:.0f}\u00a0%"
-
-
-def signed_number(number: float) -> str:
-    return f"{number:+z.2f}".replace("-", "−")
-
-
-NUMBER_FORMATS = {
-    "plain": "{:z.2f}".format,
-    "tenths": "{:z.1f}".format,
-    "signed": signed_number,
-    "percent": percent_text,
-}
-
-
-def interval_text(estimate: Mapping[str, float], style: str = "plain") -> str:
-    """ "[4.01, 4.23]", the 95 % interval of an Estimate."""
-    return f"[{NUMBER_FORMATS[style](estimate['low'])}, {NUMBER_FORMATS[style](estimate['high'])}]"
