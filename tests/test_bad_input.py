@@ -350,7 +350,7 @@ def test_init_from_with_another_tokenizer(refused, stage, finished, other, tmp_p
 
 
 def test_init_from_with_another_template(refused, stage, monkeypatch):
-    monkeypatch.setattr(tokenizer.sentencepiece.SentencePieceTokenizer, "rule", "template 2")
+    monkeypatch.setattr(tokenizer.sentencepiece.SentencePieceTokenizer, "mask_rule", "template 2")
     assert "pretrain: its checkpoint was trained with tokenizer and template" in refused(loop, *stage("sft"))
 
 

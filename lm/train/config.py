@@ -38,7 +38,7 @@ class TrainingSchedule:
         check_at_least(
             1, "train", steps=self.steps, log_every=self.log_every, save_every=self.save_every, keep=self.keep
         )
-        check_at_least(0, "train", evaluate_every=self.evaluate_every, samples=self.logged_rollouts)
+        check_at_least(0, "train", evaluate_every=self.evaluate_every, logged_rollouts=self.logged_rollouts)
 
     def scores(self, done: int) -> bool:
         """Whether the state after `done` batches is scored on the held-out side."""

@@ -44,10 +44,10 @@ def said(questions) -> set[str]:
 
 def test_some_of_each_conversation(asked):
     every, few = asked(), asked(conversations=5, prompts_per_conversation=1)
-    sizes = np.bincount(every.conversations)
+    sizes = np.bincount(every.conversation_ids)
     assert len(sizes) > 40 and sizes.min() >= 1 and sizes.max() == 2
-    assert few.conversations.tolist() == [0, 1, 2, 3, 4]
-    assert said(few) < said(every) and len(said(every)) == len(every.conversations)
+    assert few.conversation_ids.tolist() == [0, 1, 2, 3, 4]
+    assert said(few) < said(every) and len(said(every)) == len(every.conversation_ids)
     assert every.prompts.lengths.max() <= 32
 
 

@@ -34,7 +34,7 @@ def shifted(learn):
     """Log-probs of the next target on each token."""
     recipe = on_policy_losses.rloo_without_kl()
     wrong = lambda logprobs, batch: recipe.token_loss(jnp.roll(logprobs, 1, axis=1), batch)
-    return learn(recipe._replace(objective=wrong))
+    return learn(recipe._replace(token_loss=wrong))
 
 
 def unmasked(learn):
@@ -68,7 +68,9 @@ def test_an_unbiased_update_that_is_said_to_be_biased_is_caught(table):
     w = ragged_world(table)
     update = policy_gradient.policy_gradient_update(table.model, GRADIENT_RECORDER, on_policy_losses.rloo_without_kl())
     assert not certificate_result(
-        certificate_of(w, "", "E r", expected_reward_loss(w), update, on_policy_losses.rollout_batches(w), biased=True)
+        certificate_of(
+            w, "", "E r", expected_reward_loss(w), update, on_policy_losses.rollout_batches(w), is_biased=True
+        )
     ).holds
 
 

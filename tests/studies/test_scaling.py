@@ -72,7 +72,7 @@ def until(condition, process: subprocess.Popen, seconds: float = 300.0) -> None:
 
 def enter_stand_in(patch) -> None:
     of = controller.TrialGoal.from_config
-    patch(controller.TrialGoal, "of", lambda *args: of(*args)._replace(module="tests.scaling_trial"))
+    patch(controller.TrialGoal, "from_config", lambda *args: of(*args)._replace(module="tests.scaling_trial"))
     patch(controller, "POLL_SECONDS", 0.02)
     patch(controller, "device_environments", lambda jobs: [{}] * (jobs or 1))
 

@@ -46,7 +46,9 @@ def file(tmp_path) -> str:
 def stand_in(monkeypatch):
     """Trials are the stand-in's, polled often."""
     of = TrialGoal.from_config
-    monkeypatch.setattr(controller.TrialGoal, "of", lambda *args: of(*args)._replace(module="tests.sweep_trial"))
+    monkeypatch.setattr(
+        controller.TrialGoal, "from_config", lambda *args: of(*args)._replace(module="tests.sweep_trial")
+    )
     monkeypatch.setattr(controller, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(controller, "device_environments", lambda jobs: [{}] * (jobs or 1))
 

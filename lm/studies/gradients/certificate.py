@@ -75,7 +75,7 @@ def certificate_of(
 ) -> Certificate:
     """The certificate of an update of the world's policy: `loss` is the objective's, None where none should pull.
 
-    claimed: scale, biased, part; `temperature` of the policy; `heads`, further parameters.
+    claimed: scale, is_biased, param_group; `temperature` of the policy; `heads`, further parameters.
     """
     truth = None if loss is None else exact_gradient(world, loss, temperature=claimed.pop("temperature", 1.0))
     params = {"lm": world.nets.policy, **claimed.pop("heads", {})}

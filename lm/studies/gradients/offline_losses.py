@@ -160,7 +160,7 @@ def kto_certificates(w: TinyWorld, beta: float = 2.0) -> Iterator[Certificate]:
         BatchDistribution((indices, mismatched), likely, batch, 2),
     )
     yield certificate_of(w, "KTO", "eq. 8, z = max(0,r')", drawn, update, draws)
-    yield certificate_of(w, "KTO", "eq. 8, z = KL(p,q)", known, update, draws, biased=True)
+    yield certificate_of(w, "KTO", "eq. 8, z = KL(p,q)", known, update, draws, is_biased=True)
 
 
 def optimum_certificates(nets: Networks) -> Iterator[Certificate]:
@@ -170,13 +170,13 @@ def optimum_certificates(nets: Networks) -> Iterator[Certificate]:
     h, make = answer_log_ratios(w), functools.partial(dpo.make, nets.model, GRADIENT_RECORDER)
     wins = sigmoid(BETA * pairwise_differences(h))
     still = functools.partial(certificate_of, w, loss=None, objective="p = q exp(r/β) / Z")
-    yield still("DPO", update=make(beta=BETA), draws=pairwise_batches(w, wins))
+    yield still("DPO", update=make(beta=BETA), batches=pairwise_batches(w, wins))
     four = ranking_batches(small, BETA * answer_log_ratios(small))
     yield certificate_of(small, "DPO, rankings of 4", "p = q exp(r/β) / Z", None, make(beta=BETA), four)
     noisy = pairwise_batches(w, flipped_wins(wins))
-    yield still("DPO, a tenth flipped", update=make(beta=BETA), draws=noisy, biased=True)
+    yield still("DPO, a tenth flipped", update=make(beta=BETA), batches=noisy, is_biased=True)
     yield still(
-        "cDPO, a tenth flipped", update=make(beta=BETA, label_smoothing=FLIP_PROBABILITY), draws=noisy, biased=True
+        "cDPO, a tenth flipped", update=make(beta=BETA, label_smoothing=FLIP_PROBABILITY), batches=noisy, is_biased=True
     )
     # A lead that smoothing cannot reach is nobody's optimum: beta keeps all within it.
     beta = 0.9 * np.log(1 / FLIP_PROBABILITY - 1) / np.abs(pairwise_differences(h)).max()
@@ -198,17 +198,19 @@ def reward_model_certificates(nets: Networks) -> Iterator[Certificate]:
     wins = sigmoid(pairwise_differences(scores))
     heads = {"value": jax.tree.map(lambda x: x[..., None], nets.value_head)}  # of one axis
     make = lambda stage, **options: stage.make(model, GRADIENT_RECORDER, centring_coefficient=0.0, **options)
-    still = functools.partial(certificate_of, w, objective="r is the rater's", loss=None, heads=heads, part="value")
-    yield still("reward", update=make(reward), draws=pairwise_batches(w, wins))
-    yield still("reward, rankings of 4", update=make(reward), draws=ranking_batches(w, scores))
-    yield still("listwise, rankings of 4", update=make(listwise), draws=ranking_batches(w, scores))
+    still = functools.partial(
+        certificate_of, w, objective="r is the rater's", loss=None, heads=heads, param_group="value"
+    )
+    yield still("reward", update=make(reward), batches=pairwise_batches(w, wins))
+    yield still("reward, rankings of 4", update=make(reward), batches=ranking_batches(w, scores))
+    yield still("listwise, rankings of 4", update=make(listwise), batches=ranking_batches(w, scores))
     yield still(
-        "reward, a tenth flipped", update=make(reward), draws=pairwise_batches(w, flipped_wins(wins)), biased=True
+        "reward, a tenth flipped", update=make(reward), batches=pairwise_batches(w, flipped_wins(wins)), is_biased=True
     )
     yield still(
         "  flipped = 0.1",
         update=make(reward, flip_probability=FLIP_PROBABILITY),
-        draws=pairwise_batches(w, flipped_wins(wins)),
+        batches=pairwise_batches(w, flipped_wins(wins)),
     )
 
 
@@ -216,7 +218,7 @@ def distillation_certificates(nets: Networks) -> Iterator[Certificate]:
     w, uneven, model = fixed_length_world(nets), ragged_world(nets), nets.model
 
     def texts(w: TinyWorld, writer: Params) -> BatchDistribution:
-        return rollout_batches(w, sampler=writer)._replace(batch=lambda rows: rows_by_index(w.tokens, rows))
+        return rollout_batches(w, sampler=writer)._replace(make_batch=lambda rows: rows_by_index(w.tokens, rows))
 
     say = next_token_logprobs(w, nets.teacher)
     own, peoples, students = (texts(w, writer) for writer in (nets.teacher, nets.sampler, nets.policy))
@@ -229,7 +231,7 @@ def distillation_certificates(nets: Networks) -> Iterator[Certificate]:
     yield half("SFT", "½ E log p", imitation_loss(w, answer_probabilities(w, nets.sampler)), likelihood, peoples)
     target = imitation_loss(uneven, answer_probabilities(uneven, nets.sampler))
     yield certificate_of(
-        uneven, "  its token mean", "E log p", target, likelihood, texts(uneven, nets.sampler), biased=True
+        uneven, "  its token mean", "E log p", target, likelihood, texts(uneven, nets.sampler), is_biased=True
     )
     yield half("distill, teacher's", "½ KL(t,p)", alike, make(distill), own)
     forward = expected_prefix_loss(w, nets.sampler, lambda said: kl_divergence(say, said))
@@ -247,4 +249,4 @@ def distillation_certificates(nets: Networks) -> Iterator[Certificate]:
     whole = lambda said: jnp.mean(
         jnp.sum(jnp.exp(answer_logprobs(w, said)) * (answer_logprobs(w, said) - log_t), axis=1)
     )
-    yield certificate_of(w, "GKD", "KL(p,t)", whole, make(gkd), students, biased=True)
+    yield certificate_of(w, "GKD", "KL(p,t)", whole, make(gkd), students, is_biased=True)

@@ -177,7 +177,7 @@ def first_update_certificates(nets: Networks) -> Iterator[Certificate]:
     yield certificate_of(w, "Dr. GRPO", "⅙ E r", plain, doctor, draws, scale=scale)
     rewards = np.asarray(w.rewards).reshape(-1)[draws.indices]
     differ = draws.probabilities * (rewards[:, 0] != rewards[:, 1])  # what dynamic sampling leaves, drawn without end
-    resampled, scale = draws._replace(chances=differ / differ.sum()), scale / differ.sum()
+    resampled, scale = draws._replace(probabilities=differ / differ.sum()), scale / differ.sum()
     yield certificate_of(w, "Dr. GRPO, resampled", "⅙ E r / P(differ)", plain, doctor, resampled, scale=scale)
     level = fixed_length_world(nets)
     best = best_of_n.make(model, GRADIENT_RECORDER)
@@ -207,12 +207,12 @@ def published_method_certificates(nets: Networks) -> Iterator[Certificate]:
     deviation = learn(rloo_without_kl(advantages_within_group(group_advantages)))
 
     def biased(name, objective, loss, update):
-        return certificate_of(w, name, objective, loss, update, draws, biased=True)
+        return certificate_of(w, name, objective, loss, update, draws, is_biased=True)
 
     yield biased("GRPO", REWARD_LESS_KL_TEXT, priced, grpo.make(model, GRADIENT_RECORDER, beta=BETA))
     yield biased("  its deviation", REWARD_TEXT, plain, deviation)
     yield biased("  its row mean", REWARD_TEXT, plain, learn(rloo_without_kl(average=row_mean)))
-    yield biased("  its k3", REWARD_LESS_KL_TEXT, priced, learn(rloo_without_kl(kl_in_loss=BETA)))
+    yield biased("  its k3", REWARD_LESS_KL_TEXT, priced, learn(rloo_without_kl(kl_coefficient=BETA)))
     yield biased("GSPO", REWARD_TEXT, plain, gspo.make(model, GRADIENT_RECORDER))
     yield biased("DAPO", REWARD_TEXT, plain, dapo.make(model, GRADIENT_RECORDER))
     yield biased("  its token mean", REWARD_TEXT, plain, learn(rloo_without_kl(average=mean)))
@@ -238,22 +238,22 @@ def divergence_certificates(nets: Networks) -> Iterator[Certificate]:
         next_token_logprobs(w, nets.reference),
     )
     per_token = expected_prefix_loss(w, nets.policy, lambda said: kl_divergence(log_q, said))
-    k3 = learn(rloo_without_kl(kl_in_loss=1.0))
+    k3 = learn(rloo_without_kl(kl_coefficient=1.0))
     yield certificate_of(
         w, "k1 in the reward", "KL(p,q)", whole, rloo.make(nets.model, GRADIENT_RECORDER, beta=1.0), draws
     )
-    yield certificate_of(w, "k3 in the loss", "KL(p,q)", whole, k3, draws, biased=True)
+    yield certificate_of(w, "k3 in the loss", "KL(p,q)", whole, k3, draws, is_biased=True)
     yield certificate_of(w, "k3 in the loss", "KL(q,p) per token", per_token, k3, draws)
     draws = rollout_batches(level, rewards=jnp.zeros_like(level.rewards))
     bonus = learn(rloo_without_kl(), entropy_bonus=1.0)
     per_token = expected_prefix_loss(level, nets.policy, lambda said: jnp.sum(jnp.exp(said) * said, axis=-1))
-    yield certificate_of(level, "entropy bonus", "H(p)", negative_entropy(level), bonus, draws, biased=True)
+    yield certificate_of(level, "entropy bonus", "H(p)", negative_entropy(level), bonus, draws, is_biased=True)
     yield certificate_of(level, "entropy bonus", "½ H(p) per token", per_token, bonus, draws, scale=1 / 2)
 
 
 def zero_gradient_certificates(nets: Networks) -> Iterator[Certificate]:
     w = ragged_world(nets)
-    k1 = rloo_without_kl()._replace(objective=lambda log_p, batch: kl_k1(log_p, batch.ref_logprobs))
+    k1 = rloo_without_kl()._replace(token_loss=lambda log_p, batch: kl_k1(log_p, batch.ref_logprobs))
     yield certificate_of(
         w,
         "k1 in the loss",
@@ -277,21 +277,21 @@ def ppo_certificates(nets: Networks) -> Iterator[Certificate]:
         w,
         objective=f"½ ({REWARD_LESS_KL_TEXT})",
         loss=expected_reward_loss(w, beta=BETA),
-        draws=draws,
+        batches=draws,
         scale=1 / 2,
     )
     yield half("PPO, bare", update=make())
     yield half("  wrong head, λ 1", update=make(), heads=wrong)
     yield half("  true head, λ .5", update=make(lam=0.5), heads=right)
-    yield half("  no head, λ .95", update=make(lam=0.95), biased=True)
-    yield half("  wrong head, λ .95", update=make(lam=0.95), heads=wrong, biased=True)
-    yield half("  whitened", update=make(whiten_advantages=True), biased=True)
+    yield half("  no head, λ .95", update=make(lam=0.95), is_biased=True)
+    yield half("  wrong head, λ .95", update=make(lam=0.95), heads=wrong, is_biased=True)
+    yield half("  whitened", update=make(whiten_advantages=True), is_biased=True)
     loss = expected_reward_loss(uneven, beta=BETA)
     yield certificate_of(
-        uneven, "  its token mean", REWARD_LESS_KL_TEXT, loss, make(), rollout_batches(uneven), biased=True
+        uneven, "  its token mean", REWARD_LESS_KL_TEXT, loss, make(), rollout_batches(uneven), is_biased=True
     )
     text = rows_by_index(w.tokens, jnp.array([0, 21]))
-    with_text = draws._replace(batch=lambda rows: draws.make_batch(rows).replace(text=text))
+    with_text = draws._replace(make_batch=lambda rows: draws.make_batch(rows).replace(text_tokens=text))
     written = np.zeros(w.rewards.shape)
     written[0, 0] = written[1, 5] = (
         1 / 2
@@ -300,7 +300,7 @@ def ppo_certificates(nets: Networks) -> Iterator[Certificate]:
     ptx = make(text_coefficient=0.5)
     yield certificate_of(w, "  with text (ptx)", "both terms", of_both, ptx, with_text)
     found = certificate_of(w, "PPO's value head", "¼ E (V - v)²", None, make(value_coefficient=1.0), draws, heads=wrong)
-    yield found._replace(exact=exact_value_gradient(w), part="value")
+    yield found._replace(exact=exact_value_gradient(w), param_group="value")
 
 
 def exact_value_head(w: TinyWorld) -> Params:
@@ -333,10 +333,10 @@ def off_policy_certificates(nets: Networks) -> Iterator[Certificate]:
             found = draws.make_batch(rows)
             return found.replace(old_logprobs=found.sampler_logprobs, advantages=reward_advantages(found))
 
-        return draws._replace(batch=batch)
+        return draws._replace(make_batch=batch)
 
     def learn(objective) -> Update:
-        part = rloo_without_kl()._replace(objective=objective)
+        part = rloo_without_kl()._replace(token_loss=objective)
         return gradient(
             policy_gradient.policy_gradient_loss(model, part, entropy_bonus=0.0, temperature=1.0), GRADIENT_RECORDER
         )
@@ -356,19 +356,19 @@ def off_policy_certificates(nets: Networks) -> Iterator[Certificate]:
     first, every = expected_reward_loss(one), expected_reward_loss(w)
     draws = given(one)
     yield certificate_of(one, "ratio, 1 token each", REWARD_TEXT, first, free, draws)
-    yield certificate_of(one, "  clipped at 0.2", REWARD_TEXT, first, near, draws, biased=True)
+    yield certificate_of(one, "  clipped at 0.2", REWARD_TEXT, first, near, draws, is_biased=True)
     yield certificate_of(one, "  CISPO, no cut", REWARD_TEXT, first, cut(jnp.inf), draws)
-    yield certificate_of(one, "  CISPO, cut at 1.2", REWARD_TEXT, first, cut(0.2), draws, biased=True)
+    yield certificate_of(one, "  CISPO, cut at 1.2", REWARD_TEXT, first, cut(0.2), draws, is_biased=True)
     draws = given(w)
-    yield certificate_of(w, "ratios, 1 to 3 tokens", REWARD_TEXT, every, free, draws, biased=True)
+    yield certificate_of(w, "ratios, 1 to 3 tokens", REWARD_TEXT, every, free, draws, is_biased=True)
     yield certificate_of(w, "  clipped at 0.2", "itself, clipped", clipped_reward_loss(w), near, draws)
     draws = rollout_batches(one, sampler=nets.sampler)
-    yield certificate_of(one, "other sampler, 1 token", REWARD_TEXT, first, corrected(0.0), draws, biased=True)
-    yield certificate_of(one, "  correction up to 1", REWARD_TEXT, first, corrected(1.0), draws, biased=True)
+    yield certificate_of(one, "other sampler, 1 token", REWARD_TEXT, first, corrected(0.0), draws, is_biased=True)
+    yield certificate_of(one, "  correction up to 1", REWARD_TEXT, first, corrected(1.0), draws, is_biased=True)
     yield certificate_of(one, "  correction up to 100", REWARD_TEXT, first, corrected(100.0), draws)
     draws = rollout_batches(w, sampler=nets.sampler)
-    yield certificate_of(w, "other sampler, 1 to 3", REWARD_TEXT, every, corrected(0.0), draws, biased=True)
-    yield certificate_of(w, "  correction up to 100", REWARD_TEXT, every, corrected(100.0), draws, biased=True)
+    yield certificate_of(w, "other sampler, 1 to 3", REWARD_TEXT, every, corrected(0.0), draws, is_biased=True)
+    yield certificate_of(w, "  correction up to 100", REWARD_TEXT, every, corrected(100.0), draws, is_biased=True)
 
 
 def batch_size_certificates(nets: Networks) -> Iterator[Certificate]:
@@ -386,13 +386,19 @@ def batch_size_certificates(nets: Networks) -> Iterator[Certificate]:
     one, two = rollout_batches(w, group=1), rollout_batches(w)
     for draws in (two, rollout_batches(w, group=4)):
         yield certificate_of(
-            w, f"deviation, groups of {draws.answers_per_batch}", REWARD_TEXT, plain, deviation, draws, biased=True
+            w, f"deviation, groups of {draws.answers_per_batch}", REWARD_TEXT, plain, deviation, draws, is_biased=True
         )
     four = rollout_batches(w, prompt_mixes=ALL_PROMPTS_MIX)
     for draws in (two, four):
         yield certificate_of(
-            w, f"whitening, {draws.answers_per_batch} answers", REWARD_LESS_KL_TEXT, priced, white, draws, biased=True
+            w,
+            f"whitening, {draws.answers_per_batch} answers",
+            REWARD_LESS_KL_TEXT,
+            priced,
+            white,
+            draws,
+            is_biased=True,
         )
     for draws in (one, two, four):
         name = f"token mean, {draws.answers_per_batch} answer{'s' * (draws.answers_per_batch > 1)}"
-        yield certificate_of(w, name, REWARD_TEXT, plain, tokens, draws, biased=True)
+        yield certificate_of(w, name, REWARD_TEXT, plain, tokens, draws, is_biased=True)

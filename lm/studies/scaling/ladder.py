@@ -56,8 +56,8 @@ def ladder_plan(
     sizes: runs a budget, from the fewest to the most tokens_per_parameter. draws: of the bootstraps.
     """
     check_at_least(2, "ladder", budgets=budgets)
-    check_at_least(4, "ladder", sizes=sizes_per_budget)
-    check_at_least(20, "ladder", draws=bootstrap_draws)
+    check_at_least(4, "ladder", sizes_per_budget=sizes_per_budget)
+    check_at_least(20, "ladder", bootstrap_draws=bootstrap_draws)
     if not 0 < min_flops < max_flops < target_flops:
         raise UserError(
             f"ladder.min_flops {min_flops:g}, max_flops {max_flops:g}, target_flops {target_flops:g}: "
