@@ -247,7 +247,7 @@ def test_a_run_that_does_not_start_where_its_policy_is_stops(finished, small, tm
     def tampered(*args):
         r = prepare(*args)
         ref = jax.tree.map(lambda x: 1.5 * x, r.initial_state.frozen["ref"])
-        return r._replace(state=r.initial_state.replace(frozen={"ref": ref}))
+        return r._replace(initial_state=r.initial_state.replace(frozen={"ref": ref}))
 
     monkeypatch.setattr(loop, "training_setup", tampered)
     with pytest.raises(UserError, match=r"grpo: held-out kl is .* before the first step; it must be 0 within 0.05"):
