@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from lm import restart_with_fast_environment
 
-
 CLOSED_OUTPUT_STATUS = 141  # 128 + SIGPIPE, as a shell reports it of other programs
 
 
