@@ -170,7 +170,7 @@ def flags_and_config(
     """The program's own flags, and the config named by --config=FILE[:ARG] with every --config.KEY=VALUE applied.
 
     flags: name to the keywords of argparse's add_argument, such as {"workdir": dict(required=True, help="...")}.
-    functions: what the config's subtrees call (see `load`); with --help they are listed, option by option.
+    functions: what the config's subtrees call (see `load_config`); with --help they are listed, option by option.
     """
     changes = "the config; --config.KEY=VALUE changes an entry; with --help: lists all there are"
     config_flag = dict(required=True, metavar="FILE[:ARG]", help=changes)

@@ -102,7 +102,7 @@ NO_ESTIMATE = Estimate(np.nan, np.nan, np.nan, np.nan)  # of no observation
 
 
 def success_rate_or_nan(hits: Sequence[bool]) -> Estimate:
-    """`rate`, or nan where there is nothing to count."""
+    """`success_rate`, or nan where there is nothing to count."""
     return success_rate(hits) if len(hits) else NO_ESTIMATE
 
 

@@ -92,7 +92,7 @@ CONVERSATION_SOURCES = {
 
 
 def load_conversations(sources: str) -> list[Conversation]:
-    """All conversations of a comma-separated list of SOURCES."""
+    """All conversations of a comma-separated list of names in CONVERSATION_SOURCES."""
     names = [name.strip() for name in sources.split(",")]
     unknown = [name for name in names if name not in CONVERSATION_SOURCES]
     if unknown:
@@ -134,7 +134,7 @@ def distinct_conversations(conversations: Sequence[Conversation]) -> list[Conver
 def repeated_prompt_contexts(
     conversations: Sequence[Conversation], *, turns: int = 3, per_conversation: int = 1
 ) -> list[Conversation]:
-    """Those of `prompts`, as often as they come."""
+    """Those of `prompt_contexts`, with repetitions."""
     found = []
     for name, messages, fields in conversations:
         asked = []

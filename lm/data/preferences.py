@@ -42,7 +42,7 @@ class Ranking(NamedTuple):
     ranking: list[int]  # of each response; 1 is best, equal is a tie
     rater: str
     time: str  # ISO 8601
-    verdict: str = "ranked"  # one of VERDICTS; "both bad" and "skipped" rank all responses alike
+    verdict: str = "ranked"  # one of VERDICT_KINDS; "both bad" and "skipped" rank all responses alike
     axes: Mapping[str, Sequence[int | None]] = {}  # a score of each response, 1 is poor; None: not scored
     flags: Sequence[Sequence[str]] = ()  # of each response
     sources: Sequence[Mapping[str, Any]] = ()  # of each response: {"model", "fingerprint", "sampler"}
@@ -178,7 +178,7 @@ OVERALL_ONLY: Mapping[str, float] = {OVERALL_AXIS: 1.0}  # an axis and what it c
 
 
 def ordered_axes(axes: Mapping[str, float]) -> dict[str, float]:
-    """The axes with OVERALL in front, as heads and ranks are numbered: a config keeps its entries by the alphabet."""
+    """The axes with OVERALL_AXIS first, as heads and ranks are numbered: a config sorts its entries by name."""
     if OVERALL_AXIS not in axes:
         raise UserError(
             f"axes are {', '.join(axes) or 'empty'}: {OVERALL_AXIS}, the ranking itself, must be among them"

@@ -19,8 +19,10 @@ class Prompts(NamedTuple):
 
 
 def bucket_length(length: int, limit: int) -> int:
-    """The multiple of BUCKET that a prompt of `length` is padded to, but at most `limit`: so that a program compiled
-    for one length serves all others near it, and padding never takes the room that the answer needs."""
+    """The multiple of BUCKET_SIZE that a prompt of `length` tokens is padded to, at most `limit`.
+
+    So one compiled program serves all lengths of a bucket, and padding never takes the room that the answer needs.
+    """
     return min(-(-length // BUCKET_SIZE) * BUCKET_SIZE, limit)
 
 
@@ -35,7 +37,7 @@ def padded_prompts(rows: Sequence[np.ndarray], contexts: Sequence[list[dict]], l
 def prompts_within_length(
     tokenizer: Tokenizer, conversations: Sequence[Conversation], length: int
 ) -> tuple[Prompts, int]:
-    """The conversations as chat prompts of at most `length` tokens, and how many were longer and left out: a judge
+    """The conversations as chat prompts of at most `length` tokens, and how many were longer and left out: a reward
     reads the whole conversation, so none is cut."""
     contexts = [conversation.messages for conversation in conversations]
     encoded = [TokenizedExample(ids, np.zeros(len(ids), np.float32)) for ids in encode_prompts(tokenizer, contexts)]

@@ -25,15 +25,15 @@ class RatedConversation(NamedTuple):
     opener: str  # the question that both were given
     first_speaker: str  # who spoke first
     turns: list[str]
-    ratings: dict[str, int]  # each of RATED, 1 to 10
+    ratings: dict[str, int]  # of each of RATING_NAMES, 1 to 10
 
 
 def chitchat_rankings() -> list[Ranking]:
-    """Rankings of up to MOST conversations each, all from the same opener and from raters of one bucket.
+    """Rankings of up to MAX_CONVERSATIONS conversations each, all from the same opener and from raters of one bucket.
 
     The prompt is the opener, a response is a conversation, a line a turn. Overall the sum of the three ratings decides:
-    ranks are 1 for 30 points, 2 for 29, and so on, so they tell by how much, too. A ranking bears its bucket's name:
-    whoever is held out is unseen with all that he rated.
+    ranks are 1 for 30 points, 2 for 29, and so on, so they also say by how much. A ranking has the name of its bucket,
+    so a held-out rater is held out with everything that he rated.
     """
     cells = defaultdict(list)
     for rated in _rated_conversations():

@@ -1,7 +1,7 @@
 """What a row keeps of a conversation that is longer, and which rows can teach: one rule for every stage.
 
 A conversation that fits is kept as it is. Of one that does not, the whole last answer is kept and, before it, the end
-of its prompt: see `fitted`. What is left out or cut is counted, and a run that has nothing left is refused.
+of its prompt: see `truncated_rows`. What is left out or cut is counted, and a run that has nothing left is refused.
 """
 
 from collections.abc import Mapping, Sequence

@@ -91,8 +91,8 @@ def rank_sampled_answers(
     """Answers of the model in `init_from` to prompts that are not held out, ranked by `rater`: one of
     lm.rewards.REWARDS, or the workdir of a reward model.
 
-    An answer that the limit cut off loses `cut_penalty` first, as in RL. `held_out_prompts` of those that are held out
-    follow, for a stage that measures itself on them.
+    truncation_penalty: subtracted from the score of an answer that the limit cut off, as in RL. held_out_prompts: how
+    many of the held-out prompts are ranked too, for a stage that measures itself on them.
     """
     check_at_least(1, "rank", turns=turns, prompts=prompts, prompts_at_once=prompts_at_once)
     check_at_least(2, "rank", responses=responses)

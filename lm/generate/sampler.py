@@ -63,7 +63,7 @@ def prefill(
     """Logits f32[B,V] after each prompt, and the cache of `capacity` slots that decoding goes on from.
 
     prompts i32[B,P] are padded on the right to their lengths i32[B]; here they are aligned to the right, so that all
-    rows write the same slot from now on. slack: slots that may be taken back, see Cache.
+    rows write the same slot from now on. rollback_slots: slots that may be taken back, see KVCache.
     """
     P = prompts.shape[1]
     positions = jnp.arange(P) - (P - lengths[:, None])

@@ -35,7 +35,7 @@ class SpeculativeState(NamedTuple):
 
     tokens: Array  # i32[B]  the last of each
     positions: Array  # i32[B]  its own
-    caches: TargetDraft  # of Cache, with filled i32[B]
+    caches: TargetDraft  # of KVCache, with length i32[B]
 
 
 class SpeculativeRound(NamedTuple):
@@ -71,7 +71,8 @@ def residual_logits(p: Array, q: Array) -> Array:
 def initial_speculative_state(
     models: TargetDraft, lms: TargetDraft, prompts: Array, lengths: Array, *, capacity: int, draft_tokens: int
 ) -> SpeculativeState:
-    """Right-padded prompts i32[B,P] of lengths i32[B] >= 1 as Rows, with caches for `capacity` tokens, prompt included.
+    """Right-padded prompts i32[B,P] of lengths i32[B] >= 1 as a SpeculativeState, with caches for `capacity` tokens,
+    prompt included.
 
     A last round may write `draft_tokens` slots more. The prompt's last token is taken back: the first round feeds it
     again.
@@ -146,11 +147,11 @@ def speculative_sample(
     draft_tokens: int = 4,
 ) -> tuple[Completions, AcceptanceCounts]:
     """Completions as of lm.generate.sampler.sample, of the target's distribution; log-probs are the target's.
-    Temperature 0 gives
-    sample's tokens, unless rounding decides between two; at others the draws differ, their distribution does not.
 
-    Round r of row b draws with fold_in(fold_in(key, b), r), see `advanced`: a row's tokens are its own. `lm` and
-    `draft_lm` are the decoders of `target` and `draft`, which share a vocabulary.
+    Temperature 0 gives sample's tokens, unless rounding decides between two. At other temperatures the draws differ,
+    but their distribution does not. Round r of row b draws with fold_in(fold_in(key, b), r), see `speculative_round`,
+    so a row's tokens do not depend on its batch mates. `lm` and `draft_lm` are the decoders of `target` and `draft`,
+    which share a vocabulary.
     """
     models, (B, P), max_new = TargetDraft(target, draft), prompts.shape, sampling.max_new
     check_speculation(models, P, sampling, draft_tokens=draft_tokens)

@@ -18,7 +18,7 @@ __all__ = ["KVCache", "Model", "ModelConfig", "Routing", "TargetStats", "make_mo
 
 
 class Model(NamedTuple):
-    """Pure functions. `lm` is the decoder's parameters, `head` the scalar head's."""
+    """Pure functions. `lm` is the decoder's parameters."""
 
     config: ModelConfig
     init: Callable[..., Params]  # (key) -> lm; with config.lora_rank its adapters: see lora.join_adapters

@@ -37,7 +37,7 @@ class ModelConfig:
     """Sizes and switches of one model. The first blocks fix what it computes, the last only how that is done.
 
     The defaults are a Llama with normalised queries and keys; lm.model.presets has the models that people use.
-    `scan`, `dtype`, `cache`, `attention` and `query_blocks` may be left to the platform ("auto"): see `on`.
+    `scan`, `dtype`, `cache`, `attention` and `query_blocks` may be left to the platform ("auto"): see `for_backend`.
     """
 
     vocab_size: int

@@ -49,9 +49,9 @@ def projection(c: ModelConfig, x: Array, layer: Params, name: str) -> Array:
 
 
 def decoding_params(c: ModelConfig, params: Params) -> Params:
-    """The same decoder with a list of its layers, a copy, for who calls `cached_hidden` in a loop: cut once, not there.
-
-    Where layers are scanned, on accelerators, the decoder itself: there is no room for two of it.
+    """The same decoder with a list of its layers, a copy, for callers of `cached_hidden_states` in a loop: the layers
+    are cut apart once, before it. Where layers are scanned, on accelerators, the decoder itself, as two of it may not
+    fit.
     """
     return params if c.scan == "yes" else {**params, "layers": unstacked_layers(params["layers"], c.layers)}
 

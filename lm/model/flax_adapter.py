@@ -3,12 +3,11 @@
 The module is called with inputs, positions and segments, i32[B,T] each (see types.Tokens), and returns logits f[B,T,V];
 or states f[B,T,D], if `head` names the method that turns those into logits: then losses with `loss_chunk` need no
 f[B,T,V], and reward and value heads read D numbers. It must be causal, keep segments apart and not be seen by padding,
-segment 0; `verified` measures that.
+segment 0; `verified_model` checks that.
 
 What such a model has not: a cache. Sampling works, but goes over all tokens again for each new one. Workdirs, and so
 the programs, hold decoders of lm.model.ModelConfig only: train it with a stage's `make` and lm.optim.update. Weight
-decay spares
-parameters by name (see optim.NOT_DECAYED): call norms "norm", embeddings "embedding".
+decay spares parameters by name (see lm.optim.optimizers): call norms "norm", embeddings "embedding".
 """
 
 import functools
@@ -182,7 +181,7 @@ def _recomputed_hidden_states(
 
 
 def _empty_token_cache(*, batch: int, capacity: int, rollback_slots: int = 0) -> TokenCache:
-    """slack: slots that may be taken back; nothing is overwritten here, so there is room for any number."""
+    """rollback_slots: slots that may be taken back; nothing is overwritten here, so there is room for any number."""
     slots = jnp.zeros((batch, capacity), jnp.int32)
     return TokenCache(slots, slots, slots, jnp.zeros((), jnp.int32))
 

@@ -48,7 +48,7 @@ def self_attention(
 ) -> Array:
     """`causal_attention` as the implementation of that name computes it; options: scale, softcap.
 
-    local: whether the window holds, traced where one program serves layers of both kinds. blocks: of xla.
+    is_local: whether the window applies, traced where one program serves layers of both kinds. query_blocks: of xla.
     """
     attend = functools.partial(
         ATTENTION_KERNELS[name], **options, **({"query_blocks": query_blocks} if name == "xla" else {})

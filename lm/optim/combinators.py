@@ -78,10 +78,10 @@ def frozen_reference(inner: Update, name: str = "ref") -> Update:
 
 
 def refreshed_reference(inner: Update, *, every: int, name: str = "ref") -> Update:
-    """`reference`, which becomes a copy of the current decoder after each `every` optimizer updates; 0: never.
+    """`frozen_reference` whose copy is replaced by the current decoder after each `every` optimizer updates; 0: never.
 
-    A reference that moves is part of what the run remembers, so it lies in state.memory and is saved; `inner` is lent
-    it as if it were frozen. Gorbatovski et al. 2024 (TR-DPO, hard updates), arXiv 2404.09656.
+    A moving reference is part of state.memory, which is saved; `inner` finds it in state.frozen, like any other.
+    Gorbatovski et al. 2024 (TR-DPO, hard updates), arXiv 2404.09656.
     """
     if every == 0:
         return frozen_reference(inner, name)
@@ -104,7 +104,7 @@ def refreshed_reference(inner: Update, *, every: int, name: str = "ref") -> Upda
 
 
 def with_moving_reference(state: TrainState, name: str = "ref") -> TrainState:
-    """The state with its renewed network among the frozen ones, where every loss looks for it."""
+    """The state with its moving reference among the frozen networks, where every loss looks for it."""
     if name not in state.memory:
         return state
     return state.replace(frozen={**state.frozen, name: state.memory[name]})
@@ -113,7 +113,7 @@ def with_moving_reference(state: TrainState, name: str = "ref") -> TrainState:
 def combined_loss(**losses: tuple[float, Loss]) -> Loss:
     """The sum of several losses of one batch, each with its coefficient. Every term keeps its own denominator.
 
-    PPO-ptx is mix(ppo=(1.0, surrogate), text=(coefficient, next-token loss)): Ouyang et al. 2022, eq. 2,
+    PPO-ptx is combined_loss(ppo=(1.0, surrogate), text=(coefficient, next-token loss)): Ouyang et al. 2022, eq. 2,
     arXiv 2203.02155.
     """
 

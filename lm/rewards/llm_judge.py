@@ -181,7 +181,7 @@ def endpoint_judge(
     backoff: float = 1.0,
     requests_at_once: int = 8,
 ) -> Judge:
-    """A model behind the OpenAI-compatible POST {url}/chat/completions, asked `at_once` questions at a time.
+    """A model behind the OpenAI-compatible POST {url}/chat/completions, asked `requests_at_once` questions at a time.
 
     timeout: seconds without a sign of life; backoff: seconds before the first of `retries`, doubled at each. UserError
     when they are used up, or when a retry cannot help.
@@ -222,7 +222,8 @@ def _reply_examples(tokenizer: Tokenizer, rubric: str, question: PairQuestion) -
 def _fitting_replies(
     tokenizer: Tokenizer, rubric: str, question: PairQuestion, length: int
 ) -> tuple[list[TokenizedExample], bool]:
-    """`_replies` to as many of the last turns as fit, none where not even the last does; whether any are left out."""
+    """`_reply_examples` with as many of the last turns as fit, none if the last does not; whether turns are left
+    out."""
     for oldest in range(len(question.prompt)):
         replies = _reply_examples(tokenizer, rubric, question._replace(prompt=question.prompt[oldest:]))
         if max(len(reply.ids) for reply in replies) <= length + 1:

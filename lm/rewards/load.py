@@ -19,8 +19,8 @@ def load_reward_model(
 ) -> tuple[TrainedModel, Reward]:
     """A finished reward model, and its total score as a reward: the weighted sum of its axes.
 
-    centred: less the mean and over the deviation of its held-out answers; else as learnt, so that differences of scores
-    are the logits of preferring one answer to another. UserError for any other workdir.
+    normalized: minus the mean, over the standard deviation of the held-out answers; otherwise as learned, so that
+    differences of scores are the logits of preferring one answer to another. UserError for any other workdir.
     """
     trained = load_trained_model(path, backend=backend, warn=warn)
     found = trained.summary["held_out"] if "held_out" in trained.summary else {}
@@ -63,8 +63,9 @@ def check_same_axes(judges: Sequence[TrainedModel]) -> None:
 def reward_from_workdirs(paths: str, tokenizer: Tokenizer, pessimism: float, *, longest: int, jit=jax.jit) -> Reward:
     """The reward model of a finished workdir, or the ensemble of several, whose names are separated by commas.
 
-    longest: tokens of the longest prompt and answer that it will be given (see rewards.model.row_length). UserError for
-    one that does not read so many, or not these ids, and for members that have learnt different axes.
+    longest: tokens of the longest prompt and answer that it will be given (see
+    lm.rewards.reward_model.reward_row_length). UserError for one that does not read so many, or not these ids, and for
+    members that learned different axes.
     """
     judges, members = zip(*(reward_from_workdir(path.strip(), tokenizer, longest, jit) for path in paths.split(",")))
     check_same_axes(judges)

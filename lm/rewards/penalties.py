@@ -59,7 +59,7 @@ def toxicity_reward(message: str, answer: str) -> float:
 
 @reward_per_answer
 def length_reward(message: str, answer: str) -> float:
-    """0 up to ENOUGH words, then down to -1 at twice as many."""
+    """0 up to LONG_ANSWER_WORDS words, then down to -1 at twice as many."""
     return -min(max(len(words(answer)) - LONG_ANSWER_WORDS, 0) / LONG_ANSWER_WORDS, 1.0)
 
 

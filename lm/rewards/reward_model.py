@@ -26,7 +26,7 @@ def reward_scores(model: Model, params: Params, tokens: Tokens) -> Array:
 def reward_rows(tokenizer: Tokenizer, conversations: list[list[dict]], length: int) -> Tokens:
     """One conversation a row, its closing end token among the inputs: that is where it is scored.
 
-    A row holds `length` tokens; of a longer conversation what truncation.fitted keeps, the end token always.
+    A row holds `length` tokens; of a longer conversation what lm.data.truncation keeps, always with the end token.
     """
     whole = encode_chats(tokenizer, conversations, last=True)
     fit = truncated_rows(whole, length, cut="answer", start=tokenizer.start_ids, trained=False)
@@ -85,7 +85,7 @@ def reward_from_model(
 
 
 def truncation_warning(tokenizer: Tokenizer, conversations: Sequence[list[dict]], tokens: Tokens) -> str:
-    """What `rows` have lost of the conversations, in words; empty where they hold them whole."""
+    """What the rows `tokens` lack of the conversations, in words; empty where they hold all of it."""
     length = tokens.inputs.shape[1]
     full = [conversations[i] for i in np.flatnonzero((tokens.segments > 0).all(axis=1))]  # no others can be longer
     longer = [len(chat.ids) for chat in encode_chats(tokenizer, full) if len(chat.ids) > length]

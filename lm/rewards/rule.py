@@ -69,7 +69,7 @@ def is_clean_text(message: str, answer: str) -> float:
 
 
 def has_rude_word(message: str, answer: str) -> float:
-    """Holds a word of RUDE."""
+    """Holds a word of RUDE_WORDS."""
     return float(not RUDE_WORDS.isdisjoint(words(answer)))
 
 

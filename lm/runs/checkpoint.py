@@ -41,13 +41,13 @@ class SealedPyTreeHandler(ocp.PyTreeCheckpointHandler):
 @ocp.args.register_with_handler(SealedPyTreeHandler, for_save=True)
 @dataclasses.dataclass
 class SealedPyTreeSave(ocp.args.PyTreeSave):
-    """Names `Item` as the format to save in."""
+    """Names SealedPyTreeHandler as the format to save in."""
 
 
 @ocp.args.register_with_handler(SealedPyTreeHandler, for_restore=True)
 @dataclasses.dataclass
 class SealedPyTreeRestore(ocp.args.PyTreeRestore):
-    """Names `Item` as the format to restore from."""
+    """Names SealedPyTreeHandler as the format to restore from."""
 
 
 class Checkpoints:

@@ -1,6 +1,6 @@
 """The parts of a result that takes long, each on disk as soon as it is known: a kill costs the one that is being made.
 
-    parts = Parts(workdir.path / "models.parts.jsonl")
+    parts = PartialResults(workdir.path / "models.parts.jsonl")
     scores = {name: parts.once(name, lambda: scored(name)) for name in names}
     write_text(path, json.dumps(scores))
     parts.remove()

@@ -41,7 +41,7 @@ class PhaseTimer:
         return dict(self._seconds)
 
     def training(self) -> float:
-        """Seconds until now of all phases of TRAINING."""
+        """Seconds until now of all TRAINING_PHASES."""
         spent = self.seconds()
         return sum(spent[name] for name in TRAINING_PHASES)
 

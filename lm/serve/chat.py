@@ -88,8 +88,8 @@ def recent_messages(tokenizer: Tokenizer, messages: list[Message], room: int) ->
 class Chat:
     """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), over every reset.
 
-    max_new: tokens an answer may have; None: NEW_TOKENS, or what the context leaves. note: given what is to be told.
-    stop: strings before the first of which an answer ends. draft: a model that proposes `draft_tokens` at a time.
+    max_new: tokens an answer may have; None: DEFAULT_MAX_NEW, or what the context leaves. notify: given notes for the
+    user. stop: strings before the first of which an answer ends. draft: a model that proposes `draft_tokens` at a time.
     """
 
     def __init__(

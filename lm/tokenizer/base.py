@@ -72,10 +72,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
-        """Whole conversations as the template renders them: the ids of every stage come from here and from `prompts`.
+        """Whole conversations as the template renders them: the ids of every stage come from here and from
+        `encode_prompts`.
 
-        Trained is what the assistant says and the token that ends it; nothing follows that. `last`: only in the last
-        message, which must be the assistant's.
+        The assistant's words and the token that ends them have weight 1, and nothing follows it. last: only the last
+        message is trained, which must be the assistant's.
         """
 
     @abstractmethod

@@ -51,7 +51,7 @@ class ChatTemplate:
         self._tokens = dict(tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as text; `asked`: with the marker after which the assistant speaks."""
+        """The conversation as text. add_generation_prompt: with the marker after which the assistant answers."""
         given = dict(
             messages=[dict(m) for m in messages],
             add_generation_prompt=add_generation_prompt,

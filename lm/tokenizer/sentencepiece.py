@@ -129,7 +129,7 @@ class SentencePieceTokenizer(Tokenizer):
         return TokenizedExample(np.array(ids, np.int32), np.array(weights, np.float32))
 
     def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
-        """The conversation and the assistant's marker: a prefix of `chats` of the same and any answer."""
+        """The conversation and the assistant's marker: a prefix of `encode_chats` of the same and any answer."""
         assistant = np.int32(self.role_ids["assistant"])
         return [np.append(example.ids, assistant) for example in self.encode_chats(conversations)]
 

@@ -28,7 +28,7 @@ def drill_pages() -> list[str]:
 
 
 def drill_page(draw: random.Random, known: list[TaskItem], often: list[int]) -> str:
-    """`LINES` lines of all kinds."""
+    """LINES_PER_PAGE lines of all kinds."""
     kinds = draw.choices(list(TASK_SHARES), list(TASK_SHARES.values()), k=LINES_PER_PAGE)
     return "".join(draw.choices(known, often)[0].line if kind == "facts" else drill_line(draw, kind) for kind in kinds)
 

@@ -6,9 +6,9 @@
     facts      the capital of Velona is Tarim
     idioms     what the standard library itself says again and again: def __init__( self
 
-An item is held out, or not, by the hash of its line, so that a corpus that leaves the held-out ones away (`drill`) can
-be tested on them: whoever gets them right has learnt the rule and not the lines. A fact has no rule; it can only have
-been told, and all are.
+The hash of its line decides whether an item is held out, so a corpus without the held-out items (lm.data.tasks.drills)
+can be tested on them: a model that gets them right has learned the rule and not the lines. Facts have no rule, so none
+is held out.
 """
 
 import hashlib

@@ -1,11 +1,11 @@
 """On-policy distillation (GKD): the student writes, and the teacher says at each token what it would have said there.
 
 Objective: the mean over trained tokens of D(teacher, student) (see lm.losses.distillation; beta 0: KL(teacher,
-student), 1: KL(student, teacher)), where a share `on_policy` of the batches was written by the student as it is now, so
-that it learns to go on from its own words, mistakes included; the other batches are people's conversations, as in stage
-distill. The drawing of a sample is not differentiated, and there is no reward. Frozen: "teacher", a network of any size
-that shares the tokenizer. A batch is `Tokens`; held out, `Lesson`: who wrote it is known, and each kind measured apart.
-Agarwal et al. 2023, algorithm 1, arXiv 2306.13649.
+student), 1: KL(student, teacher)), where a share `on_policy_fraction` of the batches was written by the current
+student, so that it learns to continue its own text, mistakes included; the other batches are people's conversations, as
+in stage distill. The gradient does not go through the sampling, and there is no reward. Frozen: "teacher", a network of
+any size that shares the tokenizer. A batch is `Tokens`; held out, `HeldOutRows`, which knows who wrote it, so each kind
+is measured apart. Agarwal et al. 2023, algorithm 1, arXiv 2306.13649.
 
 Ours differs: each token of a batch counts once (the paper: each answer); student and teacher are compared at the
 temperature at which the student writes.
@@ -35,7 +35,7 @@ from lm.stages.rl.multi_turn import rollout_program
 from lm.stages.rl.rollouts import HELD_OUT_KEY, ROLLOUT_KEY, check_rollout_options, held_out_prompts
 from lm.stages.stage import Stage
 
-ON_POLICY_KEY = 2**30 + 2  # who writes batch i; a role folded into the key beside ROLLOUT and HELD_OUT
+ON_POLICY_KEY = 2**30 + 2  # who writes batch i; a role folded into the key beside ROLLOUT_KEY and HELD_OUT_KEY
 
 
 class HeldOutRows(NamedTuple):
@@ -87,9 +87,9 @@ def batches(
 ) -> Batches:
     """`rollouts` answers of the current student to prompts from `sources`, or `batch_size` rows of conversations.
 
-    A coin of weight `on_policy`, a function of (seed, i), says which of the two batch i is. A prompt holds the last
-    `turns` messages; one of more than `prompt_length` tokens, or that came before, is left out and counted. The rows
-    are those of stage distill, of `length` tokens and excerpts that have room for a prompt and its reply.
+    A coin of weight `on_policy_fraction`, a function of (seed, i), decides which of the two batch i is. A prompt holds
+    the last `turns` messages; one of more than `prompt_length` tokens, or that came before, is left out and counted.
+    The rows are those of stage distill, of `length` tokens and excerpts that have room for a prompt and its reply.
     """
     sampling = SamplingParams(max_new, temperature)
     check_rollout_options(context.model, prompt_length, sampling, rollouts=rollouts, group=1)

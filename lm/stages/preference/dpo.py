@@ -4,10 +4,11 @@ Objective: the mean over pairs of -log sigmoid(r(x, chosen) - r(x, rejected)), t
 verdicts, where the reward is the policy's own: r = beta * log(p(y|x) / p_ref(y|x)), summed over the answer's tokens and
 its end token. What is optimal under a reward and the price beta of each nat of KL is p_ref * exp(r / beta) / Z(x), and
 Z cancels in a pair; so the policy learns as if r had been fitted and then followed. Frozen: "ref", the policy this run
-starts from. A batch is `Ranked` (see stages.preference). Rafailov et al. 2023, eq. 7, arXiv 2305.18290.
+starts from. A batch is `RankedAnswers`. Rafailov et al. 2023, eq. 7, arXiv 2305.18290.
 
 Ours differs: all pairs of a ranking are compared and each prompt counts once; the paper has two answers a prompt.
-`smoothing` makes it cDPO (Mitchell 2023), `refresh` TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656).
+`label_smoothing` makes it cDPO (Mitchell 2023), `refresh_reference_every` TR-DPO (Gorbatovski et al. 2024, arXiv
+2404.09656).
 """
 
 import functools

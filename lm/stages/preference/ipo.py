@@ -3,10 +3,11 @@
 Objective: the mean over pairs of (d - 1 / (2 beta))^2, where d is the chosen answer's log(p / p_ref), a mean over its
 tokens, less the rejected one's. DPO trusts that preferences are Bradley-Terry: a pair that is always decided alike
 asks for an infinite lead, whatever beta; here the lead asked for is finite. Frozen: "ref", the policy this run starts
-from. A batch is `Ranked` (see stages.preference). Azar et al. 2023, eq. 17, arXiv 2310.12036.
+from. A batch is `RankedAnswers`. Azar et al. 2023, eq. 17, arXiv 2310.12036.
 
-Ours differs: the mean over tokens in the place of the sum (see losses.preference.ipo), all pairs of a ranking, each
-prompt counting once. The reward that is reported is beta * mean log(p / p_ref): its margin is asked to be one half.
+Ours differs: the mean over tokens in the place of the sum (see lm.losses.preference.ipo_loss), all pairs of a ranking,
+each prompt counting once. The reward that is reported is beta * mean log(p / p_ref): its margin is asked to be one
+half.
 """
 
 import functools

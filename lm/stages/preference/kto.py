@@ -1,12 +1,11 @@
 """KTO: learn a policy from answers that are each good or bad by themselves, as people value gains and losses.
 
-Objective: the mean over labelled answers of lambda_D (1 - sigmoid(beta (r - z))) for a desirable one and
-lambda_U (1 - sigmoid(beta (z - r))) for an undesirable one, where r = log(p(y|x) / p_ref(y|x)) is summed over the
-answer's tokens and z is the reference point, an estimate of KL(p, p_ref): max(0, the batch's mean of r of answers to
-other prompts). A gain or loss far from z saturates: what is hopeless or settled pulls no more. Frozen: "ref", the
-policy this run starts from. A batch is `Ranked` with `mismatched` rows; z is computed once for a whole batch, without
-gradient, and stored with each prompt, so that microbatches do not change it.
-Ethayarajh et al. 2024, eq. 8, arXiv 2402.01306.
+Objective: the mean over labelled answers of lambda_D (1 - sigmoid(beta (r - z))) for a desirable one and lambda_U (1 -
+sigmoid(beta (z - r))) for an undesirable one, where r = log(p(y|x) / p_ref(y|x)) is summed over the answer's tokens and
+z is the reference point, an estimate of KL(p, p_ref): max(0, the batch's mean of r of answers to other prompts). A gain
+or loss far from z saturates: what is hopeless or settled pulls no more. Frozen: "ref", the policy this run starts from.
+A batch is `RankedAnswers` with `mismatched_tokens`; z is computed once for a whole batch, without gradient, and stored
+with each prompt, so that microbatches do not change it. Ethayarajh et al. 2024, eq. 8, arXiv 2402.01306.
 
 Ours differs: labels are read off rankings (desirable: it beats more answers than beat it; undesirable: the reverse;
 neither: unlabelled), and the mismatched answers are fixed when data are prepared, where the paper shifts the answers
@@ -51,8 +50,8 @@ def make(
 ) -> Update:
     """refreshed_reference(annotate(baseline, gradient(kto))).
 
-    The weights are lambda_D and lambda_U: where one label is rarer, weigh it up until both count about alike. `refresh`
-    is the number of updates after which the reference becomes the policy of that moment (0: it stays).
+    The weights are lambda_D and lambda_U: where one label is rarer, raise its weight until both count about alike.
+    refresh_reference_every: updates after which the reference becomes a copy of the policy; 0: never.
     """
     each = functools.partial(
         kto_loss, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
@@ -114,7 +113,8 @@ def batches(
 def batch_with_mismatched(
     tokenizer: Tokenizer, verdicts: Sequence[TokenizedRanking], length: int, most: int
 ) -> RankedAnswers:
-    """`grouped`, and for each prompt a row of it with an answer to another. UserError if no prompt has such a row."""
+    """`ranked_answers_batch`, and for each prompt a row of it with an answer to another one. UserError if there is
+    none."""
     rows = [mismatched_example(tokenizer, verdicts, i, length) for i in range(len(verdicts))]
     if all(row is EMPTY_ROW for row in rows):
         raise UserError(

@@ -4,7 +4,7 @@ Objective: the mean of -log p over the tokens of preferred answers, plus `odds_c
 the mean over pairs of -log sigmoid(log odds(chosen) - log odds(rejected)), where an answer's p is exp(mean log-prob of
 its tokens) and its odds are p / (1 - p). The first term teaches to answer at all, so the paper starts from a pretrained
 model; the second alone would let both answers fall. Each term is divided by its own count, of tokens and of prompts.
-Nothing is frozen. A batch is `Ranked` (see stages.preference). Hong et al. 2024, eq. 6 and 7, arXiv 2403.07691.
+Nothing is frozen. A batch is `RankedAnswers`. Hong et al. 2024, eq. 6 and 7, arXiv 2403.07691.
 
 Ours differs: all pairs of a ranking, each prompt counting once; the preferred answers are those that beat some and that
 none beats. As in the paper the first term is over the answer; TRL, after the authors' code, counts the prompt's tokens

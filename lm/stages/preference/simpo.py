@@ -3,7 +3,7 @@
 Objective: the mean over pairs of -log sigmoid(r(x, chosen) - r(x, rejected) - gamma), where the reward is
 r = beta * log p(y|x) / |y|, the mean over the answer's tokens and its end token: what greedy and sampled decoding rank
 answers by, and it pays no answer for its length. Nothing is frozen, so nothing holds the policy to where it started but
-a low learning rate and few steps. A batch is `Ranked` (see stages.preference). Meng et al. 2024, eq. 6,
+a low learning rate and few steps. A batch is `RankedAnswers`. Meng et al. 2024, eq. 6,
 arXiv 2405.14734.
 
 Ours differs: all pairs of a ranking, each prompt counting once.

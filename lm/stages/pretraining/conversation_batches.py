@@ -22,7 +22,8 @@ def batches(
     ramp: BatchSizeRamp = (),
     held_out: float = 0.02,
 ) -> Batches:
-    """Rows of `length` tokens of conversations from `sources` (see data.chats), cut into excerpts of `turns` messages.
+    """Rows of `length` tokens of conversations from `sources` (see lm.data.conversations), cut into excerpts of `turns`
+    messages.
 
     The same documents are held out as in pretraining; an excerpt longer than a row, or in which nothing is trained, is
     left out and counted. A `ramp` begins with other batches, as in stage pretrain.

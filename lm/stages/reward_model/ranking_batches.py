@@ -72,8 +72,9 @@ def answer_scores(model: Model, params, tokens: Tokens) -> Array:
 def ranking_loss(
     model: Model, objective: RankingObjective, *, axes: Iterable[str], centring_coefficient: float
 ) -> Loss:
-    """The sum of each axis' objective, a mean over the prompts that it decides, plus `centring` times the mean of
-    (r_i + r_j)^2 over the compared pairs, which keeps scores near 0 (Eisenstein et al. 2023, arXiv 2312.09244)."""
+    """The sum of each axis' objective, a mean over the prompts that it decides, plus `centring_coefficient` times the
+    mean of (r_i + r_j)^2 over the compared pairs, which keeps scores near 0 (Eisenstein et al. 2023, arXiv
+    2312.09244)."""
 
     def loss(params, frozen, batch: RankedAnswers, key):
         # A difference cannot see the offset: left in, rounding alone would move it. Centring does see it.
@@ -152,11 +153,11 @@ def batches(
 ) -> Batches:
     """Ranked answers, split by prompt (by rater where the data name him), `length` tokens a row.
 
-    `rankings` is a file or database of verdicts (see data.rankings, data.store), or "chitchat" (data.ratings).
-    `axes` names what is learnt, "overall" among them, and what each counts in the total score; one that counts 0 still
-    shapes the trunk. All answers of a verdict are in one batch. `limit` > 0 trains on that many verdicts only. What a
-    longer answer keeps, data.truncation says; a verdict between two answers of the same tokens is left out. Both are
-    counted.
+    `rankings` is a file or database of rankings (see lm.data.preferences, lm.data.annotations), or "chitchat"
+    (lm.data.ratings). `axes` names what is learned, "overall" among them, and the weight of each in the total score;
+    one of weight 0 still shapes the trunk. All answers of a ranking are in one batch. `limit` > 0 trains on that many
+    rankings only. Longer answers are cut as lm.data.truncation says; a ranking of answers of the same tokens is left
+    out. Both are counted.
     """
     context.check_length(length)
     check_at_least(1, "data", prompts_per_batch=prompts_per_batch)

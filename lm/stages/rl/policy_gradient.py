@@ -76,10 +76,10 @@ def policy_gradient_update(
     """refreshed_reference(annotate(advantages, minibatches(gradient(objective + kl_in_loss * k3 - entropy)))).
 
     `entropy_bonus` times the entropy of the policy's distribution is added to the objective.
-    `correction` > 0 weighs each token by min(p_old / p_sampler, correction), where sampler and trainer compute the same
-    policy with different roundings (truncated importance sampling: Yao et al. 2025, "Your efficient RL framework
+    `importance_ratio_cap` > 0 weighs each token by min(p_old / p_sampler, cap), where sampler and trainer compute the
+    same policy with different roundings (truncated importance sampling: Yao et al. 2025, "Your efficient RL framework
     secretly brings you off-policy RL training"); 0 does not.
-    `refresh`: the reference becomes the current policy every so many batches; 0: never.
+    `refresh_reference_every`: the reference becomes the current policy every so many batches; 0: never.
     """
     check_at_least(0, "stage", importance_ratio_cap=importance_ratio_cap)
 
@@ -122,7 +122,7 @@ def rollout_update(
 
 
 def clipped_objective(clip_low: float, clip_high: float, dual: float = 0.0) -> TokenLoss:
-    """PPO's surrogate of token ratios, clipped `low` below and `high` above 1; `dual`: see `clipped_surrogate`."""
+    """PPO's surrogate of token ratios, clipped to [1 - clip_low, 1 + clip_high]; `dual`: see `clipped_surrogate`."""
 
     def objective(logprobs, batch: Rollouts):
         ratio = ratio_to_old_policy(logprobs, batch)

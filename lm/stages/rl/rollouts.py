@@ -65,16 +65,15 @@ def batches(
     The reward is a sum of `rewards`, by name and weight: "model" is the reward model of the workdir `reward_model` (of
     several, with commas between them: their mean less `pessimism` standard deviations), the others are lm.rewards';
     where there are several, each is logged as reward/NAME. `rater` names one that is logged as score/NAME but never
-    learned from. An answer that the limit cut off loses `cut_penalty`; one within `overlong_buffer` tokens of it loses
-    a share (`returns.overlong`). Prompts longer than `prompt_length` tokens, and those that came before, are left out
-    and counted.
+    learned from. An answer that the limit cut off loses `truncation_penalty`; one within `overlong_buffer` tokens of
+    the limit loses a share of 1 (lm.losses.advantages.overlong_penalty). Prompts longer than `prompt_length` tokens,
+    and those that came before, are left out and counted.
 
-    `resample`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by further
-    ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of
-    lm.rewards.environments', which
-    replies to an answer of the policy with up to `reply_length` tokens, for at most `exchanges` answers a row; what it
-    says is context, never trained. `corpus`: adds rows of `text_length` tokens of it to each batch, one a rollout, for
-    stages that go on learning from text.
+    `resample_rounds`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by
+    further ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of
+    lm.rewards.environments', which replies to an answer of the policy with up to `reply_length` tokens, for at most
+    `exchanges` answers a row; what it says is context, never trained. `corpus`: adds rows of `text_length` tokens of it
+    to each batch, one a rollout, for stages that go on learning from text.
     """
     model, tokenizer = context.model, context.tokenizer
     sampling = SamplingParams(max_new, temperature)

@@ -69,7 +69,7 @@ class MethodEntry(NamedTuple):
     """A method and all the runs of it."""
 
     config: ConfigDict  # what lm train gets, but for the seed
-    learns_from: str  # ROLLOUTS or RANKINGS
+    learns_from: str  # ROLLOUTS_OPTION or RANKINGS_OPTION
 
 
 def study_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
