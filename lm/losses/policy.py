@@ -1,4 +1,4 @@
-"""Losses that move a policy by its own samples, unreduced f32[B,T]: ratios, surrogates, value loss, KL estimators."""
+"""Losses of a policy on its own samples, unreduced f32[B,T]: ratios, surrogates, value loss, KL estimators."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ def log_ratio(logprobs: Array, other: Array, *, bound: float = 20.0) -> Array:
 
 
 def token_ratio(logprobs: Array, old_logprobs: Array) -> Array:
-    """p / p_old of each token: how much likelier the policy finds it than when it was drawn."""
+    """p / p_old of each token: how much more probable it is now than when it was drawn."""
     return jnp.exp(log_ratio(logprobs, old_logprobs))
 
 
 def sequence_ratio(logprobs: Array, old_logprobs: Array, weights: Array) -> Array:
-    """(p(y) / p_old(y))^(1/|y|), the geometric mean of a row's token ratios, f32[B,T] alike at all its tokens.
+    """(p(y) / p_old(y))^(1/|y|), the geometric mean of a row's token ratios, f32[B,T], equal at all its tokens.
 
     Zheng et al. 2025 (GSPO), eq. 5, arXiv 2507.18071.
     """

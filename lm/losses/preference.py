@@ -1,4 +1,4 @@
-"""Losses that move a policy by preferences among given answers, unreduced and elementwise: arrays of any one shape."""
+"""Losses of a policy on preferences among given answers, unreduced and elementwise: arrays of any one shape."""
 
 import jax
 import jax.numpy as jnp

@@ -42,11 +42,11 @@ class Model(NamedTuple):
 def make_model(config: ModelConfig) -> Model:
     """The decoder-only transformer of `config`, every "auto" already settled (see Config.on)."""
     specs, value_specs = param_specs(config), value_head_specs(config)
-    learnt, axes = specs, logical_axes(specs)
+    trainable, axes = specs, logical_axes(specs)
     if config.lora_rank:
-        learnt = lora.lora_specs(config)
+        trainable = lora.lora_specs(config)
         axes = lora.adapters_over_base(
-            logical_axes(learnt), {lora.FROZEN_BASE: axes}
+            logical_axes(trainable), {lora.FROZEN_BASE: axes}
         )  # adapters and base are sharded by one table
     hidden = functools.partial(decoder.hidden_states, config)
     scores = functools.partial(decoder.target_stats, config)
@@ -57,7 +57,7 @@ def make_model(config: ModelConfig) -> Model:
 
     return Model(
         config=config,
-        init=functools.partial(initial_params, learnt),
+        init=functools.partial(initial_params, trainable),
         init_value_head=functools.partial(initial_params, value_specs),
         logical_axes={"lm": axes, "value": logical_axes(value_specs)},
         hidden_states=hidden,

@@ -43,13 +43,13 @@ def load_reward_model(
 
 
 def reward_axes(judge: TrainedModel) -> dict[str, float]:
-    """The axes that a reward model has learnt, in the order of its heads, and what each counts in its total score."""
+    """The axes that a reward model has learned, in the order of its heads, and what each counts in its total score."""
     data = read_json(judge.path / CONFIG_FILE)["data"]
     return ordered_axes(data["axes"] if "axes" in data else OVERALL_ONLY)
 
 
 def check_same_axes(judges: Sequence[TrainedModel]) -> None:
-    """UserError unless all have learnt the same axes, counted alike: else their scores answer different questions."""
+    """UserError unless all have learned the same axes, counted alike: else their scores answer different questions."""
     first, *others = [(judge.path, reward_axes(judge)) for judge in judges]
     for path, axes in others:
         if axes != first[1]:

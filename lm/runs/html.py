@@ -16,15 +16,12 @@ from matplotlib.figure import Figure
 from lm.core.statistics import Estimate, estimate_text, interval_text, percent_text, signed_number
 from lm.runs.workdir import write_text
 
-TEXT_COLOR, TRAIN_COLOR, HELD_OUT_COLOR = "#7b7b7a", "#3f7fd6", "#d9822b"  # INK gives way to the page's own text colour
-SERIES_COLORS = (
+TEXT_COLOR, TRAIN_COLOR, HELD_OUT_COLOR = (
+    "#7b7b7a",
     "#3f7fd6",
     "#d9822b",
-    "#2f8a4b",
-    "#a356b8",
-    "#c0483c",
-    "#7b8a2f",
-)  # of whatever is told apart, in its order
+)  # svg_figure replaces the first by the page's text colour
+SERIES_COLORS = ("#3f7fd6", "#d9822b", "#2f8a4b", "#a356b8", "#c0483c", "#7b8a2f")  # of series, in their order
 FIGURE_STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lm",
@@ -109,7 +106,7 @@ def svg_figure(draw: Callable, *, width: float, height: float, **subplots) -> Ma
 
 
 def png_figure(draw: Callable, *, width: float, height: float, **subplots) -> bytes:
-    """The same as a picture on white, for where there is no page."""
+    """The same as a PNG on white, for use outside a page."""
     return _rendered_figure(draw, (width, height), subplots, format="png", facecolor="white", dpi=150)
 
 
@@ -122,7 +119,7 @@ def _rendered_figure(draw: Callable, size: tuple[float, float], subplots: Mappin
 
 
 def visible_text(text: str) -> str:
-    """`text` with the control characters that HTML has no place for as their pictures; newline and tab stay."""
+    """`text` with control characters that HTML does not allow as visible pictures; newline and tab stay."""
     pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
     return text.translate({**pictures, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
 

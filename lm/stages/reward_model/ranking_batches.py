@@ -239,7 +239,7 @@ def ranking_subset(rankings: Sequence[Ranking], limit: int, seed: int) -> list[R
 def reward_model_rows(
     tokenizer: Tokenizer, rankings: Sequence[Ranking], axes: Sequence[str], length: int
 ) -> tuple[list[TokenizedRanking], dict[str, int]]:
-    """The verdicts that can be learnt from, their answers as a reward model reads them, and what is left out."""
+    """The verdicts that can be learned from, their answers as a reward model reads them, and what is left out."""
     found, counts = tokenized_rankings(tokenizer, rankings, length, axes=axes, cut="answer", trained=False)
     rows = [[reward_row(tokenizer, row) for row in verdict.rows] for verdict in found]
     return [verdict._replace(rows=own) for verdict, own in zip(found, rows)], counts

@@ -22,7 +22,7 @@ from lm.optim.update import Loss, Update
 
 Advantages = Callable[[Rollouts], Array]  # rollouts with old and reference log-probs -> f32[B,T]
 TokenLoss = Callable[[Array, Rollouts], Array]  # (log-probs f32[B,T], annotated rollouts) -> loss f32[B,T]
-Annotation = Callable[[TrainState, Rollouts], tuple[Rollouts, Metrics]]  # completes a batch before it is learnt from
+Annotation = Callable[[TrainState, Rollouts], tuple[Rollouts, Metrics]]  # completes a batch before it is learned from
 LossAverage = Callable[[Array, Array], Mean]  # (f32[B,T], weights f32[B,T]) -> Mean
 
 SHOWN_METRICS = ("reward", "score/rule", "kl", "entropy")  # in the live line
