@@ -1,11 +1,11 @@
-"""A rater's verdicts, whoever the rater is, a person, a rule or a model: one JSON object a line.
+"""Rankings of answers by a rater, who is a person, a rule or a model: one JSON object a line.
 
     {"name": "chitchat/...", "prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."],
      "ranking": [2, 1], "rater": "rule", "time": "2024-05-01T12:00:00+00:00"}
 
 `ranking[i]` is the rank of `responses[i]`: 1 is best, equal ranks are a tie. `name` says what the prompt was taken
-from, so that its verdicts are held out with it; a prompt that comes under several names is held out by its own words,
-in all its verdicts. What else is known of a verdict may follow: see `Ranking`.
+from, so that its rankings are held out with it; a prompt that comes under several names is held out by its own words,
+in all its rankings. Other fields may follow: see `Ranking`.
 """
 
 import json
@@ -51,7 +51,8 @@ class Ranking(NamedTuple):
 
     @property
     def content(self) -> str:
-        """The words of the prompt: verdicts on the same are never parted by a split. See corpus.split."""
+        """The words of the prompt: rankings of the same prompt are on one side of a split. See
+        lm.data.sources.split_held_out."""
         return normalized_words(message["content"] for message in self.prompt)
 
 
@@ -59,7 +60,7 @@ REQUIRED_FIELDS = tuple(field for field in Ranking._fields if field not in Ranki
 
 
 def read_jsonl_rankings(path: str | Path) -> list[Ranking]:
-    """Every verdict of a file. UserError names the line and its fault."""
+    """Every verdict of a file. UserError names the line and what is wrong with it."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -87,7 +88,7 @@ def append_rankings(path: str | Path, rankings: Iterable[Ranking]) -> None:
 
 
 def ranking_json(ranking: Ranking) -> str:
-    """The verdict as JSON, without the fields of which nothing is known. ValueError for one that cannot be."""
+    """The ranking as JSON, without the fields of which nothing is known. ValueError for an invalid one."""
     record = ranking_from_record(ranking._asdict())._asdict()
     known = {name: value for name, value in record.items() if name in REQUIRED_FIELDS or value != _field_default(name)}
     return json.dumps(known, ensure_ascii=False)
@@ -174,7 +175,7 @@ def _is_message(message: object) -> bool:
     )
 
 
-OVERALL_ONLY: Mapping[str, float] = {OVERALL_AXIS: 1.0}  # an axis and what it counts in the total score
+OVERALL_ONLY: Mapping[str, float] = {OVERALL_AXIS: 1.0}  # an axis and its weight in the total score
 
 
 def ordered_axes(axes: Mapping[str, float]) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Real people's ratings as rankings: the conversations of `chitchat-dataset` (MIT), rated by who took part.
+"""Real people's ratings as rankings: the conversations of `chitchat-dataset` (MIT), rated by the people who took part.
 
-Of 7,168 conversations 5,988 carry three ratings from 1 to 10: witty, interesting, upbeat. In 3,705 of them somebody
-replied; those are ranked here. The data do not say which of the two rated; we take the one who spoke first. 36 % are
-rated 5, 5, 5, which is also what a form left alone would say, so this is a noisy taste.
+Of 7,168 conversations 5,988 have three ratings from 1 to 10: witty, interesting, upbeat. In 3,705 of them the second
+person replied; those are ranked here. The data do not say which of the two rated; we assume the one who spoke first.
+36 % are rated 5, 5, 5, which is also the default of the form, so these preferences are noisy.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def _bucket_ranking(opener: str, bucket: int, rated: list[RatedConversation]) ->
 
 
 def _rated_conversations() -> Iterator[RatedConversation]:
-    """The rated conversations in which somebody replied, in an order drawn from their keys."""
+    """The rated conversations in which the second person replied, in an order drawn from their keys."""
     found = []
     for key, conversation in sources.chitchat_dataset().items():
         turns = sources.speaker_turns(conversation)

@@ -1,4 +1,4 @@
-"""Verdicts in tokens: the rows of a ranking's answers, and which of them somebody can learn from."""
+"""Rankings in tokens: the rows of a ranking's answers, and which of them can be learned from."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -70,7 +70,7 @@ def tokenized_rankings(
 
 
 def ranked_answers_batch(verdicts: Sequence[TokenizedRanking], length: int, most: int) -> RankedAnswers:
-    """Leaves [verdicts, `most` answers, ...]; an answer that takes no part is a row of nothing, ranked 0."""
+    """Leaves [verdicts, `most` answers, ...]; an answer that takes no part is a row of padding, ranked 0."""
     rows = padded_rows([row for v in verdicts for row in [*v.rows, *[EMPTY_ROW] * (most - len(v.rows))]], length)
     ranks = np.stack([np.pad(v.ranks, ((0, most - len(v.ranks)), (0, 0))) for v in verdicts])
     return RankedAnswers(jax.tree.map(lambda x: x.reshape(len(verdicts), most, length), rows), ranks)

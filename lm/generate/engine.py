@@ -22,7 +22,7 @@ class GeneratedAnswer(NamedTuple):
 
 
 def check_stop_strings(stops: Sequence[str]) -> None:
-    """UserError for one that is empty, which every text would hold at once."""
+    """UserError for an empty one, which every text contains."""
     if not all(stops):
         raise UserError("a stop string is empty: give it at least one character, or leave it out")
 
@@ -34,7 +34,7 @@ def text_before_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 
 def text_without_partial_stop(text: str, stops: Sequence[str]) -> str:
-    """`text`, which may go on and holds no stop string, without an end that may yet become one."""
+    """`text`, which may go on and has no stop string, without an end that may still become one."""
     begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
     return text[: len(text) - max(begun, default=0)]
 

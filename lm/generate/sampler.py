@@ -18,9 +18,9 @@ class SamplingParams(NamedTuple):
 
     max_new: int  # tokens of an answer at most, its stop token included
     temperature: float | Array = 1.0  # 0 is greedy; a traced one must be above 0
-    top_k: int = 0  # the likeliest tokens that stay; 0 keeps all
-    top_p: float = 1.0  # in (0, 1]
-    min_p: float = 0.0  # of the likeliest token's probability; 0 keeps all
+    top_k: int = 0  # only the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # only the likeliest tokens whose probability reaches p, in (0, 1]; 1 keeps all
+    min_p: float = 0.0  # only tokens at least this times as probable as the likeliest; 0 keeps all
     repetition_penalty: float = 1.0  # of tokens that prompt or answer hold already; 1 is none
     samples: int = 1  # answers to each prompt
     stop: Sequence[int] = ()  # ids; an answer ends with the first of them, which it keeps
@@ -60,7 +60,7 @@ def check_sampling(model: Model, prompt_length: int, sampling: SamplingParams) -
 def prefill(
     model: Model, lm: Params, prompts: Array, lengths: Array, *, capacity: int, rollback_slots: int = 0
 ) -> tuple[Array, KVCache]:
-    """Logits f32[B,V] after each prompt, and the cache of `capacity` slots that decoding goes on from.
+    """Logits f32[B,V] after each prompt, and the cache of `capacity` slots from which decoding continues.
 
     prompts i32[B,P] are padded on the right to their lengths i32[B]; here they are aligned to the right, so that all
     rows write the same slot from now on. rollback_slots: slots that may be taken back, see KVCache.

@@ -1,13 +1,13 @@
-"""Speculative sampling: a small model proposes, the large one judges all proposals in a single pass. Pure.
+"""Speculative sampling: a small model proposes tokens, the large one checks all of them in a single pass. Pure.
 
 Leviathan et al. 2023, alg. 1, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318. Each round the draft proposes
 `draft_tokens` one by one, x_i ~ q_i, and one pass of the target gives p_i after each of them. They are accepted in
-their order, x_i with probability min(1, p_i(x_i) / q_i(x_i)); the first that is refused is drawn again from
-max(p_i - q_i, 0) over its sum; if none is, the pass has given one more token's p, which it is drawn from. p and q are
+order, x_i with probability min(1, p_i(x_i) / q_i(x_i)); the first rejected one is drawn again from
+max(p_i - q_i, 0) over its sum; if none is rejected, one more token is drawn from the last p of the pass. p and q are
 the distributions sampled at these settings (temperature, top-k, top-p, min-p), so what comes out is distributed as
-lm.generate.sampler.sample's, whatever the draft: a better one makes it faster, not better.
+lm.generate.sampler.sample's, whatever the draft: a better draft makes it faster, not better.
 
-Rows accept different numbers of tokens, so each writes its cache at slots of its own, and takes back what was refused.
+Rows accept different numbers of tokens, so each writes its cache at slots of its own, and takes back rejected ones.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from lm.model.logits import values_at_ids
 
 
 class TargetDraft(NamedTuple):
-    """What there is of each: models, decoders, caches."""
+    """A pair of models, decoders or caches."""
 
     target: Any
     draft: Any
@@ -55,14 +55,14 @@ class AcceptanceCounts(NamedTuple):
 
 
 def acceptance_probability(p: Array, q: Array) -> Array:
-    """min(1, p / q), from log-probabilities; 1 where q is 0, which proposes nothing."""
+    """min(1, p / q), from log-probabilities; 1 where q is 0, which is never proposed."""
     return jnp.where(q == -jnp.inf, 1.0, jnp.exp(jnp.minimum(p - q, 0.0)))
 
 
 def residual_logits(p: Array, q: Array) -> Array:
     """Logits f32[...,V] of max(p - q, 0) over its sum, from log-probabilities f32[...,V].
 
-    Where rounding leaves nothing of the difference they are p's: the two are the same.
+    Where rounding leaves no difference, p and q are the same, and they are p's.
     """
     left = jnp.maximum(jnp.exp(p) - jnp.exp(q), 0.0)
     return jnp.where(jnp.any(left > 0, axis=-1, keepdims=True), jnp.log(left), p)

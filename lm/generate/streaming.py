@@ -1,4 +1,4 @@
-"""One answer token by token, each as soon as it is known: what a conversation reads while it is sampled."""
+"""One answer token by token, each as soon as it is sampled, for chat."""
 
 import functools
 import itertools
@@ -34,7 +34,7 @@ def token_streamer(model: Model, sampling: SamplingParams) -> Callable[..., Iter
     capacity, penalty = model.config.context + BUCKET_SIZE, sampling.repetition_penalty
 
     def drawn(logits, keys, t, seen):
-        """The next token i32[1], and what has been seen with it; None where there is no penalty."""
+        """The next token i32[1], and the mask of tokens so far; None where there is no penalty."""
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
         logits = logits if seen is None else repetition_penalized_logits(logits, seen, penalty)
         tokens, _ = draw_tokens(now, logits, sampling)

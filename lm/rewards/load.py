@@ -43,13 +43,14 @@ def load_reward_model(
 
 
 def reward_axes(judge: TrainedModel) -> dict[str, float]:
-    """The axes that a reward model has learned, in the order of its heads, and what each counts in its total score."""
+    """The axes that a reward model has learned, in the order of its heads, and the weight of each in its total
+    score."""
     data = read_json(judge.path / CONFIG_FILE)["data"]
     return ordered_axes(data["axes"] if "axes" in data else OVERALL_ONLY)
 
 
 def check_same_axes(judges: Sequence[TrainedModel]) -> None:
-    """UserError unless all have learned the same axes, counted alike: else their scores answer different questions."""
+    """UserError unless all learned the same axes with the same weights: otherwise their scores are not comparable."""
     first, *others = [(judge.path, reward_axes(judge)) for judge in judges]
     for path, axes in others:
         if axes != first[1]:
@@ -75,7 +76,7 @@ def reward_from_workdirs(paths: str, tokenizer: Tokenizer, pessimism: float, *, 
 def reward_from_workdir(
     path: str | Path, tokenizer: Tokenizer, longest: int, jit=jax.jit
 ) -> tuple[TrainedModel, Reward]:
-    """The reward model of a finished workdir that shares our tokenizer and reads our rows whole, centred."""
+    """The reward model of a finished workdir that has this tokenizer and reads rows of `longest` tokens, centred."""
     judge, reward = load_reward_model(path, backend=jax.default_backend(), normalized=True, jit=jit, warn=warn)
     if judge.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Penalties and verifiers that need nothing but the text, each from -1 to 1 and 0 where there is nothing to say."""
+"""Penalties and verifiers that need nothing but the text, each from -1 to 1, and 0 where it does not apply."""
 
 import functools
 import importlib.util
@@ -65,7 +65,7 @@ def length_reward(message: str, answer: str) -> float:
 
 @reward_per_answer
 def repetition_reward(message: str, answer: str) -> float:
-    """Minus the share of the answer's word trigrams that stood there before."""
+    """Minus the share of the answer's word trigrams that occurred before."""
     said = words(answer)
     trigrams = list(zip(said, said[1:], said[2:]))
     return (len(set(trigrams)) - len(trigrams)) / max(len(trigrams), 1)
