@@ -141,4 +141,5 @@ def estimate_text(estimate: Estimate | Mapping[str, Any], style: NumberFormat = 
     fields = estimate._asdict() if isinstance(estimate, Estimate) else estimate
     if not math.isfinite(fields["value"]):
         return "–"
-    return number(fields["value"]) + (f" {interval_text(estimate, style)}" if math.isfinite(fields["se"]) else "")
+    is_known = math.isfinite(fields["low"]) and math.isfinite(fields["high"])
+    return number(fields["value"]) + (f" {interval_text(estimate, style)}" if is_known else "")
