@@ -11,6 +11,7 @@ Ours differs: each token of a batch counts once (the paper: each answer); studen
 temperature at which the student writes.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,8 @@ from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Metrics, metric_values
 from lm.core.types import Array, Tokens
 from lm.data.batches import batch_function
-from lm.data.conversations import distinct_conversations, load_conversations, repeated_prompt_contexts
+from lm.data.conversations import distinct_conversations, repeated_prompt_contexts
+from lm.data.loading import NO_COLUMNS, load_conversations
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.generate.sampler import SamplingParams
@@ -74,6 +76,8 @@ def batches(
     context: StageContext,
     *,
     sources: str = "chitchat",
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     turns: int = 3,
     prompt_length: int = 64,
     max_new: int = 32,
@@ -98,9 +102,18 @@ def batches(
         raise UserError(f"data.on_policy_fraction is {on_policy_fraction}; it is a share of batches, from 0 to 1")
     even = turns + turns % 2
     people = conversation_batches.batches(
-        context, sources=sources, turns=even, length=length, batch_size=batch_size, held_out=held_out
+        context,
+        sources=sources,
+        columns=columns,
+        skip_bad_rows=skip_bad_rows,
+        turns=even,
+        length=length,
+        batch_size=batch_size,
+        held_out=held_out,
     )
-    contexts = repeated_prompt_contexts(load_conversations(sources), turns=turns)
+    contexts = repeated_prompt_contexts(
+        load_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows), turns=turns
+    )
     distinct = distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
         prompts_within_length(context.tokenizer, side, prompt_length) for side in split_held_out(distinct, held_out)

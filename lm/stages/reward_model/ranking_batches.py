@@ -12,9 +12,9 @@ import optax
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Mean, Metrics, mean, metric_values
 from lm.core.types import Array, RankedAnswers, Tokens
-from lm.data.annotations import read_rankings
 from lm.data.batches import batch_function, sequential_batches
-from lm.data.preferences import OVERALL_AXIS, OVERALL_ONLY, Ranking, ordered_axes, preference_pairs
+from lm.data.loading import NO_COLUMNS, load_rankings
+from lm.data.preferences import LABEL_AXIS, OVERALL_AXIS, OVERALL_ONLY, Ranking, ordered_axes, preference_pairs
 from lm.data.ratings import BUILT_IN_RANKINGS
 from lm.data.sources import split_held_out
 from lm.data.tokenized_rankings import TokenizedRanking, ranked_answers_batch, tokenized_rankings
@@ -145,6 +145,8 @@ def batches(
     context: StageContext,
     *,
     rankings: str,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     axes: Mapping[str, float] = OVERALL_ONLY,
     length: int = 128,
     prompts_per_batch: int = 32,
@@ -153,11 +155,11 @@ def batches(
 ) -> Batches:
     """Ranked answers, split by prompt (by rater where the data name him), `length` tokens a row.
 
-    `rankings` is a file or database of rankings (see lm.data.preferences, lm.data.annotations), or "chitchat"
-    (lm.data.ratings). `axes` names what is learned, "overall" among them, and the weight of each in the total score;
-    one of weight 0 still shapes the trunk. All answers of a ranking are in one batch. `limit` > 0 trains on that many
-    rankings only. Longer answers are cut as lm.data.truncation says; a ranking of answers of the same tokens is left
-    out. Both are counted.
+    `rankings` is a file of preferences in a format of lm.data.formats, a database of `lm rank`, or "chitchat" (see
+    lm.data.loading, also for `columns` and `skip_bad_rows`). `axes` names what is learned, "overall" among them, and
+    the weight of each in the total score; one of weight 0 still shapes the trunk. All answers of a ranking are in one
+    batch. `limit` > 0 trains on that many rankings only. Longer answers are cut as lm.data.truncation says; a ranking
+    of answers of the same tokens is left out. Both are counted.
     """
     context.check_length(length)
     check_at_least(1, "data", prompts_per_batch=prompts_per_batch)
@@ -169,6 +171,8 @@ def batches(
         ranked_answers_batch,
         axes=axes,
         rankings=rankings,
+        columns=columns,
+        skip_bad_rows=skip_bad_rows,
         length=length,
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,
@@ -183,13 +187,17 @@ def batches_of_rankings(
     *,
     axes: Iterable[str],
     rankings: str,
+    columns: Mapping[str, str],
+    skip_bad_rows: int,
     length: int,
     prompts_per_batch: int,
     held_out: float,
     limit: int,
 ) -> Batches:
     """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows."""
-    ranked, aside, undecided = split_rankings(rankings, held_out)
+    ranked, aside, undecided = split_rankings(
+        rankings, held_out, columns=columns, skip_bad_rows=skip_bad_rows, labels=LABEL_AXIS in axes
+    )
     (train, counts), (unseen, more) = laid_out(ranking_subset(ranked, limit, context.seed)), laid_out(aside)
     counts = {name: count + more[name] for name, count in counts.items()}
     for side, name in ((train, "to learn from"), (unseen, "held out")):
@@ -201,7 +209,8 @@ def batches_of_rankings(
                 limit=f"data.length {length}",
                 way="raise data.length, or rank other answers",
             )
-    missing = [axis for axis in axes if axis != OVERALL_AXIS and not any(axis in v.ranking.axes for v in train)]
+    scored = {OVERALL_AXIS, LABEL_AXIS}.union(*(verdict.ranking.axes for verdict in train))
+    missing = [axis for axis in axes if axis not in scored]
     if missing:
         raise UserError(f"{rankings}: no verdict scores the axis {missing[0]!r} of data.axes: leave it out")
     most = max(len(verdict.rows) for verdict in [*train, *unseen])
@@ -220,10 +229,20 @@ def batches_of_rankings(
     return Batches(lambda state, i: batch(i), held_out_batches, about)
 
 
-def split_rankings(rankings: str, held_out: float) -> tuple[list[Ranking], list[Ranking], int]:
-    """The verdicts to learn from, the held-out ones, and how many prefer no answer to another and are left out."""
-    everything = BUILT_IN_RANKINGS[rankings]() if rankings in BUILT_IN_RANKINGS else read_rankings(rankings)
-    ranked = [r for r in everything if preference_pairs(r)]
+def split_rankings(
+    rankings: str,
+    held_out: float,
+    *,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
+    labels: bool = False,
+) -> tuple[list[Ranking], list[Ranking], int]:
+    """The verdicts to learn from, the held-out ones, and how many decide nothing and are left out.
+
+    labels: an answer that is labelled good or bad by itself decides, too.
+    """
+    everything = load_rankings(rankings, columns=columns, skip_bad_rows=skip_bad_rows)
+    ranked = [r for r in everything if preference_pairs(r) or labels and LABEL_AXIS in r.axes]
     if not ranked:
         raise UserError(f"{rankings}: no ranking prefers one answer to another; rank more answers, or less alike ones")
     content = "name" if rankings in BUILT_IN_RANKINGS else "content"  # the same opener is given to many raters
