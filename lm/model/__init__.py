@@ -28,7 +28,7 @@ class Model(NamedTuple):
     hidden_and_routing: Callable[..., tuple[Array, Routing | None]]  # the same, and which experts it went through
     decoding_params: Callable[
         ..., Params
-    ]  # (lm) -> lm as `cached` reads it in a loop: cut into its layers once, before it
+    ]  # (lm) -> lm as `cached_hidden_states` reads it in a loop: cut into its layers once, before it
     cached_hidden_states: Callable[
         ..., tuple[Array, KVCache]
     ]  # (lm, inputs, positions, segments, cache) -> f[B,T,D], Cache
