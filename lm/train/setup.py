@@ -51,6 +51,7 @@ class TrainingSetup(NamedTuple):
     checkpoint_metadata: Mapping[str, Any]  # what a checkpoint says of itself
     flops_per_token: float  # model FLOPs of learning from one token of a batch; sampling and scoring not counted
     phases: PhaseTimer
+    context: StageContext  # what the batches are made from: model, tokenizer
 
 
 def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, host: RunHost) -> TrainingSetup:
@@ -94,7 +95,7 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
     meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
     passes = option_value(functions["stage"], config.stage, "epochs", 1)  # over each batch
     flops = passes * flops_per_token(model.config, batches.dataset_info["length"])
-    return TrainingSetup(STAGES[name], build, batches, mesh, shardings, state, meta, flops, phases)
+    return TrainingSetup(STAGES[name], build, batches, mesh, shardings, state, meta, flops, phases, context)
 
 
 def stage_update(

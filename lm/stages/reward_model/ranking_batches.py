@@ -12,8 +12,9 @@ import optax
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Mean, Metrics, mean, metric_values
 from lm.core.types import Array, RankedAnswers, Tokens
-from lm.data.batches import batch_function, sequential_batches
+from lm.data.batches import batch_function, drawn_rows, sequential_batches
 from lm.data.loading import NO_COLUMNS, load_rankings
+from lm.data.origins import RowOrigin, SegmentOrigin, drawn_origins
 from lm.data.preferences import LABEL_AXIS, OVERALL_AXIS, OVERALL_ONLY, Ranking, ordered_axes, preference_pairs
 from lm.data.ratings import BUILT_IN_RANKINGS
 from lm.data.sources import split_held_out
@@ -177,6 +178,8 @@ def batches(
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,
         limit=limit,
+        truncation=f"of a conversation longer than {length} tokens the prompt loses its beginning, down to half a row, "
+        "then the answer what stands before its end token",
     )
 
 
@@ -193,8 +196,12 @@ def batches_of_rankings(
     prompts_per_batch: int,
     held_out: float,
     limit: int,
+    truncation: str,
 ) -> Batches:
-    """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows."""
+    """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows.
+
+    truncation: what `laid_out` does with what does not fit a row, in words.
+    """
     ranked, aside, undecided = split_rankings(
         rankings, held_out, columns=columns, skip_bad_rows=skip_bad_rows, labels=LABEL_AXIS in axes
     )
@@ -226,7 +233,15 @@ def batches_of_rankings(
         "undecided": undecided + counts["undecided"],
     }
     held_out_batches = lambda state: sequential_batches(unseen_rows, prompts_per_batch)
-    return Batches(lambda state, i: batch(i), held_out_batches, about)
+    drawn = drawn_rows(len(train), batch_size=prompts_per_batch, seed=context.seed)
+
+    def origins(state, batch, i: int) -> list[RowOrigin]:
+        segment = lambda k: SegmentOrigin(train[k].ranking.name, rankings, document=k)
+        return drawn_origins(drawn(i), [[k] for k in range(len(train))], segment)
+
+    return Batches(
+        lambda state, i: batch(i), held_out_batches, about, row_origins=origins, truncation=f"{rankings}: {truncation}"
+    )
 
 
 def split_rankings(
