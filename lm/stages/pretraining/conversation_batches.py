@@ -5,7 +5,7 @@ from typing import Any
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Tokens
-from lm.data import batches as rows_to_batches
+from lm.data.batches import BatchSizeRamp
 from lm.data.conversations import CONVERSATION_KINDS, Conversation, conversation_excerpts
 from lm.data.loading import NO_COLUMNS
 from lm.data.mixture import parse_sources
@@ -26,7 +26,7 @@ def batches(
     turns: int = 4,
     length: int = 256,
     batch_size: int = 32,
-    ramp: rows_to_batches.BatchSizeRamp = (),
+    ramp: BatchSizeRamp = (),
     source_temperature: float = 1.0,
     held_out: float = 0.02,
 ) -> Batches:

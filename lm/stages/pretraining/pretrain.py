@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from lm.core.metrics import Metrics, metric_values
-from lm.data import batches as rows_to_batches
+from lm.data.batches import BatchSizeRamp
 from lm.data.loading import NO_COLUMNS
 from lm.data.mixture import parse_sources
 from lm.data.packing import PACKING_RULES, Packing, check_packing, packing_efficiency
@@ -38,7 +38,7 @@ def make(
     router_z_loss: float = 0.0,
     microbatches: int = 1,
 ) -> Update:
-    """next_token_update. `balance` and `router_z`: of a mixture of experts (see `next_token_loss`)."""
+    """next_token_update. `balance_loss` and `router_z_loss`: of a mixture of experts (see `next_token_loss`)."""
     return next_token_update(
         model,
         optimizer,
@@ -57,7 +57,7 @@ def batches(
     skip_bad_rows: int = 0,
     length: int = 256,
     batch_size: int = 32,
-    ramp: rows_to_batches.BatchSizeRamp = (),
+    ramp: BatchSizeRamp = (),
     packing: Packing = "stream",
     source_temperature: float = 1.0,
     held_out: float = 0.02,

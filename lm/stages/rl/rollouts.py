@@ -18,7 +18,7 @@ from lm.data.source_rows import source_order, text_rows
 from lm.data.sources import BUILT_IN_KINDS
 from lm.data.token_rows import mixed_rows
 from lm.data.tokenized_sources import TokenizedSource, tokenized_texts
-from lm.generate.sampler import check_sampling
+from lm.generate.sampler import SamplingParams, check_sampling
 from lm.losses.advantages import overlong_penalty
 from lm.model import Model
 from lm.rewards import REWARDS, Reward, weighted_reward
@@ -30,7 +30,7 @@ from lm.stages.rl.multi_turn import (
     AnswerSampler,
     SampledAnswers,
     multi_turn_sampler,
-    rollout_rows,
+    rollout_program,
     single_turn_sampler,
 )
 
@@ -77,21 +77,19 @@ def batches(
     The reward is a sum of `rewards`, by name and weight: "model" is the reward model of the workdir `reward_model` (of
     several, with commas between them: their mean less `pessimism` standard deviations), the others are lm.rewards';
     where there are several, each is logged as reward/NAME. `rater` names one that is logged as score/NAME but never
-    learned from. An answer that the limit cut off loses `cut_penalty`; one within `overlong_buffer` tokens of it loses
-    a share (`returns.overlong`). Prompts longer than `prompt_length` tokens, and those that came before, are left out
-    and counted.
+    learned from. An answer that the limit cut off loses `truncation_penalty`; one within `overlong_buffer` tokens of
+    the limit loses a share of 1 (lm.losses.advantages.overlong_penalty). Prompts longer than `prompt_length` tokens,
+    and those that came before, are left out and counted.
 
-    `resample`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by further
-    ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of
-    lm.rewards.environments', which
-    replies to an answer of the policy with up to `reply_length` tokens, for at most `exchanges` answers a row; what it
-    says is context, never trained. `corpus`: adds rows of `text_length` tokens of it to each batch, one a rollout, for
-    stages that go on learning from text.
+    `resample_rounds`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by
+    further ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of
+    lm.rewards.environments', which replies to an answer of the policy with up to `reply_length` tokens, for at most
+    `exchanges` answers a row; what it says is context, never trained. `corpus`: adds rows of `text_length` tokens of it
+    to each batch, one a rollout, for stages that go on learning from text.
     """
     model, tokenizer = context.model, context.tokenizer
-    check_rollout_options(
-        model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=group
-    )
+    sampling = SamplingParams(max_new, temperature)
+    check_rollout_options(model, prompt_length, sampling, rollouts=rollouts, group=group)
     check_at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts, exchanges=exchanges)
     check_at_least(0, "data", resample_rounds=resample_rounds, overlong_buffer=overlong_buffer)
     more = (exchanges - 1) * (max_new + reply_length) if environment else 0
@@ -99,9 +97,7 @@ def batches(
     if environment:
         longest = exchanges * max_new
         context.check_length(length)
-    answer = answer_sampler(
-        context, environment, exchanges=exchanges, reply_length=reply_length, max_new=max_new, temperature=temperature
-    )
+    answer = answer_sampler(context, environment, sampling, exchanges=exchanges, reply_length=reply_length)
     worth = rollout_rewards(
         context, rewards, reward_model, pessimism, rater, reward_row_length(prompt_length, max_new + more)
     )
@@ -193,11 +189,11 @@ def prompt_origins(
 
 
 def check_rollout_options(
-    model: Model, prompt: int, *, max_new: int, temperature: float, rollouts: int, group: int
+    model: Model, prompt_length: int, sampling: SamplingParams, *, rollouts: int, group: int
 ) -> None:
-    """UserError for sizes that cannot be sampled or learnt from."""
-    check_sampling(model, prompt, max_new=max_new, temperature=temperature, top_k=0, top_p=1.0)
-    if temperature == 0:
+    """UserError for sizes that cannot be sampled or learned from."""
+    check_sampling(model, prompt_length, sampling)
+    if sampling.temperature == 0:
         raise UserError(
             "data.temperature is 0: greedy answers do not explore, and their log-probs are all 0; use e.g. 1.0"
         )
@@ -225,16 +221,10 @@ def held_out_prompts(there: int, *, held_out_rollouts: int, rollouts: int, group
 
 
 def answer_sampler(
-    context: StageContext, environment: str, *, exchanges: int, reply_length: int, max_new: int, temperature: float
+    context: StageContext, environment: str, sampling: SamplingParams, *, exchanges: int, reply_length: int
 ) -> AnswerSampler:
     """How the policy answers: once or, with the environment of this name, in exchanges."""
-    model, tokenizer = context.model, context.tokenizer
-    compiled = context.jit(
-        lambda lm, prompts, lengths, key, temperature: rollout_rows(
-            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stop_ids
-        )
-    )
-    sampled = lambda *args: compiled(*args, temperature)
+    sampled, tokenizer = rollout_program(context, sampling), context.tokenizer
     if not environment:
         return single_turn_sampler(sampled, tokenizer)
     if environment not in ENVIRONMENTS:
@@ -242,7 +232,7 @@ def answer_sampler(
             f"data.environment is {environment!r}; choose one of {', '.join(ENVIRONMENTS)}, or leave it empty"
         )
     check_at_least(REPLY_MARKER_TOKENS + 1, "data", reply_length=reply_length)
-    return multi_turn_sampler(sampled, tokenizer, ENVIRONMENTS[environment], exchanges, max_new, reply_length)
+    return multi_turn_sampler(sampled, tokenizer, ENVIRONMENTS[environment], exchanges, sampling.max_new, reply_length)
 
 
 def rollout_rewards(
