@@ -116,7 +116,7 @@ def config_file(folder: Path, name: str, change: str) -> str:
             "none of 767 conversations can be learnt from (767 conversations longer than a row of 3 tokens): lengthen",
         ),
         ("sft", "data.sources=chitchet", "data.sources has 'chitchet'; choose among chitchat, docstrings"),
-        ("reward", "data.rankings=nowhere", "no rankings at nowhere (No such file or directory): rank some first"),
+        ("reward", "data.rankings=nowhere", "data.rankings has 'nowhere'; choose among chitchat, or give a file"),
         (
             "ppo",
             "data.reward_model={finished}/sft",
@@ -290,10 +290,10 @@ def corpora(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("nowhere", "no corpus at {}: give a file, a folder, or built-in names (stdlib, chitchat, drills)"),
-        ("empty", "no .txt .md .py .jsonl file in {}: give a corpus that has some"),
-        ("binary", "no text in {}: 1 files, 1 of them binary, the rest empty"),
-        ("blank", "no text in {}: 1 files, 0 of them binary, the rest empty"),
+        ("nowhere", "no corpus at {}: give a file, a folder, a glob, hf:NAME, or built-in names (stdlib, chitchat, drills, "),
+        ("empty", "no file to read in {}: give one that has some of .txt .md"),
+        ("binary", "no text in {} (1 of its files are binary or damaged: "),
+        ("blank", "no text in {}: give a corpus that has some"),
         ("short", "corpus too small for one row: "),
         ("one.txt", "of 1 documents none is held out at 0.05: all have the name 'one.txt#0001', which falls on"),
         ("bad.jsonl", "bad.jsonl:2"),

@@ -50,19 +50,42 @@ def test_bad_corpora(tmp_path):
             sources.load_documents(str(path))
 
     refused(tmp_path / "none", "no corpus at .*none: .*stdlib")
-    refused("stdlib,none", "no corpus at stdlib,none: .*chitchat")
+    refused("stdlib,none", "no corpus at none: .*chitchat")
     refused(" ", "data.corpus names no source: give a file")
-    refused(tmp_path, "no .txt .md .py .jsonl file in")
+    refused(tmp_path, "no file to read in")
     (tmp_path / "a.bin").write_bytes(b"x")
-    refused(tmp_path / "a.bin", "no .txt .md .py .jsonl file in")
+    refused(tmp_path / "a.bin", "a.bin is of no kind that is read")
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\0")
     (tmp_path / "b.txt").write_text("")
-    refused(tmp_path, "no text in .*: 2 files, 1 of them binary")
-    for line in ('{"text": ', '["text"]', '{"body": "x"}', "3"):
+    refused(tmp_path, r"no text in .* \(1 of its files are binary or damaged: .*a.txt:1: not UTF-8")
+    faults = {
+        '{"text": ': "not JSON",
+        '["text"]': "list in JSON, not an object",
+        '{"body": "x"}': r"no field 'text' \(but body\): name yours, as in data.columns={'text': 'content'}",
+        '{"text": 3}': "its field 'text' is int, not text",
+    }
+    for line, fault in faults.items():
         (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-        refused(tmp_path, r"c.jsonl:2 is not a JSON object with a 'text' field")
-    (tmp_path / "c.jsonl").write_text('{"text": 3}\n')
-    refused(tmp_path, "c.jsonl:1: 'text' is int")
+        refused(tmp_path, f"c.jsonl:2: .*{fault}.*; or set data.skip_bad_rows")
+
+
+def test_columns_and_bad_rows_of_a_corpus(tmp_path, caplog):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"body": "one"}\n{"text": "two"}\n{"body": "three"}\n')
+    found = sources.load_documents(str(path), columns={"text": "body"}, skip_bad_rows=1)
+    assert found == [("c.jsonl#0001", "one"), ("c.jsonl#0003", "three")]
+    assert "passed over 1 bad rows of 3; the first: " in caplog.text
+
+
+def test_a_name_within_a_source_does_not_depend_on_its_other_files(tmp_path):
+    """It decides what is held out: relative to the folder that is named, or to the part of a glob without wildcards."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.txt").write_text("one")
+    globbed = f"{tmp_path}/*/*.txt"
+    assert [d.name for d in sources.load_documents(f"{tmp_path},{globbed}")] == ["a/x.txt#0001"] * 2
+    (tmp_path / "b.txt").write_text("two")
+    assert [d.name for d in sources.load_documents(str(tmp_path))] == ["a/x.txt", "b.txt"]
+    assert [d.name for d in sources.load_documents(globbed)] == ["a/x.txt#0001"]
 
 
 def test_stdlib_leaves_out_tests():
