@@ -290,7 +290,7 @@ def corpora(folder: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("nowhere", "no corpus at {}: give a file, a folder, a glob, hf:NAME, or built-in names (stdlib, chitchat, drills, "),
+        ("nowhere", "no corpus at {}: give a file, a folder, a glob, hf:NAME, or built-in names (stdlib, "),
         ("empty", "no file to read in {}: give one that has some of .txt .md"),
         ("binary", "no text in {} (1 of its files are binary or damaged: "),
         ("blank", "no text in {}: give a corpus that has some"),

@@ -254,6 +254,8 @@ def _apply_override(config: ConfigDict, override: str, path: str, functions: Con
     listed = key in keys and not isinstance(keys[key], Mapping)
     if listed:
         kind, old = value_type(_node(config, parent).get_type(leaf), keys[key]), keys[key]
+        if leaf in options and {str, tuple} <= set(option_type(options[leaf]).types):
+            kind = option_type(options[leaf])  # a name, or a list of what it stands for: either replaces the other
     elif leaf in options:
         kind, old = option_type(options[leaf]), options[leaf].default
     else:
@@ -269,6 +271,9 @@ def _apply_override(config: ConfigDict, override: str, path: str, functions: Con
     with node.unlocked():
         if isinstance(value, dict) and leaf in node:
             _refill(node[leaf], value)
+        elif isinstance(value, tuple) != isinstance(old, tuple):
+            with node.ignore_type():
+                node[leaf] = value
         else:
             node[leaf] = value
 

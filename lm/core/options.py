@@ -91,7 +91,8 @@ def option_type(parameter: inspect.Parameter) -> OptionType:
         else:
             found.append(str)
         if found[-1] in (tuple, list, dict):
-            items += [typing.get_origin(arg) or arg for arg in (args[1:] if found[-1] is dict else args)]
+            inner = (typing.get_origin(arg) or arg for arg in (args[1:] if found[-1] is dict else args))
+            items += [dict if each is Mapping else each for each in inner]
     items = set(items) - {...}
     return OptionType(tuple(dict.fromkeys(found)), items.pop() if len(items) == 1 else None)
 

@@ -49,7 +49,7 @@ READERS = {
     ),
     "rankings.jsonl": (json_lines(ranking(1), ranking(2)), preferences.read_jsonl_rankings),
     "verdicts.jsonl": (json_lines(ranking(1), ranking(2)), annotations.read_rankings),
-    "corpus.jsonl": (json_lines({"text": SEPARATORS}, {"text": "b"}), lambda path: sources.read_documents(path)[0]),
+    "corpus.jsonl": (json_lines({"text": SEPARATORS}, {"text": "b"}), lambda path: sources.load_documents(str(path))),
     "rubric.txt": ("Be fair.\nBe kind.\n", judge.read_rubric),
     "runs.csv": (
         "parameters,tokens,loss\n" + "".join(f"{i + 1},{i + 2},3.5\n" for i in range(9)),
@@ -93,7 +93,7 @@ def test_a_document_of_a_corpus(tmp_path, editor):
     for name in ("a.txt", "b.md"):
         (tmp_path / name).write_bytes(EDITORS[editor](b"one\n\ntwo\n"))
     end = "" if editor == "all three" else "\n"
-    assert sources.read_documents(tmp_path)[0] == [(name, f"one\n\ntwo{end}") for name in ("a.txt", "b.md")]
+    assert sources.load_documents(str(tmp_path)) == [(name, f"one\n\ntwo{end}") for name in ("a.txt", "b.md")]
 
 
 def test_a_chat_template_in_a_file_of_its_own(tmp_path):
