@@ -22,6 +22,7 @@ from lm.data.bad_rows import BadRows, RowFault, renamed_fields
 from lm.data.conversations import Conversation
 from lm.data.files import SourceRow, source_rows
 from lm.data.preferences import DESIRABLE, LABEL_AXIS, UNDESIRABLE, Ranking, ranking_from_record
+from lm.data.sources import normalized_words
 from lm.tokenizer import ROLES
 
 ROLE_NAMES = {
@@ -132,7 +133,7 @@ def _named(fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> 
     """What decides on which side a row is held out: its own name, else its words."""
     if isinstance(fields.get("name"), str):
         return fields["name"]
-    words = " ".join(word for message in messages for word in message["content"].split())
+    words = normalized_words(message["content"] for message in messages)
     return f"row/{hashlib.sha256(words.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 

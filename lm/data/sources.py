@@ -177,7 +177,7 @@ def is_held_out(name: str, fraction: float) -> bool:
 
 def normalized_words(texts: Iterable[str]) -> str:
     """The texts as one, whatever white space lies between their words."""
-    return " ".join(word for text in texts for word in text.split())
+    return " ".join(" ".join(texts).split())
 
 
 def split_held_out(

@@ -126,7 +126,7 @@ def write_store(path: Path, documents: Iterable[EncodedDocument], *, vocab_size:
             for key, value in zip(keys, document_keys(document.name, document.content)):
                 keys[key].append(value)
             for ids, weights, start in document.examples:
-                pending.append(np.asarray(ids, dtype))
+                pending.append(ids if isinstance(ids, np.ndarray) else np.fromiter(ids, dtype, len(ids)))
                 held += len(ids)
                 total += len(ids)
                 offsets.append(total)
@@ -137,10 +137,10 @@ def write_store(path: Path, documents: Iterable[EncodedDocument], *, vocab_size:
                     weights_file.write(np.asarray(weights, np.float32).tobytes())
                     has_weights = True
             if held >= WRITTEN_IDS:
-                np.concatenate(pending).tofile(ids_file)
+                np.concatenate(pending, dtype=dtype, casting="unsafe").tofile(ids_file)
                 pending, held = [], 0
         if pending:
-            np.concatenate(pending).tofile(ids_file)
+            np.concatenate(pending, dtype=dtype, casting="unsafe").tofile(ids_file)
     arrays = {"offsets": offsets, "document": owners, "start": starts, "trained": trained, "bytes": sizes}
     for name, values in {**arrays, "name_offsets": name_offsets, **keys, "names": names}.items():
         np.save(path / f"{name}.npy", np.frombuffer(values, np.uint8 if name == "names" else values.typecode))

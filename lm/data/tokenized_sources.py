@@ -1,6 +1,7 @@
 """Sources as tokens on disk, split by document into those to train on and those held out."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -11,9 +12,9 @@ from lm.data.mixture import MixtureSource, source_labels
 from lm.data.sources import Document, one_sided_error, text_source
 from lm.data.token_rows import concatenated_ranges
 from lm.data.token_store import EncodedDocument, EncodedExample, TokenStore, cached_store, store_key
-from lm.tokenizer import Tokenizer, encode_chats
+from lm.tokenizer import TokenizedExample, Tokenizer, encode_chats
 
-ENCODED_CHARACTERS = 2_000_000  # of text that is encoded in one call; some 30 bytes of memory for each
+ENCODED_CHARACTERS = 1_000_000  # of text that is encoded in one call; some 30 bytes of memory for each
 Item = TypeVar("Item")
 
 
@@ -75,9 +76,13 @@ def tokenized_conversations(
 
 def encoded_texts(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[EncodedDocument]:
     """Documents with their ids, many encoded at a time."""
-    for part in parts_by_size(documents, lambda document: len(document.text)):
-        encoded = tokenizer.encode_batch([document.text for document in part])
-        for document, ids in zip(part, encoded):
+
+    def encoded(part: list[Document]) -> Iterator[tuple[Document, list[int]]]:
+        return zip(part, tokenizer.encode_batch([document.text for document in part]))
+
+    parts = prepared_ahead(parts_by_size(documents, lambda document: len(document.text)))
+    for part in prepared_ahead(map(encoded, parts)):
+        for document, ids in part:
             example = EncodedExample(tokenizer.document_ids(ids), None)
             size = len(document.text.encode(errors="surrogatepass"))
             yield EncodedDocument(document.name, document.content, size, [example])
@@ -87,11 +92,17 @@ def encoded_conversations(
     tokenizer: Tokenizer, conversations: Iterable[Conversation], *, turns: int
 ) -> Iterator[EncodedDocument]:
     """Conversations with the ids of their excerpts, many encoded at a time."""
-    for part in parts_by_size(conversations, lambda each: sum(len(m["content"]) for m in each.messages)):
+
+    def encoded(part: list[Conversation]) -> Iterator[tuple[Conversation, list[TokenizedExample]]]:
         excerpts = [conversation_excerpts([conversation], turns=turns) for conversation in part]
         chats = iter(encode_chats(tokenizer, [excerpt.messages for each in excerpts for excerpt in each]))
-        for conversation, each in zip(part, excerpts):
-            found = [next(chats) for _ in each]
+        return zip(part, [[next(chats) for _ in each] for each in excerpts])
+
+    parts = prepared_ahead(
+        parts_by_size(conversations, lambda each: sum(len(message["content"]) for message in each.messages))
+    )
+    for part in prepared_ahead(map(encoded, parts)):
+        for conversation, found in part:
             size = sum(len(message["content"].encode(errors="surrogatepass")) for message in conversation.messages)
             examples = [EncodedExample(ids, weights, i * turns) for i, (ids, weights) in enumerate(found)]
             yield EncodedDocument(conversation.name, conversation.content, size, examples)
@@ -108,6 +119,16 @@ def parts_by_size(items: Iterable[Item], size: Callable[[Item], int]) -> Iterato
             part, total = [], 0
     if part:
         yield part
+
+
+def prepared_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The items, the next one made in a thread of its own meanwhile: Python reads while the tokenizer, which holds no
+    interpreter lock, encodes."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
 
 
 def split_stores(

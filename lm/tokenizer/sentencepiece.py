@@ -87,7 +87,7 @@ class SentencePieceTokenizer(Tokenizer):
     def stop_ids(self) -> tuple[int, ...]:
         return self.end_of_message, self.eos
 
-    @property
+    @cached_property
     def role_ids(self) -> dict[str, int]:
         return {role: SPECIAL_TOKENS.index(f"<|{role}|>") for role in ROLES}
 
@@ -128,13 +128,16 @@ class SentencePieceTokenizer(Tokenizer):
         return [self._example(messages, contents, last) for messages in conversations]
 
     def _example(self, messages: Sequence[Message], contents: Iterator[list[int]], last: bool) -> TokenizedExample:
-        ids, weights = [self.bos], [0.0]
+        ids, trained = [self.bos], []  # where the content of each trained message begins and ends, and its weight
         for i, message in enumerate(messages):
-            content, counts = next(contents), not last or i + 1 == len(messages)
-            trained = message_weight(message) if message["role"] == "assistant" and counts else 0.0
-            ids += [self.role_ids[message["role"]], *content, self.end_of_message]
-            weights += [0.0] + [trained] * (len(content) + 1)
-        return TokenizedExample(np.array(ids, np.int32), np.array(weights, np.float32))
+            begin = len(ids) + 1  # behind the role's marker
+            ids += [self.role_ids[message["role"]], *next(contents), self.end_of_message]
+            if message["role"] == "assistant" and (not last or i + 1 == len(messages)):
+                trained.append((begin, len(ids), message_weight(message)))
+        weights = np.zeros(len(ids), np.float32)
+        for begin, end, weight in trained:
+            weights[begin:end] = weight
+        return TokenizedExample(np.fromiter(ids, np.int32, len(ids)), weights)
 
     def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
         """The conversation and the assistant's marker: a prefix of `encode_chats` of the same and any answer."""
