@@ -1,4 +1,4 @@
-"""Times training, generation, start-up and rollouts on this machine, against its own limits and against PyTorch.
+"""Times training, generation, start-up, rollouts and data on this machine, against its own limits and against PyTorch.
 
     python -m lm bench
     python -m lm bench training --sizes=S,M --dtypes=float32,bfloat16 --peer=PYTHON
@@ -10,9 +10,11 @@ generation  tokens/s of greedy sampling; bytes read a step over the memory's ban
 rollout     seconds of a GRPO step: generation and update apart
 startup     seconds to the first step of lm train, without compiled programs and with them
 speculation tokens/s of a trained model with a draft and without; the share of proposals accepted
+data        tokens/s of the loader over those of training at size S; MB/s encoded beside the library's own call
 
     python -m lm bench generation --sizes=smollm2-135m --batches=1,32
     python -m lm bench startup --json=bench.jsonl
+    python -m lm bench data --sizes=S
     python -m lm bench speculation --workdir=W --draft=D --batches=1,64 --prompt_tokens=64 --new_tokens=32
 
 --peer is an interpreter with tests/peers.txt: PyTorch, transformers and TRL do the same on the same CPU. The two sides
@@ -27,9 +29,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm.bench import generation, rollout, speculation, startup, tables, training
+from lm.bench import data, generation, rollout, speculation, startup, tables, training
 from lm.bench.limits import DeviceLimits
-from lm.bench.sizes import DTYPES, SIZES, parsed_counts, parsed_names, sizes_named
+from lm.bench.sizes import DTYPES, SIZES, BenchmarkSize, parsed_counts, parsed_names, sizes_named
 from lm.bench.turns import Peer, TimedSteps, Timings, interleaved_timings, peer_interpreter
 from lm.core.config import parsed_flags
 from lm.core.errors import UserError, check_at_least
@@ -45,10 +47,11 @@ PRINTERS = {
     "rollout": tables.print_rollout,
     "startup": tables.print_startup,
     "speculation": tables.print_speculation,
+    "data": tables.print_data,
 }
-BENCHMARKS = ("training", "generation", "rollout", "startup", "speculation")
+BENCHMARKS = ("training", "generation", "rollout", "startup", "speculation", "data")
 FLAGS = {
-    "sizes": dict(default="S", metavar="NAMES", help=f"of training and generation: {', '.join(SIZES)}"),
+    "sizes": dict(default="S", metavar="NAMES", help=f"of training, generation and data: {', '.join(SIZES)}"),
     "dtypes": dict(default="auto", metavar="NAMES", help="float32, bfloat16; auto: what the backend would take"),
     "batches": dict(default="1,32", metavar="COUNTS", help="prompts that are answered at once"),
     "new_tokens": dict(type=int, default=256, help="tokens of each answer"),
@@ -98,6 +101,8 @@ def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
         rival = rollout.peer(python, shape) if python else None
         result = lambda timed: rollout.result(config, shape, timed, limits)
         found.append(BenchmarkCase("rollout", lambda: rollout.timed_steps(config, shape), rival, result))
+    if "data" in flags.what:
+        found += [data_case(name, size, dtypes[0]) for name, size in sizes.items()]
     if "speculation" in flags.what:
         there = dict(backend=jax.default_backend(), warn=warn)
         target, draft = (load_policy(path, **there) for path in (flags.workdir, flags.draft))
@@ -113,6 +118,11 @@ def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
 def training_case(name, size, dtype: str, peer: Peer | None, limits: DeviceLimits) -> BenchmarkCase:
     result = lambda timed: training.result(name, size, dtype, timed, limits)
     return BenchmarkCase("training", lambda: training.timed_steps(size, dtype), peer, result)
+
+
+def data_case(name: str, size: BenchmarkSize, dtype: str) -> BenchmarkCase:
+    result = lambda timed: data.result(name, size, timed)
+    return BenchmarkCase("data", lambda: data.timed_steps(size, dtype), None, result)
 
 
 def generation_case(name, config, lm, shape, dtype: str, peer: Peer | None, limits: DeviceLimits) -> BenchmarkCase:

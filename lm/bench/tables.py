@@ -99,6 +99,30 @@ def print_speculation(rows: Sequence[ResultRow]) -> None:
     )
 
 
+def print_data(rows: Sequence[ResultRow]) -> None:
+    """The loader's speed over training's, and ours over the library's at encoding."""
+    print_table(
+        "Loading, tokens/s",
+        ["size", "training", *rows[0]["loaded_per_second"], "times training", "aim"],
+        [
+            [
+                row["size"],
+                f"{row['trained_per_second']:,.0f}",
+                *(f"{rate:,.0f}" for rate in row["loaded_per_second"].values()),
+                ", ".join(f"{ratio:,.0f}" for ratio in row["ratio"].values()),
+                f"{row['aim']:g}",
+            ]
+            for row in rows
+        ],
+    )
+    for row in rows:
+        ours, library = (row["encoded_bytes_per_second"][side] / 1e6 for side in ("encode", "library"))
+        say(
+            f"{row['size']}: encodes {ours:.2f} MB/s, the tokenizer library's own call {library:.2f}: "
+            f"{row['encode_ratio']:.3f} of its speed, by the median of turns"
+        )
+
+
 def print_ratio(title: str, row: ResultRow, peer: str, unit: str) -> None:
     """Our speed over the peer's, if there was one; the range is of single turns."""
     if "ratio" not in row:

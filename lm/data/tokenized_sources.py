@@ -1,5 +1,6 @@
 """Sources as tokens on disk, split by document into those to train on and those held out."""
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
@@ -9,9 +10,9 @@ import numpy as np
 from lm.data.conversations import Conversation, conversation_excerpts
 from lm.data.loading import NO_COLUMNS, conversation_source
 from lm.data.mixture import MixtureSource, source_labels
-from lm.data.sources import Document, one_sided_error, text_source
+from lm.data.sources import Document, TextSource, one_sided_error, text_source
 from lm.data.token_rows import concatenated_ranges
-from lm.data.token_store import EncodedDocument, EncodedExample, TokenStore, cached_store, store_key
+from lm.data.token_store import EncodedDocument, EncodedExample, TokenStore, cached_store, document_keys, store_key
 from lm.tokenizer import TokenizedExample, Tokenizer, encode_chats
 
 ENCODED_CHARACTERS = 1_000_000  # of text that is encoded in one call; some 30 bytes of memory for each
@@ -150,6 +151,42 @@ def split_stores(
     if not any(len(each.held_out) for each in found):
         raise one_sided_error(sum(store.documents for store in stores), 0, held_out, held_out=True)
     return found
+
+
+class SplitTexts:
+    """The texts on one side of a split, read from their sources each time they are iterated over."""
+
+    def __init__(self, sources: Sequence[TextSource], chosen: Sequence[np.ndarray]):
+        """chosen: bool[D] of each source, by document."""
+        self._sources, self._chosen = sources, chosen
+
+    def __len__(self) -> int:
+        return sum(int(np.count_nonzero(each)) for each in self._chosen)
+
+    def __iter__(self) -> Iterator[str]:
+        for source, chosen in zip(self._sources, self._chosen):
+            for document, is_chosen in zip(source.documents(), chosen):
+                if is_chosen:
+                    yield document.text
+
+
+def split_texts(sources: Sequence[TextSource], fraction: float) -> tuple[SplitTexts, SplitTexts]:
+    """(to train on, held out), split as their tokens are. UserError where a side is empty."""
+    keys = []
+    for source in sources:
+        names, contents = array("Q"), array("Q")
+        for document in source.documents():
+            name, content, _ = document_keys(document.name, document.content)
+            names.append(name)
+            contents.append(content)
+        keys.append((np.frombuffer(names, np.uint64), np.frombuffer(contents, np.uint64)))
+    sides = held_out_documents(keys, fraction)
+    seen, unseen = SplitTexts(sources, [~side for side in sides]), SplitTexts(sources, sides)
+    if not len(seen) or not len(unseen):
+        names, contents = (np.concatenate(each) for each in zip(*keys))
+        distinct = min(len(np.unique(names)), len(np.unique(contents)))
+        raise one_sided_error(len(names), distinct, fraction, held_out=bool(len(seen)))
+    return seen, unseen
 
 
 def held_out_documents(keys: Sequence[tuple[np.ndarray, np.ndarray]], fraction: float) -> list[np.ndarray]:

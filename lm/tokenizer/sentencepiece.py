@@ -166,26 +166,32 @@ def sentencepiece_from_bytes(proto: bytes, path) -> SentencePieceTokenizer:
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int = 2048, max_bytes: int = 32_000_000
 ) -> SentencePieceTokenizer:
-    """A tokenizer with `vocab_size` pieces (special ids and 256 bytes included) learned from `texts`.
+    """A tokenizer with `vocab_size` pieces (special ids and 256 bytes included) learned from `texts`, which are not
+    held in memory where they can be iterated over twice.
 
     Nothing is normalised; runs of spaces are pieces, so indentation is cheap; each digit stands alone. Of more than
     `max_bytes` (UTF-8) an even share of every text is read. The same texts give the same bytes. Sennrich et al. 2016,
     arXiv 1508.07909; Kudo and Richardson 2018, arXiv 1808.06226.
     """
-    chunks = [
-        text[i : i + CHUNK_CHARACTERS]
-        for text in map(valid_unicode, texts)
-        for i in range(0, len(text), CHUNK_CHARACTERS)
-    ]
-    size = sum(len(chunk.encode()) for chunk in chunks)
-    if not any(chunk.strip() for chunk in chunks):
+    texts = list(texts) if iter(texts) is texts else texts  # they are read twice
+
+    def chunks() -> Iterator[str]:
+        for text in map(valid_unicode, texts):
+            for i in range(0, len(text), CHUNK_CHARACTERS):
+                yield text[i : i + CHUNK_CHARACTERS]
+
+    size, has_text = 0, False
+    for chunk in chunks():
+        size += len(chunk.encode())
+        has_text = has_text or bool(chunk.strip())
+    if not has_text:
         raise UserError("the tokenizer's corpus holds no text: give it some, or another corpus")
     share = min(1.0, max_bytes / size)
-    chunks = [chunk for i, chunk in enumerate(chunks) if int((i + 1) * share) > int(i * share)] or chunks[:1]
+    chosen = [chunk for i, chunk in enumerate(chunks()) if int((i + 1) * share) > int(i * share)] or [next(chunks())]
     proto = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(chunks),
+            sentence_iterator=iter(chosen),
             model_writer=proto,
             model_type="bpe",
             vocab_size=vocab_size,

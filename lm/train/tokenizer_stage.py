@@ -1,10 +1,14 @@
 """The stage before all others: a vocabulary learned from a corpus."""
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm.core.errors import check_at_least
-from lm.data.sources import load_documents, split_held_out
+from lm.data.loading import NO_COLUMNS
+from lm.data.mixture import parse_sources
+from lm.data.sources import BUILT_IN_KINDS, text_source
+from lm.data.tokenized_sources import parts_by_size, split_texts
 from lm.runs.console import say
 from lm.runs.partial_results import PartialResults
 from lm.runs.workdir import Workdir
@@ -12,29 +16,44 @@ from lm.tokenizer import load_tokenizer, train_tokenizer
 
 
 def fit_tokenizer(
-    workdir: Workdir, *, corpus: str, held_out: float = 0.02, vocab_size: int = 2048, max_bytes: int = 32_000_000
+    workdir: Workdir,
+    *,
+    corpus: str | Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
+    held_out: float = 0.02,
+    vocab_size: int = 2048,
+    max_bytes: int = 32_000_000,
 ) -> dict[str, Any]:
-    """Trains the tokenizer on the documents that are not held out; reports bytes per token on those that are."""
+    """Trains the tokenizer on the documents that are not held out; reports bytes per token on those that are.
+
+    `corpus`, `columns`, `skip_bad_rows`: as in stage pretrain; the weights of a mixture count for nothing here.
+    `max_bytes`: of more text an even share of every document is read.
+    """
     check_at_least(1, "data", vocab_size=vocab_size, max_bytes=max_bytes)
     start = time.monotonic()
-    seen, unseen = split_held_out(load_documents(corpus), held_out)
+    mixture = parse_sources(corpus, BUILT_IN_KINDS, option="data.corpus")
+    sources = [text_source(each.source, columns=columns, skip_bad_rows=skip_bad_rows) for each in mixture]
+    seen, unseen = split_texts(sources, held_out)
     say(f"tokenizer: {len(seen)} documents to learn from, {len(unseen)} held out")
 
     def learn() -> str:
-        found = train_tokenizer((document.text for document in seen), vocab_size=vocab_size, max_bytes=max_bytes)
+        found = train_tokenizer(seen, vocab_size=vocab_size, max_bytes=max_bytes)
         found.save(workdir.tokenizer_path)
         return found.fingerprint
 
     parts = PartialResults(workdir.path / "vocabulary.parts.jsonl")
     fingerprint = parts.once("fingerprint", learn)  # a kill while it is measured must not cost it
     tokenizer = load_tokenizer(workdir.tokenizer_path)
-    size = sum(len(document.text.encode()) for document in unseen)
-    ids = tokenizer.encode_batch(document.text for document in unseen)
+    size = tokens = 0
+    for part in parts_by_size(iter(unseen), len):
+        size += sum(len(text.encode()) for text in part)
+        tokens += sum(map(len, tokenizer.encode_batch(part)))
     parts.remove()
     return {
         "stage": "tokenizer",
         "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": size / sum(map(len, ids)),
+        "bytes_per_token": size / tokens,
         "held_out_bytes": size,
         "seconds": time.monotonic() - start,
         "fingerprint": fingerprint,

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import finished
+from runs import finished, made_text, small
 
-from lm.bench import __main__ as bench, generation, rollout, speculation, startup, tables, training, turns
+from lm.bench import __main__ as bench, data, generation, rollout, speculation, startup, tables, training, turns
 from lm.bench.limits import DeviceLimits
 from lm.bench.sizes import SIZES, parsed_counts, thread_count
 from lm.core.config import parsed_flags
@@ -18,7 +18,7 @@ from lm.model.params import param_count, param_specs
 from lm.runs import hardware
 from lm.weights.config_map import config_json, model_config_from_json as read_back
 
-__all__ = ["finished"]
+__all__ = ["finished", "small"]
 TINY = SIZES["tiny"]
 TALKS = [Conversation(f"talk {i}", [{"role": "user", "content": f"what do you see {i}"}]) for i in range(3)]
 
@@ -200,6 +200,36 @@ def test_a_draft_that_is_the_model_itself_is_always_right(finished, limits, caps
         assert row["ratio"] == pytest.approx(row["per_second"]["drafted"] / row["per_second"]["plain"])
         assert row["each_turn"] == pytest.approx([row["ratio"]])
     assert "pretrain, 2 draft tokens" in capsys.readouterr().out
+
+
+def test_the_loader_stands_beside_training_and_the_encoder_beside_its_library(
+    limits, small, tmp_path, monkeypatch, capsys
+):
+    """At the tiny size, on made text: rows of 32 tokens, two in a batch, 20 batches a step."""
+    text = made_text(tmp_path / "text")
+    monkeypatch.setattr(bench, "DeviceLimits", lambda: limits)
+    monkeypatch.setattr(data, "CORPUS", f"chitchat,{text}")
+    monkeypatch.setattr(data, "SOURCES", "chitchat")
+    monkeypatch.setattr(data, "MIXTURE", ({"source": "chitchat", "weight": 1}, {"source": str(text), "weight": 2}))
+    given = parsed_flags("data --sizes=tiny --turns=2 --steps=2".split(), "", bench.FLAGS, bench.POSITIONAL)
+    found = bench.measurements(given)["data"]
+    bench.print_measurements({"data": found})
+    (row,) = found
+    assert row["ratio"] == {k: rate / row["trained_per_second"] for k, rate in row["loaded_per_second"].items()}
+    assert set(row["ratio"]) == {"texts", "conversations", "mixture"} and min(row["ratio"].values()) > 0
+    assert min(row["encoded_bytes_per_second"].values()) > 0
+    printed = capsys.readouterr().out
+    assert "times training" in printed and "of its speed, by the median of turns" in printed
+
+
+def test_loaded_tokens_by_hand():
+    """Whole rows count: 2 rows of 32 tokens in 20 batches are 1,280 tokens; the medians are 2 s and 4 s, and 8 s."""
+    rows = [
+        dict(texts=t, conversations=t, mixture=2 * t, training=8.0, encode=4.0, library=2.0) for t in (1.0, 2.0, 3.0)
+    ]
+    found = data.result("tiny", TINY, turns.Timings([rows], [], {}))
+    assert found["loaded_per_second"] == {"texts": 640.0, "conversations": 640.0, "mixture": 320.0}
+    assert found["trained_per_second"] == 8.0 and found["ratio"]["mixture"] == 40.0 and found["encode_ratio"] == 0.5
 
 
 def test_a_start_ends_with_its_first_step(tmp_path, monkeypatch):
