@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from lm.compare.read import SWEEP_FILE, MissingRun, Run, run_in_folder, run_in_workdir
 from lm.core.errors import UserError
+from lm.data.mixture import parse_sources
 from lm.runs.workdir import CONFIG_FILE, SUMMARY_FILE, read_json
 from lm.stages.pretraining import pretrain
 
@@ -94,7 +95,7 @@ def ladder_run(found: Run) -> LadderRun:
     summary = read_json(found.path / SUMMARY_FILE)
     default = inspect.signature(pretrain.batches).parameters["corpus"].default
     named = found.config["data.corpus"] if "data.corpus" in found.config else default
-    corpora = [name.strip() for name in named.split(",")]
+    corpora = [name for source in parse_sources(named, {}, option="data.corpus") for name in source.names]
     return LadderRun(
         found.path,
         summary["model_flops"],
