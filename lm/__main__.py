@@ -25,6 +25,9 @@ COMMANDS = {
         ),
     },
     "Use it": {"chat": Command("lm.serve.chat", "talk to a trained model in the terminal")},
+    "Bring your own data": {
+        "data": Command("lm.data.show", "show what a file, folder or hf:NAME holds, and what is wrong")
+    },
     "Collect preferences": {
         "rank": Command("lm.feedback.rank", "let people rank answers on a web page"),
         "judge": Command("lm.feedback.judge", "let a model or a rule rate what people rate"),

@@ -17,6 +17,7 @@ from lm.core.errors import UserError
 from lm.core.statistics import mean_estimate
 from lm.core.types import Array, Completions
 from lm.data import conversations
+from lm.data.loading import load_conversations
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.generate.sampler import sample
@@ -57,7 +58,7 @@ def speculation_samplers(
 
 def held_out_prompts(target: TrainedModel, shape: GenerationShape) -> Prompts:
     """The first shape.batch held-out prompts of at most shape.prompt tokens. UserError where there are not so many."""
-    _, unseen = split_held_out(conversations.load_conversations("chitchat"), HELD_OUT_FRACTION)
+    _, unseen = split_held_out(load_conversations("chitchat"), HELD_OUT_FRACTION)
     fit, _ = prompts_within_length(target.tokenizer, conversations.prompt_contexts(unseen), shape.prompt)
     if len(fit.ids) < shape.batch:
         raise UserError(

@@ -29,6 +29,8 @@ RATING_AXES = (
 )  # our page asks for 1 to 5 on each
 OVERALL_AXIS = "overall"  # the axis that `ranking` itself is
 MAX_SCORE = 10  # score on any axis that is accepted
+LABEL_AXIS = "desirable"  # the axis on which an answer is labelled good or bad by itself, for KTO
+DESIRABLE, UNDESIRABLE = MAX_SCORE, 1  # its scores
 RESPONSE_FLAGS = ("toxic", "dangerous", "low quality")
 VERDICT_KINDS = ("ranked", "both bad", "skipped")
 

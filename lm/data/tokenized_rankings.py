@@ -9,7 +9,7 @@ import numpy as np
 from lm.core.types import RankedAnswers
 from lm.data.conversations import conversation_with_answer
 from lm.data.packing import padded_rows
-from lm.data.preferences import OVERALL_AXIS, Ranking, axis_ranks
+from lm.data.preferences import LABEL_AXIS, OVERALL_AXIS, Ranking, axis_ranks
 from lm.data.truncation import EMPTY_ROW, Cuttable, truncated_rows
 from lm.tokenizer import TokenizedExample, Tokenizer, encode_chats
 
@@ -59,7 +59,8 @@ def tokenized_rankings(
             continue
         ranks[[row is None for row in rows]] = 0
         verdict = TokenizedRanking(ranking, [EMPTY_ROW if row is None else row for row in rows], ranks)
-        if not verdict.pair_count():
+        is_labelled = LABEL_AXIS in axes and ranks[:, list(axes).index(LABEL_AXIS)].any()
+        if not verdict.pair_count() and not is_labelled:
             counts["undecided"] += 1
             continue
         counts["empty"] += sum(float(row.weights.sum()) == 1 for row in verdict.rows)

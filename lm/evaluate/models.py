@@ -26,6 +26,7 @@ from lm.core.options import ConfigFunction
 from lm.core.statistics import mean_estimate, paired_difference, success_rate, win_rate
 from lm.core.types import Tokens
 from lm.data import batches, conversations, packing
+from lm.data.loading import load_conversations
 from lm.data.prompts import padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
@@ -112,7 +113,7 @@ def evaluate_models(
     start = time.monotonic()
     _, text = split_held_out(load_documents(corpus), held_out)
     text = documents_within_bytes(text, held_out_bytes)
-    _, replies = split_held_out(conversations.load_conversations(sources), held_out)
+    _, replies = split_held_out(load_conversations(sources), held_out)
     contexts = shared_prompts(models.values(), conversations.prompt_contexts(replies, turns=turns), prompt_length)[
         :prompts
     ]

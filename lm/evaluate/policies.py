@@ -14,7 +14,8 @@ import numpy as np
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Array, Params
-from lm.data.conversations import load_conversations, prompt_contexts
+from lm.data.conversations import prompt_contexts
+from lm.data.loading import load_conversations
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.runs.workdir import TrainedModel

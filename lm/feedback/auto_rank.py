@@ -21,6 +21,7 @@ from lm.core.config import call_with_options, flags_and_config, require_entries,
 from lm.core.errors import UserError, check_at_least
 from lm.core.options import ConfigFunction
 from lm.data import conversations
+from lm.data.loading import load_conversations
 from lm.data.preferences import Ranking, append_rankings, preference_pairs, read_jsonl_rankings
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
@@ -103,7 +104,7 @@ def rank_sampled_answers(
     trained = load_policy(init_from, backend=jax.default_backend(), warn=warn)
     judge = rater_reward(rater, trained.tokenizer, reward_row_length(prompt_length, max_new))
     contexts = conversations.prompt_contexts(
-        conversations.load_conversations(sources), turns=turns, per_conversation=prompts_per_conversation
+        load_conversations(sources), turns=turns, per_conversation=prompts_per_conversation
     )
     seen, unseen = split_held_out(contexts, held_out)
     name_of = {id(c.messages): c.name for c in contexts}

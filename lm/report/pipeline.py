@@ -21,6 +21,7 @@ from lm.core.errors import UserError
 from lm.core.statistics import Estimate
 from lm.core.types import Tokens
 from lm.data import conversations, packing, preferences, sources
+from lm.data.loading import load_conversations
 from lm.report import reward_model
 from lm.report.run import StageRun, metric_figures, shown_rollouts, stage_run, write_run_page
 from lm.rewards.rule import CRITERIA, RULE, criterion_scores
@@ -202,9 +203,7 @@ def packed_row_example(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     options = {**defaults, **config["data"]}
     try:
         tokenizer = load_tokenizer(path / TOKENIZER_FILE)
-        seen, _ = sources.split_held_out(
-            conversations.load_conversations(options["sources"].split(",")[0]), options["held_out"]
-        )
+        seen, _ = sources.split_held_out(load_conversations(options["sources"].split(",")[0]), options["held_out"])
         excerpts = conversations.conversation_excerpts(seen[:PACKED_EXCERPTS], turns=options["turns"])[:PACKED_EXCERPTS]
         packed, _ = packing.packed_rows(
             [encode_chat(tokenizer, excerpt.messages) for excerpt in excerpts], options["length"]

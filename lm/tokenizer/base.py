@@ -5,7 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from lm.core.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 
-Message = Mapping[str, str]  # {"role": one of ROLES, "content": text}
+# {"role": one of ROLES, "content": text}; an assistant's may hold "weight", that of its tokens as targets (1).
+Message = Mapping[str, Any]
 
 
 class TokenizedExample(NamedTuple):
@@ -142,10 +143,15 @@ def checked_messages(messages: Sequence[Message]) -> Sequence[Message]:
     if not messages:
         raise UserError("a conversation without messages: give at least one {'role', 'content'}")
     for message in messages:
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        if not isinstance(message, Mapping) or set(message) - {"weight"} != {"role", "content"}:
             raise UserError(f"a message must be {{'role', 'content'}}, not {message!r}")
         if message["role"] not in ROLES:
             raise UserError(f"unknown role {message['role']!r} in a conversation: use one of {', '.join(ROLES)}")
         if not isinstance(message["content"], str):
             raise UserError(f"the content of a {message['role']} message must be text, not {message['content']!r}")
     return messages
+
+
+def message_weight(message: Message) -> float:
+    """What the tokens of an assistant's message count as targets; 0: they are context."""
+    return float(message["weight"]) if "weight" in message else 1.0

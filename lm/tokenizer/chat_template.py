@@ -11,7 +11,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lm.core.errors import UserError
-from lm.tokenizer.base import Message
+from lm.tokenizer.base import Message, message_weight
 
 PROBE_MESSAGES = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
@@ -51,9 +51,9 @@ class ChatTemplate:
         self._tokens = dict(tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as text; `asked`: with the marker after which the assistant speaks."""
+        """The conversation as text; `add_generation_prompt`: with the marker after which the assistant speaks."""
         given = dict(
-            messages=[dict(m) for m in messages],
+            messages=[{key: value for key, value in m.items() if key != "weight"} for m in messages],
             add_generation_prompt=add_generation_prompt,
             tools=None,
             documents=None,
@@ -87,7 +87,7 @@ class ChatTemplate:
                     "the chat template rewrites earlier answers when later ones come, so they cannot be masked: "
                     "cut conversations to one answer (data.turns), or take another template"
                 )
-            said.append((len(before), len(after)))
+            said.append((len(before), len(after), message_weight(message)))
         return RenderedChat(text, said)
 
 

@@ -191,7 +191,7 @@ class HuggingFaceTokenizer(Tokenizer):
         starts = np.array(starts)
         weights = np.zeros(len(ids), np.float32)
         last = len(ids)
-        for begin, end in said:
+        for begin, end, weight in said:
             inside = np.flatnonzero((starts >= begin) & (starts < end))
             if not inside.size:
                 raise UserError(
@@ -201,7 +201,7 @@ class HuggingFaceTokenizer(Tokenizer):
             closing = [i for i in inside if ids[i] in self._special]
             last = closing[-1] + 1 if closing else inside[-1] + 1
             if self._coder.encode_with_special(text[:begin]).ids == ids[: inside[0]]:
-                weights[inside[0] : last] = 1
+                weights[inside[0] : last] = weight
         if messages[-1]["role"] != "assistant":
             last = len(ids)
         return TokenizedExample(np.array(ids[:last], np.int32), weights[:last])

@@ -16,7 +16,15 @@ import numpy as np
 import sentencepiece
 
 from lm.core.errors import UserError
-from lm.tokenizer.base import ROLES, Message, TokenizedExample, Tokenizer, checked_messages, valid_unicode
+from lm.tokenizer.base import (
+    ROLES,
+    Message,
+    TokenizedExample,
+    Tokenizer,
+    checked_messages,
+    message_weight,
+    valid_unicode,
+)
 
 SPECIAL_TOKENS = (
     "<|pad|>",
@@ -123,7 +131,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids, weights = [self.bos], [0.0]
         for i, message in enumerate(messages):
             content, counts = next(contents), not last or i + 1 == len(messages)
-            trained = float(message["role"] == "assistant" and counts)
+            trained = message_weight(message) if message["role"] == "assistant" and counts else 0.0
             ids += [self.role_ids[message["role"]], *content, self.end_of_message]
             weights += [0.0] + [trained] * (len(content) + 1)
         return TokenizedExample(np.array(ids, np.int32), np.array(weights, np.float32))

@@ -90,7 +90,15 @@ def eight(m, **changes):
     return model.make_model(dataclasses.replace(m.config, cache_dtype="int8", **changes))
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 3}, GEMMA, MIXTURE], ids=["plain", "windowed", "gemma", "mixture"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"window": 3}, id="windowed"),
+        pytest.param(GEMMA, id="gemma"),
+        pytest.param(MIXTURE, id="mixture", marks=pytest.mark.slow),
+    ],
+)
 def test_decoding_from_an_int8_cache_is_near_the_full_pass(changes, made):
     """A key or value is off by 1/254 of its head's largest at most: states of size 1 by a few hundredths. In one step,
     in many, and about a ring: the same numbers, as a slot is rounded once, when it is written."""

@@ -64,7 +64,13 @@ def test_what_is_emitted_is_distributed_as_the_target():
     assert np.any(np.isinf(p) & ~np.isinf(q)) and 0.1 < np.mean(refused) < 0.9
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.8}], ids=["plain", "adjusted"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"temperature": 0.7, "top_p": 0.8}, id="adjusted"),
+    ],
+)
 def test_frequencies_of_whole_answers(settings):
     """6144 answers of 3 tokens by two different models of 4: each count within 4.5 deviations of the target's n p."""
     n, prompt = 6144, [1, 3]
@@ -91,7 +97,10 @@ def test_frequencies_of_whole_answers(settings):
     assert p.sum() == pytest.approx(1, abs=1e-5) and (p == 0).any() == bool(settings)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(window=3, global_every=2)], ids=["plain", "windows"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, id="plain", marks=pytest.mark.slow), pytest.param(dict(window=3, global_every=2), id="windows")],
+)
 def test_greedy_is_samples_and_logprobs_are_the_trainers(changes, tiny_model):
     """Rules 6 and 14: ragged prompts, grouped queries, rings that take slots back; a draft that is refused at times."""
     m = model.make_model(dataclasses.replace(tiny_model.config, **changes))

@@ -284,7 +284,7 @@ def test_score_is_read_at_the_last_real_token_by_length(tiny_model, tiny_lm, see
     assert abs(every[0, 2] - every[0, 1]) > 1e-3 and abs(every[0, 2] - every[0, 3]) > 1e-3
 
 
-@pytest.mark.parametrize("stage", [reward, listwise])
+@pytest.mark.parametrize("stage", [reward, pytest.param(listwise, marks=pytest.mark.slow)])
 def test_reward_learns_that_an_answer_holds_a_seven(stage, tiny_model, fresh, rows):
     """Unseen pairs in the right order: 0.5 at the start, over 0.95 after 100 batches of 32."""
     draw = np.random.default_rng(0)

@@ -11,6 +11,7 @@ Ours differs: each token of a batch counts once (the paper: each answer); studen
 temperature at which the student writes.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Metrics, metric_values
 from lm.core.types import Array, Tokens
 from lm.data import batches as rows_to_batches, conversations, sources as corpora
+from lm.data.loading import NO_COLUMNS, load_conversations
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.model import Model
 from lm.optim.update import Update, gradient
@@ -68,6 +70,8 @@ def batches(
     context: StageContext,
     *,
     sources: str = "chitchat",
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     turns: int = 3,
     prompt_length: int = 64,
     max_new: int = 32,
@@ -92,9 +96,17 @@ def batches(
         raise UserError(f"data.on_policy_fraction is {on_policy_fraction}; it is a share of batches, from 0 to 1")
     even = turns + turns % 2
     people = conversation_batches.batches(
-        context, sources=sources, turns=even, length=length, batch_size=batch_size, held_out=held_out
+        context,
+        sources=sources,
+        columns=columns,
+        skip_bad_rows=skip_bad_rows,
+        turns=even,
+        length=length,
+        batch_size=batch_size,
+        held_out=held_out,
     )
-    contexts = conversations.repeated_prompt_contexts(conversations.load_conversations(sources), turns=turns)
+    loaded = load_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows)
+    contexts = conversations.repeated_prompt_contexts(loaded, turns=turns)
     distinct = conversations.distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
         prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)

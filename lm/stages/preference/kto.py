@@ -8,14 +8,14 @@ policy this run starts from. A batch is `Ranked` with `mismatched` rows; z is co
 gradient, and stored with each prompt, so that microbatches do not change it.
 Ethayarajh et al. 2024, eq. 8, arXiv 2402.01306.
 
-Ours differs: labels are read off rankings (desirable: it beats more answers than beat it; undesirable: the reverse;
-neither: unlabelled), and the mismatched answers are fixed when data are prepared, where the paper shifts the answers
-within each microbatch. While the policy finds those less likely than its reference does, z is 0, as it is after a few
-steps of experiments/kto.py.
+Ours differs: where rows bring no labels, they are read off rankings (desirable: it beats more answers than beat it;
+undesirable: the reverse; neither: unlabelled), and the mismatched answers are fixed when data are prepared, where the
+paper shifts the answers within each microbatch. While the policy finds those less likely than its reference does, z is
+0, as it is after a few steps of experiments/kto.py.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import optax
@@ -24,7 +24,9 @@ from lm.core.errors import UserError
 from lm.core.metrics import Metrics, mean, scalar_metric
 from lm.core.types import Array, RankedAnswers
 from lm.data.conversations import conversation_with_answer
+from lm.data.loading import NO_COLUMNS
 from lm.data.packing import padded_rows
+from lm.data.preferences import LABEL_AXIS, OVERALL_AXIS
 from lm.data.tokenized_rankings import TokenizedRanking, ranked_answers_batch
 from lm.data.truncation import EMPTY_ROW, truncated_rows
 from lm.losses.preference import kto_loss
@@ -84,16 +86,22 @@ def with_reference_point(model: Model, state, batch: RankedAnswers) -> tuple[Ran
 
 
 def desirability_labels(ranks: Array) -> tuple[Array, Array]:
-    """bool[P,K] twice, from ranks i32[P,K,A]: which answers are desirable, and which are undesirable."""
+    """bool[P,K] twice, from ranks i32[P,K,2]: which answers are desirable, and which are undesirable.
+
+    The second axis is the label of an answer by itself, 0 where it has none; there the ranks decide.
+    """
     better = preference_mask(ranks[..., 0]).astype(jnp.int32)
     wins, losses = jnp.sum(better, axis=2), jnp.sum(better, axis=1)
-    return wins > losses, wins < losses
+    label = ranks[..., 1]
+    return jnp.where(label > 0, label == 1, wins > losses), jnp.where(label > 0, label > 1, wins < losses)
 
 
 def batches(
     context: StageContext,
     *,
     rankings: str,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     length: int = 128,
     prompts_per_batch: int = 32,
     held_out: float = 0.15,
@@ -103,7 +111,10 @@ def batches(
     return preference_batches.batches(
         context,
         functools.partial(batch_with_mismatched, context.tokenizer),
+        (OVERALL_AXIS, LABEL_AXIS),
         rankings=rankings,
+        columns=columns,
+        skip_bad_rows=skip_bad_rows,
         length=length,
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,

@@ -9,6 +9,7 @@ import numpy as np
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Rollouts, Tokens, TrainState
 from lm.data import batches as rows_to_batches, conversations, packing, sources as corpora
+from lm.data.loading import NO_COLUMNS, load_conversations
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.generate.sampler import check_sampling
 from lm.losses.advantages import overlong_penalty
@@ -40,6 +41,8 @@ def batches(
     pessimism: float = 0.0,
     rater: str = "",
     sources: str = "chitchat",
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     turns: int = 3,
     prompt_length: int = 64,
     max_new: int = 32,
@@ -58,6 +61,8 @@ def batches(
     held_out_rollouts: int = 128,
 ) -> Batches:
     """`rollouts` answers of the current policy, `group` to each prompt from `sources`, and what they are worth.
+
+    `sources`, `columns`, `skip_bad_rows`: see lm.data.loading; a row's other fields go to the rewards.
 
     The reward is a sum of `rewards`, by name and weight: "model" is the reward model of the workdir `reward_model` (of
     several, with commas between them: their mean less `pessimism` standard deviations), the others are lm.rewards';
@@ -103,7 +108,9 @@ def batches(
             total = total + np.asarray(overlong_penalty(found.lengths, limit=longest, buffer=overlong_buffer))
         return Rollouts(found.tokens, np.float32(total), scores, found.stopped, found.logprobs, group=group)
 
-    contexts = conversations.repeated_prompt_contexts(conversations.load_conversations(sources), turns=turns)
+    contexts = conversations.repeated_prompt_contexts(
+        load_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows), turns=turns
+    )
     distinct = conversations.distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
         prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)
