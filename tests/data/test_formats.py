@@ -112,10 +112,10 @@ def test_columns_name_what_is_called_otherwise():
         ({"prompt": "Hi?", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
         ({"prompt": "Hi?", "chosen": "a", "rejected": ""}, "an answer is empty"),
         ({"prompt": "Hi?", "chosen": "a", "rejected": "b", "margin": 0}, "chosen is not better than rejected"),
-        ({"chosen": "a", "rejected": "b"}, "chosen and rejected are texts without a prompt"),
+        ({"chosen": "a", "rejected": "b"}, "chosen and rejected are texts that begin with different words"),
         ({"prompt": "Hi?", "completion": "a", "label": "good"}, "label is 'good', neither true nor false"),
         ({"prompt": TURNS, "answer": "7"}, "it ends with the assistant, not with the user"),
-        ({"prompt": "Hi?", "completions": [{"response": "a"}]}, "a completion has no response or none of score"),
+        ({"prompt": "Hi?", "completions": [{"response": "a"}] * 2}, "a completion has no response or none of score"),
     ],
 )
 def test_what_cannot_be_used(fields, fault):

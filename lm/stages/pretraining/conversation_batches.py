@@ -6,7 +6,7 @@ from lm.core.errors import UserError, check_at_least
 from lm.core.types import Tokens
 from lm.data import batches as rows_to_batches, packing, sources as corpora
 from lm.data.conversations import Conversation, conversation_excerpts
-from lm.data.loading import NO_COLUMNS, load_conversations
+from lm.data.loading import NO_COLUMNS, load_counted_conversations
 from lm.stages.context import Batches, StageContext
 from lm.tokenizer import Tokenizer, encode_chats as templated
 
@@ -35,9 +35,8 @@ def batches(
     check_at_least(2, "data", turns=turns)
     if turns % 2:
         raise UserError(f"data.turns is {turns}; it must be even, or every other excerpt would open with the assistant")
-    train, unseen = corpora.split_held_out(
-        load_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows), held_out
-    )
+    loaded = load_counted_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows, needs_reply=True)
+    train, unseen = corpora.split_held_out(loaded.items, held_out)
     (train_rows, left_out), (unseen_rows, more) = (
         conversation_rows(context.tokenizer, side, turns, length) for side in (train, unseen)
     )
@@ -51,6 +50,7 @@ def batches(
         **left_out,
         "held_out_conversations": len(unseen),
         **{f"held_out_{name}": count for name, count in more.items()},
+        **loaded.counts,
     }
     return Batches(
         lambda state, i: batch(i), lambda state: rows_to_batches.sequential_batches(unseen_rows, batch_size), about

@@ -9,7 +9,7 @@ import numpy as np
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Rollouts, Tokens, TrainState
 from lm.data import batches as rows_to_batches, conversations, packing, sources as corpora
-from lm.data.loading import NO_COLUMNS, load_conversations
+from lm.data.loading import NO_COLUMNS, load_counted_conversations
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.generate.sampler import check_sampling
 from lm.losses.advantages import overlong_penalty
@@ -108,9 +108,8 @@ def batches(
             total = total + np.asarray(overlong_penalty(found.lengths, limit=longest, buffer=overlong_buffer))
         return Rollouts(found.tokens, np.float32(total), scores, found.stopped, found.logprobs, group=group)
 
-    contexts = conversations.repeated_prompt_contexts(
-        load_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows), turns=turns
-    )
+    loaded = load_counted_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows)
+    contexts = conversations.repeated_prompt_contexts(loaded.items, turns=turns)
     distinct = conversations.distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
         prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)
@@ -126,6 +125,7 @@ def batches(
         "skipped": skipped,
         "held_out_skipped": more,
         "repeated": len(contexts) - len(distinct),
+        **loaded.counts,
     }
 
     def held_out_batches(state):
