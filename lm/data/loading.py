@@ -1,5 +1,6 @@
 """Conversations, prompts and rankings by the name of their source: built in, a file, a folder, a glob, or hf:NAME."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ def load_counted_conversations(
             rows = _usable_values(name, formats, columns, bad_rows, "no conversation or prompt")
             found += rows
             own += rows
-    return LoadedConversations(found, _counted(sources, bad_rows, map(_conversation_key, own)))
+    return LoadedConversations(found, _counted(sources, bad_rows, map(row_digest, own)))
 
 
 def load_rankings(source: str, *, columns: Mapping[str, str] = NO_COLUMNS, skip_bad_rows: int = 0) -> list[Ranking]:
@@ -77,7 +78,7 @@ def load_counted_rankings(
         return LoadedRankings(read_rankings(source), {})
     bad_rows = BadRows(skip_bad_rows)
     found = _usable_values(source, RANKING_FORMATS, columns, bad_rows, "no preference")
-    return LoadedRankings(found, _counted(source, bad_rows, map(_ranking_key, found)))
+    return LoadedRankings(found, _counted(source, bad_rows, map(row_digest, found)))
 
 
 def check_source(name: str, built_in: Mapping[str, Callable], option: str) -> None:
@@ -109,7 +110,7 @@ def _usable_values(
     return found
 
 
-def _counted(sources: str, bad_rows: BadRows, keys: Iterable[Any]) -> dict[str, int]:
+def _counted(sources: str, bad_rows: BadRows, keys: Iterable[bytes]) -> dict[str, int]:
     """The counts, of which a warning tells those that are not 0."""
     keys = list(keys)
     bad, copies = len(bad_rows.faults), len(keys) - len(set(keys))
@@ -121,11 +122,11 @@ def _counted(sources: str, bad_rows: BadRows, keys: Iterable[Any]) -> dict[str, 
     return {"bad_rows": bad, "duplicate_rows": copies}
 
 
-def _conversation_key(conversation: Conversation) -> tuple:
-    fields = tuple(sorted((name, repr(value)) for name, value in conversation.fields.items()))
-    return tuple((message["role"], message["content"]) for message in conversation.messages), fields
-
-
-def _ranking_key(ranking: Ranking) -> tuple:
-    asked = tuple(message["content"] for message in ranking.prompt)
-    return asked, tuple(ranking.responses), tuple(ranking.ranking), repr(dict(ranking.axes)), ranking.rater
+def row_digest(value: str | Conversation | Ranking) -> bytes:
+    """The same for two rows that say the same, whatever else is known of a ranking."""
+    said: tuple = (value,)
+    if isinstance(value, Conversation):
+        said = value.messages, sorted(value.fields.items(), key=lambda item: item[0])
+    elif isinstance(value, Ranking):
+        said = value.prompt, value.responses, value.ranking, sorted(value.axes.items()), value.rater
+    return hashlib.sha256(repr(said).encode(errors="surrogatepass")).digest()

@@ -4,6 +4,7 @@ A pair is a ranking of two answers; a completion with a label is one of a single
 ratings rank as many answers as they rate.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -112,9 +113,7 @@ def _shared_messages(chosen: Any, rejected: Any) -> list[Mapping[str, Any]]:
             break
         shared.append(one)
     if not shared:
-        raise RowFault(
-            "there is no prompt, and chosen and rejected begin with different messages: add the field prompt"
-        )
+        raise RowFault("chosen and rejected have no prompt and begin with different messages: add the field prompt")
     return shared
 
 
@@ -166,7 +165,7 @@ def _margin(fields: Fields) -> float:
 def _ratings(fields: Fields, completions: Sequence[Any]) -> list[float]:
     for name in RATING_LISTS:
         if name in fields:
-            ratings = list_value(fields[name])
+            ratings = _parsed_list(fields[name])
             if not isinstance(ratings, Sequence) or isinstance(ratings, str) or len(ratings) != len(completions):
                 raise RowFault(f"{name} is {ratings!r:.60}, not a number for each of {len(completions)} completions")
             return [_number(rating, name) for rating in ratings]
@@ -174,6 +173,14 @@ def _ratings(fields: Fields, completions: Sequence[Any]) -> list[float]:
         if all(isinstance(each, Mapping) and name in each and each[name] is not None for each in completions):
             return [_number(each[name], name) for each in completions]
     raise RowFault(f"a completion has no response or none of {', '.join(SCORE_FIELDS)}")
+
+
+def _parsed_list(value: Any) -> Any:
+    """Numbers that a table holds as "[3, 1]" in a cell."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _completion_text(completion: Any) -> str:

@@ -160,7 +160,9 @@ def batch_with_mismatched(
             f"of {len(verdicts)} verdicts no prompt takes an answer to another one within data.length {length}: KTO's "
             "baseline needs some; rank different prompts, or raise data.length or data.held_out"
         )
-    return ranked_answers_batch(verdicts, length, most).replace(mismatched_tokens=padded_rows(rows, length))
+    found = ranked_answers_batch(verdicts, length, most)
+    ranks = found.ranks if found.ranks[..., 1:].any() else found.ranks[..., :1]  # no axis for labels that are not there
+    return found.replace(ranks=ranks, mismatched_tokens=padded_rows(rows, length))
 
 
 def mismatched_example(
