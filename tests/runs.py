@@ -247,7 +247,7 @@ def die_while_saving(number: int) -> None:
 
 def die_in_update(number: int) -> None:
     """On the devices, at the minibatch of that number, counted over the epochs of PPO's updates."""
-    gradient, seen = policy_gradient.gradient, []
+    gradient, seen = policy_gradient.decoder_gradient, []
 
     def tick(step):
         seen.append(step)
@@ -263,7 +263,7 @@ def die_in_update(number: int) -> None:
 
         return inner._replace(update=update)
 
-    policy_gradient.gradient = ticking
+    policy_gradient.decoder_gradient = ticking
 
 
 MOMENTS = {

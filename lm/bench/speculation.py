@@ -20,7 +20,7 @@ from lm.data import conversations
 from lm.data.loading import load_conversations
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
-from lm.generate.sampler import sample
+from lm.generate.sampler import SamplingParams, sample
 from lm.generate.speculative import AcceptanceCounts, speculative_sample
 from lm.runs.workdir import TrainedModel, check_same_tokenizer
 
@@ -47,10 +47,10 @@ def speculation_samplers(
     """Answers of at most shape.new tokens, that end where they end. UserError for a draft of another tokenizer."""
     check_same_tokenizer(target, draft)
     lm, draft_lm = (jax.device_put(trained.params["lm"]) for trained in (target, draft))
-    options = dict(max_new=shape.new, temperature=temperature, stop=target.tokenizer.stop_ids)
-    plain = jax.jit(functools.partial(sample, target.model, **options))
+    sampling = SamplingParams(shape.new, temperature, stop=target.tokenizer.stop_ids)
+    plain = jax.jit(functools.partial(sample, target.model, sampling=sampling))
     drafted = jax.jit(
-        functools.partial(speculative_sample, target.model, draft.model, draft_tokens=draft_tokens, **options)
+        functools.partial(speculative_sample, target.model, draft.model, sampling=sampling, draft_tokens=draft_tokens)
     )
     given = prompts.ids, prompts.lengths
     return SpeculationSamplers(functools.partial(plain, lm, *given), functools.partial(drafted, lm, draft_lm, *given))

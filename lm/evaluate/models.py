@@ -30,6 +30,7 @@ from lm.data.loading import load_conversations
 from lm.data.prompts import padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.generate.sampler import SamplingParams
 from lm.rewards import REWARDS
 from lm.runs import metadata
 from lm.runs.console import Progress, print_table, run_program, say, warn
@@ -118,7 +119,7 @@ def evaluate_models(
         :prompts
     ]
     messages = [c.messages for c in contexts]
-    sampler = {"rows_at_once": rows_at_once, "max_new": max_new, "temperature": temperature}
+    sampling = SamplingParams(max_new, temperature)
     parts, scores, found, told = PartialResults(workdir.path / PARTIAL_FILE), {}, {}, {}
     with Progress("evaluate", len(models), "model") as progress:
         for i, (name, model) in enumerate(models.items()):
@@ -130,7 +131,8 @@ def evaluate_models(
                 ),
             )
             given = parts.once(
-                f"answers of {name} {made}", lambda: sampled_answers(model, messages, prompt_length, seed, **sampler)
+                f"answers of {name} {made}",
+                lambda: sampled_answers(model, messages, prompt_length, seed, sampling, rows_at_once),
             )
             found[name] = [GeneratedAnswer(*each) for each in given]
             scores[name] = REWARDS[rater](messages, [answer.text for answer in found[name]])
@@ -164,11 +166,18 @@ def held_out_losses(
 
 
 def sampled_answers(
-    trained: TrainedModel, contexts: Sequence[list[dict]], prompt_length: int, seed: int, **sampler
+    trained: TrainedModel,
+    contexts: Sequence[list[dict]],
+    prompt_length: int,
+    seed: int,
+    sampling: SamplingParams,
+    rows_at_once: int,
 ) -> list[GeneratedAnswer]:
     """An answer of the model to each context."""
     rows = padded_prompts([prompt_ids(trained, messages) for messages in contexts], contexts, prompt_length)
-    answers = batch_answerer(trained.model, trained.params["lm"], trained.tokenizer, jit=jax.jit, **sampler)
+    answers = batch_answerer(
+        trained.model, trained.params["lm"], trained.tokenizer, sampling, rows_at_once=rows_at_once, jit=jax.jit
+    )
     return answers(rows, jax.random.key(seed))
 
 

@@ -26,6 +26,7 @@ from lm.data.preferences import Ranking, append_rankings, preference_pairs, read
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.generate.sampler import SamplingParams
 from lm.rewards import REWARDS, Reward
 from lm.rewards.load import reward_from_workdir
 from lm.rewards.reward_model import reward_row_length
@@ -91,8 +92,8 @@ def rank_sampled_answers(
     """Answers of the model in `init_from` to prompts that are not held out, ranked by `rater`: one of
     lm.rewards.REWARDS, or the workdir of a reward model.
 
-    An answer that the limit cut off loses `cut_penalty` first, as in RL. `held_out_prompts` of those that are held out
-    follow, for a stage that measures itself on them.
+    truncation_penalty: subtracted from the score of an answer that the limit cut off, as in RL. held_out_prompts: how
+    many of the held-out prompts are ranked too, for a stage that measures itself on them.
     """
     check_at_least(1, "rank", turns=turns, prompts=prompts, prompts_at_once=prompts_at_once)
     check_at_least(2, "rank", responses=responses)
@@ -119,10 +120,9 @@ def rank_sampled_answers(
         trained.model,
         trained.params["lm"],
         trained.tokenizer,
+        SamplingParams(max_new, temperature),
         jit=jax.jit,
         rows_at_once=prompts_at_once * responses,
-        max_new=max_new,
-        temperature=temperature,
     )
     parts = PartialResults(workdir.path / UNRANKED_FILE)
     with Progress("rank", len(chosen.ids), "prompt") as progress:

@@ -41,19 +41,19 @@ class SealedPyTreeHandler(ocp.PyTreeCheckpointHandler):
 @ocp.args.register_with_handler(SealedPyTreeHandler, for_save=True)
 @dataclasses.dataclass
 class SealedPyTreeSave(ocp.args.PyTreeSave):
-    """Names `Item` as the format to save in."""
+    """Names SealedPyTreeHandler as the format to save in."""
 
 
 @ocp.args.register_with_handler(SealedPyTreeHandler, for_restore=True)
 @dataclasses.dataclass
 class SealedPyTreeRestore(ocp.args.PyTreeRestore):
-    """Names `Item` as the format to restore from."""
+    """Names SealedPyTreeHandler as the format to restore from."""
 
 
 class Checkpoints:
     """The checkpoints of one run, as a context manager; leaving it waits for the last save.
 
-    keep: newest steps that are kept. warn: given one line about every damaged step that is passed over.
+    keep: newest steps that are kept. warn: called with one line about every damaged step that is skipped.
     Saving raises `UserError` when the system refuses a write; as saving is asynchronous, that may be at the next call.
     """
 
@@ -75,7 +75,7 @@ class Checkpoints:
     def save(self, step: int, tree: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Starts to write `tree`, a dict of pytrees of arrays and typed PRNG keys, and `meta`, which is JSON.
 
-        The arrays may be donated as soon as this returns. A step that is there already is left as it is.
+        The arrays may be donated as soon as this returns. An existing step is not written again.
         """
         self.wait()
         if step in self.steps():
@@ -93,7 +93,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
-        return _steps(self.directory)
+        return checkpoint_steps(self.directory)
 
     def restore(self, like: Mapping[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """(step, tree, meta) of the newest checkpoint that is whole, bitwise as saved; None if there are none.
@@ -103,21 +103,15 @@ class Checkpoints:
         Raises UserError if no checkpoint is whole, or if the newest whole one has another structure than `like`.
         """
         self.wait()
-        damaged = []
-        for step in reversed(self.steps()):
-            folder = self.directory / str(step)
-            if damage := _damage(folder):
-                self._warn(_damage_message(folder, damage))
-                damaged.append(step)
-                continue
-            tree, meta = _restored_tree(folder, like), _meta(folder)[META_ITEM]
-            for torn in damaged:
-                shutil.rmtree(self.directory / str(torn))
-            self._manager.reload()
-            return step, tree, meta
-        if damaged:
+        found = newest_checkpoint(self.directory, like, warn=self._warn)
+        if found is None and self.steps():
             raise UserError(f"{self.directory} has no undamaged checkpoint: remove that folder to start from step 0")
-        return None
+        if found is not None:
+            for step in self.steps():
+                if step > found[0]:  # damaged
+                    shutil.rmtree(self.directory / str(step))
+            self._manager.reload()
+        return found
 
     def _opened(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -137,7 +131,7 @@ class Checkpoints:
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             with suppress(OSError):
-                self._manager = self._opened()  # a failed one repeats its error for ever
+                self._manager = self._opened()  # a failed one raises the same error at every call
             raise UserError(
                 f"cannot save a checkpoint in {self.directory}: {os.strerror(code)}; "
                 "make room there or choose another --workdir, then start again: "
@@ -150,11 +144,11 @@ def restore_params(
 ) -> tuple[Any, dict[str, Any]]:
     """(tree[name] as nested dicts of numpy arrays, metadata) of the newest checkpoint whose `name` is whole.
 
-    Nothing else of the checkpoint is read: no optimizer state. step: no other than that of this step will do. warn:
-    given one line about every one passed over. Raises UserError if there is no such checkpoint.
+    Nothing else of the checkpoint is read: no optimizer state. step: only the checkpoint of this step. warn: called
+    with one line about every checkpoint that is skipped. Raises UserError if there is no such checkpoint.
     """
     directory = Path(directory).absolute()
-    steps = [each for each in _steps(directory) if step in (None, each)]
+    steps = [each for each in checkpoint_steps(directory) if step in (None, each)]
     for step in reversed(steps):
         folder = directory / str(step)
         if damage := _damage(folder, only=name):
@@ -168,7 +162,28 @@ def restore_params(
     raise UserError(f"{directory} holds {found}: train that stage first, or give the folder of another run")
 
 
-def _steps(directory: Path) -> list[int]:
+def newest_checkpoint(
+    directory: str | Path, like: Mapping[str, Any], *, until: int | None = None, warn: Callable[[str], None] = print
+) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    """(step, tree, meta) of the newest checkpoint that is whole, as `Checkpoints.restore` gives it; None if there is
+    none. Nothing in the folder is changed, so that it may be another process's.
+
+    until: none of a later step. warn: given one line about every damaged step that is passed over.
+    """
+    directory = Path(directory).absolute()
+    for step in reversed(checkpoint_steps(directory)):
+        if until is not None and step > until:
+            continue
+        folder = directory / str(step)
+        if damage := _damage(folder):
+            warn(_damage_message(folder, damage))
+            continue
+        return step, _restored_tree(folder, like), _meta(folder)[META_ITEM]
+    return None
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Steps with a complete checkpoint in a folder, oldest first."""
     if not directory.is_dir():
         return []
     return sorted(int(folder.name) for folder in directory.iterdir() if re.fullmatch(r"\d+", folder.name))
@@ -249,7 +264,7 @@ def _key_data(leaf: Any) -> Any:
 
 
 def _restore_target(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What orbax shall restore for `leaf`: of a typed key its data, without a sharding the first device."""
+    """What orbax is to restore for `leaf`: of a typed key its data; without a sharding on the first device."""
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     plain = jax.eval_shape(_key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     return jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=sharding)
@@ -258,7 +273,7 @@ def _restore_target(leaf: Any) -> jax.ShapeDtypeStruct:
 def _with_key_type(leaf: jax.Array, like: Any) -> jax.Array:
     if not _is_key(like):
         return leaf
-    # The algorithm of a key is only told of a key, not of its dtype: ask while tracing one.
+    # JAX gives the algorithm of a key, not of its dtype: ask while tracing one.
     impl = []
     jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(like.shape, like.dtype))
     return jax.random.wrap_key_data(leaf, impl=impl[0])

@@ -51,7 +51,7 @@ class TrialStatus(NamedTuple):
     """What the study knows of a trial."""
 
     number: int
-    state: str  # one of STATES
+    state: str  # one of the values of STATE_NAMES
     overrides: Mapping[str, str]  # empty while nobody has chosen them
     seeds: Sequence[int]
     value: float | None

@@ -1,4 +1,4 @@
-"""What every stage asks of a tokenizer, whoever made it."""
+"""The interface of every tokenizer, ours and other people's."""
 
 import hashlib
 import os
@@ -65,7 +65,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special ids drop out, bytes that are no UTF-8 show as U+FFFD."""
+        """The text of `ids`; special ids are left out, invalid UTF-8 shows as U+FFFD."""
 
     @abstractmethod
     def pieces(self, ids: Iterable[int]) -> list[str]:
@@ -73,15 +73,16 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
-        """Whole conversations as the template renders them: the ids of every stage come from here and from `prompts`.
+        """Whole conversations as the template renders them: the ids of every stage come from here and from
+        `encode_prompts`.
 
-        Trained is what the assistant says and the token that ends it; nothing follows that. `last`: only in the last
-        message, which must be the assistant's.
+        The assistant's words and the token that ends them have weight 1, and nothing follows it. last: only the last
+        message is trained, which must be the assistant's.
         """
 
     @abstractmethod
     def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
-        """i32[n] each: the conversation so far, up to where the assistant begins to speak."""
+        """i32[n] each: the conversation so far, up to where the assistant's answer begins."""
 
     @abstractmethod
     def encode_reply(self, role: str, text: str, limit: int) -> list[int]:
@@ -89,16 +90,16 @@ class Tokenizer(ABC):
 
     @property
     def shows_date(self) -> bool:
-        """Whether its template may tell the date, so that ids depend on it."""
+        """Whether its template may show the date, so that ids depend on it."""
         return False
 
     @property
     def date(self) -> str:
-        """The moment that its template tells, ISO 8601; empty where none is set."""
+        """The date that its template shows, ISO 8601; empty where none is set."""
         return ""
 
     def dated(self, date: str) -> "Tokenizer":
-        """The same tokenizer, with the same fingerprint, whose template tells this date."""
+        """The same tokenizer, with the same fingerprint, whose template shows this date."""
         return self
 
     @property
@@ -130,7 +131,7 @@ class Tokenizer(ABC):
 
 
 def valid_unicode(text: str) -> str:
-    """`text` with each lone surrogate, which is no Unicode and has no UTF-8, as U+FFFD."""
+    """`text` with each lone surrogate, which UTF-8 cannot encode, as U+FFFD."""
     try:
         text.encode()
         return text
@@ -139,7 +140,7 @@ def valid_unicode(text: str) -> str:
 
 
 def checked_messages(messages: Sequence[Message]) -> Sequence[Message]:
-    """The messages of a conversation. UserError for one that is none."""
+    """The messages of a conversation. UserError for one that is not valid."""
     if not messages:
         raise UserError("a conversation without messages: give at least one {'role', 'content'}")
     for message in messages:

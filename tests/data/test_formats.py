@@ -11,7 +11,9 @@ from lm.data.files import SourceRow
 from lm.data.formats import recognized_row
 from lm.data.loading import load_conversations, load_counted_conversations, load_counted_rankings, load_rankings
 from lm.data.messages import RowFault
+from lm.data.packing import packed_rows
 from lm.data.preferences import LABEL_AXIS
+from lm.data.sources import split_held_out
 from lm.tokenizer import encode_chat, train_tokenizer
 
 HUMAN, GPT = {"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}
@@ -261,6 +263,21 @@ def test_weights_of_messages_are_those_of_their_tokens():
     trained = plain.weights.nonzero()[0]
     count = len(tokenizer.encode("a cat sat")) + 1
     assert not weighted.weights[trained[:count]].any() and (weighted.weights[trained[count:]] == 0.5).all()
+
+
+def test_a_file_in_which_nothing_is_trained(tmp_path):
+    tokenizer = train_tokenizer(["a cat sat on a mat", "Hi? Hello."] * 50, vocab_size=300)
+    path = lines(tmp_path / "a.jsonl", *[{"messages": [USER, {**ASSISTANT, "train": False}]}] * 3)
+    examples = [encode_chat(tokenizer, each.messages) for each in load_conversations(path)]
+    with pytest.raises(UserError, match="none of 3 conversations .* 3 conversations with no token .* one of weight 0"):
+        packed_rows(examples, 20)
+
+
+@pytest.mark.parametrize("fraction, side", [(0.0, "held out"), (1.0, "left to train on")])
+def test_a_file_of_which_all_falls_on_one_side(fraction, side, tmp_path):
+    found = load_conversations(lines(tmp_path / "a.jsonl", {"messages": TURNS}, {"messages": WITH_TOOL}))
+    with pytest.raises(UserError, match=f"of 2 documents none is {side}"):
+        split_held_out(found, fraction)
 
 
 def test_lm_data_shows_what_is_there_and_what_would_be_refused(tmp_path, capsys):

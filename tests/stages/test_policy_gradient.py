@@ -10,6 +10,7 @@ import pytest
 from lm import model
 from lm.core.errors import UserError
 from lm.core.types import Rollouts
+from lm.generate.sampler import SamplingParams
 from lm.losses.advantages import group_advantages, leave_one_out_advantages
 from lm.optim import optimizers
 from lm.stages import STAGES
@@ -58,7 +59,7 @@ def rollouts(shallow, lm):
     """Four answers each to three ragged prompts; the second prompt's are all worth the same."""
     prompts = np.random.default_rng(0).integers(1, V, (3, 5)).astype(np.int32).repeat(4, axis=0)
     lengths = np.array([5, 3, 1], np.int32).repeat(4)
-    run = jax.jit(functools.partial(rollout_rows, shallow, max_new=6, temperature=T, stop=(3, 5, 11)))
+    run = jax.jit(functools.partial(rollout_rows, shallow, sampling=SamplingParams(6, T, stop=(3, 5, 11))))
     tokens, logprobs, completions = run(lm, prompts, lengths, KEY)
     assert 0 < completions.stopped.sum() < 12
     rewards = jnp.array([1.0, 0.0, 0.5, 2.0] + [0.1] * 4 + [3.0, 3.0, -1.0, 0.0])
@@ -94,7 +95,7 @@ def test_starts_where_the_policy_is(stage, shallow, lm, rollouts):
         np.testing.assert_allclose(found["equal_groups"], 1 / 3, rtol=1e-6)
 
 
-@EACH
+@some_by_default(GROUPED, grpo, gspo, reinforce_pp, best_of_n)
 def test_equal_rewards_move_nothing(stage, shallow, lm, rollouts):
     """Rule 5: where every answer is worth the same, the policy's gradient is exactly zero (REINFORCE++ whitens 0)."""
     alike = rollouts.replace(rewards=jnp.full(12, 0.1))
@@ -247,7 +248,7 @@ def test_it_raises_the_frequency_of_a_rewarded_token(stage, shallow, lm):
     @jax.jit
     def step(state, i):
         key = jax.random.fold_in(jax.random.key(1), i)
-        tokens, logprobs, drawn = rollout_rows(shallow, state.params["lm"], prompts, lengths, key, max_new=6)
+        tokens, logprobs, drawn = rollout_rows(shallow, state.params["lm"], prompts, lengths, key, SamplingParams(6))
         rewards = jnp.mean(drawn.tokens == 7, axis=1)
         return update.update(state, Rollouts(tokens, rewards, {}, drawn.stopped, logprobs, group=4))
 

@@ -343,7 +343,7 @@ def file(tmp_path):
 def halves(monkeypatch):
     """The held-out side is what is named so: the real split draws by hash."""
     both = lambda items, *_: [[i for i in items if (i.name in "be") == unseen] for unseen in (False, True)]
-    monkeypatch.setattr("lm.data.sources.split_held_out", both)
+    monkeypatch.setattr("lm.stages.reward_model.ranking_batches.split_held_out", both)
 
 
 def test_verdicts_become_rows(lent, file, halves):

@@ -60,7 +60,7 @@ def some_by_default(*default: str):
     )
 
 
-@some_by_default("reward", "ppo")
+@some_by_default("reward")
 def test_a_mesh_over_the_data_gives_one_device_s_numbers(finished, eight, tmp_path, stage):
     summary = loop.train_stage(stage_config(finished, stage), tmp_path / stage)
     assert summary["device"].startswith("8 x ")
@@ -293,7 +293,7 @@ def test_a_batch_from_which_nothing_is_learnt_is_said_once(log, capsys, name, st
         lines.add_step(step, {name: Mean(np.float32(weight), np.float32(weight)), "sampler_gap": ZERO}, 1)
     lines.flush()
     said = capsys.readouterr().err
-    assert "every weight of the batch of step 2 is 0, so nothing is learnt from it: look at" in said
+    assert "every weight of the batch of step 2 is 0, so nothing is learned from it: look at" in said
     assert said.count("\n") == 1
     lines.add_step(5, {name: Mean(np.float32(0), np.float32(0)), "sampler_gap": ZERO}, 1)
     lines.flush()

@@ -1,12 +1,11 @@
 """KTO: learn a policy from answers that are each good or bad by themselves, as people value gains and losses.
 
-Objective: the mean over labelled answers of lambda_D (1 - sigmoid(beta (r - z))) for a desirable one and
-lambda_U (1 - sigmoid(beta (z - r))) for an undesirable one, where r = log(p(y|x) / p_ref(y|x)) is summed over the
-answer's tokens and z is the reference point, an estimate of KL(p, p_ref): max(0, the batch's mean of r of answers to
-other prompts). A gain or loss far from z saturates: what is hopeless or settled pulls no more. Frozen: "ref", the
-policy this run starts from. A batch is `Ranked` with `mismatched` rows; z is computed once for a whole batch, without
-gradient, and stored with each prompt, so that microbatches do not change it.
-Ethayarajh et al. 2024, eq. 8, arXiv 2402.01306.
+Objective: the mean over labelled answers of lambda_D (1 - sigmoid(beta (r - z))) for a desirable one and lambda_U (1 -
+sigmoid(beta (z - r))) for an undesirable one, where r = log(p(y|x) / p_ref(y|x)) is summed over the answer's tokens and
+z is the reference point, an estimate of KL(p, p_ref): max(0, the batch's mean of r of answers to other prompts). A gain
+or loss far from z saturates: what is hopeless or settled pulls no more. Frozen: "ref", the policy this run starts from.
+A batch is `RankedAnswers` with `mismatched_tokens`; z is computed once for a whole batch, without gradient, and stored
+with each prompt, so that microbatches do not change it. Ethayarajh et al. 2024, eq. 8, arXiv 2402.01306.
 
 Ours differs: where rows bring no labels, they are read off rankings (desirable: it beats more answers than beat it;
 undesirable: the reverse; neither: unlabelled), and the mismatched answers are fixed when data are prepared, where the
@@ -32,8 +31,8 @@ from lm.data.truncation import EMPTY_ROW, truncated_rows
 from lm.losses.preference import kto_loss
 from lm.losses.ranking import preference_mask
 from lm.model import Model
-from lm.optim.combinators import annotate, refreshed_reference
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import annotate, decoder_gradient, refreshed_reference
+from lm.optim.update import Update
 from lm.stages.context import Batches, StageContext
 from lm.stages.preference import preference_batches
 from lm.stages.preference.preference_batches import answer_logprobs, preference_metrics, summary
@@ -52,10 +51,10 @@ def make(
     refresh_reference_every: int = 0,
     microbatches: int = 1,
 ) -> Update:
-    """renewed(annotate(baseline, gradient(kto))).
+    """refreshed_reference(annotate(baseline, gradient(kto))).
 
-    The weights are lambda_D and lambda_U: where one label is rarer, weigh it up until both count about alike. `refresh`
-    is the number of updates after which the reference becomes the policy of that moment (0: it stays).
+    The weights are lambda_D and lambda_U: where one label is rarer, raise its weight until both count about alike.
+    refresh_reference_every: updates after which the reference becomes a copy of the policy; 0: never.
     """
     each = functools.partial(
         kto_loss, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
@@ -72,7 +71,7 @@ def make(
         single = single_answer_metrics(beta * ratios, lead, logprobs, batch.ranks)
         return value, {name: paired[name] + single[name] if name in single else paired[name] for name in paired}
 
-    inner = gradient(loss, optimizer, microbatches=microbatches)
+    inner = decoder_gradient(loss, optimizer, microbatches=microbatches)
     return refreshed_reference(
         annotate(functools.partial(with_reference_point, model), inner), every=refresh_reference_every
     )
@@ -153,7 +152,8 @@ def batches(
 def batch_with_mismatched(
     tokenizer: Tokenizer, verdicts: Sequence[TokenizedRanking], length: int, most: int
 ) -> RankedAnswers:
-    """`grouped`, and for each prompt a row of it with an answer to another. UserError if no prompt has such a row."""
+    """`ranked_answers_batch`, and for each prompt a row of it with an answer to another one. UserError if there is
+    none."""
     rows = [mismatched_example(tokenizer, verdicts, i, length) for i in range(len(verdicts))]
     if all(row is EMPTY_ROW for row in rows):
         raise UserError(

@@ -12,16 +12,18 @@ import optax
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Mean, Metrics, mean, metric_values
 from lm.core.types import Array, RankedAnswers, Tokens
-from lm.data import batches as rows_to_batches, sources as corpora, tokenized_rankings
+from lm.data.batches import batch_function, drawn_rows, sequential_batches
 from lm.data.loading import NO_COLUMNS, load_counted_rankings
+from lm.data.origins import RowOrigin, SegmentOrigin, drawn_origins
 from lm.data.preferences import LABEL_AXIS, OVERALL_AXIS, OVERALL_ONLY, Ranking, ordered_axes, preference_pairs
 from lm.data.ratings import BUILT_IN_RANKINGS
-from lm.data.tokenized_rankings import TokenizedRanking
+from lm.data.sources import split_held_out
+from lm.data.tokenized_rankings import TokenizedRanking, ranked_answers_batch, tokenized_rankings
 from lm.data.truncation import nothing_left_error
 from lm.losses.ranking import preference_mask
 from lm.model import Model
-from lm.optim.combinators import with_value_head
-from lm.optim.update import Loss, Update, gradient
+from lm.optim.combinators import decoder_gradient, with_value_head
+from lm.optim.update import Loss, Update
 from lm.rewards.reward_model import reward_row, reward_scores
 from lm.stages.context import Batches, StageContext
 from lm.tokenizer import Tokenizer
@@ -42,11 +44,11 @@ def reward_model_update(
     centring_coefficient: float,
     microbatches: int,
 ) -> Update:
-    """value_head(gradient(objective of every axis + centring)), which also measures itself on held-out batches."""
+    """with_value_head(gradient(objective of every axis + centring)), which also measures itself on held-out batches."""
     axes = ordered_axes(axes)
     loss = ranking_loss(model, objective, axes=axes, centring_coefficient=centring_coefficient)
     update = with_value_head(
-        lambda key: scalar_heads(model, key, len(axes)), gradient(loss, optimizer, microbatches=microbatches)
+        lambda key: scalar_heads(model, key, len(axes)), decoder_gradient(loss, optimizer, microbatches=microbatches)
     )
 
     def evaluate(state, batch: RankedAnswers) -> Metrics:
@@ -71,8 +73,9 @@ def answer_scores(model: Model, params, tokens: Tokens) -> Array:
 def ranking_loss(
     model: Model, objective: RankingObjective, *, axes: Iterable[str], centring_coefficient: float
 ) -> Loss:
-    """The sum of each axis' objective, a mean over the prompts that it decides, plus `centring` times the mean of
-    (r_i + r_j)^2 over the compared pairs, which keeps scores near 0 (Eisenstein et al. 2023, arXiv 2312.09244)."""
+    """The sum of each axis' objective, a mean over the prompts that it decides, plus `centring_coefficient` times the
+    mean of (r_i + r_j)^2 over the compared pairs, which keeps scores near 0 (Eisenstein et al. 2023, arXiv
+    2312.09244)."""
 
     def loss(params, frozen, batch: RankedAnswers, key):
         # A difference cannot see the offset: left in, rounding alone would move it. Centring does see it.
@@ -154,10 +157,10 @@ def batches(
     """Ranked answers, split by prompt (by rater where the data name him), `length` tokens a row.
 
     `rankings` is a file of preferences in a format of lm.data.formats, a database of `lm rank`, or "chitchat" (see
-    lm.data.loading, also for `columns` and `skip_bad_rows`). `axes` names what is learnt, "overall" among them, and
-    what each counts in the total score; one that counts 0 still shapes the trunk. All answers of a verdict are in one
-    batch. `limit` > 0 trains on that many verdicts only. What a longer answer keeps, data.truncation says; a verdict
-    between two answers of the same tokens is left out. Both are counted.
+    lm.data.loading, also for `columns` and `skip_bad_rows`). `axes` names what is learned, "overall" among them, and
+    the weight of each in the total score; one of weight 0 still shapes the trunk. All answers of a ranking are in one
+    batch. `limit` > 0 trains on that many rankings only. Longer answers are cut as lm.data.truncation says; a ranking
+    of answers of the same tokens is left out. Both are counted.
     """
     context.check_length(length)
     check_at_least(1, "data", prompts_per_batch=prompts_per_batch)
@@ -166,7 +169,7 @@ def batches(
     return batches_of_rankings(
         context,
         lambda side: reward_model_rows(context.tokenizer, side, tuple(axes), length),
-        tokenized_rankings.ranked_answers_batch,
+        ranked_answers_batch,
         axes=axes,
         rankings=rankings,
         columns=columns,
@@ -175,6 +178,8 @@ def batches(
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,
         limit=limit,
+        truncation=f"of a conversation longer than {length} tokens the prompt loses its beginning, down to half a row, "
+        "then the answer what stands before its end token",
     )
 
 
@@ -191,8 +196,12 @@ def batches_of_rankings(
     prompts_per_batch: int,
     held_out: float,
     limit: int,
+    truncation: str,
 ) -> Batches:
-    """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows."""
+    """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows.
+
+    truncation: what `laid_out` does with what does not fit a row, in words.
+    """
     ranked, aside, loaded = split_rankings(
         rankings, held_out, columns=columns, skip_bad_rows=skip_bad_rows, labels=LABEL_AXIS in axes
     )
@@ -213,7 +222,7 @@ def batches_of_rankings(
         raise UserError(f"{rankings}: no verdict scores the axis {missing[0]!r} of data.axes: leave it out")
     most = max(len(verdict.rows) for verdict in [*train, *unseen])
     train_rows, unseen_rows = (group(side, length, most) for side in (train, unseen))
-    batch = rows_to_batches.batch_function(train_rows, batch_size=prompts_per_batch, seed=context.seed)
+    batch = batch_function(train_rows, batch_size=prompts_per_batch, seed=context.seed)
     about = {
         "length": length,
         "prompts": len(train),
@@ -224,8 +233,16 @@ def batches_of_rankings(
         **counts,
         "undecided": loaded["undecided"] + counts["undecided"],
     }
-    held_out_batches = lambda state: rows_to_batches.sequential_batches(unseen_rows, prompts_per_batch)
-    return Batches(lambda state, i: batch(i), held_out_batches, about)
+    held_out_batches = lambda state: sequential_batches(unseen_rows, prompts_per_batch)
+    drawn = drawn_rows(len(train), batch_size=prompts_per_batch, seed=context.seed)
+
+    def origins(state, batch, i: int) -> list[RowOrigin]:
+        segment = lambda k: SegmentOrigin(train[k].ranking.name, rankings, document=k)
+        return drawn_origins(drawn(i), [[k] for k in range(len(train))], segment)
+
+    return Batches(
+        lambda state, i: batch(i), held_out_batches, about, row_origins=origins, truncation=f"{rankings}: {truncation}"
+    )
 
 
 def split_rankings(
@@ -248,7 +265,7 @@ def split_rankings(
         raise UserError(f"{rankings}: no ranking prefers one answer to another; rank more answers, or less alike ones")
     content = "name" if rankings in BUILT_IN_RANKINGS else "content"  # the same opener is given to many raters
     counts = {**counts, "undecided": len(everything) - len(ranked)}
-    return *corpora.split_held_out(ranked, held_out, attrgetter(content)), counts
+    return *split_held_out(ranked, held_out, attrgetter(content)), counts
 
 
 def ranking_subset(rankings: Sequence[Ranking], limit: int, seed: int) -> list[Ranking]:
@@ -260,10 +277,8 @@ def ranking_subset(rankings: Sequence[Ranking], limit: int, seed: int) -> list[R
 def reward_model_rows(
     tokenizer: Tokenizer, rankings: Sequence[Ranking], axes: Sequence[str], length: int
 ) -> tuple[list[TokenizedRanking], dict[str, int]]:
-    """The verdicts that can be learnt from, their answers as a reward model reads them, and what is left out."""
-    found, counts = tokenized_rankings.tokenized_rankings(
-        tokenizer, rankings, length, axes=axes, cut="answer", trained=False
-    )
+    """The verdicts that can be learned from, their answers as a reward model reads them, and what is left out."""
+    found, counts = tokenized_rankings(tokenizer, rankings, length, axes=axes, cut="answer", trained=False)
     rows = [[reward_row(tokenizer, row) for row in verdict.rows] for verdict in found]
     return [verdict._replace(rows=own) for verdict, own in zip(found, rows)], counts
 

@@ -1,6 +1,6 @@
 """Rollouts: the current policy answers prompts, rewards say what answers are worth, a table shows them to people."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,10 +8,14 @@ import numpy as np
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Rollouts, Tokens, TrainState
-from lm.data import batches as rows_to_batches, conversations, packing, sources as corpora
+from lm.data.batches import batch_function
+from lm.data.conversations import Conversation, distinct_conversations, repeated_prompt_contexts
 from lm.data.loading import NO_COLUMNS, load_counted_conversations
+from lm.data.origins import RowOrigin, SegmentOrigin, source_of
+from lm.data.packing import document_rows
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
-from lm.generate.sampler import check_sampling
+from lm.data.sources import load_documents, split_held_out
+from lm.generate.sampler import SamplingParams, check_sampling
 from lm.losses.advantages import overlong_penalty
 from lm.model import Model
 from lm.rewards import REWARDS, Reward, weighted_reward
@@ -23,7 +27,7 @@ from lm.stages.rl.multi_turn import (
     AnswerSampler,
     SampledAnswers,
     multi_turn_sampler,
-    rollout_rows,
+    rollout_program,
     single_turn_sampler,
 )
 
@@ -67,21 +71,19 @@ def batches(
     The reward is a sum of `rewards`, by name and weight: "model" is the reward model of the workdir `reward_model` (of
     several, with commas between them: their mean less `pessimism` standard deviations), the others are lm.rewards';
     where there are several, each is logged as reward/NAME. `rater` names one that is logged as score/NAME but never
-    learned from. An answer that the limit cut off loses `cut_penalty`; one within `overlong_buffer` tokens of it loses
-    a share (`returns.overlong`). Prompts longer than `prompt_length` tokens, and those that came before, are left out
-    and counted.
+    learned from. An answer that the limit cut off loses `truncation_penalty`; one within `overlong_buffer` tokens of
+    the limit loses a share of 1 (lm.losses.advantages.overlong_penalty). Prompts longer than `prompt_length` tokens,
+    and those that came before, are left out and counted.
 
-    `resample`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by further
-    ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of
-    lm.rewards.environments', which
-    replies to an answer of the policy with up to `reply_length` tokens, for at most `exchanges` answers a row; what it
-    says is context, never trained. `corpus`: adds rows of `text_length` tokens of it to each batch, one a rollout, for
-    stages that go on learning from text.
+    `resample_rounds`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by
+    further ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of
+    lm.rewards.environments', which replies to an answer of the policy with up to `reply_length` tokens, for at most
+    `exchanges` answers a row; what it says is context, never trained. `corpus`: adds rows of `text_length` tokens of it
+    to each batch, one a rollout, for stages that go on learning from text.
     """
     model, tokenizer = context.model, context.tokenizer
-    check_rollout_options(
-        model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=group
-    )
+    sampling = SamplingParams(max_new, temperature)
+    check_rollout_options(model, prompt_length, sampling, rollouts=rollouts, group=group)
     check_at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts, exchanges=exchanges)
     check_at_least(0, "data", resample_rounds=resample_rounds, overlong_buffer=overlong_buffer)
     more = (exchanges - 1) * (max_new + reply_length) if environment else 0
@@ -89,9 +91,7 @@ def batches(
     if environment:
         longest = exchanges * max_new
         context.check_length(length)
-    answer = answer_sampler(
-        context, environment, exchanges=exchanges, reply_length=reply_length, max_new=max_new, temperature=temperature
-    )
+    answer = answer_sampler(context, environment, sampling, exchanges=exchanges, reply_length=reply_length)
     worth = rollout_rewards(
         context, rewards, reward_model, pessimism, rater, reward_row_length(prompt_length, max_new + more)
     )
@@ -109,14 +109,14 @@ def batches(
         return Rollouts(found.tokens, np.float32(total), scores, found.stopped, found.logprobs, group=group)
 
     loaded = load_counted_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows)
-    contexts = conversations.repeated_prompt_contexts(loaded.items, turns=turns)
-    distinct = conversations.distinct_conversations(contexts)
+    contexts = repeated_prompt_contexts(loaded.items, turns=turns)
+    distinct = distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
-        prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)
+        prompts_within_length(tokenizer, side, prompt_length) for side in split_held_out(distinct, held_out)
     )
     prompts = rollouts // group
     asked = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts, group=group)
-    order = rows_to_batches.batch_function(np.arange(len(train.ids)), batch_size=prompts, seed=context.seed)
+    order = batch_function(np.arange(len(train.ids)), batch_size=prompts, seed=context.seed)
     text, unseen_text = text_batches(context, corpus, text_length, rollouts, held_out)
     about = {
         "length": length,
@@ -146,15 +146,49 @@ def batches(
             batch = batch.replace(row_metrics={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
         return batch.replace(text_tokens=text(i))
 
-    return Batches(train_batch, held_out_batches, about, rollout_table(context, temperature))
+    origins = prompt_origins(train, distinct, [name.strip() for name in sources.split(",")], writer="policy")
+    return Batches(
+        train_batch,
+        held_out_batches,
+        about,
+        rollout_table(context, temperature),
+        row_origins=lambda state, batch, i: origins(batch.tokens),
+        truncation=prompt_truncation(sources, turns=turns, prompt_length=prompt_length, max_new=max_new),
+    )
+
+
+def prompt_truncation(sources: str, *, turns: int, prompt_length: int, max_new: int) -> str:
+    """What becomes of prompts and answers that are longer, in words."""
+    return (
+        f"{sources}: prompts of the last {turns} messages (rows of files whole), one longer than {prompt_length} "
+        f"tokens left out; an answer is cut off after {max_new} tokens"
+    )
+
+
+def prompt_origins(
+    prompts: Prompts, conversations: Sequence[Conversation], sources: Sequence[str], *, writer: str
+) -> Callable[[Tokens], list[RowOrigin]]:
+    """rows -> where the prompt of each is from, found by its ids. `conversations` hold those of the prompts."""
+
+    def origins(tokens: Tokens) -> list[RowOrigin]:
+        names = {tuple(message["content"] for message in c.messages): c.name for c in conversations}
+        places = {ids[:n].tobytes(): k for k, (ids, n) in enumerate(zip(prompts.ids, prompts.lengths))}
+        found = []
+        for inputs, weights in zip(np.asarray(tokens.inputs, np.int32), np.asarray(tokens.weights)):
+            k = places[inputs[: int(np.argmax(weights > 0)) + 1].tobytes()]
+            name = names[tuple(message["content"] for message in prompts.contexts[k])]
+            found.append(RowOrigin([SegmentOrigin(name, source_of(name, sources), document=k)], k, writer=writer))
+        return found
+
+    return origins
 
 
 def check_rollout_options(
-    model: Model, prompt: int, *, max_new: int, temperature: float, rollouts: int, group: int
+    model: Model, prompt_length: int, sampling: SamplingParams, *, rollouts: int, group: int
 ) -> None:
-    """UserError for sizes that cannot be sampled or learnt from."""
-    check_sampling(model, prompt, max_new=max_new, temperature=temperature, top_k=0, top_p=1.0)
-    if temperature == 0:
+    """UserError for sizes that cannot be sampled or learned from."""
+    check_sampling(model, prompt_length, sampling)
+    if sampling.temperature == 0:
         raise UserError(
             "data.temperature is 0: greedy answers do not explore, and their log-probs are all 0; use e.g. 1.0"
         )
@@ -182,16 +216,10 @@ def held_out_prompts(there: int, *, held_out_rollouts: int, rollouts: int, group
 
 
 def answer_sampler(
-    context: StageContext, environment: str, *, exchanges: int, reply_length: int, max_new: int, temperature: float
+    context: StageContext, environment: str, sampling: SamplingParams, *, exchanges: int, reply_length: int
 ) -> AnswerSampler:
     """How the policy answers: once or, with the environment of this name, in exchanges."""
-    model, tokenizer = context.model, context.tokenizer
-    compiled = context.jit(
-        lambda lm, prompts, lengths, key, temperature: rollout_rows(
-            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stop_ids
-        )
-    )
-    sampled = lambda *args: compiled(*args, temperature)
+    sampled, tokenizer = rollout_program(context, sampling), context.tokenizer
     if not environment:
         return single_turn_sampler(sampled, tokenizer)
     if environment not in ENVIRONMENTS:
@@ -199,7 +227,7 @@ def answer_sampler(
             f"data.environment is {environment!r}; choose one of {', '.join(ENVIRONMENTS)}, or leave it empty"
         )
     check_at_least(REPLY_MARKER_TOKENS + 1, "data", reply_length=reply_length)
-    return multi_turn_sampler(sampled, tokenizer, ENVIRONMENTS[environment], exchanges, max_new, reply_length)
+    return multi_turn_sampler(sampled, tokenizer, ENVIRONMENTS[environment], exchanges, sampling.max_new, reply_length)
 
 
 def rollout_rewards(
@@ -273,12 +301,12 @@ def text_batches(
         return (lambda i: None), (lambda i: None)
     context.check_length(length)
     train, unseen = (
-        rows_to_batches.batch_function(
-            packing.document_rows(context.tokenizer, [document.text for document in side], length),
+        batch_function(
+            document_rows(context.tokenizer, [document.text for document in side], length),
             batch_size=rows,
             seed=context.seed,
         )
-        for side in corpora.split_held_out(corpora.load_documents(corpus), held_out)
+        for side in split_held_out(load_documents(corpus), held_out)
     )
     return train, unseen
 
