@@ -70,8 +70,8 @@ def batches(
         lambda state: sequential_batches(unseen_rows, batch_size),
         about,
         row_origins=lambda state, batch, i: drawn_origins(drawn(i), contents, segment_origin, writer="people"),
-        truncation=f"{sources}: excerpts of {turns} messages (rows of files whole), one longer than {length + 1} tokens "
-        "left out",
+        truncation=f"{sources}: excerpts of {turns} messages (rows of files whole), one longer than {length + 1} "
+        "tokens left out",
     )
 
 
