@@ -174,13 +174,15 @@ def _object_or_fault(value: Any) -> Mapping[str, Any] | str:
 
 def _json_rows(stream: IO[bytes]) -> Rows:
     """An array, read row by row; JSON lines; or an object: {"data": [rows]} or one row."""
-    first = stream.readline(MAX_LINE_BYTES)
+    first = stream.readline(CHUNK_BYTES)
     while first and not first.removeprefix(codecs.BOM_UTF8).strip():
-        first = stream.readline(MAX_LINE_BYTES)
+        first = stream.readline(CHUNK_BYTES)
     first = first.removeprefix(codecs.BOM_UTF8).lstrip()
     if first.startswith(b"["):
         yield from _json_array(first[1:], stream)
         return
+    if not first.endswith(b"\n"):
+        first += stream.readline(MAX_LINE_BYTES)
     rest = stream.read(CHUNK_BYTES)
     if rest.strip() and not isinstance(_json_object(first.strip()), str):
         yield from _json_lines(io.BufferedReader(_JoinedBytes(first + rest, stream)))

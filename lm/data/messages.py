@@ -84,7 +84,7 @@ def name_of_row(fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
     """What decides on which side a row is held out: its own name, else its words."""
     if "name" in fields and isinstance(fields["name"], str):
         return fields["name"]
-    words = " ".join(word for message in messages for word in message["content"].split())
+    words = " ".join(" ".join(message["content"].split()) for message in messages)
     return f"row/{hashlib.sha256(words.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 

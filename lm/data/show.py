@@ -22,6 +22,7 @@ from lm.data.files import source_rows
 from lm.data.formats import RecognizedRow, recognized_row
 from lm.data.loading import row_digest
 from lm.data.messages import RowFault
+from lm.data.preferences import DESIRABLE, LABEL_AXIS, UNDESIRABLE
 from lm.tokenizer import encode_chats, load_tokenizer
 
 SHOWN_ROWS, SHOWN_FAULTS, WIDTH = 5, 10, 100
@@ -75,10 +76,15 @@ def row_text(row: RecognizedRow) -> str:
     if isinstance(value, Conversation):
         lines = [_message_line(message) for message in value.messages]
         return "\n".join([*lines, *(_line(f"{name} =", str(field)) for name, field in value.fields.items())])
-    answers = [_line(f"rank {rank}", text) for rank, text in zip(value.ranking, value.responses)]
-    return "\n".join(
-        [*map(_message_line, value.prompt), *answers, *(_line(f"{n} =", str(a)) for n, a in value.axes.items())]
-    )
+    axes = dict(value.axes)
+    labels = axes.pop(LABEL_AXIS, [None] * len(value.responses))
+    said = {DESIRABLE: "good", UNDESIRABLE: "bad"}
+    answers = [
+        _line(f"rank {rank}" if label is None else said[label], text)
+        for rank, label, text in zip(value.ranking, labels, value.responses)
+    ]
+    scores = [_line(f"{name} =", str(axis)) for name, axis in axes.items()]
+    return "\n".join([*map(_message_line, value.prompt), *answers, *scores])
 
 
 def _source_summary(source: str, columns: Mapping[str, str], flags: Any):

@@ -1,8 +1,10 @@
 """What rows are recognised as, and what is said of those that cannot be used."""
 
 import json
+import runpy
 
 import pytest
+from runs import ROOT
 
 from lm.core.errors import UserError
 from lm.data import show
@@ -269,9 +271,7 @@ def test_a_file_in_which_nothing_is_trained(tmp_path):
     tokenizer = train_tokenizer(["a cat sat on a mat", "Hi? Hello."] * 50, vocab_size=300)
     path = lines(tmp_path / "a.jsonl", *[{"messages": [USER, {**ASSISTANT, "train": False}]}] * 3)
     examples = [encode_chat(tokenizer, each.messages) for each in load_conversations(path)]
-    with pytest.raises(
-        UserError, match="none of 3 conversations .*3 conversations with no token .* its weight is zero"
-    ):
+    with pytest.raises(UserError, match="none of 3 conversations .*3 conversations with no token .* weight zero"):
         packed_rows(examples, 20)
 
 
@@ -300,3 +300,23 @@ def test_lm_data_shows_what_is_there_and_what_would_be_refused(tmp_path, capsys)
     )
     with pytest.raises(UserError, match="--columns=a: give pairs such as prompt=question"):
         show.program([path, "--columns=a"])
+
+
+def test_the_example_s_seven_files(tmp_path, capsys):
+    """experiments/examples/own_data.py: one file for each form, of which no row is refused."""
+    runpy.run_path(str(ROOT / "experiments" / "examples" / "own_data.py"))["write_files"](tmp_path)
+    said = {}
+    for path in sorted(tmp_path.iterdir()):
+        show.program([str(path)])
+        said[path.name] = capsys.readouterr().out
+    forms = {name: text.splitlines()[1].split(maxsplit=1) for name, text in said.items()}
+    assert forms == {
+        "alpaca.jsonl": ["400", "Alpaca conversation"],
+        "kto.jsonl": ["400", "label"],
+        "messages.jsonl": ["400", "conversation"],
+        "preferences.jsonl": ["400", "preference"],
+        "prompts.jsonl": ["400", "prompt"],
+        "sharegpt.jsonl": ["400", "ShareGPT conversation"],
+        "text.parquet": ["400", "text"],
+    }
+    assert "bad        6" in said["kto.jsonl"] and "rank 1     9" in said["preferences.jsonl"]
