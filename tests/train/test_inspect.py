@@ -17,6 +17,7 @@ from lm.core.errors import UserError
 from lm.data import packing
 from lm.report import run
 from lm.runs.workdir import open_workdir
+from lm.stages.pretraining import conversation_batches
 from lm.tokenizer import train_tokenizer
 from lm.train import inspect, loop
 from lm.train.batch_view import bracketed_text, colored_text, html_page, text_lines
@@ -275,7 +276,7 @@ def test_a_fault_gives_status_1(folder, monkeypatch, capsys):
         last = np.diff(tokens.weights, axis=1, append=0) < 0  # where a trained stretch ends
         return tokens.replace(weights=np.where(last, 0, tokens.weights).astype(np.float32)), *rest
 
-    monkeypatch.setattr(packing, "packed_rows_and_contents", forgetful)
+    monkeypatch.setattr(conversation_batches, "packed_rows_and_contents", forgetful)
     with pytest.raises(SystemExit) as stopped:
         inspect.program([f"--config={write_config(folder, 'sft')}", "--rows=0"])
     assert stopped.value.code == 1
