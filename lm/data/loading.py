@@ -1,14 +1,16 @@
 """Conversations, prompts and rankings by the name of their source: built in, a file, a folder, a glob, or hf:NAME."""
 
+import glob
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm.core.errors import UserError
 from lm.data.annotations import SQLITE_MAGIC, read_rankings
 from lm.data.conversations import CONVERSATION_SOURCES, Conversation
+from lm.data.files import HUGGING_FACE_PREFIX
 from lm.data.formats import CONVERSATION_FORMATS, RANKING_FORMATS, BadRows, recognized_rows
 from lm.data.preferences import Ranking
 from lm.data.ratings import BUILT_IN_RANKINGS
@@ -55,7 +57,11 @@ def load_counted_conversations(
         if name in CONVERSATION_SOURCES:
             found += CONVERSATION_SOURCES[name]()
         else:
-            check_source(name, CONVERSATION_SOURCES, "data.sources")
+            if is_missing(name):
+                names = ", ".join(CONVERSATION_SOURCES)
+                raise UserError(
+                    f"data.sources has {name!r}; choose among {built_in}, or give a file, a folder or hf:NAME"
+                )
             rows = _usable_values(name, formats, columns, bad_rows, "no conversation or prompt")
             found += rows
             own += rows
@@ -73,7 +79,12 @@ def load_counted_rankings(
     """`load_rankings`, and what was passed over."""
     if source in BUILT_IN_RANKINGS:
         return LoadedRankings(BUILT_IN_RANKINGS[source](), {})
-    check_source(source, BUILT_IN_RANKINGS, "data.rankings")
+    if is_missing(source):
+        built_in = ", ".join(BUILT_IN_RANKINGS)
+        raise UserError(
+            f"no rankings at {source} (No such file or directory): rank some first, "
+            f"or name a file, a folder, hf:NAME or {built_in}"
+        )
     if is_sqlite(Path(source)):
         return LoadedRankings(read_rankings(source), {})
     bad_rows = BadRows(skip_bad_rows)
@@ -81,14 +92,10 @@ def load_counted_rankings(
     return LoadedRankings(found, _counted(source, bad_rows, map(row_digest, found)))
 
 
-def check_source(name: str, built_in: Mapping[str, Callable], option: str) -> None:
-    """UserError for what is neither a built-in name nor looks like a path that is there."""
-    path = Path(name).expanduser()
-    is_plain_word = name and not any(character in name for character in "/\\.*?[:") and not path.exists()
-    if not name or is_plain_word:
-        raise UserError(
-            f"{option} has {name!r}; choose among {', '.join(built_in)}, or give a file, a folder or hf:NAME"
-        )
+def is_missing(source: str) -> bool:
+    """Whether it names no file or folder that is there, and is neither a glob nor hf:NAME."""
+    elsewhere = source.startswith(HUGGING_FACE_PREFIX) or glob.has_magic(source)
+    return not elsewhere and not (source and Path(source).expanduser().exists())
 
 
 def is_sqlite(path: Path) -> bool:
