@@ -58,7 +58,7 @@ def load_counted_conversations(
             found += CONVERSATION_SOURCES[name]()
         else:
             if is_missing(name):
-                names = ", ".join(CONVERSATION_SOURCES)
+                built_in = ", ".join(CONVERSATION_SOURCES)
                 raise UserError(
                     f"data.sources has {name!r}; choose among {built_in}, or give a file, a folder or hf:NAME"
                 )
