@@ -6,7 +6,7 @@ from lm.core.errors import UserError, check_at_least
 from lm.core.types import Tokens
 from lm.data.batches import BatchSizeRamp, batch_function, drawn_rows, sequential_batches
 from lm.data.conversations import Conversation, conversation_excerpts, excerpt_places
-from lm.data.loading import NO_COLUMNS, load_conversations
+from lm.data.loading import NO_COLUMNS, load_counted_conversations
 from lm.data.origins import SegmentOrigin, drawn_origins, source_of
 from lm.data.packing import packed_rows, packed_rows_and_contents
 from lm.data.sources import split_held_out
@@ -38,7 +38,8 @@ def batches(
     check_at_least(2, "data", turns=turns)
     if turns % 2:
         raise UserError(f"data.turns is {turns}; it must be even, or every other excerpt would open with the assistant")
-    train, unseen = split_held_out(load_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows), held_out)
+    loaded = load_counted_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows, needs_reply=True)
+    train, unseen = split_held_out(loaded.items, held_out)
     excerpts = conversation_excerpts(train, turns=turns)
     examples = encode_chats(context.tokenizer, [excerpt.messages for excerpt in excerpts])
     train_rows, left_out, contents = packed_rows_and_contents(examples, length)
@@ -53,6 +54,7 @@ def batches(
         **left_out,
         "held_out_conversations": len(unseen),
         **{f"held_out_{name}": count for name, count in more.items()},
+        **loaded.counts,
     }
     drawn = drawn_rows(len(train_rows.inputs), batch_size=batch_size, seed=context.seed, ramp=ramp)
     named = [name.strip() for name in sources.split(",")]
@@ -68,7 +70,8 @@ def batches(
         lambda state: sequential_batches(unseen_rows, batch_size),
         about,
         row_origins=lambda state, batch, i: drawn_origins(drawn(i), contents, segment_origin, writer="people"),
-        truncation=f"{sources}: excerpts of {turns} messages, one longer than {length + 1} tokens left out",
+        truncation=f"{sources}: excerpts of {turns} messages (rows of files whole), one longer than {length + 1} "
+        "tokens left out",
     )
 
 

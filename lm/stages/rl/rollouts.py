@@ -10,7 +10,7 @@ from lm.core.errors import UserError, check_at_least
 from lm.core.types import Rollouts, Tokens, TrainState
 from lm.data.batches import batch_function
 from lm.data.conversations import Conversation, distinct_conversations, repeated_prompt_contexts
-from lm.data.loading import NO_COLUMNS, load_conversations
+from lm.data.loading import NO_COLUMNS, load_counted_conversations
 from lm.data.origins import RowOrigin, SegmentOrigin, source_of
 from lm.data.packing import document_rows
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
@@ -108,9 +108,8 @@ def batches(
             total = total + np.asarray(overlong_penalty(found.lengths, limit=longest, buffer=overlong_buffer))
         return Rollouts(found.tokens, np.float32(total), scores, found.stopped, found.logprobs, group=group)
 
-    contexts = repeated_prompt_contexts(
-        load_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows), turns=turns
-    )
+    loaded = load_counted_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows)
+    contexts = repeated_prompt_contexts(loaded.items, turns=turns)
     distinct = distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
         prompts_within_length(tokenizer, side, prompt_length) for side in split_held_out(distinct, held_out)
@@ -126,6 +125,7 @@ def batches(
         "skipped": skipped,
         "held_out_skipped": more,
         "repeated": len(contexts) - len(distinct),
+        **loaded.counts,
     }
 
     def held_out_batches(state):
@@ -160,8 +160,8 @@ def batches(
 def prompt_truncation(sources: str, *, turns: int, prompt_length: int, max_new: int) -> str:
     """What becomes of prompts and answers that are longer, in words."""
     return (
-        f"{sources}: prompts of the last {turns} messages, one longer than {prompt_length} tokens left out; "
-        f"an answer is cut off after {max_new} tokens"
+        f"{sources}: prompts of the last {turns} messages (rows of files whole), one longer than {prompt_length} "
+        f"tokens left out; an answer is cut off after {max_new} tokens"
     )
 
 
