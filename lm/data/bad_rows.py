@@ -1,27 +1,18 @@
-"""Rows that cannot be used: why, how many are tolerated, and fields that a user calls by other names."""
+"""Rows that cannot be used: how many are tolerated; and fields that a user calls by other names."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lm.core.errors import UserError
-
-
-class RowFault(ValueError):
-    """Why a row cannot be used, in words that follow its place."""
+from lm.core.errors import UserError, check_at_least
+from lm.data.messages import RowFault
 
 
 class BadRows:
-    """Tolerates `limit` bad rows of one source, then raises: the count, and the faults for a report."""
+    """Tolerates `limit` bad rows, then raises: the count, and the faults for a report."""
 
     def __init__(self, limit: int):
+        check_at_least(0, "data", skip_bad_rows=limit)
         self.limit, self.faults = limit, []
-
-    def warn(self, source: str, used: int) -> None:
-        """Says how many rows of a source were passed over, if any; `used`: how many were not."""
-        if self.faults:
-            message, count = "%s: passed over %d bad rows of %d; the first: %s", len(self.faults)
-            logging.getLogger(__name__).warning(message, source, count, used + count, self.faults[0])
 
     def add(self, place: str, fault: object) -> None:
         self.faults.append(f"{place}: {fault}")
@@ -31,14 +22,23 @@ class BadRows:
 
 
 def renamed_fields(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The fields by our names; None, as tables hold it for what is absent, is no field."""
+    """The fields by our names; None, as tables hold it for what is absent, is no field.
+
+    A name with a dot, "reward.truth", is one within an object. A row that has our name and not theirs is taken as it
+    is: sources with different names may be mixed.
+    """
+    kept = {name: value for name, value in fields.items() if name not in columns.values()}
     for ours, theirs in columns.items():
-        if theirs not in fields:
+        value = _nested_value(fields, theirs)
+        if value is None and ours not in fields:
             raise RowFault(f"it has no field {theirs!r}, which data.columns names for {ours!r}")
-    taken = set(columns.values())
-    kept = {name: value for name, value in fields.items() if name not in taken}
-    return {
-        name: value
-        for name, value in {**kept, **{ours: fields[theirs] for ours, theirs in columns.items()}}.items()
-        if value is not None
-    }
+        kept[ours] = fields[ours] if value is None else value
+    return {name: value for name, value in kept.items() if value is not None}
+
+
+def _nested_value(fields: Mapping[str, Any], name: str) -> Any:
+    if name in fields:
+        return fields[name]
+    outer, _, inner = name.partition(".")
+    within = fields[outer] if inner and outer in fields else None
+    return _nested_value(within, inner) if isinstance(within, Mapping) else None

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lm.data.conversations import CONVERSATION_KINDS, Conversation, distinct_conversations, repeated_prompt_contexts
-from lm.data.loading import source_conversations
+from lm.data.loading import ConversationRows
 from lm.data.mixture import mixture_order, mixture_weights, parse_sources
 from lm.data.prompts import Prompts, joined_prompts, prompts_within_length
 from lm.data.sources import split_sources_held_out
@@ -45,10 +45,11 @@ def prompt_sources(
     prompts that a step may take, so that schedules go by steps.
     """
     mixture = parse_sources(sources, CONVERSATION_KINDS)
-    contexts = [
-        repeated_prompt_contexts(list(source_conversations(each.names, columns, skip_bad_rows)), turns=turns)
+    rows = [
+        ConversationRows(each.source, columns=columns, skip_bad_rows=skip_bad_rows, needs_reply=False)
         for each in mixture
     ]
+    contexts = [repeated_prompt_contexts(list(each), turns=turns) for each in rows]
     distinct = distinct_conversations([context for each in contexts for context in each])
     first = {id(context) for context in distinct}
     own = [[context for context in each if id(context) in first] for each in contexts]
@@ -76,6 +77,7 @@ def prompt_sources(
         "skipped": sum(skipped),
         "held_out_skipped": sum(unseen_skipped),
         "repeated": sum(map(len, contexts)) - len(distinct),
+        **{name: sum(each.counts[name] for each in rows) for name in rows[0].counts},
     }
     names = [name for each in mixture for name in each.names]
     return PromptSources(joined_prompts(train), _in_turns(unseen), drawn, distinct, names, counts)

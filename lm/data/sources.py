@@ -19,9 +19,18 @@ from typing import Any, NamedTuple, TypeVar
 
 from lm.core.cache import file_sha256
 from lm.core.errors import UserError
-from lm.data.bad_rows import BadRows
+from lm.data.bad_rows import BadRows, renamed_fields
 from lm.data.corpora import PACKAGE_CORPORA, PackageCorpus
-from lm.data.files import HUGGING_FACE_PREFIX, TEXT_SUFFIXES, file_kind, files_digest, named_files, source_rows
+from lm.data.files import (
+    HUGGING_FACE_PREFIX,
+    TEXT_SUFFIXES,
+    SourceRow,
+    file_kind,
+    files_digest,
+    named_files,
+    source_rows,
+)
+from lm.data.messages import RowFault
 from lm.data.mixture import parse_sources
 from lm.data.tasks.drills import drill_pages
 from lm.data.text_blocks import text_blocks
@@ -136,33 +145,42 @@ def file_documents(source: str, columns: Mapping[str, str], skip_bad_rows: int) 
     for document in documents:
         used += 1
         yield document
-    bad_rows.warn(source, used)
+    warn = logging.getLogger(__name__).warning
+    if bad_rows.faults:
+        count = len(bad_rows.faults)
+        warn("%s: passed over %d bad rows of %d; the first: %s", source, count, used + count, bad_rows.faults[0])
     if unread:
-        message = "%s: skipped %d files that cannot be read as text; the first: %s"
-        logging.getLogger(__name__).warning(message, source, len(unread), unread[0])
+        warn("%s: skipped %d files that cannot be read as text; the first: %s", source, len(unread), unread[0])
 
 
 def _row_documents(source: str, columns: Mapping[str, str], bad_rows: BadRows, unread: list[str]) -> Iterator[Document]:
     """Blank texts are left out. Text files that cannot be read are added to `unread`."""
     files = {} if source.startswith(HUGGING_FACE_PREFIX) else {str(file): n for n, file in named_files(source).items()}
-    theirs = columns["text"] if "text" in columns else "text"
-    for row in source_rows(source, text_field=theirs):
+    for row in source_rows(source):
         is_text_file = row.file in files and file_kind(Path(row.file)) in TEXT_SUFFIXES
         if is_text_file and row.fault:
             unread.append(f"{row.place}: {row.fault}")
             continue
-        text = row.fields[theirs] if theirs in row.fields else None
-        if row.fault or not isinstance(text, str):
-            has = ", ".join(map(str, row.fields)) or "none"
-            lacks = (
-                f"its field {theirs!r} is {type(text).__name__}, not text"
-                if theirs in row.fields
-                else (f"it has no field {theirs!r} (but {has}): name yours, as in data.columns={{'text': 'content'}}")
-            )
-            bad_rows.add(row.place, row.fault or lacks)
-        elif text.strip():
+        try:
+            text = _text_of_row(row, columns)
+        except RowFault as fault:
+            bad_rows.add(row.place, fault)
+            continue
+        if text.strip():
             name = files[row.file] if row.file in files else row.file
             yield Document(name if is_text_file else f"{name}#{row.number:04d}", text)
+
+
+def _text_of_row(row: SourceRow, columns: Mapping[str, str]) -> str:
+    if row.fault:
+        raise RowFault(row.fault)
+    fields = renamed_fields(row.fields, columns)
+    if "text" not in fields:
+        has = ", ".join(map(str, fields)) or "none"
+        raise RowFault(f"it has no field 'text' (but {has}): name yours, as in data.columns={{'text': 'content'}}")
+    if not isinstance(fields["text"], str):
+        raise RowFault(f"its field 'text' is {type(fields['text']).__name__}, not text")
+    return fields["text"]
 
 
 def document_blocks(document: Document) -> list[Document]:

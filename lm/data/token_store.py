@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +62,7 @@ class TokenStore(NamedTuple):
     name_keys: np.ndarray  # u64[D]  a hash of the name, of which `is_held_out` is a threshold
     content_keys: np.ndarray  # u64[D]  the same of the content
     order_keys: np.ndarray  # u64[D]  another of the name: a random order that never changes
+    counts: Mapping[str, int] = {}  # what was counted while the source was read: bad rows, ...
 
     @property
     def documents(self) -> int:
@@ -86,8 +87,16 @@ def store_key(*parts: str) -> str:
     return hashlib.sha256("\0".join([f"store {STORE_VERSION}", *parts]).encode()).hexdigest()[:32]
 
 
-def cached_store(key: str, documents: Callable[[], Iterable[EncodedDocument]], *, vocab_size: int) -> TokenStore:
-    """The store of this key: from the cache, else of `documents`, which are read one by one and then kept there."""
+def cached_store(
+    key: str,
+    documents: Callable[[], Iterable[EncodedDocument]],
+    *,
+    vocab_size: int,
+    counts: Callable[[], Mapping[str, int]] = dict,
+) -> TokenStore:
+    """The store of this key: from the cache, else of `documents`, which are read one by one and then kept there.
+
+    counts: what to keep beside them, asked for once they have been read."""
     folder = cache_folder() / "tokens"
     store = open_store(folder / key)
     if store is not None:
@@ -98,7 +107,7 @@ def cached_store(key: str, documents: Callable[[], Iterable[EncodedDocument]], *
     prefix = f".{socket.gethostname()}-{os.getpid()}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True) as temporary:
         written = Path(temporary) / key
-        write_store(written, documents(), vocab_size=vocab_size)
+        write_store(written, documents(), vocab_size=vocab_size, counts=counts)
         remove_oldest_stores(folder, CACHE_BYTES - stored_bytes(written))
         with contextlib.suppress(OSError):  # another process was faster, or what is there cannot be moved away
             if (folder / key).exists():
@@ -108,7 +117,9 @@ def cached_store(key: str, documents: Callable[[], Iterable[EncodedDocument]], *
     return store
 
 
-def write_store(path: Path, documents: Iterable[EncodedDocument], *, vocab_size: int) -> None:
+def write_store(
+    path: Path, documents: Iterable[EncodedDocument], *, vocab_size: int, counts: Callable[[], Mapping[str, int]] = dict
+) -> None:
     """Writes the folder `path`, the index last. Ids go to the disk as they come; of a document some 100 bytes stay."""
     path.mkdir()
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
@@ -150,7 +161,9 @@ def write_store(path: Path, documents: Iterable[EncodedDocument], *, vocab_size:
     for name in files:
         with (path / name).open("rb") as file:
             os.fsync(file.fileno())  # the index must not be there before what it speaks of
-    (path / INDEX_FILE).write_text(json.dumps({"dtype": dtype.str, "ids": total, "files": files}))
+    (path / INDEX_FILE).write_text(
+        json.dumps({"dtype": dtype.str, "ids": total, "files": files, "counts": dict(counts())})
+    )
 
 
 def open_store(path: Path) -> TokenStore | None:
@@ -163,10 +176,11 @@ def open_store(path: Path) -> TokenStore | None:
         arrays = {name: mapped_array(path / f"{name}.npy") for name in (*DOCUMENT_ARRAYS, *EXAMPLE_ARRAYS)}
         ids = flat_array(path / "ids", np.dtype(index["dtype"]))
         weights = flat_array(path / "weights", np.dtype(np.float32)) if "weights" in files else None
+        counts = index["counts"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     whole = arrays["offsets"][-1] == index["ids"] == len(ids) and (weights is None or len(weights) == len(ids))
-    return TokenStore(ids=ids, weights=weights, **arrays) if whole else None
+    return TokenStore(ids=ids, weights=weights, counts=counts, **arrays) if whole else None
 
 
 def mapped_array(path: Path) -> np.ndarray:

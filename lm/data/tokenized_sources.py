@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from lm.data.conversations import Conversation, conversation_excerpts
-from lm.data.loading import NO_COLUMNS, conversation_source
+from lm.data.loading import NO_COLUMNS, ConversationRows
 from lm.data.mixture import MixtureSource, source_labels
 from lm.data.sources import Document, TextSource, one_sided_error, text_source
 from lm.data.token_rows import concatenated_ranges
@@ -67,10 +67,10 @@ def tokenized_conversations(
     """The conversations of each source, cut into excerpts of `turns` messages, as the chat template lays them."""
 
     def store(source: MixtureSource) -> TokenStore:
-        found = conversation_source(source.source, columns=columns, skip_bad_rows=skip_bad_rows)
-        encoded = lambda: encoded_conversations(tokenizer, found.conversations(), turns=turns)
-        key = store_key("conversations", found.digest, tokenizer.fingerprint, tokenizer.date, f"turns {turns}")
-        return cached_store(key, encoded, vocab_size=tokenizer.vocab_size)
+        rows = ConversationRows(source.source, columns=columns, skip_bad_rows=skip_bad_rows, needs_reply=True)
+        encoded = lambda: encoded_conversations(tokenizer, rows, turns=turns)
+        key = store_key("conversations", rows.digest(), tokenizer.fingerprint, tokenizer.date, f"turns {turns}")
+        return cached_store(key, encoded, vocab_size=tokenizer.vocab_size, counts=lambda: rows.counts)
 
     return split_stores(sources, [store(source) for source in sources], held_out)
 

@@ -128,8 +128,9 @@ def row_facts(tokens: Tokens, row: int, origin: RowOrigin | None) -> Iterator[tu
 def batch_facts(batch: Any, row: int, values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, str]]:
     """What the kind of batch says of a row: ranks of an answer; the reward, and what the stage makes of it."""
     if isinstance(batch, RankedAnswers):
-        ranks = np.asarray(batch.ranks).reshape(-1, np.shape(batch.ranks)[-1])[row]
-        yield "rank", ", ".join(str(rank) if rank else "none" for rank in ranks)
+        ranks = np.asarray(batch.ranks).reshape(-1, np.shape(batch.ranks)[-1])
+        judged = (ranks > 0).any(axis=0)  # axes on which some answer of the batch is: KTO's labels may be absent
+        yield "rank", ", ".join(str(rank) if rank else "none" for rank in ranks[row, judged])
         if batch.baseline is not None:
             yield "baseline", f"{float(batch.baseline[row // np.shape(batch.ranks)[1]]):.3g}"
     if isinstance(batch, Rollouts):

@@ -65,9 +65,10 @@ def batches(
         **_summed_counts([counts for _, counts in train]),
         "held_out_conversations": sum(len(source.held_out) for source in tokenized),
         **{f"held_out_{name}": n for name, n in _summed_counts([counts for _, _, counts in unseen]).items()},
+        **_summed_counts([source.store.counts for source in tokenized]),
     }
     parts = [HeldOutPart(source.label, source.source.kind, -(-len(own) // batch_size), {}) for source, own, _ in unseen]
-    rule = f"excerpts of {turns} messages, one longer than {length + 1} tokens left out"
+    rule = f"excerpts of {turns} messages (rows of files whole), one longer than {length + 1} tokens left out"
     return Batches(
         lambda state, i: mixed_rows(rows, drawn(i)),
         lambda state: (batch for _, own, _ in unseen for batch in padded_batches(own, batch_size)),
@@ -87,5 +88,6 @@ def conversation_rows(
 
 
 def _summed_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-    """Name by name; all have the same."""
-    return {name: sum(each[name] for each in counts) for name in counts[0]}
+    """Name by name; what one lacks is 0."""
+    names = dict.fromkeys(name for each in counts for name in each)
+    return {name: sum(each[name] for each in counts if name in each) for name in names}

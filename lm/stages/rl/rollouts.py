@@ -165,8 +165,8 @@ def batches(
 def prompt_truncation(sources: str, *, turns: int, prompt_length: int, max_new: int) -> str:
     """What becomes of prompts and answers that are longer, in words."""
     return (
-        f"{sources}: prompts of the last {turns} messages, one longer than {prompt_length} tokens left out; "
-        f"an answer is cut off after {max_new} tokens"
+        f"{sources}: prompts of the last {turns} messages (rows of files whole), one longer than {prompt_length} "
+        f"tokens left out; an answer is cut off after {max_new} tokens"
     )
 
 
