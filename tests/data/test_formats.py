@@ -11,7 +11,7 @@ from lm.data import show
 from lm.data.conversations import conversation_excerpts, repeated_prompt_contexts
 from lm.data.files import SourceRow
 from lm.data.formats import recognized_row
-from lm.data.loading import load_conversations, load_counted_conversations, load_counted_rankings, load_rankings
+from lm.data.loading import ConversationRows, load_conversations, load_counted_rankings, load_rankings
 from lm.data.messages import RowFault
 from lm.data.packing import packed_rows
 from lm.data.preferences import LABEL_AXIS
@@ -144,8 +144,8 @@ def test_a_prompt_teaches_no_reply(tmp_path):
 
 def test_copies_are_counted_and_kept(tmp_path, caplog):
     path = lines(tmp_path / "a.jsonl", *[{"messages": TURNS}] * 3, {"messages": WITH_TOOL}, {"messages": []})
-    found = load_counted_conversations(path, skip_bad_rows=1)
-    assert len(found.items) == 4 and found.counts == {"bad_rows": 1, "duplicate_rows": 2}
+    found = ConversationRows(path, columns={}, skip_bad_rows=1, needs_reply=False)
+    assert len(list(found)) == 4 and found.counts == {"bad_rows": 1, "duplicate_rows": 2}
     assert "2 rows of 4 are copies of others" in caplog.text
     path = lines(tmp_path / "b.jsonl", *[{"prompt": "Hi?", "chosen": "a", "rejected": "b"}] * 2)
     assert load_counted_rankings(path).counts == {"bad_rows": 0, "duplicate_rows": 1}
