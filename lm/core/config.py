@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +41,7 @@ def load_config(
     try:
         config = module.get_config(arg)
     except Exception as error:
+        _refuse_dotted_key(error, path)
         if not arg:
             raise  # an error of the file itself: its author needs the traceback
         raise UserError(f"{path} has no variant {arg!r}: {error or type(error).__name__}") from error
@@ -267,10 +269,27 @@ def _apply_override(config: ConfigDict, override: str, path: str, functions: Con
         raise UserError(f"config.{key}={text}: expected {kind}{example}") from None
     node = _node(config, parent)
     with node.unlocked():
-        if isinstance(value, dict) and leaf in node:
-            _refill(node[leaf], value)
-        else:
-            node[leaf] = value
+        try:
+            if isinstance(value, dict) and leaf in node and isinstance(node[leaf], ConfigDict):
+                _refill(node[leaf], value)
+            elif leaf in node and isinstance(node[leaf], ConfigDict):  # text in the place of a mapping, or None
+                with node.ignore_type():
+                    node[leaf] = value
+            else:
+                node[leaf] = value
+        except ValueError as error:
+            _refuse_dotted_key(error, f"config.{override}")
+            raise
+
+
+def _refuse_dotted_key(error: Exception, where: str) -> None:
+    """UserError for a key with a dot in it, such as the file of a reward, where `error` is ml_collections' own."""
+    found = re.search(r"but the key (\S+) contains one", str(error)) if isinstance(error, ValueError) else None
+    if found:
+        raise UserError(
+            f"{where}: the key {found[1]!r} holds a dot, which a ConfigDict does not take; write a mapping of rewards "
+            f"as text, 'NAME=WEIGHT,...', such as '{found[1]}=1.0'"
+        ) from error
 
 
 def _refill(mapping: ConfigDict, entries: Mapping[str, Any]) -> None:

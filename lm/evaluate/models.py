@@ -29,7 +29,7 @@ from lm.data import batches, conversations, packing
 from lm.data.prompts import padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
-from lm.rewards import REWARDS
+from lm.rewards import named_rater
 from lm.runs import metadata
 from lm.runs.console import Progress, print_table, run_program, say, warn
 from lm.runs.partial_results import PartialResults
@@ -102,8 +102,7 @@ def evaluate_models(
     if sorted(order) != sorted(models):
         raise UserError(f"evaluate.order {', '.join(order)} does not name the models {', '.join(models)}, each once")
     models = {name: models[name] for name in order}
-    if rater not in REWARDS:
-        raise UserError(f"evaluate.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
+    rate = named_rater(rater, "evaluate.rater")
     check_at_least(
         1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once
     )
@@ -116,7 +115,7 @@ def evaluate_models(
     contexts = shared_prompts(models.values(), conversations.prompt_contexts(replies, turns=turns), prompt_length)[
         :prompts
     ]
-    messages = [c.messages for c in contexts]
+    examples = [conversations.reward_example(c.messages, c.fields) for c in contexts]
     sampler = {"rows_at_once": rows_at_once, "max_new": max_new, "temperature": temperature}
     parts, scores, found, told = PartialResults(workdir.path / PARTIAL_FILE), {}, {}, {}
     with Progress("evaluate", len(models), "model") as progress:
@@ -129,10 +128,10 @@ def evaluate_models(
                 ),
             )
             given = parts.once(
-                f"answers of {name} {made}", lambda: sampled_answers(model, messages, prompt_length, seed, **sampler)
+                f"answers of {name} {made}", lambda: sampled_answers(model, examples, prompt_length, seed, **sampler)
             )
             found[name] = [GeneratedAnswer(*each) for each in given]
-            scores[name] = REWARDS[rater](messages, [answer.text for answer in found[name]])
+            scores[name] = rate(examples, [answer.text for answer in found[name]])
             told[name] = {**losses, **answer_statistics(found[name], scores[name])}
             progress.update(i + 1, {"score": told[name]["score"]["value"]})
     write_answers(workdir.path / ANSWERS_FILE, contexts, found, scores)
@@ -163,10 +162,10 @@ def held_out_losses(
 
 
 def sampled_answers(
-    trained: TrainedModel, contexts: Sequence[list[dict]], prompt_length: int, seed: int, **sampler
+    trained: TrainedModel, examples: Sequence[conversations.Example], prompt_length: int, seed: int, **sampler
 ) -> list[GeneratedAnswer]:
-    """An answer of the model to each context."""
-    rows = padded_prompts([prompt_ids(trained, messages) for messages in contexts], contexts, prompt_length)
+    """An answer of the model to the messages of each example."""
+    rows = padded_prompts([prompt_ids(trained, each["messages"]) for each in examples], examples, prompt_length)
     answers = batch_answerer(trained.model, trained.params["lm"], trained.tokenizer, jit=jax.jit, **sampler)
     return answers(rows, jax.random.key(seed))
 
