@@ -5,10 +5,14 @@ This file imports nothing that a list of commands does not need, so `lm --help` 
 
 import difflib
 import importlib
+import os
+import select
 import sys
 from typing import NamedTuple
 
 from lm import restart_with_fast_environment
+
+CLOSED_OUTPUT_STATUS = 141  # 128 + SIGPIPE, as a shell reports it of other programs
 
 
 class Command(NamedTuple):
@@ -25,6 +29,9 @@ COMMANDS = {
         ),
     },
     "Use it": {"chat": Command("lm.serve.chat", "talk to a trained model in the terminal")},
+    "Bring your own data": {
+        "data": Command("lm.data.show", "show what a file, folder or hf:NAME holds, and what is wrong")
+    },
     "Collect preferences": {
         "rank": Command("lm.feedback.rank", "let people rank answers on a web page"),
         "judge": Command("lm.feedback.judge", "let a model or a rule rate what people rate"),
@@ -62,6 +69,27 @@ def overview() -> str:
 
 
 def main() -> None:
+    """Runs the command that sys.argv names. Ends quietly where a reader such as `head` has closed the output."""
+    try:
+        try:
+            run_command()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not is_output_closed():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it once more
+        sys.exit(CLOSED_OUTPUT_STATUS)
+
+
+def is_output_closed() -> bool:
+    """Whether nobody reads standard output any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def run_command() -> None:
     """Runs the command that sys.argv names. Exits with 2 where there is none of that name."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "help"):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lm.core.config import parsed_flags
 from lm.data import conversations, sources
+from lm.data.loading import load_conversations
 from lm.feedback.auto_rank import ranks_from_scores
 from lm.rewards import REWARDS
 from lm.runs.console import print_table, run_program, say
@@ -48,9 +49,7 @@ def noisy_rule(noise: float, seed: int):
 
 def write_prompts(path: Path, count: int, seed: int) -> None:
     """Prompts that no stage of the quickstart holds out, a few more than there will be clicks."""
-    seen, _ = sources.split_held_out(
-        conversations.prompt_contexts(conversations.load_conversations("chitchat"), turns=1), 0.05
-    )
+    seen, _ = sources.split_held_out(conversations.prompt_contexts(load_conversations("chitchat"), turns=1), 0.05)
     seen = [conversation for conversation in seen if len(conversation.messages[-1]["content"]) < 120]
     drawn = random.Random(seed).sample(seen, count)
     path.write_text("".join(json.dumps({"name": c.name, "prompt": c.messages}) + "\n" for c in drawn))

@@ -24,6 +24,31 @@ import pytest
 from lm import model
 from lm.core.types import Tokens
 
+# Longer than half a minute each. pytest-xdist hands out whole files in order: a long one that came last would leave the
+# other worker idle. The first needs no finished pipeline (tests/runs.py), so that one worker makes it for both.
+LONG_FILES = (
+    "tests/test_notebooks.py",
+    "tests/train/test_resume.py",
+    "tests/studies/test_gradients.py",
+    "tests/train/test_loop.py",
+    "tests/sweep/test_vmapped.py",
+    "tests/stages/test_policy_gradient.py",
+    "tests/sweep/test_study.py",
+    "tests/stages/test_preference.py",
+    "tests/studies/test_emergence.py",
+    "tests/sweep/test_controller.py",
+    "tests/pipeline/test_runner.py",
+    "tests/studies/test_methods.py",
+    "tests/stages/test_distillation.py",
+    "tests/generate/test_speculative.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, each file's tests in their own order."""
+    order = {file: place for place, file in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.nodeid.split("::")[0], len(LONG_FILES)))
+
 
 @pytest.fixture(scope="session")
 def tiny_model() -> model.Model:

@@ -6,7 +6,7 @@ The small world: short made conversations in the place of the 7,168 real ones, a
 devices, as on a laptop; the machine's peak is not measured. Everything else is the program itself.
 """
 
-import functools
+import fcntl
 import importlib
 import json
 import os
@@ -75,9 +75,22 @@ def enter_small_world(patch: Callable) -> None:
     patch(metadata, "peak_flops", lambda: (1e10, "made up, as measuring takes time"))
 
 
-@functools.cache
-def base(folder: Path) -> Path:
-    """The session's folder: `run`, a finished pipeline; `text`, its corpus; `snapshots/STAGE/MOMENT`, left by kills."""
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The session's folder: `run`, a finished pipeline; `text`, its corpus; `snapshots/STAGE/MOMENT`, left by kills.
+
+    One for all workers of pytest-xdist: the first that needs it makes it, the others wait. Not to be written to.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "runs"
+    with folder.with_name("runs.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "run" / "report.html").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make_base(folder)
+    return folder
+
+
+def make_base(folder: Path) -> None:
     text = made_text(folder / "text")
     with pytest.MonkeyPatch.context() as patch:
         enter_small_world(patch.setattr)
@@ -85,13 +98,12 @@ def base(folder: Path) -> Path:
         runner.run_pipeline(
             load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny", [f"root={folder / 'run'}", f"corpus={text}"])
         )
-    return folder
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """The run folder of the finished pipeline. Not to be written to."""
-    return base(tmp_path_factory.getbasetemp() / "runs") / "run"
+    return base(tmp_path_factory) / "run"
 
 
 @pytest.fixture
@@ -235,7 +247,7 @@ def die_while_saving(number: int) -> None:
 
 def die_in_update(number: int) -> None:
     """On the devices, at the minibatch of that number, counted over the epochs of PPO's updates."""
-    gradient, seen = policy_gradient.gradient, []
+    gradient, seen = policy_gradient.decoder_gradient, []
 
     def tick(step):
         seen.append(step)
@@ -251,7 +263,7 @@ def die_in_update(number: int) -> None:
 
         return inner._replace(update=update)
 
-    policy_gradient.gradient = ticking
+    policy_gradient.decoder_gradient = ticking
 
 
 MOMENTS = {

@@ -1,6 +1,8 @@
 """What the tests of sweeps run in the place of lm train: a trial that costs nothing and does what its config says.
 
 loss after step t of the config's `train.steps`: (log10(rate) + 2)^2 + 0.01 * seed + 1 / t
+
+HOLD=NAME:STEP in the environment: the trial of that folder waits after that step until it is killed.
 """
 
 import json
@@ -28,6 +30,8 @@ def program(argv: list[str]) -> None:
             loss = (math.log10(config.rate) + 2) ** 2 + 0.01 * config.seed + 1 / step
             print(json.dumps({"step": step, "loss": loss}), file=metrics, flush=True)
             time.sleep(config.pause)
+            if os.environ.get("HOLD") == f"{workdir.name}:{step}":
+                time.sleep(600)
             if step == 2:
                 FATES[config.fate](workdir)
         if config.fate != "silent":

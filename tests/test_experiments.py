@@ -34,6 +34,10 @@ __all__ = ["finished", "small"]
 
 FILES = sorted(path.stem for path in EXPERIMENTS.glob("*.py"))
 EACH = pytest.mark.parametrize("name", FILES)
+# For what takes the square of a config's size: the contest is one of two that hold many, and the largest.
+ALL_BUT_CONTEST = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "contest")) for name in FILES]
+)
 OF_MANY = {
     "contest": methods_study.answer_recorder,
     "overoptimization": measure.GoldEvaluator,
@@ -233,7 +237,7 @@ def followers(config: ConfigDict) -> dict[str, list[str]]:
     return {key: others for key, others in found.items() if others}
 
 
-@EACH
+@ALL_BUT_CONTEST
 def test_what_follows_another_entry_can_be_set_alone_and_in_any_order(name):
     """Every derived entry of every config: in code, and by overrides as the command line and sweeps give them."""
     config = config_of(name)
@@ -291,7 +295,7 @@ def test_what_must_be_equal_is_refused_in_one_line_where_it_is_not(name, overrid
     assert "\n" not in str(caught.value)
 
 
-@EACH
+@ALL_BUT_CONTEST
 def test_every_option_of_every_function_can_be_set_and_shows(name):
     """Listed in the file or not; given its default as text it is the default. One that has no such name is refused."""
     path, config, functions = str(EXPERIMENTS / f"{name}.py"), config_of(name), functions_of(name)
@@ -311,7 +315,7 @@ def test_every_option_of_every_function_can_be_set_and_shows(name):
         for part in key.split("."):
             node = node[part]
         assert node == value and type(node) is type(value), key
-    for subtree in functions(config):
+    for subtree in {called.function: subtree for subtree, called in functions(config).items()}.values():
         with pytest.raises(
             UserError, match=f"config.{subtree}.no_such_thing is not in .*{name}.py, and no option of lm."
         ):

@@ -98,10 +98,8 @@ assert sure["loss"] < unsure["loss"], values
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 TIMED = re.compile(r"\b\d+:\d\d\b|\bseconds\b")  # in a line that depends on the machine's speed
-LONG = ("06_dpo_grpo_ppo", "07_sweeps_scaling")  # a minute and more each
-EACH = pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in NOTEBOOKS]
-)
+LONG = ("04_sft", "05_rank_reward_ppo", "06_dpo_grpo_ppo", "07_sweeps_scaling", "09_your_own")  # half a minute and more
+EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def executed(path: Path, conclusions: str = "") -> NotebookNode:
@@ -249,7 +247,9 @@ def test_is_kept_with_its_outputs(path):
     assert path.stat().st_size < LARGEST
 
 
-@EACH
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in NOTEBOOKS]
+)
 def test_runs_in_time_and_says_the_same(path):
     start = time.monotonic()
     now = executed(path, CONCLUSIONS.get(path.stem, ""))

@@ -132,6 +132,15 @@ def test_the_command_line_lists_what_the_pages_use(listed):
     assert not used.keys() - listed, f"{used}: `python -m lm` lists {sorted(listed)}"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes as POSIX has them")
+def test_a_closed_output_ends_a_command_quietly():
+    """`lm | head`: no traceback, and the status of a program that SIGPIPE ended; argparse drops a help nobody reads."""
+    for argument, status in (("--help", 141), ("certify --help", 0)):
+        command = f"{shlex.quote(sys.executable)} -u -m lm {argument} | true; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (status, "")
+
+
 def test_flags_in_the_pages_exist():
     source = "\n".join(path.read_text() for path in (ROOT / "lm").rglob("*.py"))
     words = {word for page in PAGES for line in command_lines(page) for word in line if word.startswith("--")}

@@ -18,7 +18,7 @@ from lm.bench.limits import DeviceLimits
 from lm.bench.sizes import backend_config
 from lm.bench.turns import Peer, TimedSteps, Timings, timing_summary
 from lm.core.types import Params
-from lm.generate.sampler import prefill, sample
+from lm.generate.sampler import SamplingParams, prefill, sample
 from lm.model import ModelConfig, make_model
 from lm.model.params import matmul_param_count
 from lm.weights.config_map import config_json
@@ -40,7 +40,7 @@ def timed_steps(config: ModelConfig, shape: GenerationShape, dtype: str, lm: Par
     model = make_model(backend_config(config, dtype))
     lm = jax.jit(model.init)(jax.random.key(0)) if lm is None else jax.device_put(lm)
     first = jax.jit(functools.partial(prefill, model, capacity=shape.prompt + shape.new))
-    whole = jax.jit(functools.partial(sample, model, max_new=shape.new, temperature=0.0, stop=()))
+    whole = jax.jit(functools.partial(sample, model, sampling=SamplingParams(shape.new, temperature=0.0)))
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (shape.batch, shape.prompt)).astype(np.int32)
     given = jax.device_put((prompts, np.full(shape.batch, shape.prompt, np.int32)))
 

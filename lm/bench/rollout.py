@@ -16,6 +16,7 @@ from lm.bench.limits import DeviceLimits
 from lm.bench.sizes import SIZES, backend_config
 from lm.bench.turns import Peer, TimedSteps, Timings, timing_summary
 from lm.core.types import Rollouts
+from lm.generate.sampler import SamplingParams
 from lm.model import ModelConfig, make_model
 from lm.model.params import matmul_param_count
 from lm.optim import optimizers
@@ -39,7 +40,7 @@ def timed_steps(config: ModelConfig, shape: RolloutShape, *, beta: float = 0.04)
     model = make_model(backend_config(config, "auto"))
     update = grpo.make(model, optimizers.make_optimizer(learning_rate=1e-4, total_steps=1000), beta=beta)
     state = jax.jit(lambda key: update.init(key, {"lm": model.init(key)}, {}))(jax.random.key(0))
-    draw = jax.jit(functools.partial(rollout_rows, model, max_new=shape.new, stop=()))
+    draw = jax.jit(functools.partial(rollout_rows, model, sampling=SamplingParams(shape.new)))
     step = jax.jit(update.update, donate_argnums=0)
     rows = shape.prompts * shape.group
     prompts = np.random.default_rng(0).integers(1, config.vocab_size, (shape.prompts, shape.prompt))

@@ -17,9 +17,10 @@ from lm.core.errors import UserError
 from lm.core.statistics import mean_estimate
 from lm.core.types import Array, Completions
 from lm.data import conversations
+from lm.data.loading import load_conversations
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
-from lm.generate.sampler import sample
+from lm.generate.sampler import SamplingParams, sample
 from lm.generate.speculative import AcceptanceCounts, speculative_sample
 from lm.runs.workdir import TrainedModel, check_same_tokenizer
 
@@ -46,10 +47,10 @@ def speculation_samplers(
     """Answers of at most shape.new tokens, that end where they end. UserError for a draft of another tokenizer."""
     check_same_tokenizer(target, draft)
     lm, draft_lm = (jax.device_put(trained.params["lm"]) for trained in (target, draft))
-    options = dict(max_new=shape.new, temperature=temperature, stop=target.tokenizer.stop_ids)
-    plain = jax.jit(functools.partial(sample, target.model, **options))
+    sampling = SamplingParams(shape.new, temperature, stop=target.tokenizer.stop_ids)
+    plain = jax.jit(functools.partial(sample, target.model, sampling=sampling))
     drafted = jax.jit(
-        functools.partial(speculative_sample, target.model, draft.model, draft_tokens=draft_tokens, **options)
+        functools.partial(speculative_sample, target.model, draft.model, sampling=sampling, draft_tokens=draft_tokens)
     )
     given = prompts.ids, prompts.lengths
     return SpeculationSamplers(functools.partial(plain, lm, *given), functools.partial(drafted, lm, draft_lm, *given))
@@ -57,7 +58,7 @@ def speculation_samplers(
 
 def held_out_prompts(target: TrainedModel, shape: GenerationShape) -> Prompts:
     """The first shape.batch held-out prompts of at most shape.prompt tokens. UserError where there are not so many."""
-    _, unseen = split_held_out(conversations.load_conversations("chitchat"), HELD_OUT_FRACTION)
+    _, unseen = split_held_out(load_conversations("chitchat"), HELD_OUT_FRACTION)
     fit, _ = prompts_within_length(target.tokenizer, conversations.prompt_contexts(unseen), shape.prompt)
     if len(fit.ids) < shape.batch:
         raise UserError(

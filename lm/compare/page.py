@@ -24,7 +24,7 @@ from lm.compare.text import (
     overrides_text,
     setting_row,
 )
-from lm.runs.html import SERIES_COLORS, template_environment
+from lm.runs.html import SERIES_COLORS, rendered_page
 
 HELD_OUT_PREFIX = "held_out/"
 CURVE_CLOCKS = ("step", "tokens", "seconds")
@@ -41,40 +41,37 @@ class PageFigure(NamedTuple):
 def render_page(told: Comparison, folders: Sequence[Path]) -> str:
     """The page as text."""
     parameters = told.settings.parameters
-    return (
-        template_environment()
-        .get_template("compare/page.html.jinja")
-        .render(
-            told=told,
-            folders=folders,
-            better="lower" if told.direction == MINIMIZE else "higher",
-            percent=f"{100 * told.confidence:g}\u00a0%",
-            best=told.results[0],
-            spread=interval_or_reason,
-            number=number_text,
-            alike=len(told.with_conclusion(INSIDE_NOISE)),
-            unjudged=len(told.with_conclusion(NOT_JUDGED)),
-            warnings=comparison_warnings(told),
-            sentences=conclusion_sentences(told),
-            corrected=correction_note(told),
-            rows=[setting_row(told, one) for one in told.results],
-            means=figures.means_figure(told.results[:MAX_ROWS], told.metric),
-            most=MAX_ROWS,
-            curves=curve_figures(told),
-            colours=figures.setting_colours(told.results),
-            some=len(told.results) > len(SERIES_COLORS),
-            few=MAX_SEEDS_UNJUDGED,
-            parameters=parameters,
-            found_few=len(told.results) <= len(parameters),
-            swept=parameter_figures(told),
-            importance=importance_section(told),
-            configs=config_rows(told),
-            names=[one.name for one in told.results],
-            codes=code_rows(told),
-            absent=told.missing,
-            given=overrides_text,
-            lost={one.name: missing_runs_of_setting(one, told.missing) for one in told.results},
-        )
+    return rendered_page(
+        "compare/page.html.jinja",
+        told=told,
+        folders=folders,
+        better="lower" if told.direction == MINIMIZE else "higher",
+        percent=f"{100 * told.confidence:g}\u00a0%",
+        best=told.results[0],
+        spread=interval_or_reason,
+        number=number_text,
+        alike=len(told.with_conclusion(INSIDE_NOISE)),
+        unjudged=len(told.with_conclusion(NOT_JUDGED)),
+        warnings=comparison_warnings(told),
+        sentences=conclusion_sentences(told),
+        corrected=correction_note(told),
+        rows=[setting_row(told, one) for one in told.results],
+        means=figures.means_figure(told.results[:MAX_ROWS], told.metric),
+        most=MAX_ROWS,
+        curves=curve_figures(told),
+        colours=figures.setting_colours(told.results),
+        some=len(told.results) > len(SERIES_COLORS),
+        few=MAX_SEEDS_UNJUDGED,
+        parameters=parameters,
+        found_few=len(told.results) <= len(parameters),
+        swept=parameter_figures(told),
+        importance=importance_section(told),
+        configs=config_rows(told),
+        names=[one.name for one in told.results],
+        codes=code_rows(told),
+        absent=told.missing,
+        given=overrides_text,
+        lost={one.name: missing_runs_of_setting(one, told.missing) for one in told.results},
     )
 
 

@@ -146,9 +146,9 @@ def contrasts_with_reference(
     By the `spread` of all settings if there is one and it is equal; else each by its own seeds: over common ones
     (paired) where there are more than MAX_SEEDS_UNJUDGED, or by Welch's test. An interval excludes 0 exactly when the
     corrected p is below 1 - confidence: it covers the truth at least as often as it says, and the chance that any of
-    them wrongly excludes 0 is at most 1 - confidence, also for a reference that was `chosen` by its mean, as every pair
-    counts then. Pooled, that takes equal spreads: where they differ three- to fivefold, of which Cochran's C sees
-    little, the chance is 8 to 17 % instead of 5 (simulated: 6 settings of 4 or 5 seeds, 12 of 3).
+    them wrongly excludes 0 is at most 1 - confidence, also if the reference is the best mean (`reference_is_best`), as
+    every pair counts then. Pooled, that takes equal spreads: where they differ three- to fivefold, of which Cochran's C
+    sees little, the chance is 8 to 17 % instead of 5 (simulated: 6 settings of 4 or 5 seeds, 12 of 3).
     """
     shared = spread if spread and spread.is_equal else None
     sides = {one.name: samples_to_compare(one, reference, shared) for one in found if one.name != reference.name}
@@ -318,8 +318,8 @@ def comparison_count(tests: int, reference_is_best: bool) -> int:
 
 
 def holm_factors(p: Sequence[float], comparisons: int) -> list[float]:
-    """What each p is multiplied by (Holm 1979): the smallest by `family`, the next by one less, and so on, and by more
-    where that would make a larger p smaller than one before it. Not clipped to 1.
+    """What each p is multiplied by (Holm 1979): the smallest by `comparisons`, the next by one less, and so on, and by
+    more where that would make a larger p smaller than one before it. Not clipped to 1.
 
     Valid where the p are some of a larger family, too: before the first true one of ours stand only false ones.
     """

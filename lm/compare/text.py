@@ -18,7 +18,7 @@ from lm.compare.statistics import (
     SettingResult,
     comparison_count,
 )
-from lm.core.statistics import Estimate
+from lm.core.statistics import Estimate, interval_text
 from lm.runs.console import print_table, say
 
 MAX_VALUE_CHARACTERS = 60  # characters of a value in a table
@@ -62,9 +62,9 @@ def change_text(value: float) -> str:
     return f"{value:+#.3g}".rstrip(".").replace("-", "−")
 
 
-def interval_text(estimate: Estimate, form=number_text) -> str:
+def known_interval_text(estimate: Estimate, form=number_text) -> str:
     """ "[4.01, 4.23]"; nothing for an infinite interval."""
-    return f"[{form(estimate.low)}, {form(estimate.high)}]" if math.isfinite(estimate.se) else ""
+    return interval_text(estimate, form) if math.isfinite(estimate.se) else ""
 
 
 def p_text(p: float) -> str:
@@ -77,7 +77,7 @@ def seed_count_text(n: int) -> str:
 
 def interval_or_reason(one: SettingResult) -> str:
     """A mean's interval, or why there is none."""
-    return interval_text(one.mean) or "one seed: no interval"
+    return known_interval_text(one.mean) or "one seed: no interval"
 
 
 def conclusion_sentences(told: Comparison) -> list[str]:
@@ -86,7 +86,7 @@ def conclusion_sentences(told: Comparison) -> list[str]:
     if not told.contrasts:
         return [
             f"{reference.name}: {told.metric} {number_text(reference.mean.value)} "
-            f"{interval_text(reference.mean) or '(one seed: no interval)'}".strip()
+            f"{known_interval_text(reference.mean) or '(one seed: no interval)'}".strip()
             + (f", {seed_count_text(len(reference.values))}" if len(reference.values) > 1 else "")
             + ". There is one setting only, so nothing is compared."
         ]
@@ -117,7 +117,7 @@ def contrast_sentence(contrast: Contrast) -> str:
     if contrast.conclusion == INSIDE_NOISE:
         return (
             f"{contrast.name} and {contrast.reference} cannot be told apart: a difference of {change_text(d.value)} "
-            f"{interval_text(d, change_text)} is inside the noise ({numbers})."
+            f"{known_interval_text(d, change_text)} is inside the noise ({numbers})."
         )
     winner, loser = contrast.name, contrast.reference
     if contrast.conclusion != BETTER:
@@ -214,7 +214,7 @@ def setting_row(told: Comparison, one: SettingResult) -> dict[str, Any]:
     told_of_it |= {"difference": change_text(contrast.difference.value), "verdict": contrast.conclusion}
     if contrast.conclusion != NOT_JUDGED:
         told_of_it |= {
-            "range": interval_text(contrast.difference, change_text),
+            "range": known_interval_text(contrast.difference, change_text),
             "p": p_text(contrast.p).removeprefix("p ").removeprefix("= "),
             "over": sample_text(contrast),
             "effect": "" if contrast.effect_size is None else change_text(contrast.effect_size),

@@ -22,7 +22,7 @@ from lm.core.options import ConfigFunction, ConfigFunctions, option_type, option
 
 
 def no_functions(config: ConfigDict) -> Mapping[str, ConfigFunction]:
-    """Of a config whose program is not known: only what it lists can be overridden."""
+    """No functions, for a config whose program is not known: only the entries that it lists can be overridden."""
     return {}
 
 
@@ -31,10 +31,10 @@ def load_config(
 ) -> ConfigDict:
     """The locked config of "FILE.py:ARG" with `overrides` such as "optimizer.learning_rate=3e-4" applied.
 
-    An override keeps the type of what it replaces; an int will do for a float, and "None" for text or None. What
+    An override keeps the type of what it replaces; an int is accepted for a float, and "None" for text or None. What
     follows an overridden field (`get_oneway_ref` in the file) changes with it, unless it is overridden itself; the
     order does not matter. `functions`: what the subtrees call; their options may be set though the file does not list
-    them. Raises UserError for a file, argument, key or value that will not do.
+    them. Raises UserError for a file, argument, key or value that is not valid.
     """
     path, _, arg = path_and_arg.partition(":")
     module = config_module(path)
@@ -172,7 +172,7 @@ def flags_and_config(
     """The program's own flags, and the config named by --config=FILE[:ARG] with every --config.KEY=VALUE applied.
 
     flags: name to the keywords of argparse's add_argument, such as {"workdir": dict(required=True, help="...")}.
-    functions: what the config's subtrees call (see `load`); with --help they are listed, option by option.
+    functions: what the config's subtrees call (see `load_config`); with --help they are listed, option by option.
     """
     changes = "the config; --config.KEY=VALUE changes an entry; with --help: lists all there are"
     config_flag = dict(required=True, metavar="FILE[:ARG]", help=changes)

@@ -6,7 +6,7 @@ class UserError(Exception):
 
 
 def check_at_least(least: int, subtree: str, **counts: float) -> None:
-    """UserError for the first of these entries of a config's subtree that is smaller."""
+    """UserError for the first of these entries of a config's subtree that is smaller than `least`."""
     for name, count in counts.items():
         if count < least:
             raise UserError(f"{subtree}.{name} is {count}; it must be at least {least}")

@@ -34,7 +34,7 @@ Metrics = Mapping[str, Mean]
 
 
 def mean(values: jax.Array, weights: jax.Array) -> Mean:
-    """Weighted mean of `values`; `weights` has the same shape. Entries of weight 0 count for nothing, NaN included."""
+    """Weighted mean of `values`; `weights` has the same shape. Entries of weight 0 do not count, not even NaN."""
     return Mean(jnp.sum(jnp.where(weights > 0, values * weights, 0.0)), jnp.sum(weights))
 
 

@@ -41,7 +41,7 @@ class ConfigFunction(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As one would import it, of a program that runs too."""
+        """The name one would import it by, also of a module that runs as a program."""
         module = self.function.__module__
         spec = sys.modules[module].__spec__ if module == "__main__" else None
         return f"{spec.name if spec else module}.{self.function.__qualname__}"

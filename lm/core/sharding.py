@@ -54,10 +54,11 @@ def partition_spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -
 
 
 def map_row_shards(function: Callable, x: Any, replicated: Any) -> Any:
-    """function(x, whole), a tree of [B, ...], computed by each device on its own rows of the leaves [B, ...] of x.
+    """function(x, replicated), a tree of [B, ...], computed by each device on its own rows of the leaves [B, ...] of x.
 
-    For what mixes the rows of a device, such as a sort, which would else move them all. `whole` is gathered where rows
-    are split; other axes are split as they were. Without a mesh, or where B does not divide, the function itself.
+    For functions that mix the rows of a device, such as a sort, which would otherwise move all rows between devices.
+    `replicated` is gathered where rows are split; other axes stay split. Without a mesh, or where B does not divide,
+    the function itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     rows = partition_spec(("batch",), jax.tree.leaves(x)[0].shape[:1], mesh)
@@ -89,14 +90,14 @@ def is_single_device() -> bool:
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x constrained to these logical axes; the identity on a lone device."""
+    """x constrained to these logical axes; the identity on a single device."""
     if is_single_device():
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, jax.sharding.get_abstract_mesh()))
 
 
 def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Rows of an array over data and fsdp, everything else whole."""
+    """Rows of an array over data and fsdp; other axes are not split."""
     return NamedSharding(
         mesh, partition_spec(("batch",) + (None,) * (len(shape) - 1), shape, mesh) if shape else PartitionSpec()
     )
@@ -112,7 +113,7 @@ def state_shardings(mesh: Mesh, state, axes: Mapping[str, Any]):
 
     `axes` is the tree of logical axes of {"lm": ..., "value": ...}. A leaf whose path ends with a parameter's path and
     which has as many dimensions takes that parameter's sharding; any other is replicated. So Adam's moments follow
-    their parameters without the optimizer knowing of the mesh. A frozen net ("ref") holds the subtree of "lm".
+    their parameters, and the optimizer needs no mesh. A frozen net ("ref") holds the subtree of "lm".
     """
     is_axes = lambda x: isinstance(x, tuple) and all(a is None or isinstance(a, str) for a in x)
     known = {

@@ -1,8 +1,8 @@
 """Numbers with their uncertainty. Every score the programs print carries one of these."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtr, stdtrit
@@ -47,9 +47,10 @@ def crossed_mean(values: np.ndarray) -> Estimate:
     """Mean of f[S,U] over S independent runs and U units, both of them samples: other seeds, other prompts.
 
     se^2 = var(means of the runs) / S + var(means of the units) / U. The interval's half widths, Student's with S - 1
-    and with U - 1 degrees of freedom, add in quadrature: three runs that differ say little of a fourth, and then it is
-    wide. What varies with run *and* unit is counted in both terms, so it errs to the wide side: it holds the truth in
-    95 to 99 % of simulated cases (tests/core/test_statistics.py). Of a single run nothing is known but its units.
+    and with U - 1 degrees of freedom, add in quadrature: three runs that differ say little about a fourth, and the
+    interval is wide. Variation by run *and* unit is counted in both terms, so the interval is conservative: it holds
+    the truth in 95 to 99 % of simulated cases (tests/core/test_statistics.py). With a single run only the spread of
+    units is known.
     """
     x = np.asarray(values, np.float64)
     sides = [x.mean(axis=1 - axis) for axis, n in enumerate(x.shape) if n > 1]
@@ -63,7 +64,7 @@ def crossed_mean(values: np.ndarray) -> Estimate:
 def student_mean(values: Sequence[float], *, confidence: float = 0.95) -> Estimate:
     """Mean of a few independent, roughly normal observations, such as runs of several seeds; Student's interval.
 
-    Where one observation or none is left to tell the spread from, the interval is infinite.
+    With fewer than two observations the spread is unknown and the interval infinite.
     """
     value, se, *_ = mean_estimate(values)
     return student_interval(value, se, len(values) - 1, confidence)
@@ -86,7 +87,7 @@ def welch_degrees_of_freedom(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def p_value(estimate: Estimate, freedom: float) -> float:
-    """Two-sided: how often as much is seen by chance if the truth is 0. 1 where nothing is known."""
+    """Two-sided: the chance of a value at least as far from 0 if the truth is 0. 1 where nothing is known."""
     if freedom <= 0 or estimate.value == 0:
         return 1.0
     return float(2 * stdtr(freedom, -abs(estimate.value) / estimate.se)) if estimate.se else 0.0
@@ -102,5 +103,43 @@ NO_ESTIMATE = Estimate(np.nan, np.nan, np.nan, np.nan)  # of no observation
 
 
 def success_rate_or_nan(hits: Sequence[bool]) -> Estimate:
-    """`rate`, or nan where there is nothing to count."""
+    """`success_rate`, or nan where there is nothing to count."""
     return success_rate(hits) if len(hits) else NO_ESTIMATE
+
+
+def percent_text(fraction: float) -> str:
+    """0.5 to "50 %"."""
+    return f"{100 * fraction:.0f}\u00a0%"
+
+
+def signed_number(number: float) -> str:
+    """Two decimals and the sign."""
+    return f"{number:+z.2f}".replace("-", "−")
+
+
+NUMBER_FORMATS: Mapping[str, Callable[[float], str]] = {
+    "plain": "{:z.2f}".format,
+    "tenths": "{:z.1f}".format,
+    "signed": signed_number,
+    "percent": percent_text,
+}
+
+
+NumberFormat = str | Callable[[float], str]  # a name among NUMBER_FORMATS, or the function itself
+
+
+def interval_text(estimate: Estimate | Mapping[str, Any], style: NumberFormat = "plain") -> str:
+    """ "[4.01, 4.23]": the 95 % interval of an Estimate, or of one that was read from JSON."""
+    number = NUMBER_FORMATS[style] if isinstance(style, str) else style
+    fields = estimate._asdict() if isinstance(estimate, Estimate) else estimate
+    return f"[{number(fields['low'])}, {number(fields['high'])}]"
+
+
+def estimate_text(estimate: Estimate | Mapping[str, Any], style: NumberFormat = "plain") -> str:
+    """ "0.62 [0.51, 0.72]"; a dash where nothing was observed, no interval where its width is unknown."""
+    number = NUMBER_FORMATS[style] if isinstance(style, str) else style
+    fields = estimate._asdict() if isinstance(estimate, Estimate) else estimate
+    if not math.isfinite(fields["value"]):
+        return "–"
+    is_known = math.isfinite(fields["low"]) and math.isfinite(fields["high"])
+    return number(fields["value"]) + (f" {interval_text(estimate, style)}" if is_known else "")

@@ -78,7 +78,7 @@ class Rollouts(Replaceable):
     old_values: Array | None = None  # f32[B,T]  V(s_t) at the position that predicts token t
     advantages: Array | None = None  # f32[B,T]
     returns: Array | None = None  # f32[B,T]
-    text_tokens: Tokens | None = None  # [B,T']: rows of pretraining text to be learnt from along the way (PPO-ptx)
+    text_tokens: Tokens | None = None  # [B,T']: rows of pretraining text to be learned from along the way (PPO-ptx)
     group: int = struct.field(pytree_node=False, default=1)  # answers to each prompt
 
 

@@ -1,4 +1,4 @@
-"""Items to rank and what raters said of them, in one SQLite file that several processes may have open at once.
+"""Items to rank and raters' verdicts on them, in one SQLite file that several processes may have open at once.
 
 A verdict is on the disk when `record` returns (write-ahead log, synchronous=FULL), and a kill at any moment loses none.
 Nothing is ever deleted: a verdict taken back stays in the file, marked as withdrawn.
@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm.core.errors import UserError
-from lm.data import preferences as records
-from lm.data.preferences import Ranking
+from lm.data.preferences import Ranking, ranking_from_record, ranking_json, read_jsonl_rankings
 
 PEOPLE_DB = "people.db"  # its name in a workdir
 SQLITE_MAGIC = b"SQLite format 3\0"  # the first bytes of every SQLite file
@@ -78,7 +77,7 @@ class RankingItem(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """What a rater says of an item; the fields are those of lm.data.preferences.Ranking."""
+    """A rater's verdict on an item; the fields are those of lm.data.preferences.Ranking."""
 
     key: str  # drawn by the client: the same key sent twice is one verdict
     item: int
@@ -94,8 +93,8 @@ class Annotation(NamedTuple):
 class AnnotationStore:
     """The items and verdicts of one file, for any number of threads. Leaving it as a context manager closes it.
 
-    UserError for a file that is no such database or one of another version; Unavailable while it is locked or the disk
-    is full.
+    UserError for a file that is no such database or one of another version; StoreUnavailable while it is locked or
+    the disk is full.
     """
 
     def __init__(self, path: str | Path):
@@ -140,13 +139,13 @@ class AnnotationStore:
         return next(iter(self._items(f"{SELECT_UNJUDGED} LIMIT 1", rater)), None)
 
     def unjudged_items(self, rater: str) -> list[RankingItem]:
-        """All that `next` has to offer, in its order."""
+        """All items that `next_item` would give, in its order."""
         return self._items(SELECT_UNJUDGED, rater)
 
     def record_verdict(self, verdict: Annotation) -> None:
         """Returns when the verdict is on the disk; one with a known key is already there.
 
-        UserError for an unknown item, for one that this rater has judged, and for whatever Ranking does not admit.
+        UserError for an unknown item, for one that this rater has judged, and for a verdict that is no valid Ranking.
         """
         with self._writing() as db:
             if db.execute("SELECT 1 FROM verdicts WHERE key = ?", [verdict.key]).fetchone():
@@ -157,7 +156,7 @@ class AnnotationStore:
             said = {name: value for name, value in verdict._asdict().items() if name not in ("key", "item")}
             ranking = Ranking(item.name, item.prompt, item.responses, sources=item.sources, time=_now(), **said)
             try:
-                records.ranking_from_record(ranking._asdict())
+                ranking_from_record(ranking._asdict())
             except (TypeError, ValueError) as error:
                 raise UserError(f"item {item.id}: {error}") from error
             self._insert(verdict.key, item.id, ranking)
@@ -189,12 +188,12 @@ class AnnotationStore:
     def merge_rankings(self, rankings: Iterable[Ranking]) -> tuple[int, int]:
         """Adds verdicts from elsewhere and the items they need, all or none: (added, already there).
 
-        Already there is what the same rater has said of the same item.
+        A verdict is already there if the same rater has judged the same item.
         """
         added = there = 0
         with self._writing() as db:
             for ranking in rankings:
-                key = hashlib.sha256(records.ranking_json(ranking).encode()).hexdigest()
+                key = hashlib.sha256(ranking_json(ranking).encode()).hexdigest()
                 item, _ = self._added(ranking.name, ranking.prompt, ranking.responses, list(ranking.sources))
                 known = db.execute(
                     f"{SELECT_STANDING} UNION SELECT item FROM verdicts WHERE key = ?", [ranking.rater, item, key]
@@ -207,8 +206,8 @@ class AnnotationStore:
         return added, there
 
     def _prepare(self) -> None:
-        """Makes a new file ours. Nothing is written to a foreign one."""
-        tables = self._rows("SELECT 1 FROM sqlite_master LIMIT 1")  # before the mark: whoever makes both commits both
+        """Creates the schema in a new file. Nothing is written to a file of another program."""
+        tables = self._rows("SELECT 1 FROM sqlite_master LIMIT 1")  # before the mark: both are committed together
         application, version = (self._rows(f"PRAGMA {name}")[0][0] for name in ("application_id", "user_version"))
         if application != APPLICATION_ID and tables:
             raise UserError(f"{self.path} is a database of something else: name another file")
@@ -267,7 +266,7 @@ class AnnotationStore:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns what SQLite and the system refuse into a UserError."""
+        """Turns errors of SQLite and the system into a UserError."""
         try:
             yield
         except OSError as error:
@@ -295,7 +294,7 @@ def read_rankings(path: str | Path) -> list[Ranking]:
     except OSError:
         is_database = False  # the reader of lines says what there is to say
     if not is_database:
-        return records.read_jsonl_rankings(path)
+        return read_jsonl_rankings(path)
     with AnnotationStore(path) as store:
         return store.rankings()
 

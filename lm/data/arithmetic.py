@@ -1,5 +1,5 @@
-"""Sums, differences and products of integers, worked out from text: a tool for policies, and the judge of their
-answers."""
+"""Sums, differences and products of integers, computed from text: a tool for policies, and a check of
+their answers."""
 
 import ast
 import operator

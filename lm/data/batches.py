@@ -21,9 +21,9 @@ def batch_function(
 ) -> Callable[[int], Rows]:
     """i -> rows [batch_size, ...] of the same pytree type, numpy; fewer or more while the ramp lasts.
 
-    Epoch follows epoch without a seam, each in a new order, which no ramp changes: a batch takes the rows after those
-    of the batches before it. Fewer rows than `batch_size` repeat. Grain draws the row *numbers* and numpy gathers the
-    rows once: per-row Python would cost more than a small model's step.
+    Epochs follow each other without a gap, each in a new order, which no ramp changes: a batch takes the rows after
+    those of the earlier batches. Fewer rows than `batch_size` repeat. Grain draws the row *numbers* and numpy gathers
+    the rows once: per-row Python would cost more than a small model's step.
     """
     check_at_least(1, "data", batch_size=batch_size)
     check_ramp(ramp)
@@ -41,7 +41,7 @@ def batch_function(
 
 
 def batch_row_range(i: int, *, batch_size: int, ramp: BatchSizeRamp) -> range:
-    """Where the rows of batch i stand among all that are drawn, one epoch after another."""
+    """The numbers of the rows of batch i among all rows that are drawn, one epoch after another."""
     start = begin = 0
     for end, size in (*ramp, (math.inf, batch_size)):
         if i < end:
@@ -64,7 +64,7 @@ def check_ramp(ramp: BatchSizeRamp) -> None:
 
 
 def check_ramp_microbatches(ramp: BatchSizeRamp, microbatches: int) -> None:
-    """UserError, before the first step rather than at its own, for a batch that the microbatches cannot cut."""
+    """UserError for a batch that does not divide into the microbatches, before the first step."""
     for step, rows in ramp:
         if rows % microbatches:
             raise UserError(
@@ -74,7 +74,7 @@ def check_ramp_microbatches(ramp: BatchSizeRamp, microbatches: int) -> None:
 
 
 def sequential_batches(rows: Rows, batch_size: int) -> Iterator[Rows]:
-    """All rows once, in order; the last batch is filled up with zeros, which weigh nothing."""
+    """All rows once, in order; the last batch is padded with zeros, which have weight 0."""
     count = len(jax.tree.leaves(rows)[0])
     for start in range(0, count, batch_size):
         part = jax.tree.map(lambda leaf: leaf[start : start + batch_size], rows)

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lm.core.errors import UserError
 from lm.data import sources
 from lm.data.arithmetic import expression_value
 
@@ -31,6 +30,7 @@ class Conversation(NamedTuple):
     name: str
     messages: list[dict]  # {"role", "content"}
     fields: Mapping[str, Any] = {}  # what else its row holds, for rewards: "answer", "tests", ...
+    is_whole: bool = False  # a user's own: neither cut into excerpts nor, as a prompt, into turns
 
     @property
     def content(self) -> str:
@@ -92,22 +92,13 @@ CONVERSATION_SOURCES = {
 }
 
 
-def load_conversations(sources: str) -> list[Conversation]:
-    """All conversations of a comma-separated list of SOURCES."""
-    names = [name.strip() for name in sources.split(",")]
-    unknown = [name for name in names if name not in CONVERSATION_SOURCES]
-    if unknown:
-        raise UserError(f"data.sources has {unknown[0]!r}; choose among {', '.join(CONVERSATION_SOURCES)}")
-    return [conversation for name in dict.fromkeys(names) for conversation in CONVERSATION_SOURCES[name]()]
-
-
 def conversation_excerpts(conversations: Sequence[Conversation], *, turns: int = 6) -> list[Conversation]:
     """Each conversation cut into stretches of `turns` messages (even, so that each opens with the user), a lone last
-    one left out: most human conversations are longer than a row."""
+    one left out: most human conversations are longer than a row. One that is whole stays so."""
     return [
-        Conversation(name, messages[i : i + turns], fields)
-        for name, messages, fields in conversations
-        for i in range(0, len(messages) - 1, turns)
+        whole if whole.is_whole else Conversation(whole.name, whole.messages[i : i + turns], whole.fields)
+        for whole in conversations
+        for i in range(0, 1 if whole.is_whole else len(whole.messages) - 1, turns)
     ]
 
 
@@ -135,9 +126,13 @@ def distinct_conversations(conversations: Sequence[Conversation]) -> list[Conver
 def repeated_prompt_contexts(
     conversations: Sequence[Conversation], *, turns: int = 3, per_conversation: int = 1
 ) -> list[Conversation]:
-    """Those of `prompts`, as often as they come."""
+    """Those of `prompt_contexts`, with repetitions."""
     found = []
-    for name, messages, fields in conversations:
+    for name, messages, fields, is_whole in conversations:
+        if is_whole:
+            last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+            found.append(Conversation(name, messages[: last + 1], fields, is_whole))
+            continue
         asked = []
         for i, message in enumerate(messages):
             if message["role"] == "user" and len(message["content"].split()) >= 3:

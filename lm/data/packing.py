@@ -44,12 +44,13 @@ def stream_rows(ids: Sequence[Sequence[int]], length: int) -> Tokens:
 
 
 def document_rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Tokens:
-    """Texts, each a document of the tokenizer's, as `stream` lays them."""
+    """Texts, each a document of the tokenizer's, as `stream_rows` lays them."""
     return stream_rows([tokenizer.document_ids(ids) for ids in tokenizer.encode_batch(texts)], length)
 
 
 def packed_rows(examples: Sequence[TokenizedExample], length: int) -> tuple[Tokens, dict[str, int]]:
-    """Whole conversations packed into rows as isolated segments, and how many were left out: see truncation.fitted.
+    """Whole conversations packed into rows as isolated segments, and how many were left out: see
+    lm.data.truncation.
 
     Best fit, longest first: each goes to the fullest row that still has room.
     """

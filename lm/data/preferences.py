@@ -1,11 +1,11 @@
-"""A rater's verdicts, whoever the rater is, a person, a rule or a model: one JSON object a line.
+"""Rankings of answers by a rater, who is a person, a rule or a model: one JSON object a line.
 
     {"name": "chitchat/...", "prompt": [{"role": "user", "content": "..."}], "responses": ["...", "..."],
      "ranking": [2, 1], "rater": "rule", "time": "2024-05-01T12:00:00+00:00"}
 
 `ranking[i]` is the rank of `responses[i]`: 1 is best, equal ranks are a tie. `name` says what the prompt was taken
-from, so that its verdicts are held out with it; a prompt that comes under several names is held out by its own words,
-in all its verdicts. What else is known of a verdict may follow: see `Ranking`.
+from, so that its rankings are held out with it; a prompt that comes under several names is held out by its own words,
+in all its rankings. Other fields may follow: see `Ranking`.
 """
 
 import json
@@ -29,6 +29,8 @@ RATING_AXES = (
 )  # our page asks for 1 to 5 on each
 OVERALL_AXIS = "overall"  # the axis that `ranking` itself is
 MAX_SCORE = 10  # score on any axis that is accepted
+LABEL_AXIS = "desirable"  # the axis on which an answer is labelled good or bad by itself, for KTO
+DESIRABLE, UNDESIRABLE = MAX_SCORE, 1  # its scores
 RESPONSE_FLAGS = ("toxic", "dangerous", "low quality")
 VERDICT_KINDS = ("ranked", "both bad", "skipped")
 
@@ -42,7 +44,7 @@ class Ranking(NamedTuple):
     ranking: list[int]  # of each response; 1 is best, equal is a tie
     rater: str
     time: str  # ISO 8601
-    verdict: str = "ranked"  # one of VERDICTS; "both bad" and "skipped" rank all responses alike
+    verdict: str = "ranked"  # one of VERDICT_KINDS; "both bad" and "skipped" rank all responses alike
     axes: Mapping[str, Sequence[int | None]] = {}  # a score of each response, 1 is poor; None: not scored
     flags: Sequence[Sequence[str]] = ()  # of each response
     sources: Sequence[Mapping[str, Any]] = ()  # of each response: {"model", "fingerprint", "sampler"}
@@ -51,7 +53,8 @@ class Ranking(NamedTuple):
 
     @property
     def content(self) -> str:
-        """The words of the prompt: verdicts on the same are never parted by a split. See corpus.split."""
+        """The words of the prompt: rankings of the same prompt are on one side of a split. See
+        lm.data.sources.split_held_out."""
         return normalized_words(message["content"] for message in self.prompt)
 
 
@@ -59,7 +62,7 @@ REQUIRED_FIELDS = tuple(field for field in Ranking._fields if field not in Ranki
 
 
 def read_jsonl_rankings(path: str | Path) -> list[Ranking]:
-    """Every verdict of a file. UserError names the line and its fault."""
+    """Every verdict of a file. UserError names the line and what is wrong with it."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -87,7 +90,7 @@ def append_rankings(path: str | Path, rankings: Iterable[Ranking]) -> None:
 
 
 def ranking_json(ranking: Ranking) -> str:
-    """The verdict as JSON, without the fields of which nothing is known. ValueError for one that cannot be."""
+    """The ranking as JSON, without the fields of which nothing is known. ValueError for an invalid one."""
     record = ranking_from_record(ranking._asdict())._asdict()
     known = {name: value for name, value in record.items() if name in REQUIRED_FIELDS or value != _field_default(name)}
     return json.dumps(known, ensure_ascii=False)
@@ -174,11 +177,11 @@ def _is_message(message: object) -> bool:
     )
 
 
-OVERALL_ONLY: Mapping[str, float] = {OVERALL_AXIS: 1.0}  # an axis and what it counts in the total score
+OVERALL_ONLY: Mapping[str, float] = {OVERALL_AXIS: 1.0}  # an axis and its weight in the total score
 
 
 def ordered_axes(axes: Mapping[str, float]) -> dict[str, float]:
-    """The axes with OVERALL in front, as heads and ranks are numbered: a config keeps its entries by the alphabet."""
+    """The axes with OVERALL_AXIS first, as heads and ranks are numbered: a config sorts its entries by name."""
     if OVERALL_AXIS not in axes:
         raise UserError(
             f"axes are {', '.join(axes) or 'empty'}: {OVERALL_AXIS}, the ranking itself, must be among them"

@@ -1,6 +1,6 @@
 """Prompts as arrays: what a sampler is given, with the conversations they came from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +19,10 @@ class Prompts(NamedTuple):
 
 
 def bucket_length(length: int, limit: int) -> int:
-    """The multiple of BUCKET that a prompt of `length` is padded to, but at most `limit`: so that a program compiled
-    for one length serves all others near it, and padding never takes the room that the answer needs."""
+    """The multiple of BUCKET_SIZE that a prompt of `length` tokens is padded to, at most `limit`.
+
+    So one compiled program serves all lengths of a bucket, and padding never takes the room that the answer needs.
+    """
     return min(-(-length // BUCKET_SIZE) * BUCKET_SIZE, limit)
 
 
@@ -35,7 +37,7 @@ def padded_prompts(rows: Sequence[np.ndarray], examples: Sequence[Example], leng
 def prompts_within_length(
     tokenizer: Tokenizer, conversations: Sequence[Conversation], length: int
 ) -> tuple[Prompts, int]:
-    """The conversations as chat prompts of at most `length` tokens, and how many were longer and left out: a judge
+    """The conversations as chat prompts of at most `length` tokens, and how many were longer and left out: a reward
     reads the whole conversation, so none is cut."""
     ids = encode_prompts(tokenizer, [conversation.messages for conversation in conversations])
     encoded = [TokenizedExample(row, np.zeros(len(row), np.float32)) for row in ids]
@@ -50,3 +52,10 @@ def prompts_within_length(
 def prompts_at(prompts: Prompts, rows: np.ndarray) -> Prompts:
     """The prompts at these rows."""
     return Prompts(prompts.ids[rows], prompts.lengths[rows], [prompts.examples[i] for i in rows])
+
+
+def prompt_chunks(prompts: Prompts, size: int) -> Iterator[tuple[int, Prompts]]:
+    """(number of its first row, `size` prompts) from the first to the last; the last chunk repeats earlier rows to be
+    full, so that every chunk has the same shape."""
+    for first in range(0, len(prompts.ids), size):
+        yield first, prompts_at(prompts, np.arange(first, first + size) % len(prompts.ids))

@@ -1,8 +1,8 @@
-"""Real people's ratings as rankings: the conversations of `chitchat-dataset` (MIT), rated by who took part.
+"""Real people's ratings as rankings: the conversations of `chitchat-dataset` (MIT), rated by the people who took part.
 
-Of 7,168 conversations 5,988 carry three ratings from 1 to 10: witty, interesting, upbeat. In 3,705 of them somebody
-replied; those are ranked here. The data do not say which of the two rated; we take the one who spoke first. 36 % are
-rated 5, 5, 5, which is also what a form left alone would say, so this is a noisy taste.
+Of 7,168 conversations 5,988 have three ratings from 1 to 10: witty, interesting, upbeat. In 3,705 of them the second
+person replied; those are ranked here. The data do not say which of the two rated; we assume the one who spoke first.
+36 % are rated 5, 5, 5, which is also the default of the form, so these preferences are noisy.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ class RatedConversation(NamedTuple):
     opener: str  # the question that both were given
     first_speaker: str  # who spoke first
     turns: list[str]
-    ratings: dict[str, int]  # each of RATED, 1 to 10
+    ratings: dict[str, int]  # of each of RATING_NAMES, 1 to 10
 
 
 def chitchat_rankings() -> list[Ranking]:
-    """Rankings of up to MOST conversations each, all from the same opener and from raters of one bucket.
+    """Rankings of up to MAX_CONVERSATIONS conversations each, all from the same opener and from raters of one bucket.
 
     The prompt is the opener, a response is a conversation, a line a turn. Overall the sum of the three ratings decides:
-    ranks are 1 for 30 points, 2 for 29, and so on, so they tell by how much, too. A ranking bears its bucket's name:
-    whoever is held out is unseen with all that he rated.
+    ranks are 1 for 30 points, 2 for 29, and so on, so they also say by how much. A ranking has the name of its bucket,
+    so a held-out rater is held out with everything that he rated.
     """
     cells = defaultdict(list)
     for rated in _rated_conversations():
@@ -63,7 +63,7 @@ def _bucket_ranking(opener: str, bucket: int, rated: list[RatedConversation]) ->
 
 
 def _rated_conversations() -> Iterator[RatedConversation]:
-    """The rated conversations in which somebody replied, in an order drawn from their keys."""
+    """The rated conversations in which the second person replied, in an order drawn from their keys."""
     found = []
     for key, conversation in sources.chitchat_dataset().items():
         turns = sources.speaker_turns(conversation)

@@ -1,4 +1,4 @@
-"""Verdicts in tokens: the rows of a ranking's answers, and which of them somebody can learn from."""
+"""Rankings in tokens: the rows of a ranking's answers, and which of them can be learned from."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 from lm.core.types import RankedAnswers
 from lm.data.conversations import conversation_with_answer
 from lm.data.packing import padded_rows
-from lm.data.preferences import OVERALL_AXIS, Ranking, axis_ranks
+from lm.data.preferences import LABEL_AXIS, OVERALL_AXIS, Ranking, axis_ranks
 from lm.data.truncation import EMPTY_ROW, Cuttable, truncated_rows
 from lm.tokenizer import TokenizedExample, Tokenizer, encode_chats
 
@@ -18,7 +18,7 @@ class TokenizedRanking(NamedTuple):
     """A ranking in tokens."""
 
     ranking: Ranking
-    rows: list[TokenizedExample]  # prompt and answer, the answer trained; NOTHING for an answer that is left out
+    rows: list[TokenizedExample]  # prompt and answer, the answer trained; no tokens for an answer that is left out
     ranks: np.ndarray  # i32[answers,axes]  1 is best, equal is a tie, 0 takes no part
 
     def pair_count(self) -> int:
@@ -35,11 +35,13 @@ def tokenized_rankings(
     cut: Cuttable,
     trained: bool = True,
 ) -> tuple[list[TokenizedRanking], dict[str, int]]:
-    """The verdicts that can be learnt from, rows of at most `tokens` tokens (see truncation.fitted), and what is left
-    out or odd: "undecided" and "equal" verdicts, "skipped", "shortened", "untrained" and "empty" answers.
+    """The rankings that can be learned from, rows of at most `tokens` tokens (see lm.data.truncation), and counts of
+    what is left out or unusual: "undecided" and "equal" rankings, "skipped", "shortened", "untrained" and "empty"
+    answers.
 
-    A verdict is equal if it prefers an answer to one whose row is the same, as two texts may be after the template, or
-    after they were cut: nobody can learn that. It is undecided if what is left out leaves it no preference.
+    A ranking is equal if it prefers an answer to one whose row is the same, as two texts may be after the template, or
+    after they were cut: there is nothing to learn. It is undecided if no preference is left without the skipped
+    answers.
     """
     whole = encode_chats(
         tokenizer, [conversation_with_answer(r.prompt, text) for r in rankings for text in r.responses], last=True
@@ -59,7 +61,8 @@ def tokenized_rankings(
             continue
         ranks[[row is None for row in rows]] = 0
         verdict = TokenizedRanking(ranking, [EMPTY_ROW if row is None else row for row in rows], ranks)
-        if not verdict.pair_count():
+        is_labelled = LABEL_AXIS in axes and ranks[:, list(axes).index(LABEL_AXIS)].any()
+        if not verdict.pair_count() and not is_labelled:
             counts["undecided"] += 1
             continue
         counts["empty"] += sum(float(row.weights.sum()) == 1 for row in verdict.rows)
@@ -68,7 +71,7 @@ def tokenized_rankings(
 
 
 def ranked_answers_batch(verdicts: Sequence[TokenizedRanking], length: int, most: int) -> RankedAnswers:
-    """Leaves [verdicts, `most` answers, ...]; an answer that takes no part is a row of nothing, ranked 0."""
+    """Leaves [verdicts, `most` answers, ...]; an answer that takes no part is a row of padding, ranked 0."""
     rows = padded_rows([row for v in verdicts for row in [*v.rows, *[EMPTY_ROW] * (most - len(v.rows))]], length)
     ranks = np.stack([np.pad(v.ranks, ((0, most - len(v.ranks)), (0, 0))) for v in verdicts])
     return RankedAnswers(jax.tree.map(lambda x: x.reshape(len(verdicts), most, length), rows), ranks)

@@ -1,7 +1,8 @@
-"""What a row keeps of a conversation that is longer, and which rows can teach: one rule for every stage.
+"""What a row keeps of a longer conversation, and which rows can be learned from: one rule for every stage.
 
 A conversation that fits is kept as it is. Of one that does not, the whole last answer is kept and, before it, the end
-of its prompt: see `fitted`. What is left out or cut is counted, and a run that has nothing left is refused.
+of its prompt: see `truncated_rows`. What is left out or cut is counted, and a run that has nothing left stops with an
+error.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,7 +65,8 @@ def truncated_rows(
 
 
 def nothing_left_error(what: str, counts: Mapping[str, int], *, things: str, limit: str, way: str) -> UserError:
-    """`what` is not left, by which counts, and the way out, in one line; `things` are what the counts of rows count."""
+    """One line: `what` is missing, the counts that say why, and `way`, the way out; `things`: what the counts of rows
+    count."""
     words = {
         "skipped": f"{things} longer than {limit}",
         "shortened": f"{things} shortened to {limit}",

@@ -26,9 +26,11 @@ from lm.core.options import ConfigFunction
 from lm.core.statistics import mean_estimate, paired_difference, success_rate, win_rate
 from lm.core.types import Tokens
 from lm.data import batches, conversations, packing
+from lm.data.loading import load_conversations
 from lm.data.prompts import padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.generate.sampler import SamplingParams
 from lm.rewards import named_rater
 from lm.runs import metadata
 from lm.runs.console import Progress, print_table, run_program, say, warn
@@ -111,12 +113,12 @@ def evaluate_models(
     start = time.monotonic()
     _, text = split_held_out(load_documents(corpus), held_out)
     text = documents_within_bytes(text, held_out_bytes)
-    _, replies = split_held_out(conversations.load_conversations(sources), held_out)
+    _, replies = split_held_out(load_conversations(sources), held_out)
     contexts = shared_prompts(models.values(), conversations.prompt_contexts(replies, turns=turns), prompt_length)[
         :prompts
     ]
     examples = [conversations.reward_example(c.messages, c.fields) for c in contexts]
-    sampler = {"rows_at_once": rows_at_once, "max_new": max_new, "temperature": temperature}
+    sampling = SamplingParams(max_new, temperature)
     parts, scores, found, told = PartialResults(workdir.path / PARTIAL_FILE), {}, {}, {}
     with Progress("evaluate", len(models), "model") as progress:
         for i, (name, model) in enumerate(models.items()):
@@ -128,7 +130,8 @@ def evaluate_models(
                 ),
             )
             given = parts.once(
-                f"answers of {name} {made}", lambda: sampled_answers(model, examples, prompt_length, seed, **sampler)
+                f"answers of {name} {made}",
+                lambda: sampled_answers(model, examples, prompt_length, seed, sampling, rows_at_once),
             )
             found[name] = [GeneratedAnswer(*each) for each in given]
             scores[name] = rate(examples, [answer.text for answer in found[name]])
@@ -162,11 +165,18 @@ def held_out_losses(
 
 
 def sampled_answers(
-    trained: TrainedModel, examples: Sequence[conversations.Example], prompt_length: int, seed: int, **sampler
+    trained: TrainedModel,
+    examples: Sequence[conversations.Example],
+    prompt_length: int,
+    seed: int,
+    sampling: SamplingParams,
+    rows_at_once: int,
 ) -> list[GeneratedAnswer]:
     """An answer of the model to the messages of each example."""
     rows = padded_prompts([prompt_ids(trained, each["messages"]) for each in examples], examples, prompt_length)
-    answers = batch_answerer(trained.model, trained.params["lm"], trained.tokenizer, jit=jax.jit, **sampler)
+    answers = batch_answerer(
+        trained.model, trained.params["lm"], trained.tokenizer, sampling, rows_at_once=rows_at_once, jit=jax.jit
+    )
     return answers(rows, jax.random.key(seed))
 
 

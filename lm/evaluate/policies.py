@@ -4,7 +4,6 @@ What the programs that compare policies share. Prompts of one conversation are a
 averaged over the prompts of each first, so that an interval counts what is independent.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,9 +13,11 @@ import numpy as np
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Array, Params
-from lm.data.conversations import load_conversations, prompt_contexts
-from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.conversations import prompt_contexts
+from lm.data.loading import load_conversations
+from lm.data.prompts import Prompts, prompt_chunks, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
+from lm.generate.sampler import SamplingParams
 from lm.runs.workdir import TrainedModel
 from lm.stages.rl.multi_turn import rollout_rows, single_turn_sampler
 from lm.tokenizer import Tokenizer
@@ -72,21 +73,21 @@ def held_out_prompts(
 
 
 def policy_answerer(
-    start: TrainedModel, *, max_new: int = 32, temperature: float = 1.0, rows_at_once: int = 128
+    start: TrainedModel, sampling: SamplingParams, *, rows_at_once: int = 128
 ) -> Callable[[Params, Prompts, Array], PolicyAnswers]:
     """(lm, prompts, key) -> the answers of a policy of start's shape, sampled as in RL, and their KL to `start`."""
     check_at_least(1, "evaluate", rows_at_once=rows_at_once)
     model, tokenizer = start.model, start.tokenizer
-    sampler = dict(max_new=max_new, temperature=temperature, stop=tokenizer.stop_ids)
-    answer = single_turn_sampler(jax.jit(functools.partial(rollout_rows, model, **sampler)), tokenizer)
-    logprobs = jax.jit(lambda lm, tokens: model.token_logprobs(lm, tokens, temperature=temperature))
+    sampling = sampling._replace(stop=tokenizer.stop_ids)
+    sampled = jax.jit(lambda *args: rollout_rows(model, *args, sampling))
+    answer = single_turn_sampler(sampled, tokenizer)
+    logprobs = jax.jit(lambda lm, tokens: model.token_logprobs(lm, tokens, temperature=sampling.temperature))
     reference = jax.tree.map(jnp.asarray, start.params["lm"])  # on the device once, not for every chunk
 
     def ask(lm: Params, prompts: Prompts, key: Array) -> PolicyAnswers:
         lm, texts, columns = jax.tree.map(jnp.asarray, lm), [], []
-        for first in range(0, len(prompts.ids), rows_at_once):
-            rows = np.arange(first, first + rows_at_once) % len(prompts.ids)  # the last chunk is filled up
-            drawn = answer(lm, prompts_at(prompts, rows), jax.random.fold_in(key, first))
+        for first, part in prompt_chunks(prompts, rows_at_once):
+            drawn = answer(lm, part, jax.random.fold_in(key, first))
             moved = np.sum((drawn.logprobs - logprobs(reference, drawn.tokens)) * drawn.tokens.weights, axis=1)
             texts += drawn.texts
             columns.append((drawn.lengths, drawn.stopped, moved))

@@ -14,7 +14,7 @@ from lm.data.annotations import AnnotationStore
 from lm.data.conversations import Conversation
 from lm.data.prompts import padded_prompts, prompts_at
 from lm.generate.engine import batch_answerer
-from lm.generate.sampler import check_sampling
+from lm.generate.sampler import SamplingParams, check_sampling
 from lm.runs.console import Progress, SigtermExit, on_sigterm, say, warn
 from lm.runs.workdir import TrainedModel
 from lm.stages import REWARD_MODEL_STAGES
@@ -22,27 +22,28 @@ from lm.tokenizer import encode_prompts
 
 PROMPTS_AT_ONCE = 32  # prompts answered together, about
 MAX_ATTEMPTS = 3  # at answers that differ
+RECORDED_FIELDS = ("temperature", "top_k", "top_p")
 
 
 class AnsweringModel:
     """A trained model that answers, and what is recorded with its answers."""
 
-    def __init__(self, name: str, trained: TrainedModel, *, seed: int, max_new_tokens: int, **sampler: Any):
+    def __init__(self, name: str, trained: TrainedModel, sampling: SamplingParams, *, seed: int):
         if trained.stage in REWARD_MODEL_STAGES:
             raise UserError(f"{trained.path} is a reward model, which scores answers and writes none: name a policy")
         if not 0 <= seed < 2**32:
             raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
-        check_sampling(trained.model, 1, max_new=max_new_tokens, **sampler)
-        self._trained, self._options = trained, {"max_new": max_new_tokens, **sampler}
+        check_sampling(trained.model, 1, sampling)
+        self._trained, self._sampling = trained, sampling
         self.source = {
             "model": name,
             "fingerprint": params_sha256(trained.params),
-            "sampler": {"seed": seed, "max_new_tokens": max_new_tokens, **sampler},
+            "sampler": {"seed": seed, **sampling_record(sampling)},
         }
 
     def has_room_for(self, conversations: Sequence[Conversation]) -> list[bool]:
         """Whether each leaves room for an answer in the model's context."""
-        room = self._trained.model.config.context - self._options["max_new"]
+        room = self._trained.model.config.context - self._sampling.max_new
         return [len(ids) <= room for ids in self._prompt_ids(conversations)]
 
     def answer_sampler(
@@ -56,14 +57,23 @@ class AnsweringModel:
             trained.model,
             trained.params["lm"],
             trained.tokenizer,
+            self._sampling,
             jit=jax.jit,
             rows_at_once=rows_at_once,
-            **self._options,
         )
         return lambda rows, key: [answer.text for answer in answers(prompts_at(prompts, np.array(rows)), key)]
 
     def _prompt_ids(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
         return encode_prompts(self._trained.tokenizer, [conversation.messages for conversation in conversations])
+
+
+def sampling_record(sampling: SamplingParams) -> dict[str, Any]:
+    """What a store keeps of how answers were sampled: the flags of `lm rank`, and other fields that are not default."""
+    always = {"max_new_tokens": sampling.max_new, **{name: getattr(sampling, name) for name in RECORDED_FIELDS}}
+    defaults = SamplingParams(sampling.max_new)._asdict()
+    return always | {
+        name: value for name, value in sampling._asdict().items() if name not in always and value != defaults[name]
+    }
 
 
 def params_sha256(params: Any) -> str:

@@ -21,10 +21,12 @@ from lm.core.config import call_with_options, flags_and_config, require_entries,
 from lm.core.errors import check_at_least
 from lm.core.options import ConfigFunction
 from lm.data import conversations
+from lm.data.loading import load_conversations
 from lm.data.preferences import Ranking, append_rankings, preference_pairs, read_jsonl_rankings
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.generate.sampler import SamplingParams
 from lm.rewards import REWARDS, Reward, named_rater
 from lm.rewards.load import reward_from_workdir
 from lm.rewards.reward_model import reward_row_length
@@ -90,8 +92,8 @@ def rank_sampled_answers(
     """Answers of the model in `init_from` to prompts that are not held out, ranked by `rater`: one of
     lm.rewards.REWARDS, a function of one's own, file.py:function, or the workdir of a reward model.
 
-    An answer that the limit cut off loses `cut_penalty` first, as in RL. `held_out_prompts` of those that are held out
-    follow, for a stage that measures itself on them.
+    truncation_penalty: subtracted from the score of an answer that the limit cut off, as in RL. held_out_prompts: how
+    many of the held-out prompts are ranked too, for a stage that measures itself on them.
     """
     check_at_least(1, "rank", turns=turns, prompts=prompts, prompts_at_once=prompts_at_once)
     check_at_least(2, "rank", responses=responses)
@@ -103,7 +105,7 @@ def rank_sampled_answers(
     trained = load_policy(init_from, backend=jax.default_backend(), warn=warn)
     judge = rater_reward(rater, trained.tokenizer, reward_row_length(prompt_length, max_new))
     contexts = conversations.prompt_contexts(
-        conversations.load_conversations(sources), turns=turns, per_conversation=prompts_per_conversation
+        load_conversations(sources), turns=turns, per_conversation=prompts_per_conversation
     )
     seen, unseen = split_held_out(contexts, held_out)
     name_of = {id(c.messages): c.name for c in contexts}
@@ -118,10 +120,9 @@ def rank_sampled_answers(
         trained.model,
         trained.params["lm"],
         trained.tokenizer,
+        SamplingParams(max_new, temperature),
         jit=jax.jit,
         rows_at_once=prompts_at_once * responses,
-        max_new=max_new,
-        temperature=temperature,
     )
     parts = PartialResults(workdir.path / UNRANKED_FILE)
     with Progress("rank", len(chosen.ids), "prompt") as progress:

@@ -10,7 +10,6 @@ kept in WORKDIR/judges/RATER.jsonl, one line for each item. The key of an endpoi
 
 import itertools
 import json
-import math
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 from lm.core.config import parsed_flags
 from lm.core.errors import UserError
 from lm.core.imports import is_import_path
-from lm.core.statistics import Estimate, success_rate_or_nan
+from lm.core.statistics import estimate_text, success_rate_or_nan
 from lm.core.textfiles import file_text
 from lm.data.annotations import PEOPLE_DB, Annotation, AnnotationStore, RankingItem
 from lm.data.conversations import reward_example
@@ -226,12 +225,6 @@ def agreement_rows(name: str, rankings: Iterable[Ranking]) -> list[tuple[str, in
                 (other, both.shape[1], estimate_text(success_rate_or_nan(both[0] == both[1])), estimate_text(kappa))
             )
     return rows
-
-
-def estimate_text(estimate: Estimate) -> str:
-    if math.isnan(estimate.value):
-        return "-"
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
 def run_judge(flags: Namespace) -> None:

@@ -23,12 +23,13 @@ import uvicorn
 
 from lm.core.config import parsed_flags
 from lm.core.errors import UserError
+from lm.core.statistics import estimate_text
 from lm.data.annotations import PEOPLE_DB, AnnotationStore, read_rankings
 from lm.data.preferences import ranking_json
 from lm.feedback import prompt_file, results
 from lm.feedback.answering_models import AnsweringModel, answer_prompts
 from lm.feedback.app import LOOPBACK_HOSTS, checked_rater_name, make_app
-from lm.feedback.results import estimate_text
+from lm.generate.sampler import SamplingParams
 from lm.rewards.load import check_same_axes, load_reward_model
 from lm.runs.console import on_sigterm, print_table, run_program, say, warn
 from lm.runs.workdir import CHECKPOINTS_DIR, PIPELINE_FILE, load_trained_model, write_text
@@ -63,9 +64,11 @@ def load_answering_models(flags: argparse.Namespace) -> list[AnsweringModel]:
     """The models that answer."""
     if not 2 <= flags.responses <= 5:
         raise UserError(f"responses is {flags.responses}; it must be from 2 to 5")
-    sampler = {name: getattr(flags, name) for name in ("seed", "max_new_tokens", "temperature", "top_k", "top_p")}
+    sampling = SamplingParams(flags.max_new_tokens, flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
     return [
-        AnsweringModel(name, load_trained_model(folder, backend=jax.default_backend(), warn=warn), **sampler)
+        AnsweringModel(
+            name, load_trained_model(folder, backend=jax.default_backend(), warn=warn), sampling, seed=flags.seed
+        )
         for name, folder in model_folders(flags).items()
     ]
 

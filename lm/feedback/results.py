@@ -17,7 +17,16 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
-from lm.core.statistics import NO_ESTIMATE, Estimate, mean_estimate, success_rate
+from lm.core.statistics import (
+    NO_ESTIMATE,
+    Estimate,
+    estimate_text,
+    interval_text,
+    mean_estimate,
+    percent_text,
+    signed_number,
+    success_rate,
+)
 from lm.data.preferences import RATING_AXES, RESPONSE_FLAGS, Ranking
 from lm.feedback.agreement import (
     bootstrap_estimate,
@@ -26,17 +35,7 @@ from lm.feedback.agreement import (
     krippendorff_alpha,
     rater_reliability,
 )
-from lm.runs.html import (
-    NUMBER_FORMATS,
-    SERIES_COLORS,
-    TEXT_COLOR,
-    interval_plot,
-    interval_text,
-    percent_text,
-    signed_number,
-    svg_figure,
-    template_environment,
-)
+from lm.runs.html import SERIES_COLORS, TEXT_COLOR, interval_plot, rendered_page, svg_figure
 
 MIN_SHARED_PAIRS = 10  # pairs that two raters must have in common before their kappa is told
 MAX_CONTESTED = 5  # items shown
@@ -206,11 +205,10 @@ def contested_items(judged: Sequence[Ranking], units: Sequence[str], ratings: np
 def results_page(rankings: Sequence[Ranking], *, title: str) -> str:
     """The results as one self-contained HTML page without scripts."""
     found = ranking_results(rankings)
-    environment = template_environment()
-    environment.filters["measured"] = estimate_text
     compared = {model.name: model.strength for model in found.models if np.isfinite(model.strength.value)}
     reliable = {r.name: r.reliability for r in found.raters if np.isfinite(r.reliability.value)}
-    return environment.get_template("feedback/results.html.jinja").render(
+    return rendered_page(
+        "feedback/results.html.jinja",
         title=title,
         found=found,
         claims=headline_figures(found),
@@ -245,26 +243,18 @@ def headline_figures(found: RankingResults) -> list[dict[str, str]]:
         {
             "title": "Krippendorff's alpha",
             "figure": signed_number(found.alpha.value) if np.isfinite(found.alpha.value) else "–",
-            "note": f"95 % interval {interval_text(found.alpha._asdict(), 'signed')}; 1: full agreement, 0: by chance"
+            "note": f"95 % interval {interval_text(found.alpha, 'signed')}; 1: full agreement, 0: by chance"
             if np.isfinite(found.alpha.value)
             else "no two raters have judged enough of the same items",
         },
         {
             "title": "First shown preferred",
             "figure": percent_text(first.value) if np.isfinite(first.value) else "–",
-            "note": f"95 % interval {interval_text(first._asdict(), 'percent')}; {percent_text(chance)} without a bias"
+            "note": f"95 % interval {interval_text(first, 'percent')}; {percent_text(chance)} without a bias"
             if np.isfinite(first.value)
             else "no verdict has one best answer",
         },
     ]
-
-
-def estimate_text(estimate: Estimate, style: str = "plain") -> str:
-    """ "0.62 [0.51, 0.72]"; a dash where nothing was observed."""
-    if not np.isfinite(estimate.value):
-        return "–"
-    spread = f" {interval_text(estimate._asdict(), style)}" if np.isfinite(estimate.se) else ""
-    return NUMBER_FORMATS[style](estimate.value) + spread
 
 
 def rankings_over_time(rankings: Sequence[Ranking]) -> Markup:

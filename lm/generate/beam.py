@@ -1,13 +1,13 @@
-"""Beam search: the likeliest completions, not drawn but searched for, several prompts at a time. Pure.
+"""Beam search: a search for the likeliest completions of several prompts at a time. Pure.
 
-Each step prolongs the `width` likeliest unfinished hypotheses of a prompt by every token. Of the results, the `width`
-likeliest stay on the beam; those that end with a stop id go to a list of the `width` best finished ones instead, so an
-end costs no place on the beam. Hypotheses of different lengths compare by their log-probability over a power of their
+Each step extends the `beam_width` likeliest unfinished hypotheses of a prompt by every token. The likeliest of the
+results stay on the beam; those that end with a stop id go to a list of the best finished ones instead, so they take no
+place on the beam. Hypotheses of different lengths are compared by their log-probability over a power of their
 length (Wu et al. 2016, eq. 14, arXiv 1609.08144; without its coverage penalty, which is of an encoder's attention):
 
     score(y) = log p(y | prompt) / lp(y),    lp(y) = ((5 + |y|) / (5 + 1)) ** length_penalty
 
-What the limit cuts off competes with the finished ones by the same score.
+Hypotheses that the limit cuts off compete with the finished ones by the same score.
 """
 
 import math
@@ -19,12 +19,12 @@ import jax.numpy as jnp
 
 from lm.core.errors import UserError
 from lm.core.types import Array, Completions, Params
-from lm.generate.sampler import check_sampling, decode_step, prefill, repeated_rows
+from lm.generate.sampler import SamplingParams, check_sampling, decode_step, prefill, repeated_rows
 from lm.model import Model
 
 
 class Hypotheses(NamedTuple):
-    """K hypotheses to each of B prompts. A place that none has taken has the value -inf."""
+    """K hypotheses to each of B prompts. An empty place has the value -inf."""
 
     values: Array  # f32[B,K]  log-probability of the unfinished, score of the finished
     tokens: Array  # i32[B,K,N]
@@ -44,14 +44,13 @@ def beam_search(
     length_penalty: float = 0.0,
     stop: Sequence[int] = (),
 ) -> tuple[Completions, Array]:
-    """The `width` best completions found for each right-padded prompt i32[B,P] of length i32[B] >= 1, and their scores.
+    """The `beam_width` best completions found for right-padded prompts i32[B,P] of lengths i32[B] >= 1, and scores.
 
-    Completions are rows as of lm.generate.sampler.sample with samples=width: a prompt's own are adjacent, best
-    first. Log-probs
-    are of softmax(logits), the scores f32[B,width] as above. Where there are fewer sequences than places, the last rows
-    have length 0 and the score -inf. Width 1 without stop ids is greedy decoding.
+    Completions are rows as of lm.generate.sampler.sample with samples=beam_width: those of a prompt are adjacent, best
+    first. Log-probs are of softmax(logits), the scores f32[B,beam_width] as above. If there are fewer sequences than
+    places, the last rows have length 0 and the score -inf. Width 1 without stop ids is greedy decoding.
     """
-    check_sampling(model, prompts.shape[1], max_new=max_new, temperature=1.0, top_k=0, top_p=1.0)
+    check_sampling(model, prompts.shape[1], SamplingParams(max_new))
     if beam_width < 1:
         raise UserError(f"the beam's width is {beam_width}; it must be at least 1")
     if not 0 <= length_penalty < math.inf:
@@ -92,7 +91,7 @@ def beam_search(
 
 
 def empty_hypotheses(prompts: int, width: int, length: int) -> Hypotheses:
-    """Places for hypotheses of at most that length."""
+    """Empty places for hypotheses of at most that length."""
     shape = (prompts, width)
     return Hypotheses(
         jnp.full(shape, -jnp.inf),
@@ -121,7 +120,7 @@ def extended_hypotheses(live: Hypotheses, places: Array, new: Array, t: Array) -
 
 
 def hypotheses_at(hypotheses: Hypotheses, places: Array) -> Hypotheses:
-    """Those at places i32[B,M] of each prompt."""
+    """The hypotheses at places i32[B,M] of each prompt."""
     wide = lambda x: places.reshape(places.shape + (1,) * (x.ndim - 2))
     return jax.tree.map(lambda x: jnp.take_along_axis(x, wide(x), axis=1), hypotheses)
 
@@ -133,7 +132,7 @@ def best_hypotheses(first: Hypotheses, second: Hypotheses, count: int) -> Hypoth
 
 
 def hypothesis_rows(found: Hypotheses) -> tuple[Completions, Array]:
-    """Completions of B K rows, and the values f32[B,K]; a place that none has taken is an empty row."""
+    """Completions of B K rows, and the values f32[B,K]; an empty place is an empty row."""
     real = found.values > -jnp.inf
     tokens, logprobs = (jnp.where(real[..., None], x, 0) for x in (found.tokens, found.logprobs))
     completions = Completions(tokens, logprobs, found.lengths * real, found.stopped & real)

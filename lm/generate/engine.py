@@ -9,8 +9,8 @@ import numpy as np
 
 from lm.core.errors import UserError
 from lm.core.types import Array, Params
-from lm.data.prompts import Prompts, bucket_length
-from lm.generate.sampler import check_sampling, sample
+from lm.data.prompts import Prompts, bucket_length, prompt_chunks
+from lm.generate.sampler import SamplingParams, check_sampling, sample
 from lm.model import Model
 from lm.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ class GeneratedAnswer(NamedTuple):
 
 
 def check_stop_strings(stops: Sequence[str]) -> None:
-    """UserError for one that is empty, which every text would hold at once."""
+    """UserError for an empty one, which every text contains."""
     if not all(stops):
         raise UserError("a stop string is empty: give it at least one character, or leave it out")
 
@@ -34,7 +34,7 @@ def text_before_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 
 def text_without_partial_stop(text: str, stops: Sequence[str]) -> str:
-    """`text`, which may go on and holds no stop string, without an end that may yet become one."""
+    """`text`, which may go on and has no stop string, without an end that may still become one."""
     begun = (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
     return text[: len(text) - max(begun, default=0)]
 
@@ -53,38 +53,33 @@ def batch_answerer(
     model: Model,
     lm: Params,
     tokenizer: Tokenizer,
+    sampling: SamplingParams,
     *,
     rows_at_once: int,
     jit,
-    samples: int = 1,
-    stop: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
-    **options,
 ) -> Callable[[Prompts, Array], list[GeneratedAnswer]]:
-    """(prompts, key) -> `samples` answers a prompt, adjacent, those to `rows_at_once` prompts at a time.
+    """(prompts, key) -> `sampling.samples` answers a prompt, adjacent, those to `rows_at_once` prompts at a time.
 
-    `options` are those of sample (max_new, temperature, ...). Chunk c draws with fold_in(key, c), so an answer depends
-    on its place in the list, not on how many follow. An answer ends before the first of `stop_strings`, but is sampled
-    to its own end: the program knows tokens, no text. stop: ids that end it beside the tokenizer's. Prompts of any
-    width are brought to that of their bucket, so a new one seldom compiles; what must fit is their real length.
+    An answer ends with a stop id of the tokenizer or of `sampling`, and before the first of `stop_strings`; sampling
+    goes on to the stop id, as the program knows tokens and no text. Chunk c draws with fold_in(key, c), so an answer
+    depends on its place in the list, not on how many follow. Prompts are padded to the width of their bucket, so that
+    a new width seldom compiles; their real length must fit into the context.
     """
     check_stop_strings(stop_strings)
-    options |= {"samples": samples, "stop": (*tokenizer.stop_ids, *stop)}
-    run = jit(lambda lm, ids, lengths, key: sample(model, lm, ids, lengths, key, **options))
+    sampling = sampling._replace(stop=(*tokenizer.stop_ids, *sampling.stop))
+    run = jit(lambda lm, ids, lengths, key: sample(model, lm, ids, lengths, key, sampling))
     lm = jax.tree.map(jnp.asarray, lm)  # on the device once, not for every chunk
 
     def answers(prompts: Prompts, key: Array) -> list[GeneratedAnswer]:
         found, given = [], prompts.ids.shape[1]
         longest = int(max(prompts.lengths, default=1))
-        check_sampling(model, longest, max_new=options["max_new"], temperature=1.0, top_k=0, top_p=1.0)
-        width = bucket_length(given, model.config.context - options["max_new"])
-        for chunk, start in enumerate(range(0, len(prompts.ids), rows_at_once)):
-            ids, lengths = (x[start : start + rows_at_once] for x in (prompts.ids[:, :width], prompts.lengths))
-            missing = rows_at_once - len(ids)
-            ids = np.pad(ids, ((0, missing), (0, max(width - given, 0))))
-            lengths = np.pad(lengths, (0, missing), constant_values=1)
-            drawn = jax.device_get(run(lm, ids, lengths, jax.random.fold_in(key, chunk)))
-            for row in range((rows_at_once - missing) * samples):
+        check_sampling(model, longest, sampling)
+        width = bucket_length(given, model.config.context - sampling.max_new)
+        prompts = prompts._replace(ids=np.pad(prompts.ids[:, :width], ((0, 0), (0, max(width - given, 0)))))
+        for first, part in prompt_chunks(prompts, rows_at_once):
+            drawn = jax.device_get(run(lm, part.ids, part.lengths, jax.random.fold_in(key, first // rows_at_once)))
+            for row in range(min(rows_at_once, len(prompts.ids) - first) * sampling.samples):
                 length = int(drawn.lengths[row])
                 found.append(
                     answer_from_ids(tokenizer, drawn.tokens[row, :length], bool(drawn.stopped[row]), stop_strings)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,57 @@ from lm.model import KVCache, Model
 from lm.model.logits import is_static_temperature, repetition_penalized_logits, sampling_logits, values_at_ids
 
 
+class SamplingParams(NamedTuple):
+    """How to sample. Rollouts, chat, ranking, evaluation and the studies all describe it with this."""
+
+    max_new: int  # tokens of an answer at most, its stop token included
+    temperature: float | Array = 1.0  # 0 is greedy; a traced one must be above 0
+    top_k: int = 0  # only the k likeliest tokens; 0 keeps all
+    top_p: float = 1.0  # only the likeliest tokens whose probability reaches p, in (0, 1]; 1 keeps all
+    min_p: float = 0.0  # only tokens at least this times as probable as the likeliest; 0 keeps all
+    repetition_penalty: float = 1.0  # of tokens that prompt or answer hold already; 1 is none
+    samples: int = 1  # answers to each prompt
+    stop: Sequence[int] = ()  # ids; an answer ends with the first of them, which it keeps
+
+    def adjusted_logits(self, logits: Array) -> Array:
+        """Logits f32[...,V] of the distribution to draw from, see lm.model.logits.sampling_logits."""
+        return sampling_logits(
+            logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
+        )
+
+
+def check_sampling(model: Model, prompt_length: int, sampling: SamplingParams) -> None:
+    """UserError for a request that this model cannot serve, with prompts of at most `prompt_length` tokens."""
+    context = model.config.context
+    max_new, temperature, top_k, top_p, min_p, repetition_penalty, samples, _ = sampling
+    if prompt_length < 1:
+        raise UserError("the prompt is empty; give at least one token")
+    if max_new < 1:
+        raise UserError(f"max_new_tokens is {max_new}; it must be at least 1")
+    if prompt_length + max_new > context:
+        raise UserError(
+            f"the prompt has {prompt_length} tokens and {max_new} more were asked for, but the model's context is "
+            f"{context}: shorten the prompt or lower max_new_tokens to {max(context - prompt_length, 0)}"
+        )
+    if not isinstance(temperature, Array) and not 0 <= temperature < math.inf:
+        raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or above")
+    if top_k < 0 or not 0 < top_p <= 1:
+        raise UserError(f"top_k is {top_k} and top_p {top_p}; top_k must be 0 (all) or above, top_p in (0, 1]")
+    if not 0 <= min_p <= 1:
+        raise UserError(f"min_p is {min_p}; it must be from 0 (all) to 1 (the likeliest alone)")
+    if not 0 < repetition_penalty < math.inf:
+        raise UserError(f"repetition_penalty is {repetition_penalty}; it must be above 0, and 1 is none")
+    if samples < 1:
+        raise UserError(f"samples is {samples}; it must be at least 1")
+
+
 def prefill(
     model: Model, lm: Params, prompts: Array, lengths: Array, *, capacity: int, rollback_slots: int = 0
 ) -> tuple[Array, KVCache]:
-    """Logits f32[B,V] after each prompt, and the cache of `capacity` slots that decoding goes on from.
+    """Logits f32[B,V] after each prompt, and the cache of `capacity` slots from which decoding continues.
 
     prompts i32[B,P] are padded on the right to their lengths i32[B]; here they are aligned to the right, so that all
-    rows write the same slot from now on. slack: slots that may be taken back, see Cache.
+    rows write the same slot from now on. rollback_slots: slots that may be taken back, see KVCache.
     """
     P = prompts.shape[1]
     positions = jnp.arange(P) - (P - lengths[:, None])
@@ -38,14 +83,18 @@ def decode_step(model: Model, lm: Params, tokens: Array, positions: Array, cache
     return model.logits(lm, x[:, 0]), cache
 
 
-def draw_tokens(keys: Array, logits: Array, **settings) -> tuple[Array, Array]:
-    """One token i32[B] a row from softmax(adjusted(logits f32[B,V], **settings)), and its log-probability f32[B].
+def draw_tokens(keys: Array, logits: Array, sampling: SamplingParams) -> tuple[Array, Array]:
+    """One token i32[B] a row from softmax(sampling.adjusted_logits(logits f32[B,V])), and its log-probability f32[B].
 
     keys [B]: a row's own. At temperature 0 there is nothing to draw: the first largest, of log-probability 0.
     """
-    if is_static_temperature(settings.get("temperature", 1.0), 0):
+    if is_static_temperature(sampling.temperature, 0):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.zeros(logits.shape[0])
-    logits = sampling_logits(logits, **settings)
+    return draw_categorical(keys, sampling.adjusted_logits(logits))
+
+
+def draw_categorical(keys: Array, logits: Array) -> tuple[Array, Array]:
+    """One token i32[B] a row from softmax(logits f32[B,V]), and its log-probability f32[B]; keys [B]."""
     tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
     return tokens, values_at_ids(jax.nn.log_softmax(logits, axis=-1), tokens)
 
@@ -73,40 +122,22 @@ def repeated_rows(tree, times: int):
 
 
 def sample(
-    model: Model,
-    lm: Params,
-    prompts: Array,
-    lengths: Array,
-    key: Array,
-    *,
-    max_new: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    samples: int = 1,
-    stop: Sequence[int] = (),
+    model: Model, lm: Params, prompts: Array, lengths: Array, key: Array, sampling: SamplingParams
 ) -> Completions:
-    """Completions of at most `max_new` tokens for right-padded prompts i32[B,P] of lengths i32[B] >= 1.
+    """Completions of at most `sampling.max_new` tokens for right-padded prompts i32[B,P] of lengths i32[B] >= 1.
 
-    Token t of row b is drawn with fold_in(fold_in(key, b), t) from softmax(adjusted(logits)); temperature 0 is argmax.
-    A row ends with the first of the `stop` ids, which it keeps; then it is all zeros. The loop ends with the last row.
-
-    repetition_penalty: of the tokens that prompt or answer hold already, see `penalised`; 1 for none. samples: answers
-    to each prompt, adjacent: the rows are those of prompts repeated so often, but for the rounding of a prefill that
-    each prompt has once.
+    Token t of row b is drawn with fold_in(fold_in(key, b), t); temperature 0 is argmax. After its stop id a row is all
+    zeros, and the loop ends with the last row. Of several samples, the rows are those of prompts repeated so often,
+    adjacent, but for the rounding of a prefill that each prompt has once. UserError as of `check_sampling`.
     """
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    check_sampling(
-        model, prompts.shape[1], max_new=max_new, **settings, repetition_penalty=repetition_penalty, samples=samples
-    )
-    stops = jnp.asarray(tuple(stop), jnp.int32)
+    check_sampling(model, prompts.shape[1], sampling)
+    max_new, penalty = sampling.max_new, sampling.repetition_penalty
+    stops = jnp.asarray(tuple(sampling.stop), jnp.int32)
     lm = model.decoding_params(lm)
     logits, cache = prefill(model, lm, prompts, lengths, capacity=prompts.shape[1] + max_new)
-    seen = None if repetition_penalty == 1 else prompt_token_mask(prompts, lengths, logits.shape[1])
-    if samples > 1:
-        logits, cache, seen, lengths = repeated_rows((logits, cache, seen, lengths), samples)
+    seen = None if penalty == 1 else prompt_token_mask(prompts, lengths, logits.shape[1])
+    if sampling.samples > 1:
+        logits, cache, seen, lengths = repeated_rows((logits, cache, seen, lengths), sampling.samples)
     B = logits.shape[0]
     keys = row_keys(key, jnp.arange(B))
     out = Completions(
@@ -120,8 +151,8 @@ def sample(
     def step(carry):
         t, logits, cache, seen, out = carry
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        logits = logits if seen is None else repetition_penalized_logits(logits, seen, repetition_penalty)
-        tokens, logprobs = draw_tokens(now, logits, **settings)
+        logits = logits if seen is None else repetition_penalized_logits(logits, seen, penalty)
+        tokens, logprobs = draw_tokens(now, logits, sampling)
         live = ~out.stopped
         tokens, logprobs = jnp.where(live, tokens, 0), jnp.where(live, logprobs, 0.0)
         out = Completions(
@@ -134,41 +165,6 @@ def sample(
         return t + 1, logits, cache, None if seen is None else updated_token_mask(seen, tokens), out
 
     return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), logits, cache, seen, out))[-1]
-
-
-def check_sampling(
-    model: Model,
-    prompt_length: int,
-    *,
-    max_new: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    samples: int = 1,
-) -> None:
-    """UserError for a request that this model cannot serve; `prompt` is its length in tokens."""
-    context = model.config.context
-    if prompt_length < 1:
-        raise UserError("the prompt is empty; give at least one token")
-    if max_new < 1:
-        raise UserError(f"max_new_tokens is {max_new}; it must be at least 1")
-    if prompt_length + max_new > context:
-        raise UserError(
-            f"the prompt has {prompt_length} tokens and {max_new} more were asked for, but the model's context is "
-            f"{context}: shorten the prompt or lower max_new_tokens to {max(context - prompt_length, 0)}"
-        )
-    if not isinstance(temperature, Array) and not 0 <= temperature < math.inf:
-        raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or above")
-    if top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(f"top_k is {top_k} and top_p {top_p}; top_k must be 0 (all) or above, top_p in (0, 1]")
-    if not 0 <= min_p <= 1:
-        raise UserError(f"min_p is {min_p}; it must be from 0 (all) to 1 (the likeliest alone)")
-    if not 0 < repetition_penalty < math.inf:
-        raise UserError(f"repetition_penalty is {repetition_penalty}; it must be above 0, and 1 is none")
-    if samples < 1:
-        raise UserError(f"samples is {samples}; it must be at least 1")
 
 
 def prompt_completion_rows(prompts: Array, lengths: Array, completions: Completions) -> tuple[Tokens, Array]:

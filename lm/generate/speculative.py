@@ -1,16 +1,15 @@
-"""Speculative sampling: a small model proposes, the large one judges all proposals in a single pass. Pure.
+"""Speculative sampling: a small model proposes tokens, the large one checks all of them in a single pass. Pure.
 
 Leviathan et al. 2023, alg. 1, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318. Each round the draft proposes
 `draft_tokens` one by one, x_i ~ q_i, and one pass of the target gives p_i after each of them. They are accepted in
-their order, x_i with probability min(1, p_i(x_i) / q_i(x_i)); the first that is refused is drawn again from
-max(p_i - q_i, 0) over its sum; if none is, the pass has given one more token's p, which it is drawn from. p and q are
+order, x_i with probability min(1, p_i(x_i) / q_i(x_i)); the first rejected one is drawn again from
+max(p_i - q_i, 0) over its sum; if none is rejected, one more token is drawn from the last p of the pass. p and q are
 the distributions sampled at these settings (temperature, top-k, top-p, min-p), so what comes out is distributed as
-lm.generate.sampler.sample's, whatever the draft: a better one makes it faster, not better.
+lm.generate.sampler.sample's, whatever the draft: a better draft makes it faster, not better.
 
-Rows accept different numbers of tokens, so each writes its cache at slots of its own, and takes back what was refused.
+Rows accept different numbers of tokens, so each writes its cache at slots of its own, and takes back rejected ones.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +17,14 @@ import jax.numpy as jnp
 
 from lm.core.errors import UserError
 from lm.core.types import Array, Completions, Params
-from lm.generate.sampler import check_sampling as check_sample, decode_step, draw_tokens, prefill, row_keys
+from lm.generate.sampler import SamplingParams, check_sampling, decode_step, draw_categorical, prefill, row_keys
 from lm.model import KVCache, Model
 from lm.model.kv_cache import updated_slots
-from lm.model.logits import sampling_logits, values_at_ids
+from lm.model.logits import values_at_ids
 
 
 class TargetDraft(NamedTuple):
-    """What there is of each: models, decoders, caches."""
+    """A pair of models, decoders or caches."""
 
     target: Any
     draft: Any
@@ -36,7 +35,7 @@ class SpeculativeState(NamedTuple):
 
     tokens: Array  # i32[B]  the last of each
     positions: Array  # i32[B]  its own
-    caches: TargetDraft  # of Cache, with filled i32[B]
+    caches: TargetDraft  # of KVCache, with length i32[B]
 
 
 class SpeculativeRound(NamedTuple):
@@ -56,14 +55,14 @@ class AcceptanceCounts(NamedTuple):
 
 
 def acceptance_probability(p: Array, q: Array) -> Array:
-    """min(1, p / q), from log-probabilities; 1 where q is 0, which proposes nothing."""
+    """min(1, p / q), from log-probabilities; 1 where q is 0, which is never proposed."""
     return jnp.where(q == -jnp.inf, 1.0, jnp.exp(jnp.minimum(p - q, 0.0)))
 
 
 def residual_logits(p: Array, q: Array) -> Array:
     """Logits f32[...,V] of max(p - q, 0) over its sum, from log-probabilities f32[...,V].
 
-    Where rounding leaves nothing of the difference they are p's: the two are the same.
+    Where rounding leaves no difference, p and q are the same, and they are p's.
     """
     left = jnp.maximum(jnp.exp(p) - jnp.exp(q), 0.0)
     return jnp.where(jnp.any(left > 0, axis=-1, keepdims=True), jnp.log(left), p)
@@ -72,7 +71,8 @@ def residual_logits(p: Array, q: Array) -> Array:
 def initial_speculative_state(
     models: TargetDraft, lms: TargetDraft, prompts: Array, lengths: Array, *, capacity: int, draft_tokens: int
 ) -> SpeculativeState:
-    """Right-padded prompts i32[B,P] of lengths i32[B] >= 1 as Rows, with caches for `capacity` tokens, prompt included.
+    """Right-padded prompts i32[B,P] of lengths i32[B] >= 1 as a SpeculativeState, with caches for `capacity` tokens,
+    prompt included.
 
     A last round may write `draft_tokens` slots more. The prompt's last token is taken back: the first round feeds it
     again.
@@ -89,9 +89,15 @@ def initial_speculative_state(
 
 
 def speculative_round(
-    models: TargetDraft, lms: TargetDraft, rows: SpeculativeState, keys: Array, *, draft_tokens: int, **settings
+    models: TargetDraft,
+    lms: TargetDraft,
+    rows: SpeculativeState,
+    keys: Array,
+    sampling: SamplingParams,
+    *,
+    draft_tokens: int,
 ) -> tuple[SpeculativeState, SpeculativeRound]:
-    """The rows after one more round, and what it gave; keys [B]. settings: those of `adjusted`.
+    """The rows after one more round, and what it gave; keys [B].
 
     Place i of a round draws with fold_in(key, i), split in three: proposal, judgement, and the token drawn again.
     """
@@ -102,8 +108,8 @@ def speculative_round(
     def propose(carry, xs):
         (tokens, cache), (place, key) = carry, xs
         logits, cache = decode_step(models.draft, lms.draft, tokens, rows.positions + place, cache)
-        logits = sampling_logits(logits, **settings)
-        tokens, _ = draw_tokens(key, logits)
+        logits = sampling.adjusted_logits(logits)
+        tokens, _ = draw_categorical(key, logits)
         return (tokens, cache), (tokens, jax.nn.log_softmax(logits, axis=-1))
 
     # One pass more than there are proposals: the last one's place in the draft's cache, should all be accepted.
@@ -113,14 +119,14 @@ def speculative_round(
     fed = jnp.concatenate([rows.tokens[:, None], drawn[:, :-1]], axis=1)
     at = rows.positions[:, None] + places
     x, target = models.target.cached_hidden_states(lms.target, fed, at, jnp.ones_like(fed), rows.caches.target)
-    p = jax.nn.log_softmax(sampling_logits(models.target.logits(lms.target, x), **settings), axis=-1)
+    p = jax.nn.log_softmax(sampling.adjusted_logits(models.target.logits(lms.target, x)), axis=-1)
     q = q.at[:, -1].set(-jnp.inf)  # nothing is proposed for the last place: its residual is p
     chances = acceptance_probability(values_at_ids(p, drawn), values_at_ids(q, drawn))[:, :-1]
     passed = jax.vmap(jax.vmap(jax.random.uniform))(judging[:, :-1]) < chances
     accepted = jnp.sum(jnp.cumprod(passed.astype(jnp.int32), axis=1), axis=1)
 
     last = each_row, accepted  # the place that is drawn again, or beyond all proposals
-    tokens, _ = draw_tokens(again[last], residual_logits(p[last], q[last]))
+    tokens, _ = draw_categorical(again[last], residual_logits(p[last], q[last]))
     drawn, count = drawn.at[last].set(tokens), accepted + 1
     caches = TargetDraft(*(new.replace(length=old.length + count) for new, old in zip((target, draft), rows.caches)))
     return SpeculativeState(tokens, rows.positions + count, caches), SpeculativeRound(
@@ -136,27 +142,21 @@ def speculative_sample(
     prompts: Array,
     lengths: Array,
     key: Array,
+    sampling: SamplingParams,
     *,
-    max_new: int,
     draft_tokens: int = 4,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    stop: Sequence[int] = (),
 ) -> tuple[Completions, AcceptanceCounts]:
     """Completions as of lm.generate.sampler.sample, of the target's distribution; log-probs are the target's.
-    Temperature 0 gives
-    sample's tokens, unless rounding decides between two; at others the draws differ, their distribution does not.
 
-    Round r of row b draws with fold_in(fold_in(key, b), r), see `advanced`: a row's tokens are its own. `lm` and
-    `draft_lm` are the decoders of `target` and `draft`, which share a vocabulary.
+    Temperature 0 gives sample's tokens, unless rounding decides between two. At other temperatures the draws differ,
+    but their distribution does not. Round r of row b draws with fold_in(fold_in(key, b), r), see `speculative_round`,
+    so a row's tokens do not depend on its batch mates. `lm` and `draft_lm` are the decoders of `target` and `draft`,
+    which share a vocabulary.
     """
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    models, (B, P) = TargetDraft(target, draft), prompts.shape
-    check_speculation(models, P, draft_tokens=draft_tokens, max_new=max_new, **settings)
+    models, (B, P), max_new = TargetDraft(target, draft), prompts.shape, sampling.max_new
+    check_speculation(models, P, sampling, draft_tokens=draft_tokens)
     lms = TargetDraft(target.decoding_params(lm), draft.decoding_params(draft_lm))
-    stops, keys = jnp.asarray(tuple(stop), jnp.int32), row_keys(key, jnp.arange(B))
+    stops, keys = jnp.asarray(tuple(sampling.stop), jnp.int32), row_keys(key, jnp.arange(B))
     width, none = max_new + draft_tokens + 1, jnp.zeros(B, jnp.int32)
     out = Completions(jnp.zeros((B, width), jnp.int32), jnp.zeros((B, width)), none, jnp.zeros(B, bool))
     unfinished = lambda out: (out.lengths < max_new) & ~out.stopped
@@ -164,7 +164,7 @@ def speculative_sample(
     def step(carry):
         t, rows, out, told = carry
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        moved, new = speculative_round(models, lms, rows, now, draft_tokens=draft_tokens, **settings)
+        moved, new = speculative_round(models, lms, rows, now, sampling, draft_tokens=draft_tokens)
         live = unfinished(out)
         out, told = extended_completions(out, told, new, jnp.where(live, max_new - out.lengths, 0), stops)
         # A finished row stands still: what it writes lies beyond `filled`, which like all [B] is as it was.
@@ -197,11 +197,14 @@ def extended_completions(
     return out, AcceptanceCounts(told.proposed + proposed, told.accepted + accepted, told.rounds + (room > 0))
 
 
-def check_speculation(models: TargetDraft, prompt_length: int, *, draft_tokens: int, max_new: int, **sampler) -> None:
-    """UserError for a request that these two cannot serve; `prompt` is its length in tokens, sampler as
-    lm.generate.sampler's."""
-    target, draft = (model.config for model in models)
-    check_sample(models.target, prompt_length, max_new=max_new, **sampler)
+def check_speculation(models: TargetDraft, prompt_length: int, sampling: SamplingParams, *, draft_tokens: int) -> None:
+    """UserError for a request that these two cannot serve, with prompts of at most `prompt_length` tokens."""
+    target, draft, max_new = models.target.config, models.draft.config, sampling.max_new
+    check_sampling(models.target, prompt_length, sampling)
+    if sampling.repetition_penalty != 1:
+        raise UserError("repetition_penalty does not go with a draft, whose proposals it would change: leave one out")
+    if sampling.samples != 1:
+        raise UserError(f"samples is {sampling.samples}; with a draft each prompt gets 1: repeat the prompts")
     if draft_tokens < 1:
         raise UserError(f"draft_tokens is {draft_tokens}; the draft must propose at least 1 token a round")
     if draft.vocab_size != target.vocab_size:

@@ -1,4 +1,4 @@
-"""One answer token by token, each as soon as it is known: what a conversation reads while it is sampled."""
+"""One answer token by token, each as soon as it is sampled, for chat."""
 
 import functools
 import itertools
@@ -10,33 +10,40 @@ import numpy as np
 
 from lm.core.types import Params
 from lm.data.prompts import BUCKET_SIZE, bucket_length
-from lm.generate.sampler import decode_step, draw_tokens, prefill, prompt_token_mask, row_keys, updated_token_mask
+from lm.generate.sampler import (
+    SamplingParams,
+    decode_step,
+    draw_tokens,
+    prefill,
+    prompt_token_mask,
+    row_keys,
+    updated_token_mask,
+)
 from lm.generate.speculative import TargetDraft, initial_speculative_state, speculative_round
 from lm.model import Model
 from lm.model.logits import repetition_penalized_logits
 
 
-def token_streamer(
-    model: Model, *, temperature: float, top_k: int, top_p: float, min_p: float = 0.0, repetition_penalty: float = 1.0
-) -> Callable[..., Iterator[int]]:
+def token_streamer(model: Model, sampling: SamplingParams) -> Callable[..., Iterator[int]]:
     """stream(lm, ids, key, *, max_new, stop): the tokens of generate.sampler.sample's row 0, each once it is drawn.
 
-    The keys are sample's, and so are the tokens, unless rounding decides between two: the padding differs. Prompts are
-    aligned to the right of their bucket, so a cache of the context and one bucket more holds every allowed answer.
+    max_new and stop are those of each answer, in place of those in `sampling`. The keys are sample's, and so are the
+    tokens, unless rounding decides between two: the padding differs. Prompts are aligned to the right of their bucket,
+    so a cache of the context and one bucket more holds every allowed answer.
     """
-    capacity = model.config.context + BUCKET_SIZE
+    capacity, penalty = model.config.context + BUCKET_SIZE, sampling.repetition_penalty
 
     def drawn(logits, keys, t, seen):
-        """The next token i32[1], and what has been seen with it; None where there is no penalty."""
+        """The next token i32[1], and the mask of tokens so far; None where there is no penalty."""
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        logits = logits if seen is None else repetition_penalized_logits(logits, seen, repetition_penalty)
-        tokens, _ = draw_tokens(now, logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        logits = logits if seen is None else repetition_penalized_logits(logits, seen, penalty)
+        tokens, _ = draw_tokens(now, logits, sampling)
         return tokens, None if seen is None else updated_token_mask(seen, tokens)
 
     @jax.jit
     def first(lm, prompts, lengths, keys):
         logits, cache = prefill(model, lm, prompts, lengths, capacity=capacity)
-        seen = None if repetition_penalty == 1 else prompt_token_mask(prompts, lengths, logits.shape[1])
+        seen = None if penalty == 1 else prompt_token_mask(prompts, lengths, logits.shape[1])
         return *drawn(logits, keys, 0, seen), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")
@@ -65,18 +72,24 @@ def single_prompt_row(ids: Sequence[int], context: int) -> tuple[np.ndarray, np.
 
 
 def speculative_token_streamer(
-    models: TargetDraft, draft_lm: Params, on_round: Callable[[int, int], None], *, draft_tokens: int, **settings
+    models: TargetDraft,
+    draft_lm: Params,
+    on_round: Callable[[int, int], None],
+    sampling: SamplingParams,
+    *,
+    draft_tokens: int,
 ) -> Callable[..., Iterator[int]]:
-    """`streamer` with a draft: the tokens of lm.generate.speculative.speculative_sample's row 0, a round's at a time.
+    """`token_streamer` with a draft: the tokens of speculative_sample's row 0, those of a round at a time.
 
-    tell: given how many tokens each round proposed and how many of them the target accepted.
+    on_round: given how many tokens each round proposed and how many of them the target accepted.
     """
     context = min(model.config.context for model in models)
     first = jax.jit(
         functools.partial(initial_speculative_state, models, capacity=context + BUCKET_SIZE, draft_tokens=draft_tokens)
     )
     following = jax.jit(
-        functools.partial(speculative_round, models, draft_tokens=draft_tokens, **settings), donate_argnames="rows"
+        functools.partial(speculative_round, models, sampling=sampling, draft_tokens=draft_tokens),
+        donate_argnames="rows",
     )
     draft_lm = models.draft.decoding_params(jax.device_put(draft_lm))
 

@@ -10,7 +10,8 @@ MIN_LOGPROB = -1e30  # stands for a log-prob of -inf where two of them meet: the
 
 
 def kl_divergence(logprobs: Array, other: Array) -> Array:
-    """KL(p, q) = sum of p * (log p - log q) over the last axis. What p cannot say counts for nothing, whatever q is."""
+    """KL(p, q) = sum of p * (log p - log q) over the last axis. Tokens of probability 0 under p do not count, whatever
+    q is."""
     p = jnp.exp(logprobs)
     return jnp.sum(p * jnp.where(p > 0, logprobs - other, 0.0), axis=-1)
 
@@ -20,7 +21,7 @@ def jensen_shannon(student: Array, teacher: Array, *, beta: float) -> Array:
 
     0 only where both agree. As beta goes to 0 it behaves like beta * KL(teacher, student), as it goes to 1 like
     (1 - beta) * KL(student, teacher); at the ends themselves, where it would vanish, it is these KLs: 0 gives the
-    forward one (the student covers all that the teacher says), 1 the reverse one (it says only what the teacher says).
+    forward one (the student covers all modes of the teacher), 1 the reverse one (it keeps to a few of them).
     Agarwal et al. 2023 (GKD), eq. 1, arXiv 2306.13649.
     """
     if beta == 0:

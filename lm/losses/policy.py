@@ -1,4 +1,4 @@
-"""Losses that move a policy by its own samples, unreduced f32[B,T]: ratios, surrogates, value loss, KL estimators."""
+"""Losses of a policy on its own samples, unreduced f32[B,T]: ratios, surrogates, value loss, KL estimators."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,12 @@ def log_ratio(logprobs: Array, other: Array, *, bound: float = 20.0) -> Array:
 
 
 def token_ratio(logprobs: Array, old_logprobs: Array) -> Array:
-    """p / p_old of each token: how much likelier the policy finds it than when it was drawn."""
+    """p / p_old of each token: how much more probable it is now than when it was drawn."""
     return jnp.exp(log_ratio(logprobs, old_logprobs))
 
 
 def sequence_ratio(logprobs: Array, old_logprobs: Array, weights: Array) -> Array:
-    """(p(y) / p_old(y))^(1/|y|), the geometric mean of a row's token ratios, f32[B,T] alike at all its tokens.
+    """(p(y) / p_old(y))^(1/|y|), the geometric mean of a row's token ratios, f32[B,T], equal at all its tokens.
 
     Zheng et al. 2025 (GSPO), eq. 5, arXiv 2507.18071.
     """
@@ -29,11 +29,11 @@ def sequence_ratio(logprobs: Array, old_logprobs: Array, weights: Array) -> Arra
 def clipped_surrogate(
     ratio: Array, advantages: Array, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float = 0.0
 ) -> Array:
-    """-min(ratio * A, clip(ratio, 1 - low, 1 + high) * A) per token; its gradient is zero beyond the clip.
+    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) per token; its gradient is zero beyond the clip.
 
-    Schulman et al. 2017, eq. 7, arXiv 1707.06347. high > low leaves rare tokens room to rise (Yu et al. 2025, DAPO,
-    arXiv 2503.14476). `dual` > 1 bounds the loss of a bad token that became likely by -dual * A (Ye et al. 2020, eq. 5,
-    arXiv 1912.09729); 0 does not.
+    Schulman et al. 2017, eq. 7, arXiv 1707.06347. clip_high > clip_low leaves rare tokens room to rise (Yu et al.
+    2025, DAPO, arXiv 2503.14476). dual_clip > 1 bounds the loss of a bad token that became likely by -dual_clip * A (Ye
+    et al. 2020, eq. 5, arXiv 1912.09729); 0 does not.
     """
     gain = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages)
     if dual_clip > 0:

@@ -1,4 +1,4 @@
-"""Losses that move a policy by preferences among given answers, unreduced and elementwise: arrays of any one shape."""
+"""Losses of a policy on preferences among given answers, unreduced and elementwise: arrays of any one shape."""
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,10 @@ def dpo_loss(chosen: Array, rejected: Array, *, label_smoothing: float = 0.0) ->
     """-(1 - smoothing) log sigmoid(d) - smoothing log sigmoid(-d), with d = chosen - rejected.
 
     `chosen` and `rejected` are implicit rewards beta * (log p - log p_ref), each log p a sum over the answer's tokens.
-    Rafailov et al. 2023, eq. 7, arXiv 2305.18290. `smoothing` (cDPO) is the share of verdicts that say the opposite:
-    the loss is least at a finite d = log((1 - smoothing) / smoothing) (Mitchell 2023, "A note on DPO with noisy
-    preferences and relationship to IPO"), where `ranking.bradley_terry`'s `flipped` only bounds what one verdict costs.
+    Rafailov et al. 2023, eq. 7, arXiv 2305.18290. smoothing is `label_smoothing` (cDPO), the share of preferences that
+    are wrong: the loss is least at a finite d = log((1 - smoothing) / smoothing) (Mitchell 2023, "A note on DPO with
+    noisy preferences and relationship to IPO"). `flip_probability` of lm.losses.ranking.bradley_terry_loss only bounds
+    what one wrong preference costs.
     """
     d = chosen - rejected
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(d) - label_smoothing * jax.nn.log_sigmoid(-d)

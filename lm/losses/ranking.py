@@ -11,10 +11,10 @@ Array = jax.Array
 def bradley_terry_loss(
     chosen: Array, rejected: Array, *, margin: Array | float = 0.0, flip_probability: float = 0.0
 ) -> Array:
-    """-log P(the verdict), with d = chosen - rejected - margin and P = (1 - flipped) sigmoid(d) + flipped sigmoid(-d).
+    """-log P(preference), with d = chosen - rejected - margin and P = (1 - flip) sigmoid(d) + flip sigmoid(-d).
 
-    Elementwise. `margin` asks for a lead (Touvron et al. 2023, eq. 2, arXiv 2307.09288); `flipped` is the share of
-    verdicts that say the opposite of what the rater thinks: it bounds what one wrong verdict can cost.
+    Elementwise. `margin` asks for a lead (Touvron et al. 2023, eq. 2, arXiv 2307.09288). flip is `flip_probability`,
+    the share of preferences that say the opposite of what the rater thinks: it bounds what a wrong one can cost.
     Bradley & Terry 1952; Ouyang et al. 2022, eq. 1, arXiv 2203.02155.
     """
     d = chosen - rejected - margin
@@ -32,7 +32,7 @@ def plackett_luce_loss(scores: Array, ranks: Array) -> Array:
 
     log(1 + sum over worse j of exp(s_j - s_i)); 0 where nothing is worse. Summed over i it is the Plackett-Luce
     likelihood of the order; answers of equal rank are not ordered among each other, so a tie says nothing of its
-    members. Rank 0 marks an answer that is not there. With two answers it is `bradley_terry`.
+    members. Rank 0 marks an answer that is not there. With two answers it is `bradley_terry_loss`.
     Plackett 1975; Luce 1959; Ouyang et al. 2022, sec. 3.5, arXiv 2203.02155 (all comparisons of a prompt at once).
     """
     worse = preference_mask(ranks)

@@ -7,17 +7,18 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from lm.core.types import Array, Params, Tokens
-from lm.model import decoder, lora, params as parameters
+from lm.model import decoder, lora
 from lm.model.config import ModelConfig
 from lm.model.kv_cache import KVCache, empty_cache
 from lm.model.logprobs import TargetStats
 from lm.model.moe import Routing
+from lm.model.params import initial_params, logical_axes, param_specs, value_head_specs
 
 __all__ = ["KVCache", "Model", "ModelConfig", "Routing", "TargetStats", "make_model"]
 
 
 class Model(NamedTuple):
-    """Pure functions. `lm` is the decoder's parameters, `head` the scalar head's."""
+    """Pure functions. `lm` is the decoder's parameters."""
 
     config: ModelConfig
     init: Callable[..., Params]  # (key) -> lm; with config.lora_rank its adapters: see lora.join_adapters
@@ -27,7 +28,7 @@ class Model(NamedTuple):
     hidden_and_routing: Callable[..., tuple[Array, Routing | None]]  # the same, and which experts it went through
     decoding_params: Callable[
         ..., Params
-    ]  # (lm) -> lm as `cached` reads it in a loop: cut into its layers once, before it
+    ]  # (lm) -> lm as `cached_hidden_states` reads it in a loop: cut into its layers once, before it
     cached_hidden_states: Callable[
         ..., tuple[Array, KVCache]
     ]  # (lm, inputs, positions, segments, cache) -> f[B,T,D], Cache
@@ -40,12 +41,12 @@ class Model(NamedTuple):
 
 def make_model(config: ModelConfig) -> Model:
     """The decoder-only transformer of `config`, every "auto" already settled (see Config.on)."""
-    specs, value_specs = parameters.param_specs(config), parameters.value_head_specs(config)
-    learnt, axes = specs, parameters.logical_axes(specs)
+    specs, value_specs = param_specs(config), value_head_specs(config)
+    trainable, axes = specs, logical_axes(specs)
     if config.lora_rank:
-        learnt = lora.lora_specs(config)
+        trainable = lora.lora_specs(config)
         axes = lora.adapters_over_base(
-            parameters.logical_axes(learnt), {lora.FROZEN_BASE: axes}
+            logical_axes(trainable), {lora.FROZEN_BASE: axes}
         )  # adapters and base are sharded by one table
     hidden = functools.partial(decoder.hidden_states, config)
     scores = functools.partial(decoder.target_stats, config)
@@ -56,9 +57,9 @@ def make_model(config: ModelConfig) -> Model:
 
     return Model(
         config=config,
-        init=functools.partial(parameters.initial_params, learnt),
-        init_value_head=functools.partial(parameters.initial_params, value_specs),
-        logical_axes={"lm": axes, "value": parameters.logical_axes(value_specs)},
+        init=functools.partial(initial_params, trainable),
+        init_value_head=functools.partial(initial_params, value_specs),
+        logical_axes={"lm": axes, "value": logical_axes(value_specs)},
         hidden_states=hidden,
         hidden_and_routing=functools.partial(decoder.hidden_and_routing, config),
         decoding_params=functools.partial(decoder.decoding_params, config),

@@ -65,9 +65,9 @@ def causal_attention(
 ) -> Array:
     """Attention of every position to the earlier ones of its own segment (0 is padding: it sees and is seen by none).
 
-    window: keys that a query sees at most, itself the last of them; None for all. options: of `attention`.
+    window: keys that a query sees at most, itself the last of them; None for all. options: scale and softcap.
 
-    With `blocks` > 1 the queries are cut into that many static blocks and each meets only the keys up to its end,
+    With `query_blocks` > 1 the queries are cut into that many static blocks and each meets only the keys up to its end,
     which saves up to half of the work.
     """
     T = q.shape[1]

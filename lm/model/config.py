@@ -37,7 +37,7 @@ class ModelConfig:
     """Sizes and switches of one model. The first blocks fix what it computes, the last only how that is done.
 
     The defaults are a Llama with normalised queries and keys; lm.model.presets has the models that people use.
-    `scan`, `dtype`, `cache`, `attention` and `query_blocks` may be left to the platform ("auto"): see `on`.
+    `scan`, `dtype`, `cache`, `attention` and `query_blocks` may be left to the platform ("auto"): see `for_backend`.
     """
 
     vocab_size: int
@@ -50,7 +50,7 @@ class ModelConfig:
     qk_norm: bool = True  # norm of queries and keys (Dehghani et al. 2023, arXiv 2302.05442)
     tie_embeddings: bool = True  # the output matrix is the embedding
     base_width: int = (
-        0  # muP: the width whose learning rate suits every other; 0: off (see lm.model.params.param_specs)
+        0  # muP: the width whose learning rate transfers to every other; 0: off (see lm.model.params.param_specs)
     )
 
     norm: str = "rms"  # or layer, which also centres and has a bias (GPT-2)
@@ -71,7 +71,7 @@ class ModelConfig:
     experts_normalized: bool = True  # the weights of a token's experts sum to one
 
     context: int = 256  # positions the model is used at; only learned positions have a table of that size
-    positions: str = "rope"  # how positions are told: rotary (Su et al. 2021), or learned, one vector each (GPT-2)
+    positions: str = "rope"  # how positions are encoded: rotary (Su et al. 2021), or learned, one vector each (GPT-2)
     rope_base: float = 10_000.0
     rope_local_base: float = 0.0  # of the layers with a window, which then are not rescaled (Gemma 3); 0: the same
     rope_scaling: str = "none"  # how a longer context is reached from rope_original: linear, llama3, yarn
@@ -82,7 +82,7 @@ class ModelConfig:
     rope_attention: float = 0.0  # yarn: cos and sin times this; 0: 0.1 ln(rope_factor) + 1
     norm_eps: float = 1e-6
 
-    lora_rank: int = 0  # of the adapters that are learnt on a frozen base (Hu et al. 2021, arXiv 2106.09685); 0: none
+    lora_rank: int = 0  # of the adapters that are learned on a frozen base (Hu et al. 2021, arXiv 2106.09685); 0: none
     lora_alpha: float = 16.0  # their product counts lora_alpha / lora_rank
     lora_targets: str = "query,value"  # the matrices that have them
     lora_base_dtype: str = "float32"  # how the base is kept: also bfloat16, int8

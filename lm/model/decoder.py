@@ -49,9 +49,9 @@ def projection(c: ModelConfig, x: Array, layer: Params, name: str) -> Array:
 
 
 def decoding_params(c: ModelConfig, params: Params) -> Params:
-    """The same decoder with a list of its layers, a copy, for who calls `cached_hidden` in a loop: cut once, not there.
-
-    Where layers are scanned, on accelerators, the decoder itself: there is no room for two of it.
+    """The same decoder with a list of its layers, a copy, for callers of `cached_hidden_states` in a loop: the layers
+    are cut apart once, before it. Where layers are scanned, on accelerators, the decoder itself, as two of it may not
+    fit.
     """
     return params if c.scan == "yes" else {**params, "layers": unstacked_layers(params["layers"], c.layers)}
 
@@ -117,14 +117,14 @@ def _embeddings(c: ModelConfig, params: Params, inputs: Array, positions: Array)
     if "embedding_scale" in params:  # kept in 8 bits, a scale a row
         x = (x * params["embedding_scale"][inputs]).astype(c.dtype)
     x = x * jnp.asarray(c.embedding_scale, c.dtype)
-    if c.positions == "learned":  # an index beyond the table takes its last row, without a word: callers check context
+    if c.positions == "learned":  # an index beyond the table silently takes its last row: callers check context
         x = x + params["position_embedding"].astype(c.dtype)[positions]
     return shard(x, "batch", None, None)
 
 
 def _rotary_angles(c: ModelConfig, positions: Array):
-    """The rotary angles of global and of local layers, or none. Made once: XLA would fuse them into every rotation, and
-    find cosine and sine of a position anew for each head and layer."""
+    """The rotary angles of global and of local layers, or none. Computed once: otherwise XLA fuses them into every
+    rotation and computes cosine and sine again for each head and layer."""
     if c.positions != "rope":
         return None, None
     return jax.lax.optimization_barrier(rope.global_and_local_angles(c, positions))
@@ -138,7 +138,7 @@ def hidden_states(c: ModelConfig, params: Params, inputs: Array, positions: Arra
 def hidden_and_routing(
     c: ModelConfig, params: Params, inputs: Array, positions: Array, segments: Array
 ) -> tuple[Array, Routing | None]:
-    """`hidden`, and how its layers spread the tokens over their experts, if they have any."""
+    """`hidden_states`, and how its layers spread the tokens over their experts, if they have any."""
     T = inputs.shape[1]
     turns, options = _rotary_angles(c, positions), dict(scale=c.attention_scale, softcap=c.attention_softcap)
     blocks, mixed = min(int(c.query_blocks), T), len(set(c.local_layers)) == 2

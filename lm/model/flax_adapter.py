@@ -3,12 +3,11 @@
 The module is called with inputs, positions and segments, i32[B,T] each (see types.Tokens), and returns logits f[B,T,V];
 or states f[B,T,D], if `head` names the method that turns those into logits: then losses with `loss_chunk` need no
 f[B,T,V], and reward and value heads read D numbers. It must be causal, keep segments apart and not be seen by padding,
-segment 0; `verified` measures that.
+segment 0; `verified_model` checks that.
 
 What such a model has not: a cache. Sampling works, but goes over all tokens again for each new one. Workdirs, and so
 the programs, hold decoders of lm.model.ModelConfig only: train it with a stage's `make` and lm.optim.update. Weight
-decay spares
-parameters by name (see optim.NOT_DECAYED): call norms "norm", embeddings "embedding".
+decay spares parameters by name (see lm.optim.optimizers): call norms "norm", embeddings "embedding".
 """
 
 import functools
@@ -21,9 +20,10 @@ from flax import linen, nnx, struct
 
 from lm.core.errors import UserError
 from lm.core.types import Array, Params, Tokens
-from lm.model import Model, ModelConfig, TargetStats, decoder, params as parameters
+from lm.model import Model, ModelConfig, TargetStats, decoder
 from lm.model.kv_cache import updated_slots
 from lm.model.logprobs import chunked_target_stats
+from lm.model.params import initial_params, logical_axes, value_head_specs
 
 ModuleCall = Callable[..., Array]  # (lm, method, *arrays): the module with these parameters; method "" calls it itself
 
@@ -146,14 +146,14 @@ def _flax_model(
     config = ModelConfig(
         vocab_size=vocabulary.shape[-1], width=states.shape[-1], context=context, loss_chunk=loss_chunk
     )
-    value_specs = parameters.value_head_specs(config)
+    value_specs = value_head_specs(config)
     return Model(
         config=config,  # of its entries only these four speak of the module
         init=init,
-        init_value_head=functools.partial(parameters.initial_params, value_specs),
+        init_value_head=functools.partial(initial_params, value_specs),
         logical_axes={
             "lm": axes if axes is not None else jax.tree.map(lambda leaf: (None,) * leaf.ndim, shapes),
-            "value": parameters.logical_axes(value_specs),
+            "value": logical_axes(value_specs),
         },
         hidden_states=hidden,
         hidden_and_routing=lambda *given: (hidden(*given), None),
@@ -181,7 +181,7 @@ def _recomputed_hidden_states(
 
 
 def _empty_token_cache(*, batch: int, capacity: int, rollback_slots: int = 0) -> TokenCache:
-    """slack: slots that may be taken back; nothing is overwritten here, so there is room for any number."""
+    """rollback_slots: slots that may be taken back; nothing is overwritten here, so there is room for any number."""
     slots = jnp.zeros((batch, capacity), jnp.int32)
     return TokenCache(slots, slots, slots, jnp.zeros((), jnp.int32))
 

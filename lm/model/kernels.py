@@ -14,7 +14,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash_kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    LocalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha_single_device,
+)
 
 from lm.core.sharding import map_shards, partition_spec
 from lm.core.types import Array
@@ -42,7 +48,7 @@ def self_attention(
 ) -> Array:
     """`causal_attention` as the implementation of that name computes it; options: scale, softcap.
 
-    local: whether the window holds, traced where one program serves layers of both kinds. blocks: of xla.
+    is_local: whether the window applies, traced where one program serves layers of both kinds. query_blocks: of xla.
     """
     attend = functools.partial(
         ATTENTION_KERNELS[name], **options, **({"query_blocks": query_blocks} if name == "xla" else {})
@@ -117,17 +123,17 @@ def _splash(q: Array, k: Array, v: Array, segments: Array, *, window: int | None
     pad = -T % LANES
     length = T + pad
     size = next(block for block in BLOCK_SIZES if length % block == 0)
-    mask = splash_kernels.LocalMask((length, length), window_size=(None if window is None else window - 1, 0), offset=0)
+    mask = LocalMask((length, length), window_size=(None if window is None else window - 1, 0), offset=0)
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    kernel = splash_kernels.make_splash_mha_single_device(
-        splash_kernels.MultiHeadMask([mask] * N),
-        block_sizes=splash_kernels.BlockSizes(**dict.fromkeys(sizes, size)),
+    kernel = make_splash_mha_single_device(
+        MultiHeadMask([mask] * N),
+        block_sizes=BlockSizes(**dict.fromkeys(sizes, size)),
         attn_logits_soft_cap=softcap or None,
         interpret=interpret,
     )
     q, k, v = (jnp.pad(a, ((0, 0), (0, pad), (0, 0), (0, 0))).swapaxes(1, 2) for a in (q, k, v))
     segments = jnp.pad(segments, ((0, 0), (0, pad)))
-    out = jax.vmap(lambda q, k, v, own: kernel(q, k, v, splash_kernels.SegmentIds(own, own)))(q, k, v, segments)
+    out = jax.vmap(lambda q, k, v, own: kernel(q, k, v, SegmentIds(own, own)))(q, k, v, segments)
     return out.swapaxes(1, 2)[:, :T]
 
 

@@ -15,15 +15,15 @@ from lm.model.quantization import quantize_heads_int8
 class KVCache(Replaceable):
     """Keys and values of the S slots filled so far, one array per layer so that a decode step slices nothing.
 
-    A layer with a window of fewer than S slots keeps the last W only, the window and some slack: slot s in place s % W.
-    Up to `slack` of the newest slots can be taken back, by a lower `filled`: nobody sees them until they are written
-    again, and what they overwrote in a ring of W lies outside every window that is still to come.
-    Kept in int8, each head of each slot has a scale (lm.model.quantization); else there are none.
+    A layer with a window of fewer than S slots keeps the last W only, the window and the rollback slots: slot s in
+    place s % W. Up to `rollback_slots` of the newest slots can be taken back, by a lower `length`: no query sees them
+    until they are written again, and what they overwrote in a ring of W lies outside every later window. Kept in int8,
+    each head of each slot has a scale (lm.model.quantization); else there are none.
     """
 
     keys: tuple[Array, ...]  # layers x f[B,K,S,H] or f[B,K,W,H]: what a query reads of a head lies together
     values: tuple[Array, ...]  # likewise
-    segments: Array  # i32[B,S]; 0: empty or padding, seen by nobody
+    segments: Array  # i32[B,S]; 0: empty or padding, which no query sees
     length: Array  # i32[]  slots written: all rows write the same slot (prompts are aligned to the right); or i32[B]
     key_scales: tuple[Array, ...] = ()  # layers x f32[B,K,S] or f32[B,K,W]
     value_scales: tuple[Array, ...] = ()  # likewise
@@ -32,7 +32,8 @@ class KVCache(Replaceable):
 def empty_cache(
     *, windows: Sequence[int], batch: int, capacity: int, rollback_slots: int = 0, kv_heads: int, head_size: int, dtype
 ) -> KVCache:
-    """A cache of `capacity` slots with nothing in it; windows: that of each layer, 0 for none; slack: see Cache."""
+    """A cache of `capacity` slots with nothing in it; windows: that of each layer, 0 for none; rollback_slots: see
+    KVCache."""
     kept = [min(window + rollback_slots if window else capacity, capacity) for window in windows]
 
     def zeros():
@@ -55,7 +56,7 @@ def updated_slots(held: Array, new: Array, start: Array, *, axis: int = 1) -> Ar
 LayerCache = tuple[Array, ...]  # keys and values of a layer, and their scales where these are int8
 
 
-CACHE_ARRAYS = ("keys", "values", "key_scales", "value_scales")  # of a Cache, in that order
+CACHE_ARRAYS = ("keys", "values", "key_scales", "value_scales")  # of a KVCache, in that order
 
 
 def layer_cache(cache: KVCache, layer: int) -> LayerCache:

@@ -39,11 +39,11 @@ def sampling_logits(
 
 
 def repetition_penalized_logits(logits: Array, present: Array, penalty: float) -> Array:
-    """Logits f32[...,V], where those of `seen` tokens bool[...,V] are divided by the penalty if positive, and
+    """Logits f32[...,V]; those of the tokens that are `present` bool[...,V] are divided by the penalty if positive, and
     multiplied by it if negative (Keskar et al. 2019, sec. 4.1, arXiv 1909.05858; the sign as in their code).
 
-    It comes before `adjusted`, and is the sampler's alone: the losses score each token under softmax(adjusted(logits)),
-    whatever else the row holds. So no stage that learns from its own samples offers it.
+    The sampler applies it before `sampling_logits`. The losses do not: they score each token without regard to the rest
+    of the row. So no stage that learns from its own samples offers it.
     """
     logits = logits.astype(jnp.float32)
     return jnp.where(present, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)

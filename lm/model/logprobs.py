@@ -1,4 +1,4 @@
-"""What losses ask of logits: each target's log-probability, the entropy, the partition function; by pieces of a row."""
+"""What losses need of logits: log-probabilities of targets, entropy, partition function; in chunks of a row."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from lm.model.logits import is_static_temperature, sampling_logits, values_at_id
 
 
 class TargetStats(NamedTuple):
-    """What a loss wants to know of each target, f32[B,T] each."""
+    """What a loss needs for each target, f32[B,T] each."""
 
     logprobs: Array  # of the target
     entropy: Array  # of the whole distribution, nats
@@ -20,10 +20,10 @@ class TargetStats(NamedTuple):
 
 
 def map_position_chunks(function: Callable[..., Any], *arrays: Array, chunk_size: int) -> Any:
-    """function(*arrays), a tree of [B,T,...], for arrays [B,T,...]: `size` positions a row at a time, or 0 for all.
+    """function(*arrays), a tree of [B,T,...], for arrays [B,T,...]: `chunk_size` positions of a row at a time, 0: all.
 
-    What `function` makes on the way exists for so many positions only and is made again in the backward pass, so
-    logits f32[B,T,V] never do. It must treat every position alike: the last piece is filled up with zeros.
+    Intermediate arrays of `function` exist for one chunk only and are computed again in the backward pass, so logits
+    f32[B,T,V] never exist. It must treat every position alike: the last chunk is padded with zeros.
     """
     B, T = arrays[0].shape[:2]
     if not 0 < chunk_size < T:
@@ -44,7 +44,7 @@ def chunked_target_stats(
 ) -> TargetStats:
     """Scores of targets i32[B,T] under softmax(logits(x) / temperature).
 
-    Logits f32[B,T,V] exist for `size` positions a row at a time (see `chunked`).
+    Logits f32[B,T,V] exist for `chunk_size` positions of a row at a time, see `map_position_chunks`.
     """
 
     def chunk(x, targets):
@@ -69,7 +69,7 @@ def target_logprobs(logits: Array, targets: Array) -> tuple[Array, Array]:
     if is_single_device():
         found = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     else:
-        found = values_at_ids(logits, targets)  # so that a split vocabulary stays split
+        found = values_at_ids(logits, targets)  # so that a sharded vocabulary stays sharded
     return found - log_z, log_z
 
 

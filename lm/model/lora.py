@@ -1,9 +1,9 @@
 """Low-rank adapters on a frozen base: W + (alpha / rank) A B (Hu et al. 2021, arXiv 2106.09685).
 
-A run learns the adapters, {"layers": {"query_a", "query_b", ...}}; the base lies in state.frozen["base"], in float32,
+A run learns the adapters, {"layers": {"query_a", "query_b", ...}}; the base is in state.frozen["base"], in float32,
 bfloat16, or int8 with a scale a column (as QLoRA's frozen base, Dettmers et al. 2023, arXiv 2305.14314, in 8 bits).
-`adapters_over_base` lays them into one tree, by reference: what the forward pass reads. B starts at zero, so that the
-first output is the base model's.
+`adapters_over_base` joins both, by reference, into the one tree that the forward pass reads. B starts at zero, so that
+the first output is the base model's.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ FROZEN_BASE = "base"  # of state.frozen
 
 
 def config_without_lora(c: ModelConfig) -> ModelConfig:
-    """The same model without adapters, and without a word of them."""
+    """The same model without adapters: every LoRA option at its default."""
     told = {f.name: f.default for f in dataclasses.fields(c) if f.name.startswith("lora_")}
     return dataclasses.replace(c, **told)
 
 
 def lora_specs(c: ModelConfig) -> dict:
-    """Of the trainable decoder: A draws as a matrix of its rows does, B is zero."""
+    """Specs of the trainable adapters: A is drawn like a matrix of as many rows, B is zero."""
     layers = param_specs(config_without_lora(c))["layers"]
     found = {}
     for name in lora_target_names(c):
@@ -41,7 +41,7 @@ def lora_specs(c: ModelConfig) -> dict:
 
 
 def lora_target_names(c: ModelConfig) -> list[str]:
-    """The matrices that have adapters. UserError for one that the model has not."""
+    """The matrices that have adapters. UserError for one that the model does not have."""
     names = [name.strip() for name in c.lora_targets.split(",")]
     here = [
         name

@@ -1,4 +1,4 @@
-"""Matrix products with gradient rules that suit the CPU backend: the same numbers, another order of work."""
+"""Matrix products with gradient rules that are fast on the CPU backend: the same numbers in another order of work."""
 
 import functools
 
@@ -11,10 +11,10 @@ from lm.core.types import Array
 
 
 def row_major(x: Array) -> Array:
-    """x, its last axis contiguous in memory. The identity but on a lone CPU device.
+    """x, its last axis contiguous in memory. The identity except on a single CPU device.
 
-    XLA takes a transposed operand as it lies, which its CPU backend multiplies in bfloat16 at a half to a quarter of
-    the speed (JAX 0.12, 4096 x 256 x 4096 on 2 cores: 117 and 392 GFLOP/s). The barrier keeps it from being undone.
+    XLA uses a transposed operand without a copy, and its CPU backend then multiplies in bfloat16 at a half to a quarter
+    of the speed (JAX 0.12, 4096 x 256 x 4096 on 2 cores: 117 and 392 GFLOP/s). The barrier keeps it from being undone.
     """
 
     def moved(x):

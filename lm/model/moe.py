@@ -1,4 +1,4 @@
-"""Mixture of experts: each token takes a few of many MLPs, and none is dropped."""
+"""Mixture of experts: each token goes through a few of many MLPs, and no token is dropped."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ class Routing:
 def moe_mlp(c: ModelConfig, layer: Params, x: Array, activation: Callable[[Array], Array]) -> tuple[Array, Routing]:
     """The weighted sum of the outputs of each token's experts, f[B,T,D] from f[B,T,D]; Routing without its L.
 
-    Tokens are sorted by expert and meet their matrices in one product over ragged groups (Gale et al. 2022,
+    Tokens are sorted by expert and multiplied by its matrices in one product over ragged groups (Gale et al. 2022,
     arXiv 2211.15841): no expert has a capacity. Routed in float32.
     """
     B, T, D = x.shape

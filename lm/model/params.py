@@ -22,7 +22,7 @@ BIASED_PROJECTIONS = {
 class ParamSpec(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical names, one per dimension; lm.core.sharding maps them to the mesh
-    std: float | None  # normal with this deviation, cut at two of them; None: ones; 0: zeros
+    std: float | None  # normal with this deviation, truncated at two deviations; None: ones; 0: zeros
 
 
 def param_specs(c: ModelConfig) -> dict:
@@ -50,7 +50,7 @@ def param_specs(c: ModelConfig) -> dict:
 
 
 def layer_specs(c: ModelConfig) -> dict:
-    """Those of the layers, stacked."""
+    """Specs of the layers' parameters, stacked."""
     queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
     out = 1 / math.sqrt(2 * c.layers)
 

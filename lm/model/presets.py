@@ -54,7 +54,7 @@ def _gemma3(layers: int, width: int, hidden: int) -> Options:
 
 
 def gpt2() -> Options:
-    """124,439,808 parameters ("124M"). Radford et al. 2019, table 2, counted anew in openai/gpt-2's README."""
+    """124,439,808 parameters ("124M"). Radford et al. 2019, table 2, corrected in openai/gpt-2's README."""
     return _gpt2(12, 768, 12)
 
 

@@ -21,9 +21,9 @@ STORAGE_DTYPES = ("float32", "bfloat16", "int8")
 
 
 def quantized_params(dtype: str, lm: Mapping[str, Any], *, include_embeddings: bool = False) -> Params:
-    """A decoder in numpy, in one of FORMS: all in bfloat16, or the layers' matrices in int8, their scales beside them.
+    """A decoder in numpy, in one of STORAGE_DTYPES: all in bfloat16, or the layers' matrices in int8 with their scales.
 
-    ends: embedding and head in int8 too; else, as norms and biases, as they were.
+    include_embeddings: embedding and head in int8 too; otherwise they stay as they are, like norms and biases.
     """
     if dtype not in STORAGE_DTYPES:
         raise UserError(f"the weights are to be kept as {dtype!r}; choose one of {', '.join(STORAGE_DTYPES)}")

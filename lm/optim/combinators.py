@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lm.core.metrics import Metrics
 from lm.core.types import Array, Params, TrainState
 from lm.model.lora import join_adapters
-from lm.optim.update import Batch, Loss, Update, _is_mean, batch_parts
+from lm.optim.update import Batch, Loss, Update, batch_parts, gradient, is_mean
 
 SHUFFLE_ROLE = 2**30  # a role folded into a step's key, above every microbatch's number: no two draws share a key
 
@@ -18,6 +19,15 @@ def inference_state(state: TrainState) -> TrainState:
     state = with_moving_reference(state)
     params, frozen = join_adapters(state.params, state.frozen)
     return state.replace(params=params, frozen=frozen, memory={k: v for k, v in state.memory.items() if k != "ref"})
+
+
+def decoder_gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> Update:
+    """`gradient` of a loss that is given decoders as their forward pass reads them: see `join_adapters`."""
+
+    def on_decoders(params, frozen, batch, key):
+        return loss(*join_adapters(params, frozen), batch, key)
+
+    return gradient(on_decoders, optimizer, microbatches=microbatches)
 
 
 def annotate(function: Callable[[TrainState, Batch], tuple[Batch, Metrics]], inner: Update) -> Update:
@@ -68,10 +78,10 @@ def frozen_reference(inner: Update, name: str = "ref") -> Update:
 
 
 def refreshed_reference(inner: Update, *, every: int, name: str = "ref") -> Update:
-    """`reference`, which becomes a copy of the current decoder after each `every` optimizer updates; 0: never.
+    """`frozen_reference` whose copy is replaced by the current decoder after each `every` optimizer updates; 0: never.
 
-    A reference that moves is part of what the run remembers, so it lies in state.memory and is saved; `inner` is lent
-    it as if it were frozen. Gorbatovski et al. 2024 (TR-DPO, hard updates), arXiv 2404.09656.
+    A moving reference is part of state.memory, which is saved; `inner` finds it in state.frozen, like any other.
+    Gorbatovski et al. 2024 (TR-DPO, hard updates), arXiv 2404.09656.
     """
     if every == 0:
         return frozen_reference(inner, name)
@@ -94,7 +104,7 @@ def refreshed_reference(inner: Update, *, every: int, name: str = "ref") -> Upda
 
 
 def with_moving_reference(state: TrainState, name: str = "ref") -> TrainState:
-    """The state with its renewed network among the frozen ones, where every loss looks for it."""
+    """The state with its moving reference among the frozen networks, where every loss looks for it."""
     if name not in state.memory:
         return state
     return state.replace(frozen={**state.frozen, name: state.memory[name]})
@@ -103,7 +113,7 @@ def with_moving_reference(state: TrainState, name: str = "ref") -> TrainState:
 def combined_loss(**losses: tuple[float, Loss]) -> Loss:
     """The sum of several losses of one batch, each with its coefficient. Every term keeps its own denominator.
 
-    PPO-ptx is mix(ppo=(1.0, surrogate), text=(coefficient, next-token loss)): Ouyang et al. 2022, eq. 2,
+    PPO-ptx is combined_loss(ppo=(1.0, surrogate), text=(coefficient, next-token loss)): Ouyang et al. 2022, eq. 2,
     arXiv 2203.02155.
     """
 
@@ -111,7 +121,7 @@ def combined_loss(**losses: tuple[float, Loss]) -> Loss:
         terms, metrics = {}, {}
         for name, (coefficient, part) in losses.items():
             found, noted = part(params, frozen, batch, key)
-            terms[name] = jax.tree.map(lambda term: coefficient * term, found, is_leaf=_is_mean)
+            terms[name] = jax.tree.map(lambda term: coefficient * term, found, is_leaf=is_mean)
             metrics |= noted
         return terms, metrics
 

@@ -10,14 +10,11 @@ import optax
 from lm.core.errors import UserError
 from lm.core.metrics import Mean, Metrics, scalar_metric
 from lm.core.types import Array, Params, TrainState
-from lm.model.lora import join_adapters
 
 Batch = Any
 # A loss returns its terms, a pytree of Means, and metrics. Each term is divided by its *own* global weight, which may
 # depend on the batch alone; a coefficient is part of a term: 0.1 * mean(...). Only argument 0 is differentiated.
 Loss = Callable[[Params, Mapping[str, Params], Batch, Array], tuple[Any, Metrics]]
-# What a loss is shown of (trainable, frozen) parameters; differentiable in the trainable ones.
-View = Callable[[Params, Mapping[str, Params]], tuple[Params, Mapping[str, Params]]]
 
 
 class Update(NamedTuple):
@@ -26,26 +23,25 @@ class Update(NamedTuple):
     evaluate: Callable[[TrainState, Batch], Metrics]  # the loss's metrics on a batch, without learning from it
 
 
-def _is_mean(x) -> bool:
+def is_mean(x) -> bool:
+    """Whether a leaf is a `Mean`, for the walk over a tree of terms."""
     return isinstance(x, Mean)
 
 
-def gradient(
-    loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int = 1, view: View = join_adapters
-) -> Update:
+def gradient(loss: Loss, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> Update:
     """One optimizer step on the gradient of sum over terms of total / weight, both summed over all microbatches.
 
     Gradients are summed in float32. A batch of weight 0 gives a zero gradient. Metrics gain `grad_norm` (before
-    clipping), where the optimizer injects it `learning_rate`, and of several microbatches their `noise_scale`. The loss
-    is given view(params, frozen): by default decoders as their forward pass reads them.
+    clipping), where the optimizer injects it `learning_rate`, and of several microbatches their `noise_scale`. Of a
+    loss that calls a model take lm.optim.combinators.decoder_gradient, which also trains low-rank adapters.
     """
 
     def init(key, params, frozen):
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key, frozen)
 
     def objective(params, frozen, part, key, weights):
-        terms, metrics = loss(*view(params, frozen), part, key)
-        divided = jax.tree.map(lambda term, w: Mean(term.total, w).value(), terms, weights, is_leaf=_is_mean)
+        terms, metrics = loss(params, frozen, part, key)
+        divided = jax.tree.map(lambda term, w: Mean(term.total, w).value(), terms, weights, is_leaf=is_mean)
         return sum(jax.tree.leaves(divided)), metrics
 
     def update(state, batch):
@@ -54,8 +50,8 @@ def gradient(
         parts = batch_parts(batch, microbatches), keys
 
         def weights(part, key):  # nothing else of the loss is used: its forward pass is dropped as dead code
-            terms, _ = loss(*view(state.params, state.frozen), part, key)
-            return jax.tree.map(lambda term: jax.lax.stop_gradient(term.weight), terms, is_leaf=_is_mean)
+            terms, _ = loss(state.params, state.frozen, part, key)
+            return jax.tree.map(lambda term: jax.lax.stop_gradient(term.weight), terms, is_leaf=is_mean)
 
         total = scan_sum(weights, parts, microbatches)
 
@@ -79,7 +75,7 @@ def gradient(
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def evaluate(state, batch):
-        return loss(*view(state.params, state.frozen), batch, jax.random.fold_in(state.key, state.step))[1]
+        return loss(state.params, state.frozen, batch, jax.random.fold_in(state.key, state.step))[1]
 
     return Update(init, update, evaluate)
 

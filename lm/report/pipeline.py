@@ -18,14 +18,15 @@ from markupsafe import Markup
 
 from lm.core.config import parsed_flags
 from lm.core.errors import UserError
-from lm.core.statistics import Estimate
+from lm.core.statistics import Estimate, interval_text, percent_text, signed_number
 from lm.core.types import Tokens
 from lm.data import conversations, packing, preferences, sources
+from lm.data.loading import load_conversations
 from lm.report import reward_model
 from lm.report.run import StageRun, metric_figures, shown_rollouts, stage_run, write_run_page
 from lm.rewards.rule import CRITERIA, RULE, criterion_scores
 from lm.runs.console import run_program, say
-from lm.runs.html import interval_plot, interval_text, percent_text, signed_number, template_environment
+from lm.runs.html import interval_plot, rendered_page
 from lm.runs.workdir import CONFIG_FILE, PIPELINE_FILE, REPORT_FILE, TOKENIZER_FILE, read_json, read_metrics, write_text
 from lm.stages.pretraining import sft
 from lm.tokenizer import Tokenizer, encode_chat, load_tokenizer
@@ -71,12 +72,12 @@ def write_pipeline_page(root: Path) -> Path:
     """The page of all stages."""
     record = read_json(root / PIPELINE_FILE)
     run = {name: stage_run(root / name) for name in record["stages"]}
-    template = template_environment().get_template("report/pipeline.html.jinja")
     evaluation, verdicts = finished_summary(run, "evaluate"), finished_summary(run, "rank")
     numbers = root / "reward" / reward_model.NUMBERS_FILE
     tasted = read_json(numbers) if finished_summary(run, "reward") and numbers.exists() else {}
     lines = [stage_row(found, record) for found in run.values() if found.summary]
-    page = template.render(
+    page = rendered_page(
+        "report/pipeline.html.jinja",
         root=root,
         claims=headline_figures(run),
         missing=[name for name, found in run.items() if not found.summary],
@@ -202,9 +203,7 @@ def packed_row_example(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     options = {**defaults, **config["data"]}
     try:
         tokenizer = load_tokenizer(path / TOKENIZER_FILE)
-        seen, _ = sources.split_held_out(
-            conversations.load_conversations(options["sources"].split(",")[0]), options["held_out"]
-        )
+        seen, _ = sources.split_held_out(load_conversations(options["sources"].split(",")[0]), options["held_out"])
         excerpts = conversations.conversation_excerpts(seen[:PACKED_EXCERPTS], turns=options["turns"])[:PACKED_EXCERPTS]
         packed, _ = packing.packed_rows(
             [encode_chat(tokenizer, excerpt.messages) for excerpt in excerpts], options["length"]

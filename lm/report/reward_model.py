@@ -27,7 +27,7 @@ from lm.data.preferences import Ranking
 from lm.data.tokenized_rankings import TokenizedRanking, ranked_answers_batch
 from lm.losses.ranking import preference_mask
 from lm.runs.console import print_table, run_program, say, warn
-from lm.runs.html import HELD_OUT_COLOR, TEXT_COLOR, TRAIN_COLOR, svg_figure, template_environment
+from lm.runs.html import HELD_OUT_COLOR, TEXT_COLOR, TRAIN_COLOR, rendered_page, svg_figure
 from lm.runs.workdir import CONFIG_FILE, TrainedModel, load_trained_model, read_json, write_text
 from lm.stages import REWARD_MODEL_STAGES
 from lm.stages.reward_model import ranking_batches
@@ -78,11 +78,7 @@ def measure_reward_model(path: str | Path) -> dict[str, Any]:
         "worst": worst_pairs(pairs, [verdict.ranking for verdict in verdicts], total),
     }
     write_text(path / NUMBERS_FILE, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
-    page = (
-        template_environment()
-        .get_template("report/reward_model.html.jinja")
-        .render(root=path, found=found, figures=reward_model_figures(found))
-    )
+    page = rendered_page("report/reward_model.html.jinja", root=path, found=found, figures=reward_model_figures(found))
     write_text(path / PAGE_FILE, page)
     return found
 

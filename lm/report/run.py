@@ -9,15 +9,8 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from lm.runs.html import (
-    HELD_OUT_COLOR,
-    SERIES_COLORS,
-    TRAIN_COLOR,
-    percent_text,
-    short_number,
-    svg_figure,
-    template_environment,
-)
+from lm.core.statistics import percent_text
+from lm.runs.html import HELD_OUT_COLOR, SERIES_COLORS, TRAIN_COLOR, rendered_page, short_number, svg_figure
 from lm.runs.timing import PHASES
 from lm.runs.workdir import (
     CONFIG_FILE,
@@ -107,21 +100,18 @@ def write_run_page(path: str | Path) -> Path:
     """Writes the page of the stage that was trained in `path` and returns the page's path."""
     path = Path(path)
     found, starts = stage_run(path), read_run_starts(path)
-    page = (
-        template_environment()
-        .get_template("report/run.html.jinja")
-        .render(
-            root=path,
-            stage=found,
-            method=STAGES[found.method].title if found.method in STAGES else "",
-            scores=held_out_changes(found.summary),
-            costs=run_costs(found.summary, starts),
-            phases=phase_shares(found.summary),
-            curves=metric_figures(found._replace(name="")),  # on its own page it needs no name
-            rollouts=shown_rollouts(path),
-            starts=starts,
-            config=json.dumps(found.config, indent=2),
-        )
+    page = rendered_page(
+        "report/run.html.jinja",
+        root=path,
+        stage=found,
+        method=STAGES[found.method].title if found.method in STAGES else "",
+        scores=held_out_changes(found.summary),
+        costs=run_costs(found.summary, starts),
+        phases=phase_shares(found.summary),
+        curves=metric_figures(found._replace(name="")),  # on its own page it needs no name
+        rollouts=shown_rollouts(path),
+        starts=starts,
+        config=json.dumps(found.config, indent=2),
     )
     write_text(path / REPORT_FILE, page)
     return path / REPORT_FILE

@@ -1,7 +1,7 @@
 """A language model as a rater of pairs: it is asked which of two answers is better, always in both orders.
 
-A judge prefers what it reads first, or last, however good it is (Zheng et al. 2023, arXiv 2306.05685), so a verdict
-needs both orders to say the same, and how often the first answer is chosen is reported beside it.
+Judges tend to prefer the answer that comes first, or last (Zheng et al. 2023, arXiv 2306.05685). So a verdict needs
+both orders to agree, and how often the first answer is chosen is reported too.
 """
 
 import itertools
@@ -39,9 +39,9 @@ REPLY_PATTERN = re.compile(
 )
 FIRST_PROBABILITY = {"a": 1.0, "b": 0.0, "tie": 0.5}
 RETRY_STATUSES = (408, 425, 429, 500, 502, 503, 504)  # statuses of HTTP after which the same request may succeed
-TOO_LONG_REPLY = "nothing, as the answers do not fit its context"  # what a model says of a question that it cannot read
-MAX_REPLY_TOKENS = 1024  # one is enough; this stops a model that rambles
-CONNECT_TIMEOUT = 10.0  # seconds; a host that has not answered by then is not there, however long a reply may take
+TOO_LONG_REPLY = "nothing, as the answers do not fit its context"  # stands for the reply to a question that is too long
+MAX_REPLY_TOKENS = 1024  # one is enough; this limits a model that writes on
+CONNECT_TIMEOUT = 10.0  # seconds to connect, however long a reply may take
 
 
 class PairQuestion(NamedTuple):
@@ -57,8 +57,8 @@ class JudgeChoice(NamedTuple):
 
     first_probability: (
         float | None
-    )  # P(the first is better): 1, 0 or, for a tie, 0.5 where the judge has only words; None: nonsense
-    reply: str  # in words, where the judge has them
+    )  # P(the first is better): 1, 0 or, for a tie, 0.5 where the judge replies in words only; None: unreadable
+    reply: str  # in words, where the judge gives them
     is_truncated: bool = False  # whether the question was too long and lost its oldest part
 
 
@@ -73,7 +73,7 @@ def pair_questions(prompt: Sequence[Message], responses: Sequence[str]) -> list[
 
 
 def choice_pairs(choices: Sequence[JudgeChoice]) -> list[tuple[JudgeChoice, JudgeChoice]]:
-    """The choices of `questions` pair by pair."""
+    """The choices of `pair_questions`, pair by pair."""
     return list(zip(choices[::2], choices[1::2]))
 
 
@@ -87,7 +87,8 @@ def pair_verdict(forward: float, backward: float, *, margin: float = TIE_MARGIN)
 
 
 def win_counts(choices: Sequence[JudgeChoice], count: int) -> np.ndarray | None:
-    """f64[count]: how many others each of `count` responses beats, a tie being half a win; None if any is nonsense."""
+    """f64[count]: how many others each of `count` responses beats, a tie being half a win; None if any is
+    unreadable."""
     if any(choice.first_probability is None for choice in choices):
         return None
     won = np.zeros(count)
@@ -98,14 +99,14 @@ def win_counts(choices: Sequence[JudgeChoice], count: int) -> np.ndarray | None:
 
 
 def position_bias(choices: Sequence[JudgeChoice]) -> Estimate:
-    """How often the first answer is chosen where one is; a judge that only looks at the answers has a half."""
+    """How often the first answer is chosen where one is; 0.5 for a judge without position bias."""
     return success_rate_or_nan(
         [choice.first_probability > 0.5 for choice in choices if choice.first_probability not in (None, 0.5)]
     )
 
 
 def order_consistency(choices: Sequence[JudgeChoice]) -> Estimate:
-    """For how many pairs both orders say the same; pairs with nonsense do not count."""
+    """For how many pairs both orders say the same; unreadable pairs do not count."""
     sides = [(forward.first_probability, backward.first_probability) for forward, backward in choice_pairs(choices)]
     return success_rate_or_nan(
         [np.sign(a - 0.5) == np.sign(0.5 - b) for a, b in sides if a is not None and b is not None]
@@ -123,7 +124,8 @@ def judge_messages(rubric: str, question: PairQuestion) -> list[Message]:
 
 
 def parsed_reply(said: str) -> float | None:
-    """P(the first is better) in the words of a judge; None for anything but a letter or a tie, dressed up or not."""
+    """P(the first is better) in the words of a judge; None for anything but a letter or a tie, with or without
+    formatting."""
     reply = REPLY_PATTERN.fullmatch(said.strip())
     return reply and FIRST_PROBABILITY[reply["choice"].lower()]
 
@@ -131,10 +133,11 @@ def parsed_reply(said: str) -> float | None:
 def model_judge(
     model: Model, lm: Params, tokenizer: Tokenizer, rubric: str = RUBRIC, *, questions_at_once: int = 16, jit
 ) -> Judge:
-    """A model of ours: P(first) = sigmoid(log p(A) - log p(B)) of the whole replies "A" and "B", end token included.
+    """A trained model as judge: P(first) = sigmoid(log p(A) - log p(B)) of the whole replies "A" and "B", end token
+    included.
 
     A question longer than the context loses the oldest turns of its conversation; one whose last turn and answers do
-    not fit has no choice: whoever does not see the answers cannot tell which is better. UserError if none ever fits.
+    not fit has no choice: a judge must see both answers. UserError if no question fits.
     """
     length = model.config.context
     empty = PairQuestion([{"role": "user", "content": ""}], "", "")
@@ -181,9 +184,9 @@ def endpoint_judge(
     backoff: float = 1.0,
     requests_at_once: int = 8,
 ) -> Judge:
-    """A model behind the OpenAI-compatible POST {url}/chat/completions, asked `at_once` questions at a time.
+    """A model behind the OpenAI-compatible POST {url}/chat/completions, asked `requests_at_once` questions at a time.
 
-    timeout: seconds without a sign of life; backoff: seconds before the first of `retries`, doubled at each. UserError
+    timeout: seconds without any data; backoff: seconds before the first of `retries`, doubled at each. UserError
     when they are used up, or when a retry cannot help.
     """
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -214,7 +217,7 @@ def endpoint_judge(
 
 
 def _reply_examples(tokenizer: Tokenizer, rubric: str, question: PairQuestion) -> list[TokenizedExample]:
-    """The question with each of LETTERS as its reply, trained on the reply alone."""
+    """The question with each of ANSWER_LETTERS as its reply, trained on the reply alone."""
     messages = judge_messages(rubric, question)
     return encode_chats(tokenizer, [[*messages, {"role": "assistant", "content": letter}] for letter in ANSWER_LETTERS])
 
@@ -222,7 +225,8 @@ def _reply_examples(tokenizer: Tokenizer, rubric: str, question: PairQuestion) -
 def _fitting_replies(
     tokenizer: Tokenizer, rubric: str, question: PairQuestion, length: int
 ) -> tuple[list[TokenizedExample], bool]:
-    """`_replies` to as many of the last turns as fit, none where not even the last does; whether any are left out."""
+    """`_reply_examples` with as many of the last turns as fit, none if the last does not; whether turns are left
+    out."""
     for oldest in range(len(question.prompt)):
         replies = _reply_examples(tokenizer, rubric, question._replace(prompt=question.prompt[oldest:]))
         if max(len(reply.ids) for reply in replies) <= length + 1:
@@ -233,7 +237,7 @@ def _fitting_replies(
 def _chat_completion(
     client: httpx.Client, url: str, body: Mapping[str, object], *, retries: int, backoff: float
 ) -> str:
-    """What the endpoint replies to `body`; a fault that may pass is waited out."""
+    """What the endpoint replies to `body`; temporary errors are retried."""
     for attempt in range(retries + 1):
         time.sleep(backoff * (2**attempt // 2))  # not before the first attempt
         try:

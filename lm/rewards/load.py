@@ -19,8 +19,8 @@ def load_reward_model(
 ) -> tuple[TrainedModel, Reward]:
     """A finished reward model, and its total score as a reward: the weighted sum of its axes.
 
-    centred: less the mean and over the deviation of its held-out answers; else as learnt, so that differences of scores
-    are the logits of preferring one answer to another. UserError for any other workdir.
+    normalized: minus the mean, over the standard deviation of the held-out answers; otherwise as learned, so that
+    differences of scores are the logits of preferring one answer to another. UserError for any other workdir.
     """
     trained = load_trained_model(path, backend=backend, warn=warn)
     found = trained.summary["held_out"] if "held_out" in trained.summary else {}
@@ -43,13 +43,14 @@ def load_reward_model(
 
 
 def reward_axes(judge: TrainedModel) -> dict[str, float]:
-    """The axes that a reward model has learnt, in the order of its heads, and what each counts in its total score."""
+    """The axes that a reward model has learned, in the order of its heads, and the weight of each in its total
+    score."""
     data = read_json(judge.path / CONFIG_FILE)["data"]
     return ordered_axes(data["axes"] if "axes" in data else OVERALL_ONLY)
 
 
 def check_same_axes(judges: Sequence[TrainedModel]) -> None:
-    """UserError unless all have learnt the same axes, counted alike: else their scores answer different questions."""
+    """UserError unless all learned the same axes with the same weights: otherwise their scores are not comparable."""
     first, *others = [(judge.path, reward_axes(judge)) for judge in judges]
     for path, axes in others:
         if axes != first[1]:
@@ -63,8 +64,9 @@ def check_same_axes(judges: Sequence[TrainedModel]) -> None:
 def reward_from_workdirs(paths: str, tokenizer: Tokenizer, pessimism: float, *, longest: int, jit=jax.jit) -> Reward:
     """The reward model of a finished workdir, or the ensemble of several, whose names are separated by commas.
 
-    longest: tokens of the longest prompt and answer that it will be given (see rewards.model.row_length). UserError for
-    one that does not read so many, or not these ids, and for members that have learnt different axes.
+    longest: tokens of the longest prompt and answer that it will be given (see
+    lm.rewards.reward_model.reward_row_length). UserError for one that does not read so many, or not these ids, and for
+    members that learned different axes.
     """
     judges, members = zip(*(reward_from_workdir(path.strip(), tokenizer, longest, jit) for path in paths.split(",")))
     check_same_axes(judges)
@@ -74,7 +76,7 @@ def reward_from_workdirs(paths: str, tokenizer: Tokenizer, pessimism: float, *, 
 def reward_from_workdir(
     path: str | Path, tokenizer: Tokenizer, longest: int, jit=jax.jit
 ) -> tuple[TrainedModel, Reward]:
-    """The reward model of a finished workdir that shares our tokenizer and reads our rows whole, centred."""
+    """The reward model of a finished workdir that has this tokenizer and reads rows of `longest` tokens, centred."""
     judge, reward = load_reward_model(path, backend=jax.default_backend(), normalized=True, jit=jit, warn=warn)
     if judge.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(

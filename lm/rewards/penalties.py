@@ -1,4 +1,4 @@
-"""Penalties and verifiers that need nothing but the text, each from -1 to 1 and 0 where there is nothing to say."""
+"""Penalties and verifiers that need nothing but the text, each from -1 to 1, and 0 where it does not apply."""
 
 import functools
 import importlib.util
@@ -60,13 +60,13 @@ def toxicity_reward(message: str, answer: str) -> float:
 
 @reward_per_answer
 def length_reward(message: str, answer: str) -> float:
-    """0 up to ENOUGH words, then down to -1 at twice as many."""
+    """0 up to LONG_ANSWER_WORDS words, then down to -1 at twice as many."""
     return -min(max(len(words(answer)) - LONG_ANSWER_WORDS, 0) / LONG_ANSWER_WORDS, 1.0)
 
 
 @reward_per_answer
 def repetition_reward(message: str, answer: str) -> float:
-    """Minus the share of the answer's word trigrams that stood there before."""
+    """Minus the share of the answer's word trigrams that occurred before."""
     said = words(answer)
     trigrams = list(zip(said, said[1:], said[2:]))
     return (len(set(trigrams)) - len(trigrams)) / max(len(trigrams), 1)

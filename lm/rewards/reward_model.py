@@ -26,7 +26,7 @@ def reward_scores(model: Model, params: Params, tokens: Tokens) -> Array:
 def reward_rows(tokenizer: Tokenizer, conversations: list[list[dict]], length: int) -> Tokens:
     """One conversation a row, its closing end token among the inputs: that is where it is scored.
 
-    A row holds `length` tokens; of a longer conversation what truncation.fitted keeps, the end token always.
+    A row holds `length` tokens; of a longer conversation what lm.data.truncation keeps, always with the end token.
     """
     whole = encode_chats(tokenizer, conversations, last=True)
     fit = truncated_rows(whole, length, cut="answer", start=tokenizer.start_ids, trained=False)
@@ -34,13 +34,13 @@ def reward_rows(tokenizer: Tokenizer, conversations: list[list[dict]], length: i
 
 
 def reward_row(tokenizer: Tokenizer, row: TokenizedExample) -> TokenizedExample:
-    """A conversation whose last token is an input too. Nothing of it is a target that counts."""
+    """A conversation whose last token is an input too. No target of it has a weight."""
     return TokenizedExample(np.append(row.ids, tokenizer.eos).astype(np.int32), np.zeros(len(row.ids) + 1, np.float32))
 
 
 def reward_row_length(prompt: int, new: int) -> int:
-    """Tokens that a judge must read of a prompt of so many and an answer of so many: the template closes one that was
-    cut off with a token more."""
+    """Tokens of the longest row of a prompt of `prompt` and an answer of `new` tokens: the template closes an answer
+    that was cut off with one more token."""
     return prompt + new + 1
 
 
@@ -60,8 +60,8 @@ def reward_from_model(
 ) -> Reward:
     """(score - offset) / scale of each answer, the score being the sum of weights[a] * axis a.
 
-    With the moments of the reward model's held-out answers: centred, and of unit deviation. What is longer than its
-    rows is read cut, and `warn` is told so once, by the judge's `name`.
+    With the moments of the reward model's held-out answers: centred, and of unit deviation. Longer
+    conversations are truncated, and `warn` gets one line about it with the judge's `name`.
     """
     run = jit(lambda params, tokens: reward_scores(model, params, tokens) @ jnp.asarray(weights))
     params = jax.tree.map(jnp.asarray, params)  # on the device once, not at every call
@@ -85,7 +85,7 @@ def reward_from_model(
 
 
 def truncation_warning(tokenizer: Tokenizer, conversations: Sequence[list[dict]], tokens: Tokens) -> str:
-    """What `rows` have lost of the conversations, in words; empty where they hold them whole."""
+    """What the rows `tokens` lack of the conversations, in words; empty where they hold all of it."""
     length = tokens.inputs.shape[1]
     full = [conversations[i] for i in np.flatnonzero((tokens.segments > 0).all(axis=1))]  # no others can be longer
     longer = [len(chat.ids) for chat in encode_chats(tokenizer, full) if len(chat.ids) > length]

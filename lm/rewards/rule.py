@@ -1,4 +1,4 @@
-"""The quickstart's rater: a published rule in the place of a human, so that its verdicts can be checked by reading."""
+"""The quickstart's rater: a published rule in place of a human, so that its scores can be checked by reading."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +71,7 @@ def is_clean_text(message: str, answer: str) -> float:
 
 
 def has_rude_word(message: str, answer: str) -> float:
-    """Holds a word of RUDE."""
+    """Holds a word of RUDE_WORDS."""
     return float(not RUDE_WORDS.isdisjoint(words(answer)))
 
 
@@ -110,7 +110,7 @@ def words(text: str) -> list[str]:
 
 
 def _sentences(text: str) -> list[str]:
-    """Cut after a run of . ! ? that a space or the end follows; what has no word is no sentence."""
+    """Split after a run of . ! ? before a space or the end; parts without a word are dropped."""
     return [sentence for sentence in re.split(r"(?<=[.!?])\s+", text.strip()) if words(sentence)]
 
 
@@ -119,6 +119,7 @@ def _content_stems(text: str) -> set[str]:
 
 
 def _stem(word: str) -> str:
-    """Crude: a possessive or plural, one common ending and a doubled last letter go, while three letters stay."""
+    """A simple stem: without possessive or plural, one common ending and a doubled last letter; at least three letters
+    stay."""
     word = re.sub(r"'s$|(?<=\w{3})(?<!s)s$", "", word)
     return re.sub(r"(.)\1$", r"\1", re.sub(r"(?<=\w{3})(?:ied|ing|ed|ie|ly|y|e)$", "", word))

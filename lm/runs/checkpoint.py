@@ -41,19 +41,19 @@ class SealedPyTreeHandler(ocp.PyTreeCheckpointHandler):
 @ocp.args.register_with_handler(SealedPyTreeHandler, for_save=True)
 @dataclasses.dataclass
 class SealedPyTreeSave(ocp.args.PyTreeSave):
-    """Names `Item` as the format to save in."""
+    """Names SealedPyTreeHandler as the format to save in."""
 
 
 @ocp.args.register_with_handler(SealedPyTreeHandler, for_restore=True)
 @dataclasses.dataclass
 class SealedPyTreeRestore(ocp.args.PyTreeRestore):
-    """Names `Item` as the format to restore from."""
+    """Names SealedPyTreeHandler as the format to restore from."""
 
 
 class Checkpoints:
     """The checkpoints of one run, as a context manager; leaving it waits for the last save.
 
-    keep: newest steps that are kept. warn: given one line about every damaged step that is passed over.
+    keep: newest steps that are kept. warn: called with one line about every damaged step that is skipped.
     Saving raises `UserError` when the system refuses a write; as saving is asynchronous, that may be at the next call.
     """
 
@@ -75,7 +75,7 @@ class Checkpoints:
     def save(self, step: int, tree: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Starts to write `tree`, a dict of pytrees of arrays and typed PRNG keys, and `meta`, which is JSON.
 
-        The arrays may be donated as soon as this returns. A step that is there already is left as it is.
+        The arrays may be donated as soon as this returns. An existing step is not written again.
         """
         self.wait()
         if step in self.steps():
@@ -137,7 +137,7 @@ class Checkpoints:
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             with suppress(OSError):
-                self._manager = self._opened()  # a failed one repeats its error for ever
+                self._manager = self._opened()  # a failed one raises the same error at every call
             raise UserError(
                 f"cannot save a checkpoint in {self.directory}: {os.strerror(code)}; "
                 "make room there or choose another --workdir, then start again: "
@@ -150,8 +150,8 @@ def restore_params(
 ) -> tuple[Any, dict[str, Any]]:
     """(tree[name] as nested dicts of numpy arrays, metadata) of the newest checkpoint whose `name` is whole.
 
-    Nothing else of the checkpoint is read: no optimizer state. step: no other than that of this step will do. warn:
-    given one line about every one passed over. Raises UserError if there is no such checkpoint.
+    Nothing else of the checkpoint is read: no optimizer state. step: only the checkpoint of this step. warn: called
+    with one line about every checkpoint that is skipped. Raises UserError if there is no such checkpoint.
     """
     directory = Path(directory).absolute()
     steps = [each for each in _steps(directory) if step in (None, each)]
@@ -249,7 +249,7 @@ def _key_data(leaf: Any) -> Any:
 
 
 def _restore_target(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What orbax shall restore for `leaf`: of a typed key its data, without a sharding the first device."""
+    """What orbax is to restore for `leaf`: of a typed key its data; without a sharding on the first device."""
     sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     plain = jax.eval_shape(_key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
     return jax.ShapeDtypeStruct(plain.shape, plain.dtype, sharding=sharding)
@@ -258,7 +258,7 @@ def _restore_target(leaf: Any) -> jax.ShapeDtypeStruct:
 def _with_key_type(leaf: jax.Array, like: Any) -> jax.Array:
     if not _is_key(like):
         return leaf
-    # The algorithm of a key is only told of a key, not of its dtype: ask while tracing one.
+    # JAX gives the algorithm of a key, not of its dtype: ask while tracing one.
     impl = []
     jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), jax.ShapeDtypeStruct(like.shape, like.dtype))
     return jax.random.wrap_key_data(leaf, impl=impl[0])

@@ -25,7 +25,7 @@ RED, YELLOW = "31", "33"
 
 
 class ThreadOutput(threading.local):
-    muted = False  # whether `say` and `table` are silent
+    muted = False  # whether `say` and `print_table` are silent
 
 
 THREAD_OUTPUT = ThreadOutput()
@@ -60,7 +60,7 @@ def run_program(program: Callable[[list[str]], None]) -> None:
 
 @contextmanager
 def on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields `stopping() -> bool`, True once SIGTERM has been received: the loop polls it, saves, raises Interrupted.
+    """Yields `stopping() -> bool`, True once SIGTERM has been received: the loop polls it, saves, raises SigtermExit.
 
     A second SIGTERM ends the process at once.
     """
@@ -79,7 +79,7 @@ def on_sigterm() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def muted_thread() -> Iterator[None]:
-    """This thread says nothing but warnings: several runs that go on together would say the same."""
+    """This thread prints warnings only: several runs that train together would print the same lines."""
     THREAD_OUTPUT.muted = True
     try:
         yield
@@ -188,7 +188,7 @@ class MetricWriters:
     """Scalars as TensorBoard files under WORKDIR/tensorboard, and to whatever trackers there are.
 
     purge_step: TensorBoard forgets what an earlier process wrote from this step on; a resumed run writes it again.
-    trackers: of lm.runs.trackers. One that fails is told of and left behind: training goes on.
+    trackers: of lm.runs.trackers. One that fails is reported and dropped: training goes on.
     """
 
     def __init__(self, workdir: str | Path, purge_step: int = 0, trackers: Sequence[Any] = ()):

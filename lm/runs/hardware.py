@@ -1,4 +1,4 @@
-"""What this machine can do at best, which speeds are held against, and the memory that a run took of it."""
+"""The peak speed of this machine, which measured speeds are compared with, and the memory that a run used."""
 
 import resource
 import sys
@@ -61,7 +61,7 @@ def fastest_seconds(function: Callable[..., jax.Array], *arrays: jax.Array, repe
 
 
 def peak_flops() -> tuple[float | None, str]:
-    """FLOP/s of all devices of this run together at best, and where the number is from; None where nobody knows.
+    """FLOP/s of all devices of this run together at best, and where the number is from; None where it is unknown.
 
     CPU devices share the machine's cores, so one of them is measured, in the float32 that they compute in.
     """

@@ -4,6 +4,7 @@ import io
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -12,17 +13,15 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lm.core.statistics import Estimate
+from lm.core.statistics import Estimate, estimate_text, interval_text, percent_text, signed_number
+from lm.runs.workdir import write_text
 
-TEXT_COLOR, TRAIN_COLOR, HELD_OUT_COLOR = "#7b7b7a", "#3f7fd6", "#d9822b"  # INK gives way to the page's own text colour
-SERIES_COLORS = (
+TEXT_COLOR, TRAIN_COLOR, HELD_OUT_COLOR = (
+    "#7b7b7a",
     "#3f7fd6",
     "#d9822b",
-    "#2f8a4b",
-    "#a356b8",
-    "#c0483c",
-    "#7b8a2f",
-)  # of whatever is told apart, in its order
+)  # svg_figure replaces the first by the page's text colour
+SERIES_COLORS = ("#3f7fd6", "#d9822b", "#2f8a4b", "#a356b8", "#c0483c", "#7b8a2f")  # of series, in their order
 FIGURE_STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lm",
@@ -53,9 +52,29 @@ def template_environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        f.__name__: f for f in (short_number, signed_number, percent_text, interval_text, visible_text)
+        f.__name__: f for f in (short_number, signed_number, percent_text, interval_text, estimate_text, visible_text)
     }
     return environment
+
+
+def rendered_page(template: str, **values: Any) -> str:
+    """The page that a template of this package, such as "compare/page.html.jinja", makes of these values."""
+    return template_environment().get_template(template).render(**values)
+
+
+def write_figure_page(
+    folder: Path, name: str, template: str, draw: Callable, size: Mapping[str, Any], **values: Any
+) -> list[Path]:
+    """NAME.html with the figure as its value `figure`, and the figure beside it as NAME.svg and NAME.png.
+
+    draw and size: the arguments of `svg_figure`. values: the other values of the template.
+    """
+    page, picture, bitmap = (folder / f"{name}.{ending}" for ending in ("html", "svg", "png"))
+    drawn = svg_figure(draw, **size)
+    write_text(page, rendered_page(template, figure=drawn, **values))
+    write_text(picture, drawn)
+    bitmap.write_bytes(png_figure(draw, **size))
+    return [page, picture, bitmap]
 
 
 def interval_plot(estimates: Mapping[str, Estimate], label: str, *, centre: float | None = None) -> Markup:
@@ -87,7 +106,7 @@ def svg_figure(draw: Callable, *, width: float, height: float, **subplots) -> Ma
 
 
 def png_figure(draw: Callable, *, width: float, height: float, **subplots) -> bytes:
-    """The same as a picture on white, for where there is no page."""
+    """The same as a PNG on white, for use outside a page."""
     return _rendered_figure(draw, (width, height), subplots, format="png", facecolor="white", dpi=150)
 
 
@@ -100,7 +119,7 @@ def _rendered_figure(draw: Callable, size: tuple[float, float], subplots: Mappin
 
 
 def visible_text(text: str) -> str:
-    """`text` with the control characters that HTML has no place for as their pictures; newline and tab stay."""
+    """`text` with control characters that HTML does not allow as visible pictures; newline and tab stay."""
     pictures = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
     return text.translate({**pictures, 0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)})
 
@@ -113,24 +132,3 @@ def short_number(number: float | None) -> str:
         if abs(number) >= size:
             return f"{number / size:.3g} {letter}"
     return f"{number:.3g}"
-
-
-def percent_text(fraction: float) -> str:
-    return f"{100 * fraction:.0f}\u00a0%"
-
-
-def signed_number(number: float) -> str:
-    return f"{number:+z.2f}".replace("-", "−")
-
-
-NUMBER_FORMATS = {
-    "plain": "{:z.2f}".format,
-    "tenths": "{:z.1f}".format,
-    "signed": signed_number,
-    "percent": percent_text,
-}
-
-
-def interval_text(estimate: Mapping[str, float], style: str = "plain") -> str:
-    """ "[4.01, 4.23]", the 95 % interval of an Estimate."""
-    return f"[{NUMBER_FORMATS[style](estimate['low'])}, {NUMBER_FORMATS[style](estimate['high'])}]"

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: metrics of the steps as lines, for the terminal, TensorBoard and later."""
+"""The metrics of a run while it trains, a line for several steps: to metrics.jsonl, the terminal and TensorBoard."""
 
 import math
 from collections import Counter
@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm.core import metrics as means
 from lm.core.errors import UserError
+from lm.core.metrics import metric_sum, metric_values
 from lm.runs.console import MetricWriters, Progress, warn
 from lm.runs.timing import OTHER_PHASE, PHASES, PhaseTimer
 from lm.runs.workdir import Workdir, read_metrics
 
 
 class MetricWarning(NamedTuple):
-    """What to say of a metric that is amiss, though nothing is lost; said once."""
+    """The warning about an unusual metric, given once; the run goes on."""
 
     amiss: Callable[[float], bool]
-    lines: int  # on end, before it is said
+    lines: int  # in a row, before the warning
     advice: str
 
 
@@ -26,7 +26,7 @@ METRIC_WARNINGS: Mapping[str, MetricWarning] = {
     "equal_groups": MetricWarning(
         lambda share: share >= 1,
         1,
-        "in every group all answers got the same reward, so nothing is learnt from them: raise data.temperature or "
+        "in every group all answers got the same reward, so nothing is learned from them: raise data.temperature or "
         "data.group, or take a reward that tells answers apart",
     ),
     "empty": MetricWarning(
@@ -41,7 +41,7 @@ METRIC_WARNINGS: Mapping[str, MetricWarning] = {
         "measured: look at sampler_gap, data.temperature and stage.temperature",
     ),
 }
-LOSS_METRICS = ("loss", "policy_loss", "divergence")  # what is learnt from; of weight 0 where every token is masked
+LOSS_METRICS = ("loss", "policy_loss", "divergence")  # what is learned from; of weight 0 where every token is masked
 
 
 class MetricsLogger:
@@ -70,7 +70,7 @@ class MetricsLogger:
         self._pending.append((step, metrics, tokens))
 
     def flush(self) -> None:
-        """One line of means over the noted steps, and the tokens learnt from in a second of training them: evaluation,
+        """One line of means over the noted steps, and the tokens learned from in a second of training them: evaluation,
         saving and logging do not count. Raises UserError at the first that is not finite, or over a limit."""
         with self._phases("update"):  # this waits for the devices
             fetched = [(step, jax.device_get(dict(metrics)), tokens) for step, metrics, tokens in self._pending]
@@ -78,8 +78,8 @@ class MetricsLogger:
         total = None
         for step, found, _ in fetched:
             self._stop_unless_finite(step, {name: float(m.total) for name, m in found.items()})
-            total = found if total is None else means.metric_sum(total, found)
-        values = means.metric_values(total)
+            total = found if total is None else metric_sum(total, found)
+        values = metric_values(total)
         for name, limit in self._limits.items():
             if values[name] > limit:
                 raise UserError(
@@ -95,7 +95,7 @@ class MetricsLogger:
         self.write_row(fetched[-1][0], values)
 
     def _advise(self, values: Mapping[str, float], fetched: Sequence[tuple[int, Mapping[str, Any], int]]) -> None:
-        """Says of each metric of a line, once, that it is amiss; and of the first batch that nothing is learnt from."""
+        """Warns once of each unusual metric of a line, and of the first batch that nothing is learned from."""
         for name, (amiss, lines, advice) in METRIC_WARNINGS.items():
             if name in values:
                 self._amiss[name] = self._amiss[name] + 1 if amiss(values[name]) else 0
@@ -108,12 +108,12 @@ class MetricsLogger:
         if masked and "masked" not in self._advised:
             self._advised.add("masked")
             warn(
-                f"{self._stage}: every weight of the batch of step {masked[0]} is 0, so nothing is learnt from it: "
+                f"{self._stage}: every weight of the batch of step {masked[0]} is 0, so nothing is learned from it: "
                 "look at its rows (data.length, data.turns, the chat template, equal rewards), or take larger batches"
             )
 
     def seconds_by_phase(self) -> dict[str, float]:
-        """Spent on each phase until now, by every process that had a part in the run."""
+        """Seconds spent on each phase until now, by all processes of the run."""
         return {name: spent + self._before[name] for name, spent in self._phases.seconds().items()}
 
     def write_row(self, step: int, values: Mapping[str, float]) -> None:
@@ -139,6 +139,6 @@ class MetricsLogger:
 
 
 def phase_seconds(row: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each phase as a row of metrics.jsonl tells them; "other" is what is left of all seconds."""
+    """Seconds of each phase from a row of metrics.jsonl; "other" is the rest of all seconds."""
     known = {phase: row[f"seconds/{phase}"] if f"seconds/{phase}" in row else 0.0 for phase in PHASES}
     return {**known, OTHER_PHASE: row["seconds"] - sum(known.values())}

@@ -106,7 +106,7 @@ def git_output(folder: Path, *command: str) -> str | None:
 
 
 def truncated_diff(changes: str) -> str:
-    """The first LONGEST bytes of a difference, up to a line's end, and a line that says what is left out."""
+    """The first MAX_DIFF_BYTES bytes of a difference, up to a line's end, and a line that says what is left out."""
     whole = changes.encode()
     if len(whole) <= MAX_DIFF_BYTES:
         return changes

@@ -1,11 +1,11 @@
-"""The parts of a result that takes long, each on disk as soon as it is known: a kill costs the one that is being made.
+"""Parts of a long computation, each on disk as soon as it is done: a kill costs only the part that is being made.
 
-    parts = Parts(workdir.path / "models.parts.jsonl")
+    parts = PartialResults(workdir.path / "models.parts.jsonl")
     scores = {name: parts.once(name, lambda: scored(name)) for name in names}
     write_text(path, json.dumps(scores))
     parts.remove()
 
-What it gives is always what JSON makes of it, so a result does not depend on whether there was a kill.
+A part is always returned as JSON reads it back, so a result does not depend on whether there was a kill.
 """
 
 import json
@@ -18,7 +18,7 @@ from lm.core.errors import UserError
 
 
 class PartialResults:
-    """Values by name in a file of JSON lines; of a line that a kill has torn nothing is left."""
+    """Values by name in a file of JSON lines; an incomplete last line, left by a kill, is dropped."""
 
     def __init__(self, path: Path):
         self._path, self._found = path, {}

@@ -61,7 +61,7 @@ class StepProfiler:
         self._open = None
         try:
             jax.profiler.stop_trace()
-        except Exception as error:  # a full disk, say: the run is worth more than its profile
+        except Exception as error:  # such as a full disk: the run is worth more than its profile
             warn(f"the profile could not be written to {self._folder}: {error}")
             return
         newest = max(self._folder.rglob("perfetto_trace.json.gz"), key=lambda file: file.stat().st_mtime)

@@ -1,4 +1,4 @@
-"""What a finished stage came to: its held-out scores before and after, and what they cost."""
+"""The summary of a finished stage: held-out scores before and after, and their cost."""
 
 import statistics
 from collections.abc import Mapping, Sequence

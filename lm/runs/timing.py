@@ -1,4 +1,4 @@
-"""Where the seconds of a run go: data, rollout, reward, update, eval, save, and what is none of them."""
+"""Where the seconds of a run go: data, rollout, reward, update, eval, save, and other."""
 
 import time
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ OTHER_PHASE = "other"  # start-up, logging, whatever no phase claims
 
 
 class PhaseTimer:
-    """A clock with one hand: `with phases("data"):` gives the seconds within to `data`.
+    """A timer of phases: `with phases("data"):` counts the seconds within as "data".
 
     Phases nest, and time belongs to the innermost: a rollout within data is a rollout. But all of an evaluation is
-    eval, its rollouts too: the others tell what training takes. So the parts add up to the time since the clock was
-    made. Compilation counts for the phase that waits for it. What devices do meanwhile is not seen: to count their
-    work, wait for it within its phase. In a profile each phase is a span.
+    eval, its rollouts too: the other phases say what training takes. So the parts add up to the time since the clock
+    was made. Compilation counts for the phase that waits for it. Work that devices do in the background is not seen: to
+    count it, wait for it within its phase. In a profile each phase is a span.
     """
 
     def __init__(self):
@@ -41,7 +41,7 @@ class PhaseTimer:
         return dict(self._seconds)
 
     def training(self) -> float:
-        """Seconds until now of all phases of TRAINING."""
+        """Seconds until now of all TRAINING_PHASES."""
         spent = self.seconds()
         return sum(spent[name] for name in TRAINING_PHASES)
 

@@ -1,6 +1,6 @@
-"""Where metrics go beside TensorBoard, when asked: Weights & Biases, MLflow. A run that continues continues there too.
+"""Where metrics go beside TensorBoard, when asked: Weights & Biases, MLflow. A resumed run continues there too.
 
-Where they send to is their own business: WANDB_PROJECT, WANDB_MODE=offline, MLFLOW_TRACKING_URI,
+Their own environment variables say where they send to: WANDB_PROJECT, WANDB_MODE=offline, MLFLOW_TRACKING_URI,
 MLFLOW_EXPERIMENT_NAME. The id that each gave the run is kept in the workdir. For a tracking server the package
 mlflow-skinny is enough.
 """
@@ -24,7 +24,7 @@ class Tracker(NamedTuple):
 
 
 def wandb_tracker(package, path: Path, config: Mapping[str, Any], id: str | None) -> Tracker:
-    """Rows are drawn over their own "step": what a resumed run writes again falls onto what is there."""
+    """Rows are drawn over their own "step": what a resumed run writes again replaces the earlier points."""
     settings = package.Settings(console="off", silent=True)
     run = package.init(dir=path, name=path.name, config=config, id=id, resume="allow", settings=settings)
     run.define_metric("*", step_metric="step")
@@ -32,7 +32,7 @@ def wandb_tracker(package, path: Path, config: Mapping[str, Any], id: str | None
 
 
 def mlflow_tracker(package, path: Path, config: Mapping[str, Any], id: str | None) -> Tracker:
-    """Parameters are of the first start: MLflow lets none change."""
+    """The parameters are those of the first start, as MLflow does not let them change."""
     run = package.start_run(run_id=id, run_name=None if id else path.name)
     if id is None:
         package.log_params(flatten(config))

@@ -1,4 +1,4 @@
-"""A run's own folder: config, tokenizer, metrics, summary and checkpoints. What is in it is all that chat needs.
+"""A run's own folder: config, tokenizer, metrics, summary and checkpoints. It holds all that chat needs.
 
 config.json  tokenizer.model  metrics.jsonl  rollouts.jsonl  summary.json  checkpoints/  tensorboard/
 record.json  code-N.diff  report.html; when asked for: profile/  trackers.json
@@ -26,7 +26,7 @@ from lm.tokenizer import Tokenizer, load_tokenizer
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.model"
 METRICS_FILE = "metrics.jsonl"
-ROLLOUTS_FILE = "rollouts.jsonl"  # answers that a policy gave while it learnt, for people to read
+ROLLOUTS_FILE = "rollouts.jsonl"  # answers that a policy gave while it learned, for people to read
 SUMMARY_FILE = "summary.json"
 CHECKPOINTS_DIR = "checkpoints"
 BASE_DIR = "base"  # under adapters (model.lora_rank): the frozen decoder, in a checkpoint of its own
@@ -103,10 +103,11 @@ class Workdir:
 def open_workdir(
     path: str | Path, config: Mapping[str, Any], *, changeable_keys: tuple[str, ...] = ("train", "mesh")
 ) -> Workdir:
-    """Creates the folder and writes `config`, or takes up a run that was made with the same config.
+    """Creates the folder and writes `config`, or opens a run that was made with the same config.
 
-    config: plain and resolved, as JSON holds it. harmless: the dotted keys below which it may differ from the one that
-    is there; those differences are in the result, and the new config is written. So are any while there is no result.
+    config: plain and resolved, as JSON holds it. changeable_keys: the dotted keys below which it may differ from the
+    stored one; those differences are in `config_changes`, and the new config is stored. While there is no result, any
+    key may differ.
     Raises UserError for any other difference, for a folder that is not a run's, and for one in use by another process.
     """
     path = Path(path)
@@ -123,7 +124,7 @@ def open_workdir(
 
 
 class TrainedModel(NamedTuple):
-    """What a finished or interrupted run has learnt, read from its workdir alone."""
+    """What a finished or interrupted run has learned, read from its workdir alone."""
 
     path: Path
     stage: str
@@ -157,7 +158,7 @@ def load_trained_model(
         )
     summary = read_json(path / SUMMARY_FILE) if (path / SUMMARY_FILE).exists() else {}
     shape = ModelConfig(**with_current_names(meta["model"], "model"))
-    if shape.lora_rank:  # whoever loads the run gets one decoder
+    if shape.lora_rank:  # callers get one decoder
         base, _ = restore_params(path / BASE_DIR, warn=warn)
         params = {**params, "lm": lora.merged_params(shape, base, params["lm"])}
         shape = lora.config_without_lora(shape)
@@ -173,7 +174,7 @@ def making_command(path: Path) -> str:
 
 
 def check_same_tokenizer(trained: TrainedModel, other: TrainedModel) -> None:
-    """UserError unless both runs learnt with one tokenizer and chat template: their ids mean the same."""
+    """UserError unless both runs use the same tokenizer and chat template, so that their ids mean the same."""
     if other.tokenizer.fingerprint != trained.tokenizer.fingerprint:
         raise UserError(
             f"{other.path} was trained with tokenizer and template {other.tokenizer.fingerprint[:8]}, but "
@@ -200,7 +201,7 @@ def read_run_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds that must be there."""
+    """The contents of a JSON file, which must exist."""
     try:
         return json.loads(file_text(path))
     except OSError as error:
@@ -210,7 +211,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file at once: whoever reads it finds the old text or the new one."""
+    """Replaces a file atomically: a reader finds the old text or the new one."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with _write_errors_explained(path), temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -228,7 +229,7 @@ def _write_errors_explained(path: Path) -> Iterator[None]:
 
 
 def is_unlocked(lock: Path) -> bool:
-    """Whether nobody holds this lock file."""
+    """Whether no process holds this lock file."""
     with lock.open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -277,7 +278,8 @@ def _checked_config_changes(path: Path, config: dict[str, Any], harmless: tuple[
 
 
 def _has_results(path: Path) -> bool:
-    """Whether the folder holds any result; if a bad config stopped the run before, the mended one may use it."""
+    """Whether the folder holds any result; if a bad config stopped the run before, the corrected one may use the
+    folder."""
     made = (
         entry
         for entry in path.iterdir()
@@ -311,9 +313,9 @@ def _config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") 
 def with_run_date(tokenizer: Tokenizer, workdir: Workdir) -> Tokenizer:
     """The tokenizer as this run has it from its first start on, kept in the workdir.
 
-    A template that tells the date tells one for all starts of a run, or its ids would change overnight: the date that
-    came with the tokenizer, from the run or the converted model that this one starts from, else that of the first
-    start. Whatever loads the run gets that date with it; lm chat alone, which talks to somebody now, tells today's.
+    A template that shows the date shows the same one for all starts of a run, or its ids would change overnight: the
+    date that came with the tokenizer, from the run or the converted model that this one starts from, else that of the
+    first start. Programs that load the run get that date with it; only lm chat shows today's.
     """
     if tokenizer.shows_date:
         kept = load_tokenizer(workdir.tokenizer_path).date if workdir.tokenizer_path.exists() else ""

@@ -30,7 +30,7 @@ from lm.core.errors import UserError
 from lm.core.statistics import success_rate
 from lm.evaluate.quantization import with_storage_dtypes
 from lm.generate.engine import check_stop_strings, text_before_stop, text_without_partial_stop
-from lm.generate.sampler import check_sampling
+from lm.generate.sampler import SamplingParams, check_sampling
 from lm.generate.speculative import TargetDraft, check_speculation
 from lm.generate.streaming import speculative_token_streamer, token_streamer
 from lm.model.params import param_count, param_specs
@@ -41,6 +41,7 @@ from lm.tokenizer import Message, Tokenizer, encode_prompt
 from lm.train.warm_start import load_policy, policy_folder
 
 DEFAULT_MAX_NEW = 128  # the longest answer, unless the flag says otherwise or the context leaves less
+SHOWN_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of SamplingParams, in the banner
 FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help="a pipeline's folder, or a stage's own"),
     "prompt": dict(metavar="TEXT", help="print one answer to it and exit"),
@@ -87,8 +88,8 @@ def recent_messages(tokenizer: Tokenizer, messages: list[Message], room: int) ->
 class Chat:
     """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), over every reset.
 
-    max_new: tokens an answer may have; None: NEW_TOKENS, or what the context leaves. note: given what is to be told.
-    stop: strings before the first of which an answer ends. draft: a model that proposes `draft_tokens` at a time.
+    max_new: tokens an answer may have; None: DEFAULT_MAX_NEW, or what the context leaves. notify: given notes for the
+    user. stop: strings before the first of which an answer ends. draft: a model that proposes `draft_tokens` at a time.
     """
 
     def __init__(
@@ -107,15 +108,8 @@ class Chat:
         draft: TrainedModel | None = None,
         draft_tokens: int = 4,
     ):
-        self._sampler = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-        }
         if draft:
-            check_draft_model(trained, draft, repetition_penalty)
+            check_same_tokenizer(trained, draft)
         self._drafted = f"; {draft.path} proposes {draft_tokens} tokens at a time" if draft else ""
         self._models = TargetDraft(trained.model, draft.model) if draft else None
         self._ahead, contexts = draft_tokens, [model.config.context for model in self._models or [trained.model]]
@@ -127,24 +121,31 @@ class Chat:
             raise UserError(f"max_new_tokens is {max_new}, but prompt and answer share {self._context}: lower it")
         now = datetime.now().isoformat(timespec="minutes")  # for a template that contains the date
         self._trained = trained._replace(tokenizer=trained.tokenizer.dated(now))
-        self._check(1, 1 if max_new is None else max_new)
+        self._sampling = SamplingParams(
+            max_new=1 if max_new is None else max_new,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+        )
+        self._check(1, self._sampling.max_new)
         self._note, self._seed, self._max_new, self._stop = notify, seed, max_new, tuple(stop)
         self._lm = jax.device_put(trained.params["lm"])
         self._proposed = self._accepted = 0
-        if draft:
-            settings = {name: value for name, value in self._sampler.items() if name != "repetition_penalty"}
-            lm = draft.params["lm"]
+        if self._models and draft:
             self._stream = speculative_token_streamer(
-                self._models, lm, self._count_proposals, draft_tokens=draft_tokens, **settings
+                self._models, draft.params["lm"], self._count_proposals, self._sampling, draft_tokens=draft_tokens
             )
         else:
-            self._stream = token_streamer(trained.model, **self._sampler)
+            self._stream = token_streamer(trained.model, self._sampling)
         self._answers = 0
         self.reset()
 
     def __str__(self) -> str:
         config = self._trained.model.config
-        sampler = ", ".join(f"{name} {value:g}" for name, value in {**self._sampler, "seed": self._seed}.items())
+        shown = {name: getattr(self._sampling, name) for name in SHOWN_FIELDS} | {"seed": self._seed}
+        sampler = ", ".join(f"{name} {value:g}" for name, value in shown.items())
         plain = (
             "" if self._is_chat_model else "\nit was only pretrained: it continues your text instead of answering it"
         )
@@ -195,10 +196,11 @@ class Chat:
         self._proposed, self._accepted = self._proposed + proposed, self._accepted + accepted
 
     def _check(self, prompt: int, max_new: int) -> None:
+        sampling = self._sampling._replace(max_new=max_new)
         if self._models:
-            check_speculation(self._models, prompt, draft_tokens=self._ahead, max_new=max_new, **self._sampler)
+            check_speculation(self._models, prompt, sampling, draft_tokens=self._ahead)
         else:
-            check_sampling(self._trained.model, prompt, max_new=max_new, **self._sampler)
+            check_sampling(self._trained.model, prompt, sampling)
 
     @property
     def _is_chat_model(self) -> bool:
@@ -234,13 +236,6 @@ class Chat:
             text, found = text_before_stop(printable_text(tokenizer.decode(drawn)), self._stop)
             self.has_ended = found or bool(drawn) and drawn[-1] in tokenizer.stop_ids
             self.messages.append({"role": "assistant", "content": text})
-
-
-def check_draft_model(trained: TrainedModel, draft: TrainedModel, repetition_penalty: float) -> None:
-    """UserError for a draft that cannot propose what this model says."""
-    check_same_tokenizer(trained, draft)
-    if repetition_penalty != 1:
-        raise UserError("repetition_penalty does not go with a draft, whose proposals it would change: leave one out")
 
 
 def print_answer(chat: Chat, text: str) -> None:

@@ -27,7 +27,7 @@ from lm.compare.statistics import MAXIMIZE, MINIMIZE
 from lm.core.config import config_help, parsed_flags, split_overrides, to_dict
 from lm.core.errors import UserError, check_at_least
 from lm.runs.console import SigtermExit, on_sigterm, print_table, run_program, say, warn
-from lm.runs.workdir import CONFIG_FILE, write_text
+from lm.runs.workdir import CONFIG_FILE, TEMPORARY_SUFFIX, write_text
 from lm.sweep.board import TrialBoard, overrides_text, state_counts_text, trial_table
 from lm.sweep.config_functions import config_functions
 from lm.sweep.launch import LAUNCHERS, device_environments
@@ -41,7 +41,7 @@ from lm.sweep.space import (
     trials_of_points,
     typed_overrides,
 )
-from lm.sweep.study import OPTUNA_PRUNERS, OPTUNA_SAMPLERS, Study, TrialStatus
+from lm.sweep.study import OPTUNA_PRUNERS, OPTUNA_SAMPLERS, WORKERS_DIR, Study, TrialStatus, locked_queue
 from lm.sweep.trials import TrialGoal, TrialProcess
 from lm.sweep.vmapped_trials import run_vmapped_trials
 
@@ -160,18 +160,20 @@ def sweep_folder(flags: Namespace, source: ConfigSource, goal: TrialGoal) -> Pat
     root = Path(flags.workdir)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        foreign = {entry.name for entry in root.iterdir()} - {"workers"}
+        own = {WORKERS_DIR, TRIALS_DIR, SWEEP_FILE + TEMPORARY_SUFFIX}  # of a worker that starts at the same moment
+        foreign = {entry.name for entry in root.iterdir()} - own
         if foreign and not (root / SWEEP_FILE).exists():
             raise UserError(
                 f"{root} is not a sweep's folder: it holds {min(foreign)} but no {SWEEP_FILE}; give another --workdir"
             )
-        for name in (TRIALS_DIR, "workers"):
+        for name in (TRIALS_DIR, WORKERS_DIR):
             (root / name).mkdir(exist_ok=True)
+        with locked_queue(root):
+            if not (root / SWEEP_FILE).exists():
+                write_text(root / SWEEP_FILE, json.dumps({**goal._asdict(), "name": flags.config}, indent=2) + "\n")
+                write_text(root / CONFIG_FILE, json.dumps(to_dict(source.config({})), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot make the folder {root}: {error.strerror}; give another --workdir") from error
-    if not (root / SWEEP_FILE).exists():
-        write_text(root / SWEEP_FILE, json.dumps({**goal._asdict(), "name": flags.config}, indent=2) + "\n")
-        write_text(root / CONFIG_FILE, json.dumps(to_dict(source.config({})), indent=2) + "\n")
     return root
 
 

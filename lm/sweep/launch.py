@@ -80,17 +80,17 @@ def launch_ray(arguments: Sequence[str], workers: int, folder: Path, options: Ma
     options: address of the cluster, and what a task needs, such as num_gpus=1; no address: a cluster of this machine.
     """
     try:
-        import ray as cluster
+        import ray
     except ImportError:
         raise UserError("--launcher=ray needs Ray: pip install ray") from None
     needs = {key: number_or_text(value) for key, value in options.items() if key != "address"}
     try:
-        cluster.init(address=options["address"] if "address" in options else None, log_to_driver=False)
-        task = cluster.remote(run_worker).options(**needs)
+        ray.init(address=options["address"] if "address" in options else None, log_to_driver=False)
+        task = ray.remote(run_worker).options(**needs)
         tasks = [task.remote(list(arguments), os.getcwd()) for _ in range(workers)]
     except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"--launcher=ray: {error}") from error
-    return lambda: len(cluster.wait(tasks, num_returns=len(tasks), timeout=0)[1])
+    return lambda: len(ray.wait(tasks, num_returns=len(tasks), timeout=0)[1])
 
 
 LAUNCHERS = {"slurm": launch_slurm, "ray": launch_ray}

@@ -13,7 +13,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ NUMBER, SEEDS, OVERRIDES, ERROR, SECONDS, WORKER = "number", "seeds", "overrides
 HOPELESS_KEY = "hopeless"  # of a trial: its pruner has given it up, though its process may still be saving itself
 PLAN_KEY, READY_KEY = "plan", "ready"  # of the study: what is tried; whether all trials have been entered
 TRIALS_KEY = "trials"  # of the plan: [number, overrides, seeds] of each
+WORKERS_DIR = "workers"  # of a sweep's folder: the locks of those who work in it
 HEARTBEAT_SECONDS, GRACE_SECONDS = (
     15,
     120,
@@ -50,7 +51,7 @@ class TrialStatus(NamedTuple):
     """What the study knows of a trial."""
 
     number: int
-    state: str  # one of STATES
+    state: str  # one of the values of STATE_NAMES
     overrides: Mapping[str, str]  # empty while nobody has chosen them
     seeds: Sequence[int]
     value: float | None
@@ -222,18 +223,15 @@ class Study:
         self._storage.set_trial_state_values(trial_id, state=state, values=None if value is None else [value])
 
     def _worker_lock_path(self, worker: str) -> Path:
-        return self._folder / "workers" / f"{worker}.lock"
+        return self._folder / WORKERS_DIR / f"{worker}.lock"
 
     def _trial_id(self, trial: FrozenTrial) -> int:
         study = self._storage.get_study_id_from_name(self._study.study_name)
         return self._storage.get_trial_id_from_study_id_trial_number(study, trial.number)
 
-    @contextmanager
-    def _queue_lock(self) -> Iterator[None]:
-        """One worker of this folder at a time: SQLite lets two read that a trial waits, and both then take it."""
-        with (self._folder / "workers" / ".queue").open("w") as queue:
-            fcntl.flock(queue, fcntl.LOCK_EX)
-            yield
+    def _queue_lock(self) -> AbstractContextManager[None]:
+        """SQLite lets two workers read that a trial waits, and both then take it."""
+        return locked_queue(self._folder)
 
 
 class TrialClaim(NamedTuple):
@@ -275,6 +273,14 @@ class TrialClaim(NamedTuple):
         if error is not None:
             self.optuna_trial.set_user_attr(ERROR, error)
         self.study.finish(self.id, state, value)
+
+
+@contextmanager
+def locked_queue(folder: Path) -> Iterator[None]:
+    """One worker of a sweep's folder at a time."""
+    with (folder / WORKERS_DIR / ".queue").open("w") as queue:
+        fcntl.flock(queue, fcntl.LOCK_EX)
+        yield
 
 
 def _storage(url: str) -> RDBStorage:

@@ -1,4 +1,9 @@
-"""Text to ids and back, and conversations to ids and masks: by a tokenizer of our own, or by one that others made."""
+"""Text to ids and back, and conversations to ids and masks.
+
+`load_tokenizer` reads a tokenizer, `train_tokenizer` trains one; `encode_chats` and `encode_prompts` turn conversations
+into ids. `sentencepiece` holds our own tokenizers, `huggingface` other people's; a further kind is a subclass of
+`base.Tokenizer`.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,22 +46,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> TokenizedExample:
-    """One conversation: see Tokenizer.chats."""
+    """One conversation: see Tokenizer.encode_chats."""
     return tokenizer.encode_chats([messages])[0]
 
 
 def encode_chats(
     tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]], *, last: bool = False
 ) -> list[TokenizedExample]:
-    """See Tokenizer.chats."""
+    """See Tokenizer.encode_chats."""
     return tokenizer.encode_chats(conversations, last=last)
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> np.ndarray:
-    """i32[n]: see Tokenizer.prompts."""
+    """i32[n]: see Tokenizer.encode_prompts."""
     return tokenizer.encode_prompts([messages])[0]
 
 
 def encode_prompts(tokenizer: Tokenizer, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
-    """See Tokenizer.prompts."""
+    """See Tokenizer.encode_prompts."""
     return tokenizer.encode_prompts(conversations)

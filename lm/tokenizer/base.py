@@ -1,11 +1,11 @@
-"""What every stage asks of a tokenizer, whoever made it."""
+"""The interface of every tokenizer, ours and other people's."""
 
 import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from lm.core.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
 
-Message = Mapping[str, str]  # {"role": one of ROLES, "content": text}
+# {"role": one of ROLES, "content": text}; an assistant's may hold "weight", that of its tokens as targets (1).
+Message = Mapping[str, Any]
 
 
 class TokenizedExample(NamedTuple):
@@ -64,7 +65,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special ids drop out, bytes that are no UTF-8 show as U+FFFD."""
+        """The text of `ids`; special ids are left out, invalid UTF-8 shows as U+FFFD."""
 
     @abstractmethod
     def pieces(self, ids: Iterable[int]) -> list[str]:
@@ -72,15 +73,16 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
-        """Whole conversations as the template renders them: the ids of every stage come from here and from `prompts`.
+        """Whole conversations as the template renders them: the ids of every stage come from here and from
+        `encode_prompts`.
 
-        Trained is what the assistant says and the token that ends it; nothing follows that. `last`: only in the last
-        message, which must be the assistant's.
+        The assistant's words and the token that ends them have weight 1, and nothing follows it. last: only the last
+        message is trained, which must be the assistant's.
         """
 
     @abstractmethod
     def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
-        """i32[n] each: the conversation so far, up to where the assistant begins to speak."""
+        """i32[n] each: the conversation so far, up to where the assistant's answer begins."""
 
     @abstractmethod
     def encode_reply(self, role: str, text: str, limit: int) -> list[int]:
@@ -88,16 +90,16 @@ class Tokenizer(ABC):
 
     @property
     def shows_date(self) -> bool:
-        """Whether its template may tell the date, so that ids depend on it."""
+        """Whether its template may show the date, so that ids depend on it."""
         return False
 
     @property
     def date(self) -> str:
-        """The moment that its template tells, ISO 8601; empty where none is set."""
+        """The date that its template shows, ISO 8601; empty where none is set."""
         return ""
 
     def dated(self, date: str) -> "Tokenizer":
-        """The same tokenizer, with the same fingerprint, whose template tells this date."""
+        """The same tokenizer, with the same fingerprint, whose template shows this date."""
         return self
 
     @property
@@ -129,7 +131,7 @@ class Tokenizer(ABC):
 
 
 def valid_unicode(text: str) -> str:
-    """`text` with each lone surrogate, which is no Unicode and has no UTF-8, as U+FFFD."""
+    """`text` with each lone surrogate, which UTF-8 cannot encode, as U+FFFD."""
     try:
         text.encode()
         return text
@@ -138,14 +140,19 @@ def valid_unicode(text: str) -> str:
 
 
 def checked_messages(messages: Sequence[Message]) -> Sequence[Message]:
-    """The messages of a conversation. UserError for one that is none."""
+    """The messages of a conversation. UserError for one that is not valid."""
     if not messages:
         raise UserError("a conversation without messages: give at least one {'role', 'content'}")
     for message in messages:
-        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+        if not isinstance(message, Mapping) or set(message) - {"weight"} != {"role", "content"}:
             raise UserError(f"a message must be {{'role', 'content'}}, not {message!r}")
         if message["role"] not in ROLES:
             raise UserError(f"unknown role {message['role']!r} in a conversation: use one of {', '.join(ROLES)}")
         if not isinstance(message["content"], str):
             raise UserError(f"the content of a {message['role']} message must be text, not {message['content']!r}")
     return messages
+
+
+def message_weight(message: Message) -> float:
+    """What the tokens of an assistant's message count as targets; 0: they are context."""
+    return float(message["weight"]) if "weight" in message else 1.0

@@ -1,4 +1,4 @@
-"""Chat templates as Hugging Face writes them: Jinja, run in a sandbox. What they say depends on what they are given:
+"""Chat templates as Hugging Face writes them: Jinja, run in a sandbox. Their output depends on their input alone:
 the date that they show is the tokenizer's, its names are English in every locale, and nothing in them is random."""
 
 import json
@@ -11,7 +11,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lm.core.errors import UserError
-from lm.tokenizer.base import Message
+from lm.tokenizer.base import Message, message_weight
 
 PROBE_MESSAGES = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
@@ -28,9 +28,9 @@ class RenderedChat(NamedTuple):
 
 
 class ChatTemplate:
-    """A chat template with the special tokens that it may name, and the moment that its strftime_now tells.
+    """A chat template with the special tokens that it may name, and the time that its strftime_now gives.
 
-    moment: ISO 8601, such as "2024-05-01"; empty: that of this object's making.
+    moment: ISO 8601, such as "2024-05-01"; empty: the time at which this object was made.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], moment: str = ""):
@@ -51,9 +51,9 @@ class ChatTemplate:
         self._tokens = dict(tokens)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as text; `asked`: with the marker after which the assistant speaks."""
+        """The conversation as text. add_generation_prompt: with the marker after which the assistant answers."""
         given = dict(
-            messages=[dict(m) for m in messages],
+            messages=[{key: value for key, value in m.items() if key != "weight"} for m in messages],
             add_generation_prompt=add_generation_prompt,
             tools=None,
             documents=None,
@@ -66,8 +66,8 @@ class ChatTemplate:
     def render_with_spans(self, messages: Sequence[Message], *, last: bool = False) -> RenderedChat:
         """The whole as text, and where the assistant speaks: what follows the marker, up to the next message.
 
-        `last`: in the last message alone. UserError where the template rewrites earlier turns in the light of later
-        ones, or a question in the light of its answer: no mask is true of both.
+        `last`: in the last message alone. UserError where the template rewrites earlier turns depending on later
+        ones, or a question depending on its answer: then no mask fits both.
         """
         text, said = self.render(messages, add_generation_prompt=False), []
         for i, message in enumerate(messages):
@@ -87,12 +87,12 @@ class ChatTemplate:
                     "the chat template rewrites earlier answers when later ones come, so they cannot be masked: "
                     "cut conversations to one answer (data.turns), or take another template"
                 )
-            said.append((len(before), len(after)))
+            said.append((len(before), len(after), message_weight(message)))
         return RenderedChat(text, said)
 
 
 def formatted_time(moment: datetime, form: str) -> str:
-    """moment.strftime(form) with the names of the C locale, whatever the process has."""
+    """moment.strftime(form) with the names of the C locale, whatever locale the process has."""
     names = {
         "%A": DAY_NAMES[moment.weekday()],
         "%a": DAY_NAMES[moment.weekday()][:3],

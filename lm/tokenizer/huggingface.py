@@ -1,8 +1,8 @@
-"""Tokenizers that others made: Hugging Face's tokenizer.json, or a sentencepiece model, with a chat template.
+"""Other people's tokenizers: Hugging Face's tokenizer.json, or a sentencepiece model, with a chat template.
 
 A workdir keeps one file, JSON: {"tokenizer": their JSON} or {"sentencepiece": base64}, and template, tokens, stops.
-Where the template may tell the date, the file ends with the one that it tells: else a run resumed on another day would
-go on with other ids.
+Where the template may show the date, the file ends with the date to show: otherwise a run resumed on another day would
+continue with other ids.
 """
 
 import base64
@@ -97,7 +97,7 @@ class SentencePieceModel:
 
 @dataclass(frozen=True)
 class HuggingFaceTokenizer(Tokenizer):
-    """Somebody's tokenizer, as the JSON above without the date, and the date."""
+    """A tokenizer as the JSON above without the date, and the date."""
 
     proto: bytes
     date: str = ""
@@ -162,7 +162,7 @@ class HuggingFaceTokenizer(Tokenizer):
             return self.eos
         try:
             closing = int(self.encode_chats([PROBE_MESSAGES])[0].ids[-1])
-        except UserError:  # a template that rewrites its answers can be asked, not learnt from
+        except UserError:  # a template that rewrites its answers can be asked, not learned from
             return self.eos
         return closing if closing in self._special else self.eos  # the probe's own words end no answer
 
@@ -184,14 +184,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _example(self, messages: Sequence[Message], only_last: bool) -> TokenizedExample:
         """The template's text is tokenised once, as a whole. What an assistant's turn holds behind its last special
-        token (a line's end) is not trained, and left out where nothing follows. Nor is an answer trained whose first
-        token holds an end of the marker too: whoever is asked has another token there."""
+        token (a line's end) is not trained, and left out where nothing follows. An answer is not trained either if
+        its first token also holds the end of the marker: a model that is asked sees another token there."""
         text, said = self.template.render_with_spans(messages, last=only_last)
         ids, starts = self._coder.encode_with_special(text)
         starts = np.array(starts)
         weights = np.zeros(len(ids), np.float32)
         last = len(ids)
-        for begin, end in said:
+        for begin, end, weight in said:
             inside = np.flatnonzero((starts >= begin) & (starts < end))
             if not inside.size:
                 raise UserError(
@@ -201,7 +201,7 @@ class HuggingFaceTokenizer(Tokenizer):
             closing = [i for i in inside if ids[i] in self._special]
             last = closing[-1] + 1 if closing else inside[-1] + 1
             if self._coder.encode_with_special(text[:begin]).ids == ids[: inside[0]]:
-                weights[inside[0] : last] = 1
+                weights[inside[0] : last] = weight
         if messages[-1]["role"] != "assistant":
             last = len(ids)
         return TokenizedExample(np.array(ids[:last], np.int32), weights[:last])
@@ -253,7 +253,7 @@ def tokenizer_from_parts(
     """A tokenizer from its parts.
 
     tokenizer: the text of a tokenizer.json, or pieces: a sentencepiece model. tokens: special tokens that a template
-    may name ("bos_token"). special: all of them. stops: ids that end an answer, that of a document first.
+    may name ("bos_token"). special: all of them. stops: ids that end an answer, the end of a document first.
     """
     if not stop_ids:
         raise UserError("this tokenizer names no token that ends a text (eos_token): a model could never stop")
@@ -272,5 +272,5 @@ def tokenizer_from_parts(
     if chat_template:
         result.template.render(
             PROBE_MESSAGES[:1], add_generation_prompt=True
-        )  # one that does not parse, or takes no question, is told now
+        )  # an error of a template that does not parse, or takes no question, is raised now
     return result

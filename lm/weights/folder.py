@@ -33,8 +33,8 @@ def read_folder(
 ) -> tuple[ModelConfig, Params]:
     """The model in a folder: Config, and float32 parameters. Only one of their tensors is in memory at a time.
 
-    Every tensor there is used, equals one that is, or holds what config.json says anyway; else UserError. A head beside
-    the embedding decides whether they are tied, as in transformers: if the two differ they are not, whatever
+    Every tensor is used, or equals a used one, or repeats what config.json says; otherwise UserError. A head beside the
+    embedding decides whether they are tied, as in transformers: if the two differ they are not, whatever
     tie_word_embeddings says.
     """
     hf = read_config(source)
@@ -88,7 +88,8 @@ def write_folder(
 ) -> None:
     """config.json and safetensors of a model, for transformers to load. Only one of the files is in memory at a time.
 
-    ids: bos_token_id and the like. kind: the model_type to write if it can say this Config. config.json comes last.
+    ids: bos_token_id and the like. kind: the model_type to write if it can express this config. config.json is written
+    last.
     """
     if dtype not in EXPORT_DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose one of {', '.join(EXPORT_DTYPES)}")
@@ -125,7 +126,7 @@ def _shard_contents(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, lis
 def _check_tensor_names(
     found: Mapping[str, StoredTensor], needed: set[str], unused: set[str], hf: Json, c: ModelConfig, source: Path
 ) -> None:
-    """UserError for a tensor that is not there, and for one that the model of config.json does not use."""
+    """UserError for a missing tensor, and for one that the model of config.json does not use."""
     missing = sorted(needed - found.keys())
     extra = sorted(name for name in unused if not is_computed(found[name], c))
     for name in missing[:1]:

@@ -1,7 +1,7 @@
 """A GGUF file: weights, quantised or not, the shape of the model and its tokenizer in one file.
 
-What llama.cpp calls things. It turns neighbouring pairs where we turn halves, so Llama's queries and keys lie there in
-another order.
+Names are those of llama.cpp. Its rotary positions rotate neighbouring pairs where ours rotate halves, so Llama's
+queries and keys are stored in another order.
 """
 
 import dataclasses
@@ -121,7 +121,7 @@ def read_gguf(
 
 
 def read_gguf_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer alone, of a file that may hold nothing else."""
+    """The tokenizer alone, of a file that may hold no weights."""
     return tokenizer_from_fields(_open_gguf(path).fields)
 
 
@@ -155,7 +155,7 @@ def _field_value(fields, key: str, default: Any = None) -> Any:
 
 
 def _bias(found: Container[str]) -> str:
-    """Config.bias as the tensors of the first layer have it: no field tells."""
+    """ModelConfig.bias, from the tensors of the first layer, as no field holds it."""
     there = {name for name in TRANSPOSED_TENSORS if f"blk.0.{LAYER_TENSORS[f'{name}_bias']}" in found}
     kind = next((kind for kind, names in BIASED_PROJECTIONS.items() if set(names) == there), None)
     if kind is None:

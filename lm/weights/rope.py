@@ -40,9 +40,9 @@ def single_value(places: Mapping[str, Any]) -> Any:
 
 
 def read_rope(hf: Json, *, base: float, local: float) -> dict[str, Any]:
-    """Those of our Config; base and local where config.json has none.
+    """The rotary options of our ModelConfig; base and local where config.json has none.
 
-    Raises KeyError for a key that is not there, UserError for what we do not compute.
+    Raises KeyError for a key that is not there, UserError for a scaling that we cannot compute.
     """
     new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     inner = new.get("sliding_attention") or {}

@@ -115,7 +115,7 @@ def _files(source: Path, index: Mapping[str, str]) -> list[Path]:
 
 
 def is_computed(tensor: StoredTensor, c: ModelConfig) -> bool:
-    """Whether a tensor only holds what the config says anyway.
+    """Whether a tensor only repeats what the config says.
 
     Old files have rotary frequencies, a causal mask, and the scalar that GPT-2 put where that mask is 0.
     """
@@ -129,7 +129,8 @@ def is_computed(tensor: StoredTensor, c: ModelConfig) -> bool:
 
 
 def _are_frequencies(tensor: StoredTensor, c: ModelConfig) -> bool:
-    """Those of the config, rounded to the file's dtype; a linear scaling was once kept out of them."""
+    """Whether it holds the config's frequencies, rounded to the file's dtype; older files leave out a linear
+    scaling."""
     value, plain = tensor.read(), rope_frequencies(c.head_size, c.rope_base)
     limits = ml_dtypes.finfo(value.dtype)
     near = dict(rtol=max(float(limits.eps), 1e-5), atol=float(limits.smallest_subnormal))

@@ -13,7 +13,7 @@ from lm.model.params import param_specs
 from lm.weights.names import TensorEntry
 
 TensorPlaces = Iterator[tuple[str, tuple[int, ...], TensorEntry]]
-ProgressCallback = Callable[[int, int], None]  # told of each tensor: how many are done, of how many
+ProgressCallback = Callable[[int, int], None]  # called after each tensor: (done, total)
 
 
 def tensor_places(c: ModelConfig, entries: Iterable[TensorEntry]) -> TensorPlaces:
@@ -72,7 +72,7 @@ def _sizes(c: ModelConfig, entry: TensorEntry) -> str:
 
 
 def check_params(c: ModelConfig, params: Mapping) -> None:
-    """UserError for parameters that are not those of a Config: a file of both would contradict itself."""
+    """UserError for parameters that do not fit the config: a file of both would contradict itself."""
     tree = param_specs(c)
     for wanted, there, home in ((tree["layers"], params["layers"], "layers."), (tree, params, "")):
         for name in sorted(wanted.keys() ^ there.keys()):

@@ -180,7 +180,7 @@ def test_a_draft_that_is_the_model_itself_is_always_right(finished, limits, caps
     """Greedy: all proposals are accepted. Warm: some, and no more. Both sides of a step are timed."""
     monkeypatch.setattr(bench, "DeviceLimits", lambda: limits)
     monkeypatch.setattr(speculation, "TEMPERATURES", (0.0, 1.0))
-    monkeypatch.setattr(speculation.conversations, "load_conversations", lambda source: TALKS)
+    monkeypatch.setattr(speculation, "load_conversations", lambda source: TALKS)
     monkeypatch.setattr(speculation, "split_held_out", lambda talks, fraction: ([], talks))
     flags = (
         f"--workdir={finished}/sft --batches=2 --prompt_tokens=40 --new_tokens=8 --turns=1 --steps=1 --draft_tokens=2"

@@ -7,8 +7,12 @@ import pytest
 from scipy import stats
 
 from lm.core.statistics import (
+    NO_ESTIMATE,
     Z95,
+    Estimate,
     crossed_mean,
+    estimate_text,
+    interval_text,
     mean_estimate,
     p_value,
     paired_difference,
@@ -150,3 +154,14 @@ def test_welch_covers_the_truth():
         _, _, low, high = welch_difference(draw(size=3), 3 * draw(size=6))
         held += low < 0 < high
     assert 0.935 < held / 3000 < 0.965
+
+
+def test_estimates_are_written_with_their_interval():
+    """Also one read from JSON; a dash where nothing was observed, no interval where a single value gives none."""
+    estimate = Estimate(0.624, 0.05, -0.004, 0.722)
+    assert interval_text(estimate) == "[0.00, 0.72]", "no minus sign on a rounded zero"
+    assert estimate_text(estimate._replace(low=0.5), "percent") == "62\u00a0% [50\u00a0%, 72\u00a0%]"
+    assert estimate_text({"value": -0.5, "low": -1.0, "high": 0.25}, "signed") == "−0.50 [−1.00, +0.25]"
+    assert estimate_text(estimate, "{:.1f}".format) == "0.6 [-0.0, 0.7]"
+    assert estimate_text(mean_estimate([3.0])) == "3.00"
+    assert estimate_text(NO_ESTIMATE) == "–"

@@ -159,7 +159,7 @@ def test_every_stage_has_the_ids_of_the_conversation(name, prompt, text, tokeniz
 
     path = rankings([verdict("n", prompt, [text, "other"]), *many(["a", "b"], ASKED)])
     monkeypatch.setattr(
-        "lm.stages.reward_model.ranking_batches.corpora.split_held_out", lambda items, *_: (items[9:], items[:9])
+        "lm.stages.reward_model.ranking_batches.split_held_out", lambda items, *_: (items[9:], items[:9])
     )
     for stage in PREFERENCES:
         [batch] = STAGES[stage].batches(lent, rankings=path, length=80, prompts_per_batch=9).held_out(None)
@@ -175,7 +175,7 @@ def test_every_stage_has_the_ids_of_the_conversation(name, prompt, text, tokeniz
         return  # no mask of several answers is true there: see test_borrowed
     monkeypatch.setitem(CONVERSATION_SOURCES, "made", lambda: [Conversation(f"n{i}", whole) for i in range(2)])
     monkeypatch.setattr(
-        "lm.stages.pretraining.conversation_batches.corpora.split_held_out", lambda items, *_: (items[:1], items[1:])
+        "lm.stages.pretraining.conversation_batches.split_held_out", lambda items, *_: (items[:1], items[1:])
     )
     for stage in SUPERVISED:
         rows = STAGES[stage].batches(lent, sources="made", length=80, batch_size=1).train(None, 0)

@@ -14,6 +14,7 @@ from lm.data.conversations import Conversation, reward_example
 from lm.data.prompts import padded_prompts, prompts_at
 from lm.evaluate import models
 from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.generate.sampler import SamplingParams
 from lm.rewards import REWARDS
 from lm.runs.workdir import load_trained_model, read_json
 from lm.tokenizer import encode_prompt, load_tokenizer
@@ -108,7 +109,9 @@ def test_an_answer_depends_on_its_place_not_on_what_follows(finished):
     ids = [encode_prompt(trained.tokenizer, example["messages"]) for example in examples]
     rows = padded_prompts(ids, examples, 16)
 
-    ask = batch_answerer(trained.model, trained.params["lm"], trained.tokenizer, rows_at_once=4, jit=jax.jit, max_new=6)
+    ask = batch_answerer(
+        trained.model, trained.params["lm"], trained.tokenizer, SamplingParams(6), rows_at_once=4, jit=jax.jit
+    )
     five, three = ask(rows, jax.random.key(0)), ask(prompts_at(rows, np.arange(3)), jax.random.key(0))
     assert five[:3] == three and len(five) == 5
     assert len(set(five)) == 5  # chunks and rows draw with keys of their own

@@ -12,6 +12,7 @@ from lm.core.errors import UserError
 from lm.data import sources
 from lm.data.prompts import prompts_at
 from lm.evaluate import policies
+from lm.generate.sampler import SamplingParams
 from lm.runs.workdir import load_trained_model
 from lm.stages.rl.multi_turn import rollout_rows
 
@@ -70,7 +71,7 @@ def test_all_are_of_conversations_that_are_held_out(asked):
 def test_answers_and_their_kl(finished, start, asked):
     """Of the start itself the KL is 0; of another policy it is the difference of log-probs of what it said."""
     questions = asked(conversations=6, prompts_per_conversation=1)
-    ask = policies.policy_answerer(start, max_new=8, rows_at_once=4)
+    ask = policies.policy_answerer(start, SamplingParams(8), rows_at_once=4)
     own = ask(start.params["lm"], questions.prompts, jax.random.key(0))
     assert len(own.texts) == len(own.kl) == 6 and np.abs(own.kl).max() < 1e-4
     assert all(1 <= n <= 8 and (stopped or n == 8) for n, stopped in zip(own.lengths, own.stopped))
@@ -78,9 +79,9 @@ def test_answers_and_their_kl(finished, start, asked):
     theirs = ask(moved.params["lm"], questions.prompts, jax.random.key(0))
 
     first, key = prompts_at(questions.prompts, np.arange(4)), jax.random.fold_in(jax.random.key(0), 0)
-    sampler = dict(max_new=8, stop=start.tokenizer.stop_ids)
+    sampling = SamplingParams(8, stop=start.tokenizer.stop_ids)
     lm = {policy.path.name: jax.tree.map(jnp.asarray, policy.params["lm"]) for policy in (moved, start)}
-    run = jax.jit(functools.partial(rollout_rows, start.model, **sampler))
+    run = jax.jit(functools.partial(rollout_rows, start.model, sampling=sampling))
     tokens, *_ = run(lm["ppo"], first.ids, first.lengths, key)
     here, there = (start.model.token_logprobs(lm[name], tokens) for name in ("ppo", "sft"))
     by_hand = np.sum((here - there) * tokens.weights, axis=1)
@@ -90,7 +91,7 @@ def test_answers_and_their_kl(finished, start, asked):
 
 def test_an_answer_depends_on_its_place_not_on_what_follows(start, asked):
     questions = asked(conversations=6, prompts_per_conversation=1)
-    ask = policies.policy_answerer(start, max_new=6, rows_at_once=4)
+    ask = policies.policy_answerer(start, SamplingParams(6), rows_at_once=4)
     six = ask(start.params["lm"], questions.prompts, jax.random.key(0))
     two = ask(start.params["lm"], prompts_at(questions.prompts, np.arange(2)), jax.random.key(0))
     assert six.texts[:2] == two.texts

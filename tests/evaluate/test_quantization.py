@@ -15,7 +15,7 @@ from lm import model
 from lm.core.errors import UserError
 from lm.evaluate import quantization
 from lm.generate.beam import beam_search
-from lm.generate.sampler import decode_step, prefill, sample
+from lm.generate.sampler import SamplingParams, decode_step, prefill, sample
 from lm.model.attention import masked_attention
 from lm.model.quantization import quantize_heads_int8, quantize_int8, quantized_params
 from lm.runs.workdir import load_trained_model
@@ -90,7 +90,15 @@ def eight(m, **changes):
     return model.make_model(dataclasses.replace(m.config, cache_dtype="int8", **changes))
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 3}, GEMMA, MIXTURE], ids=["plain", "windowed", "gemma", "mixture"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"window": 3}, id="windowed"),
+        pytest.param(GEMMA, id="gemma"),
+        pytest.param(MIXTURE, id="mixture", marks=pytest.mark.slow),
+    ],
+)
 def test_decoding_from_an_int8_cache_is_near_the_full_pass(changes, made):
     """A key or value is off by 1/254 of its head's largest at most: states of size 1 by a few hundredths. In one step,
     in many, and about a ring: the same numbers, as a slot is rounded once, when it is written."""
@@ -117,9 +125,9 @@ def test_sampling_and_beam_search_go_through_an_int8_cache(made):
     m, lm = made()
     kept = eight(m)
     lengths, key = np.array([9, 5], np.int32), jax.random.key(3)
-    run = lambda ids, lengths, **options: jax.jit(functools.partial(sample, kept, max_new=5, **options))(
-        lm, ids, lengths, key
-    )
+    run = lambda ids, lengths, **options: jax.jit(
+        functools.partial(sample, kept, sampling=SamplingParams(5, **options))
+    )(lm, ids, lengths, key)
     shared = run(IDS[:, :9], lengths, samples=2)
     apart = run(np.repeat(IDS[:, :9], 2, axis=0), np.repeat(lengths, 2))
     np.testing.assert_array_equal(shared.tokens, apart.tokens)

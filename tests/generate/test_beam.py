@@ -11,7 +11,7 @@ import pytest
 from lm import model
 from lm.core.errors import UserError
 from lm.generate.beam import beam_search
-from lm.generate.sampler import prompt_completion_rows, sample
+from lm.generate.sampler import SamplingParams, prompt_completion_rows, sample
 
 V, NEW, STOP = 5, 3, (0, 3)
 PROMPTS, LENGTHS = np.array([[1, 2, 4], [2, 9, 9], [4, 1, 9]], np.int32) % V, np.array([3, 1, 2], np.int32)
@@ -125,7 +125,9 @@ def test_the_lists_do_lose_something_and_the_penalty_matters(table):
 def test_width_one_without_stop_ids_is_greedy(five, search):
     made, lm = five
     found, scores = search(beam_width=1, max_new=6)
-    greedy = jax.jit(lambda: sample(made, lm, PROMPTS, LENGTHS, jax.random.key(0), max_new=6, temperature=0.0))()
+    greedy = jax.jit(
+        lambda: sample(made, lm, PROMPTS, LENGTHS, jax.random.key(0), SamplingParams(6, temperature=0.0))
+    )()
     np.testing.assert_array_equal(found.tokens, greedy.tokens)
     np.testing.assert_allclose(found.logprobs.sum(axis=1), scores[:, 0], rtol=1e-5)
     tokens, logprobs = prompt_completion_rows(jnp.asarray(PROMPTS), LENGTHS, jax.tree.map(jnp.asarray, found))

@@ -10,7 +10,7 @@ import pytest
 
 from lm.core.errors import UserError
 from lm.core.types import Completions
-from lm.generate.sampler import decode_step, prefill, prompt_completion_rows, sample
+from lm.generate.sampler import SamplingParams, decode_step, prefill, prompt_completion_rows, sample
 from lm.model.logits import repetition_penalized_logits, sampling_logits
 from lm.stages import STAGES
 
@@ -23,7 +23,9 @@ SETTINGS = {"temperature": 0.7, "top_k": 12, "top_p": 0.9}
 @pytest.fixture(scope="module")
 def sampler(tiny_model, tiny_lm):
     """(prompts, lengths, **options) -> Completions of numpy arrays."""
-    compiled = functools.cache(lambda **options: jax.jit(functools.partial(sample, tiny_model, **options)))
+    compiled = functools.cache(
+        lambda **options: jax.jit(functools.partial(sample, tiny_model, sampling=SamplingParams(**options)))
+    )
 
     def run(prompts=PROMPTS, lengths=LENGTHS, max_new=NEW, **options):
         return jax.tree.map(np.asarray, compiled(max_new=max_new, **options)(tiny_lm, prompts, lengths, KEY))

@@ -11,7 +11,7 @@ import pytest
 
 from lm import model
 from lm.core.errors import UserError
-from lm.generate.sampler import prompt_completion_rows, sample
+from lm.generate.sampler import SamplingParams, prompt_completion_rows, sample
 from lm.generate.speculative import acceptance_probability, residual_logits, speculative_sample
 from lm.model.logits import sampling_logits
 
@@ -32,7 +32,9 @@ def off(lm, noise: float, seed: int = 0):
 def run(tiny_model, tiny_lm):
     """(**options) -> Completions and Acceptance of the tiny model with a draft that guesses some of its tokens."""
     compiled = functools.cache(
-        lambda **options: jax.jit(functools.partial(speculative_sample, tiny_model, tiny_model, **options))
+        lambda **options: jax.jit(
+            functools.partial(speculative_sample, tiny_model, tiny_model, sampling=SamplingParams(**options))
+        )
     )
     near = off(tiny_lm, 0.1)
 
@@ -64,7 +66,13 @@ def test_what_is_emitted_is_distributed_as_the_target():
     assert np.any(np.isinf(p) & ~np.isinf(q)) and 0.1 < np.mean(refused) < 0.9
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.8}], ids=["plain", "adjusted"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param({"temperature": 0.7, "top_p": 0.8}, id="adjusted"),
+    ],
+)
 def test_frequencies_of_whole_answers(settings):
     """6144 answers of 3 tokens by two different models of 4: each count within 4.5 deviations of the target's n p."""
     n, prompt = 6144, [1, 3]
@@ -83,7 +91,8 @@ def test_frequencies_of_whole_answers(settings):
     logits = target.logits(lm, target.hidden_states(lm, ids, positions, np.ones_like(ids)))[:, 1:-1]
     each = np.take_along_axis(np.asarray(jax.nn.softmax(sampling_logits(logits, **settings))), long[..., None], axis=-1)
     p = np.prod(each[..., 0].astype(np.float64), axis=1)
-    go = jax.jit(functools.partial(speculative_sample, target, draft, max_new=LONG, draft_tokens=2, **settings))
+    sampling = SamplingParams(LONG, **settings)
+    go = jax.jit(functools.partial(speculative_sample, target, draft, sampling=sampling, draft_tokens=2))
     drawn, told = go(lm, draft_lm, np.tile(np.array(prompt, np.int32), (n, 1)), np.full(n, 2, np.int32), KEY)
     counts = np.bincount(np.asarray(drawn.tokens) @ [V**2, V, 1], minlength=V**LONG)
     assert np.all(np.abs(counts - n * p) <= 4.5 * np.sqrt(n * p * (1 - p))) and (counts > 0).sum() >= 8
@@ -91,20 +100,24 @@ def test_frequencies_of_whole_answers(settings):
     assert p.sum() == pytest.approx(1, abs=1e-5) and (p == 0).any() == bool(settings)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(window=3, global_every=2)], ids=["plain", "windows"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, id="plain", marks=pytest.mark.slow), pytest.param(dict(window=3, global_every=2), id="windows")],
+)
 def test_greedy_is_samples_and_logprobs_are_the_trainers(changes, tiny_model):
     """Rules 6 and 14: ragged prompts, grouped queries, rings that take slots back; a draft that is refused at times."""
     m = model.make_model(dataclasses.replace(tiny_model.config, **changes))
     lm = off(jax.jit(m.init)(jax.random.key(0)), 0.1)
     given = lm, off(lm, 0.03, seed=1), PROMPTS, LENGTHS, KEY
-    go = lambda **options: jax.jit(functools.partial(speculative_sample, m, m, max_new=NEW, draft_tokens=3, **options))(
+    cool, greedy = SamplingParams(NEW, temperature=0.7), SamplingParams(NEW, temperature=0.0)
+    go = lambda sampling: jax.jit(functools.partial(speculative_sample, m, m, sampling=sampling, draft_tokens=3))(
         *given
     )
-    drawn, told = go(temperature=0.0)
-    greedy = jax.jit(functools.partial(sample, m, max_new=NEW, temperature=0.0))(lm, PROMPTS, LENGTHS, KEY)
-    jax.tree.map(np.testing.assert_array_equal, drawn, greedy)
+    drawn, told = go(greedy)
+    without = jax.jit(functools.partial(sample, m, sampling=greedy))(lm, PROMPTS, LENGTHS, KEY)
+    jax.tree.map(np.testing.assert_array_equal, drawn, without)
     assert 0.2 < told.accepted.sum() / told.proposed.sum() < 0.95 and len(set(told.rounds.tolist())) > 1
-    drawn, told = go(temperature=0.7)
+    drawn, told = go(cool)
     tokens, logprobs = prompt_completion_rows(PROMPTS, LENGTHS, drawn)
     scored = jax.jit(functools.partial(m.token_logprobs, temperature=0.7))(lm, tokens)
     np.testing.assert_allclose(logprobs, scored * tokens.weights, atol=2e-5)
@@ -155,12 +168,25 @@ def test_a_row_ends_with_the_first_of_several_stop_ids(run):
         ({"draft_tokens": 0}, "draft_tokens is 0; the draft must propose at least 1"),
         ({"max_new": 60}, "the prompt has 9 tokens and 60 more .* the model's context is 64"),
         ({"temperature": -1.0}, "temperature is -1.0; it must be 0"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty does not go with a draft"),
+        ({"samples": 2}, "samples is 2; with a draft each prompt gets 1"),
         ({"draft": {"vocab_size": 30}}, "the draft's vocabulary has 30 tokens and the target's 31: a draft must share"),
         ({"draft": {"context": 20}}, "the prompt has 9 tokens and 12 more .* the draft's context is 20: .* to 11, or"),
     ],
 )
 def test_bad_requests(changes, message, tiny_model, tiny_lm):
-    changes = {"draft": {}, "max_new": NEW, **changes}
+    changes = {"draft": {}, "draft_tokens": 4, "max_new": NEW, **changes}
+    draft_tokens = changes.pop("draft_tokens")
     draft = model.make_model(dataclasses.replace(tiny_model.config, **changes.pop("draft")))
     with pytest.raises(UserError, match=message):
-        speculative_sample(tiny_model, draft, tiny_lm, tiny_lm, PROMPTS, LENGTHS, KEY, **changes)
+        speculative_sample(
+            tiny_model,
+            draft,
+            tiny_lm,
+            tiny_lm,
+            PROMPTS,
+            LENGTHS,
+            KEY,
+            SamplingParams(**changes),
+            draft_tokens=draft_tokens,
+        )

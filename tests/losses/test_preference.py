@@ -21,7 +21,7 @@ def test_dpo():
     # -log sigmoid(0.7 + 0.3) = log(1 + e^-1) = 0.313262; equal rewards give log 2; far apart it is linear, not infinite
     got = dpo_loss(jnp.array([0.7, 0.5, -100.0]), jnp.array([-0.3, 0.5, 100.0]))
     np.testing.assert_allclose(got, [0.313262, math.log(2), 200.0], rtol=1e-5)
-    # the gradient is -sigmoid(-d): one half where policy = reference, all of it on a verdict that is far from learnt
+    # the gradient is -sigmoid(-d): one half where policy = reference, all of it on a verdict that is far from learned
     np.testing.assert_allclose([slope(dpo_loss, 0.0, 0.0), slope(dpo_loss, -100.0, 0.0)], [-0.5, -1.0])
 
 

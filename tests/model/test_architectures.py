@@ -12,7 +12,7 @@ import pytest
 
 from lm import model
 from lm.core.errors import UserError
-from lm.generate.sampler import prompt_completion_rows, sample
+from lm.generate.sampler import SamplingParams, prompt_completion_rows, sample
 from lm.model.attention import softcapped_logits
 from lm.model.params import flops_per_token
 from tests.model.test_decoder import TOKENS, A, B, C, packed
@@ -130,7 +130,7 @@ def test_caps_hold_in_the_loss_and_in_sampling(made):
 
     @jax.jit
     def run(lm):
-        drawn = sample(m, lm, prompts, lengths, jax.random.key(0), max_new=5, temperature=0.7)
+        drawn = sample(m, lm, prompts, lengths, jax.random.key(0), SamplingParams(5, temperature=0.7))
         tokens, logprobs = prompt_completion_rows(prompts, lengths, drawn)
         x = bare.hidden_states(lm, tokens.inputs, tokens.positions, tokens.segments)
         return tokens, logprobs, bare.logits(lm, x), m.token_logprobs(lm, tokens, temperature=0.7)

@@ -9,7 +9,7 @@ from flax import linen, nnx
 
 from lm.core import sharding
 from lm.core.errors import UserError
-from lm.generate.sampler import sample
+from lm.generate.sampler import SamplingParams, sample
 from lm.generate.speculative import speculative_sample
 from lm.model import flax_adapter
 from lm.stages.pretraining import pretrain, sft
@@ -82,14 +82,12 @@ def test_the_pretrain_stage_learns_a_cycle(name, rows):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"].value()))
     assert losses[0] > 2.3 and losses[-1] < 0.3, losses
-    lm, greedy = state.params["lm"], {"max_new": 4, "temperature": 0.0}
+    lm, greedy = state.params["lm"], SamplingParams(4, temperature=0.0)
     asked = jnp.array([[2, 3, 0], [1, 0, 0]]), jnp.array([2, 1]), state.key
-    drawn = jax.jit(lambda lm: sample(model, lm, *asked, **greedy))(lm)
+    drawn = jax.jit(lambda lm: sample(model, lm, *asked, greedy))(lm)
     assert drawn.tokens.tolist() == [[4, 5, 6, 0], [2, 3, 4, 5]], "prompts of mixed length, without a cache"
     untrained = model.init(jax.random.key(0))
-    judged, told = jax.jit(lambda lm, draft: speculative_sample(model, model, lm, draft, *asked, **greedy))(
-        lm, untrained
-    )
+    judged, told = jax.jit(lambda lm, draft: speculative_sample(model, model, lm, draft, *asked, greedy))(lm, untrained)
     assert judged.tokens.tolist() == drawn.tokens.tolist() and np.all(told.accepted < told.proposed)
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they start as, what is learnt, what a workdir of them is to others."""
+"""Low-rank adapters: what they start as, what is learned, what a workdir of them is to others."""
 
 import dataclasses
 import shutil

@@ -121,12 +121,12 @@ def test_speed_is_tokens_over_seconds_of_training(finished, stage):
 
 
 def test_a_slow_evaluation_changes_no_speed(finished, small, tmp_path, monkeypatch):
-    """Three seconds after every step: each line's speed is above what it would be with those seconds in it."""
+    """A second after every step: each line's speed is above what it would be with that second in it."""
     evaluated = loop.held_out_metrics
 
     def slow(r, evaluate, state):
         with r.phases("eval"), r.phases("rollout"):
-            time.sleep(3)
+            time.sleep(1)
         return evaluated(r, evaluate, state)
 
     monkeypatch.setattr(loop, "held_out_metrics", slow)
@@ -135,7 +135,7 @@ def test_a_slow_evaluation_changes_no_speed(finished, small, tmp_path, monkeypat
     loop.train_stage(config, tmp_path / "pretrain")
     lines = [row for row in read_metrics(tmp_path / "pretrain") if "tokens_per_second" in row]
     tokens = np.diff([0, *(row["tokens"] for row in lines)])
-    assert all(row["tokens_per_second"] > n / 3 for row, n in zip(lines[1:], tokens[1:], strict=True))
+    assert all(row["tokens_per_second"] > n for row, n in zip(lines[1:], tokens[1:], strict=True))
 
 
 def test_a_resumed_run_goes_on_counting(finished, small, tmp_path):

@@ -19,7 +19,7 @@ from lm import model
 from lm.core.errors import UserError
 from lm.data.prompts import padded_prompts
 from lm.generate.engine import answer_from_ids, batch_answerer, text_before_stop, text_without_partial_stop
-from lm.generate.sampler import sample
+from lm.generate.sampler import SamplingParams, sample
 from lm.generate.speculative import TargetDraft, speculative_sample
 from lm.generate.streaming import speculative_token_streamer, token_streamer
 from lm.runs.checkpoint import Checkpoints
@@ -79,7 +79,8 @@ def run(*flags: str, stdin: str = "") -> subprocess.CompletedProcess:
 def sampled(trained: TrainedModel, ids, key, *, stop=None, **options) -> list[int]:
     """Row 0 of what lm.generate.sampler.sample draws."""
     stop = trained.tokenizer.stop_ids if stop is None else stop
-    draw = jax.jit(lambda lm, ids, lengths: sample(trained.model, lm, ids, lengths, key, stop=stop, **options))
+    sampling = SamplingParams(stop=stop, **options)
+    draw = jax.jit(lambda lm, ids, lengths: sample(trained.model, lm, ids, lengths, key, sampling))
     drawn = draw(trained.params["lm"], jnp.array(ids)[None], jnp.array([len(ids)]))
     return drawn.tokens[0, : drawn.lengths[0]].tolist()
 
@@ -107,7 +108,7 @@ def compiled(stream) -> tuple[int, int]:
 )
 def test_streamed_tokens_are_those_of_sample(sft, lengths, sampler):
     """Around the edges of a bucket (32), and to the last position of the context (64). One decode step is compiled."""
-    stream = token_streamer(sft.model, **sampler)
+    stream = token_streamer(sft.model, SamplingParams(64, **sampler))
     for length in lengths:
         ids = np.random.default_rng(length).integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
         key, max_new = jax.random.key(length), 64 - length
@@ -118,7 +119,7 @@ def test_streamed_tokens_are_those_of_sample(sft, lengths, sampler):
 
 
 def test_a_stream_ends_with_the_stop_token(sft):
-    stream = token_streamer(sft.model, temperature=1.0, top_k=0, top_p=1.0)
+    stream = token_streamer(sft.model, SamplingParams(8))
     ids, key = np.array([2, 30, 31], np.int32), jax.random.key(0)
     free = list(stream(sft.params["lm"], ids, key, max_new=8, stop=()))
     ended = free[: free.index(free[3]) + 1]  # had the fourth token, wherever it comes first, been a stop token
@@ -127,16 +128,15 @@ def test_a_stream_ends_with_the_stop_token(sft):
 
 
 def test_a_new_prompt_length_compiles_nothing(sft):
-    """5, 17 and 30 tokens share a bucket, in a stream and in many answers; 60 and 4 new ones just fit the context of
+    """5 and 30 tokens share a bucket, in a stream and in many answers; 60 and 4 new ones just fit the context of
     64, in an array of any width, and 61 do not."""
     traced = []
     counting = lambda f: jax.jit(lambda *given: (traced.append(given), f(*given))[1])
-    ask = batch_answerer(
-        sft.model, sft.params["lm"], sft.tokenizer, jit=counting, rows_at_once=2, max_new=4, temperature=0.0
-    )
-    stream = token_streamer(sft.model, temperature=0.0, top_k=0, top_p=1.0)
+    greedy = SamplingParams(4, temperature=0.0)
+    ask = batch_answerer(sft.model, sft.params["lm"], sft.tokenizer, greedy, jit=counting, rows_at_once=2)
+    stream = token_streamer(sft.model, greedy)
     draw = np.random.default_rng(0)
-    for length, width in ((5, 5), (17, 20), (30, 30), (60, 90)):
+    for length, width in ((5, 5), (30, 31), (60, 90)):
         ids = draw.integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
         said = sampled(sft, ids, jax.random.key(0), max_new=4, temperature=0.0)
         assert list(stream(sft.params["lm"], ids, jax.random.key(0), max_new=4, stop=sft.tokenizer.stop_ids)) == said
@@ -151,14 +151,16 @@ def test_a_stream_with_a_draft_is_speculates(sft):
     """Across a bucket's edge and to the end of the context, stops included; one program of rounds. The counts of
     the proposals add up to AcceptanceCounts."""
     draft, told = jax.tree.map(lambda x: 0.98 * x, sft.params["lm"]), []
-    models, settings = TargetDraft(sft.model, sft.model), dict(temperature=0.8, top_k=20)
+    models, settings = TargetDraft(sft.model, sft.model), SamplingParams(64, temperature=0.8, top_k=20)
     tell = lambda *counts: told.append(counts)
-    stream = speculative_token_streamer(models, draft, tell, draft_tokens=3, **settings)
-    for length, max_new, stop in ((5, 20, ()), (30, 34, (7, 30)), (33, 31, ())):
+    stream = speculative_token_streamer(models, draft, tell, settings, draft_tokens=3)
+    for length, max_new, stop in ((30, 34, (7, 30)), (33, 31, ())):
         ids = np.random.default_rng(length).integers(10, sft.tokenizer.vocab_size, length).astype(np.int32)
         key = jax.random.key(length)
         run = jax.jit(
-            functools.partial(speculative_sample, *models, max_new=max_new, draft_tokens=3, stop=stop, **settings)
+            functools.partial(
+                speculative_sample, *models, sampling=settings._replace(max_new=max_new, stop=stop), draft_tokens=3
+            )
         )
         drawn, counts = run(sft.params["lm"], draft, ids[None], np.array([length], np.int32), key)
         told.clear()
@@ -282,7 +284,7 @@ def test_many_answers_with_a_stop_string(sft):
     ]
     rows = padded_prompts(ids, [[], [], []], 24)
     ask = functools.partial(
-        batch_answerer, sft.model, sft.params["lm"], sft.tokenizer, jit=jax.jit, rows_at_once=3, max_new=8
+        batch_answerer, sft.model, sft.params["lm"], sft.tokenizer, SamplingParams(8), jit=jax.jit, rows_at_once=3
     )
     free = ask()(rows, jax.random.key(0))
     stop = free[0].text[3:5]

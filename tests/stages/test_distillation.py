@@ -23,7 +23,7 @@ from lm.runs.workdir import open_workdir
 from lm.stages.context import StageContext
 from lm.stages.distillation import distill, gkd
 from lm.stages.distillation.teacher_divergence import divergence_from_teacher
-from lm.train import loop, warm_start
+from lm.train import loop, setup, warm_start
 from lm.train.host import SINGLE_RUN_HOST
 
 __all__ = ["small"]
@@ -426,7 +426,7 @@ def test_a_teacher_of_another_shape_lies_on_the_mesh_like_any_network(speech, te
     update = distill.make(student, optimizer(), teacher=trained.model)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     given = student, 0, {}, {}, {"teacher": trained}, mesh, SINGLE_RUN_HOST
-    state, shardings = loop.initial_state(lambda scalars: update, *given)
+    state, shardings = setup.initial_state(lambda scalars: update, *given)
     found = state.frozen["teacher"]
     jax.tree.map(np.testing.assert_array_equal, found, trained.params["lm"])
     for leaf in (found["head"], found["embedding"], found["layers"]["query"], state.params["lm"]["layers"]["query"]):

@@ -10,6 +10,7 @@ import pytest
 from lm import model
 from lm.core.errors import UserError
 from lm.core.types import Rollouts
+from lm.generate.sampler import SamplingParams
 from lm.losses.advantages import group_advantages, leave_one_out_advantages
 from lm.optim import optimizers
 from lm.stages import STAGES
@@ -19,7 +20,20 @@ from lm.stages.rl.multi_turn import rollout_rows
 KEY = jax.random.key(0)
 V, T = 31, 0.7
 GROUPED = [grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, best_of_n]
-EACH = pytest.mark.parametrize("stage", GROUPED, ids=lambda stage: stage.__name__.split(".")[-1])
+
+
+def some_by_default(stages, *default):
+    """One test item a stage; those beside `default` repeat its kind and are slow."""
+    return pytest.mark.parametrize(
+        "stage",
+        [
+            pytest.param(stage, id=stage.__name__.split(".")[-1], marks=[pytest.mark.slow] * (stage not in default))
+            for stage in stages
+        ],
+    )
+
+
+EACH = some_by_default(GROUPED, *GROUPED)
 
 
 def optimizer(learning_rate=0.01):
@@ -45,7 +59,7 @@ def rollouts(shallow, lm):
     """Four answers each to three ragged prompts; the second prompt's are all worth the same."""
     prompts = np.random.default_rng(0).integers(1, V, (3, 5)).astype(np.int32).repeat(4, axis=0)
     lengths = np.array([5, 3, 1], np.int32).repeat(4)
-    run = jax.jit(functools.partial(rollout_rows, shallow, max_new=6, temperature=T, stop=(3, 5, 11)))
+    run = jax.jit(functools.partial(rollout_rows, shallow, sampling=SamplingParams(6, T, stop=(3, 5, 11))))
     tokens, logprobs, completions = run(lm, prompts, lengths, KEY)
     assert 0 < completions.stopped.sum() < 12
     rewards = jnp.array([1.0, 0.0, 0.5, 2.0] + [0.1] * 4 + [3.0, 3.0, -1.0, 0.0])
@@ -100,10 +114,10 @@ def test_a_group_of_one_is_refused(stage, shallow, lm, rollouts):
     update = stage.make(shallow, optimizer(), temperature=T)
     state = update.init(KEY, {"lm": lm}, {})
     with pytest.raises(UserError, match="data.group is 1: this stage compares answers to one prompt; give it at least"):
-        update.update(state, rollouts.replace(group=1))
+        jax.eval_shape(update.update, state, rollouts.replace(group=1))  # as jit finds it: nothing is computed
 
 
-@pytest.mark.parametrize("stage", [grpo, dr_grpo, dapo, best_of_n])
+@some_by_default([grpo, dr_grpo, dapo, best_of_n], grpo, dapo)
 def test_microbatches_do_not_change_the_update(stage, shallow, lm, rollouts):
     """Rule 1: rows of unequal lengths, every average divided once."""
     norms = []
@@ -223,7 +237,7 @@ def test_ppo_ptx_goes_on_learning_from_text(shallow, lm, rollouts, rows):
         update.update(state, batch.replace(text_tokens=None))
 
 
-@EACH
+@some_by_default(GROUPED, grpo, best_of_n)
 def test_it_raises_the_frequency_of_a_rewarded_token(stage, shallow, lm):
     """Reward: the fraction of an answer's six tokens that are 7. From 1/31 to over a half in 40 batches of 16 x 4."""
     options = {gspo: {"clip_low": 0.2, "clip_high": 0.2}, rloo: {"beta": 0.01}, reinforce_pp: {"beta": 0.01}}
@@ -234,7 +248,7 @@ def test_it_raises_the_frequency_of_a_rewarded_token(stage, shallow, lm):
     @jax.jit
     def step(state, i):
         key = jax.random.fold_in(jax.random.key(1), i)
-        tokens, logprobs, drawn = rollout_rows(shallow, state.params["lm"], prompts, lengths, key, max_new=6)
+        tokens, logprobs, drawn = rollout_rows(shallow, state.params["lm"], prompts, lengths, key, SamplingParams(6))
         rewards = jnp.mean(drawn.tokens == 7, axis=1)
         return update.update(state, Rollouts(tokens, rewards, {}, drawn.stopped, logprobs, group=4))
 

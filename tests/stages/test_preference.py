@@ -36,6 +36,10 @@ OPTIONS = {
 }
 ANCHORED = ("dpo", "ipo", "kto")  # those with a reference
 EACH = pytest.mark.parametrize("name", OPTIONS)
+# In the default run one that compares pairs with a reference, and the one that does not compare pairs.
+SOME = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("dpo", "kto"))) for name in OPTIONS]
+)
 
 
 # eps 1e-5 as in rule 4: where a gradient is rounding noise, Adam with a smaller one would divide noise by noise.
@@ -200,7 +204,7 @@ def test_nothing_is_promised_of_a_start_without_a_reference():
     assert STAGES["orpo"].start_metrics == STAGES["simpo"].start_metrics == {}
 
 
-@EACH
+@SOME
 def test_microbatches_change_nothing(name, learner, verdicts, tiny_lm):
     """Rule 1: pairs, tokens and labels are spread unevenly over the prompts, and one prompt decides nothing."""
     (step, state), (in_four, _) = learner(name), learner(name, microbatches=4)
@@ -232,7 +236,7 @@ def test_what_no_verdict_speaks_of_counts_for_nothing(name, learner, verdicts):
             np.testing.assert_allclose(again[key].value(), metrics[key].value(), rtol=1e-4, atol=1e-6, err_msg=key)
 
 
-@EACH
+@SOME
 def test_learns_unseen_verdicts_and_touches_nothing_else(name, tiny_model, rows):
     """The better of two answers holds lower ids than the worse: accuracy on fresh batches goes from 0.5 to over 0.95.
 
@@ -338,7 +342,7 @@ def file(tmp_path):
 def halves(monkeypatch):
     """The held-out side is what is named so: the real split draws by hash."""
     both = lambda items, *_: [[i for i in items if (i.name in "be") == unseen] for unseen in (False, True)]
-    monkeypatch.setattr("lm.data.sources.split_held_out", both)
+    monkeypatch.setattr("lm.stages.reward_model.ranking_batches.split_held_out", both)
 
 
 def test_verdicts_become_rows(lent, file, halves):
@@ -446,7 +450,7 @@ def test_verdicts_that_teach_nothing_are_refused(stage, verdicts, message, lent,
     assert str(error.value) == message.format(file=path)
 
 
-@EACH
+@SOME
 def test_its_config_trains_a_few_steps(name, finished, small, tmp_path):
     run = {"init_from": finished / "sft", "data.rankings": finished / "rank" / "rankings.jsonl"}
     config = load_config(f"{EXPERIMENTS / name}.py:tiny", [f"{key}={value}" for key, value in run.items()])

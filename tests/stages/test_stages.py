@@ -16,6 +16,7 @@ from lm.core.types import RankedAnswers, Rollouts
 from lm.data.conversations import conversation_with_answer
 from lm.data.preferences import Ranking
 from lm.data.tokenized_rankings import ranked_answers_batch
+from lm.generate.sampler import SamplingParams
 from lm.losses.advantages import whiten
 from lm.losses.policy import kl_k1
 from lm.losses.ranking import bradley_terry_loss
@@ -284,7 +285,7 @@ def test_score_is_read_at_the_last_real_token_by_length(tiny_model, tiny_lm, see
     assert abs(every[0, 2] - every[0, 1]) > 1e-3 and abs(every[0, 2] - every[0, 3]) > 1e-3
 
 
-@pytest.mark.parametrize("stage", [reward, listwise])
+@pytest.mark.parametrize("stage", [reward, pytest.param(listwise, marks=pytest.mark.slow)])
 def test_reward_learns_that_an_answer_holds_a_seven(stage, tiny_model, fresh, rows):
     """Unseen pairs in the right order: 0.5 at the start, over 0.95 after 100 batches of 32."""
     draw = np.random.default_rng(0)
@@ -308,7 +309,7 @@ def rollouts(tiny_model, tiny_lm):
     """Eight answers of the tiny model at temperature 0.7 to ragged prompts, with made-up rewards."""
     draw = np.random.default_rng(0)
     prompts, lengths = draw.integers(1, V, (8, 5)).astype(np.int32), np.array([5, 3, 1, 4, 5, 2, 5, 3], np.int32)
-    run = jax.jit(functools.partial(sampling.rollout_rows, tiny_model, max_new=6, temperature=T, stop=(3, 5, 11)))
+    run = jax.jit(functools.partial(sampling.rollout_rows, tiny_model, sampling=SamplingParams(6, T, stop=(3, 5, 11))))
     tokens, logprobs, completions = run(tiny_lm, prompts, lengths, KEY)
     assert 0 < completions.stopped.sum() < 8
     rewards = jnp.asarray(draw.normal(size=8), jnp.float32)
@@ -404,7 +405,7 @@ def test_ppo_raises_the_frequency_of_a_rewarded_token(tiny_model, fresh):
     def step(state, i):
         key = jax.random.fold_in(jax.random.key(1), i)
         tokens, logprobs, drawn = sampling.rollout_rows(
-            tiny_model, state.params["lm"], prompts, lengths, key, max_new=6
+            tiny_model, state.params["lm"], prompts, lengths, key, SamplingParams(6)
         )
         rewards = jnp.mean(drawn.tokens == 7, axis=1)
         return update.update(state, Rollouts(tokens, rewards, {}, drawn.stopped, logprobs))

@@ -59,20 +59,20 @@ def test_a_search_draws_what_optuna_draws(file, tmp_path, knowing):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_a_trial_that_was_killed_and_resumed_teaches_the_same(file, tmp_path, knowing, end):
     """Killed with its worker, or given back, in the third of five trials: the later two are drawn as if never."""
-    steps = ("--config.train.steps=20", METRIC)
-    swept(file, tmp_path / "straight" / "s", *SEARCH, *steps, "--config.pause=0.1")
-    process = started(file, tmp_path / "stopped" / "s", *SEARCH, *steps, "--config.pause=0.1", patch=PATCH)
+    flags = (*SEARCH, "--config.train.steps=8", METRIC)
+    swept(file, tmp_path / "straight" / "s", *flags)
+    process = started(file, tmp_path / "stopped" / "s", *flags, patch=PATCH, hold="0002:5")
     third = tmp_path / "stopped" / "s" / "trials" / "0002"
-    until(lambda: len(read_metrics(third)) > 5)
+    until(lambda: len(read_metrics(third)) == 5)
     os.kill(process.pid, end)
     process.wait()
-    swept(file, tmp_path / "stopped" / "s", *SEARCH, *steps, "--config.pause=0.1")
+    swept(file, tmp_path / "stopped" / "s", *flags)
     straight, stopped = records(tmp_path / "straight"), records(tmp_path / "stopped")
     assert stopped == straight
     assert [len(trials_of(tmp_path / name)) for name in ("straight", "stopped")] == [5, 5]  # nothing is there twice
     for state, value, params, distributions, intermediate in straight.values():
         assert state == "COMPLETE" and params.keys() == distributions.keys() == {"rate", "layers", "fate"}
-        assert intermediate.keys() == set(range(1, 21)) and value == intermediate[20]
+        assert intermediate.keys() == set(range(1, 9)) and value == intermediate[8]
 
 
 def test_a_failed_trial_that_is_tried_again_teaches_the_same(file, tmp_path):
@@ -147,21 +147,22 @@ def test_a_kill_between_two_draws_changes_neither(tmp_path, monkeypatch):
     assert found["torn"] == found["straight"] and len(found["torn"]) == 2
 
 
-def test_a_pruned_trial_is_pruned_however_often_it_is_killed(file, tmp_path):
+def test_a_pruned_trial_is_pruned_however_often_it_is_killed(file, tmp_path, monkeypatch):
     """Four good trials, and a bad one that dies with its worker before the pruner looks, then while it is stopped."""
     flags = ["--grid", "rate=0.01,0.011,0.012,0.013,0.9", "--pruner=median", METRIC]
-    flags += ["--config.train.steps=60", "--config.pause=0.05"]
+    flags += ["--config.train.steps=20"]
+    monkeypatch.setenv("HOLD", "0004:8")
     swept(file, tmp_path / "straight" / "s", *flags)
     bad = tmp_path / "stopped" / "s" / "trials" / "0004"
-    process = started(file, tmp_path / "stopped" / "s", *flags)
-    until(lambda: len(read_metrics(bad)) > 5, 200)
+    process = started(file, tmp_path / "stopped" / "s", *flags, hold="0004:3")
+    until(lambda: len(read_metrics(bad)) == 3)
     process.kill()
     process.wait()
     # Running._stop: the pruner has spoken, the process is to save itself, and the worker dies.
     die = (
         "from lm.sweep.trials import TrialProcess; import os; TrialProcess._stop = lambda self: os.kill(os.getpid(), 9)"
     )
-    process = started(file, tmp_path / "stopped" / "s", *flags, patch=die)
+    process = started(file, tmp_path / "stopped" / "s", *flags, patch=die, hold="0004:8")
     assert process.wait() == -signal.SIGKILL
     assert records(tmp_path / "stopped")[4][0] == "RUNNING"
     swept(file, tmp_path / "stopped" / "s", *flags)
@@ -169,7 +170,7 @@ def test_a_pruned_trial_is_pruned_however_often_it_is_killed(file, tmp_path):
     assert stopped == straight
     assert [state for state, *_ in straight.values()] == ["COMPLETE"] * 4 + ["PRUNED"]
     _, value, _, _, intermediate = straight[4]
-    assert max(intermediate) == 15 and value == intermediate[15]  # a quarter of the steps: where the pruner looks first
+    assert max(intermediate) == 5 and value == intermediate[5]  # a quarter of the steps: where the pruner looks first
 
 
 def test_asha_does_not_count_a_failure_that_was_tried_again(tmp_path):

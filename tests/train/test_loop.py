@@ -53,14 +53,21 @@ def assert_close(one, other) -> None:
     assert max(gap.mean() for gap in jax.tree.leaves(gaps)) < 1e-5
 
 
-@pytest.mark.parametrize("stage", TRAINED)
+def some_by_default(*default: str):
+    """One test item a stage; those beside `default` repeat its kind and are slow."""
+    return pytest.mark.parametrize(
+        "stage", [pytest.param(stage, marks=[pytest.mark.slow] * (stage not in default)) for stage in TRAINED]
+    )
+
+
+@some_by_default("reward", "ppo")
 def test_a_mesh_over_the_data_gives_one_device_s_numbers(finished, eight, tmp_path, stage):
     summary = loop.train_stage(stage_config(finished, stage), tmp_path / stage)
     assert summary["device"].startswith("8 x ")
     assert_close(tmp_path / stage, finished / stage)
 
 
-@pytest.mark.parametrize("stage", TRAINED)
+@some_by_default("ppo")
 def test_a_mesh_of_all_axes_takes_up_what_one_device_began(finished, eight, tmp_path, stage):
     """The first half of the run is one device's; its checkpoint is restored onto data 2, fsdp 2, tensor 2."""
     workdir = shutil.copytree(finished.parent / "snapshots" / stage / "saving", tmp_path / stage)
@@ -286,7 +293,7 @@ def test_a_batch_from_which_nothing_is_learnt_is_said_once(log, capsys, name, st
         lines.add_step(step, {name: Mean(np.float32(weight), np.float32(weight)), "sampler_gap": ZERO}, 1)
     lines.flush()
     said = capsys.readouterr().err
-    assert "every weight of the batch of step 2 is 0, so nothing is learnt from it: look at" in said
+    assert "every weight of the batch of step 2 is 0, so nothing is learned from it: look at" in said
     assert said.count("\n") == 1
     lines.add_step(5, {name: Mean(np.float32(0), np.float32(0)), "sampler_gap": ZERO}, 1)
     lines.flush()

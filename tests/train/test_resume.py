@@ -53,7 +53,13 @@ def test_what_a_kill_leaves_continues_to_the_same_bits(finished, small, tmp_path
 
 
 @pytest.mark.parametrize(
-    "stage, moment", [("pretrain", "batch:1"), ("sft", "saving:4"), ("reward", "batch:6"), ("ppo", "saving:4")]
+    "stage, moment",
+    [
+        ("pretrain", "batch:1"),
+        pytest.param("sft", "saving:4", marks=pytest.mark.slow),
+        pytest.param("reward", "batch:6", marks=pytest.mark.slow),
+        ("ppo", "saving:4"),
+    ],
 )
 def test_sigkill(finished, small, tmp_path, stage, moment):
     config = f"--config={ROOT}/experiments/{stage}.py:tiny"
@@ -73,7 +79,7 @@ def batches_learnt_from(monkeypatch) -> list[int]:
     return asked
 
 
-@pytest.mark.parametrize("stage, steps", [("pretrain", 8), ("ppo", 4)])
+@pytest.mark.parametrize("stage, steps", [pytest.param("pretrain", 8, marks=pytest.mark.slow), ("ppo", 4)])
 def test_sigkill_in_the_last_evaluation_costs_no_step(finished, small, tmp_path, monkeypatch, stage, steps):
     """All steps are saved when it begins; given again, the command makes up for the scores alone."""
     config, workdir = f"--config={ROOT}/experiments/{stage}.py:tiny", tmp_path / stage
@@ -90,7 +96,7 @@ def test_sigkill_in_the_last_evaluation_costs_no_step(finished, small, tmp_path,
     assert_same_run(workdir, finished / stage)
 
 
-@pytest.mark.parametrize("stage, every", [("sft", 4), ("ppo", 2)])
+@pytest.mark.parametrize("stage, every", [pytest.param("sft", 4, marks=pytest.mark.slow), ("ppo", 2)])
 def test_an_evaluation_on_the_way_is_made_up_for(finished, small, tmp_path, monkeypatch, stage, every):
     """It falls on a saved step, and a kill falls into it: that step is not learned again, its scores are the same."""
 
@@ -200,7 +206,9 @@ def test_sigterm_saves_the_step_and_exits_with_143(finished, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("stage, batch", [("pretrain", 5), ("reward", 7), ("ppo", 2)])
+@pytest.mark.parametrize(
+    "stage, batch", [pytest.param("pretrain", 5, marks=pytest.mark.slow), ("reward", 7), ("ppo", 2)]
+)
 def test_sigterm_continues_to_the_same_bits(finished, small, tmp_path, monkeypatch, stage, batch):
     """Batch 7 is the reward model's last: then there is nothing left to do but the summary."""
     workdir = tmp_path / stage

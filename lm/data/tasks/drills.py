@@ -1,4 +1,4 @@
-"""A corpus made of the tasks: pages of drill lines, in which no held-out item stands."""
+"""A corpus made of the tasks: pages of drill lines, without held-out items."""
 
 import random
 
@@ -21,20 +21,20 @@ DIGIT_CHOICES = (1, 2, 2, 3, 3, 3, 4, 4, 4)  # drawn from: there is less to lear
 
 
 def drill_pages() -> list[str]:
-    """The whole corpus, the same for ever: 7.1 million characters."""
+    """The whole corpus, always the same: 7.1 million characters."""
     known = [item for level in FACT_FREQUENCIES for item in fact_items(level)]
     often = [times for times in FACT_FREQUENCIES.values() for _ in range(FACTS_PER_LEVEL)]
     return [drill_page(random.Random(f"drills {number}"), known, often) for number in range(PAGE_COUNT)]
 
 
 def drill_page(draw: random.Random, known: list[TaskItem], often: list[int]) -> str:
-    """`LINES` lines of all kinds."""
+    """LINES_PER_PAGE lines of all kinds."""
     kinds = draw.choices(list(TASK_SHARES), list(TASK_SHARES.values()), k=LINES_PER_PAGE)
     return "".join(draw.choices(known, often)[0].line if kind == "facts" else drill_line(draw, kind) for kind in kinds)
 
 
 def drill_line(draw: random.Random, kind: str) -> str:
-    """One line of a kind that has a rule, drawn again while it is a held-out one."""
+    """One line of a kind that has a rule, drawn again if it is held out."""
     while True:
         if kind == "copying":
             item = copying_item(draw, draw.randint(1, MAX_LETTERS))

@@ -1,11 +1,11 @@
-"""How far an answer is from the one that is right."""
+"""How far an answer is from the right one."""
 
 import math
 from collections.abc import Sequence
 
 
 def compared_text(text: str, target: str) -> str:
-    """The part of what a model wrote that is held against the target: its first line, newline included, where the
+    """The part of a model's answer that is compared with the target: its first line, newline included, where the
     target ends in a newline; else as many characters as the target has."""
     if target.endswith("\n"):
         first, newline, _ = text.partition("\n")
@@ -34,7 +34,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def expected_exact_match(logprobs: Sequence[float], tokens: Sequence[int]) -> float:
-    """The exact match that the average token lets expect, p^n: p = exp(mean log-probability of a token), n = mean
+    """The exact match to expect from the average token, p^n: p = exp(mean log-probability of a token), n = mean
     length of a target. What is smooth in p is sharp in p^n. Schaeffer et al. 2023, sec. 2, arXiv 2304.15004.
 
     logprobs: of whole targets, nats. tokens: their lengths.

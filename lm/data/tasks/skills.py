@@ -4,11 +4,11 @@
     sums       37+85=122
     brackets   close ( [ ] { with } )
     facts      the capital of Velona is Tarim
-    idioms     what the standard library itself says again and again: def __init__( self
+    idioms     frequent lines of the standard library: def __init__( self
 
-An item is held out, or not, by the hash of its line, so that a corpus that leaves the held-out ones away (`drill`) can
-be tested on them: whoever gets them right has learnt the rule and not the lines. A fact has no rule; it can only have
-been told, and all are.
+The hash of its line decides whether an item is held out, so a corpus without the held-out items (lm.data.tasks.drills)
+can be tested on them: a model that gets them right has learned the rule and not the lines. Facts have no rule, so none
+is held out.
 """
 
 import hashlib
@@ -22,7 +22,11 @@ HELD_OUT_FRACTION = (
 MAX_DRAWS_PER_ITEM = 200  # drawings for each item that is asked for, before a level is taken to hold no more
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 BRACKET_PAIRS = {"(": ")", "[": "]", "{": "}"}
-FACT_FREQUENCIES = {"common": 16, "usual": 4, "rare": 1}  # how often a fact of each level is told, against the others
+FACT_FREQUENCIES = {
+    "common": 16,
+    "usual": 4,
+    "rare": 1,
+}  # how often a fact of each level is stated, relative to the others
 FACTS_PER_LEVEL = 64
 
 
@@ -48,7 +52,7 @@ class Task(NamedTuple):
 
 
 def copying_item(draw: random.Random, letters: int) -> TaskItem:
-    """Random letters, once more."""
+    """Random letters, to be repeated."""
     word = "".join(f" {letter}" for letter in draw.choices(LETTERS, k=letters))
     return TaskItem(f"copy{word}:", f"{word}\n")
 
@@ -77,7 +81,7 @@ def bracket_item(draw: random.Random, depth: int) -> TaskItem:
 
 
 def fact_items(level: str) -> list[TaskItem]:
-    """The made-up capitals of a level; names are syllables, the same for ever."""
+    """The made-up capitals of a level; names are made of syllables and always the same."""
     draw = random.Random("capitals")
     names: list[str] = []
     while len(names) < 2 * FACTS_PER_LEVEL * len(FACT_FREQUENCIES):
@@ -147,7 +151,7 @@ TASKS = {
 
 
 def is_held_out_item(item: TaskItem) -> bool:
-    """Whether an item is kept for testing, for ever."""
+    """Whether an item is kept for testing; always the same answer."""
     return int.from_bytes(hashlib.sha256(item.line.encode()).digest()[:8], "big") < HELD_OUT_FRACTION * 2**64
 
 
@@ -160,7 +164,7 @@ def evaluation_items(name: str, level: int | str, *, count: int, seed: int) -> l
 
 
 def example_items(name: str, level: int | str, *, count: int, seed: int) -> list[TaskItem]:
-    """As many items that drills may contain, to show a model what is asked; none where nothing may be shown."""
+    """`count` items that drills may contain, as examples for a model; none where the task allows no examples."""
     if not TASKS[name].allows_examples:
         return []
     return drawn_items(name, level, count=count, draw=random.Random(f"shown {seed} {name} {level}"), held_out=False)

@@ -15,7 +15,8 @@ import optax
 
 from lm.core.metrics import Metrics, metric_values
 from lm.model import Model
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import decoder_gradient
+from lm.optim.update import Update
 from lm.stages.distillation.teacher_divergence import distillation_loss, divergence_from_teacher
 from lm.stages.pretraining.conversation_batches import batches
 from lm.stages.stage import Stage
@@ -32,7 +33,7 @@ def make(
 ) -> Update:
     """gradient(mean divergence from the teacher)."""
     compare = divergence_from_teacher(model, teacher, beta=beta, temperature=temperature)
-    return gradient(distillation_loss(compare), optimizer, microbatches=microbatches)
+    return decoder_gradient(distillation_loss(compare), optimizer, microbatches=microbatches)
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:

@@ -1,16 +1,17 @@
 """On-policy distillation (GKD): the student writes, and the teacher says at each token what it would have said there.
 
 Objective: the mean over trained tokens of D(teacher, student) (see lm.losses.distillation; beta 0: KL(teacher,
-student), 1: KL(student, teacher)), where a share `on_policy` of the batches was written by the student as it is now, so
-that it learns to go on from its own words, mistakes included; the other batches are people's conversations, as in stage
-distill. The drawing of a sample is not differentiated, and there is no reward. Frozen: "teacher", a network of any size
-that shares the tokenizer. A batch is `Tokens`; held out, `Lesson`: who wrote it is known, and each kind measured apart.
-Agarwal et al. 2023, algorithm 1, arXiv 2306.13649.
+student), 1: KL(student, teacher)), where a share `on_policy_fraction` of the batches was written by the current
+student, so that it learns to continue its own text, mistakes included; the other batches are people's conversations, as
+in stage distill. The gradient does not go through the sampling, and there is no reward. Frozen: "teacher", a network of
+any size that shares the tokenizer. A batch is `Tokens`; held out, `HeldOutRows`, which knows who wrote it, so each kind
+is measured apart. Agarwal et al. 2023, algorithm 1, arXiv 2306.13649.
 
 Ours differs: each token of a batch counts once (the paper: each answer); student and teacher are compared at the
 temperature at which the student writes.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -20,18 +21,23 @@ import optax
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Metrics, metric_values
 from lm.core.types import Array, Tokens
-from lm.data import batches as rows_to_batches, conversations, sources as corpora
+from lm.data.batches import batch_function
+from lm.data.conversations import distinct_conversations, repeated_prompt_contexts
+from lm.data.loading import NO_COLUMNS, load_conversations
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.sources import split_held_out
+from lm.generate.sampler import SamplingParams
 from lm.model import Model
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import decoder_gradient
+from lm.optim.update import Update
 from lm.stages.context import Batches, StageContext
 from lm.stages.distillation.teacher_divergence import distillation_loss, divergence_from_teacher
 from lm.stages.pretraining import conversation_batches
-from lm.stages.rl.multi_turn import rollout_rows
+from lm.stages.rl.multi_turn import rollout_program
 from lm.stages.rl.rollouts import HELD_OUT_KEY, ROLLOUT_KEY, check_rollout_options, held_out_prompts
 from lm.stages.stage import Stage
 
-ON_POLICY_KEY = 2**30 + 2  # who writes batch i; a role folded into the key beside ROLLOUT and HELD_OUT
+ON_POLICY_KEY = 2**30 + 2  # who writes batch i; a role folded into the key beside ROLLOUT_KEY and HELD_OUT_KEY
 
 
 class HeldOutRows(NamedTuple):
@@ -61,13 +67,17 @@ def make(
         }
         return found.weighted_means(batch.tokens.weights - own) | on_own
 
-    return gradient(distillation_loss(compare), optimizer, microbatches=microbatches)._replace(evaluate=evaluate)
+    return decoder_gradient(distillation_loss(compare), optimizer, microbatches=microbatches)._replace(
+        evaluate=evaluate
+    )
 
 
 def batches(
     context: StageContext,
     *,
     sources: str = "chitchat",
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     turns: int = 3,
     prompt_length: int = 64,
     max_new: int = 32,
@@ -81,36 +91,41 @@ def batches(
 ) -> Batches:
     """`rollouts` answers of the current student to prompts from `sources`, or `batch_size` rows of conversations.
 
-    A coin of weight `on_policy`, a function of (seed, i), says which of the two batch i is. A prompt holds the last
-    `turns` messages; one of more than `prompt_length` tokens, or that came before, is left out and counted. The rows
-    are those of stage distill, of `length` tokens and excerpts that have room for a prompt and its reply.
+    A coin of weight `on_policy_fraction`, a function of (seed, i), decides which of the two batch i is. A prompt holds
+    the last `turns` messages; one of more than `prompt_length` tokens, or that came before, is left out and counted.
+    The rows are those of stage distill, of `length` tokens and excerpts that have room for a prompt and its reply.
     """
-    model, tokenizer = context.model, context.tokenizer
-    check_rollout_options(model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=1)
+    sampling = SamplingParams(max_new, temperature)
+    check_rollout_options(context.model, prompt_length, sampling, rollouts=rollouts, group=1)
     check_at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts)
     if not 0 <= on_policy_fraction <= 1:
         raise UserError(f"data.on_policy_fraction is {on_policy_fraction}; it is a share of batches, from 0 to 1")
     even = turns + turns % 2
     people = conversation_batches.batches(
-        context, sources=sources, turns=even, length=length, batch_size=batch_size, held_out=held_out
+        context,
+        sources=sources,
+        columns=columns,
+        skip_bad_rows=skip_bad_rows,
+        turns=even,
+        length=length,
+        batch_size=batch_size,
+        held_out=held_out,
     )
-    contexts = conversations.repeated_prompt_contexts(conversations.load_conversations(sources), turns=turns)
-    distinct = conversations.distinct_conversations(contexts)
+    contexts = repeated_prompt_contexts(
+        load_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows), turns=turns
+    )
+    distinct = distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
-        prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)
+        prompts_within_length(context.tokenizer, side, prompt_length) for side in split_held_out(distinct, held_out)
     )
     answered = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts)
-    order = rows_to_batches.batch_function(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
-    run = context.jit(
-        lambda lm, prompts, lengths, key, temperature: rollout_rows(
-            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stop_ids
-        )[0]
-    )
+    order = batch_function(np.arange(len(train.ids)), batch_size=rollouts, seed=context.seed)
+    run = rollout_program(context, sampling)
 
     def drawn(state, prompts: Prompts, role: int, i: int) -> Tokens:
         key = jax.random.fold_in(jax.random.fold_in(state.key, role), i)
         with context.sampling_phase(state):
-            return jax.block_until_ready(run(state.params["lm"], prompts.ids, prompts.lengths, key, temperature))
+            return jax.block_until_ready(run(state.params["lm"], prompts.ids, prompts.lengths, key)[0])
 
     def train_batch(state, i):
         coin = jax.random.fold_in(jax.random.fold_in(state.key, ON_POLICY_KEY), i)

@@ -4,10 +4,11 @@ Objective: the mean over pairs of -log sigmoid(r(x, chosen) - r(x, rejected)), t
 verdicts, where the reward is the policy's own: r = beta * log(p(y|x) / p_ref(y|x)), summed over the answer's tokens and
 its end token. What is optimal under a reward and the price beta of each nat of KL is p_ref * exp(r / beta) / Z(x), and
 Z cancels in a pair; so the policy learns as if r had been fitted and then followed. Frozen: "ref", the policy this run
-starts from. A batch is `Ranked` (see stages.preference). Rafailov et al. 2023, eq. 7, arXiv 2305.18290.
+starts from. A batch is `RankedAnswers`. Rafailov et al. 2023, eq. 7, arXiv 2305.18290.
 
 Ours differs: all pairs of a ranking are compared and each prompt counts once; the paper has two answers a prompt.
-`smoothing` makes it cDPO (Mitchell 2023), `refresh` TR-DPO (Gorbatovski et al. 2024, arXiv 2404.09656).
+`label_smoothing` makes it cDPO (Mitchell 2023), `refresh_reference_every` TR-DPO (Gorbatovski et al. 2024, arXiv
+2404.09656).
 """
 
 import functools
@@ -18,8 +19,8 @@ import optax
 from lm.core.errors import UserError
 from lm.losses.preference import dpo_loss
 from lm.model import Model
-from lm.optim.combinators import refreshed_reference
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import decoder_gradient, refreshed_reference
+from lm.optim.update import Update
 from lm.stages.preference.preference_batches import (
     answer_logprobs,
     batches,
@@ -39,8 +40,11 @@ def make(
     refresh_reference_every: int = 0,
     microbatches: int = 1,
 ) -> Update:
-    """renewed(gradient(dpo)): `smoothing` is the share of verdicts expected to be wrong, `refresh` the number of
-    updates after which the reference becomes the policy of that moment (0: it stays)."""
+    """refreshed_reference(gradient(dpo)).
+
+    label_smoothing: the share of rankings expected to be wrong. refresh_reference_every: updates after which the
+    reference becomes a copy of the policy; 0: never.
+    """
     if not 0 <= label_smoothing < 0.5:
         raise UserError(
             f"stage.label_smoothing is {label_smoothing}; it must be in [0, 0.5): at one half verdicts say nothing"
@@ -52,7 +56,9 @@ def make(
         each = mean_over_pairs(functools.partial(dpo_loss, label_smoothing=label_smoothing), rewards, batch.ranks)
         return each, preference_metrics(each, rewards, logprobs, batch.ranks)
 
-    return refreshed_reference(gradient(loss, optimizer, microbatches=microbatches), every=refresh_reference_every)
+    return refreshed_reference(
+        decoder_gradient(loss, optimizer, microbatches=microbatches), every=refresh_reference_every
+    )
 
 
 DPO = Stage(

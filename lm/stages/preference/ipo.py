@@ -3,10 +3,11 @@
 Objective: the mean over pairs of (d - 1 / (2 beta))^2, where d is the chosen answer's log(p / p_ref), a mean over its
 tokens, less the rejected one's. DPO trusts that preferences are Bradley-Terry: a pair that is always decided alike
 asks for an infinite lead, whatever beta; here the lead asked for is finite. Frozen: "ref", the policy this run starts
-from. A batch is `Ranked` (see stages.preference). Azar et al. 2023, eq. 17, arXiv 2310.12036.
+from. A batch is `RankedAnswers`. Azar et al. 2023, eq. 17, arXiv 2310.12036.
 
-Ours differs: the mean over tokens in the place of the sum (see losses.preference.ipo), all pairs of a ranking, each
-prompt counting once. The reward that is reported is beta * mean log(p / p_ref): its margin is asked to be one half.
+Ours differs: the mean over tokens in the place of the sum (see lm.losses.preference.ipo_loss), all pairs of a ranking,
+each prompt counting once. The reward that is reported is beta * mean log(p / p_ref): its margin is asked to be one
+half.
 """
 
 import functools
@@ -16,8 +17,8 @@ import optax
 from lm.core.errors import UserError
 from lm.losses.preference import ipo_loss
 from lm.model import Model
-from lm.optim.combinators import refreshed_reference
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import decoder_gradient, refreshed_reference
+from lm.optim.update import Update
 from lm.stages.preference.preference_batches import (
     answer_lengths,
     answer_logprobs,
@@ -37,8 +38,10 @@ def make(
     refresh_reference_every: int = 0,
     microbatches: int = 1,
 ) -> Update:
-    """renewed(gradient(ipo)): `refresh` is the number of updates after which the reference becomes the policy of
-    that moment (0: it stays)."""
+    """refreshed_reference(gradient(ipo)).
+
+    refresh_reference_every: updates after which the reference becomes a copy of the policy; 0: never.
+    """
     if beta <= 0:
         raise UserError(f"stage.beta is {beta}; it must be above 0: the lead asked for is 1 / (2 beta)")
 
@@ -48,7 +51,9 @@ def make(
         each = mean_over_pairs(functools.partial(ipo_loss, beta=beta), ratios, batch.ranks)
         return each, preference_metrics(each, beta * ratios, logprobs, batch.ranks)
 
-    return refreshed_reference(gradient(loss, optimizer, microbatches=microbatches), every=refresh_reference_every)
+    return refreshed_reference(
+        decoder_gradient(loss, optimizer, microbatches=microbatches), every=refresh_reference_every
+    )
 
 
 IPO = Stage(

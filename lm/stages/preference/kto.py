@@ -1,21 +1,20 @@
 """KTO: learn a policy from answers that are each good or bad by themselves, as people value gains and losses.
 
-Objective: the mean over labelled answers of lambda_D (1 - sigmoid(beta (r - z))) for a desirable one and
-lambda_U (1 - sigmoid(beta (z - r))) for an undesirable one, where r = log(p(y|x) / p_ref(y|x)) is summed over the
-answer's tokens and z is the reference point, an estimate of KL(p, p_ref): max(0, the batch's mean of r of answers to
-other prompts). A gain or loss far from z saturates: what is hopeless or settled pulls no more. Frozen: "ref", the
-policy this run starts from. A batch is `Ranked` with `mismatched` rows; z is computed once for a whole batch, without
-gradient, and stored with each prompt, so that microbatches do not change it.
-Ethayarajh et al. 2024, eq. 8, arXiv 2402.01306.
+Objective: the mean over labelled answers of lambda_D (1 - sigmoid(beta (r - z))) for a desirable one and lambda_U (1 -
+sigmoid(beta (z - r))) for an undesirable one, where r = log(p(y|x) / p_ref(y|x)) is summed over the answer's tokens and
+z is the reference point, an estimate of KL(p, p_ref): max(0, the batch's mean of r of answers to other prompts). A gain
+or loss far from z saturates: what is hopeless or settled pulls no more. Frozen: "ref", the policy this run starts from.
+A batch is `RankedAnswers` with `mismatched_tokens`; z is computed once for a whole batch, without gradient, and stored
+with each prompt, so that microbatches do not change it. Ethayarajh et al. 2024, eq. 8, arXiv 2402.01306.
 
-Ours differs: labels are read off rankings (desirable: it beats more answers than beat it; undesirable: the reverse;
-neither: unlabelled), and the mismatched answers are fixed when data are prepared, where the paper shifts the answers
-within each microbatch. While the policy finds those less likely than its reference does, z is 0, as it is after a few
-steps of experiments/kto.py.
+Ours differs: where rows bring no labels, they are read off rankings (desirable: it beats more answers than beat it;
+undesirable: the reverse; neither: unlabelled), and the mismatched answers are fixed when data are prepared, where the
+paper shifts the answers within each microbatch. While the policy finds those less likely than its reference does, z is
+0, as it is after a few steps of experiments/kto.py.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import optax
@@ -24,14 +23,16 @@ from lm.core.errors import UserError
 from lm.core.metrics import Metrics, mean, scalar_metric
 from lm.core.types import Array, RankedAnswers
 from lm.data.conversations import conversation_with_answer
+from lm.data.loading import NO_COLUMNS
 from lm.data.packing import padded_rows
+from lm.data.preferences import LABEL_AXIS, OVERALL_AXIS
 from lm.data.tokenized_rankings import TokenizedRanking, ranked_answers_batch
 from lm.data.truncation import EMPTY_ROW, truncated_rows
 from lm.losses.preference import kto_loss
 from lm.losses.ranking import preference_mask
 from lm.model import Model
-from lm.optim.combinators import annotate, refreshed_reference
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import annotate, decoder_gradient, refreshed_reference
+from lm.optim.update import Update
 from lm.stages.context import Batches, StageContext
 from lm.stages.preference import preference_batches
 from lm.stages.preference.preference_batches import answer_logprobs, preference_metrics, summary
@@ -49,10 +50,10 @@ def make(
     refresh_reference_every: int = 0,
     microbatches: int = 1,
 ) -> Update:
-    """renewed(annotate(baseline, gradient(kto))).
+    """refreshed_reference(annotate(baseline, gradient(kto))).
 
-    The weights are lambda_D and lambda_U: where one label is rarer, weigh it up until both count about alike. `refresh`
-    is the number of updates after which the reference becomes the policy of that moment (0: it stays).
+    The weights are lambda_D and lambda_U: where one label is rarer, raise its weight until both count about alike.
+    refresh_reference_every: updates after which the reference becomes a copy of the policy; 0: never.
     """
     each = functools.partial(
         kto_loss, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
@@ -66,7 +67,7 @@ def make(
         value = mean(each(ratios, batch.baseline[:, None], desirable), labelled)
         return value, preference_metrics(value, beta * ratios, logprobs, batch.ranks)
 
-    inner = gradient(loss, optimizer, microbatches=microbatches)
+    inner = decoder_gradient(loss, optimizer, microbatches=microbatches)
     return refreshed_reference(
         annotate(functools.partial(with_reference_point, model), inner), every=refresh_reference_every
     )
@@ -84,16 +85,22 @@ def with_reference_point(model: Model, state, batch: RankedAnswers) -> tuple[Ran
 
 
 def desirability_labels(ranks: Array) -> tuple[Array, Array]:
-    """bool[P,K] twice, from ranks i32[P,K,A]: which answers are desirable, and which are undesirable."""
+    """bool[P,K] twice, from ranks i32[P,K,2]: which answers are desirable, and which are undesirable.
+
+    The second axis is the label of an answer by itself, 0 where it has none; there the ranks decide.
+    """
     better = preference_mask(ranks[..., 0]).astype(jnp.int32)
     wins, losses = jnp.sum(better, axis=2), jnp.sum(better, axis=1)
-    return wins > losses, wins < losses
+    label = ranks[..., 1]
+    return jnp.where(label > 0, label == 1, wins > losses), jnp.where(label > 0, label > 1, wins < losses)
 
 
 def batches(
     context: StageContext,
     *,
     rankings: str,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     length: int = 128,
     prompts_per_batch: int = 32,
     held_out: float = 0.15,
@@ -103,7 +110,10 @@ def batches(
     return preference_batches.batches(
         context,
         functools.partial(batch_with_mismatched, context.tokenizer),
+        (OVERALL_AXIS, LABEL_AXIS),
         rankings=rankings,
+        columns=columns,
+        skip_bad_rows=skip_bad_rows,
         length=length,
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,
@@ -114,7 +124,8 @@ def batches(
 def batch_with_mismatched(
     tokenizer: Tokenizer, verdicts: Sequence[TokenizedRanking], length: int, most: int
 ) -> RankedAnswers:
-    """`grouped`, and for each prompt a row of it with an answer to another. UserError if no prompt has such a row."""
+    """`ranked_answers_batch`, and for each prompt a row of it with an answer to another one. UserError if there is
+    none."""
     rows = [mismatched_example(tokenizer, verdicts, i, length) for i in range(len(verdicts))]
     if all(row is EMPTY_ROW for row in rows):
         raise UserError(

@@ -4,7 +4,7 @@ Objective: the mean of -log p over the tokens of preferred answers, plus `odds_c
 the mean over pairs of -log sigmoid(log odds(chosen) - log odds(rejected)), where an answer's p is exp(mean log-prob of
 its tokens) and its odds are p / (1 - p). The first term teaches to answer at all, so the paper starts from a pretrained
 model; the second alone would let both answers fall. Each term is divided by its own count, of tokens and of prompts.
-Nothing is frozen. A batch is `Ranked` (see stages.preference). Hong et al. 2024, eq. 6 and 7, arXiv 2403.07691.
+Nothing is frozen. A batch is `RankedAnswers`. Hong et al. 2024, eq. 6 and 7, arXiv 2403.07691.
 
 Ours differs: all pairs of a ranking, each prompt counting once; the preferred answers are those that beat some and that
 none beats. As in the paper the first term is over the answer; TRL, after the authors' code, counts the prompt's tokens
@@ -19,7 +19,8 @@ from lm.core.types import Array
 from lm.losses.preference import log_odds, odds_ratio_loss
 from lm.losses.ranking import preference_mask
 from lm.model import Model
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import decoder_gradient
+from lm.optim.update import Update
 from lm.stages.preference.preference_batches import (
     answer_lengths,
     answer_logprobs,
@@ -44,7 +45,7 @@ def make(
         metrics = {**preference_metrics(odds, log_odds(means), logprobs, batch.ranks), "nll": nll}
         return {"nll": nll, "odds": odds_coefficient * odds}, metrics
 
-    return gradient(loss, optimizer, microbatches=microbatches)
+    return decoder_gradient(loss, optimizer, microbatches=microbatches)
 
 
 def top_ranked_mask(ranks: Array) -> Array:

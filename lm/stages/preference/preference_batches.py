@@ -6,7 +6,7 @@ verdicts, of which the same prompts are held out.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from lm.core.errors import check_at_least
 from lm.core.metrics import Mean, Metrics, metric_values
 from lm.core.types import Array, Params, RankedAnswers, Tokens
 from lm.data import tokenized_rankings
+from lm.data.loading import NO_COLUMNS
 from lm.data.preferences import OVERALL_AXIS
 from lm.data.tokenized_rankings import TokenizedRanking
 from lm.losses.ranking import preference_mask
@@ -73,9 +74,12 @@ def preference_metrics(loss: Mean, rewards: Array, logprobs: Array, ranks: Array
 def batches(
     context: StageContext,
     group: Callable[[Sequence[TokenizedRanking], int, int], RankedAnswers] = tokenized_rankings.ranked_answers_batch,
+    axes: Sequence[str] = (OVERALL_AXIS,),
     /,
     *,
     rankings: str,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     length: int = 128,
     prompts_per_batch: int = 32,
     held_out: float = 0.15,
@@ -83,20 +87,25 @@ def batches(
 ) -> Batches:
     """Ranked answers, split by prompt as in stage reward and laid out by `group`, `length` tokens a row.
 
-    `rankings` is a file or database of verdicts (see data.rankings, data.store), or "chitchat" (data.ratings). A
-    verdict that prefers an answer to one of the same tokens is dropped and counted as equal; a prompt loses its
-    beginning where its answer would not fit a row, and an answer that is longer than a row is skipped: both are
-    counted; an empty answer, counted too, is its end token. `limit` > 0 trains on that many verdicts only.
+    `rankings` is a file of preferences in a format of lm.data.formats, a database of `lm rank`, or "chitchat" (see
+    lm.data.loading, also for `columns` and `skip_bad_rows`). A verdict that prefers an answer to one of the same tokens
+    is dropped and counted as equal; a prompt loses its beginning where its answer would not fit a row, and an answer
+    that is longer than a row is skipped: both are counted; an empty answer, counted too, is its end token. `limit` > 0
+    trains on that many verdicts only.
     """
     context.check_length(length)
     check_at_least(1, "data", prompts_per_batch=prompts_per_batch)
     check_at_least(0, "data", limit=limit)
     return batches_of_rankings(
         context,
-        lambda side: tokenized_rankings.tokenized_rankings(context.tokenizer, side, length + 1, cut="prompt"),
+        lambda side: tokenized_rankings.tokenized_rankings(
+            context.tokenizer, side, length + 1, axes=axes, cut="prompt"
+        ),
         group,
-        axes=(OVERALL_AXIS,),
+        axes=axes,
         rankings=rankings,
+        columns=columns,
+        skip_bad_rows=skip_bad_rows,
         length=length,
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,

@@ -3,7 +3,7 @@
 Objective: the mean over pairs of -log sigmoid(r(x, chosen) - r(x, rejected) - gamma), where the reward is
 r = beta * log p(y|x) / |y|, the mean over the answer's tokens and its end token: what greedy and sampled decoding rank
 answers by, and it pays no answer for its length. Nothing is frozen, so nothing holds the policy to where it started but
-a low learning rate and few steps. A batch is `Ranked` (see stages.preference). Meng et al. 2024, eq. 6,
+a low learning rate and few steps. A batch is `RankedAnswers`. Meng et al. 2024, eq. 6,
 arXiv 2405.14734.
 
 Ours differs: all pairs of a ranking, each prompt counting once.
@@ -15,7 +15,8 @@ import optax
 
 from lm.losses.preference import simpo_loss
 from lm.model import Model
-from lm.optim.update import Update, gradient
+from lm.optim.combinators import decoder_gradient
+from lm.optim.update import Update
 from lm.stages.preference.preference_batches import (
     answer_lengths,
     answer_logprobs,
@@ -43,7 +44,7 @@ def make(
         each = mean_over_pairs(functools.partial(simpo_loss, beta=beta, gamma=gamma), means, batch.ranks)
         return each, preference_metrics(each, beta * means, logprobs, batch.ranks)
 
-    return gradient(loss, optimizer, microbatches=microbatches)
+    return decoder_gradient(loss, optimizer, microbatches=microbatches)
 
 
 SIMPO = Stage(__name__, make, batches, summary, shown_metrics=("loss", "accuracy", "margin"))

@@ -1,26 +1,34 @@
 """Conversations as batches: rows in which the assistant's replies are trained and all else is context."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Tokens
-from lm.data import batches as rows_to_batches, packing, sources as corpora
-from lm.data.conversations import Conversation, conversation_excerpts, load_conversations
+from lm.data.batches import BatchSizeRamp, batch_function, sequential_batches
+from lm.data.conversations import Conversation, conversation_excerpts
+from lm.data.loading import NO_COLUMNS, load_conversations
+from lm.data.packing import packed_rows
+from lm.data.sources import split_held_out
 from lm.stages.context import Batches, StageContext
-from lm.tokenizer import Tokenizer, encode_chats as templated
+from lm.tokenizer import Tokenizer, encode_chats
 
 
 def batches(
     context: StageContext,
     *,
     sources: str = "chitchat,docstrings",
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     turns: int = 4,
     length: int = 256,
     batch_size: int = 32,
-    ramp: rows_to_batches.BatchSizeRamp = (),
+    ramp: BatchSizeRamp = (),
     held_out: float = 0.02,
 ) -> Batches:
-    """Rows of `length` tokens of conversations from `sources` (see data.chats), cut into excerpts of `turns` messages.
+    """Rows of `length` tokens of conversations from `sources`, the built-in ones cut into excerpts of `turns` messages.
+
+    `sources`: built-in names, files, folders, globs or hf:NAME, with commas between them. `columns`: our name of a
+    field -> that of the rows. `skip_bad_rows`: so many rows that cannot be used are passed over (lm.data.formats).
 
     The same documents are held out as in pretraining; an excerpt longer than a row, or in which nothing is trained, is
     left out and counted. A `ramp` begins with other batches, as in stage pretrain.
@@ -29,11 +37,11 @@ def batches(
     check_at_least(2, "data", turns=turns)
     if turns % 2:
         raise UserError(f"data.turns is {turns}; it must be even, or every other excerpt would open with the assistant")
-    train, unseen = corpora.split_held_out(load_conversations(sources), held_out)
+    train, unseen = split_held_out(load_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows), held_out)
     (train_rows, left_out), (unseen_rows, more) = (
         conversation_rows(context.tokenizer, side, turns, length) for side in (train, unseen)
     )
-    batch = rows_to_batches.batch_function(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
+    batch = batch_function(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
     about = {
         "length": length,
         "conversations": len(train),
@@ -44,9 +52,7 @@ def batches(
         "held_out_conversations": len(unseen),
         **{f"held_out_{name}": count for name, count in more.items()},
     }
-    return Batches(
-        lambda state, i: batch(i), lambda state: rows_to_batches.sequential_batches(unseen_rows, batch_size), about
-    )
+    return Batches(lambda state, i: batch(i), lambda state: sequential_batches(unseen_rows, batch_size), about)
 
 
 def conversation_rows(
@@ -54,4 +60,4 @@ def conversation_rows(
 ) -> tuple[Tokens, dict[str, int]]:
     """Excerpts packed into rows, and how many were left out."""
     excerpts = conversation_excerpts(conversations, turns=turns)
-    return packing.packed_rows(templated(tokenizer, [excerpt.messages for excerpt in excerpts]), length)
+    return packed_rows(encode_chats(tokenizer, [excerpt.messages for excerpt in excerpts]), length)

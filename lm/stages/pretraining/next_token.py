@@ -7,7 +7,8 @@ from lm.core.errors import UserError
 from lm.core.metrics import Mean, mean
 from lm.core.types import Tokens
 from lm.model import Model, moe
-from lm.optim.update import Loss, Update, gradient
+from lm.optim.combinators import decoder_gradient
+from lm.optim.update import Loss, Update
 
 
 def next_token_update(
@@ -21,7 +22,7 @@ def next_token_update(
 ) -> Update:
     """gradient(next_token_loss)."""
     loss = next_token_loss(model, z_loss=z_loss, balance_loss=balance_loss, router_z_loss=router_z_loss)
-    return gradient(loss, optimizer, microbatches=microbatches)
+    return decoder_gradient(loss, optimizer, microbatches=microbatches)
 
 
 def next_token_loss(

@@ -11,7 +11,9 @@ import math
 import optax
 
 from lm.core.metrics import Metrics, metric_values
-from lm.data import batches as rows_to_batches, packing, sources as corpora
+from lm.data.batches import BatchSizeRamp, batch_function, sequential_batches
+from lm.data.packing import document_rows
+from lm.data.sources import documents_within_bytes, load_documents, split_held_out
 from lm.model import Model
 from lm.optim.update import Update
 from lm.stages.context import Batches, StageContext
@@ -28,7 +30,7 @@ def make(
     router_z_loss: float = 0.0,
     microbatches: int = 1,
 ) -> Update:
-    """next_token_update. `balance` and `router_z`: of a mixture of experts (see `next_token_loss`)."""
+    """next_token_update. `balance_loss` and `router_z_loss`: of a mixture of experts (see `next_token_loss`)."""
     return next_token_update(
         model,
         optimizer,
@@ -45,7 +47,7 @@ def batches(
     corpus: str = "stdlib,chitchat",
     length: int = 256,
     batch_size: int = 32,
-    ramp: rows_to_batches.BatchSizeRamp = (),
+    ramp: BatchSizeRamp = (),
     held_out: float = 0.02,
     held_out_bytes: int = 400_000,
 ) -> Batches:
@@ -56,13 +58,12 @@ def batches(
     in a seeded order; those beyond are counted as skipped.
     """
     context.check_length(length)
-    train, unseen = corpora.split_held_out(corpora.load_documents(corpus), held_out)
-    scored = corpora.documents_within_bytes(unseen, held_out_bytes)
+    train, unseen = split_held_out(load_documents(corpus), held_out)
+    scored = documents_within_bytes(unseen, held_out_bytes)
     train_rows, unseen_rows = (
-        packing.document_rows(context.tokenizer, [document.text for document in side], length)
-        for side in (train, scored)
+        document_rows(context.tokenizer, [document.text for document in side], length) for side in (train, scored)
     )
-    batch = rows_to_batches.batch_function(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
+    batch = batch_function(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
     about = {
         "length": length,
         "documents": len(train),
@@ -73,9 +74,7 @@ def batches(
         "held_out_bytes": len(text := "".join(document.text for document in scored).encode()),
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
     }
-    return Batches(
-        lambda state, i: batch(i), lambda state: rows_to_batches.sequential_batches(unseen_rows, batch_size), about
-    )
+    return Batches(lambda state, i: batch(i), lambda state: sequential_batches(unseen_rows, batch_size), about)
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:

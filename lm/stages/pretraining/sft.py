@@ -24,7 +24,7 @@ def make(
     router_z_loss: float = 0.0,
     microbatches: int = 1,
 ) -> Update:
-    """next_token_update. `balance` and `router_z`: of a mixture of experts (see `next_token_loss`)."""
+    """next_token_update. `balance_loss` and `router_z_loss`: of a mixture of experts (see `next_token_loss`)."""
     return next_token_update(
         model,
         optimizer,

@@ -12,21 +12,17 @@ import optax
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Mean, Metrics, mean, metric_values
 from lm.core.types import Array, RankedAnswers, Tokens
-from lm.data import (
-    annotations,
-    batches as rows_to_batches,
-    preferences as records,
-    ratings,
-    sources as corpora,
-    tokenized_rankings,
-)
-from lm.data.preferences import OVERALL_AXIS, OVERALL_ONLY, ordered_axes
-from lm.data.tokenized_rankings import TokenizedRanking
+from lm.data.batches import batch_function, sequential_batches
+from lm.data.loading import NO_COLUMNS, load_rankings
+from lm.data.preferences import LABEL_AXIS, OVERALL_AXIS, OVERALL_ONLY, Ranking, ordered_axes, preference_pairs
+from lm.data.ratings import BUILT_IN_RANKINGS
+from lm.data.sources import split_held_out
+from lm.data.tokenized_rankings import TokenizedRanking, ranked_answers_batch, tokenized_rankings
 from lm.data.truncation import nothing_left_error
 from lm.losses.ranking import preference_mask
 from lm.model import Model
-from lm.optim.combinators import with_value_head
-from lm.optim.update import Loss, Update, gradient
+from lm.optim.combinators import decoder_gradient, with_value_head
+from lm.optim.update import Loss, Update
 from lm.rewards.reward_model import reward_row, reward_scores
 from lm.stages.context import Batches, StageContext
 from lm.tokenizer import Tokenizer
@@ -47,11 +43,11 @@ def reward_model_update(
     centring_coefficient: float,
     microbatches: int,
 ) -> Update:
-    """value_head(gradient(objective of every axis + centring)), which also measures itself on held-out batches."""
+    """with_value_head(gradient(objective of every axis + centring)), which also measures itself on held-out batches."""
     axes = ordered_axes(axes)
     loss = ranking_loss(model, objective, axes=axes, centring_coefficient=centring_coefficient)
     update = with_value_head(
-        lambda key: scalar_heads(model, key, len(axes)), gradient(loss, optimizer, microbatches=microbatches)
+        lambda key: scalar_heads(model, key, len(axes)), decoder_gradient(loss, optimizer, microbatches=microbatches)
     )
 
     def evaluate(state, batch: RankedAnswers) -> Metrics:
@@ -76,8 +72,9 @@ def answer_scores(model: Model, params, tokens: Tokens) -> Array:
 def ranking_loss(
     model: Model, objective: RankingObjective, *, axes: Iterable[str], centring_coefficient: float
 ) -> Loss:
-    """The sum of each axis' objective, a mean over the prompts that it decides, plus `centring` times the mean of
-    (r_i + r_j)^2 over the compared pairs, which keeps scores near 0 (Eisenstein et al. 2023, arXiv 2312.09244)."""
+    """The sum of each axis' objective, a mean over the prompts that it decides, plus `centring_coefficient` times the
+    mean of (r_i + r_j)^2 over the compared pairs, which keeps scores near 0 (Eisenstein et al. 2023, arXiv
+    2312.09244)."""
 
     def loss(params, frozen, batch: RankedAnswers, key):
         # A difference cannot see the offset: left in, rounding alone would move it. Centring does see it.
@@ -148,6 +145,8 @@ def batches(
     context: StageContext,
     *,
     rankings: str,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     axes: Mapping[str, float] = OVERALL_ONLY,
     length: int = 128,
     prompts_per_batch: int = 32,
@@ -156,11 +155,11 @@ def batches(
 ) -> Batches:
     """Ranked answers, split by prompt (by rater where the data name him), `length` tokens a row.
 
-    `rankings` is a file or database of verdicts (see data.rankings, data.store), or "chitchat" (data.ratings).
-    `axes` names what is learnt, "overall" among them, and what each counts in the total score; one that counts 0 still
-    shapes the trunk. All answers of a verdict are in one batch. `limit` > 0 trains on that many verdicts only. What a
-    longer answer keeps, data.truncation says; a verdict between two answers of the same tokens is left out. Both are
-    counted.
+    `rankings` is a file of preferences in a format of lm.data.formats, a database of `lm rank`, or "chitchat" (see
+    lm.data.loading, also for `columns` and `skip_bad_rows`). `axes` names what is learned, "overall" among them, and
+    the weight of each in the total score; one of weight 0 still shapes the trunk. All answers of a ranking are in one
+    batch. `limit` > 0 trains on that many rankings only. Longer answers are cut as lm.data.truncation says; a ranking
+    of answers of the same tokens is left out. Both are counted.
     """
     context.check_length(length)
     check_at_least(1, "data", prompts_per_batch=prompts_per_batch)
@@ -169,9 +168,11 @@ def batches(
     return batches_of_rankings(
         context,
         lambda side: reward_model_rows(context.tokenizer, side, tuple(axes), length),
-        tokenized_rankings.ranked_answers_batch,
+        ranked_answers_batch,
         axes=axes,
         rankings=rankings,
+        columns=columns,
+        skip_bad_rows=skip_bad_rows,
         length=length,
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,
@@ -181,18 +182,22 @@ def batches(
 
 def batches_of_rankings(
     context: StageContext,
-    laid_out: Callable[[Sequence[records.Ranking]], tuple[list[TokenizedRanking], dict[str, int]]],
+    laid_out: Callable[[Sequence[Ranking]], tuple[list[TokenizedRanking], dict[str, int]]],
     group: Callable[[Sequence[TokenizedRanking], int, int], RankedAnswers],
     *,
     axes: Iterable[str],
     rankings: str,
+    columns: Mapping[str, str],
+    skip_bad_rows: int,
     length: int,
     prompts_per_batch: int,
     held_out: float,
     limit: int,
 ) -> Batches:
     """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows."""
-    ranked, aside, undecided = split_rankings(rankings, held_out)
+    ranked, aside, undecided = split_rankings(
+        rankings, held_out, columns=columns, skip_bad_rows=skip_bad_rows, labels=LABEL_AXIS in axes
+    )
     (train, counts), (unseen, more) = laid_out(ranking_subset(ranked, limit, context.seed)), laid_out(aside)
     counts = {name: count + more[name] for name, count in counts.items()}
     for side, name in ((train, "to learn from"), (unseen, "held out")):
@@ -204,12 +209,13 @@ def batches_of_rankings(
                 limit=f"data.length {length}",
                 way="raise data.length, or rank other answers",
             )
-    missing = [axis for axis in axes if axis != OVERALL_AXIS and not any(axis in v.ranking.axes for v in train)]
+    scored = {OVERALL_AXIS, LABEL_AXIS}.union(*(verdict.ranking.axes for verdict in train))
+    missing = [axis for axis in axes if axis not in scored]
     if missing:
         raise UserError(f"{rankings}: no verdict scores the axis {missing[0]!r} of data.axes: leave it out")
     most = max(len(verdict.rows) for verdict in [*train, *unseen])
     train_rows, unseen_rows = (group(side, length, most) for side in (train, unseen))
-    batch = rows_to_batches.batch_function(train_rows, batch_size=prompts_per_batch, seed=context.seed)
+    batch = batch_function(train_rows, batch_size=prompts_per_batch, seed=context.seed)
     about = {
         "length": length,
         "prompts": len(train),
@@ -219,37 +225,41 @@ def batches_of_rankings(
         **counts,
         "undecided": undecided + counts["undecided"],
     }
-    held_out_batches = lambda state: rows_to_batches.sequential_batches(unseen_rows, prompts_per_batch)
+    held_out_batches = lambda state: sequential_batches(unseen_rows, prompts_per_batch)
     return Batches(lambda state, i: batch(i), held_out_batches, about)
 
 
-def split_rankings(rankings: str, held_out: float) -> tuple[list[records.Ranking], list[records.Ranking], int]:
-    """The verdicts to learn from, the held-out ones, and how many prefer no answer to another and are left out."""
-    everything = (
-        ratings.BUILT_IN_RANKINGS[rankings]()
-        if rankings in ratings.BUILT_IN_RANKINGS
-        else annotations.read_rankings(rankings)
-    )
-    ranked = [r for r in everything if records.preference_pairs(r)]
+def split_rankings(
+    rankings: str,
+    held_out: float,
+    *,
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
+    labels: bool = False,
+) -> tuple[list[Ranking], list[Ranking], int]:
+    """The verdicts to learn from, the held-out ones, and how many decide nothing and are left out.
+
+    labels: an answer that is labelled good or bad by itself decides, too.
+    """
+    everything = load_rankings(rankings, columns=columns, skip_bad_rows=skip_bad_rows)
+    ranked = [r for r in everything if preference_pairs(r) or labels and LABEL_AXIS in r.axes]
     if not ranked:
         raise UserError(f"{rankings}: no ranking prefers one answer to another; rank more answers, or less alike ones")
-    content = "name" if rankings in ratings.BUILT_IN_RANKINGS else "content"  # the same opener is given to many raters
-    return *corpora.split_held_out(ranked, held_out, attrgetter(content)), len(everything) - len(ranked)
+    content = "name" if rankings in BUILT_IN_RANKINGS else "content"  # the same opener is given to many raters
+    return *split_held_out(ranked, held_out, attrgetter(content)), len(everything) - len(ranked)
 
 
-def ranking_subset(rankings: Sequence[records.Ranking], limit: int, seed: int) -> list[records.Ranking]:
+def ranking_subset(rankings: Sequence[Ranking], limit: int, seed: int) -> list[Ranking]:
     """`limit` of the verdicts, drawn by the seed and left in their order; 0: all of them."""
     order = np.random.default_rng(seed).permutation(len(rankings))[: limit or None]
     return [rankings[i] for i in sorted(order)]
 
 
 def reward_model_rows(
-    tokenizer: Tokenizer, rankings: Sequence[records.Ranking], axes: Sequence[str], length: int
+    tokenizer: Tokenizer, rankings: Sequence[Ranking], axes: Sequence[str], length: int
 ) -> tuple[list[TokenizedRanking], dict[str, int]]:
-    """The verdicts that can be learnt from, their answers as a reward model reads them, and what is left out."""
-    found, counts = tokenized_rankings.tokenized_rankings(
-        tokenizer, rankings, length, axes=axes, cut="answer", trained=False
-    )
+    """The verdicts that can be learned from, their answers as a reward model reads them, and what is left out."""
+    found, counts = tokenized_rankings(tokenizer, rankings, length, axes=axes, cut="answer", trained=False)
     rows = [[reward_row(tokenizer, row) for row in verdict.rows] for verdict in found]
     return [verdict._replace(rows=own) for verdict, own in zip(found, rows)], counts
 

@@ -2,9 +2,9 @@
 
 Objective: the mean over pairs of -log sigmoid(r(x, chosen) - r(x, rejected)), the Bradley-Terry likelihood of the
 verdicts. r is a linear head, zero at the start, on the state at the last real token of a decoder that starts as the SFT
-model; with several axes there is a head for each on one trunk. Nothing is frozen. A batch is `Ranked`: all answers of a
-prompt go through one forward pass, all their pairs are compared, and each prompt counts once, however many pairs its
-ranking gives. Stiennon et al. 2020, arXiv 2009.01325; Ouyang et al. 2022, sec. 3.5, arXiv 2203.02155.
+model; with several axes there is a head for each on one trunk. Nothing is frozen. A batch is `RankedAnswers`: all
+answers of a prompt go through one forward pass, all their pairs are compared, and each prompt counts once, however many
+pairs its ranking gives. Stiennon et al. 2020, arXiv 2009.01325; Ouyang et al. 2022, sec. 3.5, arXiv 2203.02155.
 """
 
 from collections.abc import Mapping
@@ -31,8 +31,11 @@ def make(
     centring_coefficient: float = 0.01,
     microbatches: int = 1,
 ) -> Update:
-    """learner(bradley_terry): `margin` is asked for each rank between two answers, `flipped` is the share of verdicts
-    that are expected to be wrong, `centring` the price of scores away from 0."""
+    """The update of `bradley_terry_loss` over pairs.
+
+    margin: the lead asked for each rank between two answers. flip_probability: the share of preferences expected to be
+    wrong. centring_coefficient: the weight of the term that keeps scores near 0.
+    """
     if not 0 <= flip_probability < 0.5:
         raise UserError(
             f"stage.flip_probability is {flip_probability}; it must be in [0, 0.5): at one half verdicts say nothing"

@@ -7,7 +7,7 @@ eq. 3, arXiv 2402.03300.
 
 Three choices of the paper bias its gradient, and `python -m lm certify` prints by how much: the deviation in the
 advantage, the mean over each answer's own length, and k3 in the loss, whose gradient is that of the other KL. They are
-kept, for this is GRPO as published; `dr_grpo` and `rloo` do without.
+kept, as this is GRPO as published; stages dr_grpo and rloo have none of them.
 """
 
 import optax

@@ -10,9 +10,10 @@ from lm.core.types import Tokens
 from lm.data import packing
 from lm.data.conversations import Example, reward_example
 from lm.data.prompts import Prompts
-from lm.generate.sampler import prompt_completion_rows, sample
+from lm.generate.sampler import SamplingParams, prompt_completion_rows, sample
 from lm.model import Model
 from lm.rewards.environments import Environment
+from lm.stages.context import StageContext
 from lm.tokenizer import TokenizedExample, Tokenizer
 
 REPLY_MARKER_TOKENS = (
@@ -35,10 +36,24 @@ class SampledAnswers(NamedTuple):
 AnswerSampler = Callable[[Any, Prompts, Any], SampledAnswers]  # (lm, prompts, key) -> one answer to each
 
 
-def rollout_rows(model: Model, lm, prompts, lengths, key, **options):
+def rollout_rows(model: Model, lm, prompts, lengths, key, sampling: SamplingParams):
     """Rows of prompt and answer (`Tokens`), the sampler's log-probs on them, and the bare completions."""
-    completions = sample(model, lm, prompts, lengths, key, **options)
+    completions = sample(model, lm, prompts, lengths, key, sampling)
     return *prompt_completion_rows(prompts, lengths, completions), completions
+
+
+def rollout_program(context: StageContext, sampling: SamplingParams):
+    """(lm, prompts, lengths, key) -> `rollout_rows`, compiled, with the tokenizer's stop ids.
+
+    The temperature is an argument of the program, so that the trials of a sweep share one.
+    """
+    sampling = sampling._replace(stop=context.tokenizer.stop_ids)
+    program = context.jit(
+        lambda lm, prompts, lengths, key, temperature: rollout_rows(
+            context.model, lm, prompts, lengths, key, sampling._replace(temperature=temperature)
+        )
+    )
+    return lambda lm, prompts, lengths, key: program(lm, prompts, lengths, key, sampling.temperature)
 
 
 def single_turn_sampler(sampled, tokenizer: Tokenizer) -> AnswerSampler:

@@ -17,12 +17,12 @@ from lm.core.types import Array, Rollouts, TrainState
 from lm.losses.advantages import rewards_by_group
 from lm.losses.policy import clipped_surrogate, clipped_value_loss, kl_k1, kl_k3, token_ratio
 from lm.model import Model
-from lm.optim.combinators import annotate, minibatches, refreshed_reference
-from lm.optim.update import Loss, Update, gradient
+from lm.optim.combinators import annotate, decoder_gradient, minibatches, refreshed_reference
+from lm.optim.update import Loss, Update
 
 Advantages = Callable[[Rollouts], Array]  # rollouts with old and reference log-probs -> f32[B,T]
 TokenLoss = Callable[[Array, Rollouts], Array]  # (log-probs f32[B,T], annotated rollouts) -> loss f32[B,T]
-Annotation = Callable[[TrainState, Rollouts], tuple[Rollouts, Metrics]]  # completes a batch before it is learnt from
+Annotation = Callable[[TrainState, Rollouts], tuple[Rollouts, Metrics]]  # completes a batch before it is learned from
 LossAverage = Callable[[Array, Array], Mean]  # (f32[B,T], weights f32[B,T]) -> Mean
 
 SHOWN_METRICS = ("reward", "score/rule", "kl", "entropy")  # in the live line
@@ -76,10 +76,10 @@ def policy_gradient_update(
     """refreshed_reference(annotate(advantages, minibatches(gradient(objective + kl_in_loss * k3 - entropy)))).
 
     `entropy_bonus` times the entropy of the policy's distribution is added to the objective.
-    `correction` > 0 weighs each token by min(p_old / p_sampler, correction), where sampler and trainer compute the same
-    policy with different roundings (truncated importance sampling: Yao et al. 2025, "Your efficient RL framework
+    `importance_ratio_cap` > 0 weighs each token by min(p_old / p_sampler, cap), where sampler and trainer compute the
+    same policy with different roundings (truncated importance sampling: Yao et al. 2025, "Your efficient RL framework
     secretly brings you off-policy RL training"); 0 does not.
-    `refresh`: the reference becomes the current policy every so many batches; 0: never.
+    `refresh_reference_every`: the reference becomes the current policy every so many batches; 0: never.
     """
     check_at_least(0, "stage", importance_ratio_cap=importance_ratio_cap)
 
@@ -115,12 +115,14 @@ def rollout_update(
     """How every method learns from a batch of rollouts: refreshed_reference(annotate(minibatches(gradient(loss))))."""
     check_at_least(1, "stage", epochs=epochs, minibatch_count=minibatch_count)
     check_at_least(0, "stage", refresh_reference_every=refresh_reference_every)
-    inner = minibatches(gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count)
+    inner = minibatches(
+        decoder_gradient(loss, optimizer, microbatches=microbatches), epochs=epochs, count=minibatch_count
+    )
     return refreshed_reference(annotate(annotation, inner), every=refresh_reference_every * epochs * minibatch_count)
 
 
 def clipped_objective(clip_low: float, clip_high: float, dual: float = 0.0) -> TokenLoss:
-    """PPO's surrogate of token ratios, clipped `low` below and `high` above 1; `dual`: see `clipped_surrogate`."""
+    """PPO's surrogate of token ratios, clipped to [1 - clip_low, 1 + clip_high]; `dual`: see `clipped_surrogate`."""
 
     def objective(logprobs, batch: Rollouts):
         ratio = ratio_to_old_policy(logprobs, batch)

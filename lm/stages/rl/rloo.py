@@ -6,7 +6,7 @@ summed. At the first update the expected gradient is that of the objective, exac
 "ref". A batch is `Rollouts` of `data.group` answers to each prompt. Ahmadian et al. 2024, arXiv 2402.14740; Kool et al.
 2019.
 
-Ours differs: where a batch is learnt from more than once the token ratios of PPO weigh it, clipped; at ratio 1 that is
+Ours differs: where a batch is learned from more than once the token ratios of PPO weigh it, clipped; at ratio 1 that is
 REINFORCE.
 """
 

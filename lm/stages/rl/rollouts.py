@@ -8,9 +8,13 @@ import numpy as np
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Rollouts, Tokens, TrainState
-from lm.data import batches as rows_to_batches, conversations, packing, sources as corpora
+from lm.data.batches import batch_function
+from lm.data.conversations import distinct_conversations, repeated_prompt_contexts
+from lm.data.loading import NO_COLUMNS, load_conversations
+from lm.data.packing import document_rows
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
-from lm.generate.sampler import check_sampling
+from lm.data.sources import load_documents, split_held_out
+from lm.generate.sampler import SamplingParams, check_sampling
 from lm.losses.advantages import overlong_penalty
 from lm.model import Model
 from lm.rewards import Reward, WeightedRewards, named_reward, reward_form, reward_weights, weighted_reward
@@ -22,7 +26,7 @@ from lm.stages.rl.multi_turn import (
     AnswerSampler,
     SampledAnswers,
     multi_turn_sampler,
-    rollout_rows,
+    rollout_program,
     single_turn_sampler,
 )
 from lm.tokenizer import Tokenizer
@@ -42,6 +46,8 @@ def batches(
     rater: str = "",
     reward_timeout: float = 0.0,
     sources: str = "chitchat",
+    columns: Mapping[str, str] = NO_COLUMNS,
+    skip_bad_rows: int = 0,
     turns: int = 3,
     prompt_length: int = 64,
     max_new: int = 32,
@@ -61,27 +67,28 @@ def batches(
 ) -> Batches:
     """`rollouts` answers of the current policy, `group` to each prompt from `sources`, and what they are worth.
 
+    `sources`, `columns`, `skip_bad_rows`: see lm.data.loading; a row's other fields go to the rewards.
+
     The reward is a sum of `rewards`, by name and weight, or as text, "rule=1.0,my_rewards.py:accuracy=2.0": "model" is
     the reward model of the workdir `reward_model` (of several, with commas between them: their mean less `pessimism`
     standard deviations), the others are lm.rewards.REWARDS, or functions of one's own, file.py:function or
     package.module:function (lm.rewards tells their forms); where there are several, each is logged as reward/NAME.
     `rater` names one that is logged as score/NAME but never learned from. `reward_timeout`: seconds that one call of a
     function of one's own may take; 0: no limit. A reward per token goes to Rollouts.token_rewards: PPO and REINFORCE++
-    leave it with its token, all others sum it over the answer. An answer that the limit cut off loses `cut_penalty`;
-    one within `overlong_buffer` tokens of it loses a share (`losses.advantages.overlong_penalty`). Prompts longer than
-    `prompt_length` tokens, and those that came before, are left out and counted.
+    leave it with its token, all others sum it over the answer. An answer that the limit cut off loses
+    `truncation_penalty`; one within `overlong_buffer` tokens of the limit loses a share of 1
+    (lm.losses.advantages.overlong_penalty). Prompts longer than `prompt_length` tokens, and those that came before, are
+    left out and counted.
 
-    `resample`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by further
-    ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of
-    lm.rewards.environments', which
-    replies to an answer of the policy with up to `reply_length` tokens, for at most `exchanges` answers a row; what it
-    says is context, never trained. `corpus`: adds rows of `text_length` tokens of it to each batch, one a rollout, for
-    stages that go on learning from text.
+    `resample_rounds`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by
+    further ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of
+    lm.rewards.environments', which replies to an answer of the policy with up to `reply_length` tokens, for at most
+    `exchanges` answers a row; what it says is context, never trained. `corpus`: adds rows of `text_length` tokens of it
+    to each batch, one a rollout, for stages that go on learning from text.
     """
     model, tokenizer = context.model, context.tokenizer
-    check_rollout_options(
-        model, prompt_length, max_new=max_new, temperature=temperature, rollouts=rollouts, group=group
-    )
+    sampling = SamplingParams(max_new, temperature)
+    check_rollout_options(model, prompt_length, sampling, rollouts=rollouts, group=group)
     check_at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts, exchanges=exchanges)
     check_at_least(0, "data", resample_rounds=resample_rounds, overlong_buffer=overlong_buffer)
     more = (exchanges - 1) * (max_new + reply_length) if environment else 0
@@ -89,9 +96,7 @@ def batches(
     if environment:
         longest = exchanges * max_new
         context.check_length(length)
-    answer = answer_sampler(
-        context, environment, exchanges=exchanges, reply_length=reply_length, max_new=max_new, temperature=temperature
-    )
+    answer = answer_sampler(context, environment, sampling, exchanges=exchanges, reply_length=reply_length)
     parts = reward_parts(
         context,
         reward_weights(rewards, "data.rewards"),
@@ -115,14 +120,16 @@ def batches(
             found.tokens, np.float32(total), scores, found.stopped, found.logprobs, token_rewards, group=group
         )
 
-    contexts = conversations.repeated_prompt_contexts(conversations.load_conversations(sources), turns=turns)
-    distinct = conversations.distinct_conversations(contexts)
+    contexts = repeated_prompt_contexts(
+        load_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows), turns=turns
+    )
+    distinct = distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
-        prompts_within_length(tokenizer, side, prompt_length) for side in corpora.split_held_out(distinct, held_out)
+        prompts_within_length(tokenizer, side, prompt_length) for side in split_held_out(distinct, held_out)
     )
     prompts = rollouts // group
     asked = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts, group=group)
-    order = rows_to_batches.batch_function(np.arange(len(train.ids)), batch_size=prompts, seed=context.seed)
+    order = batch_function(np.arange(len(train.ids)), batch_size=prompts, seed=context.seed)
     text, unseen_text = text_batches(context, corpus, text_length, rollouts, held_out)
     about = {
         "length": length,
@@ -155,11 +162,11 @@ def batches(
 
 
 def check_rollout_options(
-    model: Model, prompt: int, *, max_new: int, temperature: float, rollouts: int, group: int
+    model: Model, prompt_length: int, sampling: SamplingParams, *, rollouts: int, group: int
 ) -> None:
-    """UserError for sizes that cannot be sampled or learnt from."""
-    check_sampling(model, prompt, max_new=max_new, temperature=temperature, top_k=0, top_p=1.0)
-    if temperature == 0:
+    """UserError for sizes that cannot be sampled or learned from."""
+    check_sampling(model, prompt_length, sampling)
+    if sampling.temperature == 0:
         raise UserError(
             "data.temperature is 0: greedy answers do not explore, and their log-probs are all 0; use e.g. 1.0"
         )
@@ -187,16 +194,10 @@ def held_out_prompts(there: int, *, held_out_rollouts: int, rollouts: int, group
 
 
 def answer_sampler(
-    context: StageContext, environment: str, *, exchanges: int, reply_length: int, max_new: int, temperature: float
+    context: StageContext, environment: str, sampling: SamplingParams, *, exchanges: int, reply_length: int
 ) -> AnswerSampler:
     """How the policy answers: once or, with the environment of this name, in exchanges."""
-    model, tokenizer = context.model, context.tokenizer
-    compiled = context.jit(
-        lambda lm, prompts, lengths, key, temperature: rollout_rows(
-            model, lm, prompts, lengths, key, max_new=max_new, temperature=temperature, stop=tokenizer.stop_ids
-        )
-    )
-    sampled = lambda *args: compiled(*args, temperature)
+    sampled, tokenizer = rollout_program(context, sampling), context.tokenizer
     if not environment:
         return single_turn_sampler(sampled, tokenizer)
     if environment not in ENVIRONMENTS:
@@ -204,7 +205,7 @@ def answer_sampler(
             f"data.environment is {environment!r}; choose one of {', '.join(ENVIRONMENTS)}, or leave it empty"
         )
     check_at_least(REPLY_MARKER_TOKENS + 1, "data", reply_length=reply_length)
-    return multi_turn_sampler(sampled, tokenizer, ENVIRONMENTS[environment], exchanges, max_new, reply_length)
+    return multi_turn_sampler(sampled, tokenizer, ENVIRONMENTS[environment], exchanges, sampling.max_new, reply_length)
 
 
 def rollout_rewards(
@@ -302,12 +303,12 @@ def text_batches(
         return (lambda i: None), (lambda i: None)
     context.check_length(length)
     train, unseen = (
-        rows_to_batches.batch_function(
-            packing.document_rows(context.tokenizer, [document.text for document in side], length),
+        batch_function(
+            document_rows(context.tokenizer, [document.text for document in side], length),
             batch_size=rows,
             seed=context.seed,
         )
-        for side in corpora.split_held_out(corpora.load_documents(corpus), held_out)
+        for side in split_held_out(load_documents(corpus), held_out)
     )
     return train, unseen
 

@@ -36,7 +36,7 @@ class MetricRise(NamedTuple):
 
     total: Estimate  # from the first rung to the last, the same items
     share: Estimate  # of it that the step holds; nan where nothing rises
-    jump: str  # whether that is more than half: YES, NO or UNTOLD
+    jump: str  # whether that is more than half: YES, NO or UNDECIDED
 
 
 class JumpFinding(NamedTuple):

@@ -9,18 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
+from lm.core.statistics import interval_text
 from lm.data.tasks.skills import TASKS
 from lm.runs.console import print_table, say
-from lm.runs.html import (
-    SERIES_COLORS,
-    TEXT_COLOR,
-    interval_text,
-    png_figure,
-    short_number,
-    svg_figure,
-    template_environment,
-)
-from lm.runs.workdir import write_text
+from lm.runs.html import SERIES_COLORS, TEXT_COLOR, short_number, write_figure_page
 from lm.studies.emergence.jumps import (
     EDIT_DISTANCE,
     EXACT_MATCH,
@@ -204,23 +196,19 @@ def write_page(folder: Path, summary: JsonTree) -> list[Path]:
     tasks = list(dict.fromkeys(curve["task"] for curve in summary["curves"]))
     size = dict(width=10.0, height=0.5 + 2.0 * len(tasks), nrows=len(tasks), ncols=len(METRICS), squeeze=False)
     draw = functools.partial(draw_figure, summary, tasks)
-    page, picture = folder / f"{PAGE_NAME}.html", folder / f"{PAGE_NAME}.png"
-    text = (
-        template_environment()
-        .get_template("studies/emergence/page.html.jinja")
-        .render(
-            summary=summary,
-            sentences=conclusion_sentences(summary),
-            figure=svg_figure(draw, sharex=True, **size),
-            tasks=TASKS,
-            metrics=METRICS,
-            exact=EXACT_MATCH,
-            names=tasks,
-        )
+    return write_figure_page(
+        folder,
+        PAGE_NAME,
+        "studies/emergence/page.html.jinja",
+        draw,
+        {"sharex": True, **size},
+        summary=summary,
+        sentences=conclusion_sentences(summary),
+        tasks=TASKS,
+        metrics=METRICS,
+        exact=EXACT_MATCH,
+        names=tasks,
     )
-    picture.write_bytes(png_figure(draw, sharex=True, **size))
-    write_text(page, text)
-    return [page, picture]
 
 
 def draw_figure(summary: JsonTree, tasks: Sequence[str], axes) -> None:

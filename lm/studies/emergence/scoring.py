@@ -15,6 +15,7 @@ from lm.data.prompts import bucket_length, padded_prompts
 from lm.data.tasks.scoring import compared_text, edit_distance
 from lm.data.tasks.skills import TASKS, TaskItem, evaluation_items, example_items
 from lm.generate.engine import batch_answerer
+from lm.generate.sampler import SamplingParams
 from lm.runs.partial_results import PartialResults
 from lm.runs.workdir import TrainedModel
 from lm.tokenizer import TokenizedExample, Tokenizer
@@ -113,9 +114,10 @@ class TaskPrograms:
         self._lm = jax.tree.map(jnp.asarray, trained.params["lm"])  # on the device once
         self._logprobs = jax.jit(trained.model.token_logprobs)
         given = trained.model, self._lm, trained.tokenizer
-        shared = {"jit": jax.jit, "max_new": answer, "stop": newline_ids(trained.tokenizer)}
-        self._greedy = batch_answerer(*given, rows_at_once=ROWS_AT_ONCE, temperature=0.0, **shared)
-        self._sampled = batch_answerer(*given, rows_at_once=max(ROWS_AT_ONCE // samples, 1), samples=samples, **shared)
+        drawn = SamplingParams(answer, samples=samples, stop=newline_ids(trained.tokenizer))
+        greedy = drawn._replace(temperature=0.0, samples=1)
+        self._greedy = batch_answerer(*given, greedy, rows_at_once=ROWS_AT_ONCE, jit=jax.jit)
+        self._sampled = batch_answerer(*given, drawn, rows_at_once=max(ROWS_AT_ONCE // samples, 1), jit=jax.jit)
 
     def answers(self, questions: TaskQuestions, key, *, greedy: bool) -> list[str]:
         """A text for each question, or adjacent samples; each ends with its first newline."""

@@ -32,12 +32,12 @@ class BatchDistribution(NamedTuple):
 
 
 class Certificate(NamedTuple):
-    """The claim: over `draws`, the mean gradient of `update` is `scale` times `exact`; or that it is biased."""
+    """The claim that over `batches` the mean gradient of `update` is `scale` times `exact_gradient`, or is biased."""
 
     name: str
-    objective: str  # whose gradient `exact` is, for people
+    objective: str  # in words: whose gradient `exact_gradient` is
     exact_gradient: Params | None  # None: zero
-    update: Update  # with the optimizer RECORDED
+    update: Update  # with the optimizer GRADIENT_RECORDER
     batches: BatchDistribution
     params: Params
     frozen: Params

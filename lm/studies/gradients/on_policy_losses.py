@@ -300,7 +300,7 @@ def ppo_certificates(nets: Networks) -> Iterator[Certificate]:
     ptx = make(text_coefficient=0.5)
     yield certificate_of(w, "  with text (ptx)", "both terms", of_both, ptx, with_text)
     found = certificate_of(w, "PPO's value head", "¼ E (V - v)²", None, make(value_coefficient=1.0), draws, heads=wrong)
-    yield found._replace(exact=exact_value_gradient(w), param_group="value")
+    yield found._replace(exact_gradient=exact_value_gradient(w), param_group="value")
 
 
 def exact_value_head(w: TinyWorld) -> Params:

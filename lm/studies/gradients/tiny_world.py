@@ -171,7 +171,7 @@ def _perturbed_networks(model: Model, start: Params, seed: int, *, shaken: float
 
 
 def _compiled_by_function(model: Model) -> Model:
-    """The model, each of its functions compiled once: see certificate.gradients."""
+    """The model, each of its functions compiled once."""
     hidden, scores = jax.jit(model.hidden_states), jax.jit(model.target_stats, static_argnames="temperature")
 
     def token_logprobs(lm, tokens, *, temperature=1.0):

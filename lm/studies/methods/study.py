@@ -26,17 +26,18 @@ from ml_collections import ConfigDict
 from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
 from lm.core.errors import UserError, check_at_least
 from lm.core.options import ConfigFunction, option_value
-from lm.core.statistics import crossed_mean
+from lm.core.statistics import crossed_mean, estimate_text, interval_text, signed_number
 from lm.data.preferences import preference_pairs, read_jsonl_rankings
 from lm.evaluate.models import ANSWERS_FILE
 from lm.evaluate.policies import HeldOutPrompts, conversation_means, held_out_prompts, policy_answerer
 from lm.feedback import auto_rank
+from lm.generate.sampler import SamplingParams
 from lm.rewards import named_rater
 from lm.rewards.load import reward_from_workdirs
 from lm.rewards.reward_model import reward_row_length
 from lm.rewards.rule import RULE
 from lm.runs.console import print_table, run_program, say, warn
-from lm.runs.html import SERIES_COLORS, TEXT_COLOR, interval_text, signed_number, svg_figure, template_environment
+from lm.runs.html import SERIES_COLORS, TEXT_COLOR, rendered_page, svg_figure
 from lm.runs.partial_results import PartialResults
 from lm.runs.workdir import TrainedModel, load_trained_model, open_workdir, read_json, read_metrics, write_text
 from lm.stages import REWARD_MODEL_STAGES, STAGES
@@ -68,7 +69,7 @@ class MethodEntry(NamedTuple):
     """A method and all the runs of it."""
 
     config: ConfigDict  # what lm train gets, but for the seed
-    learns_from: str  # ROLLOUTS or RANKINGS
+    learns_from: str  # ROLLOUTS_OPTION or RANKINGS_OPTION
 
 
 def study_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
@@ -246,7 +247,7 @@ def answer_recorder(
 
     longest: tokens that the reward model must read, here and in the runs of all methods.
     """
-    ask = policy_answerer(start, max_new=max_new, temperature=temperature, rows_at_once=rows_at_once)
+    ask = policy_answerer(start, SamplingParams(max_new, temperature), rows_at_once=rows_at_once)
     longest = max(longest, reward_row_length(questions.prompts.ids.shape[1], max_new))
     rate = named_rater(rater, "evaluate.rater")
     proxy = reward_from_workdirs(reward_model, start.tokenizer, 0.0, longest=longest)
@@ -350,11 +351,11 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
         "across zero": "its interval includes zero: no difference from the start can be shown",
     }
     said = [
-        f"{name}: {signed_number(one['gain']['value'])} {interval_text(one['gain'], 'signed')}; {plain[one['where']]}."
+        f"{name}: {estimate_text(one['gain'], 'signed')}; {plain[one['where']]}."
         for name, one in summary["methods"].items()
     ]
     pairs = [
-        (pair["where"] == "across zero", f"{pair['a']} and {pair['b']} ({gain_text(pair)})")
+        (pair["where"] == "across zero", f"{pair['a']} and {pair['b']} ({estimate_text(pair, 'signed')})")
         for pair in summary["pairs"]
     ]
     for noise, title in ((True, "Inside the noise"), (False, "Outside the noise")):
@@ -363,10 +364,6 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
     if len(summary["seeds"]) == 1:
         said.append("With a single seed the intervals say nothing of what another seed would give.")
     return said
-
-
-def gain_text(estimate: Mapping[str, float]) -> str:
-    return f"{signed_number(estimate['value'])} {interval_text(estimate, 'signed')}"
 
 
 def print_results(summary: Mapping[str, Any]) -> None:
@@ -421,19 +418,16 @@ def results_page(
         {"prompt": found[START_MODEL][0][i]["prompt"], "answers": {name: found[name][0][i] for name in names}}
         for i in firsts[:SHOWN_PROMPTS]
     ]
-    return (
-        template_environment()
-        .get_template("studies/methods/page.html.jinja")
-        .render(
-            root=root,
-            summary=summary,
-            sentences=conclusion_sentences(summary),
-            gains=gains_figure(summary),
-            against_kl=gains_over_kl_figure(summary),
-            rule=RULE if summary["rater"] == "rule" else "",
-            shown=shown,
-            configs={name: json.dumps(to_dict(entry.config), indent=2) for name, entry in entries.items()},
-        )
+    return rendered_page(
+        "studies/methods/page.html.jinja",
+        root=root,
+        summary=summary,
+        sentences=conclusion_sentences(summary),
+        gains=gains_figure(summary),
+        against_kl=gains_over_kl_figure(summary),
+        rule=RULE if summary["rater"] == "rule" else "",
+        shown=shown,
+        configs={name: json.dumps(to_dict(entry.config), indent=2) for name, entry in entries.items()},
     )
 
 

@@ -14,6 +14,7 @@ from lm.data.preferences import preference_pairs, ranking_json, read_jsonl_ranki
 from lm.data.sources import is_held_out
 from lm.evaluate.policies import HeldOutPrompts, policy_answerer
 from lm.feedback import auto_rank
+from lm.generate.sampler import SamplingParams
 from lm.rewards import Reward, named_rater
 from lm.rewards.load import reward_from_workdir
 from lm.rewards.reward_model import reward_ensemble, reward_row_length
@@ -79,7 +80,7 @@ class GoldEvaluator:
         self.examples = questions.prompts.examples
         self._prompts, self._key = questions.prompts, jax.random.key(seed)
         self._gold = named_rater(rater, "evaluate.rater")
-        self._ask = policy_answerer(start, max_new=max_new, temperature=temperature, rows_at_once=rows_at_once)
+        self._ask = policy_answerer(start, SamplingParams(max_new, temperature), rows_at_once=rows_at_once)
         self.longest = reward_row_length(questions.prompts.ids.shape[1], max_new)
 
     def answer_pool(self) -> tuple[list[list[str]], np.ndarray]:

@@ -10,18 +10,10 @@ import numpy as np
 from matplotlib.lines import Line2D
 from ml_collections import ConfigDict
 
-from lm.core.statistics import crossed_mean, mean_estimate
+from lm.core.statistics import crossed_mean, estimate_text, mean_estimate, signed_number
 from lm.runs.console import print_table, say
-from lm.runs.html import (
-    SERIES_COLORS,
-    TEXT_COLOR,
-    interval_text,
-    png_figure,
-    signed_number,
-    svg_figure,
-    template_environment,
-)
-from lm.runs.workdir import read_json, write_text
+from lm.runs.html import SERIES_COLORS, TEXT_COLOR, write_figure_page
+from lm.runs.workdir import read_json
 from lm.studies.overoptimization.curves import (
     BEST_OF_N,
     CURVE_FORMS,
@@ -127,7 +119,7 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
         reached = (
             f"{curve['name']}: gold {signed_number(end['value'])} at the end (distance {curve['distance'][-1]:.1f})"
         )
-        fall = f"{signed_number(down['value'])} {interval_text(down, 'signed')}"
+        fall = estimate_text(down, "signed")
         top = f"{signed_number(peak['value'])} at {curve['distance'][curve['highest']]:.1f}"
         if curve["turns"]:
             said.append(f"{reached}, highest {top}: it turns down, by {fall}.")
@@ -139,7 +131,7 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
         told = "helps" if one["low"] > 0 else "harms" if one["high"] < 0 else "makes no difference outside the noise"
         said.append(
             f"{one['method']}, {one['verdicts']:,} verdicts: at the end the ensemble {told} "
-            f"({signed_number(one['value'])} {interval_text(one, 'signed')})."
+            f"({estimate_text(one, 'signed')})."
         )
     said.append(
         "Intervals are over prompts. Each climb of PPO is one run, so what another seed would give is not in them."
@@ -151,7 +143,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     """Fits and turning points as a table on the terminal, then the sentences."""
 
     def measured(estimate):
-        return f"{signed_number(estimate['value'])} {interval_text(estimate, 'signed')}"
+        return estimate_text(estimate, "signed")
 
     print_table(
         "proxies on held-out verdicts",
@@ -186,17 +178,17 @@ def write_page(root: Path, summary: Mapping[str, Any], curves: Sequence[RewardCu
     rows = sorted({curve.members for curve in curves})
     size = dict(width=9.0, height=0.6 + 3.0 * len(rows), nrows=len(rows), ncols=2, sharey="col", sharex="col")
     draw = functools.partial(draw_figure, summary, rows)
-    page, picture, bitmap = (root / f"{PAGE_NAME}.{ending}" for ending in ("html", "svg", "png"))
-    drawn = svg_figure(draw, **size, squeeze=False)
-    text = (
-        template_environment()
-        .get_template("studies/overoptimization/page.html.jinja")
-        .render(root=root, summary=summary, sentences=conclusion_sentences(summary), figure=drawn, rows=rows)
+    return write_figure_page(
+        root,
+        PAGE_NAME,
+        "studies/overoptimization/page.html.jinja",
+        draw,
+        {**size, "squeeze": False},
+        root=root,
+        summary=summary,
+        sentences=conclusion_sentences(summary),
+        rows=rows,
     )
-    write_text(picture, drawn)
-    write_text(page, text)
-    bitmap.write_bytes(png_figure(draw, **size, squeeze=False))
-    return [page, picture, bitmap]
 
 
 def draw_figure(summary: Mapping[str, Any], rows: Sequence[int], axes) -> None:

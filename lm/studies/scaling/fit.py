@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from lm.core.statistics import Estimate
+from lm.core.statistics import Estimate, estimate_text
 from lm.studies.scaling.isoflop import IsoflopFit, IsoflopMinimum, isoflop_fit
 from lm.studies.scaling.ladder import LadderPlan, PlannedRun
 from lm.studies.scaling.parametric import ParametricFit, parametric_fit
@@ -17,6 +17,8 @@ from lm.studies.scaling.runs import (
     budgets_by_convention,
     run_points,
 )
+
+THREE_DECIMALS = "{:.3f}".format
 
 
 def fitted_laws(
@@ -97,9 +99,9 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
     for name, law in summary["laws"].items():
         rise, floor = Estimate(**law["growth"]), Estimate(**law["E"])
         said.append(
-            f"The law, {name}: loss = {floor.value:.3g} {interval_text(floor, '.3g')} + "
+            f"The law, {name}: loss = {estimate_text(floor, '{:.3g}'.format)} + "
             f"A/N^{law['alpha']['value']:.3f} + B/D^{law['beta']['value']:.3f}, "
-            f"so N_opt grows as C^{rise.value:.3f} {interval_text(rise)}."
+            f"so N_opt grows as C^{estimate_text(rise, THREE_DECIMALS)}."
         )
     said.append(counting_sentence(summary["growth"]))
     prediction, larger = summary["prediction"], summary["larger"]
@@ -108,8 +110,8 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
     said.append(
         f"Predicted at {prediction['written']} for {rung['budget']:.3g} FLOPs, "
         f"{rung['budget'] / largest_budget(summary):.3g} times the ladder's largest budget "
-        f"(width {rung['width']}, {rung['tokens']:,} tokens): loss {loss.value:.4f} "
-        f"{interval_text(loss, '.4f')}. The run, started at {larger['begun']}, reached {larger['loss']:.4f}: "
+        f"(width {rung['width']}, {rung['tokens']:,} tokens): loss "
+        f"{estimate_text(loss, '{:.4f}'.format)}. The run, started at {larger['begun']}, reached {larger['loss']:.4f}: "
         f"{'inside' if inside else 'outside'} the interval, {100 * (larger['loss'] / loss.value - 1):+.2f} % from "
         "the prediction."
     )
@@ -131,8 +133,9 @@ def growth_sentence(name: str, one: Mapping[str, Any]) -> str:
     sizes, tokens = Estimate(**one["sizes"]), Estimate(**one["tokens"])
     lost = f"; {100 * one['lost']:.0f} % of the redrawn tables have no line" if one["lost"] else ""
     return (
-        f"Parabolas, {name}: N_opt grows as C^{sizes.value:.3f} {interval_text(sizes)}, D_opt as C^{tokens.value:.3f} "
-        f"{interval_text(tokens)}; {inside} of {len(one['valleys'])} valleys lie within the sizes that were run{lost}."
+        f"Parabolas, {name}: N_opt grows as C^{estimate_text(sizes, THREE_DECIMALS)}, D_opt as "
+        f"C^{estimate_text(tokens, THREE_DECIMALS)}; {inside} of {len(one['valleys'])} valleys lie within the sizes "
+        f"that were run{lost}."
     )
 
 
@@ -146,10 +149,6 @@ def counting_sentence(grown: Mapping[str, Any]) -> str:
         f"{six:.3f} with 6ND, {kaplan:.3f} with 6ND without the embedding: models as small as these are mostly "
         "embedding, and the smaller the more."
     )
-
-
-def interval_text(estimate: Estimate, form: str = ".3f") -> str:
-    return f"[{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def largest_budget(summary: Mapping[str, Any]) -> float:

@@ -50,10 +50,10 @@ def ladder_plan(
     tokens_per_parameter: tuple[float, float] = (1.5, 200.0),
     bootstrap_draws: int = 1000,
 ) -> LadderPlan:
-    """Budgets from `lowest` to `highest` FLOPs, equally spaced in their logarithm; `larger` is run last, after its
-    loss is predicted.
+    """Budgets from `min_flops` to `max_flops`, equally spaced in their logarithm; a run of `target_flops` comes last,
+    after its loss is predicted.
 
-    sizes: runs a budget, from the fewest to the most tokens_per_parameter. draws: of the bootstraps.
+    sizes_per_budget: runs of a budget, from the fewest to the most tokens_per_parameter. bootstrap_draws: resamplings.
     """
     check_at_least(2, "ladder", budgets=budgets)
     check_at_least(4, "ladder", sizes_per_budget=sizes_per_budget)
