@@ -68,7 +68,7 @@ def named_reward(name: str, option: str, others: Sequence[str] = ()) -> Reward:
         reward_form(reward, name)
         return reward
     if name not in REWARDS:
-        known = ", ".join((*others, *REWARDS))
+        known = ", ".join((*REWARDS, *others))
         raise UserError(f"{option} is {name!r}; choose one of {known}, or a function of yours, file.py:function")
     return REWARDS[name]
 

@@ -95,7 +95,7 @@ def test_a_reward_model_ranks_and_held_out_prompts_follow(finished, small, tmp_p
     agree, told_apart = 0, 0
     for ranking in found:
         assert ranking.rater == f"{finished}/reward"
-        a, b = reward([ranking.prompt] * 2, ranking.responses)
+        a, b = reward([{"messages": ranking.prompt}] * 2, ranking.responses)
         agree += (ranking.ranking[0] < ranking.ranking[1]) == bool(a > b)
         told_apart += a != b
     assert told_apart / 2 < agree < len(found)  # but for those that the limit cut off: they lose 100 points
