@@ -3,9 +3,10 @@
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,6 +46,17 @@ def import_function(path: str, option: str) -> Callable[..., Any]:
     if not callable(found):
         raise UserError(f"{option} {path!r} is of type {type(found).__name__}, no function: name one")
     return found
+
+
+def own_code_files(config: Any) -> list[Path]:
+    """The files of "file.py:name" in a plain config, as keys or within text, that are there; each once, in order."""
+    if isinstance(config, Mapping):
+        found = [file for pair in config.items() for each in pair for file in own_code_files(each)]
+    elif isinstance(config, list | tuple):
+        found = [file for each in config for file in own_code_files(each)]
+    else:
+        found = [Path(each) for each in re.findall(r"([^\s,=]+\.py):\w", config)] if isinstance(config, str) else []
+    return list(dict.fromkeys(file for file in found if file.is_file()))
 
 
 def error_origin(error: BaseException, file: str = "") -> str:
