@@ -56,7 +56,7 @@ def policy_config(size: str) -> ConfigDict:
             "held_out_rollouts": 16 if tiny else 256,
         }
     )
-    config.train.steps = 4 if tiny else 80
-    config.optimizer.learning_rate = 3e-4
+    config.train.steps = 4 if tiny else 120
+    config.optimizer.learning_rate = 6e-4
     config.optimizer.total_steps = config.train.get_oneway_ref("steps")
     return config.lock()

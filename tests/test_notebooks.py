@@ -93,6 +93,7 @@ assert all(losses[-20:].mean() < np.log(V) - 1 for _, losses in found.values()),
 sure, middle, unsure = (values[price] for price in prices)
 assert sure["entropy"] < middle["entropy"] - 0.2 and middle["entropy"] < unsure["entropy"] - 0.2, values
 assert sure["loss"] < unsure["loss"], values
+assert again.own_model["name"] == "my_model:make" and again.stage == "my_method:STAGE"
 """,
 }
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
