@@ -24,6 +24,7 @@ COMMANDS = {
     "Make a model": {
         "pipeline": Command("lm.pipeline.runner", "run all stages in order: from text to an assistant"),
         "train": Command("lm.train.loop", "run one stage: tokenizer, pretraining, SFT, reward model, DPO, PPO, ..."),
+        "inspect": Command("lm.train.inspect", "show and check a batch of any stage, token by token"),
         "convert": Command(
             "lm.weights.convert", "read models from Hugging Face folders and GGUF files, and write them"
         ),

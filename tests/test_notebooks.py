@@ -99,7 +99,7 @@ assert again.own_model["name"] == "my_model:make" and again.stage == "my_method:
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 TIMED = re.compile(r"\b\d+:\d\d\b|\bseconds\b")  # in a line that depends on the machine's speed
-LONG = ("04_sft", "05_rank_reward_ppo", "06_dpo_grpo_ppo", "07_sweeps_scaling", "09_your_own")  # half a minute and more
+QUICK = ("01_from_text_to_chat", "02_one_training_step", "03_tokens_masks_packing")  # of the default run
 EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -249,7 +249,8 @@ def test_is_kept_with_its_outputs(path):
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in NOTEBOOKS]
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem not in QUICK)) for path in NOTEBOOKS],
 )
 def test_runs_in_time_and_says_the_same(path):
     start = time.monotonic()

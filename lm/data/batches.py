@@ -30,14 +30,27 @@ def batch_function(
     sizes = {len(leaf) for leaf in jax.tree.leaves(rows)}
     if len(sizes) != 1 or 0 in sizes:
         raise UserError(f"cannot draw batches from {sorted(sizes)} rows: every array needs the same number, at least 1")
-    numbers = grain.MapDataset.range(sizes.pop()).seed(seed)
-    numbers = (numbers.shuffle() if shuffle else numbers).repeat()
+    drawn = drawn_rows(sizes.pop(), batch_size=batch_size, seed=seed, shuffle=shuffle, ramp=ramp)
 
     def batch(i: int) -> Rows:
-        drawn = np.array([numbers[j] for j in batch_row_range(int(i), batch_size=batch_size, ramp=ramp)])
-        return jax.tree.map(lambda leaf: np.asarray(leaf[drawn]), rows)
+        numbers, _ = drawn(i)
+        return jax.tree.map(lambda leaf: np.asarray(leaf[numbers]), rows)
 
     return batch
+
+
+def drawn_rows(
+    count: int, *, batch_size: int, seed: int, shuffle: bool = True, ramp: BatchSizeRamp = ()
+) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """i -> which of `count` rows batch i of `batch_function` takes, i64[batch_size], and in which epoch, from 0 on."""
+    numbers = grain.MapDataset.range(count).seed(seed)
+    numbers = (numbers.shuffle() if shuffle else numbers).repeat()
+
+    def drawn(i: int) -> tuple[np.ndarray, np.ndarray]:
+        places = batch_row_range(int(i), batch_size=batch_size, ramp=ramp)
+        return np.array([numbers[j] for j in places]), np.array(places) // count
+
+    return drawn
 
 
 def batch_row_range(i: int, *, batch_size: int, ramp: BatchSizeRamp) -> range:

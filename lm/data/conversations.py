@@ -96,9 +96,19 @@ def conversation_excerpts(conversations: Sequence[Conversation], *, turns: int =
     """Each conversation cut into stretches of `turns` messages (even, so that each opens with the user), a lone last
     one left out: most human conversations are longer than a row. One that is whole stays so."""
     return [
-        whole if whole.is_whole else Conversation(whole.name, whole.messages[i : i + turns], whole.fields)
-        for whole in conversations
-        for i in range(0, 1 if whole.is_whole else len(whole.messages) - 1, turns)
+        conversations[c]
+        if conversations[c].is_whole
+        else Conversation(conversations[c].name, conversations[c].messages[i : i + turns], conversations[c].fields)
+        for c, i in excerpt_places(conversations, turns=turns)
+    ]
+
+
+def excerpt_places(conversations: Sequence[Conversation], *, turns: int) -> list[tuple[int, int]]:
+    """(conversation, its first message) of each of `conversation_excerpts`."""
+    return [
+        (c, i)
+        for c, each in enumerate(conversations)
+        for i in range(0, 1 if each.is_whole else len(each.messages) - 1, turns)
     ]
 
 

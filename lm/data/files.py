@@ -2,16 +2,21 @@
 
 A *source* is a path, a glob, a folder (read with all folders in it, hidden ones left out) or hf:NAME[:CONFIG][:SPLIT],
 a data set of Hugging Face `datasets`. Rows are read one after another: memory holds a row, a batch of a Parquet file or
-a text file at a time, but a .json file as a whole.
+a text file at a time. A .json file is an array of rows, or JSON lines; only one that is an object, {"data": [rows]} or
+a single row, is held as a whole.
 """
 
+import codecs
 import csv
 import glob
 import gzip
 import io
 import json
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -26,10 +31,12 @@ CODE_SUFFIXES = (
     ".rb", ".rs", ".scala", ".sh", ".sql", ".swift", ".ts", ".tsx",
 )  # fmt: skip
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", *CODE_SUFFIXES)
-ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 MAX_LINE_BYTES = 64 * 2**20  # of one row of JSON lines: a longer one is hardly meant to be a row
-ROWS_PER_BATCH = 1024  # of Parquet, decoded at once
+ROWS_PER_BATCH = 1024  # of Parquet and Arrow, decoded at once
+CHUNK_BYTES = 2**20  # of a JSON array, read at once
+MESSAGE_LISTS = {"messages", "conversations"}  # lists in a row, where others are lists of rows
 HUGGING_FACE_PREFIX = "hf:"
 
 
@@ -138,7 +145,7 @@ def _json_lines(stream: IO[bytes]) -> Rows:
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) > MAX_LINE_BYTES:
-            yield number, f"longer than {MAX_LINE_BYTES // 2**20} MiB: cut the row up"
+            yield number, _too_long()
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MAX_LINE_BYTES)
             continue
@@ -147,40 +154,108 @@ def _json_lines(stream: IO[bytes]) -> Rows:
             yield number, _json_object(line)
 
 
+def _too_long() -> str:
+    return f"longer than {MAX_LINE_BYTES // 2**20} MiB: cut the row up"
+
+
 def _json_object(line: bytes) -> Mapping[str, Any] | str:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return f"not UTF-8 text (byte {error.object[error.start]:#04x}): convert the line"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"not JSON ({getattr(error, 'msg', error)}): mend or remove the line"
+    return _object_or_fault(value)
+
+
+def _object_or_fault(value: Any) -> Mapping[str, Any] | str:
     return value if isinstance(value, dict) else f"{type(value).__name__} in JSON, not an object with fields"
 
 
-def _json_array(stream: IO[bytes]) -> Rows:
+def _json_rows(stream: IO[bytes]) -> Rows:
+    """An array, read row by row; JSON lines; or an object: {"data": [rows]} or one row."""
+    first = stream.readline(CHUNK_BYTES)
+    while first and not first.removeprefix(codecs.BOM_UTF8).strip():
+        first = stream.readline(CHUNK_BYTES)
+    first = first.removeprefix(codecs.BOM_UTF8).lstrip()
+    if first.startswith(b"["):
+        yield from _json_array(first[1:], stream)
+        return
+    if not first.endswith(b"\n"):
+        first += stream.readline(MAX_LINE_BYTES)
+    rest = stream.read(CHUNK_BYTES)
+    if rest.strip() and not isinstance(_json_object(first.strip()), str):
+        yield from _json_lines(io.BufferedReader(_JoinedBytes(first + rest, stream)))
+        return
     try:
-        value = json.loads(decoded_text(stream.read()))
+        value = json.loads(decoded_text(first + rest + stream.read()) or "[]")
     except UnicodeDecodeError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield 1, f"not JSON ({getattr(error, 'msg', error)}, line {getattr(error, 'lineno', '?')}): mend the file"
         return
-    if isinstance(value, dict):  # {"train": [...]} or {"data": [...]} as much as one row
+    if isinstance(value, dict):
         lists = [rows for rows in value.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
-        value = lists[0] if len(value) == len(lists) == 1 else [value]
+        value = lists[0] if len(value) == len(lists) == 1 and not MESSAGE_LISTS & value.keys() else [value]
     for number, row in enumerate(value if isinstance(value, list) else [value], 1):
-        yield number, row if isinstance(row, dict) else f"{type(row).__name__} in JSON, not an object with fields"
+        yield number, _object_or_fault(row)
+
+
+def _json_array(begin: bytes, stream: IO[bytes]) -> Rows:
+    """The rows of an array after its bracket. Reading ends at what is no JSON: nobody knows where a row begins then."""
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+    text, at, number, size, is_end = utf8.decode(begin), 0, 0, CHUNK_BYTES, False
+    while True:
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+        if text[at : at + 1] == "]":
+            return
+        fault = "the file ends within its array"
+        if at < len(text):
+            try:
+                value, at = decoder.raw_decode(text, at)
+            except (ValueError, RecursionError) as error:
+                fault = f"not JSON ({getattr(error, 'msg', error)}), or the file is cut off"
+            else:
+                number, size = number + 1, CHUNK_BYTES
+                yield number, _object_or_fault(value)
+                continue
+        if is_end or len(text) - at > MAX_LINE_BYTES:
+            yield number + 1, f"{fault}: mend the file" if is_end else f"not JSON, or {_too_long()}"
+            return
+        block = stream.read(size)
+        text, at, is_end = text[at:] + utf8.decode(block, final=not block), 0, not block
+        size *= 2  # so that a long row is not tried again at each chunk
+
+
+class _JoinedBytes(io.RawIOBase):
+    """Bytes that were read already, then the stream that they came from."""
+
+    def __init__(self, begin: bytes, rest: IO[bytes]):
+        self._begin, self._rest = begin, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        block, self._begin = self._begin[: len(buffer)], self._begin[len(buffer) :]
+        block = block or self._rest.read(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
 
 
 def _csv_rows(stream: IO[bytes]) -> Rows:
     csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""))
+    reader = csv.DictReader(_csv_lines(stream), strict=True)
     number = 0
     while True:
         number += 1
         try:
             row = next(reader)
         except StopIteration:
+            return
+        except UnicodeDecodeError as error:
+            yield number, f"not UTF-8 text (byte {error.object[error.start]:#04x}): convert the file"
             return
         except csv.Error as error:
             yield number, f"no row of CSV ({error}): mend or remove it"
@@ -191,20 +266,50 @@ def _csv_rows(stream: IO[bytes]) -> Rows:
             yield number, row
 
 
+def _csv_lines(stream: IO[bytes]) -> Iterator[str]:
+    """The lines, decoded one by one: what is no text is met at its own row."""
+    line = stream.readline(MAX_LINE_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+    while line:
+        if len(line) > MAX_LINE_BYTES:
+            raise csv.Error(_too_long())
+        yield line.decode().replace("\r\n", "\n")
+        line = stream.readline(MAX_LINE_BYTES + 1)
+
+
 def _parquet_rows(stream: IO[bytes]) -> Rows:
-    table = parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
-    yield from _batch_rows(table.iter_batches(ROWS_PER_BATCH))
+    with _seekable_file(stream) as file:
+        yield from _batch_rows(parquet.ParquetFile(file).iter_batches(ROWS_PER_BATCH))
 
 
 def _arrow_rows(stream: IO[bytes]) -> Rows:
-    begin = stream.read(6)
-    stream = io.BytesIO(begin + stream.read()) if not stream.seekable() else stream
-    stream.seek(0)
-    if begin == b"ARROW1":
-        table = ipc.open_file(stream)
-        yield from _batch_rows(table.get_batch(i) for i in range(table.num_record_batches))
-    else:
-        yield from _batch_rows(ipc.open_stream(stream))
+    """Both forms: the file, with an index at its end, and the stream, which `datasets` writes."""
+    with _seekable_file(stream) as file:
+        begin = file.read(6)
+        file.seek(0)
+        if begin == b"ARROW1":
+            table = ipc.open_file(file)
+            batches = (table.get_batch(i) for i in range(table.num_record_batches))
+        else:
+            batches = iter(ipc.open_stream(file))
+        parts = (part for batch in batches for part in _batch_parts(batch))
+        yield from _batch_rows(parts)
+
+
+def _batch_parts(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    for start in range(0, batch.num_rows, ROWS_PER_BATCH):
+        yield batch.slice(start, ROWS_PER_BATCH)
+
+
+@contextmanager
+def _seekable_file(stream: IO[bytes]) -> Iterator[IO[bytes]]:
+    """The stream; where it is decompressed on the way, a copy on the disk: these formats are read from their end."""
+    if isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO):
+        yield stream
+        return
+    with tempfile.TemporaryFile() as file:
+        shutil.copyfileobj(stream, file)
+        file.seek(0)
+        yield file
 
 
 def _batch_rows(batches) -> Rows:
@@ -217,7 +322,8 @@ def _batch_rows(batches) -> Rows:
 
 ROW_READERS: Mapping[str, Callable[[IO[bytes]], Rows]] = {
     ".jsonl": _json_lines,
-    ".json": _json_array,
+    ".ndjson": _json_lines,
+    ".json": _json_rows,
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
     ".arrow": _arrow_rows,
@@ -225,21 +331,27 @@ ROW_READERS: Mapping[str, Callable[[IO[bytes]], Rows]] = {
 
 
 def _hugging_face_rows(source: str) -> Iterator[SourceRow]:
-    """hf:NAME[:CONFIG][:SPLIT], streamed; the split is "train" where none is named."""
+    """hf:NAME[:CONFIG][:SPLIT], streamed; the split is "train" where none is named. One name behind NAME is that of a
+    configuration where the data set has it, else of a split."""
+    name, *rest = source.removeprefix(HUGGING_FACE_PREFIX).split(":")
+    if not name or len(rest) > 2:
+        raise UserError(f"{source!r} is no data set: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{source} needs Hugging Face datasets: pip install -e '.[hf]' (or datasets)") from error
-    name, *rest = source.removeprefix(HUGGING_FACE_PREFIX).split(":")
-    if not name or len(rest) > 2:
-        raise UserError(f"{source!r} is no data set: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT")
-    config, split = (rest[0] if len(rest) == 2 else None), (rest[-1] if rest else "train")
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        if len(rest) == 1:
+            rest = [*rest, ""] if rest[0] in datasets.get_dataset_config_names(name) else ["", *rest]
+        config, split = rest or ("", "")
+        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for number, fields in enumerate(rows, 1):
             yield SourceRow(source, number, fields)
     except Exception as error:  # its own errors are of many kinds
-        raise UserError(f"{source} cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
+        fault = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{source} cannot be read ({type(error).__name__}: {fault}): check its name, configuration and split"
+        ) from error
 
 
 def _kinds_text() -> str:

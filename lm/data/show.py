@@ -19,7 +19,10 @@ from lm.core.config import parsed_flags
 from lm.core.errors import UserError
 from lm.data.conversations import Conversation
 from lm.data.files import source_rows
-from lm.data.formats import RecognizedRow, RowFault, recognized_row
+from lm.data.formats import RecognizedRow, recognized_row
+from lm.data.loading import row_digest
+from lm.data.messages import RowFault
+from lm.data.preferences import DESIRABLE, LABEL_AXIS, UNDESIRABLE
 from lm.tokenizer import encode_chats, load_tokenizer
 
 SHOWN_ROWS, SHOWN_FAULTS, WIDTH = 5, 10, 100
@@ -37,11 +40,13 @@ FLAGS = {
 def program(argv: Sequence[str]) -> None:
     """The program: see this module's docstring."""
     flags = parsed_flags(argv, __doc__ or "", FLAGS, {"source": dict(metavar="SOURCE", help="what to read")})
-    formats, faults, shown, lengths = _source_summary(flags.source, columns_of(flags.columns), flags)
+    formats, faults, shown, lengths, copies = _source_summary(flags.source, columns_of(flags.columns), flags)
     total = sum(formats.values()) + len(faults)
     print(f"{flags.source}: {total:,} rows")
     for name, count in formats.most_common():
         print(f"  {count:>9,}  {name}")
+    if copies:
+        print(f"  {copies:>9,}  of them copies of others; each counts as often as it comes")
     for unit, values in lengths.items():
         if values:
             at = ", ".join(f"{q} % {v:,.0f}" for q, v in zip(QUANTILES, np.percentile(values, QUANTILES)))
@@ -71,15 +76,20 @@ def row_text(row: RecognizedRow) -> str:
     if isinstance(value, Conversation):
         lines = [_message_line(message) for message in value.messages]
         return "\n".join([*lines, *(_line(f"{name} =", str(field)) for name, field in value.fields.items())])
-    answers = [_line(f"rank {rank}", text) for rank, text in zip(value.ranking, value.responses)]
-    return "\n".join(
-        [*map(_message_line, value.prompt), *answers, *(_line(f"{n} =", str(a)) for n, a in value.axes.items())]
-    )
+    axes = dict(value.axes)
+    labels = axes.pop(LABEL_AXIS, [None] * len(value.responses))
+    said = {DESIRABLE: "good", UNDESIRABLE: "bad"}
+    answers = [
+        _line(f"rank {rank}" if label is None else said[label], text)
+        for rank, label, text in zip(value.ranking, labels, value.responses)
+    ]
+    scores = [_line(f"{name} =", str(axis)) for name, axis in axes.items()]
+    return "\n".join([*map(_message_line, value.prompt), *answers, *scores])
 
 
 def _source_summary(source: str, columns: Mapping[str, str], flags: Any):
-    """How often each format comes, the faults, the first rows, and the lengths by unit."""
-    formats, faults, shown = Counter(), [], []
+    """How often each format comes, the faults, the first rows, the lengths by unit, and how many are copies."""
+    formats, faults, shown, digests = Counter(), [], [], set()
     lengths: dict[str, list[int]] = {"characters": [], "tokens": []}
     tokenizer = load_tokenizer(_tokenizer_file(flags.tokenizer)) if flags.tokenizer else None
     for number, row in enumerate(source_rows(source)):
@@ -91,6 +101,7 @@ def _source_summary(source: str, columns: Mapping[str, str], flags: Any):
             faults.append(f"{row.place}: {fault}")
             continue
         formats[found.format] += 1
+        digests.add(row_digest(found.value))
         if len(shown) < SHOWN_ROWS:
             shown.append(found)
         lengths["characters"].append(sum(len(text) for text in _texts(found)))
@@ -98,7 +109,7 @@ def _source_summary(source: str, columns: Mapping[str, str], flags: Any):
             lengths["tokens"].append(_token_count(tokenizer, found))
         if number % 10_000 == 9_999 and sys.stderr.isatty():
             print(f"\r{number + 1:,} rows", end="", file=sys.stderr)
-    return formats, faults, shown, lengths
+    return formats, faults, shown, lengths, sum(formats.values()) - len(digests)
 
 
 def _tokenizer_file(given: str) -> Path:

@@ -70,7 +70,7 @@ def nothing_left_error(what: str, counts: Mapping[str, int], *, things: str, lim
     words = {
         "skipped": f"{things} longer than {limit}",
         "shortened": f"{things} shortened to {limit}",
-        "untrained": f"{things} with no token to learn (no answer, or it shares a token with the marker before it)",
+        "untrained": f"{things} with no token to learn (no answer, weight zero, or it shares a token with the marker)",
         "equal": "verdicts that prefer an answer to the same one",
         "undecided": "verdicts with no preference left",
     }

@@ -42,7 +42,10 @@ def annotate(function: Callable[[TrainState, Batch], tuple[Batch, Metrics]], inn
         batch, noted = function(inference_state(state), batch)
         return {**noted, **inner.evaluate(state, batch)}
 
-    return Update(inner.init, update, evaluate)
+    def annotated_batch(state, batch):
+        return function(inference_state(state), batch)[0]
+
+    return Update(inner.init, update, evaluate, annotated_batch)
 
 
 def minibatches(inner: Update, *, epochs: int, count: int) -> Update:
@@ -63,7 +66,7 @@ def minibatches(inner: Update, *, epochs: int, count: int) -> Update:
         state, metrics = jax.lax.scan(epoch, state, jnp.arange(epochs))
         return state, jax.tree.map(jnp.sum, metrics)
 
-    return Update(inner.init, update, inner.evaluate)
+    return inner._replace(update=update)
 
 
 def frozen_reference(inner: Update, name: str = "ref") -> Update:
@@ -100,7 +103,7 @@ def refreshed_reference(inner: Update, *, every: int, name: str = "ref") -> Upda
     def evaluate(state, batch):
         return inner.evaluate(with_moving_reference(state, name), batch)
 
-    return Update(init, update, evaluate)
+    return inner._replace(init=init, update=update, evaluate=evaluate)
 
 
 def with_moving_reference(state: TrainState, name: str = "ref") -> TrainState:

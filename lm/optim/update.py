@@ -21,6 +21,8 @@ class Update(NamedTuple):
     init: Callable[[Array, Params, Mapping[str, Params]], TrainState]  # (key, params, frozen)
     update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate: Callable[[TrainState, Batch], Metrics]  # the loss's metrics on a batch, without learning from it
+    # the batch as it is learnt from (advantages, reference log-probs); None: as it comes
+    annotated_batch: Callable[[TrainState, Batch], Batch] | None = None
 
 
 def is_mean(x) -> bool:

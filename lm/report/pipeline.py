@@ -203,7 +203,9 @@ def packed_row_example(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     options = {**defaults, **config["data"]}
     try:
         tokenizer = load_tokenizer(path / TOKENIZER_FILE)
-        seen, _ = sources.split_held_out(load_conversations(options["sources"].split(",")[0]), options["held_out"])
+        rows = {name: options[name] for name in ("columns", "skip_bad_rows")}
+        loaded = load_conversations(options["sources"].split(",")[0], **rows)
+        seen, _ = sources.split_held_out(loaded, options["held_out"])
         excerpts = conversations.conversation_excerpts(seen[:PACKED_EXCERPTS], turns=options["turns"])[:PACKED_EXCERPTS]
         packed, _ = packing.packed_rows(
             [encode_chat(tokenizer, excerpt.messages) for excerpt in excerpts], options["length"]

@@ -56,7 +56,8 @@ def measure_reward_model(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is no reward model (it is {trained.stage}): train stage reward, and name its workdir")
     options = read_json(path / CONFIG_FILE)["data"]
     axes = ranking_batches.ordered_axes(options["axes"])
-    _, unseen, _ = ranking_batches.split_rankings(options["rankings"], options["held_out"])
+    rows = {name: options[name] for name in ("columns", "skip_bad_rows") if name in options}
+    _, unseen, _ = ranking_batches.split_rankings(options["rankings"], options["held_out"], **rows)
     verdicts, _ = ranking_batches.reward_model_rows(trained.tokenizer, unseen, tuple(axes), options["length"])
     ranks, lengths, scores = held_out_scores(trained, verdicts, options["length"])
     total = scores @ np.array(list(axes.values()))

@@ -93,7 +93,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, oldest first."""
-        return _steps(self.directory)
+        return checkpoint_steps(self.directory)
 
     def restore(self, like: Mapping[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """(step, tree, meta) of the newest checkpoint that is whole, bitwise as saved; None if there are none.
@@ -103,21 +103,15 @@ class Checkpoints:
         Raises UserError if no checkpoint is whole, or if the newest whole one has another structure than `like`.
         """
         self.wait()
-        damaged = []
-        for step in reversed(self.steps()):
-            folder = self.directory / str(step)
-            if damage := _damage(folder):
-                self._warn(_damage_message(folder, damage))
-                damaged.append(step)
-                continue
-            tree, meta = _restored_tree(folder, like), _meta(folder)[META_ITEM]
-            for torn in damaged:
-                shutil.rmtree(self.directory / str(torn))
-            self._manager.reload()
-            return step, tree, meta
-        if damaged:
+        found = newest_checkpoint(self.directory, like, warn=self._warn)
+        if found is None and self.steps():
             raise UserError(f"{self.directory} has no undamaged checkpoint: remove that folder to start from step 0")
-        return None
+        if found is not None:
+            for step in self.steps():
+                if step > found[0]:  # damaged
+                    shutil.rmtree(self.directory / str(step))
+            self._manager.reload()
+        return found
 
     def _opened(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -154,7 +148,7 @@ def restore_params(
     with one line about every checkpoint that is skipped. Raises UserError if there is no such checkpoint.
     """
     directory = Path(directory).absolute()
-    steps = [each for each in _steps(directory) if step in (None, each)]
+    steps = [each for each in checkpoint_steps(directory) if step in (None, each)]
     for step in reversed(steps):
         folder = directory / str(step)
         if damage := _damage(folder, only=name):
@@ -168,7 +162,28 @@ def restore_params(
     raise UserError(f"{directory} holds {found}: train that stage first, or give the folder of another run")
 
 
-def _steps(directory: Path) -> list[int]:
+def newest_checkpoint(
+    directory: str | Path, like: Mapping[str, Any], *, until: int | None = None, warn: Callable[[str], None] = print
+) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    """(step, tree, meta) of the newest checkpoint that is whole, as `Checkpoints.restore` gives it; None if there is
+    none. Nothing in the folder is changed, so that it may be another process's.
+
+    until: none of a later step. warn: given one line about every damaged step that is passed over.
+    """
+    directory = Path(directory).absolute()
+    for step in reversed(checkpoint_steps(directory)):
+        if until is not None and step > until:
+            continue
+        folder = directory / str(step)
+        if damage := _damage(folder):
+            warn(_damage_message(folder, damage))
+            continue
+        return step, _restored_tree(folder, like), _meta(folder)[META_ITEM]
+    return None
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Steps with a complete checkpoint in a folder, oldest first."""
     if not directory.is_dir():
         return []
     return sorted(int(folder.name) for folder in directory.iterdir() if re.fullmatch(r"\d+", folder.name))

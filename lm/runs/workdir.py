@@ -9,6 +9,8 @@ import fcntl
 import json
 import os
 import readline  # noqa: F401  gives input() its line editing and history
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
@@ -21,7 +23,7 @@ from lm.core.textfiles import file_text
 from lm.core.types import Params
 from lm.model import Model, ModelConfig, lora, make_model
 from lm.model.imported import check_same_params, imported_model
-from lm.runs.checkpoint import restore_params
+from lm.runs.checkpoint import checkpoint_steps, restore_params
 from lm.tokenizer import Tokenizer, load_tokenizer
 
 CONFIG_FILE = "config.json"
@@ -122,6 +124,33 @@ def open_workdir(
         lock.close()
         raise
     return Workdir(path, differences, lock)
+
+
+@contextmanager
+def scratch_workdir(path: str | Path = "") -> Iterator[Workdir]:
+    """A temporary folder in the place of the run's own at `path`: for what sets a run up and must not touch it.
+
+    It has the run's tokenizer, with its date, and the base of its adapters. An empty path: a run that has not begun.
+    UserError where there is no such folder.
+    """
+    run = Path(path)
+    if str(path) and not run.is_dir():
+        raise UserError(f"there is no workdir {run}: leave --workdir out to look at a run that has not begun")
+    with tempfile.TemporaryDirectory(prefix="lm-") as folder, (Path(folder) / LOCK_FILE).open("w") as lock:
+        scratch = Workdir(Path(folder), [], lock)
+        if str(path) and (run / TOKENIZER_FILE).exists():
+            shutil.copy(run / TOKENIZER_FILE, scratch.tokenizer_path)
+        if str(path) and checkpoint_steps(run / BASE_DIR):
+            scratch.base_path.symlink_to((run / BASE_DIR).absolute())
+        yield scratch
+
+
+def config_changes(path: str | Path, config: Mapping[str, Any]) -> list[str]:
+    """ "key: old -> new" of every difference between the config of a run's folder and `config`; none if it has none."""
+    if not (Path(path) / CONFIG_FILE).exists():
+        return []
+    old = with_current_names(read_json(Path(path) / CONFIG_FILE))
+    return [f"{key}: {change}" for key, change in _config_changes(old, json.loads(json.dumps(config))).items()]
 
 
 class TrainedModel(NamedTuple):

@@ -8,6 +8,7 @@ import jax
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import TrainState
+from lm.data.origins import RowOrigin
 from lm.model import Model
 from lm.rewards import Reward
 from lm.tokenizer import Tokenizer
@@ -48,3 +49,6 @@ class Batches(NamedTuple):
     dataset_info: Mapping[str, Any]  # what was prepared: rows, tokens, bytes, skipped, ...
     # (state, batch, rows) -> the first rows of a sampled batch, for people to read; None where nothing is sampled
     rollout_table: Callable[[TrainState, Batch, int], Iterator[dict[str, Any]]] | None = None
+    # (state, batch i, i) -> where each of its rows came from, for people; None where that is not known
+    row_origins: Callable[[TrainState, Batch, int], list[RowOrigin]] | None = None
+    truncation: str = ""  # what becomes of what does not fit a row, for the line that a run starts with

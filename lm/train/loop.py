@@ -37,6 +37,7 @@ from lm.runs.timing import PhaseTimer
 from lm.runs.trackers import open_trackers, tracker_packages
 from lm.runs.workdir import PROFILE_DIR, Workdir, open_workdir, read_metrics
 from lm.stages import named_stage
+from lm.stages.context import Batches
 from lm.train.config import CONFIG_KEYS, train_functions
 from lm.train.host import SINGLE_RUN_HOST, RunHost
 from lm.train.setup import TrainingSetup, training_setup
@@ -55,15 +56,8 @@ def train_stage(
 
     log: trackers, as --log names them. profile: a range of steps, as --profile does.
     """
-    if "stage" not in config or "name" not in config.stage:
-        raise UserError(
-            "the config has no stage.name: is it a config of lm train? (lm pipeline runs experiments/quickstart.py)"
-        )
+    check_training_config(config)
     name = config.stage.name
-    if name != "tokenizer":
-        named_stage(name)
-    require_entries(config, ("seed", "stage", "data") if name == "tokenizer" else CONFIG_KEYS, "lm train")
-    check_at_least(0, "config", seed=config.seed)
     packages, traced = tracker_packages(log), profiler.profile_steps(profile) if profile else range(0)
     if name == "tokenizer" and (packages or traced):
         raise UserError("stage tokenizer takes no steps: leave --log and --profile out")
@@ -87,6 +81,19 @@ def train_stage(
                 say(f"{path} has finished: there is nothing to log or to trace")
         print_stage_summary(name, summary)
         return summary
+
+
+def check_training_config(config: ConfigDict) -> None:
+    """UserError unless it is a config of lm train."""
+    if "stage" not in config or "name" not in config.stage:
+        raise UserError(
+            "the config has no stage.name: is it a config of lm train? (lm pipeline runs experiments/quickstart.py)"
+        )
+    name = config.stage.name
+    if name != "tokenizer":
+        named_stage(name)
+    require_entries(config, ("seed", "stage", "data") if name == "tokenizer" else CONFIG_KEYS, "lm train")
+    check_at_least(0, "config", seed=config.seed)
 
 
 def print_stage_summary(title: str, summary: Mapping[str, Any]) -> None:
@@ -114,7 +121,7 @@ def run_training_loop(
     )
     with Progress(config.stage.name, schedule.steps) as progress:
         r = training_setup(config, workdir, phases, host)
-        print_dataset_info(config.stage.name, r.batches.dataset_info)
+        print_dataset_info(config.stage.name, r.batches)
         start = metadata.record_start(workdir.path, seed=config.seed, own_files=own_code_files(to_dict(config)))
         with Checkpoints(workdir.checkpoints_path, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
             with host.checkpoint_turn(checkpoints):
@@ -141,7 +148,8 @@ def run_training_loop(
                 for i in range(done, schedule.steps):
                     profile.begin_step(i + 1)
                     batch, tokens = device_batch(r, state, i)
-                    if r.batches.rollout_table and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
+                    logged = r.batches.rollout_table and schedule.logged_rollouts
+                    if logged and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
                         with phases("save"):
                             workdir.append_rollouts(
                                 i + 1, r.batches.rollout_table(inference_state(state), batch, schedule.logged_rollouts)
@@ -184,10 +192,11 @@ def compiled_steps(r: TrainingSetup, host: RunHost) -> tuple[Callable, Callable]
     return functools.partial(step, given), functools.partial(host.jit(evaluate), given)
 
 
-def print_dataset_info(name: str, about: Mapping[str, Any]) -> None:
-    """One line: what a stage has prepared."""
-    numbers = (f"{key} {n:,.4g}" if isinstance(n, float) else f"{key} {n:,}" for key, n in about.items())
-    say(f"{name}: {', '.join(numbers)}")
+def print_dataset_info(name: str, batches: Batches) -> None:
+    """One line: what a stage has prepared, and what becomes of what does not fit a row."""
+    about = batches.dataset_info.items()
+    numbers = ", ".join(f"{key} {n:,.4g}" if isinstance(n, float) else f"{key} {n:,}" for key, n in about)
+    say(f"{name}: {numbers}{f'; {batches.truncation}' if batches.truncation else ''}")
 
 
 def device_batch(r: TrainingSetup, state: TrainState, i: int):
@@ -248,13 +257,19 @@ def checkpoint_tree(state: TrainState) -> dict[str, Any]:
 
 def restored_state(checkpoints: Checkpoints, r: TrainingSetup) -> tuple[int, TrainState]:
     """(batches done, state) of the newest whole checkpoint, or (0, the starting state)."""
-    found = checkpoints.restore(checkpoint_tree(r.initial_state))
+    return state_from_checkpoint(checkpoints.restore(checkpoint_tree(r.initial_state)), r, checkpoints.directory)
+
+
+def state_from_checkpoint(
+    found: tuple[int, dict[str, Any], dict[str, Any]] | None, r: TrainingSetup, directory: Path
+) -> tuple[int, TrainState]:
+    """(batches done, state) of a checkpoint as lm.runs.checkpoint reads it, or (0, the starting state) of none."""
     if found is None:
         return 0, r.initial_state
     done, tree, meta = found
     if meta["fingerprint"] != r.checkpoint_metadata["fingerprint"]:
         raise UserError(
-            f"{checkpoints.directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
+            f"{directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
             f"this run has {r.checkpoint_metadata['fingerprint'][:8]}: give another --workdir, or remove this one"
         )
     opt_state = with_averaged_params(tree["opt_state"], tree["params"])

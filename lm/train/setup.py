@@ -52,6 +52,7 @@ class TrainingSetup(NamedTuple):
     # model FLOPs of learning from one token of a batch; sampling and scoring not counted; None: a model of one's own
     flops_per_token: float | None
     phases: PhaseTimer
+    context: StageContext  # what the batches are made from: model, tokenizer
 
 
 def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, host: RunHost) -> TrainingSetup:
@@ -98,7 +99,7 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
         passes = option_value(functions["stage"], config.stage, "epochs", 1)  # over each batch
         size = param_count(param_specs(shape))
         flops = passes * flops_per_token(model.config, batches.dataset_info["length"])
-    return TrainingSetup(stage, build, batches, mesh, shardings, state, meta, size, flops, phases)
+    return TrainingSetup(stage, build, batches, mesh, shardings, state, meta, size, flops, phases, context)
 
 
 def stage_update(

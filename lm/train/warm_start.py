@@ -21,7 +21,7 @@ from lm.model.imported import check_same_params, imported_model, takes_vocab_siz
 from lm.model.params import param_specs
 from lm.model.quantization import quantized_params
 from lm.rewards.load import reward_axes
-from lm.runs.checkpoint import Checkpoints, restore_params
+from lm.runs.checkpoint import Checkpoints, checkpoint_steps, restore_params
 from lm.runs.console import warn
 from lm.runs.workdir import (
     CHECKPOINTS_DIR,
@@ -161,9 +161,9 @@ def lora_base_params(shape: ModelConfig, lm: Params, workdir: Workdir, checkpoin
     The workdir keeps a copy of it, written once. Later starts read that copy, whatever has become of the run that it
     came from. checkpoint_turn: the RunHost's, in which checkpoints are written.
     """
+    if checkpoint_steps(workdir.base_path):
+        return restore_params(workdir.base_path, warn=warn)[0]
     with Checkpoints(workdir.base_path, keep=1, warn=warn) as kept:
-        if kept.steps():
-            return restore_params(workdir.base_path, warn=warn)[0]
         base = quantized_params(shape.lora_base_dtype, lm)
         with checkpoint_turn(kept):
             kept.save(0, {"params": base}, {})

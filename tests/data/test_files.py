@@ -43,18 +43,44 @@ def table_bytes(kind: str) -> bytes:
         ("a.jsonl", lambda: LINES),
         ("a.jsonl", lambda: b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n").rstrip()),
         ("a.json", lambda: json.dumps(ROWS).encode()),
+        ("a.json", lambda: json.dumps(ROWS, indent=1).encode()),
+        ("a.json", lambda: b"\xef\xbb\xbf\n" + LINES),
         ("a.json", lambda: json.dumps({"data": ROWS}).encode()),
         ("a.csv", lambda: table_bytes("csv")),
         ("a.parquet", lambda: table_bytes("parquet")),
         ("a.arrow", lambda: table_bytes("file")),
         ("a.arrow", lambda: table_bytes("stream")),
     ],
-    ids=["lines", "bom and crlf", "array", "named array", "csv", "parquet", "arrow file", "arrow stream"],
+    ids=[
+        "lines",
+        "bom and crlf",
+        "array",
+        "indented array",
+        "lines in json",
+        "named array",
+        "csv",
+        "parquet",
+        "arrow file",
+        "arrow stream",
+    ],
 )
 def test_every_kind_gives_the_same_rows(name, data, compression, tmp_path):
     found = list(source_rows(write(tmp_path / f"{name}{compression}", data())))
     assert [row.fields for row in found] == ROWS and [row.number for row in found] == list(range(1, 1501))
     assert not any(row.fault for row in found)
+
+
+def test_an_array_is_read_in_parts(tmp_path, monkeypatch):
+    """Parts that end within a row, a text and a character."""
+    rows = [{"text": f"zwölf 日本 {i}", "number": i} for i in range(50)]
+    path = write(tmp_path / "a.json", json.dumps(rows, ensure_ascii=False, indent=1).encode())
+    monkeypatch.setattr(files, "CHUNK_BYTES", 5)
+    assert [row.fields for row in source_rows(path)] == rows
+
+
+def test_an_object_is_one_row(tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}]}
+    assert [found.fields for found in source_rows(write(tmp_path / "a.json", json.dumps(row).encode()))] == [row]
 
 
 def test_folders_and_globs(tmp_path):
@@ -93,7 +119,13 @@ def test_folders_and_globs(tmp_path):
         ("a.jsonl", lambda: b'{"a": 1}\n{"a": \n', 1, 2, "not JSON (Expecting value)"),
         ("a.jsonl", lambda: b'{"a": 1}\n[1]\n', 1, 2, "list in JSON, not an object with fields"),
         ("a.json", lambda: b'[{"a": 1}, 2]', 1, 2, "int in JSON, not an object"),
-        ("a.json", lambda: b'[{"a": 1},', 0, 1, "not JSON (Expecting value, line 1)"),
+        ("a.json", lambda: b'[{"a": 1},', 1, 2, "the file ends within its array: mend the file"),
+        ("a.json", lambda: b'[{"a": 1}, {"a"', 1, 2, "not JSON (Expecting ':' delimiter), or the file is cut off"),
+        ("a.json", lambda: b'[{"a": 1}, {"a": "\xff"}]', 0, 1, "not UTF-8 text (byte 0xff"),
+        ("a.json", lambda: b'{"a": \n}', 0, 1, "not JSON (Expecting value, line 2): mend the file"),
+        ("a.jsonl", lambda: b'{"a": 1}\n' + b"[" * 100_000 + b"\n", 1, 2, "not JSON"),
+        ("a.csv", lambda: b"a,b\n1,2\n\xff,4\n", 1, 2, "not UTF-8 text (byte 0xff): convert the file"),
+        ("a.csv", lambda: b'a,b\n1,2\n1,"2\n3,4\n', 1, 2, "no row of CSV (unexpected end of data)"),
         ("a.csv", lambda: b"a,b\n1,2\n3\n", 1, 2, "2 columns are named, but it has another number"),
         ("a.txt", lambda: b"caf\xe9", 0, 1, "not UTF-8 text (byte 0xe9 at 3): convert it"),
         ("a.txt", lambda: b"a\0b", 0, 1, "holds a zero byte: it is no text"),
@@ -130,10 +162,12 @@ def test_a_data_set_of_hugging_face_is_streamed(monkeypatch):
         calls.append((name, config, split, streaming))
         return iter([{"text": "a"}])
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    for source in ("hf:org/name", "hf:org/name:test", "hf:org/name:en:test"):
+    found = SimpleNamespace(load_dataset=load_dataset, get_dataset_config_names=lambda name: ["en"])
+    monkeypatch.setitem(sys.modules, "datasets", found)
+    for source in ("hf:org/name", "hf:org/name:test", "hf:org/name:en", "hf:org/name:en:test"):
         assert [row.fields for row in source_rows(source)] == [{"text": "a"}]
-    assert calls == [("org/name", c, s, True) for c, s in ((None, "train"), (None, "test"), ("en", "test"))]
+    expected = ((None, "train"), (None, "test"), ("en", "train"), ("en", "test"))
+    assert calls == [("org/name", config, split, True) for config, split in expected]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="hf:x needs Hugging Face datasets: pip install"):
         list(source_rows("hf:x"))

@@ -285,7 +285,7 @@ def test_pack_refuses_only_what_cannot_teach():
     assert (tokens.inputs.tolist(), left_out) == ([[2, 9]], {"skipped": 1, "untrained": 1})
     message = (
         "none of 2 conversations can be learnt from (1 conversations longer than a row of 1 tokens, "
-        "1 conversations with no token to learn (no answer, or it shares a token with the marker before it)): "
+        "1 conversations with no token to learn (no answer, weight zero, or it shares a token with the marker)): "
         "lengthen the row"
     )
     with pytest.raises(UserError, match=re.escape(message)):

@@ -37,7 +37,9 @@ def made(tiny_model):
     return of
 
 
-@pytest.mark.parametrize("every", [0, 2], ids=["all local", "mixed"])
+@pytest.mark.parametrize(
+    "every", [pytest.param(0, id="all local", marks=pytest.mark.slow), pytest.param(2, id="mixed")]
+)
 def test_a_windowed_cache_keeps_the_window_and_decodes_as_the_full_pass(every, made):
     """Rule 14: in steps shorter and longer than the window, to the last slot, for prompts of mixed length."""
     m, lm = made(window=3, global_every=every)
@@ -68,8 +70,10 @@ def test_a_cache_no_longer_than_the_window_is_whole(made):
 
 @pytest.mark.parametrize(
     "changes, how",
-    [(GEMMA, {"remat": "block", "query_blocks": 2}), (MIXTURE, {"remat": "dots", "loss_chunk": 5})],
-    ids=["gemma", "mixture"],
+    [
+        pytest.param(GEMMA, {"remat": "block", "query_blocks": 2}, id="gemma", marks=pytest.mark.slow),
+        pytest.param(MIXTURE, {"remat": "dots", "loss_chunk": 5}, id="mixture"),
+    ],
 )
 def test_a_scanned_stack_of_two_kinds_of_layers_is_the_unrolled_one(changes, how, made):
     """Value, gradient and routing, under rematerialisation, query blocks and a chunked loss too."""

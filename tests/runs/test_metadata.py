@@ -1,6 +1,7 @@
 """record.json: every start, the code it ran, and no failure of git or disk that would stop a run."""
 
 import json
+import shutil
 import subprocess
 
 import jax
@@ -116,7 +117,7 @@ def test_no_run_fails_for_its_record(workdir, capsys):
 
 
 def test_a_run_and_its_resumption_are_two_starts(finished, small, tmp_path):
-    loop.train_stage(stage_config(finished, "pretrain", "train.steps=4"), tmp_path / "run")
+    shutil.copytree(finished.parent / "snapshots" / "pretrain" / "batch 6", tmp_path / "run")
     summary = loop.train_stage(stage_config(finished, "pretrain"), tmp_path / "run")
     first, second = read_run_starts(tmp_path / "run")
     assert first["time"] <= second["time"] and first["seed"] == second["seed"] == 0

@@ -95,7 +95,7 @@ def test_starts_where_the_policy_is(stage, shallow, lm, rollouts):
         np.testing.assert_allclose(found["equal_groups"], 1 / 3, rtol=1e-6)
 
 
-@EACH
+@some_by_default(GROUPED, grpo, gspo, reinforce_pp, best_of_n)
 def test_equal_rewards_move_nothing(stage, shallow, lm, rollouts):
     """Rule 5: where every answer is worth the same, the policy's gradient is exactly zero (REINFORCE++ whitens 0)."""
     alike = rollouts.replace(rewards=jnp.full(12, 0.1))

@@ -1,6 +1,7 @@
 """The offline preference stages: their batches, their losses by hand and at their limits, and that they learn."""
 
 import functools
+import json
 import math
 
 import jax
@@ -360,6 +361,8 @@ def test_verdicts_become_rows(lent, file, halves):
         "shortened": 0,
         "untrained": 0,
         "empty": 1,  # of b
+        "bad_rows": 0,
+        "duplicate_rows": 0,
     }
     (batch,) = found.held_out(None)
     tokenizer = lent.tokenizer
@@ -407,6 +410,31 @@ def test_kto_pairs_prompts_with_answers_to_others(lent, file, halves):
         assert tokens.targets[tokens.weights > 0].tolist() == [*tokenizer.encode(text), tokenizer.end_of_message]
     sides = preference_batches.batches(lent, rankings=file(VERDICTS), length=60, prompts_per_batch=2)
     jax.tree.map(np.testing.assert_array_equal, batch.replace(mismatched_tokens=None), next(sides.held_out(None)))
+
+
+def test_labelled_answers_are_measured_by_themselves(lent, tmp_path):
+    """Rewards 2 and -1 of a good and a bad answer, reference point 0.5: both are told right, by 1.5 each."""
+    rows = [{"prompt": f"question {i}", "completion": f"reply {i}", "label": i % 2 == 0} for i in range(12)]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = kto.batches(lent, rankings=str(tmp_path / "labels.jsonl"), length=60, prompts_per_batch=12, held_out=0.4)
+    assert {tuple(labels) for labels in found.train(None, 0).ranks.reshape(-1, 2).tolist()} == {(1, 1), (1, 10)}
+    ranks = np.array([[[1, 1]], [[1, 10]]])
+    desirable, _ = kto.desirability_labels(jnp.asarray(ranks))
+    assert desirable.tolist() == [[True], [False]]
+    rewards = jnp.where(desirable, 2.0, -1.0)
+    measured = kto.single_answer_metrics(rewards, rewards - 0.5, 10 * rewards, jnp.asarray(ranks))
+    assert {name: float(m.value()) for name, m in measured.items()} == {
+        "accuracy": 1.0,
+        "margin": 1.5,
+        "reward_chosen": 2.0,
+        "reward_rejected": -1.0,
+        "chosen_logprob": 20.0,
+        "rejected_logprob": -10.0,
+    }
+    compared = kto.single_answer_metrics(rewards[:1], rewards[:1], rewards[:1], jnp.array([[[1, 0]]]))
+    assert float(compared["accuracy"].weight) == 0, "an answer without a label says nothing"
+    with pytest.raises(UserError, match="holds answers that are good or bad by themselves, and no pairs"):
+        dpo.batches(lent, rankings=str(tmp_path / "labels.jsonl"), length=60)
 
 
 def test_an_answer_that_would_not_fit_another_prompt_is_passed_over(tokenizer):

@@ -79,6 +79,7 @@ def test_numbers_cannot_be_written_where_there_is_no_folder(tmp_path):
         program.program([f"--json={tmp_path}/none/x.json"])
 
 
+@pytest.mark.slow
 def test_a_small_transformer_is_certified_too():
     """REINFORCE without baseline, the KL in the reward, and RLOO, through the real model."""
     found = [

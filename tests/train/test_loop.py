@@ -60,7 +60,7 @@ def some_by_default(*default: str):
     )
 
 
-@some_by_default("reward", "ppo")
+@some_by_default("reward")
 def test_a_mesh_over_the_data_gives_one_device_s_numbers(finished, eight, tmp_path, stage):
     summary = loop.train_stage(stage_config(finished, stage), tmp_path / stage)
     assert summary["device"].startswith("8 x ")

@@ -24,6 +24,7 @@ from lm.core.types import Array, Tokens
 from lm.data.batches import batch_function
 from lm.data.conversations import distinct_conversations, repeated_prompt_contexts
 from lm.data.loading import NO_COLUMNS, load_conversations
+from lm.data.origins import RowOrigin
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.generate.sampler import SamplingParams
@@ -34,7 +35,14 @@ from lm.stages.context import Batches, StageContext
 from lm.stages.distillation.teacher_divergence import distillation_loss, divergence_from_teacher
 from lm.stages.pretraining import conversation_batches
 from lm.stages.rl.multi_turn import rollout_program
-from lm.stages.rl.rollouts import HELD_OUT_KEY, ROLLOUT_KEY, check_rollout_options, held_out_prompts
+from lm.stages.rl.rollouts import (
+    HELD_OUT_KEY,
+    ROLLOUT_KEY,
+    check_rollout_options,
+    held_out_prompts,
+    prompt_origins,
+    prompt_truncation,
+)
 from lm.stages.stage import Stage
 
 ON_POLICY_KEY = 2**30 + 2  # who writes batch i; a role folded into the key beside ROLLOUT_KEY and HELD_OUT_KEY
@@ -127,9 +135,20 @@ def batches(
         with context.sampling_phase(state):
             return jax.block_until_ready(run(state.params["lm"], prompts.ids, prompts.lengths, key)[0])
 
-    def train_batch(state, i):
+    def is_student_written(state, i: int) -> bool:
         coin = jax.random.fold_in(jax.random.fold_in(state.key, ON_POLICY_KEY), i)
-        if jax.random.bernoulli(coin, on_policy_fraction):
+        return bool(jax.random.bernoulli(coin, on_policy_fraction))
+
+    student_origins = prompt_origins(train, distinct, [name.strip() for name in sources.split(",")], writer="student")
+
+    def row_origins(state, batch, i: int) -> list[RowOrigin]:
+        if is_student_written(state, i):
+            return student_origins(batch)
+        assert people.row_origins is not None, "conversations say where they are from"
+        return people.row_origins(state, batch, i)
+
+    def train_batch(state, i):
+        if is_student_written(state, i):
             return drawn(state, prompts_at(train, order(i)), ROLLOUT_KEY, i)
         return people.train(state, i)
 
@@ -147,7 +166,14 @@ def batches(
         "held_out_skipped_prompts": more,
         "repeated_prompts": len(contexts) - len(distinct),
     }
-    return Batches(train_batch, held_out_batches, {**people.dataset_info, **asked})
+    rule = prompt_truncation(sources, turns=turns, prompt_length=prompt_length, max_new=max_new)
+    return Batches(
+        train_batch,
+        held_out_batches,
+        {**people.dataset_info, **asked},
+        row_origins=row_origins,
+        truncation=f"{people.truncation}; {rule}",
+    )
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:

@@ -36,6 +36,7 @@ from lm.optim.update import Update
 from lm.stages.context import Batches, StageContext
 from lm.stages.preference import preference_batches
 from lm.stages.preference.preference_batches import answer_logprobs, preference_metrics, summary
+from lm.stages.reward_model.ranking_batches import pair_accuracy
 from lm.stages.stage import Stage
 from lm.tokenizer import TokenizedExample, Tokenizer, encode_chats
 
@@ -65,7 +66,10 @@ def make(
         desirable, undesirable = desirability_labels(batch.ranks)
         labelled = (desirable | undesirable).astype(jnp.float32)
         value = mean(each(ratios, batch.baseline[:, None], desirable), labelled)
-        return value, preference_metrics(value, beta * ratios, logprobs, batch.ranks)
+        paired = preference_metrics(value, beta * ratios, logprobs, batch.ranks)
+        lead = beta * (ratios - batch.baseline[:, None])
+        single = single_answer_metrics(beta * ratios, lead, logprobs, batch.ranks)
+        return value, {name: paired[name] + single[name] if name in single else paired[name] for name in paired}
 
     inner = decoder_gradient(loss, optimizer, microbatches=microbatches)
     return refreshed_reference(
@@ -85,14 +89,38 @@ def with_reference_point(model: Model, state, batch: RankedAnswers) -> tuple[Ran
 
 
 def desirability_labels(ranks: Array) -> tuple[Array, Array]:
-    """bool[P,K] twice, from ranks i32[P,K,2]: which answers are desirable, and which are undesirable.
+    """bool[P,K] twice, from ranks i32[P,K,A]: which answers are desirable, and which are undesirable.
 
-    The second axis is the label of an answer by itself, 0 where it has none; there the ranks decide.
+    The second axis, where there is one, is the label of an answer by itself, 0 where it has none; there, and without
+    that axis, the ranks decide.
     """
     better = preference_mask(ranks[..., 0]).astype(jnp.int32)
     wins, losses = jnp.sum(better, axis=2), jnp.sum(better, axis=1)
+    if ranks.shape[-1] == 1:
+        return wins > losses, wins < losses
     label = ranks[..., 1]
     return jnp.where(label > 0, label == 1, wins > losses), jnp.where(label > 0, label > 1, wins < losses)
+
+
+def single_answer_metrics(rewards: Array, lead: Array, logprobs: Array, ranks: Array) -> Metrics:
+    """What preference_metrics tells of pairs, of labelled answers that no other answer is compared with, f32[P,K] each.
+
+    `lead` is the reward less the reference point's: an answer is told right, accuracy 1, if that is above 0 for a
+    desirable one and below for an undesirable one; its margin is how far.
+    """
+    compared = preference_mask(ranks[..., 0])
+    alone = ~jnp.any(compared | jnp.swapaxes(compared, 1, 2), axis=2)
+    desirable, undesirable = desirability_labels(ranks)
+    good, bad = ((alone & label).astype(jnp.float32) for label in (desirable, undesirable))
+    right = jnp.where(desirable, lead, -lead)
+    return {
+        "accuracy": mean(pair_accuracy(right), good + bad),
+        "margin": mean(right, good + bad),
+        "reward_chosen": mean(rewards, good),
+        "reward_rejected": mean(rewards, bad),
+        "chosen_logprob": mean(logprobs, good),
+        "rejected_logprob": mean(logprobs, bad),
+    }
 
 
 def batches(
@@ -132,7 +160,9 @@ def batch_with_mismatched(
             f"of {len(verdicts)} verdicts no prompt takes an answer to another one within data.length {length}: KTO's "
             "baseline needs some; rank different prompts, or raise data.length or data.held_out"
         )
-    return ranked_answers_batch(verdicts, length, most).replace(mismatched_tokens=padded_rows(rows, length))
+    found = ranked_answers_batch(verdicts, length, most)
+    ranks = found.ranks if found.ranks[..., 1:].any() else found.ranks[..., :1]  # no axis for labels that are not there
+    return found.replace(ranks=ranks, mismatched_tokens=padded_rows(rows, length))
 
 
 def mismatched_example(

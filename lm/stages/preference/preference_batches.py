@@ -110,6 +110,8 @@ def batches(
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,
         limit=limit,
+        truncation=f"of a conversation longer than {length + 1} tokens the prompt loses its beginning, and the "
+        "answer is left out if it is longer by itself",
     )
 
 

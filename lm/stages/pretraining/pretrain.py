@@ -11,8 +11,18 @@ import math
 import optax
 
 from lm.core.metrics import Metrics, metric_values
-from lm.data.batches import BatchSizeRamp, batch_function, sequential_batches
-from lm.data.packing import document_rows
+from lm.data.batches import BatchSizeRamp, batch_function, drawn_rows, sequential_batches
+from lm.data.origins import SegmentOrigin, drawn_origins, source_of
+from lm.data.packing import (
+    DOCUMENT_PACKINGS,
+    PACKING_RULES,
+    DocumentPiece,
+    Packing,
+    check_packing,
+    document_rows,
+    encoded_documents,
+    packing_efficiency,
+)
 from lm.data.sources import documents_within_bytes, load_documents, split_held_out
 from lm.model import Model
 from lm.optim.update import Update
@@ -48,10 +58,15 @@ def batches(
     length: int = 256,
     batch_size: int = 32,
     ramp: BatchSizeRamp = (),
+    packing: Packing = "stream",
     held_out: float = 0.02,
     held_out_bytes: int = 400_000,
 ) -> Batches:
     """Rows of `length` tokens from `corpus` (see data.corpus); a fraction `held_out` of its documents is never trained.
+
+    `packing` "stream" lays documents end to end and cuts them every `length` tokens, which wastes no position;
+    "best_fit" cuts only documents that are longer than a row (see data.packing). Held-out documents are laid as a
+    stream either way, so that scores compare.
 
     A ramp of pairs (step, rows) begins with other batches: ((100, 4), (200, 8)) takes 4 rows before step 100, 8 before
     step 200, and `batch_size` from there on. The held-out score uses whole held-out documents up to `held_out_bytes`,
@@ -60,21 +75,37 @@ def batches(
     context.check_length(length)
     train, unseen = split_held_out(load_documents(corpus), held_out)
     scored = documents_within_bytes(unseen, held_out_bytes)
-    train_rows, unseen_rows = (
-        document_rows(context.tokenizer, [document.text for document in side], length) for side in (train, scored)
-    )
+    check_packing(packing)
+    lay_rows, row_contents = DOCUMENT_PACKINGS[packing]
+    ids = encoded_documents(context.tokenizer, [document.text for document in train])
+    train_rows, contents = lay_rows(ids, length), row_contents([len(each) for each in ids], length)
+    unseen_rows = document_rows(context.tokenizer, [document.text for document in scored], length)
     batch = batch_function(train_rows, batch_size=batch_size, seed=context.seed, ramp=ramp)
     about = {
         "length": length,
         "documents": len(train),
         "rows": len(train_rows.inputs),
         "tokens": int(train_rows.weights.sum()),
+        **packing_efficiency(contents, train_rows),
         "held_out_documents": len(scored),
         "held_out_skipped": len(unseen) - len(scored),
         "held_out_bytes": len(text := "".join(document.text for document in scored).encode()),
         "xz_bits_per_byte": 8 * len(lzma.compress(text, preset=9)) / len(text),
     }
-    return Batches(lambda state, i: batch(i), lambda state: sequential_batches(unseen_rows, batch_size), about)
+    drawn = drawn_rows(len(train_rows.inputs), batch_size=batch_size, seed=context.seed, ramp=ramp)
+    sizes, sources = [len(each) for each in ids], [name.strip() for name in corpus.split(",")]
+
+    def segment_origin(piece: DocumentPiece) -> SegmentOrigin:
+        name, place = train[piece.document].name, piece.document
+        return SegmentOrigin(name, source_of(name, sources), document=place, start=piece.start, size=sizes[place])
+
+    return Batches(
+        lambda state, i: batch(i),
+        lambda state: sequential_batches(unseen_rows, batch_size),
+        about,
+        row_origins=lambda state, batch, i: drawn_origins(drawn(i), contents, segment_origin),
+        truncation=f"{corpus}: {PACKING_RULES[packing].format(length=length)}",
+    )
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:

@@ -12,8 +12,9 @@ import optax
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Mean, Metrics, mean, metric_values
 from lm.core.types import Array, RankedAnswers, Tokens
-from lm.data.batches import batch_function, sequential_batches
-from lm.data.loading import NO_COLUMNS, load_rankings
+from lm.data.batches import batch_function, drawn_rows, sequential_batches
+from lm.data.loading import NO_COLUMNS, load_counted_rankings
+from lm.data.origins import RowOrigin, SegmentOrigin, drawn_origins
 from lm.data.preferences import LABEL_AXIS, OVERALL_AXIS, OVERALL_ONLY, Ranking, ordered_axes, preference_pairs
 from lm.data.ratings import BUILT_IN_RANKINGS
 from lm.data.sources import split_held_out
@@ -177,6 +178,8 @@ def batches(
         prompts_per_batch=prompts_per_batch,
         held_out=held_out,
         limit=limit,
+        truncation=f"of a conversation longer than {length} tokens the prompt loses its beginning, down to half a row, "
+        "then the answer what stands before its end token",
     )
 
 
@@ -193,9 +196,13 @@ def batches_of_rankings(
     prompts_per_batch: int,
     held_out: float,
     limit: int,
+    truncation: str,
 ) -> Batches:
-    """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows."""
-    ranked, aside, undecided = split_rankings(
+    """The batches of all stages that learn from `rankings`, split, laid out and grouped into rows.
+
+    truncation: what `laid_out` does with what does not fit a row, in words.
+    """
+    ranked, aside, loaded = split_rankings(
         rankings, held_out, columns=columns, skip_bad_rows=skip_bad_rows, labels=LABEL_AXIS in axes
     )
     (train, counts), (unseen, more) = laid_out(ranking_subset(ranked, limit, context.seed)), laid_out(aside)
@@ -222,11 +229,20 @@ def batches_of_rankings(
         "pairs": sum(verdict.pair_count() for verdict in train),
         "held_out_prompts": len(unseen),
         "held_out_pairs": sum(verdict.pair_count() for verdict in unseen),
+        **loaded,
         **counts,
-        "undecided": undecided + counts["undecided"],
+        "undecided": loaded["undecided"] + counts["undecided"],
     }
     held_out_batches = lambda state: sequential_batches(unseen_rows, prompts_per_batch)
-    return Batches(lambda state, i: batch(i), held_out_batches, about)
+    drawn = drawn_rows(len(train), batch_size=prompts_per_batch, seed=context.seed)
+
+    def origins(state, batch, i: int) -> list[RowOrigin]:
+        segment = lambda k: SegmentOrigin(train[k].ranking.name, rankings, document=k)
+        return drawn_origins(drawn(i), [[k] for k in range(len(train))], segment)
+
+    return Batches(
+        lambda state, i: batch(i), held_out_batches, about, row_origins=origins, truncation=f"{rankings}: {truncation}"
+    )
 
 
 def split_rankings(
@@ -236,17 +252,20 @@ def split_rankings(
     columns: Mapping[str, str] = NO_COLUMNS,
     skip_bad_rows: int = 0,
     labels: bool = False,
-) -> tuple[list[Ranking], list[Ranking], int]:
-    """The verdicts to learn from, the held-out ones, and how many decide nothing and are left out.
+) -> tuple[list[Ranking], list[Ranking], dict[str, int]]:
+    """The verdicts to learn from, the held-out ones, and counts: "undecided" ones are left out; lm.data.loading's.
 
     labels: an answer that is labelled good or bad by itself decides, too.
     """
-    everything = load_rankings(rankings, columns=columns, skip_bad_rows=skip_bad_rows)
+    everything, counts = load_counted_rankings(rankings, columns=columns, skip_bad_rows=skip_bad_rows)
     ranked = [r for r in everything if preference_pairs(r) or labels and LABEL_AXIS in r.axes]
+    if not ranked and any(LABEL_AXIS in r.axes for r in everything):
+        raise UserError(f"{rankings} holds answers that are good or bad by themselves, and no pairs: take stage kto")
     if not ranked:
         raise UserError(f"{rankings}: no ranking prefers one answer to another; rank more answers, or less alike ones")
     content = "name" if rankings in BUILT_IN_RANKINGS else "content"  # the same opener is given to many raters
-    return *split_held_out(ranked, held_out, attrgetter(content)), len(everything) - len(ranked)
+    counts = {**counts, "undecided": len(everything) - len(ranked)}
+    return *split_held_out(ranked, held_out, attrgetter(content)), counts
 
 
 def ranking_subset(rankings: Sequence[Ranking], limit: int, seed: int) -> list[Ranking]:

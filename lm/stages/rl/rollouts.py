@@ -9,8 +9,9 @@ import numpy as np
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Rollouts, Tokens, TrainState
 from lm.data.batches import batch_function
-from lm.data.conversations import distinct_conversations, repeated_prompt_contexts
-from lm.data.loading import NO_COLUMNS, load_conversations
+from lm.data.conversations import Conversation, distinct_conversations, repeated_prompt_contexts
+from lm.data.loading import NO_COLUMNS, load_counted_conversations
+from lm.data.origins import RowOrigin, SegmentOrigin, source_of
 from lm.data.packing import document_rows
 from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import load_documents, split_held_out
@@ -120,9 +121,8 @@ def batches(
             found.tokens, np.float32(total), scores, found.stopped, found.logprobs, token_rewards, group=group
         )
 
-    contexts = repeated_prompt_contexts(
-        load_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows), turns=turns
-    )
+    loaded = load_counted_conversations(sources, columns=columns, skip_bad_rows=skip_bad_rows)
+    contexts = repeated_prompt_contexts(loaded.items, turns=turns)
     distinct = distinct_conversations(contexts)
     (train, skipped), (unseen, more) = (
         prompts_within_length(tokenizer, side, prompt_length) for side in split_held_out(distinct, held_out)
@@ -138,6 +138,7 @@ def batches(
         "skipped": skipped,
         "held_out_skipped": more,
         "repeated": len(contexts) - len(distinct),
+        **loaded.counts,
     }
 
     def held_out_batches(state):
@@ -158,7 +159,41 @@ def batches(
             batch = batch.replace(row_metrics={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
         return batch.replace(text_tokens=text(i))
 
-    return Batches(train_batch, held_out_batches, about, rollout_table(context, temperature))
+    origins = prompt_origins(train, distinct, [name.strip() for name in sources.split(",")], writer="policy")
+    return Batches(
+        train_batch,
+        held_out_batches,
+        about,
+        rollout_table(context, temperature),
+        row_origins=lambda state, batch, i: origins(batch.tokens),
+        truncation=prompt_truncation(sources, turns=turns, prompt_length=prompt_length, max_new=max_new),
+    )
+
+
+def prompt_truncation(sources: str, *, turns: int, prompt_length: int, max_new: int) -> str:
+    """What becomes of prompts and answers that are longer, in words."""
+    return (
+        f"{sources}: prompts of the last {turns} messages (rows of files whole), one longer than {prompt_length} "
+        f"tokens left out; an answer is cut off after {max_new} tokens"
+    )
+
+
+def prompt_origins(
+    prompts: Prompts, conversations: Sequence[Conversation], sources: Sequence[str], *, writer: str
+) -> Callable[[Tokens], list[RowOrigin]]:
+    """rows -> where the prompt of each is from, found by its ids. `conversations` hold those of the prompts."""
+
+    def origins(tokens: Tokens) -> list[RowOrigin]:
+        names = {tuple(message["content"] for message in c.messages): c.name for c in conversations}
+        places = {ids[:n].tobytes(): k for k, (ids, n) in enumerate(zip(prompts.ids, prompts.lengths))}
+        found = []
+        for inputs, weights in zip(np.asarray(tokens.inputs, np.int32), np.asarray(tokens.weights)):
+            k = places[inputs[: int(np.argmax(weights > 0)) + 1].tobytes()]
+            name = names[tuple(message["content"] for message in prompts.contexts[k])]
+            found.append(RowOrigin([SegmentOrigin(name, source_of(name, sources), document=k)], k, writer=writer))
+        return found
+
+    return origins
 
 
 def check_rollout_options(
