@@ -256,6 +256,8 @@ def _apply_override(config: ConfigDict, override: str, path: str, functions: Con
     listed = key in keys and not isinstance(keys[key], Mapping)
     if listed:
         kind, old = value_type(_node(config, parent).get_type(leaf), keys[key]), keys[key]
+        if isinstance(old, str) and leaf in options and dict in option_type(options[leaf]).types:
+            kind = option_type(options[leaf])  # text, or a mapping in its place
     elif leaf in options:
         kind, old = option_type(options[leaf]), options[leaf].default
     else:
@@ -272,7 +274,7 @@ def _apply_override(config: ConfigDict, override: str, path: str, functions: Con
         try:
             if isinstance(value, dict) and leaf in node and isinstance(node[leaf], ConfigDict):
                 _refill(node[leaf], value)
-            elif leaf in node and isinstance(node[leaf], ConfigDict):  # text in the place of a mapping, or None
+            elif leaf in node and isinstance(value, dict) != isinstance(node[leaf], ConfigDict):  # text or a mapping
                 with node.ignore_type():
                     node[leaf] = value
             else:

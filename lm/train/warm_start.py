@@ -79,7 +79,7 @@ class RunModel(NamedTuple):
 def model_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedModel | None, backend: str) -> RunModel:
     """The model that config.model asks for: lm's decoder or, with a `name`, one's own; that of `start`, if there is
     one. UserError for a model that cannot take up the parameters of `start`, or has too few ids."""
-    if "name" in config.model or start and start.own_model:
+    if "name" in config.model and config.model.name or start and start.own_model:
         return own_model_for_run(config, tokenizer, start)
     shape = model_config_for_run(config, tokenizer, start)
     return RunModel(make_model(shape.for_backend(backend)), shape, dataclasses.asdict(shape))
@@ -88,7 +88,7 @@ def model_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedModel 
 def own_model_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedModel | None) -> RunModel:
     if start and not start.own_model:
         raise UserError(f"model.name is set, but {config.init_from} holds lm's own decoder: leave one of the two out")
-    entries = {**(start.own_model if start else {}), **config.model.to_dict()}
+    entries = {**(start.own_model if start else {}), **_given_entries(config)}
     if takes_vocab_size(entries["name"]) and "vocab_size" not in entries:
         entries["vocab_size"] = tokenizer.vocab_size
     model = imported_model(entries)
@@ -107,7 +107,7 @@ def own_model_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedMo
 def model_config_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedModel | None) -> ModelConfig:
     """The model that config.model asks for, its sizes those of `start` where there is one, which it may not change."""
     inherited = dataclasses.asdict(start.model_config) if start else {"vocab_size": tokenizer.vocab_size}
-    shape = call_with_options(ModelConfig, {**inherited, **config.model.to_dict()}, name="model")
+    shape = call_with_options(ModelConfig, {**inherited, **_given_entries(config)}, name="model")
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size is {shape.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces: leave it out"
@@ -122,6 +122,11 @@ def model_config_for_run(config: ConfigDict, tokenizer: Tokenizer, start: Traine
     if ("base_width" in config.optimizer or "base_width" in config.model) and optimizers != shape.base_width:
         raise UserError(f"optimizer.base_width is {optimizers}, model.base_width {shape.base_width}: muP needs both")
     return shape
+
+
+def _given_entries(config: ConfigDict) -> dict[str, Any]:
+    """What config.model says; an empty name says nothing."""
+    return {key: value for key, value in config.model.to_dict().items() if key != "name" or value}
 
 
 def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:

@@ -406,6 +406,8 @@ REWARDS_FILE = """
 from ml_collections import ConfigDict
 
 def get_config(arg=""):
+    if arg == "text":
+        return ConfigDict({"data": {"rewards": "rule=1.0"}})
     if arg == "dots":
         return ConfigDict({"data": {"rewards": {"mine.py:accuracy": 1.0}}})
     return ConfigDict({"data": {"rewards": {"model": 1.0, "rule": 0.0}}}, allow_dotted_keys=arg == "allowed")
@@ -427,6 +429,8 @@ def test_rewards_may_be_text_where_the_file_has_a_mapping(tmp_path):
     assert load(str(path), "data.rewards.rule=0.5") == {"rewards": {"model": 1.0, "rule": 0.5}}
     assert load(str(path), "data.rewards={'rule': 2.0}") == {"rewards": {"rule": 2.0}}
     assert load(str(path), "data.rewards=rule=1.0,mine.py:accuracy=2.0") == {"rewards": "rule=1.0,mine.py:accuracy=2.0"}
+    assert load(f"{path}:text", "data.rewards={'rule': 2.0}") == {"rewards": {"rule": 2.0}}
+    assert load(f"{path}:text", "data.rewards=form=2.0") == {"rewards": "form=2.0"}
     found = load(f"{path}:allowed", "data.rewards={'mine.py:accuracy': 2.0}")
     assert found == {"rewards": {"mine.py:accuracy": 2.0}}
     message = "the key 'mine.py:accuracy' holds a dot, .* write a mapping of rewards as text, .*'mine.py:accuracy=1.0'"

@@ -189,7 +189,7 @@ def prompt_origins(
         found = []
         for inputs, weights in zip(np.asarray(tokens.inputs, np.int32), np.asarray(tokens.weights)):
             k = places[inputs[: int(np.argmax(weights > 0)) + 1].tobytes()]
-            name = names[tuple(message["content"] for message in prompts.contexts[k])]
+            name = names[tuple(message["content"] for message in prompts.examples[k]["messages"])]
             found.append(RowOrigin([SegmentOrigin(name, source_of(name, sources), document=k)], k, writer=writer))
         return found
 
