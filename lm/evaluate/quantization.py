@@ -58,7 +58,7 @@ def with_storage_dtypes(trained: TrainedModel, *, weights: str = "", cache: str 
         trained = trained._replace(
             params={**trained.params, "lm": quantized_params(weights, trained.params["lm"], include_embeddings=True)}
         )
-    return trained._replace(model=make_model(replace(trained.model.config, cache=cache))) if cache else trained
+    return trained._replace(model=make_model(replace(trained.model.config, cache_dtype=cache))) if cache else trained
 
 
 def decoded_logprobs(model: Model, lm: Params, tokens: Tokens) -> tuple[Array, Array]:

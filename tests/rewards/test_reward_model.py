@@ -56,7 +56,7 @@ def test_the_reward_of_a_workdir_is_the_score_at_its_end_token_centred(finished)
 def test_what_a_reward_model_cannot_read_whole_is_said_once(finished, capsys):
     """64 tokens a row. Up to that nothing is said, and beyond it nobody is left to think that it was judged whole."""
     said = []
-    options = dict(backend="cpu", centred=True, jit=jax.jit, warn=said.append)
+    options = dict(backend="cpu", normalized=True, jit=jax.jit, warn=said.append)
     trained, reward = load_reward_model(finished / "reward", **options)
     length = lambda text: len(encode_chat(trained.tokenizer, conversation_with_answer(PROMPT, text)).ids)
     fits = next(text for n in range(1, 99) if length(text := "a list" + " of" * n) == 64)
