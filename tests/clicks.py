@@ -40,7 +40,7 @@ def noisy_rule(noise: float, seed: int):
     """The rule's ranks of the answers shown, upside down with probability `noise`; the same prompt, the same draw."""
 
     def choose(prompt: list[dict], responses: Sequence[str]) -> list[int]:
-        scores = REWARDS["rule"]([prompt] * len(responses), responses)
+        scores = REWARDS["rule"]([{"messages": prompt}] * len(responses), responses)
         upside_down = random.Random(f"{seed} {prompt[-1]['content']}").random() < noise
         return ranks_from_scores(-scores if upside_down else scores)
 

@@ -208,7 +208,7 @@ def test_a_config_of_one_s_own(refused, stage, tmp_path, change, message):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("ppo", "config.data.rewards = {'modle': 1.0}", "data.rewards.modle is no reward; choose among model, rule, "),
+        ("ppo", "config.data.rewards = {'modle': 1.0}", "the name in data.rewards is 'modle'; choose one of rule, "),
         ("reward", "config.data.axes = {'clear': 1.0}", "stage.axes is {'overall': 1.0}, but data.axes is {'clear"),
         ("reward", "config.data.axes.clear = 1.0", "no verdict scores the axis 'clear' of data.axes: leave it out"),
     ],

@@ -68,8 +68,8 @@ assert all(after[name] > before[name] + 0.3 for name in ("ends properly", "asks 
 assert max(before["on topic"], after["on topic"]) < 0.1, means
 """,
     "06_dpo_grpo_ppo": """
-base = rule_reward(questions.prompts.contexts, last["start"][2].texts)
-gains = {name: paired_difference(rule_reward(questions.prompts.contexts, last[name][2].texts), base) for name in ways}
+base = rule_reward(questions.prompts.examples, last["start"][2].texts)
+gains = {name: paired_difference(rule_reward(questions.prompts.examples, last[name][2].texts), base) for name in ways}
 assert all(gain.low > 0 for gain in gains.values()) and gains["grpo"].value > gains["dpo"].value, gains
 kl = {name: last[name][1].value for name in ways}
 assert kl["dpo"] < 2 and kl["ppo"] > 2 * kl["grpo"], kl
@@ -93,6 +93,7 @@ assert all(losses[-20:].mean() < np.log(V) - 1 for _, losses in found.values()),
 sure, middle, unsure = (values[price] for price in prices)
 assert sure["entropy"] < middle["entropy"] - 0.2 and middle["entropy"] < unsure["entropy"] - 0.2, values
 assert sure["loss"] < unsure["loss"], values
+assert again.own_model["name"] == "my_model:make" and again.stage == "my_method:STAGE"
 """,
 }
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")

@@ -37,7 +37,7 @@ from lm.core.config import parsed_flags
 from lm.core.errors import UserError, check_at_least
 from lm.runs import metadata
 from lm.runs.console import Progress, run_program, say, warn
-from lm.runs.workdir import TrainedModel, load_trained_model
+from lm.runs.workdir import TrainedModel, load_trained_model, require_decoder
 from lm.train.warm_start import load_policy
 
 PRINTERS = {
@@ -89,6 +89,7 @@ def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
         models = [(name, size.config, None) for name, size in sizes.items()]
         if flags.workdir:
             given = load_trained_model(flags.workdir, backend=jax.default_backend(), warn=warn)
+            require_decoder(given, "lm bench")
             models.append((given.path.name, given.model_config, given.params["lm"]))
         for name, config, lm in models:
             for dtype in dtypes:

@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +41,7 @@ def load_config(
     try:
         config = module.get_config(arg)
     except Exception as error:
+        _refuse_dotted_key(error, path)
         if not arg:
             raise  # an error of the file itself: its author needs the traceback
         raise UserError(f"{path} has no variant {arg!r}: {error or type(error).__name__}") from error
@@ -254,8 +256,9 @@ def _apply_override(config: ConfigDict, override: str, path: str, functions: Con
     listed = key in keys and not isinstance(keys[key], Mapping)
     if listed:
         kind, old = value_type(_node(config, parent).get_type(leaf), keys[key]), keys[key]
-        if leaf in options and {str, tuple} <= set(option_type(options[leaf]).types):
-            kind = option_type(options[leaf])  # a name, or a list of what it stands for: either replaces the other
+        types = option_type(options[leaf]).types if leaf in options else ()
+        if {str, tuple} <= set(types) or isinstance(old, str) and dict in types:
+            kind = option_type(options[leaf])  # text, or a list or mapping in its place
     elif leaf in options:
         kind, old = option_type(options[leaf]), options[leaf].default
     else:
@@ -269,13 +272,34 @@ def _apply_override(config: ConfigDict, override: str, path: str, functions: Con
         raise UserError(f"config.{key}={text}: expected {kind}{example}") from None
     node = _node(config, parent)
     with node.unlocked():
-        if isinstance(value, dict) and leaf in node:
-            _refill(node[leaf], value)
-        elif isinstance(value, tuple) != isinstance(old, tuple):
-            with node.ignore_type():
+        try:
+            if isinstance(value, dict) and leaf in node and isinstance(node[leaf], ConfigDict):
+                _refill(node[leaf], value)
+            elif leaf in node and _container(value) != _container(
+                node[leaf]
+            ):  # text, or a mapping or list in its place
+                with node.ignore_type():
+                    node[leaf] = value
+            else:
                 node[leaf] = value
-        else:
-            node[leaf] = value
+        except ValueError as error:
+            _refuse_dotted_key(error, f"config.{override}")
+            raise
+
+
+def _container(value: Any) -> type | None:
+    """dict or tuple, of the entries of a config that hold others; None of any other."""
+    return dict if isinstance(value, Mapping | ConfigDict) else tuple if isinstance(value, tuple) else None
+
+
+def _refuse_dotted_key(error: Exception, where: str) -> None:
+    """UserError for a key with a dot in it, such as the file of a reward, where `error` is ml_collections' own."""
+    found = re.search(r"but the key (\S+) contains one", str(error)) if isinstance(error, ValueError) else None
+    if found:
+        raise UserError(
+            f"{where}: the key {found[1]!r} holds a dot, which a ConfigDict does not take; write a mapping of rewards "
+            f"as text, 'NAME=WEIGHT,...', such as '{found[1]}=1.0'"
+        ) from error
 
 
 def _refill(mapping: ConfigDict, entries: Mapping[str, Any]) -> None:

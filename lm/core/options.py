@@ -38,6 +38,7 @@ class ConfigFunction(NamedTuple):
     listed: inspect.Signature | None = None  # what --help lists, where one option decides which others there are
     also: tuple[Callable, ...] = ()  # functions that take some of the options on, and say what they are
     note: str = ""  # what a reader of --help must know of all of them
+    is_named: bool = False  # whether the subtree may hold a `name` too, which says what the function is
 
     @property
     def name(self) -> str:
@@ -49,7 +50,17 @@ class ConfigFunction(NamedTuple):
     @property
     def options(self) -> dict[str, inspect.Parameter]:
         """The keywords that a config may hold, by name."""
-        return keyword_parameters(inspect.signature(self.function))
+        return {**self._choice, **keyword_parameters(inspect.signature(self.function))}
+
+    @property
+    def shown_options(self) -> dict[str, inspect.Parameter]:
+        """Those that --help lists."""
+        return {**self._choice, **keyword_parameters(self.listed or inspect.signature(self.function))}
+
+    @property
+    def _choice(self) -> dict[str, inspect.Parameter]:
+        name = inspect.Parameter("name", inspect.Parameter.KEYWORD_ONLY, default="", annotation=str)
+        return {"name": name} if self.is_named else {}
 
 
 class OptionType(NamedTuple):
@@ -197,7 +208,7 @@ def options_help(config: Mapping[str, Any], functions: Mapping[str, ConfigFuncti
         said = option_docs(called)
         title = f"{path}: {called.name}" + f" ({called.note})" * bool(called.note)
         rows[title] = [(f"{path}.{key}", repr(given[key]), "", "") for key in given if key not in called.options]
-        for name, parameter in keyword_parameters(called.listed or inspect.signature(called.function)).items():
+        for name, parameter in called.shown_options.items():
             needed = parameter.default is parameter.empty
             default = "none" if needed else _value_text(parameter.default)
             value = _value_text(given[name]) if name in given else "not set" if needed else default

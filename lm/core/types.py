@@ -68,10 +68,11 @@ class Rollouts(Replaceable):
     """
 
     tokens: Tokens  # weights are 1 on sampled tokens only
-    rewards: Array  # f32[B]
+    rewards: Array  # f32[B]  what the whole answer is worth, the sum of `token_rewards` included
     row_metrics: Mapping[str, Array]  # f32[B] each: parts of the reward and other raters' scores, logged by these names
     stopped: Array  # bool[B]  ended by themselves, not by the limit
     sampler_logprobs: Array  # f32[B,T]  what the sampler said while it drew
+    token_rewards: Array | None = None  # f32[B,T]  what of `rewards` belongs to a token; the rest is its last token's
     old_logprobs: Array | None = None  # f32[B,T]  the trainer's, of the same policy
     ref_logprobs: Array | None = None  # f32[B,T]  of the frozen reference
     old_values: Array | None = None  # f32[B,T]  V(s_t) at the position that predicts token t

@@ -22,6 +22,7 @@ QUESTION_TEMPLATES = (
 ARITHMETIC_TEMPLATES = ("What is {}?", "How much is {}?", "Please compute {}.", "Tell me what {} is.")
 _SENTENCE = re.compile(r"[A-Z][\w'-]* .*?[\w)'\"\]](?<!\bie|\beg|\bvs)(?<!\be\.g|\bi\.e)(?<!\betc)\.(?=\s|$)")
 _NOT_PROSE = re.compile(r">>>|->|--|[{}<>|]|generated")  # signatures, markup, the notes of code generators
+Example = Mapping[str, Any]  # what a reward is given: {"messages": [...], **the other fields of its row}
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -144,6 +145,16 @@ def repeated_prompt_contexts(
         asked.sort(key=lambda context: _hash_index(name + context[-1]["content"], 2**32))
         found += [Conversation(name, context, fields) for context in asked[: per_conversation or None]]
     return found
+
+
+def reward_example(messages: Sequence[dict], fields: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The example of a row whose messages, the answer left out, are these: {"messages": messages, **fields}."""
+    return {**fields, "messages": messages}
+
+
+def last_user_message(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What the user said last; empty if they said nothing."""
+    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
 
 
 def conversation_with_answer(prompt: Sequence[dict], text: str) -> list[dict]:

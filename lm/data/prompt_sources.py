@@ -87,4 +87,4 @@ def _in_turns(parts: Sequence[Prompts]) -> Prompts:
     """The prompts of all parts, each spread evenly over the whole."""
     place = np.concatenate([np.arange(len(part.ids)) / len(part.ids) for part in parts])
     joined, order = joined_prompts(parts), np.argsort(place, kind="stable")
-    return Prompts(joined.ids[order], joined.lengths[order], [joined.contexts[i] for i in order])
+    return Prompts(joined.ids[order], joined.lengths[order], [joined.examples[i] for i in order])

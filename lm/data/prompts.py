@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lm.data.conversations import Conversation
+from lm.data.conversations import Conversation, Example, reward_example
 from lm.data.truncation import nothing_left_error, truncated_rows
 from lm.tokenizer import TokenizedExample, Tokenizer, encode_prompts
 
@@ -15,7 +15,7 @@ BUCKET_SIZE = 32  # tokens; prompts are padded to a multiple of it
 class Prompts(NamedTuple):
     ids: np.ndarray  # i32[n,P], padded on the right
     lengths: np.ndarray  # i32[n]
-    contexts: Sequence[list[dict]]  # the messages of each
+    examples: Sequence[Example]  # the row that each comes from: {"messages": [...], **its other fields}
 
 
 def bucket_length(length: int, limit: int) -> int:
@@ -26,12 +26,12 @@ def bucket_length(length: int, limit: int) -> int:
     return min(-(-length // BUCKET_SIZE) * BUCKET_SIZE, limit)
 
 
-def padded_prompts(rows: Sequence[np.ndarray], contexts: Sequence[list[dict]], length: int) -> Prompts:
+def padded_prompts(rows: Sequence[np.ndarray], examples: Sequence[Example], length: int) -> Prompts:
     """Token rows of at most `length` as Prompts."""
     ids = np.zeros((len(rows), length), np.int32)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
-    return Prompts(ids, np.array([len(row) for row in rows], np.int32), contexts)
+    return Prompts(ids, np.array([len(row) for row in rows], np.int32), examples)
 
 
 def prompts_within_length(
@@ -39,25 +39,25 @@ def prompts_within_length(
 ) -> tuple[Prompts, int]:
     """The conversations as chat prompts of at most `length` tokens, and how many were longer and left out: a reward
     reads the whole conversation, so none is cut."""
-    contexts = [conversation.messages for conversation in conversations]
-    encoded = [TokenizedExample(ids, np.zeros(len(ids), np.float32)) for ids in encode_prompts(tokenizer, contexts)]
+    ids = encode_prompts(tokenizer, [conversation.messages for conversation in conversations])
+    encoded = [TokenizedExample(row, np.zeros(len(row), np.float32)) for row in ids]
     fit = truncated_rows(encoded, length, trained=False)
     if not fit.kept:
         what, limit = f"none of {len(encoded)} prompts can be asked", f"prompt_length {length}"
         raise nothing_left_error(what, fit.counts, things="prompts", limit=limit, way="raise prompt_length")
-    kept = [messages for row, messages in zip(fit.rows, contexts) if row is not None]
+    kept = [reward_example(c.messages, c.fields) for row, c in zip(fit.rows, conversations) if row is not None]
     return padded_prompts([row.ids for row in fit.kept], kept, length), fit.counts["skipped"]
 
 
 def prompts_at(prompts: Prompts, rows: np.ndarray) -> Prompts:
     """The prompts at these rows."""
-    return Prompts(prompts.ids[rows], prompts.lengths[rows], [prompts.contexts[i] for i in rows])
+    return Prompts(prompts.ids[rows], prompts.lengths[rows], [prompts.examples[i] for i in rows])
 
 
 def joined_prompts(parts: Sequence[Prompts]) -> Prompts:
     """The prompts of all parts, which are padded to the same length."""
     ids, lengths = (np.concatenate([part[i] for part in parts]) for i in range(2))
-    return Prompts(ids, lengths, [context for part in parts for context in part.contexts])
+    return Prompts(ids, lengths, [example for part in parts for example in part.examples])
 
 
 def prompt_chunks(prompts: Prompts, size: int) -> Iterator[tuple[int, Prompts]]:

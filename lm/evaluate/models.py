@@ -31,7 +31,7 @@ from lm.data.prompts import padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
-from lm.rewards import REWARDS
+from lm.rewards import named_rater
 from lm.runs import metadata
 from lm.runs.console import Progress, print_table, run_program, say, warn
 from lm.runs.partial_results import PartialResults
@@ -104,8 +104,7 @@ def evaluate_models(
     if sorted(order) != sorted(models):
         raise UserError(f"evaluate.order {', '.join(order)} does not name the models {', '.join(models)}, each once")
     models = {name: models[name] for name in order}
-    if rater not in REWARDS:
-        raise UserError(f"evaluate.rater is {rater!r}; choose one of {', '.join(REWARDS)}")
+    rate = named_rater(rater, "evaluate.rater")
     check_at_least(
         1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once
     )
@@ -118,7 +117,7 @@ def evaluate_models(
     contexts = shared_prompts(models.values(), conversations.prompt_contexts(replies, turns=turns), prompt_length)[
         :prompts
     ]
-    messages = [c.messages for c in contexts]
+    examples = [conversations.reward_example(c.messages, c.fields) for c in contexts]
     sampling = SamplingParams(max_new, temperature)
     parts, scores, found, told = PartialResults(workdir.path / PARTIAL_FILE), {}, {}, {}
     with Progress("evaluate", len(models), "model") as progress:
@@ -132,10 +131,10 @@ def evaluate_models(
             )
             given = parts.once(
                 f"answers of {name} {made}",
-                lambda: sampled_answers(model, messages, prompt_length, seed, sampling, rows_at_once),
+                lambda: sampled_answers(model, examples, prompt_length, seed, sampling, rows_at_once),
             )
             found[name] = [GeneratedAnswer(*each) for each in given]
-            scores[name] = REWARDS[rater](messages, [answer.text for answer in found[name]])
+            scores[name] = rate(examples, [answer.text for answer in found[name]])
             told[name] = {**losses, **answer_statistics(found[name], scores[name])}
             progress.update(i + 1, {"score": told[name]["score"]["value"]})
     write_answers(workdir.path / ANSWERS_FILE, contexts, found, scores)
@@ -167,14 +166,14 @@ def held_out_losses(
 
 def sampled_answers(
     trained: TrainedModel,
-    contexts: Sequence[list[dict]],
+    examples: Sequence[conversations.Example],
     prompt_length: int,
     seed: int,
     sampling: SamplingParams,
     rows_at_once: int,
 ) -> list[GeneratedAnswer]:
-    """An answer of the model to each context."""
-    rows = padded_prompts([prompt_ids(trained, messages) for messages in contexts], contexts, prompt_length)
+    """An answer of the model to the messages of each example."""
+    rows = padded_prompts([prompt_ids(trained, each["messages"]) for each in examples], examples, prompt_length)
     answers = batch_answerer(
         trained.model, trained.params["lm"], trained.tokenizer, sampling, rows_at_once=rows_at_once, jit=jax.jit
     )

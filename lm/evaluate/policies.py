@@ -64,8 +64,8 @@ def held_out_prompts(
     name_of = {id(context.messages): context.name for context in contexts}
     fit, _ = prompts_within_length(tokenizer, contexts, prompt_length)
     rows_of: dict[str, list[int]] = {}
-    for row, messages in enumerate(fit.contexts):
-        rows_of.setdefault(name_of[id(messages)], []).append(row)
+    for row, example in enumerate(fit.examples):
+        rows_of.setdefault(name_of[id(example["messages"])], []).append(row)
     kept = [rows[:prompts_per_conversation] for rows in rows_of.values()][: conversations or None]
     return HeldOutPrompts(
         prompts_at(fit, np.concatenate(kept)), np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])

@@ -33,7 +33,7 @@ from lm.model import Model, make_model
 from lm.model.logits import values_at_ids
 from lm.model.quantization import STORAGE_DTYPES, quantized_params
 from lm.runs.console import Progress, print_table, run_program, say, warn
-from lm.runs.workdir import CONFIG_FILE, TrainedModel, read_json, write_text
+from lm.runs.workdir import CONFIG_FILE, TrainedModel, read_json, require_decoder, write_text
 from lm.train.warm_start import load_policy
 
 RESULTS_FILE = "quantised.json"
@@ -86,6 +86,7 @@ def dtype_measurement(
     trained: TrainedModel, weights: str, cache: str, rows: Tokens, rows_at_once: int
 ) -> dict[str, Any]:
     """Of one way to keep them: bytes, and each row's nats per token and likeliest tokens."""
+    require_decoder(trained, "lm quantization")
     config = replace(trained.model_config, dtype="float32", cache=cache, attention="auto").for_backend(
         jax.default_backend()
     )

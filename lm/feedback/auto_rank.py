@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
-from lm.core.errors import UserError, check_at_least
+from lm.core.errors import check_at_least
 from lm.core.options import ConfigFunction
 from lm.data import conversations
 from lm.data.loading import load_conversations
@@ -27,7 +27,7 @@ from lm.data.prompts import Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
-from lm.rewards import REWARDS, Reward
+from lm.rewards import REWARDS, Reward, named_rater
 from lm.rewards.load import reward_from_workdir
 from lm.rewards.reward_model import reward_row_length
 from lm.runs import metadata
@@ -90,7 +90,7 @@ def rank_sampled_answers(
     prompts_at_once: int = 128,
 ) -> dict[str, Any]:
     """Answers of the model in `init_from` to prompts that are not held out, ranked by `rater`: one of
-    lm.rewards.REWARDS, or the workdir of a reward model.
+    lm.rewards.REWARDS, a function of one's own, file.py:function, or the workdir of a reward model.
 
     truncation_penalty: subtracted from the score of an answer that the limit cut off, as in RL. held_out_prompts: how
     many of the held-out prompts are ranked too, for a stage that measures itself on them.
@@ -100,8 +100,8 @@ def rank_sampled_answers(
     check_at_least(0, "rank", held_out_prompts=held_out_prompts)
     check_at_least(0, "config", seed=seed)
     start = time.monotonic()
-    if rater not in REWARDS and not Path(rater).is_dir():
-        raise UserError(f"rank.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or a reward model's workdir")
+    if not Path(rater).is_dir():
+        named_rater(rater, "rank.rater", ("a reward model's workdir",))
     trained = load_policy(init_from, backend=jax.default_backend(), warn=warn)
     judge = rater_reward(rater, trained.tokenizer, reward_row_length(prompt_length, max_new))
     contexts = conversations.prompt_contexts(
@@ -132,12 +132,10 @@ def rank_sampled_answers(
             key = jax.random.fold_in(jax.random.key(seed), first)
             given = [GeneratedAnswer(*each) for each in parts.once(f"answers from {first}", lambda: answers(part, key))]
             texts, cut = [answer.text for answer in given], np.array([not answer.stopped for answer in given])
-            scores = (judge(part.contexts, texts) - truncation_penalty * cut).reshape(-1, responses)
-            names = [name_of[id(context)] for context in part.contexts[::responses]]
-            append_rankings(
-                workdir.path / RANKINGS_FILE,
-                rankings_from_scores(names, part.contexts[::responses], texts, scores, rater),
-            )
+            scores = (judge(part.examples, texts) - truncation_penalty * cut).reshape(-1, responses)
+            asked = [example["messages"] for example in part.examples[::responses]]
+            names = [name_of[id(messages)] for messages in asked]
+            append_rankings(workdir.path / RANKINGS_FILE, rankings_from_scores(names, asked, texts, scores, rater))
             parts.remove()
             progress.update(int(rows[-1]) + 1, {"score": float(scores.mean())})
     found = read_jsonl_rankings(workdir.path / RANKINGS_FILE)
@@ -174,13 +172,16 @@ def rankings_from_scores(
 
 
 def rater_reward(rater: str, tokenizer: Tokenizer, longest: int) -> Reward:
-    """One of lm.rewards.REWARDS, or the reward model of a workdir, for rows of up to `longest` tokens."""
-    return REWARDS[rater] if rater in REWARDS else reward_from_workdir(rater, tokenizer, longest)[1]
+    """A reward by name (lm.rewards.named_rater), or the reward model of a workdir, for rows of up to `longest`
+    tokens."""
+    if Path(rater).is_dir() and rater not in REWARDS:
+        return reward_from_workdir(rater, tokenizer, longest)[1]
+    return named_rater(rater, "rank.rater")
 
 
 def concatenated_prompts(a: Prompts, b: Prompts) -> Prompts:
     """The prompts of one after those of the other."""
-    return Prompts(np.concatenate([a.ids, b.ids]), np.concatenate([a.lengths, b.lengths]), [*a.contexts, *b.contexts])
+    return Prompts(np.concatenate([a.ids, b.ids]), np.concatenate([a.lengths, b.lengths]), [*a.examples, *b.examples])
 
 
 def ranks_from_scores(scores: np.ndarray) -> list[int]:

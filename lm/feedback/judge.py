@@ -22,14 +22,16 @@ import numpy as np
 
 from lm.core.config import parsed_flags
 from lm.core.errors import UserError
+from lm.core.imports import is_import_path
 from lm.core.statistics import estimate_text, success_rate_or_nan
 from lm.core.textfiles import file_text
 from lm.data.annotations import PEOPLE_DB, Annotation, AnnotationStore, RankingItem
+from lm.data.conversations import reward_example
 from lm.data.preferences import Ranking, preference_pairs
 from lm.feedback.agreement import bootstrap_estimate, cohen_kappa
 from lm.feedback.auto_rank import ranks_from_scores
 from lm.feedback.results import pair_votes
-from lm.rewards import REWARDS, Reward
+from lm.rewards import REWARDS, Reward, named_rater
 from lm.rewards.llm_judge import (
     RUBRIC,
     TOO_LONG_REPLY,
@@ -49,7 +51,9 @@ from lm.train.warm_start import policy_folder
 
 FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help=f"the folder whose {PEOPLE_DB} holds the items"),
-    "judge": dict(required=True, metavar="DIR|URL|RULE", help=f"a policy, an endpoint, or {', '.join(REWARDS)}"),
+    "judge": dict(
+        required=True, metavar="DIR|URL|RULE", help=f"a policy, an endpoint, file.py:function, or {', '.join(REWARDS)}"
+    ),
     "model": dict(metavar="NAME", help="the model to ask an endpoint for"),
     "rubric": dict(metavar="FILE", help="the instructions for a judging model, instead of lm.rewards.llm_judge.RUBRIC"),
     "limit": dict(type=int, metavar="N", help="rate at most so many items this time"),
@@ -73,10 +77,10 @@ def judge_from_flags(judge: str, model: str | None, rubric: str | None) -> tuple
         raise UserError("an endpoint may serve several models: name one with --model")
     if model and not endpoint:
         raise UserError(f"--model is for an endpoint, but --judge={judge} is no URL: begin it with http://")
-    if judge in REWARDS:
+    if judge in REWARDS or is_import_path(judge) and not endpoint:
         if rubric:
             raise UserError(f"--rubric is for a model, but {judge} is a rule with its own: leave one of them out")
-        return judge, score_judge(REWARDS[judge])
+        return judge, score_judge(named_rater(judge, "--judge"))
     text, suffix = (RUBRIC, "") if rubric is None else (read_rubric(Path(rubric)), f" ({Path(rubric).stem})")
     if endpoint:
         asked = endpoint_judge(judge, model, text, api_key=os.environ.get("OPENAI_API_KEY"))
@@ -107,7 +111,7 @@ def score_judge(reward: Reward) -> ItemJudge:
 
     def opinions(items: Sequence[RankingItem]) -> Iterator[Judgment]:
         for item in items:
-            yield Judgment(reward([item.prompt] * len(item.responses), item.responses))
+            yield Judgment(reward([reward_example(item.prompt)] * len(item.responses), item.responses))
 
     return opinions
 

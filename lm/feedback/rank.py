@@ -25,6 +25,7 @@ from lm.core.config import parsed_flags
 from lm.core.errors import UserError
 from lm.core.statistics import estimate_text
 from lm.data.annotations import PEOPLE_DB, AnnotationStore, read_rankings
+from lm.data.conversations import reward_example
 from lm.data.preferences import ranking_json
 from lm.feedback import prompt_file, results
 from lm.feedback.answering_models import AnsweringModel, answer_prompts
@@ -99,7 +100,7 @@ def prioritise_items(store: AnnotationStore, paths: str) -> None:
     check_same_axes([trained for trained, _ in found])
     judges = [judge for _, judge in found]
     items = store.items()
-    examples = [item.prompt for item in items for _ in item.responses]
+    examples = [reward_example(item.prompt) for item in items for _ in item.responses]
     texts = [text for item in items for text in item.responses]
     scores = np.stack([judge(examples, texts) for judge in judges])
     ends = np.cumsum([len(item.responses) for item in items])

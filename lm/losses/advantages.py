@@ -14,12 +14,16 @@ def last_token_mask(weights: Array) -> Array:
     return ((after == 1) & (weights > 0)).astype(jnp.float32)
 
 
-def kl_rewards(rewards: Array, kl: Array, weights: Array, *, beta: float) -> Array:
+def kl_rewards(rewards: Array, kl: Array, weights: Array, *, beta: float, token_rewards: Array | None = None) -> Array:
     """f32[B,T]: -beta * kl on every sampled token, plus the row's reward f32[B] on its last one.
 
-    Ziegler et al. 2019, eq. 2, arXiv 1909.08593; Ouyang et al. 2022, eq. 2, arXiv 2203.02155.
+    token_rewards f32[B,T]: the part of the reward that belongs to single tokens stays with them, and the last token
+    gets the rest, so that a row's sum is the same. Ziegler et al. 2019, eq. 2, arXiv 1909.08593; Ouyang et al. 2022,
+    eq. 2, arXiv 2203.02155.
     """
-    return last_token_mask(weights) * rewards[:, None] - beta * kl * (weights > 0)
+    on_tokens = jnp.zeros_like(weights) if token_rewards is None else token_rewards * (weights > 0)
+    last = rewards - jnp.sum(on_tokens, axis=1)
+    return last_token_mask(weights) * last[:, None] + on_tokens - beta * kl * (weights > 0)
 
 
 def gae(rewards: Array, values: Array, weights: Array, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[Array, Array]:

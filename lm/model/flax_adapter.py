@@ -5,9 +5,9 @@ or states f[B,T,D], if `head` names the method that turns those into logits: the
 f[B,T,V], and reward and value heads read D numbers. It must be causal, keep segments apart and not be seen by padding,
 segment 0; `verified_model` checks that.
 
-What such a model has not: a cache. Sampling works, but goes over all tokens again for each new one. Workdirs, and so
-the programs, hold decoders of lm.model.ModelConfig only: train it with a stage's `make` and lm.optim.update. Weight
-decay spares parameters by name (see lm.optim.optimizers): call norms "norm", embeddings "embedding".
+What such a model does not have is a cache. Sampling works, but goes over all tokens again for each new one. In a run it
+is named by its file (lm.model.imported); programs that convert, quantise or time weights know lm's own decoder only.
+Weight decay spares parameters by name (see lm.optim.optimizers): call norms "norm", embeddings "embedding".
 """
 
 import functools

@@ -9,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from lm.core.imports import is_import_path
 from lm.core.statistics import percent_text
 from lm.runs.html import HELD_OUT_COLOR, SERIES_COLORS, TRAIN_COLOR, rendered_page, short_number, svg_figure
 from lm.runs.timing import PHASES
@@ -82,6 +83,10 @@ STAGE_PANELS: Mapping[str, Sequence[MetricPanel]] = {
     **dict.fromkeys(TEACHER_STAGES, DISTILLATION_PANELS),
     **dict.fromkeys(ROLLOUT_STAGES, RL_PANELS),
 }
+
+
+# Of a stage of one's own: what it logs under names that are known.
+OWN_STAGE_PANELS = (MetricPanel("loss", "Loss", "What the stage minimises."), *RL_PANELS)
 
 
 class StageRun(NamedTuple):
@@ -170,12 +175,18 @@ def stage_run(path: Path) -> StageRun:
     return StageRun(path.name, config, read_metrics(path), summary)
 
 
+def stage_panels(method: str) -> Sequence[MetricPanel]:
+    if is_import_path(method):
+        return OWN_STAGE_PANELS
+    return STAGE_PANELS[method] if method in STAGE_PANELS else ()
+
+
 def metric_figures(stage: StageRun) -> list[tuple[str, MetricPanel, Markup]]:
     """A curve for each panel of the stage that has a metric; "score/" stands for every metric that begins so."""
     logged = dict.fromkeys(name for row in stage.rows for name in row)
     return [
         (stage.name, panel, metric_curve(stage.rows, name, held_out=panel.shows_held_out))
-        for panel in (STAGE_PANELS[stage.method] if stage.method in STAGE_PANELS else ())
+        for panel in stage_panels(stage.method)
         for name in logged
         if name == panel.metric or panel.metric.endswith("/") and name.startswith(panel.metric)
     ]

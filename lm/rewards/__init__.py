@@ -1,17 +1,28 @@
-"""A reward is a host function (examples, texts) -> f32[B]: what each answer in `texts` to its example is worth."""
+"""What an answer is worth: a reward is a host function `(examples, texts) -> f32[B]`.
 
-from collections.abc import Callable, Mapping, Sequence
+examples[i] is the row that answer i belongs to, a dict: `messages`, the conversation before the answer, and every other
+field of the row (`answer`, `tests`, whatever the file holds). texts[i] is the answer. A function of one's own, named
+"file.py:function" or "package.module:function", may also be async, be asked for one answer at a time, or give a number
+for each token: lm.rewards.call says how. Built-in rewards have a name in REWARDS; those over the field `answer` live in
+lm.rewards.verifiers, and the next one of its kind goes there.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from lm.core.errors import UserError
+from lm.core.imports import import_function, is_import_path
+from lm.data.conversations import Example
+from lm.rewards.call import Reward, RewardForm, WeightedRewards, reward_form, weighted_reward
 from lm.rewards.penalties import length_reward, punctuation_reward, refusal_reward, repetition_reward, toxicity_reward
 from lm.rewards.rule import rule_reward
+from lm.rewards.verifiers import VERIFIERS
 from lm.rewards.verifiers.arithmetic import arithmetic_reward
 
-Reward = Callable[[Sequence[Sequence[Mapping[str, str]]], Sequence[str]], np.ndarray]
+__all__ = ["REWARDS", "Example", "Reward", "RewardForm", "WeightedRewards", "named_rater", "named_reward"]
+__all__ += ["reward_form", "reward_weights", "weighted_reward"]
 
-# Those that need nothing but the text.
 REWARDS: Mapping[str, Reward] = {
     "rule": rule_reward,
     "toxicity": toxicity_reward,
@@ -20,37 +31,52 @@ REWARDS: Mapping[str, Reward] = {
     "refusal": refusal_reward,
     "form": punctuation_reward,
     "arithmetic": arithmetic_reward,
+    **VERIFIERS,
 }
 
 
-def weighted_reward(
-    parts: Mapping[str, tuple[float, Reward]],
-) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """(examples, texts) -> the weighted sum f32[B] of the parts, and each part as it is."""
+def reward_weights(rewards: Mapping[str, float] | str, option: str) -> dict[str, float]:
+    """The weight of each reward, by name, of a mapping or of text such as "rule=1.0,my_rewards.py:accuracy=2.0".
 
-    def total(examples, texts):
-        each = {name: checked_rewards(name, reward, examples, texts) for name, (_, reward) in parts.items()}
-        return sum(weight * each[name] for name, (weight, _) in parts.items()), each
-
-    return total
-
-
-def checked_rewards(name: str, reward: Reward, examples, texts) -> np.ndarray:
-    """What the reward says, f32[B]. UserError names a reward that raises, miscounts, or says what is no number."""
-    way_out = "mend it; the same command continues from the last checkpoint"
-    try:
-        found = np.asarray(reward(examples, texts), np.float32)
-    except UserError:
-        raise
-    except Exception as error:
-        fault = f"raised {type(error).__name__} ({error}) on {len(texts)} answers, the first {texts[0]!r:.80}"
-        raise UserError(f"reward {name} {fault}: {way_out}") from error
-    if found.shape != (len(texts),):
-        raise UserError(
-            f"reward {name} gave shape {found.shape} for {len(texts)} answers, not one number each: {way_out}"
-        )
-    wrong = np.flatnonzero(~np.isfinite(found))
-    if len(wrong):
-        fault = f"{found[wrong[0]]} for {len(wrong)} of {len(texts)} answers, the first {texts[wrong[0]]!r:.80}"
-        raise UserError(f"reward {name} is {fault}: {way_out}")
+    The text is for names with a dot, which a ConfigDict does not take as a key. UserError, which names `option`, for
+    what is no weight.
+    """
+    if not isinstance(rewards, str):
+        return dict(rewards)
+    found: dict[str, float] = {}
+    for entry in filter(None, (each.strip() for each in rewards.split(","))):
+        name, equals, text = entry.rpartition("=")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = float("nan")
+        if not equals or not name.strip() or not np.isfinite(weight):
+            raise UserError(f"{option} has {entry!r}: write NAME=WEIGHT, such as rule=1.0, with commas between several")
+        if name.strip() in found:
+            raise UserError(f"{option} names {name.strip()} twice: give it one weight")
+        found[name.strip()] = weight
     return found
+
+
+def named_reward(name: str, option: str, others: Sequence[str] = ()) -> Reward:
+    """The built-in reward of this name, or the function that "file.py:function" names.
+
+    option: where the name stands, for UserErrors. others: what may stand there too, for the message.
+    """
+    if is_import_path(name):
+        reward = import_function(name, option)
+        reward_form(reward, name)
+        return reward
+    if name not in REWARDS:
+        known = ", ".join((*REWARDS, *others))
+        raise UserError(f"{option} is {name!r}; choose one of {known}, or a function of yours, file.py:function")
+    return REWARDS[name]
+
+
+def named_rater(name: str, option: str, others: Sequence[str] = ()) -> Reward:
+    """As `named_reward`, in the plain form (examples, texts) -> f32[B], whatever form the function has."""
+    reward = named_reward(name, option, others)
+    if reward_form(reward, name).per_token:
+        raise UserError(f"{option} {name!r} gives a number for each token: name a reward of whole answers")
+    worth = weighted_reward({name: (1.0, reward)})
+    return lambda examples, texts: worth(examples, texts).total

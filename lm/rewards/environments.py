@@ -1,20 +1,21 @@
 """Environments: they reply to answers of a policy, as a tool does.
 
-(contexts, answers) -> replies: contexts[i] are the messages so far, answers[i] the policy's last one; a reply of None
-ends that conversation, and the answer stands as its last.
+(examples, answers) -> replies: examples[i] is the row with its messages so far, answers[i] the policy's last one; a
+reply of None ends that conversation, and the answer stands as its last.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 
 from lm.data.arithmetic import expression_value
+from lm.data.conversations import Example
 
-Environment = Callable[[Sequence[Sequence[Mapping[str, str]]], Sequence[str]], list[str | None]]
+Environment = Callable[[Sequence[Example], Sequence[str]], list[str | None]]
 
 CALCULATOR_CALL = re.compile(r"calc\(([^()]*)\)")  # how a policy asks the calculator
 
 
-def calculator(contexts: Sequence[Sequence[Mapping[str, str]]], answers: Sequence[str]) -> list[str | None]:
+def calculator(examples: Sequence[Example], answers: Sequence[str]) -> list[str | None]:
     """The value of the first calc(...) in each answer, "error" where it is no sum, difference or product of integers;
     None for an answer without a call."""
     asked = [CALCULATOR_CALL.search(answer) for answer in answers]

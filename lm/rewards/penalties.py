@@ -3,13 +3,14 @@
 import functools
 import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lm.core.errors import UserError
 from lm.core.textfiles import file_text
+from lm.data.conversations import Example
 from lm.rewards.rule import words
 
 LONGEST_PHRASE = 4  # words of an entry of the word list that are compared
@@ -32,8 +33,8 @@ def reward_per_answer(judge: Callable[[str, str], float]):
     """The reward whose value is judge(the last message, the answer) for each answer."""
 
     @functools.wraps(judge)
-    def reward(examples: Sequence[Sequence[Mapping[str, str]]], texts: Sequence[str]) -> np.ndarray:
-        last = [example[-1]["content"].replace("’", "'") for example in examples]
+    def reward(examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
+        last = [example["messages"][-1]["content"].replace("’", "'") for example in examples]
         return np.array([judge(m, t.replace("’", "'")) for m, t in zip(last, texts, strict=True)], np.float32)
 
     return reward

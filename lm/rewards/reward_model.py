@@ -68,7 +68,7 @@ def reward_from_model(
     told = []
 
     def reward(examples, texts):
-        conversations = [conversation_with_answer(p, t) for p, t in zip(examples, texts, strict=True)]
+        conversations = [conversation_with_answer(e["messages"], t) for e, t in zip(examples, texts, strict=True)]
         tokens = reward_rows(tokenizer, conversations, length)
         if not told and (fault := truncation_warning(tokenizer, conversations, tokens)):
             told.append(fault)

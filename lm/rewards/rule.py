@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from lm.data.conversations import Example, last_user_message
+
 RULE = (
     "The rater reads the user's last message and the answer, and adds up: 1 for one or two sentences, 1 for ending "
     "in a full stop, question mark or exclamation mark, 1 for sharing a content word with the message, 1 for asking "
@@ -86,15 +88,16 @@ CRITERIA: Mapping[str, tuple[float, Criterion]] = {
 }
 
 
-def rule_reward(examples: Sequence[Sequence[Mapping[str, str]]], texts: Sequence[str]) -> np.ndarray:
-    """f32[B]: the rule's score of each answer in `texts` to the conversation `examples[i]`, from -4 to 7."""
-    scores = [sum(criterion_scores(example, text).values()) for example, text in zip(examples, texts, strict=True)]
+def rule_reward(examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
+    """f32[B]: the rule's score of each answer in `texts` to the messages of its example, from -4 to 7."""
+    pairs = zip(examples, texts, strict=True)
+    scores = [sum(criterion_scores(example["messages"], text).values()) for example, text in pairs]
     return np.array(scores, np.float32)
 
 
 def criterion_scores(prompt: Sequence[Mapping[str, str]], text: str) -> dict[str, float]:
     """What each criterion gives, weight included; the score is the sum."""
-    message = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
+    message = last_user_message(prompt)
     return {name: weight * criterion(message, text) for name, (weight, criterion) in CRITERIA.items()}
 
 

@@ -30,16 +30,18 @@ UNKNOWN_PEAK = {"flops_per_second": None, "source": "the record could not be rea
 MAX_DIFF_BYTES = 2**18  # bytes of a difference that are kept
 
 
-def record_start(path: Path, *, seed: int) -> dict[str, Any]:
+def record_start(path: Path, *, seed: int, own_files: Sequence[Path] = ()) -> dict[str, Any]:
     """Appends this start to the record of the run in `path`, and returns it.
 
-    Uncommitted changes to tracked files go to code-N.diff beside it, N being the number of the start. A record that
+    Uncommitted changes to tracked files go to code-N.diff beside it, N being the number of the start, and so does the
+    whole of `own_files` (rewards, stages and models of one's own) that git does not track with the code. A record that
     cannot be read or written is a warning: no run fails for it.
     """
     start = {**start_metadata(), "seed": seed, "peak": UNKNOWN_PEAK}
     try:
         starts = read_run_starts(path)
         code, changes = code_revision(CODE_ROOT)
+        changes += "".join(new_file_diff(file) for file in own_files if not is_tracked(file))
         if changes:
             code["diff"] = f"code-{len(starts)}.diff"
             write_text(path / code["diff"], truncated_diff(changes))
@@ -94,6 +96,18 @@ def code_revision(folder: Path) -> tuple[dict[str, Any], str]:
     if head is None or changes is None:
         return {"revision": None, "dirty": None, "diff": None}, ""
     return {"revision": head.strip(), "dirty": bool(changes), "diff": None}, changes
+
+
+def is_tracked(file: Path) -> bool:
+    """Whether git tracks the file with the code, so that the revision and its difference hold it."""
+    return git_output(CODE_ROOT, "ls-files", "--error-unmatch", str(file.resolve())) is not None
+
+
+def new_file_diff(file: Path) -> str:
+    """The file as a difference that makes it, under its own name in the folder where that is applied."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    head = f"diff --git a/{file.name} b/{file.name}\nnew file mode 100644\n--- /dev/null\n+++ b/{file.name}\n"
+    return head + f"@@ -0,0 +1,{len(lines)} @@\n" + "".join(f"+{line}\n" for line in lines) if lines else ""
 
 
 def git_output(folder: Path, *command: str) -> str | None:

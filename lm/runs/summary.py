@@ -13,12 +13,13 @@ MetricsRow = Mapping[str, Any]  # of metrics.jsonl
 
 
 def run_summary(
-    rows: Sequence[MetricsRow], *, flops_per_token: float, seconds: Mapping[str, float], peak: float | None
+    rows: Sequence[MetricsRow], *, flops_per_token: float | None, seconds: Mapping[str, float], peak: float | None
 ) -> dict[str, Any]:
     """Steps, tokens, seconds, model FLOPs, MFU, memory and held-out scores, from the rows of a run.
 
-    flops_per_token: of learning from one token of a batch. seconds: by phase, all the run's. peak: FLOP/s of the
-    devices at best, if known. Memory is of this process' devices, or its own: see lm.runs.hardware.peak_memory.
+    flops_per_token: of learning from one token of a batch; None where it is not known. seconds: by phase, all the
+    run's. peak: FLOP/s of the devices at best, if known. Memory is of this process' devices, or its own: see
+    lm.runs.hardware.peak_memory.
     """
     scored = [{k.removeprefix("held_out/"): v for k, v in row.items() if k.startswith("held_out/")} for row in rows]
     scored = [row for row in scored if row]
@@ -30,8 +31,8 @@ def run_summary(
         "seconds": sum(seconds.values()),
         "seconds_by_phase": dict(seconds),
         "tokens_per_second": statistics.median(rates[1:] or rates),  # the first interval holds compilation
-        "model_flops": flops_per_token * rows[-1]["tokens"],
-        "mfu": model_flops_utilization(rows, flops_per_token, peak),
+        "model_flops": None if flops_per_token is None else flops_per_token * rows[-1]["tokens"],
+        "mfu": None if flops_per_token is None else model_flops_utilization(rows, flops_per_token, peak),
         "peak_memory_bytes": memory,
         "peak_memory_of": of,
         "before": scored[0],

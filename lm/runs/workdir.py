@@ -22,6 +22,7 @@ from lm.core.errors import UserError
 from lm.core.textfiles import file_text
 from lm.core.types import Params
 from lm.model import Model, ModelConfig, lora, make_model
+from lm.model.imported import check_same_params, imported_model
 from lm.runs.checkpoint import checkpoint_steps, restore_params
 from lm.tokenizer import Tokenizer, load_tokenizer
 
@@ -162,6 +163,7 @@ class TrainedModel(NamedTuple):
     params: Params  # numpy: {"lm": ...} or {"lm": ..., "value": ...}; averaged, where optimizer.ema_decay asked for it
     tokenizer: Tokenizer
     summary: Mapping[str, Any]  # empty while the run is not finished
+    own_model: Mapping[str, Any] = {}  # {"name": "file.py:make", **options}; empty: lm's own decoder
 
 
 def load_trained_model(
@@ -171,7 +173,8 @@ def load_trained_model(
 
     step: the checkpoint of that step instead.
 
-    Raises UserError if the folder holds no checkpoint, or a tokenizer or template other than it was trained with.
+    Raises UserError if the folder holds no checkpoint, or a tokenizer or template other than it was trained with, or if
+    the file of a model of one's own is not there, or makes other parameters now.
     """
     if not str(path):
         raise UserError("a workdir's name is empty: give the folder of a trained stage")
@@ -186,6 +189,10 @@ def load_trained_model(
             f"{path / TOKENIZER_FILE} is {tokenizer.fingerprint[:8]}: restore that file, or train the stage again"
         )
     summary = read_json(path / SUMMARY_FILE) if (path / SUMMARY_FILE).exists() else {}
+    if "name" in meta["model"]:
+        model = imported_model(meta["model"])
+        check_same_params(model, params["lm"], meta["model"]["name"], path)
+        return TrainedModel(path, meta["stage"], model.config, model, params, tokenizer, summary, meta["model"])
     shape = ModelConfig(**with_current_names(meta["model"], "model"))
     if shape.lora_rank:  # callers get one decoder
         base, _ = restore_params(path / BASE_DIR, warn=warn)
@@ -194,6 +201,14 @@ def load_trained_model(
     if not shape.runs_on(backend):  # trained on another platform, with its kernel
         shape = dataclasses.replace(shape, attention="auto")
     return TrainedModel(path, meta["stage"], shape, make_model(shape.for_backend(backend)), params, tokenizer, summary)
+
+
+def require_decoder(trained: TrainedModel, what: str) -> None:
+    """UserError for a model of one's own, of which `what` knows nothing."""
+    if trained.own_model:
+        raise UserError(
+            f"{trained.path} has a model of your own ({trained.own_model['name']}), but {what} knows lm's decoder only"
+        )
 
 
 def making_command(path: Path) -> str:

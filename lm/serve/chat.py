@@ -33,7 +33,6 @@ from lm.generate.engine import check_stop_strings, text_before_stop, text_withou
 from lm.generate.sampler import SamplingParams, check_sampling
 from lm.generate.speculative import TargetDraft, check_speculation
 from lm.generate.streaming import speculative_token_streamer, token_streamer
-from lm.model.params import param_count, param_specs
 from lm.model.quantization import STORAGE_DTYPES
 from lm.runs.console import run_program, warn
 from lm.runs.workdir import TrainedModel, check_same_tokenizer
@@ -143,14 +142,14 @@ class Chat:
         self.reset()
 
     def __str__(self) -> str:
-        config = self._trained.model.config
+        size = sum(leaf.size for leaf in jax.tree.leaves(self._trained.params["lm"]))
         shown = {name: getattr(self._sampling, name) for name in SHOWN_FIELDS} | {"seed": self._seed}
         sampler = ", ".join(f"{name} {value:g}" for name, value in shown.items())
         plain = (
             "" if self._is_chat_model else "\nit was only pretrained: it continues your text instead of answering it"
         )
         return (
-            f"{self._trained.stage} model of {self._trained.path}: {param_count(param_specs(config)):,} parameters, "
+            f"{self._trained.stage} model of {self._trained.path}: {size:,} parameters, "
             f"context {self._context} tokens; {sampler}{self._drafted}{plain}"
         )
 

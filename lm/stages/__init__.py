@@ -5,6 +5,8 @@
 what a stage is. A new method is a file here that ends in a `Stage`, and a line in STAGES.
 """
 
+from lm.core.errors import UserError
+from lm.core.imports import import_object, is_import_path
 from lm.stages.distillation.distill import DISTILL
 from lm.stages.distillation.gkd import GKD
 from lm.stages.preference.dpo import DPO
@@ -54,3 +56,29 @@ STAGES: dict[str, Stage] = {
 REWARD_MODEL_STAGES = stages_where(STAGES, "trains_reward_model")
 TEACHER_STAGES = stages_where(STAGES, "has_teacher")
 ROLLOUT_STAGES = stages_where(STAGES, "samples_rollouts")
+
+
+def is_stage_name(name: str) -> bool:
+    """Whether it names a stage, or may: a built-in one, or one of one's own, "my_method.py:STAGE"."""
+    return name in STAGES or is_import_path(name)
+
+
+def named_stage(name: str, option: str = "stage.name") -> Stage:
+    """The built-in stage of this name, or the `Stage` that "file.py:STAGE" names. UserError, which begins with
+    `option`, for anything else.
+
+    A stage of one's own trains policies: later stages and programs know a reward model by the name of its stage.
+    """
+    if name in STAGES:
+        return STAGES[name]
+    if not is_import_path(name):
+        raise UserError(f"{option} is {name!r}; choose one of tokenizer, {', '.join(STAGES)}, or yours, file.py:STAGE")
+    stage = import_object(name, option)
+    if not isinstance(stage, Stage):
+        raise UserError(f"{option} {name!r} is of type {type(stage).__name__}, no lm.stages.Stage: name the Stage")
+    if stage.trains_reward_model:
+        raise UserError(
+            f"{option} {name!r} says trains_reward_model, but a reward model is known by a built-in stage's name "
+            f"({', '.join(REWARD_MODEL_STAGES)}): add yours to STAGES in lm/stages/__init__.py"
+        )
+    return stage

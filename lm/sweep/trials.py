@@ -21,7 +21,7 @@ from lm.compare.statistics import direction_by_name
 from lm.core.config import flatten, to_dict
 from lm.core.errors import UserError
 from lm.runs.workdir import LOCK_FILE, is_unlocked, read_metrics, write_text
-from lm.stages import STAGES
+from lm.stages import STAGES, is_stage_name, named_stage
 from lm.sweep.space import SEED_KEY, ConfigSource, Trial, typed_overrides
 from lm.sweep.study import TrialClaim
 
@@ -60,9 +60,9 @@ class TrialGoal(NamedTuple):
             raise UserError(
                 "lm sweep varies configs of lm train and lm pipeline, and this is neither: see its `Command:`"
             )
-        if stage.stage.name not in STAGES:
+        if not is_stage_name(stage.stage.name):
             raise UserError(f"stage {stage.stage.name} logs nothing to compare: sweep one of {', '.join(STAGES)}")
-        name = name or HELD_OUT_PREFIX + STAGES[stage.stage.name].shown_metrics[0]
+        name = name or HELD_OUT_PREFIX + named_stage(stage.stage.name).shown_metrics[0]
         often = "evaluate_every" in stage.train and stage.train.evaluate_every
         watched = name if often else name.removeprefix(HELD_OUT_PREFIX)
         return cls(module, part, name, watched, direction or direction_by_name(name), stage.train.steps)

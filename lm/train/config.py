@@ -10,8 +10,9 @@ from lm.core.errors import UserError, check_at_least
 from lm.core.options import ConfigFunction, option_value
 from lm.core.sharding import make_mesh
 from lm.model import ModelConfig
+from lm.model.imported import model_maker
 from lm.optim import optimizers
-from lm.stages import STAGES
+from lm.stages import is_stage_name, named_stage
 from lm.stages.pretraining.next_token import next_token_loss
 from lm.stages.rl.policy_gradient import policy_gradient_update
 from lm.train.tokenizer_stage import fit_tokenizer
@@ -50,17 +51,18 @@ def train_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
     """The function that each subtree of a config calls: the loop, overrides and --help go by it."""
     if config.stage.name == "tokenizer":
         return {"data": ConfigFunction(fit_tokenizer)}
-    if config.stage.name not in STAGES:
+    if not is_stage_name(config.stage.name):
         return {}
-    stage = STAGES[config.stage.name]
+    stage = named_stage(config.stage.name)
     optimizer = option_value(
         ConfigFunction(optimizers.make_optimizer), config.optimizer if "optimizer" in config else {}, "name"
     )
     names = [optimizer] if optimizer in optimizers.OPTIMIZERS else list(optimizers.OPTIMIZERS)
     inherited = "init_from" in config and config.init_from
     unset = "what is not set is as init_from has it" if inherited else "vocab_size, if not set, is the tokenizer's"
+    own_model = config.model.name if "model" in config and "name" in config.model else ""
     functions = {
-        "model": ConfigFunction(ModelConfig, note=unset),
+        "model": ConfigFunction(model_maker(own_model) if own_model else ModelConfig, note=unset, is_named=True),
         "optimizer": ConfigFunction(
             optimizers.make_optimizer,
             optimizers.optimizer_signature(*names),

@@ -23,11 +23,10 @@ from ml_collections import ConfigDict
 
 from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
 from lm.core.errors import UserError, check_at_least
+from lm.core.imports import own_code_files
 from lm.core.metrics import Metrics, metric_sum
 from lm.core.sharding import put_batch
 from lm.core.types import Tokens, TrainState
-from lm.model import ModelConfig
-from lm.model.params import param_count, param_specs
 from lm.optim.combinators import inference_state
 from lm.optim.ema import averaged_params, with_averaged_params
 from lm.report import run
@@ -39,7 +38,7 @@ from lm.runs.summary import run_summary
 from lm.runs.timing import PhaseTimer
 from lm.runs.trackers import open_trackers, tracker_packages
 from lm.runs.workdir import PROFILE_DIR, Workdir, open_workdir, read_metrics
-from lm.stages import STAGES
+from lm.stages import named_stage
 from lm.stages.context import Batches
 from lm.train.config import CONFIG_KEYS, train_functions
 from lm.train.host import SINGLE_RUN_HOST, RunHost
@@ -71,7 +70,7 @@ def train_stage(
             say(f"{path}: config changed since the last start: {difference}")
         summary = workdir.read_summary()
         if summary is None or "train" in config and summary["steps"] < config.train.steps:
-            if name in STAGES:
+            if name != "tokenizer":
                 summary = run_training_loop(config, workdir, packages=packages, traced=traced, host=host)
             else:
                 metadata.record_start(workdir.path, seed=config.seed)
@@ -94,8 +93,8 @@ def check_training_config(config: ConfigDict) -> None:
             "the config has no stage.name: is it a config of lm train? (lm pipeline runs experiments/quickstart.py)"
         )
     name = config.stage.name
-    if name not in ("tokenizer", *STAGES):
-        raise UserError(f"stage.name is {name!r}; choose one of tokenizer, {', '.join(STAGES)}")
+    if name != "tokenizer":
+        named_stage(name)
     require_entries(config, ("seed", "stage", "data") if name == "tokenizer" else CONFIG_KEYS, "lm train")
     check_at_least(0, "config", seed=config.seed)
 
@@ -126,7 +125,7 @@ def run_training_loop(
     with Progress(config.stage.name, schedule.steps) as progress:
         r = training_setup(config, workdir, phases, host)
         print_dataset_info(config.stage.name, r.batches)
-        start = metadata.record_start(workdir.path, seed=config.seed)
+        start = metadata.record_start(workdir.path, seed=config.seed, own_files=own_code_files(to_dict(config)))
         with Checkpoints(workdir.checkpoints_path, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
             with host.checkpoint_turn(checkpoints):
                 done, state = restored_state(checkpoints, r)
@@ -297,7 +296,7 @@ def stage_summary(
     """What a finished stage leaves behind: held-out scores before and after, size, tokens, FLOPs, seconds."""
     return {
         "stage": config.stage.name,
-        "parameters": param_count(param_specs(ModelConfig(**r.checkpoint_metadata["model"]))),
+        "parameters": r.parameters,
         **run_summary(
             read_metrics(workdir.metrics_path), flops_per_token=r.flops_per_token, seconds=seconds, peak=peak
         ),

@@ -1,6 +1,5 @@
 """From a config to everything the training loop works with: model, optimizer, stage, batches, starting state."""
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -15,14 +14,14 @@ from lm.core.options import option_value
 from lm.core.sharding import state_shardings
 from lm.core.types import TrainState
 from lm.data.batches import check_ramp_microbatches
-from lm.model import Model, lora, make_model
-from lm.model.params import flops_per_token
+from lm.model import Model, lora
+from lm.model.params import flops_per_token, param_count, param_specs
 from lm.optim.update import Update
 from lm.rewards.load import reward_from_workdirs
 from lm.runs.console import warn
 from lm.runs.timing import PhaseTimer
 from lm.runs.workdir import TrainedModel, Workdir, load_trained_model, with_run_date
-from lm.stages import STAGES, TEACHER_STAGES
+from lm.stages import named_stage
 from lm.stages.context import Batches, StageContext
 from lm.stages.stage import Stage
 from lm.train.config import check_equal_options, train_functions
@@ -30,7 +29,7 @@ from lm.train.host import RunHost
 from lm.train.warm_start import (
     inherited_params,
     lora_base_params,
-    model_config_for_run,
+    model_for_run,
     teacher_from_workdir,
     tokenizer_for_run,
 )
@@ -49,7 +48,9 @@ class TrainingSetup(NamedTuple):
     shardings: Any  # of the TrainState
     initial_state: TrainState  # as it starts: resuming replaces all of it but the frozen networks
     checkpoint_metadata: Mapping[str, Any]  # what a checkpoint says of itself
-    flops_per_token: float  # model FLOPs of learning from one token of a batch; sampling and scoring not counted
+    parameters: int  # of the decoder, a frozen base included
+    # model FLOPs of learning from one token of a batch; sampling and scoring not counted; None: a model of one's own
+    flops_per_token: float | None
     phases: PhaseTimer
     context: StageContext  # what the batches are made from: model, tokenizer
 
@@ -63,11 +64,10 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
         lambda: load_trained_model(config.init_from, backend=backend, warn=warn) if config.init_from else None,
     )
     tokenizer = with_run_date(tokenizer_for_run(config.tokenizer, start), workdir)
-    shape = model_config_for_run(config, tokenizer, start)
-    model = make_model(shape.for_backend(backend))
+    model, shape, entries = model_for_run(config, tokenizer, start, backend)
 
-    teachers = {}
-    if name in TEACHER_STAGES and "teacher" in config.stage:
+    stage, teachers = named_stage(name), {}
+    if stage.has_teacher and "teacher" in config.stage:
         teachers["teacher"] = teacher_from_workdir(config.stage.teacher, tokenizer)
     build = functools.partial(stage_update, config, model, teachers)
     build(host.traced_scalars)  # raises its errors before the data are read
@@ -92,10 +92,14 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
     if shape.lora_rank:
         base = lora_base_params(shape, params.pop("lm"), workdir, host.checkpoint_turn)
     state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)
-    meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(shape)}
-    passes = option_value(functions["stage"], config.stage, "epochs", 1)  # over each batch
-    flops = passes * flops_per_token(model.config, batches.dataset_info["length"])
-    return TrainingSetup(STAGES[name], build, batches, mesh, shardings, state, meta, flops, phases, context)
+    meta = {"stage": name, "fingerprint": tokenizer.fingerprint, "model": entries}
+    if "name" in entries:
+        size, flops = sum(leaf.size for leaf in jax.tree.leaves(state.params["lm"])), None
+    else:
+        passes = option_value(functions["stage"], config.stage, "epochs", 1)  # over each batch
+        size = param_count(param_specs(shape))
+        flops = passes * flops_per_token(model.config, batches.dataset_info["length"])
+    return TrainingSetup(stage, build, batches, mesh, shardings, state, meta, size, flops, phases, context)
 
 
 def stage_update(

@@ -7,6 +7,7 @@ import dataclasses
 import readline  # noqa: F401  gives input() its line editing and history
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -15,7 +16,8 @@ from lm.core.config import call_with_options
 from lm.core.errors import UserError
 from lm.core.types import Params
 from lm.data.preferences import OVERALL_ONLY, ordered_axes
-from lm.model import ModelConfig
+from lm.model import Model, ModelConfig, make_model
+from lm.model.imported import check_same_params, imported_model, takes_vocab_size
 from lm.model.params import param_specs
 from lm.model.quantization import quantized_params
 from lm.rewards.load import reward_axes
@@ -66,10 +68,46 @@ def teacher_from_workdir(path: str, tokenizer: Tokenizer) -> TrainedModel:
     return teacher
 
 
+class RunModel(NamedTuple):
+    """The model of a run."""
+
+    model: Model
+    config: ModelConfig  # every "auto" still open; of a model of one's own, what it says of itself
+    entries: dict[str, Any]  # as checkpoints keep it: the fields of `config`, or {"name": "file.py:make", **options}
+
+
+def model_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedModel | None, backend: str) -> RunModel:
+    """The model that config.model asks for: lm's decoder or, with a `name`, one's own; that of `start`, if there is
+    one. UserError for a model that cannot take up the parameters of `start`, or has too few ids."""
+    if "name" in config.model and config.model.name or start and start.own_model:
+        return own_model_for_run(config, tokenizer, start)
+    shape = model_config_for_run(config, tokenizer, start)
+    return RunModel(make_model(shape.for_backend(backend)), shape, dataclasses.asdict(shape))
+
+
+def own_model_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedModel | None) -> RunModel:
+    if start and not start.own_model:
+        raise UserError(f"model.name is set, but {config.init_from} holds lm's own decoder: leave one of the two out")
+    entries = {**(start.own_model if start else {}), **_given_entries(config)}
+    if takes_vocab_size(entries["name"]) and "vocab_size" not in entries:
+        entries["vocab_size"] = tokenizer.vocab_size
+    model = imported_model(entries)
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model {entries['name']} has {model.config.vocab_size} ids, but the tokenizer has {tokenizer.vocab_size} "
+            "pieces: give it an option vocab_size, which is set to that number"
+        )
+    if start:
+        check_same_params(model, start.params["lm"], entries["name"], start.path)
+    if "base_width" in config.optimizer and config.optimizer.base_width:
+        raise UserError("optimizer.base_width scales the matrices of lm's own decoder: leave it out with model.name")
+    return RunModel(model, model.config, entries)
+
+
 def model_config_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedModel | None) -> ModelConfig:
     """The model that config.model asks for, its sizes those of `start` where there is one, which it may not change."""
     inherited = dataclasses.asdict(start.model_config) if start else {"vocab_size": tokenizer.vocab_size}
-    shape = call_with_options(ModelConfig, {**inherited, **config.model.to_dict()}, name="model")
+    shape = call_with_options(ModelConfig, {**inherited, **_given_entries(config)}, name="model")
     if shape.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size is {shape.vocab_size}, but the tokenizer has {tokenizer.vocab_size} pieces: leave it out"
@@ -84,6 +122,11 @@ def model_config_for_run(config: ConfigDict, tokenizer: Tokenizer, start: Traine
     if ("base_width" in config.optimizer or "base_width" in config.model) and optimizers != shape.base_width:
         raise UserError(f"optimizer.base_width is {optimizers}, model.base_width {shape.base_width}: muP needs both")
     return shape
+
+
+def _given_entries(config: ConfigDict) -> dict[str, Any]:
+    """What config.model says; an empty name says nothing."""
+    return {key: value for key, value in config.model.to_dict().items() if key != "name" or value}
 
 
 def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:

@@ -21,7 +21,7 @@ from lm.model.config import ModelConfig
 from lm.model.params import param_count, param_specs
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.console import Progress, run_program, say, warn
-from lm.runs.workdir import load_trained_model, open_workdir, with_run_date
+from lm.runs.workdir import load_trained_model, open_workdir, require_decoder, with_run_date
 from lm.tokenizer import Tokenizer
 from lm.weights import config_map, folder, gguf, packages, tokenizers
 from lm.weights.names import HEAD_TENSOR
@@ -109,6 +109,7 @@ def export_model(workdir: Path, destination: Path, *, dtype: str, step: int | No
     if destination.exists() and any(destination.iterdir()):
         raise UserError(f"{destination} is not empty: give a new --destination")
     trained = load_trained_model(workdir, backend="cpu", step=step, warn=warn)
+    require_decoder(trained, "lm convert")
     kind = trained.summary["kind"] if "kind" in trained.summary else ""  # where its weights came from, if not from us
     check_vocabulary(trained.model_config, trained.tokenizer, workdir)
     with complete_folder(destination) as unfinished:

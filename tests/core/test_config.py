@@ -400,3 +400,41 @@ def test_what_has_no_flag_may_stand_among_flags():
 
 def test_parsed_needs_no_config():
     assert config.parsed_flags(["--workdir=w", "--top_k=5"], "chat", FLAGS).top_k == 5
+
+
+REWARDS_FILE = """
+from ml_collections import ConfigDict
+
+def get_config(arg=""):
+    if arg == "text":
+        return ConfigDict({"data": {"rewards": "rule=1.0"}})
+    if arg == "dots":
+        return ConfigDict({"data": {"rewards": {"mine.py:accuracy": 1.0}}})
+    return ConfigDict({"data": {"rewards": {"model": 1.0, "rule": 0.0}}}, allow_dotted_keys=arg == "allowed")
+"""
+
+
+def reward_batches(context, *, rewards: Mapping[str, float] | str = MappingProxyType({})):
+    """Takes rewards as a mapping, or as text."""
+
+
+def reward_functions(config):
+    return {"data": ConfigFunction(reward_batches)}
+
+
+def test_rewards_may_be_text_where_the_file_has_a_mapping(tmp_path):
+    path = tmp_path / "rewards.py"
+    path.write_text(REWARDS_FILE)
+    load = lambda name, *overrides: config.to_dict(config.load_config(name, overrides, reward_functions))["data"]
+    assert load(str(path), "data.rewards.rule=0.5") == {"rewards": {"model": 1.0, "rule": 0.5}}
+    assert load(str(path), "data.rewards={'rule': 2.0}") == {"rewards": {"rule": 2.0}}
+    assert load(str(path), "data.rewards=rule=1.0,mine.py:accuracy=2.0") == {"rewards": "rule=1.0,mine.py:accuracy=2.0"}
+    assert load(f"{path}:text", "data.rewards={'rule': 2.0}") == {"rewards": {"rule": 2.0}}
+    assert load(f"{path}:text", "data.rewards=form=2.0") == {"rewards": "form=2.0"}
+    found = load(f"{path}:allowed", "data.rewards={'mine.py:accuracy': 2.0}")
+    assert found == {"rewards": {"mine.py:accuracy": 2.0}}
+    message = "the key 'mine.py:accuracy' holds a dot, .* write a mapping of rewards as text, .*'mine.py:accuracy=1.0'"
+    with pytest.raises(UserError, match=f"rewards.py: {message}"):
+        load(f"{path}:dots")
+    with pytest.raises(UserError, match=f"config.data.rewards=.*: {message}"):
+        load(str(path), "data.rewards={'mine.py:accuracy': 2.0}")

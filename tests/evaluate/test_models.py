@@ -10,7 +10,7 @@ from runs import finished, made_dialogues, small, stage_config
 
 from lm.core.errors import UserError
 from lm.data import sources
-from lm.data.conversations import Conversation
+from lm.data.conversations import Conversation, reward_example
 from lm.data.prompts import padded_prompts, prompts_at
 from lm.evaluate import models
 from lm.generate.engine import GeneratedAnswer, batch_answerer
@@ -42,7 +42,9 @@ def test_every_model_answers_the_same_unseen_prompts(lines, summary):
 
 def test_scores_are_the_rule_s(lines):
     for name in ("raw", "sft", "ppo"):
-        again = REWARDS["rule"]([line["prompt"] for line in lines], [line["answers"][name]["text"] for line in lines])
+        again = REWARDS["rule"](
+            [{"messages": line["prompt"]} for line in lines], [line["answers"][name]["text"] for line in lines]
+        )
         assert [line["scores"][name] for line in lines] == list(again)
 
 
@@ -102,8 +104,10 @@ def test_a_model_is_asked_as_it_was_trained(finished):
 def test_an_answer_depends_on_its_place_not_on_what_follows(finished):
     """Five prompts, four at a time, and the first three of them alone: the same answers, each within its limit."""
     trained = load_trained_model(finished / "sft", backend="cpu")
-    contexts = [[{"role": "user", "content": text}] for text in ("the name", "the type", "a list", "the form", "test")]
-    rows = padded_prompts([encode_prompt(trained.tokenizer, context) for context in contexts], contexts, 16)
+    asked = ("the name", "the type", "a list", "the form", "test")
+    examples = [reward_example([{"role": "user", "content": text}]) for text in asked]
+    ids = [encode_prompt(trained.tokenizer, example["messages"]) for example in examples]
+    rows = padded_prompts(ids, examples, 16)
 
     ask = batch_answerer(
         trained.model, trained.params["lm"], trained.tokenizer, SamplingParams(6), rows_at_once=4, jit=jax.jit

@@ -39,7 +39,7 @@ def asked(start):
 
 
 def said(questions) -> set[str]:
-    return {repr(context) for context in questions.prompts.contexts}
+    return {repr(context) for context in questions.prompts.examples}
 
 
 def test_some_of_each_conversation(asked):
@@ -63,8 +63,8 @@ def test_settings_are_chosen_on_one_part_and_judged_on_the_other(asked):
 
 def test_all_are_of_conversations_that_are_held_out(asked):
     turns = {tuple(turns[:3]) for name, turns in made_dialogues() if sources.is_held_out(name, 0.1)}
-    for context in asked().prompts.contexts:
-        prompt = tuple(message["content"] for message in context)
+    for example in asked().prompts.examples:
+        prompt = tuple(message["content"] for message in example["messages"])
         assert any(prompt in (whole[:1], whole) for whole in turns)
 
 

@@ -43,7 +43,7 @@ def test_the_file(finished):
     for ranking in found:
         assert not sources.is_held_out(ranking.name, 0.05)
         assert ranking.prompt[-1]["role"] == "user" and len(ranking.responses) == 2 and ranking.rater == "rule"
-        a, b = REWARDS["rule"]([ranking.prompt] * 2, ranking.responses)
+        a, b = REWARDS["rule"]([{"messages": ranking.prompt}] * 2, ranking.responses)
         assert ranking.ranking == ([1, 1] if a == b else [1, 2] if a > b else [2, 1])
     ties = sum(ranking.ranking == [1, 1] for ranking in found)
     assert 0 < ties < 128  # so the counts below can be wrong
@@ -95,7 +95,7 @@ def test_a_reward_model_ranks_and_held_out_prompts_follow(finished, small, tmp_p
     agree, told_apart = 0, 0
     for ranking in found:
         assert ranking.rater == f"{finished}/reward"
-        a, b = reward([ranking.prompt] * 2, ranking.responses)
+        a, b = reward([{"messages": ranking.prompt}] * 2, ranking.responses)
         agree += (ranking.ranking[0] < ranking.ranking[1]) == bool(a > b)
         told_apart += a != b
     assert told_apart / 2 < agree < len(found)  # but for those that the limit cut off: they lose 100 points

@@ -365,7 +365,7 @@ def test_a_rule(people, capsys):
         found = [r for r in store.rankings() if r.rater == "rule"]
     assert len(found) == 11
     for r in found:
-        assert r.ranking == ranks_from_scores(REWARDS["rule"]([r.prompt] * len(r.responses), r.responses))
+        assert r.ranking == ranks_from_scores(REWARDS["rule"]([{"messages": r.prompt}] * len(r.responses), r.responses))
     shown = printed(capsys)
     assert shown["items"] == "11" and "ann" in shown and "both orders agree" not in shown
     assert not (people / "judges").exists()

@@ -123,7 +123,8 @@ def test_what_a_reward_model_is_least_sure_of_comes_first(asking, finished, tmp_
     _, judge = load_reward_model(finished / "reward", backend="cpu", normalized=False, jit=jax.jit)
     with AnnotationStore(tmp_path / "people.db") as store:
         gaps = [
-            abs(float(np.diff(judge([item.prompt] * 2, item.responses))[0])) for item in store.unjudged_items("ann")
+            abs(float(np.diff(judge([{"messages": item.prompt}] * 2, item.responses))[0]))
+            for item in store.unjudged_items("ann")
         ]
     assert len(gaps) == 9 and gaps == sorted(gaps) and gaps[0] < gaps[-1]
 

@@ -51,6 +51,16 @@ def test_lambda_one_is_the_discounted_return_minus_the_value():
     np.testing.assert_allclose(advantages, row(2.12, 0.8, 3), rtol=1e-6)
 
 
+def test_rewards_of_single_tokens_stay_with_them():
+    """A row worth 5, of which 2 and 0.5 belong to its first two sampled tokens: the last gets the other 2.5; what
+    stands on a prompt counts nothing. No token rewards is the same as zeros."""
+    weights, kl = row(0, 1, 1, 1, 0), row(9, 0.1, 0.2, 0.3, 9)
+    found = kl_rewards(jnp.array([5.0]), kl, weights, beta=1.0, token_rewards=row(7, 2, 0.5, 0, 7))
+    np.testing.assert_allclose(found, row(0, 2 - 0.1, 0.5 - 0.2, 2.5 - 0.3, 0), rtol=1e-6)
+    zeros, none = (kl_rewards(jnp.array([5.0]), kl, weights, beta=1.0, token_rewards=x) for x in (0 * kl, None))
+    np.testing.assert_array_equal(zeros, none)
+
+
 def test_lambda_zero_is_the_one_step_error():
     advantages, _ = gae(row(1, 0, 2), row(0.5, 1, -1), row(1, 1, 1), gamma=0.9, lam=0.0)
     np.testing.assert_allclose(advantages, row(1.4, -1.9, 3), rtol=1e-6)

@@ -7,7 +7,7 @@ from lm.rewards import REWARDS, weighted_reward
 
 
 def said(name: str, message: str, answer: str) -> float:
-    return float(REWARDS[name]([[{"role": "user", "content": message}]], [answer])[0])
+    return float(REWARDS[name]([{"messages": [{"role": "user", "content": message}]}], [answer])[0])
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,9 @@ def test_by_reading(name, message, answer, value):
 
 def test_a_weighed_sum_keeps_its_parts_apart():
     parts = {"form": (2.0, REWARDS["form"]), "length": (0.5, REWARDS["length"])}
-    total, each = weighted_reward(parts)([[{"role": "user", "content": "hi"}]] * 2, ["word " * 60, "Fine."])
+    total, each, _ = weighted_reward(parts)(
+        [{"messages": [{"role": "user", "content": "hi"}]}] * 2, ["word " * 60, "Fine."]
+    )
     np.testing.assert_allclose(total, [-2.25, 0.0])  # 2 * -1 + 0.5 * -0.5
     np.testing.assert_allclose(each["form"], [-1, 0])
     np.testing.assert_allclose(each["length"], [-0.5, 0])

@@ -24,6 +24,7 @@ from lm.tokenizer import encode_chat, encode_prompt, load_tokenizer
 __all__ = ["finished"]
 
 PROMPT = [{"role": "user", "content": "the object code method?"}]
+ASKED = {"messages": PROMPT}
 
 
 def test_an_ensemble_is_its_mean_less_its_doubt():
@@ -47,9 +48,9 @@ def test_the_reward_of_a_workdir_is_the_score_at_its_end_token_centred(finished)
         last = int((tokens.segments > 0).sum()) - 1
         assert tokens.inputs[0, last] == trained.tokenizer.end_of_message  # where it is read
     assert np.std(by_hand) > 1e-4
-    np.testing.assert_allclose(raw([PROMPT] * 3, texts), by_hand, atol=1e-5)
+    np.testing.assert_allclose(raw([ASKED] * 3, texts), by_hand, atol=1e-5)
     expected = (np.array(by_hand) - moments["score_mean"]) / moments["score_deviation"]
-    np.testing.assert_allclose(centred([PROMPT] * 3, texts), expected, atol=1e-3)
+    np.testing.assert_allclose(centred([ASKED] * 3, texts), expected, atol=1e-3)
 
 
 def test_what_a_reward_model_cannot_read_whole_is_said_once(finished, capsys):
@@ -59,14 +60,14 @@ def test_what_a_reward_model_cannot_read_whole_is_said_once(finished, capsys):
     trained, reward = load_reward_model(finished / "reward", **options)
     length = lambda text: len(encode_chat(trained.tokenizer, conversation_with_answer(PROMPT, text)).ids)
     fits = next(text for n in range(1, 99) if length(text := "a list" + " of" * n) == 64)
-    reward([PROMPT] * 70, ["short"] * 69 + [fits])
+    reward([ASKED] * 70, ["short"] * 69 + [fits])
     assert said == []
     longer = [fits + ending for ending in (" a name", " no", " the class of a list")]
-    reward([PROMPT] * 5, ["short", *longer, fits])
+    reward([ASKED] * 5, ["short", *longer, fits])
     longest = max(map(length, longer))
     assert len(said) == 1 and f"{finished}/reward reads rows of 64 tokens, but 3 of 5 conversations" in said[0]
     assert f"(up to {longest})" in said[0] and f"--config.data.length={longest}, or shorten the answers" in said[0]
-    reward([PROMPT], longer[:1])
+    reward([ASKED], longer[:1])
     assert len(said) == 1
 
 
@@ -116,7 +117,7 @@ def test_an_answer_longer_than_a_row_keeps_its_end_token(finished):
 def test_behind_a_prompt_longer_than_a_row_answers_are_still_seen(finished):
     """The answer is whole, and before it stands the end of the prompt: different answers have different rewards."""
     _, reward = load_reward_model(finished / "reward", backend="cpu", normalized=True, jit=jax.jit)
-    long = [{"role": "user", "content": "the object code method? " * 60}]
+    long = {"messages": [{"role": "user", "content": "the object code method? " * 60}]}
     found = reward([long] * 3, ["a name.", "the type of a list", "no"])
     assert len({round(float(score), 4) for score in found}) == 3
 
@@ -125,4 +126,4 @@ def test_behind_a_prompt_longer_than_a_row_answers_are_still_seen(finished):
 def test_an_ensemble_of_one_model_twice_is_that_model(finished, pessimism):
     _, one = load_reward_model(finished / "reward", backend="cpu", normalized=True, jit=jax.jit)
     two = reward_ensemble([one, one], pessimism=pessimism)
-    np.testing.assert_allclose(two([PROMPT], ["a name."]), one([PROMPT], ["a name."]), rtol=1e-6)
+    np.testing.assert_allclose(two([ASKED], ["a name."]), one([ASKED], ["a name."]), rtol=1e-6)

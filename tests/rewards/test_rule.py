@@ -52,7 +52,7 @@ def test_stop_words_are_no_topic_and_stems_are():
 
 def test_score_is_the_sum_of_the_criteria():
     # seven criteria of 1 each; the second lacks three of them and is rude: 7 - 3 - 4
-    scores = rule_reward([PROMPT, PROMPT], ["I loved that movie. Did you see it?", "you damn fool"])
+    scores = rule_reward([{"messages": PROMPT}] * 2, ["I loved that movie. Did you see it?", "you damn fool"])
     assert scores.tolist() == [7.0, 0.0] and scores.dtype == np.float32
     assert scores[1] == sum(criterion_scores(PROMPT, "you damn fool").values())
     assert rule_reward([], []).shape == (0,)
@@ -66,7 +66,7 @@ def test_the_last_user_turn_is_the_topic():
 
 def test_lengths_must_agree():
     with pytest.raises(ValueError):
-        rule_reward([PROMPT], ["a", "b"])
+        rule_reward([{"messages": PROMPT}], ["a", "b"])
 
 
 def test_the_prose_names_the_best_score():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from runs import EXPERIMENTS, finished, small, stage_config
 
+from lm import rewards
 from lm.core.config import call_with_options, load_config
 from lm.core.errors import UserError
 from lm.data import preferences
@@ -102,9 +103,9 @@ def test_another_run_in_the_place_of_a_model_is_evaluated_anew(finished, small, 
 def test_answers_that_no_rater_has_seen_are_kept(finished, small, tmp_path, monkeypatch):
     """Of four chunks of 32 prompts the rater dies over the last: its answers are not drawn again."""
     workdir, drawn = tmp_path / "rank", []
-    rule, answerer = auto_rank.REWARDS["rule"], auto_rank.batch_answerer
+    rule, answerer = rewards.REWARDS["rule"], auto_rank.batch_answerer
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setitem(auto_rank.REWARDS, "rule", killing(rule, 3, []))
+        patch.setitem(rewards.REWARDS, "rule", killing(rule, 3, []))
         auto_rank.run_auto_rank(stage_config(finished, "rank"), workdir)
     assert len(preferences.read_jsonl_rankings(workdir / auto_rank.RANKINGS_FILE)) == 96
     monkeypatch.setattr(
@@ -129,7 +130,7 @@ def test_answers_of_a_contest_outlive_a_judge_that_dies(finished, small, tmp_pat
         study, "policy_answerer", lambda *args, **options: killing(answerer(*args, **options), 100, calls)
     )
 
-    def proxy(contexts, texts):
+    def proxy(examples, texts):
         return np.float32([len(text) for text in texts])
 
     def answers(judge, workdir):
@@ -167,7 +168,7 @@ def test_a_pool_and_a_measurement_go_on_with_the_draw_they_had_come_to(finished,
     assert len(calls) == 2 and texts == straight[0] and gold.tolist() == straight[1].tolist()
     assert [file.name for file in (tmp_path / "killed").iterdir()] == ["pool.jsonl"]
 
-    def proxy(contexts, texts):
+    def proxy(examples, texts):
         return np.float32([len(text) for text in texts])
 
     whole = lab("straight", 100, []).policy_scores(start, proxy, 4, PartialResults(tmp_path / "whole.jsonl"))

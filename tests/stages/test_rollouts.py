@@ -20,44 +20,75 @@ from lm.rewards.environments import calculator
 from lm.rewards.verifiers.arithmetic import arithmetic_reward
 from lm.runs.workdir import read_metrics
 from lm.stages.rl.multi_turn import multi_turn_sampler
-from lm.stages.rl.rollouts import equal_reward_groups, held_out_prompts, resampled_batch, rollout_table, text_batches
+from lm.stages.rl.rollouts import (
+    answer_token_rewards,
+    equal_reward_groups,
+    held_out_prompts,
+    resampled_batch,
+    reward_labels,
+    rollout_table,
+    text_batches,
+)
 from lm.tokenizer import encode_prompt, load_tokenizer
 from lm.train import loop
+from lm.train.config import train_functions
 
 __all__ = ["finished", "small"]
 KEY = jax.random.key(0)
 
 
-# Rewards that go wrong
+# Rewards
 
-
-def raising(examples, texts):
-    raise ZeroDivisionError("division by zero")
-
-
-@pytest.mark.parametrize(
-    "reward, message",
-    [
-        (
-            raising,
-            r"reward mine raised ZeroDivisionError \(division by zero\) on 2 answers, the first 'a': mend it; the",
-        ),
-        (lambda e, t: np.zeros(3), r"reward mine gave shape \(3,\) for 2 answers, not one number each: mend it"),
-        (lambda e, t: np.array([0.0, np.nan]), r"reward mine is nan for 1 of 2 answers, the first 'b': mend it"),
-        (lambda e, t: np.array([np.inf, 0.0]), r"reward mine is inf for 1 of 2 answers, the first 'a': mend it"),
-    ],
-)
-def test_a_reward_that_fails_is_named(reward, message):
-    with pytest.raises(UserError, match=message):
-        weighted_reward({"mine": (1.0, reward)})([[], []], ["a", "b"])
+ASKED = {"messages": [{"role": "user", "content": "What is 2 + 3?"}]}
 
 
 def test_rewards_add_up_by_weight():
-    total, parts = weighted_reward({"a": (2.0, lambda e, t: [1, 2]), "b": (-0.5, lambda e, t: [4, 0])})(
-        [[], []], ["x", "y"]
-    )
+    parts = {"a": (2.0, lambda e, t: [1, 2]), "b": (-0.5, lambda e, t: [4, 0])}
+    total, parts, _ = weighted_reward(parts)([ASKED, ASKED], ["x", "y"])
     np.testing.assert_allclose(total, [0, 4])
     np.testing.assert_allclose(parts["b"], [4, 0])
+
+
+def test_rewards_of_tokens_stand_where_their_tokens_are_predicted():
+    """Two answers in the first row, of 2 and 3 tokens: the rewards are the last one's."""
+    weights = np.float32([[0, 1, 1, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0, 0, 0]])
+    rows = np.zeros(weights.shape, np.int32)
+    tokens = Tokens(rows, rows, weights, rows, rows)
+    found = answer_token_rewards(tokens, [np.float32([1, 2, 3]), np.float32([4, 5])])
+    np.testing.assert_array_equal(found, [[0, 0, 0, 0, 0, 1, 2, 3], [0, 0, 4, 5, 0, 0, 0, 0]])
+
+
+def test_rewards_are_logged_by_the_names_of_their_functions():
+    names = ["rule", "a.py:accuracy", "b.py:accuracy", "a.py:length", "my.package:style"]
+    labels = ["rule", "a.py:accuracy", "b.py:accuracy", "length", "style"]
+    assert reward_labels(names) == dict(zip(names, labels))
+
+
+REWARDS_FILE = """
+def accuracy(examples, texts):
+    return [float(len(text) % 2) for text in texts]
+
+def dense(example, text, tokens):
+    return [0.25] * len(tokens)
+"""
+
+
+def test_rewards_of_one_s_own_in_a_run(finished, tmp_path, monkeypatch):
+    """PPO learns from a sum of a built-in reward, a file's and one per token; the rater is a file's function too."""
+    (tmp_path / "own_rewards.py").write_text(REWARDS_FILE)
+    monkeypatch.chdir(tmp_path)
+    rewards = "form=1.0,own_rewards.py:accuracy=2.0,own_rewards.py:dense=0.5"
+    overrides = (f"init_from={finished}/sft", f"data.rewards={rewards}", "data.rater=own_rewards.py:accuracy")
+    overrides += ("data.reward_timeout=30", "train.steps=2", "train.log_every=1", "data.truncation_penalty=0.0")
+    config = load_config(f"{EXPERIMENTS / 'ppo.py'}:tiny", overrides, train_functions)
+    loop.train_stage(config, tmp_path / "run")
+    for row in read_metrics(tmp_path / "run"):
+        if "reward/accuracy" in row:
+            parts = row["reward/form"] + 2 * row["reward/accuracy"] + 0.5 * row["reward/dense"]
+            np.testing.assert_allclose(row["reward"], parts, rtol=1e-4)
+            np.testing.assert_allclose(row["reward/dense"], 0.25 * row["response_length"], rtol=1e-4)
+            np.testing.assert_allclose(row["score/accuracy"], row["reward/accuracy"])
+    assert any("reward/accuracy" in row for row in read_metrics(tmp_path / "run"))
 
 
 # Dynamic sampling
@@ -90,10 +121,13 @@ def test_the_calculator():
 
 
 def test_an_answer_to_a_sum_is_verified():
-    example = [{"role": "user", "content": "What is 12 - 15?"}, {"role": "assistant", "content": "calc(12 - 15)"}]
+    messages = [{"role": "user", "content": "What is 12 - 15?"}, {"role": "assistant", "content": "calc(12 - 15)"}]
+    example = {"messages": messages}
     got = arithmetic_reward([example] * 5, ["-3", "It is -3.", "3", "", "-3 or 4"])
     np.testing.assert_array_equal(got, [1, 1, 0, 0, 0])
-    np.testing.assert_array_equal(arithmetic_reward([[{"role": "user", "content": "Hello there"}]], ["5"]), [0])
+    np.testing.assert_array_equal(
+        arithmetic_reward([{"messages": [{"role": "user", "content": "Hello there"}]}], ["5"]), [0]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +137,7 @@ def tokenizer(finished):
 
 def test_what_an_environment_says_is_context(tokenizer):
     """Rule 2. Two prompts: one calls the tool and answers, one answers at once; only what was sampled has weight."""
-    asked = [[{"role": "user", "content": "What is 2 + 3?"}], [{"role": "user", "content": "What is 4 - 1?"}]]
+    asked = [ASKED | {"answer": "5"}, {"messages": [{"role": "user", "content": "What is 4 - 1?"}]}]
     said = {(0, 0): "calc(2 + 3)", (0, 1): "5", (1, 0): "3"}  # (row, exchange)
     turn = iter(range(2))
 
@@ -118,7 +152,7 @@ def test_what_an_environment_says_is_context(tokenizer):
                 logprobs[row, : len(answer)] = -1 - exchange - 0.01 * np.arange(len(answer))
         return None, None, Completions(tokens, logprobs, count, np.ones(2, bool))
 
-    rows = padded_prompts([encode_prompt(tokenizer, messages) for messages in asked], asked, 24)
+    rows = padded_prompts([encode_prompt(tokenizer, example["messages"]) for example in asked], asked, 24)
     drawn = multi_turn_sampler(sampled, tokenizer, calculator, exchanges=2, max_new=12, reply_length=8)(None, rows, KEY)
     assert drawn.tokens.inputs.shape == (2, 24 + 2 * 12 + 8 - 1) == drawn.logprobs.shape
     trained = [tokenizer.pieces(drawn.tokens.targets[b][drawn.tokens.weights[b] > 0]) for b in range(2)]
@@ -131,22 +165,24 @@ def test_what_an_environment_says_is_context(tokenizer):
         drawn.logprobs[0, at[[0, first - 1, first]]], [-1, -1 - 0.01 * (first - 1), -2], rtol=1e-6
     )
     assert not drawn.logprobs[0][drawn.tokens.weights[0] == 0].any()
-    assert drawn.texts == ["5", "3"] and [len(c) for c in drawn.contexts] == [3, 1]
-    assert drawn.contexts[0][-1] == {"role": "tool", "content": "5"}
+    assert drawn.texts == ["5", "3"] and [len(e["messages"]) for e in drawn.examples] == [3, 1]
+    assert drawn.examples[0]["messages"][-1] == {"role": "tool", "content": "5"} and drawn.examples[0]["answer"] == "5"
+    assert len(asked[0]["messages"]) == 1  # the row itself stays as it is
+    assert ["".join(tokenizer.pieces(ids)) for ids in drawn.last_ids] == ["5<|end|>", "3<|end|>"]
     np.testing.assert_array_equal(drawn.lengths, [first + len(tokenizer.encode("5")) + 1, len(trained[1])])
     assert drawn.stopped.all()
 
 
 def test_an_answer_that_was_cut_off_ends_its_conversation(tokenizer):
-    asked = [[{"role": "user", "content": "What is 2 + 3?"}]]
+    asked = [ASKED]
 
     def sampled(lm, ids, lengths, key):
         answer = np.array([tokenizer.encode("calc(2 + 3) ")], np.int32)
         return None, None, Completions(answer, np.zeros(answer.shape), np.array([answer.shape[1]]), np.zeros(1, bool))
 
-    rows = padded_prompts([encode_prompt(tokenizer, asked[0])], asked, 24)
+    rows = padded_prompts([encode_prompt(tokenizer, ASKED["messages"])], asked, 24)
     drawn = multi_turn_sampler(sampled, tokenizer, calculator, exchanges=3, max_new=16, reply_length=8)(None, rows, KEY)
-    assert not drawn.stopped[0] and drawn.contexts == asked and drawn.texts[0].startswith("calc(2 + 3)")
+    assert not drawn.stopped[0] and drawn.examples == asked and drawn.texts[0].startswith("calc(2 + 3)")
 
 
 # Text beside rollouts

@@ -83,7 +83,7 @@ def test_answers_are_to_the_same_unseen_prompts_and_scored_by_the_rule(root):
             rows = read_metrics(root / name / str(seed) / "answers.jsonl")
             prompts.add(json.dumps([row["prompt"] for row in rows]))
             assert [row["gold"] for row in rows] == REWARDS["rule"](
-                [row["prompt"] for row in rows], [row["text"] for row in rows]
+                [{"messages": row["prompt"]} for row in rows], [row["text"] for row in rows]
             ).tolist()
             assert [row["conversation"] for row in rows] == list(range(16))
     assert len(prompts) == 1

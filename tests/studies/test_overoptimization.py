@@ -192,7 +192,7 @@ def test_the_pool_is_scored_by_the_rule_and_by_every_proxy(root, summary):
     assert len({text for row in rows for text in row["texts"]}) > 64  # draws differ
     assert {len(read_json(root / "pool" / f"8-{member}.json")) for member in (0, 1)} == {128}
     assert set(itertools.chain(*(row["gold"] for row in rows))) <= set(range(-4, 8))
-    assert REWARDS["rule"]([[{"role": "user", "content": ""}]], [""]).shape == (1,)
+    assert REWARDS["rule"]([{"messages": [{"role": "user", "content": ""}]}], [""]).shape == (1,)
 
 
 def test_every_climb_has_its_curve(root, summary):

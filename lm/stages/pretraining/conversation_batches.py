@@ -10,7 +10,7 @@ from lm.data.conversations import CONVERSATION_KINDS, Conversation, conversation
 from lm.data.loading import NO_COLUMNS
 from lm.data.mixture import parse_sources
 from lm.data.packing import packed_rows
-from lm.data.source_rows import mixture_origins, packed_conversations, source_order
+from lm.data.mixture_rows import mixture_origins, packed_conversations, source_order
 from lm.data.token_rows import mixed_rows, padded_batches
 from lm.data.tokenized_sources import tokenized_conversations
 from lm.stages.context import Batches, HeldOutPart, StageContext

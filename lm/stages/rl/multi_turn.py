@@ -8,6 +8,7 @@ import numpy as np
 
 from lm.core.types import Tokens
 from lm.data import packing
+from lm.data.conversations import Example, reward_example
 from lm.data.prompts import Prompts
 from lm.generate.sampler import SamplingParams, prompt_completion_rows, sample
 from lm.model import Model
@@ -25,10 +26,11 @@ class SampledAnswers(NamedTuple):
 
     tokens: Tokens  # [B,T]
     logprobs: np.ndarray  # f32[B,T]  the sampler's
-    contexts: Sequence[list[dict]]  # the messages before each last answer
+    examples: Sequence[Example]  # the row of each: its messages are those before the last answer
     texts: Sequence[str]  # the last answers
     stopped: np.ndarray  # bool[B]
     lengths: np.ndarray  # i32[B]  sampled tokens
+    last_ids: Sequence[Sequence[int]]  # sampled tokens of the last answer, whose text is in `texts`
 
 
 AnswerSampler = Callable[[Any, Prompts, Any], SampledAnswers]  # (lm, prompts, key) -> one answer to each
@@ -60,8 +62,9 @@ def single_turn_sampler(sampled, tokenizer: Tokenizer) -> AnswerSampler:
     def answer(lm, rows: Prompts, key) -> SampledAnswers:
         tokens, logprobs, completions = sampled(lm, rows.ids, rows.lengths, key)
         lengths = np.asarray(completions.lengths)
-        texts = [tokenizer.decode(row[:n]) for row, n in zip(np.asarray(completions.tokens), lengths)]
-        return SampledAnswers(tokens, logprobs, rows.contexts, texts, np.asarray(completions.stopped), lengths)
+        ids = [row[:n] for row, n in zip(np.asarray(completions.tokens), lengths)]
+        texts, stopped = [tokenizer.decode(row) for row in ids], np.asarray(completions.stopped)
+        return SampledAnswers(tokens, logprobs, rows.examples, texts, stopped, lengths, ids)
 
     return answer
 
@@ -71,12 +74,12 @@ def multi_turn_sampler(
 ) -> AnswerSampler:
     """Up to `exchanges` answers a row, the environment's replies between them, which weigh nothing.
 
-    A row ends where the environment has nothing to say or where an answer was cut off by the limit; its `context` then
-    holds all but the last answer.
+    A row ends where the environment has nothing to say or where an answer was cut off by the limit; the messages of its
+    example then hold all but the last answer, its other fields stay.
     """
 
     def answer(lm, rows: Prompts, key) -> SampledAnswers:
-        told = [Episode(list(ids[:n]), [0.0] * n, list(c)) for ids, n, c in zip(rows.ids, rows.lengths, rows.contexts)]
+        told = [Episode(ids[:n], example) for ids, n, example in zip(rows.ids, rows.lengths, rows.examples)]
         open_rows = list(range(len(told)))
         for exchange in range(exchanges):
             width = rows.ids.shape[1] + exchange * (max_new + reply_length)
@@ -89,7 +92,7 @@ def multi_turn_sampler(
                 told[b].append_answer(drawn.tokens[b, :n], drawn.logprobs[b, :n], bool(drawn.stopped[b]), tokenizer)
             open_rows = [b for b in open_rows if told[b].stopped]
             if exchange + 1 < exchanges:
-                replies = environment([told[b].messages for b in open_rows], [told[b].text for b in open_rows])
+                replies = environment([told[b].example for b in open_rows], [told[b].text for b in open_rows])
                 replied = [(b, reply) for b, reply in zip(open_rows, replies, strict=True) if reply is not None]
                 for b, reply in replied:
                     told[b].append_reply(reply, tokenizer, reply_length - REPLY_MARKER_TOKENS)
@@ -104,10 +107,11 @@ def multi_turn_sampler(
         return SampledAnswers(
             packing.padded_rows(examples, length),
             logprobs,
-            [t.messages for t in told],
+            [t.example for t in told],
             [t.text for t in told],
             np.array([t.stopped for t in told]),
             np.array([sum(map(bool, t.weights)) for t in told], np.int32),
+            [t.last_ids for t in told],
         )
 
     return answer
@@ -116,14 +120,21 @@ def multi_turn_sampler(
 class Episode:
     """A row of a conversation with an environment, while it grows."""
 
-    def __init__(self, ids: list[int], weights: list[float], messages: list[dict]):
-        self.ids, self.weights, self.messages = ids, weights, messages
+    def __init__(self, ids: np.ndarray, example: Example):
+        self.ids, self.weights = list(ids), [0.0] * len(ids)
+        self.fields, self.messages = example, list(example["messages"])
         self.logprobs: list[float] = []  # of the sampled tokens
-        self.text, self.stopped = "", False
+        self.text, self.stopped, self.last_ids = "", False, []  # of the last answer
+
+    @property
+    def example(self) -> Example:
+        """The row that it began with, its messages those so far."""
+        return reward_example(self.messages, self.fields)
 
     def append_answer(self, ids, logprobs, stopped: bool, tokenizer: Tokenizer) -> None:
         """An answer of the policy."""
-        self.ids += ids.tolist()
+        self.last_ids = ids.tolist()
+        self.ids += self.last_ids
         self.weights += [1.0] * len(ids)
         self.logprobs += logprobs.tolist()
         self.text, self.stopped = tokenizer.decode(ids), stopped

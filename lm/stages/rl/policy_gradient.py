@@ -138,7 +138,10 @@ def annotated_advantages(batch: Rollouts) -> Array:
 
 
 def advantages_within_group(advantage: Callable[[Array, int], Array]) -> Advantages:
-    """The advantages f32[B] that `advantage` (rewards, group) gives the answers, on all their tokens."""
+    """The advantages f32[B] that `advantage` (rewards, group) gives the answers, on all their tokens.
+
+    A reward per token counts as its sum: an answer has one worth among its group's.
+    """
     return lambda batch: token_advantages(advantage(batch.rewards, batch.group), batch)
 
 

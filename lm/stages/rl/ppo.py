@@ -2,9 +2,10 @@
 
 Objective: E[reward(x, y)] - beta * KL(policy, reference), through the clipped surrogate on advantages from GAE, with a
 learned value head on the shared trunk. Reward of token t: -beta * log(p / p_ref), plus the answer's reward on its last
-token: the KL is counted here and nowhere else. Frozen: "ref", the policy this run starts from. A batch is `Rollouts`,
-drawn by the current policy inside `batches`; `make` annotates it once, then takes `epochs` x `minibatch_count` updates.
-Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593; details: Huang et al. 2024, 2403.17031.
+token, or where `data.rewards` has one per token its share on each: the KL is counted here and nowhere else. Frozen:
+"ref", the policy this run starts from. A batch is `Rollouts`, drawn by the current policy inside `batches`; `make`
+annotates it once, then takes `epochs` x `minibatch_count` updates. Schulman et al. 2017, arXiv 1707.06347; Ziegler et
+al. 2019, arXiv 1909.08593; details: Huang et al. 2024, 2403.17031.
 
 Ours differs: old log-probs are the trainer's (the ratio starts at exactly what the trainer computes), and their gap to
 the sampler's is measured and gated; old, new and reference log-probs are all of logits / temperature. Whitening, the
@@ -141,7 +142,8 @@ def gae_annotation(
         batch, x, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
         w, beta = batch.tokens.weights, state.memory["beta"]
         old_values = model.value(state.params["value"], x) * w
-        rewards = kl_rewards(batch.rewards, kl_k1(batch.old_logprobs, batch.ref_logprobs), w, beta=beta)
+        kl = kl_k1(batch.old_logprobs, batch.ref_logprobs)
+        rewards = kl_rewards(batch.rewards, kl, w, beta=beta, token_rewards=batch.token_rewards)
         advantages, returns = gae(rewards, old_values, w, gamma=gamma, lam=lam)
         if whiten_advantages:
             advantages = whiten(advantages, w)

@@ -1,8 +1,8 @@
 """REINFORCE++: no value network and no group: the whole batch is the baseline.
 
 Objective: E[reward(x, y)] - beta * KL(policy, reference) through PPO's clipped surrogate, with A_t = r - beta * the sum
-of log(p / p_ref) from t to the answer's end, whitened over all tokens of the batch. Frozen: "ref". A batch is
-`Rollouts`; answers to one prompt may be several or one. Hu 2025, arXiv 2501.03262.
+of log(p / p_ref) from t to the answer's end (a reward per token counts from t on too), whitened over all tokens of the
+batch. Frozen: "ref". A batch is `Rollouts`; answers to one prompt may be several or one. Hu 2025, arXiv 2501.03262.
 
 Biased: the batch's own mean and deviation are part of the advantage, and the number of its tokens depends on what was
 sampled.
@@ -33,7 +33,8 @@ def method(*, beta: float, clip: float) -> PolicyGradientMethod:
 
     def advantages(batch):
         w = batch.tokens.weights
-        rewards = kl_rewards(batch.rewards, kl_k1(batch.old_logprobs, batch.ref_logprobs), w, beta=beta)
+        kl = kl_k1(batch.old_logprobs, batch.ref_logprobs)
+        rewards = kl_rewards(batch.rewards, kl, w, beta=beta, token_rewards=batch.token_rewards)
         return whiten(rewards_to_go(rewards, w), w)
 
     return PolicyGradientMethod(

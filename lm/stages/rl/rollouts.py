@@ -1,6 +1,6 @@
 """Rollouts: the current policy answers prompts, rewards say what answers are worth, a table shows them to people."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +14,14 @@ from lm.data.mixture import parse_sources
 from lm.data.origins import RowOrigin, SegmentOrigin, source_of
 from lm.data.prompt_sources import prompt_sources
 from lm.data.prompts import Prompts, prompts_at
-from lm.data.source_rows import source_order, text_rows
+from lm.data.mixture_rows import source_order, text_rows
 from lm.data.sources import BUILT_IN_KINDS
 from lm.data.token_rows import mixed_rows
 from lm.data.tokenized_sources import TokenizedSource, tokenized_texts
 from lm.generate.sampler import SamplingParams, check_sampling
 from lm.losses.advantages import overlong_penalty
 from lm.model import Model
-from lm.rewards import REWARDS, Reward, weighted_reward
+from lm.rewards import Reward, WeightedRewards, named_reward, reward_form, reward_weights, weighted_reward
 from lm.rewards.environments import ENVIRONMENTS
 from lm.rewards.reward_model import reward_row_length
 from lm.stages.context import Batches, StageContext
@@ -33,6 +33,7 @@ from lm.stages.rl.multi_turn import (
     rollout_program,
     single_turn_sampler,
 )
+from lm.tokenizer import Tokenizer
 
 REWARD_MODEL_NAME = "model"  # the name of the learnt reward among `rewards`
 REWARD_MODEL_ONLY: Mapping[str, float] = {REWARD_MODEL_NAME: 1.0}
@@ -44,9 +45,10 @@ def batches(
     context: StageContext,
     *,
     reward_model: str = "",
-    rewards: Mapping[str, float] = REWARD_MODEL_ONLY,
+    rewards: Mapping[str, float] | str = REWARD_MODEL_ONLY,
     pessimism: float = 0.0,
     rater: str = "",
+    reward_timeout: float = 0.0,
     sources: str | Sequence[Mapping[str, Any]] = "chitchat",
     columns: Mapping[str, str] = NO_COLUMNS,
     skip_bad_rows: int = 0,
@@ -74,12 +76,16 @@ def batches(
     row (see data.mixture); where none of a list has a weight, by size^(1/`source_temperature`).
     `columns`, `skip_bad_rows`: see lm.data.loading; a row's other fields go to the rewards.
 
-    The reward is a sum of `rewards`, by name and weight: "model" is the reward model of the workdir `reward_model` (of
-    several, with commas between them: their mean less `pessimism` standard deviations), the others are lm.rewards';
-    where there are several, each is logged as reward/NAME. `rater` names one that is logged as score/NAME but never
-    learned from. An answer that the limit cut off loses `truncation_penalty`; one within `overlong_buffer` tokens of
-    the limit loses a share of 1 (lm.losses.advantages.overlong_penalty). Prompts longer than `prompt_length` tokens,
-    and those that came before, are left out and counted.
+    The reward is a sum of `rewards`, by name and weight, or as text, "rule=1.0,my_rewards.py:accuracy=2.0": "model" is
+    the reward model of the workdir `reward_model` (of several, with commas between them: their mean less `pessimism`
+    standard deviations), the others are lm.rewards.REWARDS, or functions of one's own, file.py:function or
+    package.module:function (lm.rewards tells their forms); where there are several, each is logged as reward/NAME.
+    `rater` names one that is logged as score/NAME but never learned from. `reward_timeout`: seconds that one call of a
+    function of one's own may take; 0: no limit. A reward per token goes to Rollouts.token_rewards: PPO and REINFORCE++
+    leave it with its token, all others sum it over the answer. An answer that the limit cut off loses
+    `truncation_penalty`; one within `overlong_buffer` tokens of the limit loses a share of 1
+    (lm.losses.advantages.overlong_penalty). Prompts longer than `prompt_length` tokens, and those that came before, are
+    left out and counted.
 
     `resample_rounds`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by
     further ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of
@@ -98,9 +104,14 @@ def batches(
         longest = exchanges * max_new
         context.check_length(length)
     answer = answer_sampler(context, environment, sampling, exchanges=exchanges, reply_length=reply_length)
-    worth = rollout_rewards(
-        context, rewards, reward_model, pessimism, rater, reward_row_length(prompt_length, max_new + more)
+    parts = reward_parts(
+        context,
+        reward_weights(rewards, "data.rewards"),
+        reward_model,
+        pessimism,
+        reward_row_length(prompt_length, max_new + more),
     )
+    worth = rollout_rewards(tokenizer, parts, rater, reward_timeout)
 
     def drawn(state, prompts: Prompts, role: int, number: int) -> Rollouts:
         key = jax.random.fold_in(jax.random.fold_in(state.key, role), number)
@@ -108,11 +119,13 @@ def batches(
         with context.sampling_phase(state):
             found = answer(state.params["lm"], rows, key)
         with context.timed_phase("reward"):
-            total, scores = worth(found)
+            total, token_rewards, scores = worth(found)
         total = total - truncation_penalty * ~found.stopped
         if overlong_buffer:
             total = total + np.asarray(overlong_penalty(found.lengths, limit=longest, buffer=overlong_buffer))
-        return Rollouts(found.tokens, np.float32(total), scores, found.stopped, found.logprobs, group=group)
+        return Rollouts(
+            found.tokens, np.float32(total), scores, found.stopped, found.logprobs, token_rewards, group=group
+        )
 
     prompts = rollouts // group
     found = prompt_sources(
@@ -181,7 +194,7 @@ def prompt_origins(
         found = []
         for inputs, weights in zip(np.asarray(tokens.inputs, np.int32), np.asarray(tokens.weights)):
             k = places[inputs[: int(np.argmax(weights > 0)) + 1].tobytes()]
-            name = names[tuple(message["content"] for message in prompts.contexts[k])]
+            name = names[tuple(message["content"] for message in prompts.examples[k]["messages"])]
             found.append(RowOrigin([SegmentOrigin(name, source_of(name, sources), document=k)], k, writer=writer))
         return found
 
@@ -236,32 +249,54 @@ def answer_sampler(
 
 
 def rollout_rewards(
-    context: StageContext, rewards: Mapping[str, float], reward_model: str, pessimism: float, rater: str, longest: int
-) -> Callable[[SampledAnswers], tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Answers -> their reward f32[B], and what is logged beside it: its parts where there are several, the rater's.
-
-    longest: tokens of the longest conversation that a reward model must read."""
-    if rater and rater not in REWARDS:
-        raise UserError(f"data.rater is {rater!r}; choose one of {', '.join(REWARDS)}, or leave it empty")
-    worth = weighted_reward(reward_parts(context, rewards, reward_model, pessimism, longest))
-    watched = weighted_reward({rater: (0.0, REWARDS[rater])} if rater else {})
+    tokenizer: Tokenizer, parts: Mapping[str, tuple[float, Reward]], rater: str, timeout: float
+) -> Callable[[SampledAnswers], tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]]:
+    """Answers -> their reward f32[B], what of it belongs to single tokens f32[B,T] (None: nothing), and what is logged
+    beside it: its parts where there are several, the rater's."""
+    check_at_least(0, "data", reward_timeout=timeout)
+    watching = {rater: (0.0, named_reward(rater, "data.rater"))} if rater else {}
+    worth, watched = (weighted_reward(each, timeout=timeout) for each in (parts, watching))
+    needs_tokens = any(reward_form(reward, name).per_token for name, (_, reward) in {**parts, **watching}.items())
 
     def judged(found: SampledAnswers):
-        total, parts = worth(found.contexts, found.texts)
-        _, seen = watched(found.contexts, found.texts)
-        scores = {f"reward/{name}": part for name, part in parts.items() if len(parts) > 1}
-        return total, scores | {f"score/{name}": score for name, score in seen.items()}
+        tokens = [tokenizer.pieces(ids) for ids in found.last_ids] if needs_tokens else ()
+        said: WeightedRewards = worth(found.examples, found.texts, tokens)
+        seen = watched(found.examples, found.texts, tokens).parts
+        labels = reward_labels(parts) if len(parts) > 1 else {}
+        scores = {f"reward/{label}": said.parts[name] for name, label in labels.items()}
+        scores |= {f"score/{label}": seen[name] for name, label in reward_labels(watching).items()}
+        on_tokens = None if said.token_rewards is None else answer_token_rewards(found.tokens, said.token_rewards)
+        return said.total, on_tokens, scores
 
     return judged
+
+
+def answer_token_rewards(tokens: Tokens, token_rewards: Sequence[np.ndarray]) -> np.ndarray:
+    """f32[B,T]: the rewards of each answer's tokens at the positions that predict them, the last sampled ones of a
+    row."""
+    weights = np.asarray(tokens.weights)
+    found = np.zeros(weights.shape, np.float32)
+    for row, values in enumerate(token_rewards):
+        sampled = np.flatnonzero(weights[row] > 0)
+        found[row, sampled[len(sampled) - len(values) :]] = values
+    return found
+
+
+def reward_labels(names: Iterable[str]) -> dict[str, str]:
+    """What each reward is called in metrics: itself, or the function of a file; whole where two would be alike."""
+    short = {name: name.rpartition(":")[2] for name in names}
+    return {name: label if list(short.values()).count(label) == 1 else name for name, label in short.items()}
 
 
 def reward_parts(
     context: StageContext, rewards: Mapping[str, float], reward_model: str, pessimism: float, longest: int
 ) -> dict[str, tuple[float, Reward]]:
     """Weight and function of each reward whose weight is not 0. UserError for a name that is none."""
-    for name in rewards:
-        if name != REWARD_MODEL_NAME and name not in REWARDS:
-            raise UserError(f"data.rewards.{name} is no reward; choose among {REWARD_MODEL_NAME}, {', '.join(REWARDS)}")
+    functions = {
+        name: named_reward(name, "the name in data.rewards", (REWARD_MODEL_NAME,))
+        for name in rewards
+        if name != REWARD_MODEL_NAME
+    }
     if not any(rewards.values()):
         raise UserError(
             f"data.rewards gives no reward a weight: there is nothing to learn; set e.g. {REWARD_MODEL_NAME} to 1.0"
@@ -269,7 +304,9 @@ def reward_parts(
     return {
         name: (
             weight,
-            context.load_reward_model(reward_model, pessimism, longest) if name == REWARD_MODEL_NAME else REWARDS[name],
+            context.load_reward_model(reward_model, pessimism, longest)
+            if name == REWARD_MODEL_NAME
+            else functions[name],
         )
         for name, weight in rewards.items()
         if weight

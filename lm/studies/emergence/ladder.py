@@ -96,6 +96,8 @@ def ladder_run(found: Run) -> LadderRun:
     default = inspect.signature(pretrain.batches).parameters["corpus"].default
     named = found.config["data.corpus"] if "data.corpus" in found.config else default
     corpora = [name for source in parse_sources(named, {}, option="data.corpus") for name in source.names]
+    if summary["model_flops"] is None:
+        raise UserError(f"{found.path} has a model of your own, whose FLOPs are not known: name runs of lm's decoder")
     return LadderRun(
         found.path,
         summary["model_flops"],

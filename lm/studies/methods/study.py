@@ -32,7 +32,7 @@ from lm.evaluate.models import ANSWERS_FILE
 from lm.evaluate.policies import HeldOutPrompts, conversation_means, held_out_prompts, policy_answerer
 from lm.feedback import auto_rank
 from lm.generate.sampler import SamplingParams
-from lm.rewards import REWARDS
+from lm.rewards import named_rater
 from lm.rewards.load import reward_from_workdirs
 from lm.rewards.reward_model import reward_row_length
 from lm.rewards.rule import RULE
@@ -119,8 +119,7 @@ def method_entries(config: ConfigDict) -> dict[str, MethodEntry]:
     check_at_least(0, "config", seeds=min(config.seeds))
     check_at_least(1, "config", rollouts=config.rollouts)
     entries = {name: method_entry(config, name) for name in config.methods}
-    if config.evaluate.rater not in REWARDS:
-        raise UserError(f"evaluate.rater is {config.evaluate.rater!r}; choose one of {', '.join(REWARDS)}")
+    named_rater(config.evaluate.rater, "evaluate.rater")
     for name, (entry, learns_from) in entries.items():
         same = {f"{name}.init_from": (entry.init_from, config.init_from)}
         same[f"{name}.data.held_out"] = (entry.data.held_out, config.prompts.held_out)
@@ -250,6 +249,7 @@ def answer_recorder(
     """
     ask = policy_answerer(start, SamplingParams(max_new, temperature), rows_at_once=rows_at_once)
     longest = max(longest, reward_row_length(questions.prompts.ids.shape[1], max_new))
+    rate = named_rater(rater, "evaluate.rater")
     proxy = reward_from_workdirs(reward_model, start.tokenizer, 0.0, longest=longest)
 
     def answers(path: Path, seed: int) -> Sequence[Mapping[str, Any]]:
@@ -258,10 +258,10 @@ def answer_recorder(
             file.parent.mkdir(parents=True, exist_ok=True)
             parts = PartialResults(file.with_suffix(".parts.jsonl"))
             given = parts.once("answers", lambda: sampled(path, seed))
-            gold, learned = (judge(questions.prompts.contexts, given["text"]) for judge in (REWARDS[rater], proxy))
+            gold, learned = (judge(questions.prompts.examples, given["text"]) for judge in (rate, proxy))
             columns = {
                 "conversation": questions.conversation_ids.tolist(),
-                "prompt": questions.prompts.contexts,
+                "prompt": [example["messages"] for example in questions.prompts.examples],
                 **given,
                 "gold": gold.tolist(),
                 "proxy": learned.tolist(),

@@ -15,7 +15,7 @@ from lm.data.sources import is_held_out
 from lm.evaluate.policies import HeldOutPrompts, policy_answerer
 from lm.feedback import auto_rank
 from lm.generate.sampler import SamplingParams
-from lm.rewards import REWARDS, Reward
+from lm.rewards import Reward, named_rater
 from lm.rewards.load import reward_from_workdir
 from lm.rewards.reward_model import reward_ensemble, reward_row_length
 from lm.runs.console import Progress, say, warn
@@ -77,8 +77,9 @@ class GoldEvaluator:
         check_at_least(2, "evaluate", samples=samples)
         check_at_least(1, "evaluate", draws=draws)
         self.root, self.start, self.samples, self._draws = root, start, samples, draws
-        self.contexts = questions.prompts.contexts
-        self._prompts, self._key, self._gold = questions.prompts, jax.random.key(seed), REWARDS[rater]
+        self.examples = questions.prompts.examples
+        self._prompts, self._key = questions.prompts, jax.random.key(seed)
+        self._gold = named_rater(rater, "evaluate.rater")
         self._ask = policy_answerer(start, SamplingParams(max_new, temperature), rows_at_once=rows_at_once)
         self.longest = reward_row_length(questions.prompts.ids.shape[1], max_new)
 
@@ -90,7 +91,7 @@ class GoldEvaluator:
             def drawn(i: int) -> dict[str, list]:
                 key = jax.random.fold_in(jax.random.fold_in(self._key, POOL_KEY), i)
                 texts = list(self._ask(lm, self._prompts, key).texts)
-                return {"texts": texts, "gold": self._gold(self.contexts, texts).tolist()}
+                return {"texts": texts, "gold": self._gold(self.examples, texts).tolist()}
 
             lines, parts = [], PartialResults(path.with_suffix(".parts.jsonl"))
             with Progress("pool", self.samples, "answer") as progress:
@@ -120,7 +121,7 @@ class GoldEvaluator:
         found = []
         for draw in range(self._draws):
             given = parts.once(f"draw {draw}", lambda: drawn(draw))
-            scores = [judge(self.contexts, given["texts"]) for judge in (self._gold, proxy)]
+            scores = [judge(self.examples, given["texts"]) for judge in (self._gold, proxy)]
             found.append((given["kl"], *scores))
         means = np.mean(np.array(found, np.float64), axis=0)
         return dict(zip(("kl", "gold", "proxy"), means.tolist()))
@@ -129,14 +130,14 @@ class GoldEvaluator:
 def pool_scores(lab: GoldEvaluator, config: ConfigDict) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Gold scores f64[P,N] of the pool, and those of every proxy f64[members,P,N] by its number of verdicts."""
     texts, gold = lab.answer_pool()
-    contexts, flat = list(lab.contexts) * len(texts), [text for row in texts for text in row]
+    examples, flat = list(lab.examples) * len(texts), [text for row in texts for text in row]
     proxies = {}
     for size, member in itertools.product(config.sizes, range(config.members)):
         path = lab.root / "pool" / f"{size}-{member}.json"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             proxy = lab.proxy(proxy_workdir(lab.root, size, member))
-            write_text(path, json.dumps(proxy(contexts, flat).tolist()))
+            write_text(path, json.dumps(proxy(examples, flat).tolist()))
             say(f"pool: {len(flat):,} answers scored by proxy {member} from {size:,} verdicts")
         scores = np.array(read_json(path)).reshape(len(texts), -1).T
         proxies.setdefault(size, []).append(scores)

@@ -22,7 +22,7 @@ from lm.core.errors import UserError, check_at_least
 from lm.core.options import ConfigFunction
 from lm.evaluate.policies import held_out_prompts
 from lm.feedback import auto_rank
-from lm.rewards import REWARDS
+from lm.rewards import named_rater
 from lm.rewards.load import check_reward_length
 from lm.runs.console import run_program, say, warn
 from lm.runs.workdir import open_workdir
@@ -100,10 +100,11 @@ def check_config(config: ConfigDict) -> None:
         )
     check_at_least(1, "config", sizes=config.sizes[0], reward_steps=min(config.reward_steps), members=config.members)
     check_at_least(0, "config", pessimism=config.pessimism)
-    if config.evaluate.rater not in REWARDS or config.verdicts.rank.rater != config.evaluate.rater:
+    named_rater(config.evaluate.rater, "evaluate.rater")
+    if config.verdicts.rank.rater != config.evaluate.rater:
         raise UserError(
             f"evaluate.rater is {config.evaluate.rater!r}, verdicts.rank.rater {config.verdicts.rank.rater!r}: "
-            f"the gold rater must be the same, one of {', '.join(REWARDS)}"
+            "the gold rater must be the same in both"
         )
     unseen = {"ppo.data": config.ppo.data.held_out, "verdicts.rank": config.verdicts.rank.held_out}
     for name, fraction in unseen.items():
