@@ -9,8 +9,8 @@ from lm.data.batches import BatchSizeRamp
 from lm.data.conversations import CONVERSATION_KINDS, Conversation, conversation_excerpts
 from lm.data.loading import NO_COLUMNS
 from lm.data.mixture import parse_sources
-from lm.data.packing import packed_rows
 from lm.data.mixture_rows import mixture_origins, packed_conversations, source_order
+from lm.data.packing import packed_rows
 from lm.data.token_rows import mixed_rows, padded_batches
 from lm.data.tokenized_sources import tokenized_conversations
 from lm.stages.context import Batches, HeldOutPart, StageContext

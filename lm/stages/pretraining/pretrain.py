@@ -17,8 +17,8 @@ from lm.core.metrics import Metrics, metric_values
 from lm.data.batches import BatchSizeRamp
 from lm.data.loading import NO_COLUMNS
 from lm.data.mixture import parse_sources
-from lm.data.packing import PACKING_RULES, Packing, check_packing, packing_efficiency
 from lm.data.mixture_rows import mixture_origins, source_order, text_rows
+from lm.data.packing import PACKING_RULES, Packing, check_packing, packing_efficiency
 from lm.data.sources import BUILT_IN_KINDS
 from lm.data.token_rows import TokenRows, mixed_rows, padded_batches
 from lm.data.tokenized_sources import TokenizedSource, documents_text, documents_within_bytes, tokenized_texts

@@ -11,10 +11,10 @@ from lm.core.types import Rollouts, Tokens, TrainState
 from lm.data.conversations import Conversation
 from lm.data.loading import NO_COLUMNS
 from lm.data.mixture import parse_sources
+from lm.data.mixture_rows import source_order, text_rows
 from lm.data.origins import RowOrigin, SegmentOrigin, source_of
 from lm.data.prompt_sources import prompt_sources
 from lm.data.prompts import Prompts, prompts_at
-from lm.data.mixture_rows import source_order, text_rows
 from lm.data.sources import BUILT_IN_KINDS
 from lm.data.token_rows import mixed_rows
 from lm.data.tokenized_sources import TokenizedSource, tokenized_texts
