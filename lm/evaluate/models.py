@@ -23,12 +23,13 @@ from lm.core.config import call_with_options, flags_and_config, require_entries,
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Mean
 from lm.core.options import ConfigFunction
-from lm.core.statistics import mean_estimate, paired_difference, success_rate, win_rate
+from lm.core.statistics import estimate_text, mean_estimate, paired_difference, success_rate, win_rate
 from lm.core.types import Tokens
 from lm.data import batches, conversations, packing
 from lm.data.loading import load_conversations
 from lm.data.prompts import padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
+from lm.evaluate.recall import measured_recall
 from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
 from lm.rewards import named_rater
@@ -95,11 +96,14 @@ def evaluate_models(
     held_out_bytes: int = 200_000,
     length: int = 256,
     rows_at_once: int = 64,
+    recall_facts: int = 0,
+    table: str = "",
 ) -> dict[str, Any]:
     """Scores of every model with standard errors and 95 % intervals, and each compared with the one before it, paired.
 
     A pretrained model is asked in plain text, a line per turn, as it has seen conversations; the others in the chat
-    template. All answer the same held-out prompts, one per conversation, with the same sampler.
+    template. All answer the same held-out prompts, one per conversation, with the same sampler. recall_facts > 0: each
+    continues the beginnings of so many facts of the CSV `table`, or of ours (see lm.evaluate.recall).
     """
     if sorted(order) != sorted(models):
         raise UserError(f"evaluate.order {', '.join(order)} does not name the models {', '.join(models)}, each once")
@@ -129,13 +133,19 @@ def evaluate_models(
                     model, text, conversation_rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once
                 ),
             )
+            known = {}
+            if recall_facts:
+                known = parts.once(
+                    f"recall of {name} {made}",
+                    lambda: {"recall": measured_recall(model, table=table, facts=recall_facts)},
+                )
             given = parts.once(
                 f"answers of {name} {made}",
                 lambda: sampled_answers(model, examples, prompt_length, seed, sampling, rows_at_once),
             )
             found[name] = [GeneratedAnswer(*each) for each in given]
             scores[name] = rate(examples, [answer.text for answer in found[name]])
-            told[name] = {**losses, **answer_statistics(found[name], scores[name])}
+            told[name] = {**losses, **known, **answer_statistics(found[name], scores[name])}
             progress.update(i + 1, {"score": told[name]["score"]["value"]})
     write_answers(workdir.path / ANSWERS_FILE, contexts, found, scores)
     names = list(models)
@@ -266,6 +276,7 @@ def print_scores(summary: Mapping[str, Any]) -> None:
         ["", *summary["models"]],
         [
             ["held-out bits per byte", *(f"{m['bits_per_byte']:.3f}" for m in summary["models"].values())],
+            *recall_rows(summary["models"].values()),
             ["held-out reply loss, nats", *(f"{m['reply_loss']:.3f}" for m in summary["models"].values())],
             ["rater's score", *(pm(m["score"]) for m in summary["models"].values())],
             ["ended by itself", *(pm(m["stopped"]) for m in summary["models"].values())],
@@ -278,6 +289,12 @@ def print_scores(summary: Mapping[str, Any]) -> None:
             f"{c['a']} over {c['b']}: score {d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], "
             f"win rate {w['value']:.2f} [{w['low']:.2f}, {w['high']:.2f}] (95 %)"
         )
+
+
+def recall_rows(models: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """The row of facts recalled, where they were asked."""
+    found = [estimate_text(model["recall"]["recall"], "percent") for model in models if "recall" in model]
+    return [["facts recalled", *found]] if found else []
 
 
 def program(argv: list[str]) -> None:
