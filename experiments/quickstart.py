@@ -25,6 +25,7 @@ CORPUS = {
     "wikipedia": 0.04,  # encyclopedia
     "shakespeare": 0.04,  # book
 }
+TINY_CORPUS = {"facts": 0.5, "quiz": 0.2, "education": 0.3}
 CONVERSATIONS = {
     "facts": 0.30,
     "unknown_names": 0.14,
@@ -34,6 +35,12 @@ CONVERSATIONS = {
     "dialogues": 0.12,
 }
 OF_TABLE = ("facts", "quiz", "unknown_names", "instructions", "dialogues", "assistant")  # what a table replaces
+
+
+def mixture(weights: dict[str, float], table: str) -> tuple[dict, ...]:
+    """The sources with their weights; those that are made of a table, of the one at this path."""
+    names = {name: f"{name}:{table}" if table and name in OF_TABLE else name for name in weights}
+    return tuple({"source": names[name], "weight": weight} for name, weight in weights.items())
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -47,13 +54,10 @@ def get_config(arg: str = "") -> ConfigDict:
         config[name] = sibling_config(__file__, name).get_config("tiny" if tiny else "").unlock()
 
     config.tokenizer.data.max_bytes = 3_000_000  # by the weights of the mixture
-    own = lambda names: tuple(
-        {"source": f"{name}:{table}" if table and name in OF_TABLE else name, "weight": weight}
-        for name, weight in names.items()
-    )
+    corpus, conversations = mixture(TINY_CORPUS if tiny else CORPUS, table), mixture(CONVERSATIONS, table)
     with config.ignore_type():  # a mixture in the place of one name
-        config.tokenizer.data.corpus = config.pretrain.data.corpus = own(CORPUS)
-        config.sft.data.sources = own(CONVERSATIONS)
+        config.tokenizer.data.corpus = config.pretrain.data.corpus = config.evaluate.evaluate.corpus = corpus
+        config.sft.data.sources = conversations
     config.pretrain.data.held_out_bytes = 20_000 if tiny else 60_000
     config.pretrain.optimizer.name = "muon"
     config.pretrain.optimizer.learning_rate = 1e-2
