@@ -15,8 +15,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lm.core.config import load_config
+from lm.core.config import load_config, no_functions
 from lm.stages import STAGES
+from lm.train.config import train_functions
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -157,7 +158,8 @@ def test_configs_take_the_overrides_of_the_pages(page):
         if config and "NAME" not in config:
             overrides = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
             path = str(ROOT / config.removeprefix("--config="))
-            load_config(path, [override for override in overrides if not PLACEHOLDER.search(override)])
+            overrides = [override for override in overrides if not PLACEHOLDER.search(override)]
+            load_config(path, overrides, train_functions if "train" in words else no_functions)
 
 
 def test_experiments_page_lists_every_config_page_and_stage():

@@ -66,10 +66,10 @@ def timed_steps(size: BenchmarkSize, dtype: str) -> TimedSteps:
         nonlocal number
         found = {}
         for name, batches in kinds.items():
-            found[name] = seconds(lambda: [loaded_tokens(batches, number + k) for k in range(LOADED_BATCHES)])
+            found[name] = elapsed_seconds(lambda: [loaded_tokens(batches, number + k) for k in range(LOADED_BATCHES)])
         number += LOADED_BATCHES
-        found["encode"] = seconds(lambda: tokenizer.encode_batch(texts))
-        found["library"] = seconds(lambda: tokenizer.processor.encode(texts))
+        found["encode"] = elapsed_seconds(lambda: tokenizer.encode_batch(texts))
+        found["library"] = elapsed_seconds(lambda: tokenizer.processor.encode(texts))
         return found
 
     def run(count: int):
@@ -96,7 +96,7 @@ def encoded_sample() -> list[str]:
     return found
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def elapsed_seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
