@@ -18,7 +18,16 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from lm.core.errors import UserError
-from lm.core.options import ConfigFunction, ConfigFunctions, option_type, options_help, parsed_value, value_type
+from lm.core.options import (
+    ConfigFunction,
+    ConfigFunctions,
+    is_record,
+    option_type,
+    options_help,
+    parsed_value,
+    record_options,
+    value_type,
+)
 
 
 def no_functions(config: ConfigDict) -> Mapping[str, ConfigFunction]:
@@ -148,11 +157,14 @@ def call_with_options(
     options = _plain_dict(options)
     label = ConfigFunction(function).name
     parameters = list(inspect.signature(function).parameters.values())[len(args) :]
+    records = {p.name: (p.default, record_options(p)) for p in parameters if is_record(p)}
     names = [
         parameter.name
         for parameter in parameters
-        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and parameter.name not in extra
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.name not in {*extra, *records}
     ]
+    names += [field for _, fields in records.values() for field in fields]
     for option in options:
         if option not in names:
             way_out = _new_name(f"{name}.{option}", names) or did_you_mean(option, names)
@@ -160,6 +172,8 @@ def call_with_options(
     for parameter in parameters:
         if parameter.name in names and parameter.default is parameter.empty and parameter.name not in options:
             raise UserError(f"{name}.{parameter.name} is missing: {label} has no default for it")
+    for record, (default, fields) in records.items():
+        extra[record] = default._replace(**{field: options.pop(field) for field in fields if field in options})
     return function(*args, **extra, **options)
 
 

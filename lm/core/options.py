@@ -81,7 +81,35 @@ ConfigFunctions = Callable[[ConfigDict], Mapping[str, ConfigFunction]]
 
 
 def keyword_parameters(signature: inspect.Signature) -> dict[str, inspect.Parameter]:
-    return {name: p for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    """The keywords that a config may set, by name. A record among them gives its fields instead (`record_options`)."""
+    found = {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            found |= record_options(parameter) if is_record(parameter) else {name: parameter}
+    return found
+
+
+def is_record(parameter: inspect.Parameter) -> bool:
+    """Whether it takes a NamedTuple by keyword and has one as its default."""
+    kind = parameter.annotation
+    named_tuple = isinstance(kind, type) and issubclass(kind, tuple) and "_fields" in vars(kind)
+    return named_tuple and parameter.kind is parameter.KEYWORD_ONLY and isinstance(parameter.default, kind)
+
+
+def record_options(parameter: inspect.Parameter) -> dict[str, inspect.Parameter]:
+    """The fields of a record as keywords with the defaults that the function gives it.
+
+    So settings that several functions share are one object in code, and single entries of a config's subtree. Fields
+    that the class lists in `set_by_code` are no options.
+    """
+    record, values = parameter.annotation, parameter.default._asdict()
+    hidden = record.set_by_code if "set_by_code" in vars(record) else ()
+    types_by_name = inspect.get_annotations(record)
+    return {
+        name: inspect.Parameter(name, parameter.KEYWORD_ONLY, default=value, annotation=types_by_name[name])
+        for name, value in values.items()
+        if name not in hidden
+    }
 
 
 def option_type(parameter: inspect.Parameter) -> OptionType:
@@ -91,7 +119,10 @@ def option_type(parameter: inspect.Parameter) -> OptionType:
         annotation = str if default in (parameter.empty, None) else type(default)
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     found, items = [], []
-    for each in typing.get_args(annotation) if union else (annotation,):
+    members = typing.get_args(annotation) if union else (annotation,)
+    if float in members or int in members:  # a number, or an array of such, which no config can hold
+        members = [each for each in members if typing.get_origin(each) or each in TYPE_DESCRIPTIONS]
+    for each in members:
         origin, args = typing.get_origin(each) or each, typing.get_args(each)
         if origin in (bool, int, float, str, NoneType, list):
             found.append(origin)
@@ -170,7 +201,9 @@ def option_value(
 def option_docs(called: ConfigFunction) -> dict[str, str]:
     """What an option is, in one line, by its name, where the source says so."""
     names, found = list(called.options), {}
-    for function in (called.function, *called.also):
+    parameters = inspect.signature(called.function).parameters.values()
+    records = [parameter.annotation for parameter in parameters if is_record(parameter)]
+    for function in (called.function, *called.also, *records):
         try:
             source = inspect.getsource(function)
         except (OSError, TypeError):

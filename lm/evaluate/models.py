@@ -27,7 +27,7 @@ from lm.core.statistics import mean_estimate, paired_difference, success_rate, w
 from lm.core.types import Tokens
 from lm.data import batches, conversations, packing
 from lm.data.loading import load_conversations
-from lm.data.prompts import padded_prompts
+from lm.data.prompts import PromptOptions, padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
@@ -83,15 +83,11 @@ def evaluate_models(
     *,
     order: Sequence[str],
     corpus: str = "stdlib,chitchat",
-    sources: str = "chitchat",
-    turns: int = 3,
+    options: PromptOptions = PromptOptions(),
+    sampling: SamplingParams = SamplingParams(max_new=48),
     reply_turns: int = 4,
     prompts: int = 256,
-    prompt_length: int = 64,
-    max_new: int = 48,
-    temperature: float = 1.0,
     rater: str = "rule",
-    held_out: float = 0.02,
     held_out_bytes: int = 200_000,
     length: int = 256,
     rows_at_once: int = 64,
@@ -104,12 +100,13 @@ def evaluate_models(
     if sorted(order) != sorted(models):
         raise UserError(f"evaluate.order {', '.join(order)} does not name the models {', '.join(models)}, each once")
     models = {name: models[name] for name in order}
+    sources, turns, prompt_length, held_out = options
     rate = named_rater(rater, "evaluate.rater")
     check_at_least(
         1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once
     )
     for name, trained in models.items():
-        check_context(name, trained, length=length, prompt_length=prompt_length, max_new=max_new)
+        check_context(name, trained, length=length, prompt_length=prompt_length, max_new=sampling.max_new)
     start = time.monotonic()
     _, text = split_held_out(load_documents(corpus), held_out)
     text = documents_within_bytes(text, held_out_bytes)
@@ -118,7 +115,6 @@ def evaluate_models(
         :prompts
     ]
     examples = [conversations.reward_example(c.messages, c.fields) for c in contexts]
-    sampling = SamplingParams(max_new, temperature)
     parts, scores, found, told = PartialResults(workdir.path / PARTIAL_FILE), {}, {}, {}
     with Progress("evaluate", len(models), "model") as progress:
         for i, (name, model) in enumerate(models.items()):
@@ -143,7 +139,7 @@ def evaluate_models(
         "stage": "evaluate",
         "rater": rater,
         "prompts": len(contexts),
-        "sampler": {"max_new": max_new, "temperature": temperature, "seed": seed},
+        "sampler": {**sampling.record(), "seed": seed},
         "models": told,
         "comparisons": [paired_comparison(a, b, scores) for a, b in zip(names[1:], names)],
         "seconds": time.monotonic() - start,

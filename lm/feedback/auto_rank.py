@@ -23,7 +23,7 @@ from lm.core.options import ConfigFunction
 from lm.data import conversations
 from lm.data.loading import load_conversations
 from lm.data.preferences import Ranking, append_rankings, preference_pairs, read_jsonl_rankings
-from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.prompts import PromptOptions, Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
@@ -75,17 +75,13 @@ def rank_sampled_answers(
     init_from: str,
     seed: int,
     *,
-    sources: str = "chitchat",
-    turns: int = 3,
+    options: PromptOptions = PromptOptions(),
+    sampling: SamplingParams = SamplingParams(max_new=32),
     prompts_per_conversation: int = 1,
     prompts: int = 1500,
-    prompt_length: int = 64,
     responses: int = 2,
-    max_new: int = 32,
-    temperature: float = 1.0,
     rater: str = "rule",
     truncation_penalty: float = 0.0,
-    held_out: float = 0.02,
     held_out_prompts: int = 0,
     prompts_at_once: int = 128,
 ) -> dict[str, Any]:
@@ -95,6 +91,7 @@ def rank_sampled_answers(
     truncation_penalty: subtracted from the score of an answer that the limit cut off, as in RL. held_out_prompts: how
     many of the held-out prompts are ranked too, for a stage that measures itself on them.
     """
+    sources, turns, prompt_length, held_out = options
     check_at_least(1, "rank", turns=turns, prompts=prompts, prompts_at_once=prompts_at_once)
     check_at_least(2, "rank", responses=responses)
     check_at_least(0, "rank", held_out_prompts=held_out_prompts)
@@ -103,7 +100,7 @@ def rank_sampled_answers(
     if not Path(rater).is_dir():
         named_rater(rater, "rank.rater", ("a reward model's workdir",))
     trained = load_policy(init_from, backend=jax.default_backend(), warn=warn)
-    judge = rater_reward(rater, trained.tokenizer, reward_row_length(prompt_length, max_new))
+    judge = rater_reward(rater, trained.tokenizer, reward_row_length(prompt_length, sampling.max_new))
     contexts = conversations.prompt_contexts(
         load_conversations(sources), turns=turns, per_conversation=prompts_per_conversation
     )
@@ -120,7 +117,7 @@ def rank_sampled_answers(
         trained.model,
         trained.params["lm"],
         trained.tokenizer,
-        SamplingParams(max_new, temperature),
+        sampling,
         jit=jax.jit,
         rows_at_once=prompts_at_once * responses,
     )

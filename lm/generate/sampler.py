@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,19 @@ class SamplingParams(NamedTuple):
     samples: int = 1  # answers to each prompt
     stop: Sequence[int] = ()  # ids; an answer ends with the first of them, which it keeps
 
+    set_by_code = ("samples", "stop")  # no options of configs, see lm.core.options.record_options
+
     def adjusted_logits(self, logits: Array) -> Array:
         """Logits f32[...,V] of the distribution to draw from, see lm.model.logits.sampling_logits."""
         return sampling_logits(
             logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
         )
+
+    def record(self) -> dict[str, Any]:
+        """For a summary: max_new, temperature, and those other fields that are not at their defaults."""
+        defaults = self._field_defaults
+        others = {name: value for name, value in self._asdict().items() if name in defaults and value != defaults[name]}
+        return {"max_new": self.max_new, "temperature": self.temperature, **others}
 
 
 def check_sampling(model: Model, prompt_length: int, sampling: SamplingParams) -> None:

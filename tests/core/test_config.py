@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import pytest
 from ml_collections import ConfigDict
 
 from lm.core import config
 from lm.core.errors import UserError
-from lm.core.options import ConfigFunction
+from lm.core.options import ConfigFunction, OptionType, option_docs, option_type
 
 FILE = """
 from ml_collections import ConfigDict, config_dict
@@ -144,6 +145,33 @@ def make(model, params=None, *, learning_rate, betas=(0.9, 0.95), steps=10):
 def test_call_passes_options_and_extras():
     options = ConfigDict({"learning_rate": 0.1, "betas": (0.5, 0.6)})
     assert config.call_with_options(make, options, "m", name="optimizer", steps=3) == ("m", None, 0.1, (0.5, 0.6), 3)
+
+
+class Sampling(NamedTuple):
+    length: int
+    heat: float | Sequence = 1.0  # 0 is greedy
+    copies: int = 1
+    set_by_code = ("copies",)
+
+
+EIGHT = Sampling(length=8)
+
+
+def asked(prompts, *, sampling: Sampling = EIGHT, rows: int = 4):
+    return prompts, sampling, rows
+
+
+def test_the_fields_of_a_record_are_options_of_the_function():
+    assert config.call_with_options(asked, {"heat": 0.5}, "p", name="ask") == ("p", Sampling(8, 0.5), 4)
+    assert config.call_with_options(asked, {"length": 2, "rows": 1}, "p", name="ask") == ("p", Sampling(2), 1)
+    options = ConfigFunction(asked).options
+    assert {name: option.default for name, option in options.items()} == {"length": 8, "heat": 1.0, "rows": 4}
+    assert option_type(options["heat"]) == OptionType((float,)) and option_docs(ConfigFunction(asked)) == {
+        "heat": "0 is greedy"
+    }
+    for name in ("copies", "sampling"):
+        with pytest.raises(UserError, match=f"ask.{name} is not an option of .*asked"):
+            config.call_with_options(asked, {name: 2}, "p", name="ask")
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def longest_row(config: ConfigDict, entries: Mapping[str, MethodEntry]) -> int:
     """Tokens of the longest prompt and answer that any method has the reward model read."""
 
     def tokens(function: Callable, given: ConfigDict) -> int:
-        known = inspect.signature(function).parameters
+        known = ConfigFunction(function).options
         return reward_row_length(*(given[name] if name in given else known[name].default for name in LENGTH_OPTIONS))
 
     return max(
@@ -239,16 +239,15 @@ def answer_recorder(
     longest: int,
     *,
     rater: str = "rule",
-    max_new: int = 32,
-    temperature: float = 1.0,
+    sampling: SamplingParams = SamplingParams(max_new=32),
     rows_at_once: int = 128,
 ) -> Callable[[Path, int], Sequence[Mapping[str, Any]]]:
     """(workdir, seed) -> what its policy (or the start) answers, a record of each prompt, as answers.jsonl keeps it.
 
     longest: tokens that the reward model must read, here and in the runs of all methods.
     """
-    ask = policy_answerer(start, SamplingParams(max_new, temperature), rows_at_once=rows_at_once)
-    longest = max(longest, reward_row_length(questions.prompts.ids.shape[1], max_new))
+    ask = policy_answerer(start, sampling, rows_at_once=rows_at_once)
+    longest = max(longest, reward_row_length(questions.prompts.ids.shape[1], sampling.max_new))
     rate = named_rater(rater, "evaluate.rater")
     proxy = reward_from_workdirs(reward_model, start.tokenizer, 0.0, longest=longest)
 
@@ -330,7 +329,10 @@ def study_summary(
         "prompts": len(conversations),
         "seeds": list(config.seeds),
         "rollouts": config.rollouts,
-        "sampler": {"max_new": config.evaluate.max_new, "temperature": config.evaluate.temperature},
+        "sampler": {
+            name: option_value(study_functions(config)["evaluate"], config.evaluate, name)
+            for name in ("max_new", "temperature")
+        },
         "start": {"path": config.init_from, **estimates(START_MODEL)},
         "methods": {name: methods[name] for name in best_first},
         "pairs": [{**pair, "where": interval_position(pair)} for pair in pairs],

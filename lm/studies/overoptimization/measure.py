@@ -69,8 +69,7 @@ class GoldEvaluator:
         rater: str = "rule",
         samples: int = 128,
         draws: int = 2,
-        max_new: int = 24,
-        temperature: float = 1.0,
+        sampling: SamplingParams = SamplingParams(max_new=24),
         rows_at_once: int = 128,
     ):
         """`samples`: answers a prompt in the pool of best-of-n; `draws`: answers a prompt of each policy of PPO."""
@@ -80,8 +79,8 @@ class GoldEvaluator:
         self.examples = questions.prompts.examples
         self._prompts, self._key = questions.prompts, jax.random.key(seed)
         self._gold = named_rater(rater, "evaluate.rater")
-        self._ask = policy_answerer(start, SamplingParams(max_new, temperature), rows_at_once=rows_at_once)
-        self.longest = reward_row_length(questions.prompts.ids.shape[1], max_new)
+        self._ask = policy_answerer(start, sampling, rows_at_once=rows_at_once)
+        self.longest = reward_row_length(questions.prompts.ids.shape[1], sampling.max_new)
 
     def answer_pool(self) -> tuple[list[list[str]], np.ndarray]:
         """Texts [N][P] of the start's answers and their gold scores f32[N,P]; kept in pool.jsonl."""
