@@ -121,6 +121,7 @@ RENAMED_KEYS: Mapping[tuple[str, str], str] = {
     ("data", "cut_penalty"): "truncation_penalty",
     ("data", "on_policy"): "on_policy_fraction",
     ("data", "resample"): "resample_rounds",
+    ("rewards", "form"): "punctuation",
     ("rank", "cut_penalty"): "truncation_penalty",
     ("train", "samples"): "logged_rollouts",
     ("prompts", "after"): "held_out_from",
@@ -341,7 +342,8 @@ def _refuse_key(key: str, keys: Mapping[str, Any], called: Mapping[str, ConfigFu
     parent, _, option = group.rpartition(".")
     if parent in called and option in called[parent].options:
         known = [name for name in keys if name.startswith(f"{group}.")]
-        near = did_you_mean(key, known, prefix="config.")
+        near = _new_name(f"config.{key}", [name.rpartition(".")[2] for name in known])
+        near = near or did_you_mean(key, known, prefix="config.")
         raise UserError(
             f"config.{key} is not in {path}{near or f'; give config.{group} as a whole, such as {{{leaf!r}: 1.0}}'}"
         )

@@ -438,7 +438,8 @@ def get_config(arg=""):
         return ConfigDict({"data": {"rewards": "rule=1.0"}})
     if arg == "dots":
         return ConfigDict({"data": {"rewards": {"mine.py:accuracy": 1.0}}})
-    return ConfigDict({"data": {"rewards": {"model": 1.0, "rule": 0.0}}}, allow_dotted_keys=arg == "allowed")
+    rewards = {"model": 1.0, "rule": 0.0} | ({"punctuation": 0.0} if arg == "penalty" else {})
+    return ConfigDict({"data": {"rewards": rewards}}, allow_dotted_keys=arg == "allowed")
 """
 
 
@@ -461,6 +462,9 @@ def test_rewards_may_be_text_where_the_file_has_a_mapping(tmp_path):
     assert load(f"{path}:text", "data.rewards=form=2.0") == {"rewards": "form=2.0"}
     found = load(f"{path}:allowed", "data.rewards={'mine.py:accuracy': 2.0}")
     assert found == {"rewards": {"mine.py:accuracy": 2.0}}
+    new = "config.data.rewards.form is not in .*; it is called config.data.rewards.punctuation now"
+    with pytest.raises(UserError, match=new):
+        load(f"{path}:penalty", "data.rewards.form=1.0")
     message = "the key 'mine.py:accuracy' holds a dot, .* write a mapping of rewards as text, .*'mine.py:accuracy=1.0'"
     with pytest.raises(UserError, match=f"rewards.py: {message}"):
         load(f"{path}:dots")
