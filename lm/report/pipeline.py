@@ -11,16 +11,15 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from lm.core.config import parsed_flags
 from lm.core.errors import UserError
 from lm.core.statistics import Estimate, interval_text, percent_text, signed_number
-from lm.core.types import Tokens
 from lm.data import conversations, packing, preferences, sources
+from lm.data.inspect import row_views
 from lm.data.loading import load_conversations
 from lm.data.mixture import parse_sources
 from lm.report import reward_model
@@ -30,7 +29,7 @@ from lm.runs.console import run_program, say
 from lm.runs.html import interval_plot, rendered_page
 from lm.runs.workdir import CONFIG_FILE, PIPELINE_FILE, REPORT_FILE, TOKENIZER_FILE, read_json, read_metrics, write_text
 from lm.stages.pretraining import sft
-from lm.tokenizer import Tokenizer, encode_chat, load_tokenizer
+from lm.tokenizer import encode_chat, load_tokenizer
 
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the folder of a pipeline, or of one stage")}
 SHOWN_ANSWERS, SHOWN_RANKINGS, PACKED_EXCERPTS = (
@@ -50,11 +49,6 @@ STAGE_DESCRIPTIONS = {
     "ppo": "Improves the SFT model with the learned reward",
     "evaluate": "Asks every model the same {prompts:,} unseen prompts",
 }
-
-
-class TokenPiece(NamedTuple):
-    text: str
-    kind: str  # "trained", "context" or "padding"
 
 
 def write_report(root: str | Path) -> Path:
@@ -213,20 +207,7 @@ def packed_row_example(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     except UserError as error:
         return {"length": options["length"], "segments": [], "error": str(error)}
-    return {"length": options["length"], "segments": row_pieces(tokenizer, packed, len(packed.inputs) - 1), "error": ""}
-
-
-def row_pieces(tokenizer: Tokenizer, tokens: Tokens, row: int) -> list[list[TokenPiece]]:
-    """The conversations of a packed row, then its padding; "trained" are those whose weight as a target is not 0."""
-    segments = tokens.segments[row]
-    found = []
-    for segment in range(1, segments.max() + 1):
-        here = row, segments == segment
-        ids = [tokens.inputs[here][0], *tokens.targets[here]]
-        kinds = ["context", *("trained" if weight else "context" for weight in tokens.weights[here])]
-        found.append([TokenPiece(text, kind) for text, kind in zip(tokenizer.pieces(ids), kinds)])
-    padding = int(np.sum(segments == 0))
-    return [*found, [TokenPiece("·", "padding")] * padding] if padding else found
+    return {"length": options["length"], "segments": row_views(tokenizer, packed, len(packed.inputs) - 1), "error": ""}
 
 
 def program(argv: list[str]) -> None:
