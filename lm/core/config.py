@@ -222,10 +222,17 @@ def parsed_flags(
 ) -> argparse.Namespace:
     """The flags of a program without a config. Raises UserError where argparse would exit, naming the near flag.
 
-    positional: what is given without a flag, in any place among the flags, by name like these. epilog: ends --help.
+    description: the program's docstring. --help shows its first two paragraphs, a sentence and the examples, then the
+    flags, then the rest. positional: what is given without a flag, in any place among the flags, by name like these.
+    epilog: ends --help.
     """
+    sentence_and_examples, details = _split_paragraphs(description.strip(), 2)
     parser = _FlagParser(
-        description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,
+        description=sentence_and_examples,
+        epilog="\n\n".join(filter(None, (details, epilog))),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, keywords in flags.items():
         parser.add_argument(f"--{name}", **keywords)
@@ -237,6 +244,12 @@ def parsed_flags(
             near = did_you_mean(flag, [f"--{name}" for name in flags])
             raise UserError(f"{flag} is not a flag of this program{near}")
     return parser.parse_intermixed_args(argv)
+
+
+def _split_paragraphs(text: str, count: int) -> tuple[str, str]:
+    """The first paragraphs, `count` of them, and the others."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(paragraphs[:count]), "\n\n".join(paragraphs[count:])
 
 
 class _FlagParser(argparse.ArgumentParser):
