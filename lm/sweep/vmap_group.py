@@ -1,13 +1,20 @@
 """Several runs of one program as one: each in a thread, the functions that they compile called together under vmap.
 
     group = VmapGroup(3)
-    results = group.run(lambda member: train(configs[member], jit=group.jit))
+    results = group.run_members(lambda member: train(configs[member], jit=group.jit))
 
-Whoever calls a compiled function waits until all others wait too; then the calls of the same function are stacked and
-made as one. No run needs to know: it gets back its own part. Members may part ways (another number of batches, an
-error, an early end): whoever waits at the same function continues together, and the places of the others are filled
-with copies. The program is always of the same shape, so what a member computes does not depend on who computes beside
-it.
+A member that calls a compiled function waits until all others wait too; then the calls of the same function are stacked
+and made as one call. Each member gets its own part back. Members may part ways (another number of batches, an error, an
+early end): those that wait at the same function continue together, and the places of the others are filled with copies.
+The program always has the same shape, so what a member computes does not depend on the members beside it.
+
+Why threads that meet, and not an explicit `jax.vmap(update.update)` over stacked states? A member is a whole run of
+`lm train`. Rollouts, rewards, evaluations, gates, checkpoints and resuming are host code, and members reach them at
+different times: one resumes at step 40, one stops at a limit, one samples again because its rewards were all equal. An
+explicit vmap needs a second loop, and a second version of every stage that samples or evaluates, which takes lists of
+states. Here the loop and the stages stay as they are: they get `jit` as an argument, and that is where members meet.
+Sampling, reward models and reference log-probs are vmapped too, not only updates. The price is this file, a thread a
+member, and programs told apart by the code of the function that is compiled.
 """
 
 import threading
