@@ -39,7 +39,8 @@ from lm.train.batch_statistics import write_statistics
 from lm.train.batch_view import BatchView, batch_view, html_page, text_lines
 from lm.train.config import train_functions
 from lm.train.host import SINGLE_RUN_HOST
-from lm.train.loop import check_training_config, checkpoint_tree, state_from_checkpoint
+from lm.train.loop import check_training_config
+from lm.train.resume import checkpoint_tree, state_from_checkpoint
 from lm.train.setup import TrainingSetup, training_setup
 
 FLAGS = {

@@ -19,35 +19,30 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from markupsafe import Markup
-from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
 from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
 from lm.core.errors import UserError, check_at_least
 from lm.core.options import ConfigFunction, option_value
-from lm.core.statistics import crossed_mean, estimate_text, interval_text, signed_number
 from lm.data.preferences import preference_pairs, read_jsonl_rankings
 from lm.evaluate.models import ANSWERS_FILE
-from lm.evaluate.policies import HeldOutPrompts, conversation_means, held_out_prompts, policy_answerer
+from lm.evaluate.policies import HeldOutPrompts, held_out_prompts, policy_answerer
 from lm.feedback import auto_rank
 from lm.generate.sampler import SamplingParams
 from lm.rewards import named_rater
 from lm.rewards.load import reward_from_workdirs
 from lm.rewards.reward_model import reward_row_length
-from lm.rewards.rule import RULE
-from lm.runs.console import print_table, run_program, say, warn
-from lm.runs.html import SERIES_COLORS, TEXT_COLOR, rendered_page, svg_figure
+from lm.runs.console import run_program, say, warn
 from lm.runs.partial_results import PartialResults
 from lm.runs.workdir import TrainedModel, load_trained_model, open_workdir, read_json, read_metrics, write_text
 from lm.stages import REWARD_MODEL_STAGES, STAGES
+from lm.studies.methods.results import START_MODEL, print_results, results_page, study_summary
 from lm.sweep.config_functions import config_functions
 from lm.tokenizer import Tokenizer
 from lm.train import loop
 from lm.train.warm_start import load_policy
 
 PAGE_FILE = "contest.html"
-START_MODEL = "start"  # the name of the model that all methods start from, among theirs
 RANKINGS_DIR = "verdicts"  # the folder of the rankings that stages without rollouts learn from
 ROLLOUTS_OPTION, RANKINGS_OPTION = (
     "rollouts",
@@ -56,13 +51,8 @@ ROLLOUTS_OPTION, RANKINGS_OPTION = (
 SINGLE_ANSWER_STAGES = {"best_of_n"}  # stages that learn from one answer of each group that they sample
 LENGTH_OPTIONS = ("prompt_length", "max_new")  # options of what asks a policy
 ANSWER_KEY = 2**30 + 2  # role folded into the key of a seed, beside those of lm.stages.rl.rollouts
-SHOWN_PROMPTS = 6  # prompts whose answers the page shows
 CONFIG_KEYS = ("init_from", "reward_model", "rollouts", "seeds", "methods", RANKINGS_DIR, "prompts", "evaluate")
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the contest's folder; the same command continues")}
-
-
-# Of each model and seed, a record of each prompt: conversation, text, tokens, stopped, kl, gold, proxy.
-AnswerRecords = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
 
 
 class MethodEntry(NamedTuple):
@@ -94,17 +84,22 @@ def run_methods_study(config: ConfigDict, path: str | Path) -> dict[str, Any]:
         for seed, (name, entry) in itertools.product(config.seeds, entries.items()):
             say(f"\n{name}, seed {seed}: {workdir.path / name / str(seed)}")
             train_method(config, entry, seed, workdir.path, name)
-        found = {
+        records = {
             name: [answers(workdir.path / name / str(seed), seed) for seed in config.seeds]
             for name in (START_MODEL, *entries)
         }
-        spent = {
+        budgets = {
             name: [run_budget(config, entry, seed, workdir.path, name, start.tokenizer) for seed in config.seeds]
             for name, entry in entries.items()
         }
-        summary = study_summary(found, spent, config)
+        sampler = {
+            name: option_value(study_functions(config)["evaluate"], config.evaluate, name)
+            for name in ("max_new", "temperature")
+        }
+        summary = study_summary(records, budgets, config, sampler)
         workdir.write_summary(summary)
-        write_text(workdir.path / PAGE_FILE, results_page(workdir.path, summary, found, entries))
+        configs = {name: entry.config for name, entry in entries.items()}
+        write_text(workdir.path / PAGE_FILE, results_page(workdir.path, summary, records, configs))
         print_results(summary)
         say(f"{time.monotonic() - started:.0f} s now\npage: {workdir.path / PAGE_FILE}")
         return summary
@@ -282,197 +277,6 @@ def answer_recorder(
         return {"text": list(given.texts), **{name: column.tolist() for name, column in columns.items()}}
 
     return answers
-
-
-def study_summary(
-    found: AnswerRecords, spent: Mapping[str, Sequence[Mapping[str, Any]]], config: ConfigDict
-) -> dict[str, Any]:
-    """Every method against the start and against every other, on the same prompts and with the same draws."""
-    conversations = np.array([row["conversation"] for row in found[START_MODEL][0]])
-
-    def scores(name: str, column: str) -> np.ndarray:  # [seeds, conversations]
-        return conversation_means(np.array([[row[column] for row in rows] for rows in found[name]]), conversations)
-
-    def estimates(name: str) -> dict[str, Any]:
-        found = {column: crossed_mean(scores(name, column))._asdict() for column in ("gold", "proxy", "kl", "tokens")}
-        share = crossed_mean(scores(name, "stopped"))
-        return {**found, "stopped": share._replace(low=max(share.low, 0.0), high=min(share.high, 1.0))._asdict()}
-
-    gold = {name: scores(name, "gold") for name in found}
-    gains = {name: gold[name] - gold[START_MODEL] for name in spent}
-    methods = {
-        name: {
-            "stage": config[name].stage.name,
-            **estimates(name),
-            "gain": crossed_mean(gain)._asdict(),
-            "where": interval_position(crossed_mean(gain)._asdict()),
-            "seeds": [
-                {"seed": seed, "gain": float(each.mean()), "kl": float(far.mean())}
-                for seed, each, far in zip(config.seeds, gain, scores(name, "kl"))
-            ],
-            "proxy_gain": crossed_mean(scores(name, "proxy") - scores(START_MODEL, "proxy"))._asdict(),
-            "budget": {
-                key: None if spent[name][0][key] is None else float(np.mean([each[key] for each in spent[name]]))
-                for key in spent[name][0]
-            },
-        }
-        for name, gain in gains.items()
-    }
-    best_first = sorted(methods, key=lambda name: -methods[name]["gain"]["value"])
-    pairs = [
-        {"a": a, "b": b, **crossed_mean(gold[a] - gold[b])._asdict()} for a, b in itertools.combinations(best_first, 2)
-    ]
-    return {
-        "stage": "contest",
-        "rater": config.evaluate.rater,
-        "conversations": int(conversations.max()) + 1,
-        "prompts": len(conversations),
-        "seeds": list(config.seeds),
-        "rollouts": config.rollouts,
-        "sampler": {
-            name: option_value(study_functions(config)["evaluate"], config.evaluate, name)
-            for name in ("max_new", "temperature")
-        },
-        "start": {"path": config.init_from, **estimates(START_MODEL)},
-        "methods": {name: methods[name] for name in best_first},
-        "pairs": [{**pair, "where": interval_position(pair)} for pair in pairs],
-        "seconds": sum(each["seconds"] for runs in spent.values() for each in runs),
-    }
-
-
-def interval_position(estimate: Mapping[str, float]) -> str:
-    """Where the interval lies."""
-    return "above zero" if estimate["low"] > 0 else "below zero" if estimate["high"] < 0 else "across zero"
-
-
-def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What may be concluded about each method and the differences between them."""
-    plain = {
-        "above zero": "its interval lies above zero: it beats the start",
-        "below zero": "its interval lies below zero: it is worse than the start",
-        "across zero": "its interval includes zero: no difference from the start can be shown",
-    }
-    said = [
-        f"{name}: {estimate_text(one['gain'], 'signed')}; {plain[one['where']]}."
-        for name, one in summary["methods"].items()
-    ]
-    pairs = [
-        (pair["where"] == "across zero", f"{pair['a']} and {pair['b']} ({estimate_text(pair, 'signed')})")
-        for pair in summary["pairs"]
-    ]
-    for noise, title in ((True, "Inside the noise"), (False, "Outside the noise")):
-        if names := [text for inside, text in pairs if inside == noise]:
-            said.append(f"{title}: {', '.join(names)}.")
-    if len(summary["seeds"]) == 1:
-        said.append("With a single seed the intervals say nothing of what another seed would give.")
-    return said
-
-
-def print_results(summary: Mapping[str, Any]) -> None:
-    """The results and the budgets as tables on the terminal, then the sentences."""
-    told = {START_MODEL: summary["start"], **summary["methods"]}
-    print_table(
-        f"{summary['prompts']} unseen prompts of {summary['conversations']} conversations, "
-        f"{len(summary['seeds'])} seeds; 95 % intervals",
-        ["", "gold", "over start", "", "proxy", "KL", "tokens", "ended"],
-        [
-            [
-                name,
-                f"{one['gold']['value']:.2f}",
-                signed_number(one["gain"]["value"]) if "gain" in one else "",
-                interval_text(one["gain"], "signed") if "gain" in one else "",
-                signed_number(one["proxy"]["value"]),
-                f"{one['kl']['value']:z.2f}",
-                f"{one['tokens']['value']:.1f}",
-                f"{one['stopped']['value']:.2f}",
-            ]
-            for name, one in told.items()
-        ],
-    )
-    print_table(
-        "what each run was given and took, mean over seeds",
-        ["", "answers", "tokens sampled", "passes", "tokens trained on", "seconds"],
-        [
-            [
-                name,
-                f"{one['budget']['answers']:,.0f}",
-                f"{one['budget']['sampled']:,.0f}",
-                f"{one['budget']['passes']:.2g}",
-                f"{one['budget']['learnt']:,.0f}",
-                f"{one['budget']['seconds']:.0f}",
-            ]
-            for name, one in summary["methods"].items()
-        ],
-    )
-    for sentence in conclusion_sentences(summary):
-        say(sentence)
-
-
-def results_page(
-    root: Path, summary: Mapping[str, Any], found: AnswerRecords, entries: Mapping[str, MethodEntry]
-) -> str:
-    """The contest as one self-contained HTML page without scripts."""
-    firsts = list({row["conversation"]: i for i, row in reversed(list(enumerate(found[START_MODEL][0])))}.values())[
-        ::-1
-    ]
-    names = [START_MODEL, *summary["methods"]]
-    shown = [
-        {"prompt": found[START_MODEL][0][i]["prompt"], "answers": {name: found[name][0][i] for name in names}}
-        for i in firsts[:SHOWN_PROMPTS]
-    ]
-    return rendered_page(
-        "studies/methods/page.html.jinja",
-        root=root,
-        summary=summary,
-        sentences=conclusion_sentences(summary),
-        gains=gains_figure(summary),
-        against_kl=gains_over_kl_figure(summary),
-        rule=RULE if summary["rater"] == "rule" else "",
-        shown=shown,
-        configs={name: json.dumps(to_dict(entry.config), indent=2) for name, entry in entries.items()},
-    )
-
-
-def coloured_methods(summary: Mapping[str, Any]):
-    """(name, its results, its colour), the best method first."""
-    return zip(summary["methods"], summary["methods"].values(), itertools.cycle(SERIES_COLORS))
-
-
-def gains_figure(summary: Mapping[str, Any]) -> Markup:
-    """Gold score minus the start's: the mean with its interval, and each seed as a dot below it."""
-
-    def draw(axes: Axes):
-        for y, (_, told, colour) in enumerate(coloured_methods(summary)):
-            gain, seeds = told["gain"], [one["gain"] for one in told["seeds"]]
-            reach = [[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]]
-            axes.errorbar([gain["value"]], [y], xerr=reach, fmt="o", color=colour, capsize=3)
-            axes.plot(seeds, [y + 0.25] * len(seeds), "o", color=colour, markersize=3.5, alpha=0.6)
-        axes.axvline(0, color=TEXT_COLOR, linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(summary["methods"])), list(summary["methods"]))
-        axes.set_ylim(len(summary["methods"]) - 0.4, -0.6)
-        axes.set_xlabel("gold score minus the start's")
-        axes.grid(axis="x", color=TEXT_COLOR, alpha=0.25)
-
-    return svg_figure(draw, width=5.2, height=0.75 + 0.42 * len(summary["methods"]))
-
-
-def gains_over_kl_figure(summary: Mapping[str, Any]) -> Markup:
-    """The same over how far the policy has moved: what a nat has bought."""
-
-    def draw(axes: Axes):
-        axes.plot([0], [0], "s", color=TEXT_COLOR, markersize=5, label="start")
-        for name, told, colour in coloured_methods(summary):
-            gain, kl = told["gain"], told["kl"]["value"]
-            reach = [[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]]
-            axes.errorbar([kl], [gain["value"]], yerr=reach, fmt="o", color=colour, capsize=3, label=name)
-            seeds = np.array([(one["kl"], one["gain"]) for one in told["seeds"]]).T
-            axes.plot(*seeds, "o", color=colour, markersize=3.5, alpha=0.6)
-        axes.axhline(0, color=TEXT_COLOR, linewidth=0.8, linestyle="--")
-        axes.set_xlabel("KL to the start, nats an answer")
-        axes.set_ylabel("gold score minus the start's")
-        axes.legend(frameon=False, labelcolor=TEXT_COLOR, loc="upper left", bbox_to_anchor=(1, 1))
-
-    return svg_figure(draw, width=5.2, height=3.0)
 
 
 def program(argv: list[str]) -> None:
