@@ -322,11 +322,11 @@ def _container(value: Any) -> type | None:
 
 def _refuse_dotted_key(error: Exception, where: str) -> None:
     """UserError for a key with a dot in it, such as the file of a reward, where `error` is ml_collections' own."""
-    found = re.search(r"but the key (\S+) contains one", str(error)) if isinstance(error, ValueError) else None
-    if found:
+    match = re.search(r"but the key (\S+) contains one", str(error)) if isinstance(error, ValueError) else None
+    if match:
         raise UserError(
-            f"{where}: the key {found[1]!r} holds a dot, which a ConfigDict does not take; write a mapping of rewards "
-            f"as text, 'NAME=WEIGHT,...', such as '{found[1]}=1.0'"
+            f"{where}: the key {match[1]!r} holds a dot, which a ConfigDict does not take; write a mapping of rewards "
+            f"as text, 'NAME=WEIGHT,...', such as '{match[1]}=1.0'"
         ) from error
 
 

@@ -42,21 +42,21 @@ def import_object(path: str, option: str) -> Any:
 
 def import_function(path: str, option: str) -> Callable[..., Any]:
     """As `import_object`; UserError for what cannot be called."""
-    found = import_object(path, option)
-    if not callable(found):
-        raise UserError(f"{option} {path!r} is of type {type(found).__name__}, no function: name one")
-    return found
+    function = import_object(path, option)
+    if not callable(function):
+        raise UserError(f"{option} {path!r} is of type {type(function).__name__}, no function: name one")
+    return function
 
 
 def own_code_files(config: Any) -> list[Path]:
     """The files of "file.py:name" in a plain config, as keys or within text, that are there; each once, in order."""
     if isinstance(config, Mapping):
-        found = [file for pair in config.items() for each in pair for file in own_code_files(each)]
+        files = [file for pair in config.items() for each in pair for file in own_code_files(each)]
     elif isinstance(config, list | tuple):
-        found = [file for each in config for file in own_code_files(each)]
+        files = [file for each in config for file in own_code_files(each)]
     else:
-        found = [Path(each) for each in re.findall(r"([^\s,=]+\.py):\w", config)] if isinstance(config, str) else []
-    return list(dict.fromkeys(file for file in found if file.is_file()))
+        files = [Path(each) for each in re.findall(r"([^\s,=]+\.py):\w", config)] if isinstance(config, str) else []
+    return list(dict.fromkeys(file for file in files if file.is_file()))
 
 
 def error_origin(error: BaseException, file: str = "") -> str:

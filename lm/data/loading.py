@@ -117,8 +117,8 @@ def load_counted_rankings(
     if is_sqlite(Path(source)):
         return LoadedRankings(read_rankings(source), {})
     bad_rows = BadRows(skip_bad_rows)
-    found = list(_usable_values(source, RANKING_FORMATS, columns, bad_rows, "no preference"))
-    return LoadedRankings(found, _counted(source, bad_rows, map(row_digest, found)))
+    rankings = list(_usable_values(source, RANKING_FORMATS, columns, bad_rows, "no preference"))
+    return LoadedRankings(rankings, _counted(source, bad_rows, map(row_digest, rankings)))
 
 
 def is_missing(source: str) -> bool:
@@ -162,9 +162,9 @@ def _counted(sources: str, bad_rows: BadRows, keys: Iterable[bytes]) -> dict[str
 
 def row_digest(value: str | Conversation | Ranking) -> bytes:
     """The same for two rows that say the same, whatever else is known of a ranking."""
-    said: tuple = (value,)
+    content: tuple = (value,)
     if isinstance(value, Conversation):
-        said = value.messages, sorted(value.fields.items(), key=lambda item: item[0])
+        content = value.messages, sorted(value.fields.items(), key=lambda item: item[0])
     elif isinstance(value, Ranking):
-        said = value.prompt, value.responses, value.ranking, sorted(value.axes.items()), value.rater
-    return hashlib.sha256(repr(said).encode(errors="surrogatepass")).digest()
+        content = value.prompt, value.responses, value.ranking, sorted(value.axes.items()), value.rater
+    return hashlib.sha256(repr(content).encode(errors="surrogatepass")).digest()

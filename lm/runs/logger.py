@@ -103,7 +103,10 @@ class MetricsLogger:
                     self._advised.add(name)
                     warn(f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}: {advice}")
         masked = [
-            step for step, found, _ in fetched for name in LOSS_METRICS if name in found and not found[name].weight > 0
+            step
+            for step, metrics, _ in fetched
+            for name in LOSS_METRICS
+            if name in metrics and not metrics[name].weight > 0
         ]
         if masked and "masked" not in self._advised:
             self._advised.add("masked")
