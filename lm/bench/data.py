@@ -64,13 +64,13 @@ def timed_steps(size: BenchmarkSize, dtype: str) -> TimedSteps:
 
     def step() -> dict[str, float]:
         nonlocal number
-        found = {}
+        times = {}
         for name, batches in kinds.items():
-            found[name] = seconds(lambda: [loaded_tokens(batches, number + k) for k in range(LOADED_BATCHES)])
+            times[name] = seconds(lambda: [loaded_tokens(batches, number + k) for k in range(LOADED_BATCHES)])
         number += LOADED_BATCHES
-        found["encode"] = seconds(lambda: tokenizer.encode_batch(texts))
-        found["library"] = seconds(lambda: tokenizer.processor.encode(texts))
-        return found
+        times["encode"] = seconds(lambda: tokenizer.encode_batch(texts))
+        times["library"] = seconds(lambda: tokenizer.processor.encode(texts))
+        return times
 
     def run(count: int):
         step()
@@ -87,13 +87,13 @@ def loaded_tokens(batches: Batches, i: int) -> int:
 
 def encoded_sample() -> list[str]:
     """Documents of some ENCODED_BYTES."""
-    found, size = [], 0
+    texts_sample, size = [], 0
     for document in load_documents("chitchat"):
-        found.append(document.text)
+        texts_sample.append(document.text)
         size += len(document.text.encode())
         if size >= ENCODED_BYTES:
             break
-    return found
+    return texts_sample
 
 
 def seconds(work: Callable[[], Any]) -> float:

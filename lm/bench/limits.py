@@ -18,8 +18,8 @@ class DeviceLimits:
         """Small arrays on a CPU; on an accelerator those that take longer than to launch a program."""
         cpu = jax.default_backend() == "cpu"
         for dtype in self.flops:
-            found = matmul_ceiling(dtype=dtype, size=1024 if cpu else 8192, seconds=0.3)
-            self.flops[dtype] = max(self.flops[dtype], found)
+            ceiling = matmul_ceiling(dtype=dtype, size=1024 if cpu else 8192, seconds=0.3)
+            self.flops[dtype] = max(self.flops[dtype], ceiling)
         self.bandwidth = max(self.bandwidth, memory_bandwidth(size=2**28 if cpu else 2**32, seconds=0.3))
 
     def peak_flops_per_second(self) -> tuple[float, str]:

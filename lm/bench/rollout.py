@@ -48,19 +48,19 @@ def timed_steps(config: ModelConfig, shape: RolloutShape, *, beta: float = 0.04)
 
     def run(count: int):
         nonlocal state
-        found = []
+        times = []
         for i in range(count + 1):
             start = time.perf_counter()
-            tokens, logprobs, drawn = jax.block_until_ready(
+            tokens, logprobs, completions = jax.block_until_ready(
                 draw(state.params["lm"], prompts, lengths, jax.random.fold_in(jax.random.key(1), i))
             )
             sampled = time.perf_counter()
-            rewards = np.mean(np.asarray(drawn.tokens) % 2 == 0, axis=1, dtype=np.float32)
-            batch = Rollouts(tokens, rewards, {}, np.asarray(drawn.stopped), logprobs, group=shape.group)
+            rewards = np.mean(np.asarray(completions.tokens) % 2 == 0, axis=1, dtype=np.float32)
+            batch = Rollouts(tokens, rewards, {}, np.asarray(completions.stopped), logprobs, group=shape.group)
             state, _ = jax.block_until_ready(step(state, batch))
             end = time.perf_counter()
-            found.append({"generation": sampled - start, "update": end - sampled, "step": end - start})
-        return found[1:]
+            times.append({"generation": sampled - start, "update": end - sampled, "step": end - start})
+        return times[1:]
 
     return run
 
@@ -83,6 +83,6 @@ def result(config: ModelConfig, shape: RolloutShape, timed: Timings, limits: Dev
     """Seconds of each phase, and those that the products alone take at the device's best."""
     peak, source = limits.peak_flops_per_second()
     least = step_flops(config, shape) / peak
-    found = timing_summary(timed, "step")
-    found |= {"of_peak": least / found["ours"]["median"]["step"], "least": least}
-    return {"size": "S", **dataclasses.asdict(shape), **found, "peak": {"flops_per_second": peak, "source": source}}
+    summary = timing_summary(timed, "step")
+    summary |= {"of_peak": least / summary["ours"]["median"]["step"], "least": least}
+    return {"size": "S", **dataclasses.asdict(shape), **summary, "peak": {"flops_per_second": peak, "source": source}}

@@ -115,32 +115,33 @@ def evaluate_models(
         :prompts
     ]
     examples = [conversations.reward_example(c.messages, c.fields) for c in contexts]
-    parts, scores, found, told = PartialResults(workdir.path / PARTIAL_FILE), {}, {}, {}
+    parts, scores, answers, measured = PartialResults(workdir.path / PARTIAL_FILE), {}, {}, {}
     with Progress("evaluate", len(models), "model") as progress:
         for i, (name, model) in enumerate(models.items()):
-            made = hashlib.sha256(json.dumps(model.summary).encode()).hexdigest()[:12]  # not by a run in its place
+            # Another run in the same workdir has other results.
+            model_digest = hashlib.sha256(json.dumps(model.summary).encode()).hexdigest()[:12]
             losses = parts.once(
-                f"losses of {name} {made}",
+                f"losses of {name} {model_digest}",
                 lambda: held_out_losses(
                     model, text, conversation_rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once
                 ),
             )
-            given = parts.once(
-                f"answers of {name} {made}",
+            rows = parts.once(
+                f"answers of {name} {model_digest}",
                 lambda: sampled_answers(model, examples, prompt_length, seed, sampling, rows_at_once),
             )
-            found[name] = [GeneratedAnswer(*each) for each in given]
-            scores[name] = rate(examples, [answer.text for answer in found[name]])
-            told[name] = {**losses, **answer_statistics(found[name], scores[name])}
-            progress.update(i + 1, {"score": told[name]["score"]["value"]})
-    write_answers(workdir.path / ANSWERS_FILE, contexts, found, scores)
+            answers[name] = [GeneratedAnswer(*each) for each in rows]
+            scores[name] = rate(examples, [answer.text for answer in answers[name]])
+            measured[name] = {**losses, **answer_statistics(answers[name], scores[name])}
+            progress.update(i + 1, {"score": measured[name]["score"]["value"]})
+    write_answers(workdir.path / ANSWERS_FILE, contexts, answers, scores)
     names = list(models)
     return {
         "stage": "evaluate",
         "rater": rater,
         "prompts": len(contexts),
         "sampler": {**sampling.record(), "seed": seed},
-        "models": told,
+        "models": measured,
         "comparisons": [paired_comparison(a, b, scores) for a, b in zip(names[1:], names)],
         "seconds": time.monotonic() - start,
     }
@@ -215,12 +216,12 @@ def prompt_ids(trained: TrainedModel, messages: list[dict]) -> np.ndarray:
     return np.array([*trained.tokenizer.start_ids, *trained.tokenizer.encode(text)], np.int32)
 
 
-def answer_statistics(given: list[GeneratedAnswer], scores: np.ndarray) -> dict[str, Any]:
+def answer_statistics(answers: list[GeneratedAnswer], scores: np.ndarray) -> dict[str, Any]:
     """Score, fraction that ended by itself, and length of a model's answers, each an Estimate."""
     return {
         "score": mean_estimate(scores)._asdict(),
-        "stopped": success_rate([answer.stopped for answer in given])._asdict(),
-        "length": mean_estimate([answer.length for answer in given])._asdict(),
+        "stopped": success_rate([answer.stopped for answer in answers])._asdict(),
+        "length": mean_estimate([answer.length for answer in answers])._asdict(),
     }
 
 
@@ -235,13 +236,13 @@ def paired_comparison(a: str, b: str, scores: Mapping[str, np.ndarray]) -> dict[
 
 
 def write_answers(
-    path: Path, contexts, found: Mapping[str, list[GeneratedAnswer]], scores: Mapping[str, np.ndarray]
+    path: Path, contexts, answers: Mapping[str, list[GeneratedAnswer]], scores: Mapping[str, np.ndarray]
 ) -> None:
     lines = [
         json.dumps(
             {
                 "prompt": context.messages,
-                "answers": {name: given[i]._asdict() for name, given in found.items()},
+                "answers": {name: model_answers[i]._asdict() for name, model_answers in answers.items()},
                 "scores": {name: float(score[i]) for name, score in scores.items()},
             },
             ensure_ascii=False,

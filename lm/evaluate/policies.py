@@ -65,9 +65,9 @@ def held_out_prompts(
     rows_of: dict[str, list[int]] = {}
     for row, example in enumerate(fit.examples):
         rows_of.setdefault(name_of[id(example["messages"])], []).append(row)
-    kept = [rows[:prompts_per_conversation] for rows in rows_of.values()][: conversations or None]
+    groups = [rows[:prompts_per_conversation] for rows in rows_of.values()][: conversations or None]
     return HeldOutPrompts(
-        prompts_at(fit, np.concatenate(kept)), np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])
+        prompts_at(fit, np.concatenate(groups)), np.repeat(np.arange(len(groups)), [len(rows) for rows in groups])
     )
 
 
@@ -94,10 +94,12 @@ def policy_answerer(
     def ask(lm: Params, prompts: Prompts, key: Array) -> PolicyAnswers:
         lm, texts, columns = jax.tree.map(jnp.asarray, lm), [], []
         for first, part in prompt_chunks(prompts, rows_at_once):
-            drawn = answer(lm, part, jax.random.fold_in(key, first))
-            moved = np.sum((drawn.logprobs - logprobs(reference, drawn.tokens)) * drawn.tokens.weights, axis=1)
-            texts += drawn.texts
-            columns.append((drawn.lengths, drawn.stopped, moved))
+            rollouts = answer(lm, part, jax.random.fold_in(key, first))
+            answer_kl = np.sum(
+                (rollouts.logprobs - logprobs(reference, rollouts.tokens)) * rollouts.tokens.weights, axis=1
+            )
+            texts += rollouts.texts
+            columns.append((rollouts.lengths, rollouts.stopped, answer_kl))
         lengths, stopped, kl = (np.concatenate(column)[: len(prompts.ids)] for column in zip(*columns))
         return PolicyAnswers(texts[: len(prompts.ids)], lengths, stopped, kl)
 

@@ -112,12 +112,14 @@ def bootstrap_estimate(
     """
     ratings = np.asarray(ratings)
     draw, units = np.random.default_rng(seed), ratings.shape[-1]
-    found = np.array([statistic(ratings[..., draw.integers(units, size=units)]) for _ in range(count if units else 0)])
-    found = found[~np.isnan(found)]
-    if not len(found):
+    resampled = np.array(
+        [statistic(ratings[..., draw.integers(units, size=units)]) for _ in range(count if units else 0)]
+    )
+    resampled = resampled[~np.isnan(resampled)]
+    if not len(resampled):
         return NO_ESTIMATE
-    low, high = np.percentile(found, [2.5, 97.5])
-    return Estimate(float(statistic(ratings)), float(found.std(ddof=1)), float(low), float(high))
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(float(statistic(ratings)), float(resampled.std(ddof=1)), float(low), float(high))
 
 
 def _squared_distances(x: np.ndarray) -> np.ndarray:

@@ -71,18 +71,18 @@ def make_app(
         return shown(rater, store.next_item(rater))
 
     async def verdict(request: Request) -> Response:
-        said = await json_body(request, REQUIRED_KEYS, OPTIONAL_KEYS)
-        return await run_in_threadpool(record, said)
+        body = await json_body(request, REQUIRED_KEYS, OPTIONAL_KEYS)
+        return await run_in_threadpool(record, body)
 
-    def record(said: Mapping[str, Any]) -> Response:
-        rater, item = checked_rater_name(said["rater"], raters), stored_item(store, said["item"])
-        if said["digest"] != item_digest(item):
+    def record(body: Mapping[str, Any]) -> Response:
+        rater, item = checked_rater_name(body["rater"], raters), stored_item(store, body["item"])
+        if body["digest"] != item_digest(item):
             raise UserError(f"item {item.id} is not what was shown: the page is of another database, reload it")
-        if not isinstance(said["key"], str) or not said["key"]:
-            raise UserError(f"key is {said['key']!r}, not a text of the client's own")
-        verdict = {name: value for name, value in said.items() if name != "digest"}
+        if not isinstance(body["key"], str) or not body["key"]:
+            raise UserError(f"key is {body['key']!r}, not a text of the client's own")
+        verdict = {name: value for name, value in body.items() if name != "digest"}
         store.record_verdict(Annotation(**verdict, shown=display_order(item, rater)))
-        return JSONResponse({"recorded": said["key"]})
+        return JSONResponse({"recorded": body["key"]})
 
     async def undo(request: Request) -> Response:
         rater = checked_rater_name((await json_body(request, {"rater"}))["rater"], raters)
@@ -220,13 +220,13 @@ def stored_item(store: AnnotationStore, id: Any) -> RankingItem:
 async def json_body(request: Request, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
     """The JSON object that was sent, once it has the `required` keys and beyond them only `optional` ones."""
     try:
-        found = json.loads(await request.body())
+        body = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from error
-    if not isinstance(found, Mapping) or not set(required) <= set(found) <= {*required, *optional}:
+    if not isinstance(body, Mapping) or not set(required) <= set(body) <= {*required, *optional}:
         allowed = f" and, of the others, only {', '.join(sorted(optional))}" if optional else " and no other"
         raise UserError(f"not an object with the keys {', '.join(sorted(required))}{allowed}")
-    return found
+    return body
 
 
 def error_response(status: int, text: str) -> Response:

@@ -104,12 +104,12 @@ def rank_sampled_answers(
     contexts = conversations.prompt_contexts(
         load_conversations(sources), turns=turns, per_conversation=prompts_per_conversation
     )
-    seen, unseen = split_held_out(contexts, held_out)
+    train_contexts, held_out_contexts = split_held_out(contexts, held_out)
     name_of = {id(c.messages): c.name for c in contexts}
-    chosen, skipped = random_prompts(trained.tokenizer, seen, prompt_length, prompts, seed)
+    chosen, skipped = random_prompts(trained.tokenizer, train_contexts, prompt_length, prompts, seed)
     if held_out_prompts:
         chosen = concatenated_prompts(
-            chosen, random_prompts(trained.tokenizer, unseen, prompt_length, held_out_prompts, seed)[0]
+            chosen, random_prompts(trained.tokenizer, held_out_contexts, prompt_length, held_out_prompts, seed)[0]
         )
 
     done = ranked_prompt_count(workdir.path / RANKINGS_FILE, prompts_at_once)
@@ -127,23 +127,27 @@ def rank_sampled_answers(
             rows = np.arange(first, min(first + prompts_at_once, len(chosen.ids)))
             part = prompts_at(chosen, np.repeat(rows, responses))
             key = jax.random.fold_in(jax.random.key(seed), first)
-            given = [GeneratedAnswer(*each) for each in parts.once(f"answers from {first}", lambda: answers(part, key))]
-            texts, cut = [answer.text for answer in given], np.array([not answer.stopped for answer in given])
+            sampled = [
+                GeneratedAnswer(*each) for each in parts.once(f"answers from {first}", lambda: answers(part, key))
+            ]
+            texts, cut = [answer.text for answer in sampled], np.array([not answer.stopped for answer in sampled])
             scores = (judge(part.examples, texts) - truncation_penalty * cut).reshape(-1, responses)
-            asked = [example["messages"] for example in part.examples[::responses]]
-            names = [name_of[id(messages)] for messages in asked]
-            append_rankings(workdir.path / RANKINGS_FILE, rankings_from_scores(names, asked, texts, scores, rater))
+            messages_of_prompts = [example["messages"] for example in part.examples[::responses]]
+            names = [name_of[id(messages)] for messages in messages_of_prompts]
+            append_rankings(
+                workdir.path / RANKINGS_FILE, rankings_from_scores(names, messages_of_prompts, texts, scores, rater)
+            )
             parts.remove()
             progress.update(int(rows[-1]) + 1, {"score": float(scores.mean())})
-    found = read_jsonl_rankings(workdir.path / RANKINGS_FILE)
-    decided = sum(len(preference_pairs(r)) for r in found)
+    rankings = read_jsonl_rankings(workdir.path / RANKINGS_FILE)
+    decided = sum(len(preference_pairs(r)) for r in rankings)
     return {
         "stage": "rank",
         "rater": rater,
-        "prompts": len(found),
+        "prompts": len(rankings),
         "skipped": skipped,
         "decided": decided,
-        "tied": len(found) * responses * (responses - 1) // 2 - decided,
+        "tied": len(rankings) * responses * (responses - 1) // 2 - decided,
         "seconds": time.monotonic() - start,
     }
 
@@ -191,9 +195,9 @@ def ranked_prompt_count(path: Path, at_once: int) -> int:
     if not path.exists():
         return 0
     lines = path.read_bytes().split(b"\n")[:-1]  # bytes: a kill may tear a character, an answer may hold U+2028
-    whole = len(lines) // at_once * at_once
-    write_text(path, b"".join(line + b"\n" for line in lines[:whole]).decode())
-    return whole
+    complete = len(lines) // at_once * at_once
+    write_text(path, b"".join(line + b"\n" for line in lines[:complete]).decode())
+    return complete
 
 
 def program(argv: list[str]) -> None:

@@ -135,11 +135,11 @@ def judge_items(
     opinions: ItemJudge,
     limit: int | None,
     log: Path,
-    said: dict[int, list[JudgeChoice]],
+    choices_by_item: dict[int, list[JudgeChoice]],
 ) -> None:
     """Records a verdict on each item that this rater has not judged, at most `limit`, as soon as it is known.
 
-    What the judge said goes into the file `log` and into `said`, by item.
+    The judge's choices go into the file `log` and into `choices_by_item`.
     """
     items = store.unjudged_items(name)[:limit]
     skipped = 0
@@ -150,7 +150,7 @@ def judge_items(
                 verdict = verdict._replace(ranking=ranks_from_scores(opinion.scores), verdict="ranked")
             if opinion.choices:
                 append_choices(log, item.id, opinion.choices)
-                said[item.id] = opinion.choices
+                choices_by_item[item.id] = opinion.choices
             store.record_verdict(verdict)
             skipped += opinion.scores is None
             progress.update(done, {"skipped": skipped})
@@ -216,9 +216,9 @@ def agreement_rows(name: str, rankings: Iterable[Ranking]) -> list[tuple[str, in
     """
     judged = [ranking for ranking in rankings if ranking.verdict != "skipped"]
     others, rows = sorted({ranking.rater for ranking in judged} - {name}), []
-    _, (mine, *ratings) = pair_votes(judged, [name, *others])
+    _, (own, *ratings) = pair_votes(judged, [name, *others])
     for other, theirs in zip(others, ratings):
-        both = np.stack([mine, theirs])[:, ~np.isnan(mine + theirs)]
+        both = np.stack([own, theirs])[:, ~np.isnan(own + theirs)]
         if both.size:
             kappa = bootstrap_estimate(lambda pair: cohen_kappa(*pair), both)
             rows.append(
@@ -237,9 +237,9 @@ def run_judge(flags: Namespace) -> None:
         name, opinions = judge_from_flags(flags.judge, flags.model, flags.rubric)
         log = people.parent / "judges" / f"{quote(name, safe=' ()')}.jsonl"
         waiting = {item.id for item in store.unjudged_items(name)}
-        said = {item: choices for item, choices in logged_choices(log).items() if item not in waiting}
-        judge_items(store, name, opinions, flags.limit, log, said)
-        print_judgments(name, store.rankings(), [choice for choices in said.values() for choice in choices])
+        choices_by_item = {item: choices for item, choices in logged_choices(log).items() if item not in waiting}
+        judge_items(store, name, opinions, flags.limit, log, choices_by_item)
+        print_judgments(name, store.rankings(), [choice for choices in choices_by_item.values() for choice in choices])
 
 
 def program(argv: list[str]) -> None:

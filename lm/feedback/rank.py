@@ -78,27 +78,27 @@ def model_folders(flags: argparse.Namespace) -> dict[str, Path]:
     """The workdir of each model that answers, by name; a pipeline's folder means its last policy."""
     if not flags.models and not any((Path(flags.workdir) / name).exists() for name in (PIPELINE_FILE, CHECKPOINTS_DIR)):
         raise UserError(f"there is no model in {flags.workdir}: name those that answer, --models=DIR,DIR")
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for part in (flags.models or flags.workdir).split(","):
         name, _, path = part.strip().rpartition("=")
         if not path:
             raise UserError(f"--models={flags.models} names no folder: give those of trained models")
         folder = policy_folder(Path(path))
         name = name or folder.resolve().name
-        if name in found:
+        if name in folders:
             raise UserError(f"two models are called {name}: tell them apart, --models=NAME=DIR,NAME=DIR")
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 def prioritise_items(store: AnnotationStore, paths: str) -> None:
     """What the reward models are least sure of, or disagree on, is asked first."""
-    found = [
+    loaded = [
         load_reward_model(path.strip(), backend=jax.default_backend(), normalized=False, jit=jax.jit, warn=warn)
         for path in paths.split(",")
     ]
-    check_same_axes([trained for trained, _ in found])
-    judges = [judge for _, judge in found]
+    check_same_axes([trained for trained, _ in loaded])
+    judges = [judge for _, judge in loaded]
     items = store.items()
     examples = [reward_example(item.prompt) for item in items for _ in item.responses]
     texts = [text for item in items for text in item.responses]
@@ -166,20 +166,22 @@ def export_rankings(store: AnnotationStore, path: Path) -> None:
 
 def report_results(store: AnnotationStore) -> None:
     rankings = store.rankings()
-    found = results.ranking_results(rankings)
+    ranking_summary = results.ranking_results(rankings)
     counts = [
         [r.name, r.verdicts, r.ties, r.both_bad, r.skipped, "–" if r.seconds is None else r.seconds]
-        for r in found.raters
+        for r in ranking_summary.raters
     ]
     print_table("", ("rater", "verdicts", "ties", "both bad", "skipped", "median seconds"), counts)
     biases = [
         [r.name, estimate_text(r.first_shown_preferred, "percent"), estimate_text(r.reliability, "percent")]
-        for r in found.raters
+        for r in ranking_summary.raters
     ]
     print_table("", ("rater", "first shown preferred", "with the majority"), biases)
-    strengths = [[model.name, model.responses, estimate_text(model.strength, "signed")] for model in found.models]
+    strengths = [
+        [model.name, model.responses, estimate_text(model.strength, "signed")] for model in ranking_summary.models
+    ]
     print_table("", ("model", "answers", "log-strength"), strengths)
-    say(f"Krippendorff's alpha: {estimate_text(found.alpha, 'signed')}")
+    say(f"Krippendorff's alpha: {estimate_text(ranking_summary.alpha, 'signed')}")
     write_text(store.path.parent / RESULTS_FILE, results.results_page(rankings, title=PAGE_TITLE))
     say(f"results: {store.path.parent / RESULTS_FILE}")
 
@@ -192,15 +194,15 @@ def program(argv: list[str]) -> None:
     stops = flags.source or flags.export or flags.results
     # Whatever is wrong with these shows before a database is made or a model asked.
     raters = [checked_rater_name(name.strip(), ()) for name in flags.raters.split(",")] if flags.raters else []
-    asked = prompt_file.read_prompts(flags.prompts, warn) if flags.prompts else []
-    answering = load_answering_models(flags) if asked else []
+    prompts = prompt_file.read_prompts(flags.prompts, warn) if flags.prompts else []
+    answering = load_answering_models(flags) if prompts else []
     brought = read_rankings(flags.source) if flags.source else []
     with nullcontext() if stops else open_socket(flags.host, flags.port) as listening, AnnotationStore(path) as store:
         if flags.source:
             added, there = store.merge_rankings(brought)
             say(f"{added} verdicts imported into {path}, {there} were there already")
-        if asked:
-            answer_prompts(store, answering, asked, count=flags.responses, seed=flags.seed)
+        if prompts:
+            answer_prompts(store, answering, prompts, count=flags.responses, seed=flags.seed)
         if flags.export:
             export_rankings(store, Path(flags.export))
         if flags.results:

@@ -102,9 +102,9 @@ class RankingWidget(VBox):
         return self.item
 
     def _record(self, ranking: Sequence[int], verdict: str) -> None:
-        said = {"shown": self._shown, "seconds": time.monotonic() - self._since}
+        timing = {"shown": self._shown, "seconds": time.monotonic() - self._since}
         self._store.record_verdict(
-            Annotation(secrets.token_hex(16), self.item.id, self.rater, ranking, verdict, **said)
+            Annotation(secrets.token_hex(16), self.item.id, self.rater, ranking, verdict, **timing)
         )
         self._show(self._store.next_item(self.rater))
 
@@ -139,9 +139,9 @@ class RankingWidget(VBox):
         self._save.disabled, self._undo.disabled = not self._best, not judged
 
     def _button(self, label: str, action: Callable[[], None]) -> Button:
-        made = Button(description=label, layout=Layout(width="auto", min_width="7em"))
-        made.on_click(lambda _: self._run_action(action))
-        return made
+        button = Button(description=label, layout=Layout(width="auto", min_width="7em"))
+        button.on_click(lambda _: self._run_action(action))
+        return button
 
     def _run_action(self, action: Callable[[], None]) -> None:
         if time.monotonic() - self._since < MIN_CLICK_SECONDS:
@@ -160,8 +160,8 @@ def ranks_from_choices(best: Sequence[Sequence[int]], count: int) -> list[int]:
 
 
 def response_html(text: str) -> str:
-    shown = escaped_html(text) or f'<i style="{SOFT_STYLE}">(an empty answer)</i>'
-    return f'<div style="{CARD_STYLE}; {TEXT_STYLE}">{shown}</div>'
+    html = escaped_html(text) or f'<i style="{SOFT_STYLE}">(an empty answer)</i>'
+    return f'<div style="{CARD_STYLE}; {TEXT_STYLE}">{html}</div>'
 
 
 def message_html(message: Mapping[str, str]) -> str:

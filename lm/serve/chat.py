@@ -143,8 +143,8 @@ class Chat:
 
     def __str__(self) -> str:
         size = sum(leaf.size for leaf in jax.tree.leaves(self._trained.params["lm"]))
-        shown = {name: getattr(self._sampling, name) for name in SHOWN_FIELDS} | {"seed": self._seed}
-        sampler = ", ".join(f"{name} {value:g}" for name, value in shown.items())
+        sampling = {name: getattr(self._sampling, name) for name in SHOWN_FIELDS} | {"seed": self._seed}
+        sampler = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
         plain = (
             "" if self._is_chat_model else "\nit was only pretrained: it continues your text instead of answering it"
         )
@@ -164,12 +164,12 @@ class Chat:
         if not text.strip():
             raise UserError("the prompt is empty: write something")
         kept, ids = self._fitting_prompt([*self.messages, {"role": "user", "content": text}])
-        left = self._context - len(ids)
-        if left < 1:
+        room = self._context - len(ids)
+        if room < 1:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, but the {self._whose}'s context is {self._context}: shorten it"
             )
-        max_new = min(DEFAULT_MAX_NEW, left) if self._max_new is None else self._max_new
+        max_new = min(DEFAULT_MAX_NEW, room) if self._max_new is None else self._max_new
         self._check(len(ids), max_new)
         if len(kept) <= len(self.messages) and self._is_chat_model and not self._told:
             self._note(
@@ -220,20 +220,20 @@ class Chat:
         key = jax.random.fold_in(jax.random.key(self._seed), self._answers)
         self._answers += 1
         self._proposed = self._accepted = 0
-        drawn, said = [], ""
+        token_ids, printed = [], ""
         try:
             for token in self._stream(self._lm, ids, key, max_new=max_new, stop=tokenizer.stop_ids):
-                drawn.append(token)
-                so_far, found = text_before_stop(stable_text(tokenizer, drawn), self._stop)
-                if found:
+                token_ids.append(token)
+                so_far, has_stop = text_before_stop(stable_text(tokenizer, token_ids), self._stop)
+                if has_stop:
                     break
                 so_far = text_without_partial_stop(so_far, self._stop)
-                yield so_far[len(said) :]
-                said = so_far
-            yield text_before_stop(printable_text(tokenizer.decode(drawn)), self._stop)[0][len(said) :]
+                yield so_far[len(printed) :]
+                printed = so_far
+            yield text_before_stop(printable_text(tokenizer.decode(token_ids)), self._stop)[0][len(printed) :]
         finally:  # also when the answer is cut short
-            text, found = text_before_stop(printable_text(tokenizer.decode(drawn)), self._stop)
-            self.has_ended = found or bool(drawn) and drawn[-1] in tokenizer.stop_ids
+            text, has_stop = text_before_stop(printable_text(tokenizer.decode(token_ids)), self._stop)
+            self.has_ended = has_stop or bool(token_ids) and token_ids[-1] in tokenizer.stop_ids
             self.messages.append({"role": "assistant", "content": text})
 
 
@@ -244,8 +244,8 @@ def print_answer(chat: Chat, text: str) -> None:
     print(flush=True)
     if not chat.has_ended:
         print_note("(cut off at max_new_tokens, or by the end of the context)")
-    if told := chat.acceptance_text():
-        print_note(f"({told})")
+    if acceptance := chat.acceptance_text():
+        print_note(f"({acceptance})")
 
 
 def run_chat(chat: Chat) -> None:

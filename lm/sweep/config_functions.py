@@ -20,4 +20,4 @@ def config_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
     if "models" in config:
         return models.evaluation_functions(config)
     parts = {name: config_functions(part) for name, part in config.items() if isinstance(part, ConfigDict)}
-    return {f"{name}.{path}": called for name, found in parts.items() for path, called in found.items()}
+    return {f"{name}.{path}": called for name, functions in parts.items() for path, called in functions.items()}

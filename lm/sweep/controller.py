@@ -86,10 +86,12 @@ def program(argv: list[str]) -> None:
     if flags.dry_run:
         print_plan(trials, space)
         return
-    told = run_sweep(flags, source, goal, trials, space, argv)
-    if not any(one.state in ("complete", "waiting", "running") for one in told):
+    statuses = run_sweep(flags, source, goal, trials, space, argv)
+    if not any(one.state in ("complete", "waiting", "running") for one in statuses):
         root = Path(flags.workdir)
-        raise UserError(f"no trial was completed: see {root / TRIALS_DIR}; the first: {told[0].error or told[0].state}")
+        raise UserError(
+            f"no trial was completed: see {root / TRIALS_DIR}; the first: {statuses[0].error or statuses[0].state}"
+        )
 
 
 def run_sweep(
@@ -113,9 +115,9 @@ def run_sweep(
             run_trials(study, source, goal, root, space, device_environments(flags.jobs), TrialBoard(study, keys))
         else:
             watch_workers(launch_workers(flags, argv, root), TrialBoard(study, keys))
-        told = study.trial_statuses()
-    print_trials(told, goal, root, keys)
-    return told
+        statuses = study.trial_statuses()
+    print_trials(statuses, goal, root, keys)
+    return statuses
 
 
 def trials_and_space(flags: Namespace, source: ConfigSource) -> tuple[list[Trial], Mapping[str, Any]]:
@@ -246,10 +248,10 @@ def launch_workers(flags: Namespace, argv: Sequence[str], root: Path) -> Callabl
     return LAUNCHERS[flags.launcher](own, flags.workers, root, options)
 
 
-def watch_workers(left: Callable[[], int], board: TrialBoard) -> None:
+def watch_workers(running_count: Callable[[], int], board: TrialBoard) -> None:
     """Shows the study until every worker is over."""
     with board:
-        while left():
+        while running_count():
             board.update()
             time.sleep(POLL_SECONDS)
         board.update(now=True)
@@ -277,14 +279,14 @@ def swept_keys(trials: Sequence[Trial], space: Mapping[str, Any]) -> list[str]:
     return list(space or dict.fromkeys(key for trial in trials for key in trial.overrides))
 
 
-def print_trials(told: Sequence[TrialStatus], goal: TrialGoal, root: Path, keys: Sequence[str]) -> None:
+def print_trials(trials: Sequence[TrialStatus], goal: TrialGoal, root: Path, keys: Sequence[str]) -> None:
     """The trials, the best first; those that failed with their errors."""
     sign = 1 if goal.direction == MINIMIZE else -1
-    done = [one for one in told if one.state == "complete"]
-    best, rest = sorted(done, key=lambda one: sign * one.value), [one for one in told if one not in done]
-    say(f"\n{state_counts_text(told)}; {goal.metric}, {'low' if goal.direction == 'minimize' else 'high'} is good")
+    done = [one for one in trials if one.state == "complete"]
+    best, rest = sorted(done, key=lambda one: sign * one.value), [one for one in trials if one not in done]
+    say(f"\n{state_counts_text(trials)}; {goal.metric}, {'low' if goal.direction == 'minimize' else 'high'} is good")
     print_table("", *trial_table([*best, *rest], keys))
-    for one in told:
+    for one in trials:
         if one.state == "failed":
             say(f"trial {one.number} failed: {one.error}")
     means = {overrides_text(one.overrides): mean_value(done, one.overrides) for one in best}
@@ -294,8 +296,8 @@ def print_trials(told: Sequence[TrialStatus], goal: TrialGoal, root: Path, keys:
     say(f"runs: {root / TRIALS_DIR}\ncompare: python -m lm compare {root}")
 
 
-def mean_value(told: Sequence[TrialStatus], overrides: Mapping[str, str]) -> float:
-    return statistics.mean(one.value for one in told if one.overrides == overrides)
+def mean_value(trials: Sequence[TrialStatus], overrides: Mapping[str, str]) -> float:
+    return statistics.mean(one.value for one in trials if one.overrides == overrides)
 
 
 if __name__ == "__main__":

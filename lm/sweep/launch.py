@@ -19,15 +19,14 @@ DEVICE_COUNT_CODE = "import jax, json; print(json.dumps([jax.default_backend(), 
 def device_environments(jobs: int | None) -> list[dict[str, str]]:
     """The environment of each of the `jobs` trials that run at once: equal shares of this machine's accelerators.
 
-    None: one trial for each accelerator, one in all on a CPU. Asked in a process of its own, as whoever asks JAX for
-    its devices holds them.
+    None: one trial for each accelerator, one in all on a CPU. Another process asks JAX for the
+    devices, because a process that asks holds them.
     """
-    said = subprocess.run([sys.executable, "-c", DEVICE_COUNT_CODE], capture_output=True, text=True)
-    if said.returncode:
-        raise UserError(
-            f"JAX finds no device here ({said.stderr.strip().splitlines()[-1]}): see `python -c {DEVICE_COUNT_CODE!r}`"
-        )
-    backend, count = json.loads(said.stdout.strip().splitlines()[-1])
+    counted = subprocess.run([sys.executable, "-c", DEVICE_COUNT_CODE], capture_output=True, text=True)
+    if counted.returncode:
+        error = counted.stderr.strip().splitlines()[-1]
+        raise UserError(f"JAX finds no device here ({error}): see `python -c {DEVICE_COUNT_CODE!r}`")
+    backend, count = json.loads(counted.stdout.strip().splitlines()[-1])
     return split_devices(backend, count, jobs, os.environ)
 
 

@@ -101,8 +101,8 @@ def search_space(texts: Sequence[str], source: ConfigSource) -> dict[str, BaseDi
             if not low < high or log and low <= 0:
                 above = "0 < LOW < HIGH" if log else "LOW < HIGH"
                 raise UserError(f"--space {key}={text}: give {above}")
-            whole = isinstance(low, int)
-            space[key] = IntDistribution(low, high, log=log) if whole else FloatDistribution(low, high, log=log)
+            is_integer = isinstance(low, int)
+            space[key] = IntDistribution(low, high, log=log) if is_integer else FloatDistribution(low, high, log=log)
         elif len(bounds) == 1 and not text.startswith("log:"):
             choices = _split_outside_brackets(text, ",")
             for choice in choices:
@@ -135,15 +135,15 @@ def distribution_value(distribution: BaseDistribution, text: str) -> Any:
 def extended_trials(old: Sequence[Trial], trials: Sequence[Trial]) -> tuple[list[Trial], int]:
     """The old trials and then those of `trials` that are not among them, numbered on; how many old ones are not among
     `trials`. Trials are the same if overrides and seeds are."""
-    left = Counter(map(_trial_content, old))
+    unmatched = Counter(map(_trial_content, old))
     new = []
     for trial in trials:
-        if left[_trial_content(trial)]:
-            left[_trial_content(trial)] -= 1
+        if unmatched[_trial_content(trial)]:
+            unmatched[_trial_content(trial)] -= 1
         else:
             new.append(trial)
     numbered = [trial._replace(number=len(old) + i) for i, trial in enumerate(new)]
-    return [*old, *numbered], left.total()
+    return [*old, *numbered], unmatched.total()
 
 
 def _trial_content(trial: Trial) -> str:

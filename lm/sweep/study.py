@@ -159,10 +159,10 @@ class Study:
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
 
-    def _claimed(self, found: FrozenTrial, trial_id: int, space: Mapping[str, BaseDistribution]) -> "TrialClaim":
-        attributes = found.user_attrs
+    def _claimed(self, frozen: FrozenTrial, trial_id: int, space: Mapping[str, BaseDistribution]) -> "TrialClaim":
+        attributes = frozen.user_attrs
         if OVERRIDES in attributes:  # chosen before: samplers learn from parameters, which a copy of a trial lacks
-            for key in space.keys() - found.params.keys():
+            for key in space.keys() - frozen.params.keys():
                 internal = space[key].to_internal_repr(distribution_value(space[key], attributes[OVERRIDES][key]))
                 self._storage.set_trial_param(trial_id, key, internal, space[key])
         # Loaded anew: outside of Study.ask a sampler knows for good only the trials that it read first.
@@ -178,8 +178,8 @@ class Study:
         if OVERRIDES not in attributes:
             trial.set_user_attr(OVERRIDES, sampled_overrides(trial, space))
         chosen = Trial(attributes[NUMBER], trial.user_attrs[OVERRIDES], tuple(attributes[SEEDS]))
-        told = max(found.intermediate_values.items(), default=None)
-        return TrialClaim(chosen, trial, trial_id, self, told, HOPELESS_KEY in attributes)
+        last_report = max(frozen.intermediate_values.items(), default=None)
+        return TrialClaim(chosen, trial, trial_id, self, last_report, HOPELESS_KEY in attributes)
 
     def trial_statuses(self) -> list[TrialStatus]:
         """Every trial as it stands, by number."""
@@ -335,12 +335,12 @@ def _enqueue_again(study: optuna.Study, trial: FrozenTrial) -> None:
 def current_trials(trials: Sequence[FrozenTrial]) -> dict[int, FrozenTrial]:
     """The trial of each number that counts: the first that has not failed, else the last. So neither does a failure
     count that was tried again, nor what two machines have entered at the same moment."""
-    found: dict[int, FrozenTrial] = {}
+    by_number: dict[int, FrozenTrial] = {}
     for trial in trials:
         number = trial.user_attrs[NUMBER]
-        if number not in found or found[number].state == TrialState.FAIL:
-            found[number] = trial
-    return found
+        if number not in by_number or by_number[number].state == TrialState.FAIL:
+            by_number[number] = trial
+    return by_number
 
 
 class CurrentStudy:

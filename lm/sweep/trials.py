@@ -176,11 +176,11 @@ def logged_rows(workdir: Path, goal: TrialGoal) -> list[dict[str, Any]]:
 def last_metric_value(workdir: Path, goal: TrialGoal) -> float:
     """The metric's last value in a run that has ended. UserError if it logged none."""
     rows = logged_rows(workdir, goal)
-    found = [row[goal.metric] for row in rows if goal.metric in row]
-    if not found:
-        known = sorted({name for row in rows for name in row} - {"step", "seconds", "tokens", "tokens_per_second"})
-        raise UserError(f"{workdir} logged no {goal.metric}: give --metric, one of {', '.join(known) or 'nothing'}")
-    return float(found[-1])
+    values = [row[goal.metric] for row in rows if goal.metric in row]
+    if not values:
+        logged = sorted({name for row in rows for name in row} - {"step", "seconds", "tokens", "tokens_per_second"})
+        raise UserError(f"{workdir} logged no {goal.metric}: give --metric, one of {', '.join(logged) or 'nothing'}")
+    return float(values[-1])
 
 
 def write_outcome(
@@ -195,7 +195,7 @@ def write_outcome(
     seconds: float,
 ) -> None:
     """What came of a run, beside its workdir."""
-    told = {
+    outcome = {
         "number": trial.number,
         "overrides": typed_overrides(source, trial.overrides),
         "seed": seed,
@@ -205,7 +205,7 @@ def write_outcome(
         "seconds": seconds,
         "workdir": str(Path(workdir.name) / goal.part),
     }
-    write_text(workdir.with_name(f"{workdir.name}.json"), json.dumps(told, indent=2) + "\n")
+    write_text(workdir.with_name(f"{workdir.name}.json"), json.dumps(outcome, indent=2) + "\n")
 
 
 def trial_command(

@@ -101,11 +101,11 @@ class VmapGroup:
     def make_once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """make(), by the first member that asks for this key; the others wait. It may compile, but must not compute."""
         with self._turn:
-            mine = key not in self._made
-            if mine:
+            is_first = key not in self._made
+            if is_first:
                 self._made[key] = Future()
             future = self._made[key]
-        if mine:
+        if is_first:
             try:
                 future.set_result(make())
             except Exception as error:
@@ -183,8 +183,8 @@ class VmappedProgram:
             leaves, trees = zip(*(jax.tree.flatten(call) for call in calls))
             columns = list(zip(*leaves))
             # Copies in the places of members that are not here look like something that all share.
-            whole = len(waiting) == self._count or trees[0] not in self._axes
-            axes = tuple(map(stacking_axis, columns)) if whole else self._axes[trees[0]]
+            knows_axes = len(waiting) == self._count or trees[0] not in self._axes
+            axes = tuple(map(stacking_axis, columns)) if knows_axes else self._axes[trees[0]]
             self._axes[trees[0]] = axes
             stacked = [
                 materialized(column[0]) if one is None else stacked_leaves(column) for column, one in zip(columns, axes)

@@ -36,7 +36,7 @@ def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[
     Raises UserError if they differ in what a program is compiled for, and SigtermExit after SIGTERM, once all are
     saved.
     """
-    given = traced_scalars([flatten(to_dict(config)) for config in configs])
+    scalars = traced_scalars([flatten(to_dict(config)) for config in configs])
     peak_flops()  # measured before the runs share the machine
     group, saving = VmapGroup(len(configs)), threading.Lock()
     with on_sigterm() as stopping:
@@ -56,7 +56,7 @@ def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[
                 host = RunHost(
                     group.jit,
                     group.make_once,
-                    given[number],
+                    scalars[number],
                     one_device_mesh,
                     watched,
                     materialized,
@@ -70,7 +70,7 @@ def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[
         if isinstance(result, SigtermExit):
             raise result
         if isinstance(result, jax.errors.TracerBoolConversionError):
-            keys = ", ".join(given[0]) or "the config"
+            keys = ", ".join(scalars[0]) or "the config"
             raise UserError(
                 f"{keys}: some value decides what is computed, so that no one program fits all runs: leave "
                 "--vectorised out"

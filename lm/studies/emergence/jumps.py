@@ -49,7 +49,7 @@ class JumpFinding(NamedTuple):
 
 def task_curves(each: Sequence[Mapping[str, Any]], *, samples: int, k: int) -> list[TaskCurve]:
     """The curves of all levels that every rung was asked, from the scores of each rung."""
-    found = []
+    curves = []
     for task, levels in each[0].items():
         for level in levels:
             if not all(task in scores and level in scores[task] for scores in each):
@@ -63,10 +63,10 @@ def task_curves(each: Sequence[Mapping[str, Any]], *, samples: int, k: int) -> l
                 EDIT_DISTANCE: np.minimum([rung["edit"] for rung in rungs], 1.0),  # rambling is no worse than silence
                 LOG_PROBABILITY: np.array([rung["logprob"] for rung in rungs]) / tokens,
             }
-            found.append(
+            curves.append(
                 TaskCurve(task, level, values, [level_expected_match(rung) for rung in rungs], float(tokens.mean()))
             )
-    return found
+    return curves
 
 
 def level_expected_match(rung: Mapping[str, Any]) -> float:
@@ -107,8 +107,8 @@ def jump_finding(curve: TaskCurve, flops: Sequence[float]) -> JumpFinding:
 
 
 def metric_rise(values: np.ndarray, step: int | None) -> MetricRise:
-    whole = paired_difference(values[-1], values[0])
-    if step is None or not whole.low > 0:
-        return MetricRise(whole, NO_ESTIMATE, UNDECIDED)
+    rise = paired_difference(values[-1], values[0])
+    if step is None or not rise.low > 0:
+        return MetricRise(rise, NO_ESTIMATE, UNDECIDED)
     part = bootstrap_estimate(functools.partial(step_share, step=step), values)
-    return MetricRise(whole, part, YES if part.low > JUMP_SHARE else NO if part.high < JUMP_SHARE else UNDECIDED)
+    return MetricRise(rise, part, YES if part.low > JUMP_SHARE else NO if part.high < JUMP_SHARE else UNDECIDED)

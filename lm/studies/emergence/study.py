@@ -62,8 +62,8 @@ def run_emergence(
         raise UserError(f"--tasks={unknown[0]} is no task: choose among {', '.join(TASKS)}")
     ladder = read_ladder(folders)
     print_excluded_runs(ladder)
-    told = {corpus for rung in ladder.rungs for corpus in rung.corpora}
-    names = list(tasks) or tasks_for_corpora(told)
+    corpora = {corpus for rung in ladder.rungs for corpus in rung.corpora}
+    names = list(tasks) or tasks_for_corpora(corpora)
     settings = dict(tasks=names, items=items, samples=samples, shots=shots, seed=seed)
     folder = Path(output) if output else Path(folders[0]) / PAGE_NAME
     try:
@@ -71,10 +71,10 @@ def run_emergence(
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}; give another --output") from error
     each = [cached_scores(rung, settings, folder / "scores") for rung in ladder.rungs]
-    found = task_curves(each, samples=samples, k=k)
-    if not found:
+    curves = task_curves(each, samples=samples, k=k)
+    if not curves:
         raise UserError("no level of any task fits the context of every run: ask with fewer --shots, or other --tasks")
-    summary = emergence_summary(ladder, found, each, {**settings, "k": k})
+    summary = emergence_summary(ladder, curves, each, {**settings, "k": k})
     write_text(folder / f"{PAGE_NAME}.json", json.dumps(summary, indent=1) + "\n")
     print_summary(summary)
     for file in [folder / f"{PAGE_NAME}.json", *write_page(folder, summary)]:

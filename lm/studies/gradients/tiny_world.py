@@ -111,16 +111,16 @@ def next_token_logprobs(w: TinyWorld, lm: Params, *, temperature: float = 1.0) -
     return jax.nn.log_softmax(after[:, np.array(opens)] / temperature, axis=-1)
 
 
-def realized_logprobs(w: TinyWorld, said: Array) -> Array:
-    """log p of each token of each answer, f32[X,Y,N], from what a network `said`; 0 after an answer's end."""
+def realized_logprobs(w: TinyWorld, logprobs: Array) -> Array:
+    """log p of each token of each answer, f32[X,Y,N], picked from `logprobs` f32[X,Y,N,V]; 0 after an answer's end."""
     ids = np.asarray(_padded_rows(w.answers, MAX_ANSWER_LENGTH))
     written = (ids[:, :, None] == np.arange(VOCAB_SIZE)) & (w.answer_mask[:, :, None] > 0)
-    return jnp.sum(jnp.where(written, said, 0.0), axis=-1)
+    return jnp.sum(jnp.where(written, logprobs, 0.0), axis=-1)
 
 
-def answer_logprobs(w: TinyWorld, said: Array) -> Array:
+def answer_logprobs(w: TinyWorld, logprobs: Array) -> Array:
     """log p of each answer, f32[X,Y]."""
-    return jnp.sum(realized_logprobs(w, said), axis=-1)
+    return jnp.sum(realized_logprobs(w, logprobs), axis=-1)
 
 
 def answer_probabilities(w: TinyWorld, lm: Params, *, temperature: float = 1.0) -> np.ndarray:

@@ -96,7 +96,7 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
         "below zero": "its interval lies below zero: it is worse than the start",
         "across zero": "its interval includes zero: no difference from the start can be shown",
     }
-    said = [
+    sentences = [
         f"{name}: {estimate_text(one['gain'], 'signed')}; {plain[one['where']]}."
         for name, one in summary["methods"].items()
     ]
@@ -106,15 +106,15 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
     ]
     for noise, title in ((True, "Inside the noise"), (False, "Outside the noise")):
         if names := [text for inside, text in pairs if inside == noise]:
-            said.append(f"{title}: {', '.join(names)}.")
+            sentences.append(f"{title}: {', '.join(names)}.")
     if len(summary["seeds"]) == 1:
-        said.append("With a single seed the intervals say nothing of what another seed would give.")
-    return said
+        sentences.append("With a single seed the intervals say nothing of what another seed would give.")
+    return sentences
 
 
 def print_results(summary: Mapping[str, Any]) -> None:
     """The results and the budgets as tables on the terminal, then the sentences."""
-    told = {START_MODEL: summary["start"], **summary["methods"]}
+    models = {START_MODEL: summary["start"], **summary["methods"]}
     print_table(
         f"{summary['prompts']} unseen prompts of {summary['conversations']} conversations, "
         f"{len(summary['seeds'])} seeds; 95 % intervals",
@@ -130,7 +130,7 @@ def print_results(summary: Mapping[str, Any]) -> None:
                 f"{one['tokens']['value']:.1f}",
                 f"{one['stopped']['value']:.2f}",
             ]
-            for name, one in told.items()
+            for name, one in models.items()
         ],
     )
     print_table(
@@ -160,7 +160,7 @@ def results_page(
         ::-1
     ]
     names = [START_MODEL, *summary["methods"]]
-    shown = [
+    examples = [
         {"prompt": answers[START_MODEL][0][i]["prompt"], "answers": {name: answers[name][0][i] for name in names}}
         for i in firsts[:SHOWN_PROMPTS]
     ]
@@ -172,7 +172,7 @@ def results_page(
         gains=gains_figure(summary),
         against_kl=gains_over_kl_figure(summary),
         rule=RULE if summary["rater"] == "rule" else "",
-        shown=shown,
+        shown=examples,
         configs={name: json.dumps(to_dict(config), indent=2) for name, config in configs.items()},
     )
 
@@ -186,8 +186,8 @@ def gains_figure(summary: Mapping[str, Any]) -> Markup:
     """Gold score minus the start's: the mean with its interval, and each seed as a dot below it."""
 
     def draw(axes: Axes):
-        for y, (_, told, colour) in enumerate(coloured_methods(summary)):
-            gain, seeds = told["gain"], [one["gain"] for one in told["seeds"]]
+        for y, (_, result, colour) in enumerate(coloured_methods(summary)):
+            gain, seeds = result["gain"], [one["gain"] for one in result["seeds"]]
             reach = [[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]]
             axes.errorbar([gain["value"]], [y], xerr=reach, fmt="o", color=colour, capsize=3)
             axes.plot(seeds, [y + 0.25] * len(seeds), "o", color=colour, markersize=3.5, alpha=0.6)

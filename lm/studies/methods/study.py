@@ -127,9 +127,9 @@ def method_entries(config: ConfigDict) -> dict[str, MethodEntry]:
             same["verdicts.rank.rater"] = (rank.rater, config.reward_model)
             same["verdicts.rank.held_out"] = (rank.held_out, config.prompts.held_out)
             size, factors = rank.prompts * rank.responses, "verdicts.rank.prompts x verdicts.rank.responses"
-        for key, (here, there) in same.items():
-            if here != there:
-                raise UserError(f"{key} is {here}, the contest's is {there}: all methods must have the same")
+        for key, (value, expected) in same.items():
+            if value != expected:
+                raise UserError(f"{key} is {value}, the contest's is {expected}: all methods must have the same")
         if size != config.rollouts:
             raise UserError(
                 f"{name} learns from {size:,} answers ({factors}), the contest's `rollouts` are {config.rollouts:,}: "
@@ -192,15 +192,15 @@ def run_budget(
         seconds = summary["seconds"]
     else:
         ranked = read_json(root / RANKINGS_DIR / str(seed) / "summary.json")
-        seen = read_jsonl_rankings(root / RANKINGS_DIR / str(seed) / auto_rank.RANKINGS_FILE)[
+        rankings = read_jsonl_rankings(root / RANKINGS_DIR / str(seed) / auto_rank.RANKINGS_FILE)[
             : config[RANKINGS_DIR].rank.prompts
         ]
-        ids = tokenizer.encode_batch(text for ranking in seen for text in ranking.responses)
+        ids = tokenizer.encode_batch(text for ranking in rankings for text in ranking.responses)
         sampled = float(sum(len(each) + 1 for each in ids))
-        share = summary["about"]["prompts"] / len(seen)
+        share = summary["about"]["prompts"] / len(rankings)
         passes = entry.config.train.steps * data.prompts_per_batch / summary["about"]["prompts"]
-        decided = sum(bool(preference_pairs(ranking)) for ranking in seen)
-        more = {"decided": decided, "tied": len(seen) - decided}
+        decided = sum(bool(preference_pairs(ranking)) for ranking in rankings)
+        more = {"decided": decided, "tied": len(rankings) - decided}
         seconds = summary["seconds"] + ranked["seconds"]
     return {
         "answers": config.rollouts,
@@ -251,19 +251,19 @@ def answer_recorder(
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             parts = PartialResults(file.with_suffix(".parts.jsonl"))
-            given = parts.once("answers", lambda: sampled(path, seed))
-            gold, learned = (judge(questions.prompts.examples, given["text"]) for judge in (rate, proxy))
+            sampled_rows = parts.once("answers", lambda: sampled(path, seed))
+            gold, learned = (judge(questions.prompts.examples, sampled_rows["text"]) for judge in (rate, proxy))
             columns = {
                 "conversation": questions.conversation_ids.tolist(),
                 "prompt": [example["messages"] for example in questions.prompts.examples],
-                **given,
+                **sampled_rows,
                 "gold": gold.tolist(),
                 "proxy": learned.tolist(),
             }
             rows = [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
             write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             parts.remove()
-            say(f"{path}: gold {gold.mean():.2f}, KL {np.mean(given['kl']):.2f} on {len(gold)} unseen prompts")
+            say(f"{path}: gold {gold.mean():.2f}, KL {np.mean(sampled_rows['kl']):.2f} on {len(gold)} unseen prompts")
         return read_metrics(file)
 
     def sampled(path: Path, seed: int) -> dict[str, list]:
@@ -272,9 +272,15 @@ def answer_recorder(
             if path.parent.name == START_MODEL
             else load_trained_model(path, backend=jax.default_backend(), warn=warn)
         )
-        given = ask(trained.params["lm"], questions.prompts, jax.random.fold_in(jax.random.key(seed), ANSWER_KEY))
-        columns = {"tokens": given.lengths, "stopped": given.stopped, "kl": given.kl}
-        return {"text": list(given.texts), **{name: column.tolist() for name, column in columns.items()}}
+        answers_of_policy = ask(
+            trained.params["lm"], questions.prompts, jax.random.fold_in(jax.random.key(seed), ANSWER_KEY)
+        )
+        columns = {
+            "tokens": answers_of_policy.lengths,
+            "stopped": answers_of_policy.stopped,
+            "kl": answers_of_policy.kl,
+        }
+        return {"text": list(answers_of_policy.texts), **{name: column.tolist() for name, column in columns.items()}}
 
     return answers
 

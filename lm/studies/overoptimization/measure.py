@@ -41,14 +41,14 @@ def ranking_subset_file(root: Path, size: int, fraction: float) -> Path:
     path = root / "verdicts" / f"rankings-{size}.jsonl"
     if not path.exists():
         decided = [r for r in read_jsonl_rankings(root / "verdicts" / auto_rank.RANKINGS_FILE) if preference_pairs(r)]
-        unseen = [r for r in decided if is_held_out(r.name, fraction)]
-        seen = [r for r in decided if not is_held_out(r.name, fraction)]
-        if len(seen) < size:
+        held_out = [r for r in decided if is_held_out(r.name, fraction)]
+        train = [r for r in decided if not is_held_out(r.name, fraction)]
+        if len(train) < size:
             raise UserError(
-                f"the gold rater decided only {len(seen):,} pairs to learn from, sizes asks for {size:,}: "
+                f"the gold rater decided only {len(train):,} pairs to learn from, sizes asks for {size:,}: "
                 "raise verdicts.rank.prompts, or lower sizes"
             )
-        write_text(path, "".join(f"{ranking_json(ranking)}\n" for ranking in seen[:size] + unseen))
+        write_text(path, "".join(f"{ranking_json(ranking)}\n" for ranking in train[:size] + held_out))
     return path
 
 
@@ -117,12 +117,12 @@ class GoldEvaluator:
             given = self._ask(policy.params["lm"], self._prompts, key)
             return {"kl": given.kl.tolist(), "texts": list(given.texts)}
 
-        found = []
+        columns = []
         for draw in range(self._draws):
             given = parts.once(f"draw {draw}", lambda: drawn(draw))
             scores = [judge(self.examples, given["texts"]) for judge in (self._gold, proxy)]
-            found.append((given["kl"], *scores))
-        means = np.mean(np.array(found, np.float64), axis=0)
+            columns.append((given["kl"], *scores))
+        means = np.mean(np.array(columns, np.float64), axis=0)
         return dict(zip(("kl", "gold", "proxy"), means.tolist()))
 
 
@@ -195,7 +195,7 @@ def ppo_curve(
     proxy = lab.proxy(paths[0])
     if members > 1:
         proxy = reward_ensemble([lab.proxy(each) for each in paths], pessimism=config.pessimism)
-    found = []
+    measured = []
     with Progress("measured", len(stations), "policy") as progress:
         for i, station in enumerate(stations):
             file = path / f"measured-{station}.json"
@@ -204,9 +204,11 @@ def ppo_curve(
                 parts = PartialResults(file.with_suffix(".parts.jsonl"))
                 write_text(file, json.dumps(lab.policy_scores(policy, proxy, station, parts)))
                 parts.remove()
-            found.append(read_json(file))
-            progress.update(i + 1, {name: float(np.mean(values)) for name, values in found[-1].items()})
-    kl, said, claimed = (np.array([each[column] for each in found]) for column in ("kl", "gold", "proxy"))
+            measured.append(read_json(file))
+            progress.update(i + 1, {name: float(np.mean(values)) for name, values in measured[-1].items()})
+    kl, gold_scores, proxy_scores = (
+        np.array([each[column] for each in measured]) for column in ("kl", "gold", "proxy")
+    )
     before = ensemble_scores(proxies[size][:members], config.pessimism) if members > 1 else proxies[size][0]
     return RewardCurve(
         PPO,
@@ -214,6 +216,6 @@ def ppo_curve(
         members,
         stations,
         kl,
-        (said - gold.mean(axis=1)) / within_prompt_deviation(gold),
-        (claimed - before.mean(axis=1)) / within_prompt_deviation(before),
+        (gold_scores - gold.mean(axis=1)) / within_prompt_deviation(gold),
+        (proxy_scores - before.mean(axis=1)) / within_prompt_deviation(before),
     )

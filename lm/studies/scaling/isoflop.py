@@ -60,8 +60,8 @@ def isoflop_fit(budgets: Sequence[BudgetRuns], *, draws: int = 1000, seed: int =
     redrawn = [
         fit.minimum(fit.fitted_loss + random.choice(errors, size=(draws, len(fit.fitted_loss)))) for fit in fits
     ]  # f64[draws] of log N, log D, log C each, nan where there is no valley
-    found = [fit.minimum(budget.loss[None]) for fit, budget in zip(fits, budgets)]
-    lines = [line_fits(np.stack([each[i] for each in found]), np.stack([each[2] for each in found])) for i in (0, 1)]
+    minima = [fit.minimum(budget.loss[None]) for fit, budget in zip(fits, budgets)]
+    lines = [line_fits(np.stack([each[i] for each in minima]), np.stack([each[2] for each in minima])) for i in (0, 1)]
     several = [
         line_fits(np.stack([each[i] for each in redrawn]), np.stack([each[2] for each in redrawn])) for i in (0, 1)
     ]

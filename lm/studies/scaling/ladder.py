@@ -83,22 +83,22 @@ def planned_runs(plan: LadderPlan, source: ConfigSource) -> list[PlannedRun]:
 def runs_at_budget(plan: LadderPlan, source: ConfigSource, budget: float) -> list[PlannedRun]:
     """`plan.sizes` widths, each the nearest to equal steps in log(tokens per parameter) that is not yet taken."""
     low, high = plan.tokens_per_parameter
-    known = []
+    planned = []
     for width in candidate_widths(source):
-        known.append(planned_run(source, budget, width))
-        if known[-1].tokens < low * known[-1].parameters / 4 or known[-1].steps < MIN_STEPS:
+        planned.append(planned_run(source, budget, width))
+        if planned[-1].tokens < low * planned[-1].parameters / 4 or planned[-1].steps < MIN_STEPS:
             break
-    left = [one for one in known if one.steps >= MIN_STEPS]
-    if len(left) < plan.sizes_per_budget:
+    usable = [one for one in planned if one.steps >= MIN_STEPS]
+    if len(usable) < plan.sizes_per_budget:
         raise UserError(
-            f"a budget of {budget:.3g} FLOPs pays {MIN_STEPS} steps or more of {len(left)} widths, and a ladder "
+            f"a budget of {budget:.3g} FLOPs pays {MIN_STEPS} steps or more of {len(usable)} widths, and a ladder "
             f"needs {plan.sizes_per_budget}: raise ladder.min_flops, or make data.batch_size, "
             "data.length or model.head_size smaller"
         )
     chosen = []
     for target in np.geomspace(high, low, plan.sizes_per_budget):
-        chosen.append(min(left, key=lambda one: abs(np.log(one.tokens / one.parameters / target))))
-        left.remove(chosen[-1])
+        chosen.append(min(usable, key=lambda one: abs(np.log(one.tokens / one.parameters / target))))
+        usable.remove(chosen[-1])
     return sorted(chosen, key=lambda one: one.width)
 
 

@@ -61,8 +61,8 @@ class ParametricFit(NamedTuple):
 
     def estimates(self) -> Mapping[str, Estimate]:
         """By the name of each parameter; "growth" is the exponent of the best size."""
-        found = {name: self.estimate(lambda law: getattr(law, name)) for name in LAW_PARAMETERS}
-        return {**found, "growth": self.estimate(lambda law: law.size_exponent)}
+        estimates_by_name = {name: self.estimate(lambda law: getattr(law, name)) for name in LAW_PARAMETERS}
+        return {**estimates_by_name, "growth": self.estimate(lambda law: law.size_exponent)}
 
     def predicted_loss(self, parameters: float, tokens: float, *, seed: int = 0) -> Estimate:
         """The loss of one more run. Its interval holds what is unknown of the law, and how far runs fall from it."""
@@ -82,14 +82,14 @@ def percentile_estimate(value: float, draws: Sequence[float]) -> Estimate:
 
 def parametric_fit(points: Points, *, draws: int = 1000, seed: int = 0) -> ParametricFit:
     """The law of `points`, with `draws` resamplings of them; each of these starts from what the whole table gave."""
-    near = CenteredObjective(points)
-    found = near.descents(near.starting_points())
-    law, value = near.law(found[0][1]), found[0][0]
+    objective = CenteredObjective(points)
+    descents = objective.descents(objective.starting_points())
+    law, value = objective.law(descents[0][1]), descents[0][0]
     random, resampled = np.random.default_rng(seed), []
     while len(resampled) < draws:
         chosen = random.integers(len(points.loss), size=len(points.loss))
         if len(set(chosen)) >= min(MIN_RUNS, len(points.loss)) - 2:
-            resampled.append(near.law(near.subset(chosen).local_minimum(found[0][1])))
+            resampled.append(objective.law(objective.subset(chosen).local_minimum(descents[0][1])))
     return ParametricFit(
         law, resampled, np.log(points.loss) - np.log(law.loss(points.parameters, points.tokens)), value
     )
