@@ -32,13 +32,15 @@ from lm.runs.console import run_program, say, warn
 from lm.runs.workdir import write_text
 
 PAGE_FILE = "compare.html"
-DEFAULT_METRIC = "held_out/loss"  # unless a sweep says what it was for
+DEFAULT_METRIC = "held_out/loss"  # unless a sweep names its metric
 POSITIONAL = {"folders": dict(nargs="*", metavar="D", help="the workdir of a run, or the folder of a sweep")}
 FLAGS = {
     "metric": dict(metavar="NAME", help=f"as metrics.jsonl names it; default: the sweep's, else {DEFAULT_METRIC}"),
     "direction": dict(choices=(MINIMIZE, MAXIMIZE), help="default: the sweep's, else by the metric's name"),
     "baseline": dict(metavar="NAME", help="the setting, or a folder of it, to compare others with; default: the best"),
-    "ignore": dict(default="", metavar="KEYS", help="dotted config keys, by commas, that make no other setting"),
+    "ignore": dict(
+        default="", metavar="KEYS", help="dotted keys, with commas, in which runs of one setting may differ"
+    ),
     "confidence": dict(type=float, default=0.95, help="of the intervals; default 0.95"),
     "output": dict(metavar="FILE", help=f"the page; default: {PAGE_FILE} beside the first folder"),
 }
@@ -53,7 +55,7 @@ def compare_runs(
     ignore: Iterable[str] = (),
     confidence: float = 0.95,
 ) -> Comparison:
-    """Reads, groups and tests. UserError for folders, a metric or a baseline that will not do."""
+    """Reads, groups and tests the runs. UserError for invalid folders, metric or baseline."""
     if not 0.5 <= confidence < 1:
         raise UserError(f"--confidence={confidence:g}: give a number from 0.5 to below 1, such as 0.95")
     loaded = read_runs(folders)
@@ -81,14 +83,14 @@ def compare_runs(
 
 
 def metric_direction(metric: str, loaded: LoadedRuns) -> str:
-    """Whether less or more of a metric is better: as a sweep says, else by its name."""
+    """Whether a lower or a higher metric is better: from the sweep, else from the metric's name."""
     if metric in loaded.directions:
         return loaded.directions[metric]
     return direction_by_name(metric)
 
 
 def check_metric(runs: Sequence[Run], metric: str) -> None:
-    """UserError unless every run logs the metric; it names those that do not, and what all of them log."""
+    """UserError unless every run logs the metric. It names the runs that do not, and the metrics that all of them log."""
     logged = [{name for row in run.rows for name in row} for run in runs]
     lacking = [run.path for run, names in zip(runs, logged) if metric not in names]
     if not lacking:
@@ -104,7 +106,7 @@ def check_metric(runs: Sequence[Run], metric: str) -> None:
 
 
 def setting_named(results: Sequence[SettingResult], baseline: str) -> SettingResult:
-    """The setting of that name, or the one that a folder's run belongs to."""
+    """The setting of that name, or the setting that a folder's run belongs to."""
     for one in results:
         if one.name == baseline or any(run.path.resolve() == Path(baseline).resolve() for run in one.setting.runs):
             return one

@@ -1,4 +1,4 @@
-"""What was measured, drawn: means with their seeds, curves with bands, and what the swept parameters do."""
+"""Figures of a comparison: means with their seeds, curves with bands, and the effect of swept parameters."""
 
 import itertools
 import math
@@ -22,14 +22,12 @@ COLORMAP = colormaps["viridis"]
 MAX_POINTS = 150  # of a line, at most
 MAX_PANELS = 4  # of one figure of lines, at most
 PANELS_PER_ROW = 4  # panels beside each other
-IGNORED_START = (
-    0.2  # of a run: what comes before does not set the vertical range of its curve, if it has MIN_DENSE_POINTS
-)
+IGNORED_START = 0.2  # share of a run that does not set the vertical range of its curve, if it has MIN_DENSE_POINTS
 MIN_DENSE_POINTS = 6
 
 
 def setting_colours(results: Sequence[SettingResult]) -> dict[str, str]:
-    """A colour for each of the first settings while there are any, TEXT_COLOR for the rest."""
+    """A colour for each of the first settings as long as there are colours; TEXT_COLOR for the rest."""
     return dict(
         itertools.zip_longest((one.name for one in results), SERIES_COLORS[: len(results)], fillvalue=TEXT_COLOR)
     )
@@ -108,7 +106,7 @@ def parameter_roles(
 ) -> tuple[str, str | None, list[str]] | None:
     """(parameter on the axis, parameter of the lines, parameters of the panels); None if there is no such figure.
 
-    On the axis stands the learning rate, else the number with most values; the lines are widths, else the next.
+    The axis shows the learning rate, else the number with most values. The lines are widths, else the next parameter.
     """
     count = {key: len({config_value_text(one.setting.config, key) for one in results}) for key in parameters}
     numbers = [
@@ -185,7 +183,7 @@ def set_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 
 def parameter_slices(results: Sequence[SettingResult], parameters: Sequence[str], metric: str) -> Markup:
-    """The mean of every setting over each parameter by itself, a dot each: where there are too many for lines."""
+    """The mean of every setting over each parameter by itself, as dots: for more parameters than lines can show."""
     short, style = short_keys(parameters), dict(color=SERIES_COLORS[0], markersize=4, alpha=0.7)
     means = [one.mean.value for one in results]
 
@@ -271,7 +269,7 @@ def parallel_coordinates(
 
 
 def axis_heights(column: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
-    """Heights from 0 to 1 of a column's values, and the marks of its axis: every value while they are few."""
+    """Heights from 0 to 1 of a column's values, and the marks of its axis: every value, if they are few."""
     if is_numeric(column) and len(set(column)) > 1:
         x = np.log(column) if is_geometric(column) else np.asarray(column, float)
         places = ((x - x.min()) / (x.max() - x.min())).tolist()
@@ -302,7 +300,8 @@ def importance_bars(importances: Mapping[str, float]) -> Markup:
 
 
 def rank_quality(results: Sequence[SettingResult], direction: str) -> dict[str, float]:
-    """1 for the best mean and 0 for the worst, by rank: one run that diverged does not make all others alike."""
+    """1 for the best mean and 0 for the worst, by rank, so that one run that diverged does not hide the other
+    differences."""
     order = sorted(results, key=lambda one: one.mean.value, reverse=direction == MINIMIZE)
     return {one.name: i / max(1, len(order) - 1) for i, one in enumerate(order)}
 

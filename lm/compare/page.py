@@ -28,7 +28,7 @@ from lm.runs.html import SERIES_COLORS, rendered_page
 
 HELD_OUT_PREFIX = "held_out/"
 CURVE_CLOCKS = ("step", "tokens", "seconds")
-MAX_CELLS = 12  # values of a parameter that a heat map or a table of configs has room for
+MAX_CELLS = 12  # values of a parameter that fit into a heat map or a table of configs
 
 
 class PageFigure(NamedTuple):
@@ -76,10 +76,9 @@ def render_page(comparison: Comparison, folders: Sequence[Path]) -> str:
 
 
 def curve_figures(comparison: Comparison) -> list[PageFigure]:
-    """The metric over steps, tokens and seconds, and beside it what training logged of it over steps.
+    """The metric over steps, tokens and seconds, and the training metric of the same name over steps.
 
-    If the metric was logged at few steps only, its curve hides the way there: then training's loss stands in for one
-    that training does not log under the same name.
+    If the metric was logged at few steps only, the training loss is shown where training logs no metric of that name.
     """
     logged = [(comparison.metric, clock, f"{comparison.metric} over {clock}") for clock in CURVE_CLOCKS]
     steps = min(len(figures.metric_line(run, comparison.metric, "step")) for run in comparison.runs)
@@ -100,7 +99,7 @@ def curve_figures(comparison: Comparison) -> list[PageFigure]:
 
 
 def importance_section(comparison: Comparison) -> dict[str, Any]:
-    """The figure of importances, or why there is none."""
+    """The figure of importances, or the reason why there is none."""
     parameters, runs = comparison.settings.parameters, comparison.runs
     if len(parameters) < 2:
         return {"why": "Importance compares parameters, and there are fewer than two here."}
@@ -113,7 +112,7 @@ def importance_section(comparison: Comparison) -> dict[str, Any]:
 
 
 def parameter_figures(comparison: Comparison) -> list[PageFigure]:
-    """What the parameters that differ do to the metric."""
+    """The effect on the metric of the parameters that differ."""
     results, parameters = comparison.results, comparison.settings.parameters
     if len(results) <= len(parameters) or not parameters:
         return []

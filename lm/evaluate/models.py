@@ -42,7 +42,7 @@ from lm.tokenizer import encode_prompt
 from lm.train.warm_start import load_policy
 
 ANSWERS_FILE = "answers.jsonl"
-PARTIAL_FILE = "models.parts.jsonl"  # what an evaluation that continues after a kill already has
+PARTIAL_FILE = "models.parts.jsonl"  # the results that an interrupted evaluation already has
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the scores and answers go")}
 
 
@@ -52,7 +52,7 @@ def evaluation_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
 
 
 def run_evaluation(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
-    """Evaluates into a workdir and returns the summary it leaves there; a finished one is not done again."""
+    """Evaluates into a workdir and returns the summary. A finished evaluation is not repeated."""
     require_entries(config, ("seed", "models", "evaluate"), "lm evaluate")
     with open_workdir(path, to_dict(config)) as workdir:
         summary = workdir.read_summary()

@@ -1,7 +1,7 @@
-"""Policies on prompts that nobody was trained on: what they answer, and how far they have moved from their start.
+"""Policies on held-out prompts: their answers, and how far they have moved from their start.
 
-What the programs that compare policies share. Prompts of one conversation are alike, conversations are not: scores are
-averaged over the prompts of each first, so that an interval counts what is independent.
+All programs that compare policies use this. Prompts of one conversation are alike, prompts of different conversations
+are not. So scores are averaged over the prompts of each conversation first, and an interval counts conversations.
 """
 
 from collections.abc import Callable, Sequence

@@ -85,7 +85,7 @@ def decoded_logprobs(model: Model, lm: Params, tokens: Tokens) -> tuple[Array, A
 def dtype_measurement(
     trained: TrainedModel, weights: str, cache: str, rows: Tokens, rows_at_once: int
 ) -> dict[str, Any]:
-    """Of one way to keep them: bytes, and each row's nats per token and likeliest tokens."""
+    """The measurement of one combination of dtypes: bytes, and each row's nats per token and likeliest tokens."""
     require_decoder(trained, "lm quantization")
     config = replace(trained.model_config, dtype="float32", cache=cache, attention="auto").for_backend(
         jax.default_backend()
@@ -108,7 +108,8 @@ def dtype_measurement(
 
 
 def dtype_comparisons(ways: Sequence[Mapping[str, Any]], counted: np.ndarray) -> list[dict[str, Any]]:
-    """Each way against the first, paired by row: what it costs, and how often both would say the same token next.
+    """Each combination against the first, paired by row: its cost, and how often both have the same likeliest next
+    token.
 
     counted f32[B,T]: the weights of all targets.
     """
@@ -130,7 +131,7 @@ def dtype_comparisons(ways: Sequence[Mapping[str, Any]], counted: np.ndarray) ->
 
 
 def held_out_rows(trained: TrainedModel, *, rows: int, length: int, corpus: str, held_out: float) -> Tokens:
-    """Rows spread over the held-out documents, of those that have something to predict in their second half."""
+    """Rows spread over the held-out documents. Each has targets in its second half."""
     _, unseen = split_held_out(load_documents(corpus), held_out)
     texts = [document.text for document in documents_within_bytes(unseen, 40 * rows * length)]
     found = packing.document_rows(trained.tokenizer, texts, length)

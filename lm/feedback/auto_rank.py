@@ -38,7 +38,7 @@ from lm.tokenizer import Tokenizer
 from lm.train.warm_start import load_policy
 
 RANKINGS_FILE = "rankings.jsonl"
-UNRANKED_FILE = "unranked.jsonl"  # answers that the rater has before it
+UNRANKED_FILE = "unranked.jsonl"  # answers that are not scored yet
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the rankings go; the same command continues")}
 
 
@@ -48,7 +48,7 @@ def auto_rank_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
 
 
 def run_auto_rank(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
-    """Ranks in a workdir, or takes up where it stopped, and returns the summary it leaves there."""
+    """Ranks in a workdir, or continues an interrupted ranking, and returns the summary."""
     require_entries(config, ("seed", "init_from", "rank"), "lm auto-rank")
     with open_workdir(path, to_dict(config)) as workdir:
         summary = workdir.read_summary()
@@ -163,8 +163,8 @@ def random_prompts(
 def rankings_from_scores(
     names: Sequence[str], contexts: Sequence[list[dict]], texts: Sequence[str], scores: np.ndarray, rater: str
 ) -> list[Ranking]:
-    """A verdict on the answers to each context: `texts` hold them one context after another, `scores` are [contexts,
-    answers]."""
+    """A verdict on the answers to each context. `texts` hold the answers to one context after those to another;
+    `scores` are [contexts, answers]."""
     count, now = scores.shape[1], datetime.now(UTC).isoformat(timespec="seconds")
     return [
         Ranking(name, context, list(texts[i * count : (i + 1) * count]), ranks_from_scores(scores[i]), rater, now)
@@ -181,7 +181,7 @@ def rater_reward(rater: str, tokenizer: Tokenizer, longest: int) -> Reward:
 
 
 def concatenated_prompts(a: Prompts, b: Prompts) -> Prompts:
-    """The prompts of one after those of the other."""
+    """The prompts of `a`, then those of `b`."""
     return Prompts(np.concatenate([a.ids, b.ids]), np.concatenate([a.lengths, b.lengths]), [*a.examples, *b.examples])
 
 
@@ -191,7 +191,7 @@ def ranks_from_scores(scores: np.ndarray) -> list[int]:
 
 
 def ranked_prompt_count(path: Path, at_once: int) -> int:
-    """How many prompts whole chunks in the file cover; what a kill left of a torn chunk is cut off."""
+    """How many prompts the file's complete chunks cover. An incomplete chunk, left by a kill, is removed."""
     if not path.exists():
         return 0
     lines = path.read_bytes().split(b"\n")[:-1]  # bytes: a kill may tear a character, an answer may hold U+2028

@@ -15,9 +15,9 @@ LINE_PARSERS: Mapping[str, Callable[[str], Any]] = {".txt": lambda line: {"promp
 
 
 def read_prompts(path: str, warn: Callable[[str], None]) -> list[Conversation]:
-    """The prompts of a .txt file, one a line, or of a .jsonl file: {"prompt": text or messages}, maybe with a "name".
+    """The prompts of a .txt file, one a line, or of a .jsonl file: {"prompt": text or messages}, and maybe a "name".
 
-    "messages" may stand for "prompt". `warn` is told how many lines will not do; UserError if none does.
+    "messages" may replace "prompt". `warn` gets the number of invalid lines; UserError if no line is valid.
     """
     if Path(path).suffix not in LINE_PARSERS:
         raise UserError(f"{path}: give prompts as a .txt file, one a line, or as a .jsonl file")

@@ -42,13 +42,13 @@ FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help="where answers and verdicts are kept"),
     "prompts": dict(metavar="FILE", help='.txt, a prompt a line, or .jsonl: {"prompt": text or messages}'),
     "models": dict(metavar="DIR,...", help="who answers, also as NAME=DIR; default: the model in --workdir"),
-    "responses": dict(type=int, default=2, help="answers to a prompt, 2 to 5, of the models in turn; default: 2"),
+    "responses": dict(type=int, default=2, help="answers to a prompt, 2 to 5; the models take turns; default: 2"),
     "max_new_tokens": dict(type=int, default=48, help="the longest answer; default: 48"),
     "temperature": dict(type=float, default=1.0, help="0 always takes the likeliest token; default: 1"),
     "top_k": dict(type=int, default=0, help="sample among the k likeliest tokens only; default: 0, all"),
     "top_p": dict(type=float, default=1.0, help="among the likeliest whose probability reaches p; default: 1"),
     "seed": dict(type=int, default=0, help="the same seed gives the same answers; default: 0"),
-    "reward": dict(metavar="DIR,...", help="reward models: what they are least sure of is asked first"),
+    "reward": dict(metavar="DIR,...", help="reward models: items that they are least sure of come first"),
     "raters": dict(default="", metavar="NAME,...", help="who may rank; default: anybody"),
     "host": dict(
         default=LOOPBACK_HOSTS[0], help="0.0.0.0 admits other machines, by a secret address; default: this one only"
@@ -57,7 +57,7 @@ FLAGS = {
     "open": dict(action="store_true", help="open the page in a browser"),
     "import": dict(dest="source", metavar="FILE", help="add the verdicts of a .jsonl or .db file, and stop"),
     "export": dict(metavar="FILE", help="write all verdicts as JSON lines, and stop"),
-    "results": dict(action="store_true", help=f"print what the verdicts say, write WORKDIR/{RESULTS_FILE}, and stop"),
+    "results": dict(action="store_true", help=f"print the results, write WORKDIR/{RESULTS_FILE}, and stop"),
 }
 
 
@@ -92,7 +92,7 @@ def model_folders(flags: argparse.Namespace) -> dict[str, Path]:
 
 
 def prioritise_items(store: AnnotationStore, paths: str) -> None:
-    """What the reward models are least sure of, or disagree on, is asked first."""
+    """Puts the items first that the reward models are least sure of, or disagree on."""
     loaded = [
         load_reward_model(path.strip(), backend=jax.default_backend(), normalized=False, jit=jax.jit, warn=warn)
         for path in paths.split(",")
@@ -192,7 +192,7 @@ def program(argv: list[str]) -> None:
     if not (path.exists() or flags.prompts or flags.source):
         raise UserError(f"there is no {path} yet: give --prompts=FILE to have them answered, or --import=FILE")
     stops = flags.source or flags.export or flags.results
-    # Whatever is wrong with these shows before a database is made or a model asked.
+    # Errors in these show before a database is made and before a model answers.
     raters = [checked_rater_name(name.strip(), ()) for name in flags.raters.split(",")] if flags.raters else []
     prompts = prompt_file.read_prompts(flags.prompts, warn) if flags.prompts else []
     answering = load_answering_models(flags) if prompts else []

@@ -1,7 +1,7 @@
-"""What the verdicts say: of the models that answered, of the raters, and of how far the raters agree.
+"""The results of the verdicts: for the models that answered, for the raters, and for how far the raters agree.
 
-A skipped item says nothing. A unit of agreement is a pair of responses of an item: 1 if the first is better, -1 if the
-second is, 0 for a tie; "both bad" is a tie.
+A skipped item does not count. A unit of agreement is a pair of responses of an item: 1 if the first is better, -1 if
+the second is, 0 for a tie; "both bad" is a tie.
 """
 
 import itertools
@@ -37,7 +37,7 @@ from lm.feedback.agreement import (
 )
 from lm.runs.html import SERIES_COLORS, TEXT_COLOR, interval_plot, rendered_page, svg_figure
 
-MIN_SHARED_PAIRS = 10  # pairs that two raters must have in common before their kappa is told
+MIN_SHARED_PAIRS = 10  # pairs that two raters must have in common for a kappa
 MAX_CONTESTED = 5  # items shown
 
 
@@ -97,7 +97,7 @@ def ranking_results(rankings: Sequence[Ranking]) -> RankingResults:
 
 
 def item_identity(ranking: Ranking) -> str:
-    """What makes two verdicts ones of the same item."""
+    """The identity of a verdict's item: verdicts with the same one are on the same item."""
     return json.dumps([ranking.prompt, ranking.responses])
 
 
@@ -151,7 +151,7 @@ def rater_kappas(names: Sequence[str], ratings: np.ndarray) -> dict[tuple[str, s
 
 
 def model_summaries(judged: Sequence[Ranking]) -> list[ModelSummary]:
-    """What was said of the responses of each model, the strongest model first."""
+    """The verdicts on the responses of each model, the strongest model first."""
     responses: Counter[str] = Counter()
     axes: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     flags: dict[str, Counter[str]] = defaultdict(Counter)
@@ -185,7 +185,7 @@ def model_summaries(judged: Sequence[Ranking]) -> list[ModelSummary]:
 
 
 def contested_items(judged: Sequence[Ranking], units: Sequence[str], ratings: np.ndarray) -> list[ContestedItem]:
-    """The items of which the raters disagree most, of those that two have judged."""
+    """The items on which the raters disagree most, among those that two have judged."""
     rankings_of: dict[str, list[Ranking]] = defaultdict(list)
     for ranking in judged:
         rankings_of[item_identity(ranking)].append(ranking)
@@ -228,7 +228,7 @@ def results_page(rankings: Sequence[Ranking], *, title: str) -> str:
 
 
 def headline_figures(results: RankingResults) -> list[dict[str, str]]:
-    """The headline: how much was judged, how fast, how far it agrees, and whether the order of showing mattered."""
+    """The headline: how much was judged, how fast, how far raters agree, and whether the order of showing mattered."""
     seconds = [ranking.seconds for ranking in results.rankings if ranking.seconds is not None]
     first, chance = first_shown_bias(results.rankings)
     best = results.models[0] if results.models and np.isfinite(results.models[0].strength.value) else None
@@ -262,7 +262,7 @@ def headline_figures(results: RankingResults) -> list[dict[str, str]]:
 
 
 def rankings_over_time(rankings: Sequence[Ranking]) -> Markup:
-    """How many verdicts each rater had given by when."""
+    """The number of verdicts of each rater over time."""
 
     def draw(axes: Axes):
         times_of: dict[str, list[datetime]] = defaultdict(list)

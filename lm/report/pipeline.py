@@ -32,11 +32,8 @@ from lm.stages.pretraining import sft
 from lm.tokenizer import encode_chat, load_tokenizer
 
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the folder of a pipeline, or of one stage")}
-SHOWN_ANSWERS, SHOWN_RANKINGS, PACKED_EXCERPTS = (
-    8,
-    2,
-    12,
-)  # answers and rankings shown; excerpts packed into rows to show one
+SHOWN_ANSWERS, SHOWN_RANKINGS = 8, 2
+PACKED_EXCERPTS = 12  # excerpts that are packed into rows, to show one row
 
 # What each stage did, in the words and numbers of its own summary.
 STAGE_DESCRIPTIONS = {
@@ -104,7 +101,7 @@ def finished_summary(run: Mapping[str, StageRun], name: str) -> Mapping[str, Any
 
 
 def headline_figures(run: Mapping[str, StageRun]) -> list[dict[str, str]]:
-    """The headline: what the run was to show, as measured."""
+    """The headline: the main results of the run, as measured."""
     found = []
     if pretrain := finished_summary(run, "pretrain"):
         before, after = (pretrain[side]["bits_per_byte"] for side in ("before", "held_out"))
@@ -193,7 +190,7 @@ def example_rankings(path: Path) -> list[dict[str, Any]]:
 
 
 def packed_row_example(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The first excerpts of the SFT data packed again, and of their rows the last, which is the emptiest."""
+    """The last row of the first SFT excerpts, packed again. It is the row with most padding."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(sft.batches).parameters.items()}
     options = {**defaults, **config["data"]}
     try:

@@ -49,7 +49,7 @@ class PreferencePair(NamedTuple):
 
 
 def measure_reward_model(path: str | Path) -> dict[str, Any]:
-    """Judges the held-out answers of a reward model's workdir; writes what it found there and returns it."""
+    """Judges the held-out answers with the reward model of a workdir; writes and returns the measurements."""
     path = Path(path)
     trained = load_trained_model(path, backend=jax.default_backend(), warn=warn)
     if trained.stage not in REWARD_MODEL_STAGES:
@@ -119,7 +119,7 @@ def accuracy_by_ranking(pairs: Sequence[PreferencePair]) -> Estimate:
 
 
 def accuracy_by_margin(pairs: Sequence[PreferencePair]) -> list[dict[str, Any]]:
-    """Accuracy where the two answers are so many ranks apart; the last group takes in all that are further."""
+    """Accuracy by how many ranks the two answers are apart. The last group holds all larger distances."""
     groups = []
     for low, high in zip(ranking_batches.MARGIN_BINS, (*ranking_batches.MARGIN_BINS[1:], math.inf)):
         inside = [pair.score_gap > 0 for pair in pairs if low <= pair.rank_gap < high]
@@ -131,7 +131,7 @@ def accuracy_by_margin(pairs: Sequence[PreferencePair]) -> list[dict[str, Any]]:
 
 
 def calibration_bins(pairs: Sequence[PreferencePair]) -> list[dict[str, Any]]:
-    """How often the preferred side really was the better one, by what the model gave it."""
+    """How often the side that the model prefers is the better one, by the probability that the model gives it."""
     bins = []
     for low, high in zip(ranking_batches.CONFIDENCE_BINS, (*ranking_batches.CONFIDENCE_BINS[1:], math.inf)):
         inside = [pair for pair in pairs if low <= pair_confidence(pair) < high]
@@ -155,7 +155,7 @@ def pearson_correlation(x: np.ndarray, y: np.ndarray) -> float:
 def worst_pairs(
     pairs: Sequence[PreferencePair], verdicts: Sequence[Ranking], total: np.ndarray
 ) -> list[dict[str, Any]]:
-    """The preferences that the model contradicts most, of each verdict the worst."""
+    """The preferences that the model contradicts most, one of each verdict."""
     worst_of = {}
     for pair in sorted((pair for pair in pairs if pair.score_gap < 0), key=lambda pair: pair.score_gap):
         worst_of.setdefault(pair.ranking, pair)
@@ -229,7 +229,7 @@ def reward_model_figures(measurements: Mapping[str, Any]) -> list[tuple[str, Mar
 
 
 def _interval_reach(estimates: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """How far the interval of each goes down and up from its value."""
+    """How far the interval of each estimate reaches below and above its value."""
     down, up = ([abs(one[side] - one["value"]) for one in estimates] for side in ("low", "high"))
     return np.array([down, up])
 

@@ -1,4 +1,4 @@
-"""The results of one stage's run: its curves and answers, as parts for any page, and a page of its own."""
+"""The results of one stage's run: curves and answers as parts for any page, and a page of its own."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ class MetricPanel(NamedTuple):
     metric: str
     title: str
     note: str
-    shows_held_out: bool = True  # whether its held-out value means anything
+    shows_held_out: bool = True  # whether its held-out value has a meaning
 
 
 LOSS_PANEL = MetricPanel("loss", "Loss", "Surprise at the next token, in nats; lower is better.")
@@ -85,7 +85,7 @@ STAGE_PANELS: Mapping[str, Sequence[MetricPanel]] = {
 }
 
 
-# Of a stage of one's own: what it logs under names that are known.
+# For a custom stage: the metrics that it logs under known names.
 OWN_STAGE_PANELS = (MetricPanel("loss", "Loss", "What the stage minimises."), *RL_PANELS)
 
 

@@ -39,7 +39,7 @@ from lm.runs.workdir import TrainedModel, check_same_tokenizer
 from lm.tokenizer import Message, Tokenizer, encode_prompt
 from lm.train.warm_start import load_policy, policy_folder
 
-DEFAULT_MAX_NEW = 128  # the longest answer, unless the flag says otherwise or the context leaves less
+DEFAULT_MAX_NEW = 128  # tokens of the longest answer, unless a flag sets it or the context has less room
 SHOWN_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of SamplingParams, in the banner
 FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help="a pipeline's folder, or a stage's own"),
@@ -49,7 +49,7 @@ FLAGS = {
     "top_p": dict(type=float, default=1.0, help="among the likeliest whose probability reaches p; default: 1"),
     "min_p": dict(type=float, default=0.0, help="those at least p times as probable as the likeliest; default: 0, all"),
     "repetition_penalty": dict(
-        type=float, default=1.0, help="above 1, what was said comes less easily again; default: 1"
+        type=float, default=1.0, help="above 1: tokens that occurred before become less likely; default: 1"
     ),
     "stop": dict(
         action="append", default=[], metavar="TEXT", help="end an answer before this text; may be given several times"
@@ -78,14 +78,14 @@ def stable_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def recent_messages(tokenizer: Tokenizer, messages: list[Message], room: int) -> list[Message]:
-    """The last messages that make a prompt of at most `room` tokens, whole exchanges; the very last one at least."""
+    """The last messages that make a prompt of at most `room` tokens: whole exchanges, and always the last message."""
     while len(messages) > 1 and len(encode_prompt(tokenizer, messages)) > room:
         messages = messages[2:]
     return messages
 
 
 class Chat:
-    """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), over every reset.
+    """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), across resets.
 
     max_new: tokens an answer may have; None: DEFAULT_MAX_NEW, or what the context leaves. notify: given notes for the
     user. stop: strings before the first of which an answer ends. draft: a model that proposes `draft_tokens` at a time.

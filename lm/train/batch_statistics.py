@@ -1,4 +1,4 @@
-"""Figures and a table of how long documents and answers are, and of what is trained, by source and by kind."""
+"""Figures and a table of the lengths of documents and answers, and of the trained share, by source and by kind."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from lm.runs.html import SERIES_COLORS, TEXT_COLOR, png_figure
 
 LENGTHS_FIGURE, SHARES_FIGURE = "lengths.png", "shares.png"
 HISTOGRAM_BINS = 30
-MAX_SERIES = len(SERIES_COLORS)  # sources told apart in a histogram, those with the most tokens
+MAX_SERIES = len(SERIES_COLORS)  # sources with a colour of their own in a histogram: those with the most tokens
 COLUMNS = ("", "segments", "tokens", "trained", "document", "95 %", "answer", "95 %")
 
 
@@ -87,7 +87,7 @@ def lengths_figure(lengths: Sequence[SegmentLength], sources: Sequence[str]) -> 
 
 
 def shares_figure(groups: Mapping[str, Mapping[str, LengthSummary]], padding: float) -> bytes:
-    """The tokens of each source and kind, what is trained of them in another colour; and the share of padding."""
+    """The tokens of each source and kind, with the trained ones in another colour; and the share of padding."""
 
     def draw(axes):
         for ax, (title, by_name) in zip(np.atleast_1d(axes), groups.items(), strict=True):

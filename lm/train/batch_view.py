@@ -14,7 +14,7 @@ from lm.optim.combinators import inference_state
 from lm.runs.html import template_environment, visible_text
 from lm.train.setup import TrainingSetup
 
-# Two shades of what is trained tell a token from its neighbour.
+# Trained tokens have two shades in turn, so that neighbours can be told apart.
 TRAINED_COLORS, CONTEXT_COLOR, PADDING_COLOR, RESET = ("\033[32m", "\033[92m"), "\033[90m", "\033[2;90m", "\033[0m"
 ADVANTAGE = "advantage"
 
@@ -56,7 +56,10 @@ def batch_view(
     annotated = annotated_batch(r, state, batch)
     if origins is not None and len(jax.tree.leaves(annotated)[0]) < len(origins):  # the stage keeps some of its answers
         origins = origins[:: len(origins) // len(jax.tree.leaves(annotated)[0])]
-    parts = {**token_parts(batch), **token_parts(annotated)}  # what a stage drops when it has read it is shown too
+    parts = {
+        **token_parts(batch),
+        **token_parts(annotated),
+    }  # tokens that the stage drops after reading them are shown too
     views: list[RowView] = []
     for name, tokens in parts.items():
         main = name == "tokens"

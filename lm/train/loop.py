@@ -194,7 +194,7 @@ def compiled_steps(r: TrainingSetup, host: RunHost) -> tuple[Callable, Callable]
 
 
 def print_dataset_info(name: str, batches: Batches) -> None:
-    """One line: what a stage has prepared, and what becomes of what does not fit a row."""
+    """One line: what a stage has prepared, and the rule for what does not fit a row."""
     about = batches.dataset_info.items()
     numbers = ", ".join(f"{key} {n:,.4g}" if isinstance(n, float) else f"{key} {n:,}" for key, n in about)
     say(f"{name}: {numbers}{f'; {batches.truncation}' if batches.truncation else ''}")

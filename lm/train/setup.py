@@ -105,7 +105,7 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
 def stage_update(
     config: ConfigDict, model: Model, teachers: Mapping[str, TrainedModel], scalars: Mapping[str, Any]
 ) -> Update:
-    """The stage's update with the config's optimizer; `scalars`, by dotted key, in the place of its own numbers."""
+    """The stage's update with the config's optimizer; `scalars`, by dotted key, replace its own numbers."""
 
     def options(subtree: str) -> dict[str, Any]:
         own = {key.removeprefix(f"{subtree}."): v for key, v in scalars.items() if key.startswith(f"{subtree}.")}

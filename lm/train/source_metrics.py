@@ -1,4 +1,4 @@
-"""Held-out metrics of each source and of each kind of source, from the sums that the whole is made of."""
+"""Held-out metrics of each source and of each kind of source, from the sums of their batches."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ from lm.stages.stage import Stage
 def source_metrics(
     stage: Stage, dataset_info: Mapping[str, Any], parts: Sequence[tuple[HeldOutPart, Metrics]]
 ) -> dict[str, float]:
-    """The metrics that the stage shows, as "loss/SOURCE" and "loss/kind KIND"; parts without a name are left out, and
-    metrics of which a part has no observation."""
+    """The metrics that the stage shows, as "loss/SOURCE" and "loss/kind KIND". Parts without a name are left out, and
+    so are metrics without an observation."""
     metrics_by_name = {}
     named = [(part, metrics) for part, metrics in parts if part.source]
     for part, metrics in named:

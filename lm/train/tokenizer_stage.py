@@ -1,4 +1,4 @@
-"""The stage before all others: a vocabulary learned from a corpus."""
+"""The first stage: learns a vocabulary from a corpus."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ def fit_tokenizer(
         return tokenizer.fingerprint
 
     parts = PartialResults(workdir.path / "vocabulary.parts.jsonl")
-    fingerprint = parts.once("fingerprint", learn)  # a kill while it is measured must not cost it
+    fingerprint = parts.once("fingerprint", learn)  # saved before it is measured, so that a kill does not lose it
     tokenizer = load_tokenizer(workdir.tokenizer_path)
     size = tokens = 0
     for part in parts_by_size(iter(held_out_texts), len):

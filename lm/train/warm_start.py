@@ -1,6 +1,6 @@
-"""What a run takes from other workdirs: its tokenizer, its shape, the base of its adapters, its judges, its teacher.
+"""What a run takes from other workdirs: tokenizer, shape, base of adapters, reward models, teacher.
 
-All must share ids.
+All of them must have the same token ids.
 """
 
 import dataclasses
