@@ -68,7 +68,7 @@ POSITIONAL = {"what": dict(nargs="*", metavar="WHAT", help=f"{', '.join(BENCHMAR
 
 
 class BenchmarkCase(NamedTuple):
-    """One thing to time: how to set it up, and what to make of its seconds."""
+    """One benchmark: how to set it up, and how to make a result of its seconds."""
 
     benchmark: str
     make_steps: Callable[[], TimedSteps]
@@ -143,8 +143,8 @@ def speculation_case(
 
 
 def measurements(flags) -> dict[str, Any]:
-    """Everything that was asked for: a list of results for each of training, generation and rollout, the machine's
-    limits, and where the numbers are from."""
+    """All results that were asked for: lists for training, generation and rollout, the machine's limits, and the
+    origin of the numbers."""
     limits = DeviceLimits()
     chosen = benchmark_cases(flags, limits)
     timings: list[Timings] = []
@@ -169,13 +169,13 @@ def measurements(flags) -> dict[str, Any]:
             results["startup"] = startup.result(startup.startup_seconds(turns=flags.turns, on_turn=after))
     if chosen:
         results["limits"] = dataclasses.asdict(limits)
-    for case, timed in zip(chosen, timings):  # now that the limits have been looked at in every turn
+    for case, timed in zip(chosen, timings):  # after the limits were measured again in every turn
         results.setdefault(case.benchmark, []).append(case.make_result(timed))
     return results
 
 
 def check_flags(flags) -> None:
-    """UserError for what cannot be timed, before anything is."""
+    """UserError for options that cannot be timed, before anything runs."""
     for what in flags.what:
         if what not in BENCHMARKS:
             raise UserError(f"lm bench does not time {what!r}; choose from {', '.join(BENCHMARKS)}")

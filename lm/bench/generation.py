@@ -1,7 +1,7 @@
-"""Tokens a second of greedy sampling, prefill apart from decoding, against what memory lets through.
+"""Tokens a second of greedy sampling, with prefill and decoding apart, against the memory's bandwidth.
 
-A decode step must read every matrix and the keys and values of all earlier tokens. At batch 1 that, not arithmetic, is
-the bound: bytes a step over the measured bandwidth.
+A decode step must read every matrix and the keys and values of all earlier tokens. At batch 1 these reads, not
+arithmetic, set the limit: bytes a step over the measured bandwidth.
 """
 
 import functools
@@ -25,7 +25,7 @@ from lm.weights.config_map import config_json
 
 
 class GenerationShape(NamedTuple):
-    """What is generated: each of `batch` prompts is answered with exactly `new` tokens."""
+    """The sizes of a generation: each of `batch` prompts is answered with exactly `new` tokens."""
 
     batch: int
     prompt: int = 32  # tokens
@@ -65,9 +65,9 @@ def peer(python: str, config: ModelConfig, shape: GenerationShape, dtype: str) -
 
 
 def bytes_per_step(config: ModelConfig, shape: GenerationShape, dtype: str) -> float:
-    """That a decode step cannot do without, on average: each matrix once, and what the cache holds by then.
+    """The bytes that a decode step must read, on average: each matrix once, and the cache as it is by then.
 
-    In the dtype of the products. Of a mixture of experts, those of one token.
+    In the dtype of the products. For a mixture of experts, the experts of one token.
     """
     width = jnp.dtype(dtype).itemsize
     held = [shape.prompt + t for t in range(1, shape.new + 1)]  # tokens that a step attends to, its own among them

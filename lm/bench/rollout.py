@@ -1,4 +1,4 @@
-"""How long one GRPO step takes, a rollout's cost apart from an update's, against TRL.
+"""Seconds of one GRPO step, with rollout and update apart, against TRL.
 
 Size S: 4 prompts of 64 tokens x 8 answers of 64 tokens, none ending early, AdamW, the reference's log-probs included on
 both sides.
@@ -26,7 +26,7 @@ from lm.stages.rl.multi_turn import rollout_rows
 
 @dataclasses.dataclass(frozen=True)
 class RolloutShape:
-    """What a step does."""
+    """The sizes of a step."""
 
     prompts: int = 4
     group: int = 8
@@ -73,8 +73,8 @@ def peer(python: str, shape: RolloutShape) -> Peer:
 
 
 def step_flops(config: ModelConfig, shape: RolloutShape) -> float:
-    """Of the matrix products a step cannot do without: one pass to generate, one of the reference, one forward and
-    backward, two a parameter and token in each pass; attention is left out."""
+    """FLOPs of the matrix products that a step must do: one pass to generate, one of the reference, one forward and
+    backward; two a parameter and token in each pass, without attention."""
     tokens = shape.prompts * shape.group * (shape.prompt + shape.new)
     return 2 * matmul_param_count(config) * tokens * (1 + 1 + 3)
 

@@ -1,4 +1,4 @@
-"""The models that are timed, by name, and what a training batch of each is."""
+"""The models that are timed, by name, and the training batch of each."""
 
 import dataclasses
 import os

@@ -1,6 +1,6 @@
-"""What a draft is worth: tokens a second with it and without it, and how much of what it proposes is accepted.
+"""The gain of a draft: tokens a second with it and without it, and the share of its proposals that is accepted.
 
-Both sides are ours, on the same held-out prompts, in turns within a step; so many prompts are answered at once.
+Both sides are ours and answer the same held-out prompts, in turns within a step, `batch` prompts at once.
 """
 
 import functools

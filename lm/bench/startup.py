@@ -1,7 +1,7 @@
 """Seconds from the command to the first step of training in metrics.jsonl: the tiny config of experiments/pretrain.py.
 
-All of it counts: Python, imports, data, compiling, the held-out score before the first step. Cold has an empty cache of
-compiled programs, warm the one that the cold start left.
+They include everything: Python, imports, data, compiling, the held-out score before the first step. A cold start has an
+empty cache of compiled programs, a warm one the cache that the cold start left.
 """
 
 import os
@@ -28,7 +28,7 @@ TIMEOUT_SECONDS = 600.0  # seconds after which a start has failed
 
 
 def startup_seconds(*, turns: int, on_turn: Callable[[Mapping[str, float]], None]) -> dict[str, list[float]]:
-    """Of each cold and warm start, in turns. UserError where lm train does not come to a step."""
+    """Seconds of each cold and warm start, in turns. UserError if lm train does not come to a step."""
     times_by_kind: dict[str, list[float]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
         root = Path(folder)

@@ -1,4 +1,4 @@
-"""What the programs print: a table of each measurement, and in words how we compare."""
+"""Prints the measurements: a table of each, and the ratios in words."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -51,7 +51,7 @@ def print_generation(rows: Sequence[ResultRow]) -> None:
             for row in rows
         ],
     )
-    say("of memory: the bytes that decoding must read, over what memory gives in that time")
+    say("of memory: the bytes that decoding must read, over the bytes that memory can deliver in that time")
     for row in rows:
         print_ratio(f"{row['size']} {row['dtype']} batch {row['batch']}", row, "transformers", "tokens/s")
 

@@ -1,4 +1,4 @@
-"""Two sides of a comparison, timed in turns, so that what else the machine does meets both."""
+"""Times two sides of a comparison in turns, so that other load on the machine affects both."""
 
 import json
 import statistics
@@ -27,7 +27,7 @@ class Peer(NamedTuple):
     options: Mapping[str, Any]
 
     def run_steps(self, count: int) -> dict[str, Any]:
-        """What it says after so many steps. UserError where it cannot run."""
+        """The script's output after `steps` steps. UserError if it cannot run."""
         options = {**self.options, "threads": thread_count(), "steps": count}
         script = PEERS_DIR / self.script
         try:
@@ -62,7 +62,7 @@ class Timings(NamedTuple):
 def interleaved_timings(
     ours: TimedSteps, peer: Peer | None, *, turns: int, steps: int, on_turn: Callable[[PhaseSeconds], None]
 ) -> Timings:
-    """Each side takes `steps` steps, `turns` times; `after` is told our last step after each turn."""
+    """Each side takes `steps` steps, `turns` times. `on_turn` gets the seconds of our last step after each turn."""
     our_steps, peer_steps, about = [], [], {}
     for _ in range(turns):
         our_steps.append(list(ours(steps)))

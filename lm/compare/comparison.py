@@ -90,7 +90,7 @@ def metric_direction(metric: str, loaded: LoadedRuns) -> str:
 
 
 def check_metric(runs: Sequence[Run], metric: str) -> None:
-    """UserError unless every run logs the metric. It names the runs that do not, and the metrics that all of them log."""
+    """UserError unless every run logs the metric. It names runs that do not, and the metrics that all runs log."""
     logged = [{name for row in run.rows for name in row} for run in runs]
     lacking = [run.path for run, names in zip(runs, logged) if metric not in names]
     if not lacking:

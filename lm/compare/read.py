@@ -126,7 +126,7 @@ def run_in_folder(folder: Path) -> Run | MissingRun:
 
 
 def run_in_workdir(path: Path, given: Mapping[str, Any]) -> Run | MissingRun:
-    """A workdir of lm train; a MissingRun unless it has finished. `given`: settings outside its config, which join it."""
+    """A workdir of lm train; a MissingRun unless it has finished. `given`: settings outside its config, added to it."""
     config, rows = {**given, **flatten(read_json(path / CONFIG_FILE))}, read_metrics(path)
     for key in REQUIRED_KEYS:
         if key not in config:

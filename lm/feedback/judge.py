@@ -71,7 +71,7 @@ ItemJudge = Callable[[Sequence[RankingItem]], Iterator[Judgment]]  # one an item
 
 
 def judge_from_flags(judge: str, model: str | None, rubric: str | None) -> tuple[str, ItemJudge]:
-    """The name under which the verdicts are stored, and the function that gives them. Another rubric is another rater."""
+    """The name under which verdicts are stored, and the function that gives them. Another rubric is another rater."""
     endpoint = judge.startswith(("http://", "https://"))
     if endpoint and not model:
         raise UserError("an endpoint may serve several models: name one with --model")

@@ -52,7 +52,7 @@ class RankingWidget(VBox):
         return f"RankingWidget({self.rater!r}): {self._count.value}"
 
     def choose(self, response: int) -> None:
-        """Gives item.responses[response] the next rank, or removes its rank. Saves when at most one response has none."""
+        """Gives item.responses[response] the next rank, or removes its rank. Saves when at most one has none."""
         responses = range(len(self._current_item().responses))
         if response not in responses:
             raise UserError(f"response is {response}; this item has 0 to {responses[-1]}")
@@ -155,7 +155,7 @@ class RankingWidget(VBox):
 
 
 def ranks_from_choices(best: Sequence[Sequence[int]], count: int) -> list[int]:
-    """Ranks of `count` responses: 1 plus the number of better ones. Those that are not in `best` share the last rank."""
+    """Ranks of `count` responses: 1 plus the number of better ones. Those not in `best` share the last rank."""
     better = lambda i: itertools.takewhile(lambda place: i not in place, best)
     return [1 + sum(map(len, better(i))) for i in range(count)]
 

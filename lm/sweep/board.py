@@ -1,4 +1,4 @@
-"""The trials of a sweep as people watch them: a live table on a terminal, elsewhere a line whenever a trial changes."""
+"""Shows the trials of a sweep: a live table on a terminal, elsewhere a line for each change."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from rich.live import Live
 from lm.runs.console import rich_table, say, terminal_console
 from lm.sweep.study import Study, TrialStatus
 
-MAX_ROWS = 24  # of the live table: what runs, what was done last, what comes next
-REFRESH_SECONDS = 2.0  # seconds between two looks at the study
+MAX_ROWS = 24  # of the live table: running trials, the last that ended, the next that wait
+REFRESH_SECONDS = 2.0  # seconds between two reads of the study
 
 
 class TrialBoard:
@@ -33,7 +33,7 @@ class TrialBoard:
             self._live.stop()
 
     def update(self, *, now: bool = False) -> None:
-        """Looks at the study, every few seconds or `now`, and shows what is new."""
+        """Reads the study, every few seconds or `now`, and shows changes."""
         if not now and time.monotonic() - self._looked < REFRESH_SECONDS:
             return
         trials, self._looked = self._study.trial_statuses(), time.monotonic()
@@ -66,7 +66,7 @@ def state_counts_text(trials: Sequence[TrialStatus]) -> str:
 
 
 def trial_table(trials: Sequence[TrialStatus], keys: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows; what is the same in all of them is left out."""
+    """Columns and rows. Columns with the same value in all rows are left out."""
     cells = [
         {
             "trial": f"{one.number}",

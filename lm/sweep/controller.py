@@ -45,10 +45,10 @@ from lm.sweep.study import OPTUNA_PRUNERS, OPTUNA_SAMPLERS, WORKERS_DIR, Study, 
 from lm.sweep.trials import TrialGoal, TrialProcess
 from lm.sweep.vmapped_trials import run_vmapped_trials
 
-POLL_SECONDS = 0.5  # seconds between two looks at the running trials
+POLL_SECONDS = 0.5  # seconds between two checks of the running trials
 SEARCH_METHODS = (*OPTUNA_SAMPLERS, "grid")
 FLAGS = {
-    "config": dict(required=True, metavar="FILE[:ARG]", help="what is varied; --config.KEY=VALUE changes every trial"),
+    "config": dict(required=True, metavar="FILE[:ARG]", help="what to vary; --config.KEY=VALUE changes every trial"),
     "workdir": dict(required=True, metavar="DIR", help="the sweep's folder; the same command continues, or joins"),
     "grid": dict(nargs="+", metavar="KEY=V1,V2", help="every combination of these values"),
     "search": dict(
@@ -58,11 +58,13 @@ FLAGS = {
     "trials": dict(type=int, metavar="N", help="trials that a search draws"),
     "seeds": dict(type=int, default=1, metavar="N", help="runs of every setting, with seeds 0 to N-1 (default 1)"),
     "metric": dict(
-        default="", metavar="NAME", help="judges a trial by its last value; default: held-out, the stage's own"
+        default="", metavar="NAME", help="its last value judges a trial; default: the stage's own, held out"
     ),
     "direction": dict(default="", choices=(MINIMIZE, MAXIMIZE), help="default: by the metric's name"),
     "pruner": dict(
-        default="none", choices=list(OPTUNA_PRUNERS), help="stops hopeless trials by what they log (default none)"
+        default="none",
+        choices=list(OPTUNA_PRUNERS),
+        help="stops trials whose logged values are hopeless (default none)",
     ),
     "storage": dict(default="", metavar="URL", help="the study's database; default: sqlite in WORKDIR"),
     "study": dict(default="", metavar="NAME", help="its name there; default: WORKDIR's"),
@@ -102,7 +104,8 @@ def run_sweep(
     space: Mapping[str, Any],
     argv: Sequence[str],
 ) -> list[TrialStatus]:
-    """Runs the trials, or joins whoever does; what is then known of each. argv: what a launcher's workers are given."""
+    """Runs the trials, or joins other workers, and returns the state of each trial. argv: the arguments of a
+    launcher's workers."""
     root = sweep_folder(flags, source, goal)
     with open_study(flags, root, goal) as study:
         study.add_trials(sweep_plan(flags, source, goal, space), trials)
@@ -146,7 +149,7 @@ def trials_and_space(flags: Namespace, source: ConfigSource) -> tuple[list[Trial
 
 
 def check_vectorisable(flags: Namespace, source: ConfigSource) -> None:
-    """UserError for what trials in one program cannot have."""
+    """UserError for options that trials in one program cannot have."""
     if "stages" in source.config({}):
         raise UserError("--vectorised runs configs of lm train, and this is a pipeline's: sweep one of its stages")
     check_at_least(1, "lm.sweep.controller", at_once=flags.at_once)
@@ -158,7 +161,7 @@ def check_vectorisable(flags: Namespace, source: ConfigSource) -> None:
 
 
 def sweep_folder(flags: Namespace, source: ConfigSource, goal: TrialGoal) -> Path:
-    """The sweep's folder, made and marked. UserError for one that is something else's."""
+    """The sweep's folder, created and marked. UserError for a folder of something else."""
     root = Path(flags.workdir)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -189,7 +192,7 @@ def open_study(flags: Namespace, root: Path, goal: TrialGoal) -> Study:
 
 
 def sweep_plan(flags: Namespace, source: ConfigSource, goal: TrialGoal, space: Mapping[str, Any]) -> dict[str, Any]:
-    """All that must be the same for whoever joins, beside the trials, to which more may be added."""
+    """Everything that must be the same for all who join, except the trials: more of them may be added."""
     return {
         "config": to_dict(source.config({})),
         "metric": goal.metric,
@@ -209,7 +212,7 @@ def run_trials(
     devices: Sequence[dict],
     board: TrialBoard,
 ) -> None:
-    """Runs waiting trials, one on each share of the devices, until none waits. Stopped, it gives them back."""
+    """Runs waiting trials, one on each share of the devices, until none waits. If stopped, it releases its trials."""
     running: dict[int, TrialProcess] = {}
     with on_sigterm() as stopping, board:
         try:
@@ -234,7 +237,7 @@ def run_trials(
 
 
 def launch_workers(flags: Namespace, argv: Sequence[str], root: Path) -> Callable[[], int]:
-    """Starts workers elsewhere, each with this command but for what concerns the launcher."""
+    """Starts workers elsewhere, each with this command without the options of the launcher."""
     if not flags.storage:
         warn("--launcher without --storage: SQLite on a network disk is not safe; name a PostgreSQL URL")
     options = dict(option.partition("=")[::2] for option in flags.options)
@@ -258,7 +261,7 @@ def watch_workers(running_count: Callable[[], int], board: TrialBoard) -> None:
 
 
 def print_plan(trials: Sequence[Trial], space: Mapping[str, Any]) -> None:
-    """What would be run."""
+    """Prints the trials that would run."""
     if space:
         print_table(
             f"{len(trials)} trials to draw",

@@ -41,7 +41,7 @@ class ConfigSource(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """One thing to try."""
+    """One setting to try, with its seeds."""
 
     number: int
     overrides: dict[str, str] | None  # None: a sampler chooses them
@@ -86,9 +86,10 @@ def grid_points(texts: Sequence[str]) -> list[dict[str, str]]:
 
 
 def search_space(texts: Sequence[str], source: ConfigSource) -> dict[str, BaseDistribution]:
-    """What a sampler draws from: "KEY=LOW:HIGH", "KEY=log:LOW:HIGH" or "KEY=V1,V2,...", by key.
+    """The distribution of each key that a sampler draws from: "KEY=LOW:HIGH", "KEY=log:LOW:HIGH" or "KEY=V1,V2,...".
 
-    A range is of integers where the config holds one. Raises UserError for a key or value that the config refuses.
+    A range is of integers if the config's value is an integer. Raises UserError for a key or value that the config
+    refuses.
     """
     space = {}
     for key, text in (_split_entry(text, "--space") for text in texts):
@@ -126,15 +127,15 @@ def sampled_overrides(trial: optuna.Trial, space: Mapping[str, BaseDistribution]
 
 
 def distribution_value(distribution: BaseDistribution, text: str) -> Any:
-    """The value whose `text` stands for."""
+    """The value with this `text`."""
     if isinstance(distribution, CategoricalDistribution):
         return text
     return int(text) if isinstance(distribution, IntDistribution) else float(text)
 
 
 def extended_trials(old: Sequence[Trial], trials: Sequence[Trial]) -> tuple[list[Trial], int]:
-    """The old trials and then those of `trials` that are not among them, numbered on; how many old ones are not among
-    `trials`. Trials are the same if overrides and seeds are."""
+    """The old trials, then the new ones among `trials` with the next numbers; and how many old ones are not in
+    `trials`. Trials with the same overrides and seeds are the same."""
     unmatched = Counter(map(_trial_content, old))
     new = []
     for trial in trials:

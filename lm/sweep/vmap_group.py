@@ -67,7 +67,7 @@ class VmapGroup:
 
     def __init__(self, count: int):
         self.count = count
-        self.stopped = threading.Event()  # for members to look at: whoever waits for them has been interrupted
+        self.stopped = threading.Event()  # members read it: set when the thread that waits for them is interrupted
         self._turn = threading.Condition()
         self._alive: set[int] = set()
         self._programs: dict[tuple[CodeType, int], VmappedProgram] = {}
@@ -76,7 +76,7 @@ class VmapGroup:
         self._member = threading.local()
 
     def run_members(self, work: Callable[[int], Any]) -> list[Any]:
-        """work(member) of every member, each in a thread; an exception in the place of a result is what it raised."""
+        """work(member) of every member, each in a thread. If a member raises an exception, that is its result."""
         self._alive = set(range(self.count))
 
         def alone(member: int) -> Any:
@@ -113,11 +113,12 @@ class VmapGroup:
         return future.result()
 
     def jit(self, function: Callable, *, donate_argnums: int | tuple[int, ...] = (), out_shardings=None) -> Callable:
-        """As jax.jit; the n-th function that a member compiles of a piece of code is the n-th of every other.
+        """As jax.jit. The n-th function that a member compiles from a piece of code is the same program as the n-th of
+        the others.
 
-        Numbers in which members differ must be arguments: one member's function is compiled for all. With
-        out_shardings (which is not looked at: there is one device) leaves of what it returns are `MemberArray`s, else
-        arrays of the host. Raises UserError if members compile code that has other numbers in it.
+        Numbers in which members differ must be arguments, because one member's function is compiled for all. With
+        out_shardings (ignored, as there is one device) the leaves of its results are `MemberArray`s, else arrays of the
+        host. Raises UserError if members compile code with different numbers in it.
         """
         with self._turn:
             member = self._member.number, function.__code__
@@ -143,7 +144,7 @@ class VmapGroup:
         return result
 
     def _run_ready_program(self) -> None:
-        """Makes the calls of one function, if everybody who is alive waits."""
+        """Makes the calls of one function, if every living member waits."""
         programs = self._programs.values()
         waiting = sum(len(program.waiting) for program in programs)
         if not self._alive or waiting < len(self._alive) or any(program.results for program in programs):
@@ -175,7 +176,7 @@ class VmappedProgram:
                 )
 
     def run_waiting_calls(self) -> None:
-        """Makes the calls that wait and shares out what they return."""
+        """Makes the waiting calls and distributes their results."""
         waiting, self.waiting = self.waiting, {}
         try:
             first = min(waiting)

@@ -12,7 +12,7 @@ from lm.runs.workdir import CONFIG_FILE, SUMMARY_FILE, read_json
 from lm.stages.pretraining import pretrain
 
 STAGE_NAME = "pretrain"
-MIN_RUNGS = 3  # rungs: of two, the one step between them is all there is
+MIN_RUNGS = 3  # rungs: two have only one step
 SAME_FLOPS_FACTOR = 1.2  # runs whose FLOPs differ by no more than this factor share a rung
 MAX_FOLDER_DEPTH = 3  # folders below the one that is named
 

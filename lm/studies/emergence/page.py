@@ -1,4 +1,4 @@
-"""What was seen: the ladder and its curves as numbers, sentences, a table, one page and one figure."""
+"""The results: the ladder and its curves as numbers, sentences, a table, one page and one figure."""
 
 import functools
 import math
@@ -56,7 +56,7 @@ def emergence_summary(
 
 
 def curve_json(curve: TaskCurve, finding: JumpFinding, scores: Sequence[JsonTree]) -> dict[str, Any]:
-    """A curve and what is concluded from it, as JSON holds it."""
+    """A curve and the conclusions from it, as JSON."""
     level_scores = [each[curve.task][curve.level] for each in scores]
     return {
         "task": curve.task,
@@ -96,7 +96,7 @@ def finite_or_none(value: float) -> float | None:
 
 
 def conclusion_sentences(summary: JsonTree) -> list[str]:
-    """What was seen, with what may not be concluded."""
+    """Sentences: the results, with the conclusions that they do not allow."""
     sentences = [curve_sentence(curve, summary["rungs"]) for curve in summary["curves"]]
     sharp = [curve for curve in summary["curves"] if curve["rises"][EXACT_MATCH]["jumps"] == YES]
     if sharp:
@@ -112,7 +112,7 @@ def conclusion_sentences(summary: JsonTree) -> list[str]:
 
 
 def survival_counts(sharp: Sequence[JsonTree], metric: str) -> str:
-    """How many of these jumps survive a metric."""
+    """A sentence: how many of these jumps are jumps by a metric, too."""
     verdicts = [curve["rises"][metric]["jumps"] for curve in sharp]
     yes, no, untold = (verdicts.count(verdict) for verdict in (YES, NO, UNDECIDED))
     return f"By {metric}, in the same step, {yes} survive, {no} do not, of {untold} it cannot be told."

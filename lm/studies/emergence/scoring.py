@@ -1,4 +1,4 @@
-"""What one model makes of every task: greedy answers, samples, and the log-probability of what is right."""
+"""Scores one model on every task: greedy answers, samples, and the log-probability of the right answer."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ from lm.tokenizer import TokenizedExample, Tokenizer
 
 ROWS_AT_ONCE = 128  # at a time
 EXTRA_ANSWER_TOKENS = 4  # tokens that an answer may be longer than the longest target
-SHOWN_ANSWERS = 3  # greedy answers that are kept to be read
+SHOWN_ANSWERS = 3  # greedy answers that the page shows
 
 
 class TaskQuestions(NamedTuple):
@@ -38,8 +38,8 @@ class TaskQuestions(NamedTuple):
 def task_questions(
     name: str, level: int | str, tokenizer: Tokenizer, max_prompt_length: int, *, items: int, shots: int, seed: int
 ) -> TaskQuestions | None:
-    """The level's questions, each with as many examples before it, up to `shots`, as let all of them fit `room` tokens;
-    None where they do not fit at all. The examples are other ones for each question."""
+    """The level's questions. Each has different examples before it: up to `shots`, as many as fit all questions into
+    `max_prompt_length` tokens. None if the questions do not fit without examples."""
     questions = evaluation_items(name, level, count=items, seed=seed)
     examples = example_items(name, level, count=shots * len(questions), seed=seed)
     targets = tokenizer.encode_batch(item.target for item in questions)

@@ -1,4 +1,4 @@
-"""What a contest of methods has shown: the numbers with their intervals, what may be concluded, tables and the page."""
+"""The results of a contest of methods: numbers with intervals, the conclusions that they allow, tables and the page."""
 
 import itertools
 import json
@@ -85,12 +85,12 @@ def study_summary(
 
 
 def interval_position(estimate: Mapping[str, float]) -> str:
-    """Where the interval lies."""
+    """Whether the interval is above, below or across zero."""
     return "above zero" if estimate["low"] > 0 else "below zero" if estimate["high"] < 0 else "across zero"
 
 
 def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What may be concluded about each method and the differences between them."""
+    """The conclusions about each method and about the differences between them."""
     plain = {
         "above zero": "its interval lies above zero: it beats the start",
         "below zero": "its interval lies below zero: it is worse than the start",
@@ -201,7 +201,7 @@ def gains_figure(summary: Mapping[str, Any]) -> Markup:
 
 
 def gains_over_kl_figure(summary: Mapping[str, Any]) -> Markup:
-    """The same over how far the policy has moved: what a nat has bought."""
+    """The same over the KL to the start: the gain for a nat."""
 
     def draw(axes: Axes):
         axes.plot([0], [0], "s", color=TEXT_COLOR, markersize=5, label="start")

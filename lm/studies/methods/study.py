@@ -49,7 +49,7 @@ ROLLOUTS_OPTION, RANKINGS_OPTION = (
     "rankings",
 )  # the option of a stage's batches that names what it learns from
 SINGLE_ANSWER_STAGES = {"best_of_n"}  # stages that learn from one answer of each group that they sample
-LENGTH_OPTIONS = ("prompt_length", "max_new")  # options of what asks a policy
+LENGTH_OPTIONS = ("prompt_length", "max_new")  # options of functions that ask a policy
 ANSWER_KEY = 2**30 + 2  # role folded into the key of a seed, beside those of lm.stages.rl.rollouts
 CONFIG_KEYS = ("init_from", "reward_model", "rollouts", "seeds", "methods", RANKINGS_DIR, "prompts", "evaluate")
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the contest's folder; the same command continues")}
@@ -58,7 +58,7 @@ FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the contest's folde
 class MethodEntry(NamedTuple):
     """A method and all the runs of it."""
 
-    config: ConfigDict  # what lm train gets, but for the seed
+    config: ConfigDict  # the config of lm train, without the seed
     learns_from: str  # ROLLOUTS_OPTION or RANKINGS_OPTION
 
 
@@ -69,7 +69,7 @@ def study_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
 
 
 def run_methods_study(config: ConfigDict, path: str | Path) -> dict[str, Any]:
-    """Trains whatever has not finished, lets it answer, writes the page; returns the summary."""
+    """Trains the runs that have not finished, lets them answer, writes the page; returns the summary."""
     require_entries(config, CONFIG_KEYS, "lm contest")
     entries, started = method_entries(config), time.monotonic()
     with open_workdir(path, to_dict(config), changeable_keys=("seeds", "methods")) as workdir:
@@ -139,7 +139,7 @@ def method_entries(config: ConfigDict) -> dict[str, MethodEntry]:
 
 
 def method_entry(config: ConfigDict, name: str) -> MethodEntry:
-    """A method of the config. UserError for one that is not there, or whose stage cannot take part."""
+    """A method of the config. UserError for an unknown one, or one whose stage cannot take part."""
     known = [key for key, value in config.items() if isinstance(value, ConfigDict) and "stage" in value]
     if name not in known:
         raise UserError(f"methods has {name!r}, which the config does not define; choose among {', '.join(known)}")
@@ -162,7 +162,7 @@ def method_entry(config: ConfigDict, name: str) -> MethodEntry:
 
 
 def train_method(config: ConfigDict, entry: MethodEntry, seed: int, root: Path, name: str) -> None:
-    """Trains one method from one seed, after ranking what it learns from, if it needs that."""
+    """Trains one method from one seed. For a method that learns from rankings, the rankings are made first."""
     run = entry.config.copy_and_resolve_references()
     run.seed = seed
     if entry.learns_from == RANKINGS_OPTION:
@@ -176,9 +176,9 @@ def train_method(config: ConfigDict, entry: MethodEntry, seed: int, root: Path, 
 def run_budget(
     config: ConfigDict, entry: MethodEntry, seed: int, root: Path, name: str, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """What one run cost: answers, their tokens, how many tokens carried a gradient, counted with every pass; seconds.
+    """The cost of one run: answers, their tokens, tokens with a gradient (counted in every pass), seconds.
 
-    A stage on rollouts notes the mean length of its answers, one on rankings is given them as texts.
+    A stage on rollouts logs the mean length of its answers; one on rankings has them as texts.
     """
     summary = read_json(root / name / str(seed) / "summary.json")
     options, data = entry.config.stage, entry.config.data
@@ -237,7 +237,7 @@ def answer_recorder(
     sampling: SamplingParams = SamplingParams(max_new=32),
     rows_at_once: int = 128,
 ) -> Callable[[Path, int], Sequence[Mapping[str, Any]]]:
-    """(workdir, seed) -> what its policy (or the start) answers, a record of each prompt, as answers.jsonl keeps it.
+    """(workdir, seed) -> the answers of its policy (or the start): a record of each prompt, as answers.jsonl keeps it.
 
     longest: tokens that the reward model must read, here and in the runs of all methods.
     """

@@ -1,4 +1,5 @@
-"""The measurements: proxies learn from the gold rater's verdicts, and best-of-n and PPO climb them while it watches."""
+"""The measurements: proxies learn from the gold rater's verdicts, best-of-n and PPO optimize them, and the gold
+rater scores the answers."""
 
 import itertools
 import json
@@ -36,8 +37,8 @@ POOL_KEY = 2**30 + 3  # role folded into the key, beside those of lm.stages.rl.r
 
 
 def ranking_subset_file(root: Path, size: int, fraction: float) -> Path:
-    """The file of the first `size` verdicts that decide something, and of all the held-out ones. A small size is part
-    of a larger one, and the members of an ensemble learn from the same."""
+    """The file of the first `size` decided verdicts and of all held-out ones. A small size is part of a larger one,
+    and the members of an ensemble learn from the same verdicts."""
     path = root / "verdicts" / f"rankings-{size}.jsonl"
     if not path.exists():
         decided = [r for r in read_jsonl_rankings(root / "verdicts" / auto_rank.RANKINGS_FILE) if preference_pairs(r)]
@@ -57,7 +58,7 @@ def proxy_workdir(root: Path, size: int, member: int) -> Path:
 
 
 class GoldEvaluator:
-    """What every measurement shares: the start, the prompts, the sampler, the gold rater."""
+    """Everything that the measurements share: the start, the prompts, the sampler, the gold rater."""
 
     def __init__(
         self,
@@ -144,14 +145,15 @@ def pool_scores(lab: GoldEvaluator, config: ConfigDict) -> tuple[np.ndarray, dic
 
 
 def ensemble_scores(scores: np.ndarray, pessimism: float) -> np.ndarray:
-    """What an ensemble says where its members say scores [members, ...]."""
+    """The scores of an ensemble, from the scores of its members [members, ...]."""
     return reward_ensemble([lambda *_, said=said: said for said in scores], pessimism=pessimism)(None, None)
 
 
 def best_of_n_curves(
     lab: GoldEvaluator, gold: np.ndarray, proxies: Mapping[int, np.ndarray], config: ConfigDict
 ) -> list[RewardCurve]:
-    """Of every number of verdicts, a single proxy (the mean of what each member alone chooses), and the ensemble."""
+    """The curves of best-of-n, for every number of verdicts: a single proxy (the mean over members) and the
+    ensemble."""
     stations = best_of_n_counts(lab.samples)
     kl = np.repeat(best_of_n_kl(np.array(stations))[:, None], len(gold), axis=1)
 
@@ -188,7 +190,7 @@ def train_ppo_on_proxy(config: ConfigDict, root: Path, size: int, members: int) 
 def ppo_curve(
     lab: GoldEvaluator, config: ConfigDict, gold: np.ndarray, proxies: Mapping[int, np.ndarray], size: int, members: int
 ) -> RewardCurve:
-    """Every saved policy of one run, asked the prompts of the pool."""
+    """The curve of one PPO run: every saved policy answers the prompts of the pool."""
     path, stations = ppo_workdir(lab.root, size, members), config.ppo.train
     stations = list(range(stations.save_every, stations.steps + 1, stations.save_every))
     paths = [proxy_workdir(lab.root, size, member) for member in range(members)]

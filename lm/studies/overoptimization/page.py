@@ -1,4 +1,4 @@
-"""What was seen: the curves as numbers, sentences and a table, one page and one figure."""
+"""The results: the curves as numbers, sentences and a table, one page and one figure."""
 
 import functools
 import itertools
@@ -112,7 +112,7 @@ def ensemble_gains(
 
 
 def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What was seen, with what may not be concluded."""
+    """Sentences: the results, with the conclusions that they do not allow."""
     sentences = []
     for curve in summary["curves"]:
         peak, end, down = curve["gold"][curve["highest"]], curve["gold"][-1], curve["fall"]

@@ -38,13 +38,13 @@ def fitted_laws(
 
 
 def compute_optimal_size(parabolas: Mapping[str, IsoflopFit], laws: Mapping[str, ParametricFit], flops: float) -> float:
-    """Parameters that do best with `flops`, as the parabolas' line has it; as the law has it where there is no line."""
+    """The best number of parameters for `flops`: by the parabolas' line, or by the law if there is no line."""
     line = parabolas[COUNTED_FLOPS]
     return line.optimum(flops)[0] if line.size_exponent else laws[SIX_ND].law.optimum(flops)[0]
 
 
 def loss_prediction(laws: Mapping[str, ParametricFit], rung: PlannedRun) -> dict[str, Any]:
-    """The loss of a run that is still to be made, by each law, with the moment at which this was said."""
+    """The predicted loss of a run that has not been made, by each law, with the time of the prediction."""
     sizes = {SIX_ND: rung.parameters, SIX_ND_WITHOUT_EMBEDDING: rung.parameters - rung.embedding}
     predictions = {name: law.predicted_loss(sizes[name], rung.tokens)._asdict() for name, law in laws.items()}
     return {
@@ -85,7 +85,7 @@ def scaling_summary(
 
 
 def valley_json(valley: IsoflopMinimum) -> dict[str, Any]:
-    """None for what a parabola without a valley does not have: JSON knows no NaN."""
+    """None for a value that is not finite, because JSON knows no NaN."""
     return {key: None if value != value else value for key, value in valley._asdict().items()}
 
 
@@ -94,7 +94,7 @@ def run_json(run: ScalingRun) -> dict[str, Any]:
 
 
 def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What was found, with what may not be concluded."""
+    """Sentences: the results, with the conclusions that they do not allow."""
     sentences = [growth_sentence(name, one) for name, one in summary["growth"].items()]
     for name, law in summary["laws"].items():
         rise, floor = Estimate(**law["growth"]), Estimate(**law["E"])
@@ -142,7 +142,7 @@ def growth_sentence(name: str, one: Mapping[str, Any]) -> str:
 
 
 def counting_sentence(grown: Mapping[str, Any]) -> str:
-    """How much the exponent owes to what is counted."""
+    """A sentence: how much the exponent depends on what is counted."""
     if any(grown[name]["sizes"] is None for name in (COUNTED_FLOPS, SIX_ND, SIX_ND_WITHOUT_EMBEDDING)):
         return "Too few valleys to say what the way of counting changes."
     exact, six, kaplan = (grown[name]["sizes"]["value"] for name in (COUNTED_FLOPS, SIX_ND, SIX_ND_WITHOUT_EMBEDDING))

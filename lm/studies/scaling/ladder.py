@@ -1,4 +1,4 @@
-"""What a ladder runs: at each budget several widths, each trained for as long as the budget pays."""
+"""The runs of a ladder: at each budget several widths, each trained for as long as the budget allows."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from lm.model import ModelConfig
 from lm.model.params import flops_per_token, param_count, param_specs
 from lm.sweep.space import ConfigSource
 
-MIN_STEPS = 10  # of a run: fewer say nothing of its size
+MIN_STEPS = 10  # of a run: with fewer, its size does not matter
 
 
 class LadderPlan(NamedTuple):
@@ -25,7 +25,7 @@ class LadderPlan(NamedTuple):
 
 
 class PlannedRun(NamedTuple):
-    """One run: a width, and the steps that its budget pays at that width."""
+    """One run: a width, and the steps that its budget allows at that width."""
 
     budget: float
     width: int
@@ -109,7 +109,7 @@ def candidate_widths(source: ConfigSource):
 
 
 def planned_run(source: ConfigSource, budget: float, width: int) -> PlannedRun:
-    """What `budget` FLOPs pay at a width."""
+    """The run that `budget` FLOPs allow at a width."""
     config = source.config({"model.width": str(width)})
     shape = call_with_options(
         ModelConfig, {**config.model.to_dict(), "vocab_size": config.vocabulary.vocab_size}, name="model"
