@@ -1,4 +1,4 @@
-"""Code of one's own by name: "file.py:name" or "package.module:name", for rewards, stages, models and environments."""
+"""User code by name: "file.py:name" or "package.module:name", for rewards, stages, models and environments."""
 
 import hashlib
 import importlib
@@ -16,7 +16,7 @@ from lm.core.errors import UserError
 
 
 def is_import_path(name: str) -> bool:
-    """Whether a name means code of one's own, not a built-in thing."""
+    """Whether a name means user code, not a built-in thing."""
     return ":" in name
 
 

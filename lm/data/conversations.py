@@ -39,7 +39,7 @@ class Conversation(NamedTuple):
 
 
 def chitchat_conversations() -> list[Conversation]:
-    """Human conversations: whoever speaks first is the user, the other the assistant."""
+    """Human conversations: the first speaker is the user, the other the assistant."""
     return [Conversation(name, _alternating_messages(turns)) for name, turns in sources.chitchat_dialogues()]
 
 

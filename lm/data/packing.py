@@ -104,7 +104,7 @@ DOCUMENT_PACKINGS: Mapping[str, Callable[[np.ndarray, np.ndarray, np.ndarray, in
     "stream": stream_documents,
     "best_fit": best_fit_documents,
 }
-PACKING_RULES: Mapping[str, str] = {  # what becomes of a document that does not fit a row
+PACKING_RULES: Mapping[str, str] = {  # the rule for a document that does not fit a row
     "stream": "documents laid end to end and cut every {length} tokens, nothing left out",
     "best_fit": "documents longer than {length} tokens cut into pieces of that size, nothing left out",
 }

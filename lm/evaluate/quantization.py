@@ -160,7 +160,7 @@ def measurement_settings(trained: TrainedModel, flags) -> dict[str, Any]:
 
 
 def parsed_dtypes(text: str) -> list[str]:
-    """The forms that a flag names. UserError for one that there is not."""
+    """The forms that a flag names. UserError for an unknown one."""
     forms = [form.strip() for form in text.split(",")]
     for form in forms:
         if form not in STORAGE_DTYPES:

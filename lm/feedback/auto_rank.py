@@ -86,7 +86,7 @@ def rank_sampled_answers(
     prompts_at_once: int = 128,
 ) -> dict[str, Any]:
     """Answers of the model in `init_from` to prompts that are not held out, ranked by `rater`: one of
-    lm.rewards.REWARDS, a function of one's own, file.py:function, or the workdir of a reward model.
+    lm.rewards.REWARDS, a function of the user, file.py:function, or the workdir of a reward model.
 
     truncation_penalty: subtracted from the score of an answer that the limit cut off, as in RL. held_out_prompts: how
     many of the held-out prompts are ranked too, for a stage that measures itself on them.

@@ -1,4 +1,4 @@
-"""A network of one's own, a Flax module of linen or nnx, as the Model that every stage works with.
+"""A custom network, a Flax module of linen or nnx, as the Model that every stage works with.
 
 The module is called with inputs, positions and segments, i32[B,T] each (see types.Tokens), and returns logits f[B,T,V];
 or states f[B,T,D], if `head` names the method that turns those into logits: then losses with `loss_chunk` need no
@@ -30,7 +30,7 @@ ModuleCall = Callable[..., Array]  # (lm, method, *arrays): the module with thes
 
 @struct.dataclass
 class TokenCache:
-    """What stands in the place of a cache: the tokens themselves."""
+    """Takes the place of a cache: the tokens themselves."""
 
     inputs: Array  # i32[B,S]
     positions: Array  # i32[B,S]

@@ -58,9 +58,8 @@ class MetricsLogger:
             phases,
             phase_seconds(rows[-1]) if rows else dict.fromkeys((*PHASES, OTHER_PHASE), 0.0),
         )
-        self.has_held_out_scores = bool(rows) and any(
-            name.startswith("held_out/") for name in rows[-1]
-        )  # where this run takes up
+        # Whether the last row, from which this run continues, is scored.
+        self.has_held_out_scores = bool(rows) and any(name.startswith("held_out/") for name in rows[-1])
         self._trained = phases.training()  # seconds until the last line of means; start-up is behind it
         self._pending: list[tuple[int, Mapping[str, Any], int]] = []
         self._amiss: Counter = Counter()  # by metric, lines on end

@@ -34,7 +34,7 @@ def record_start(path: Path, *, seed: int, own_files: Sequence[Path] = ()) -> di
     """Appends this start to the record of the run in `path`, and returns it.
 
     Uncommitted changes to tracked files go to code-N.diff beside it, N being the number of the start, and so does the
-    whole of `own_files` (rewards, stages and models of one's own) that git does not track with the code. A record that
+    whole of `own_files` (custom rewards, stages and models) that git does not track with the code. A record that
     cannot be read or written is a warning: no run fails for it.
     """
     start = {**start_metadata(), "seed": seed, "peak": UNKNOWN_PEAK}

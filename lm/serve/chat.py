@@ -160,7 +160,7 @@ class Chat:
         self._told = False
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer to `text`, in pieces as it comes; the conversation keeps both. UserError if `text` will not do."""
+        """The answer to `text`, in pieces as it comes; the conversation keeps both. UserError if `text` is invalid."""
         if not text.strip():
             raise UserError("the prompt is empty: write something")
         kept, ids = self._fitting_prompt([*self.messages, {"role": "user", "content": text}])

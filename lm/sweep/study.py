@@ -387,8 +387,8 @@ OPTUNA_SAMPLERS = {
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
 # By the steps of a whole trial. ASHA: past a sixteenth and past a quarter of them, only the best quarter continues (Li
-# et al. 2018, arXiv 1810.05934). Median: past a quarter, whoever is better than half of the others were there (Golovin
-# et al. 2017). Before, a warm-up says little about what comes.
+# et al. 2018, arXiv 1810.05934). Median: past a quarter, a trial continues if it is better than half of the others were
+# at that step (Golovin et al. 2017). Earlier values, from the warm-up, predict little.
 OPTUNA_PRUNERS = {
     "none": lambda steps: optuna.pruners.NopPruner(),
     "asha": lambda steps: SuccessiveHalving(min_resource=max(steps // 16, 1)),

@@ -237,7 +237,7 @@ def huggingface_from_bytes(proto: bytes, path) -> HuggingFaceTokenizer:
 
 
 def _date_suffix(date: str) -> bytes:
-    """What stands in the place of the last brace of a file with this date."""
+    """Replaces the last brace of a file, to store this date."""
     return f', "date": {json.dumps(date)}}}'.encode()
 
 

@@ -11,7 +11,7 @@ from lm.runs.console import on_sigterm
 
 
 def make_unshared(key: Hashable, make: Callable[[], Any]) -> Any:
-    """make(): nobody shares it."""
+    """make(): no other run shares the result."""
     return make()
 
 

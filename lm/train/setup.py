@@ -49,7 +49,7 @@ class TrainingSetup(NamedTuple):
     initial_state: TrainState  # as it starts: resuming replaces all of it but the frozen networks
     checkpoint_metadata: Mapping[str, Any]  # what a checkpoint says of itself
     parameters: int  # of the decoder, a frozen base included
-    # model FLOPs of learning from one token of a batch; sampling and scoring not counted; None: a model of one's own
+    # model FLOPs of learning from one token of a batch; sampling and scoring not counted; None: a custom model
     flops_per_token: float | None
     phases: PhaseTimer
     context: StageContext  # what the batches are made from: model, tokenizer

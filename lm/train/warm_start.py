@@ -72,13 +72,13 @@ class RunModel(NamedTuple):
     """The model of a run."""
 
     model: Model
-    config: ModelConfig  # every "auto" still open; of a model of one's own, what it says of itself
+    config: ModelConfig  # every "auto" still open; of a custom model, its own description
     entries: dict[str, Any]  # as checkpoints keep it: the fields of `config`, or {"name": "file.py:make", **options}
 
 
 def model_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedModel | None, backend: str) -> RunModel:
-    """The model that config.model asks for: lm's decoder or, with a `name`, one's own; that of `start`, if there is
-    one. UserError for a model that cannot take up the parameters of `start`, or has too few ids."""
+    """The model that config.model asks for: lm's decoder or, with a `name`, a custom one; that of `start`, if there is
+    one. UserError for a model that cannot take the parameters of `start`, or has too few ids."""
     if "name" in config.model and config.model.name or start and start.own_model:
         return own_model_for_run(config, tokenizer, start)
     shape = model_config_for_run(config, tokenizer, start)
@@ -133,7 +133,7 @@ def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:
     """What a run takes from `start`: {"lm": ...}, and "value" where both stages mean the same by it.
 
     A reward model's head is an axis each, a policy's is the value of a state. UserError for a policy from a reward
-    model, whose decoder has unlearned to write, and for a reward model from one of other axes.
+    model, whose decoder no longer writes, and for a reward model from one of other axes.
     """
     judges = config.stage.name in REWARD_MODEL_STAGES
     batch_axes, learned = (
