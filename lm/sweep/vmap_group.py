@@ -57,7 +57,7 @@ class MemberArray:
         return np.asarray(self.stacked.host_array()[self.member], dtype)
 
 
-def materialized(tree: Any) -> Any:
+def own_arrays(tree: Any) -> Any:
     """`tree` with every `MemberArray` as an array of its own."""
     return jax.tree.map(lambda leaf: leaf.stacked.array[leaf.member] if isinstance(leaf, MemberArray) else leaf, tree)
 
@@ -188,7 +188,7 @@ class VmappedProgram:
             axes = tuple(map(stacking_axis, columns)) if knows_axes else self._axes[trees[0]]
             self._axes[trees[0]] = axes
             stacked = [
-                materialized(column[0]) if one is None else stacked_leaves(column) for column, one in zip(columns, axes)
+                own_arrays(column[0]) if one is None else stacked_leaves(column) for column, one in zip(columns, axes)
             ]
             out = self._jitted_program(trees[0], axes)(*jax.tree.unflatten(trees[0], stacked))
             self.results = member_results(out, waiting, lazily=self._lazily)
@@ -223,7 +223,7 @@ def stacked_leaves(leaves: Sequence[Any]) -> Any:
     if all(isinstance(leaf, MemberArray) and leaf.stacked is leaves[0].stacked for leaf in leaves):
         if [leaf.member for leaf in leaves] == list(range(len(leaves))):
             return first.stacked.array
-    arrays = [materialized(leaf) for leaf in leaves]
+    arrays = [own_arrays(leaf) for leaf in leaves]
     return (jnp if any(isinstance(array, jax.Array) for array in arrays) else np).stack(arrays)
 
 

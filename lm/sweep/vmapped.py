@@ -21,7 +21,7 @@ from lm.core.errors import UserError
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.console import SigtermExit, muted_thread, on_sigterm
 from lm.runs.hardware import peak_flops
-from lm.sweep.vmap_group import VmapGroup, materialized
+from lm.sweep.vmap_group import VmapGroup, own_arrays
 from lm.train import loop
 from lm.train.host import RunHost
 
@@ -59,7 +59,7 @@ def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[
                     scalars[number],
                     one_device_mesh,
                     watched,
-                    materialized,
+                    own_arrays,
                     turn,
                     is_timed=False,
                 )

@@ -51,11 +51,14 @@ def print_summaries(title: str, by_name: Mapping[str, LengthSummary]) -> None:
     print_table(
         title,
         COLUMNS,
-        [[name, s.segments, s.tokens, f"{s.trained_share:.1%}", *map(rounded, s[3:])] for name, s in by_name.items()],
+        [
+            [name, s.segments, s.tokens, f"{s.trained_share:.1%}", *map(rounded_count, s[3:])]
+            for name, s in by_name.items()
+        ],
     )
 
 
-def rounded(tokens: float) -> int | str:
+def rounded_count(tokens: float) -> int | str:
     return "–" if np.isnan(tokens) else round(tokens)
 
 
