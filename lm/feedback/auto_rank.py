@@ -7,6 +7,7 @@ Writes WORKDIR/rankings.jsonl, the format that stage `reward` reads (see lm.data
 continues after a kill.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -91,8 +92,7 @@ def rank_sampled_answers(
     truncation_penalty: subtracted from the score of an answer that the limit cut off, as in RL. held_out_prompts: how
     many of the held-out prompts are ranked too, for a stage that measures itself on them.
     """
-    sources, turns, prompt_length, held_out = options
-    check_at_least(1, "rank", turns=turns, prompts=prompts, prompts_at_once=prompts_at_once)
+    check_at_least(1, "rank", turns=options.turns, prompts=prompts, prompts_at_once=prompts_at_once)
     check_at_least(2, "rank", responses=responses)
     check_at_least(0, "rank", held_out_prompts=held_out_prompts)
     check_at_least(0, "config", seed=seed)
@@ -100,19 +100,11 @@ def rank_sampled_answers(
     if not Path(rater).is_dir():
         named_rater(rater, "rank.rater", ("a reward model's workdir",))
     trained = load_policy(init_from, backend=jax.default_backend(), warn=warn)
-    judge = rater_reward(rater, trained.tokenizer, reward_row_length(prompt_length, sampling.max_new))
+    judge = rater_reward(rater, trained.tokenizer, reward_row_length(options.prompt_length, sampling.max_new))
     contexts = conversations.prompt_contexts(
-        load_conversations(sources), turns=turns, per_conversation=prompts_per_conversation
+        load_conversations(options.sources), turns=options.turns, per_conversation=prompts_per_conversation
     )
-    train_contexts, held_out_contexts = split_held_out(contexts, held_out)
-    name_of = {id(c.messages): c.name for c in contexts}
-    chosen, skipped = random_prompts(trained.tokenizer, train_contexts, prompt_length, prompts, seed)
-    if held_out_prompts:
-        chosen = concatenated_prompts(
-            chosen, random_prompts(trained.tokenizer, held_out_contexts, prompt_length, held_out_prompts, seed)[0]
-        )
-
-    done = ranked_prompt_count(workdir.path / RANKINGS_FILE, prompts_at_once)
+    chosen, skipped = prompts_to_rank(trained.tokenizer, contexts, options, prompts, held_out_prompts, seed)
     answers = batch_answerer(
         trained.model,
         trained.params["lm"],
@@ -121,35 +113,51 @@ def rank_sampled_answers(
         jit=jax.jit,
         rows_at_once=prompts_at_once * responses,
     )
+    name_of = {id(context.messages): context.name for context in contexts}
+    done = ranked_prompt_count(workdir.path / RANKINGS_FILE, prompts_at_once)
     parts = PartialResults(workdir.path / UNRANKED_FILE)
     with Progress("rank", len(chosen.ids), "prompt") as progress:
         for first in range(done, len(chosen.ids), prompts_at_once):
             rows = np.arange(first, min(first + prompts_at_once, len(chosen.ids)))
             part = prompts_at(chosen, np.repeat(rows, responses))
             key = jax.random.fold_in(jax.random.key(seed), first)
-            sampled = [
-                GeneratedAnswer(*each) for each in parts.once(f"answers from {first}", lambda: answers(part, key))
-            ]
+            stored = parts.once(f"answers from {first}", lambda: answers(part, key))
+            sampled = [GeneratedAnswer(*each) for each in stored]
             texts, cut = [answer.text for answer in sampled], np.array([not answer.stopped for answer in sampled])
             scores = (judge(part.examples, texts) - truncation_penalty * cut).reshape(-1, responses)
-            messages_of_prompts = [example["messages"] for example in part.examples[::responses]]
-            names = [name_of[id(messages)] for messages in messages_of_prompts]
-            append_rankings(
-                workdir.path / RANKINGS_FILE, rankings_from_scores(names, messages_of_prompts, texts, scores, rater)
-            )
+            asked = [example["messages"] for example in part.examples[::responses]]
+            rankings = rankings_from_scores([name_of[id(each)] for each in asked], asked, texts, scores, rater)
+            append_rankings(workdir.path / RANKINGS_FILE, rankings)
             parts.remove()
             progress.update(int(rows[-1]) + 1, {"score": float(scores.mean())})
-    rankings = read_jsonl_rankings(workdir.path / RANKINGS_FILE)
-    decided = sum(len(preference_pairs(r)) for r in rankings)
-    return {
-        "stage": "rank",
-        "rater": rater,
-        "prompts": len(rankings),
-        "skipped": skipped,
-        "decided": decided,
-        "tied": len(rankings) * responses * (responses - 1) // 2 - decided,
-        "seconds": time.monotonic() - start,
-    }
+    counts = decision_counts(read_jsonl_rankings(workdir.path / RANKINGS_FILE))
+    seconds = time.monotonic() - start
+    return {"stage": "rank", "rater": rater, "skipped": skipped, **counts, "seconds": seconds}
+
+
+def prompts_to_rank(
+    tokenizer: Tokenizer,
+    contexts: Sequence[conversations.Conversation],
+    options: PromptOptions,
+    prompts: int,
+    held_out_prompts: int,
+    seed: int,
+) -> tuple[Prompts, int]:
+    """`prompts` of the contexts that are not held out, then `held_out_prompts` of those that are, drawn by `seed`; and
+    how many of the first were too long."""
+    train, held_out = split_held_out(contexts, options.held_out)
+    chosen, skipped = random_prompts(tokenizer, train, options.prompt_length, prompts, seed)
+    if held_out_prompts:
+        more, _ = random_prompts(tokenizer, held_out, options.prompt_length, held_out_prompts, seed)
+        chosen = concatenated_prompts(chosen, more)
+    return chosen, skipped
+
+
+def decision_counts(rankings: Sequence[Ranking]) -> dict[str, int]:
+    """How many prompts were ranked, and how many pairs of their answers are decided and tied."""
+    decided = sum(len(preference_pairs(ranking)) for ranking in rankings)
+    pairs = sum(math.comb(len(ranking.responses), 2) for ranking in rankings)
+    return {"prompts": len(rankings), "decided": decided, "tied": pairs - decided}
 
 
 def random_prompts(
