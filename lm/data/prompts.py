@@ -12,6 +12,15 @@ from lm.tokenizer import TokenizedExample, Tokenizer, encode_prompts
 BUCKET_SIZE = 32  # tokens; prompts are padded to a multiple of it
 
 
+class PromptOptions(NamedTuple):
+    """Which conversations are asked, and how much of each. Ranking, evaluation and the studies share these options."""
+
+    sources: str = "chitchat"  # conversations: names or files, with commas between them
+    turns: int = 3  # the last messages of a conversation that a prompt holds, at most
+    prompt_length: int = 64  # tokens of a prompt at most; a longer one is left out
+    held_out: float = 0.02  # share of the conversations that no stage trains on
+
+
 class Prompts(NamedTuple):
     ids: np.ndarray  # i32[n,P], padded on the right
     lengths: np.ndarray  # i32[n]
