@@ -73,12 +73,12 @@ class ConversationRows:
     def _content_digest(self, name: str) -> str:
         digest, bad_rows = hashlib.sha256(), BadRows(self._limit)
         if name in CONVERSATION_SOURCES:
-            found = iter(CONVERSATION_SOURCES[name]())
+            values = iter(CONVERSATION_SOURCES[name]())
         else:
-            found = _usable_values(name, self._formats, self._columns, bad_rows, "no conversation or prompt")
-        for conversation in found:
-            said = [conversation.name, conversation.messages, conversation.is_whole]
-            data = json.dumps(said, sort_keys=True).encode()
+            values = _usable_values(name, self._formats, self._columns, bad_rows, "no conversation or prompt")
+        for conversation in values:
+            content = [conversation.name, conversation.messages, conversation.is_whole]
+            data = json.dumps(content, sort_keys=True).encode()
             digest.update(b"%d:" % len(data) + data)
         return digest.hexdigest()
 
