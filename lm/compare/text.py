@@ -105,8 +105,8 @@ def conclusion_sentences(comparison: Comparison) -> list[str]:
         )
     if sentences and comparison.reference_is_best and comparison.judged_contrasts:
         sentences.append(
-            f"{comparison.reference} was taken as the reference because its mean is the best here, which flatters it: on "
-            "new seeds it would do a little worse. A reference named beforehand (--baseline) has narrower intervals."
+            f"{comparison.reference} was taken as the reference because its mean is the best here, which flatters it: "
+            "on new seeds it would do a little worse. A reference named beforehand (--baseline) has narrower intervals."
         )
     return sentences
 
