@@ -16,9 +16,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lm.__main__ import BY_NAME
-from lm.core.config import load_config, parsed_flags
+from lm.core.config import load_config, no_functions, parsed_flags
 from lm.stages import STAGES
 from lm.studies.gradients import __main__ as certify
+from lm.train.config import train_functions
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -177,7 +178,8 @@ def test_configs_take_the_overrides_of_the_pages(page):
         if config and "NAME" not in config:
             overrides = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
             path = str(ROOT / config.removeprefix("--config="))
-            load_config(path, [override for override in overrides if not PLACEHOLDER.search(override)])
+            overrides = [override for override in overrides if not PLACEHOLDER.search(override)]
+            load_config(path, overrides, train_functions if "train" in words else no_functions)
 
 
 def test_experiments_page_lists_every_config_page_and_stage():

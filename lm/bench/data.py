@@ -66,10 +66,10 @@ def timed_steps(size: BenchmarkSize, dtype: str) -> TimedSteps:
         nonlocal number
         times = {}
         for name, batches in kinds.items():
-            times[name] = seconds(lambda: [loaded_tokens(batches, number + k) for k in range(LOADED_BATCHES)])
+            times[name] = elapsed_seconds(lambda: [loaded_tokens(batches, number + k) for k in range(LOADED_BATCHES)])
         number += LOADED_BATCHES
-        times["encode"] = seconds(lambda: tokenizer.encode_batch(texts))
-        times["library"] = seconds(lambda: tokenizer.processor.encode(texts))
+        times["encode"] = elapsed_seconds(lambda: tokenizer.encode_batch(texts))
+        times["library"] = elapsed_seconds(lambda: tokenizer.processor.encode(texts))
         return times
 
     def run(count: int):
@@ -96,7 +96,7 @@ def encoded_sample() -> list[str]:
     return texts_sample
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def elapsed_seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

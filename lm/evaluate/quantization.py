@@ -87,7 +87,7 @@ def dtype_measurement(
 ) -> dict[str, Any]:
     """The measurement of one combination of dtypes: bytes, and each row's nats per token and likeliest tokens."""
     require_decoder(trained, "lm quantization")
-    config = replace(trained.model_config, dtype="float32", cache=cache, attention="auto").for_backend(
+    config = replace(trained.model_config, dtype="float32", cache_dtype=cache, attention="auto").for_backend(
         jax.default_backend()
     )
     model, lm = make_model(config), quantized_params(weights, trained.params["lm"], include_embeddings=True)
