@@ -1,0 +1,69 @@
+"""What pretraining reads of a table: its facts told in many phrasings, and questions with their answers."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+from lm.data.facts.phrasings import phrasing_of, sentence
+from lm.data.facts.tables import Fact, FactTable
+
+FACTS_PER_PAGE = 16
+STATEMENTS_OF_A_FACT = 40  # in all documents
+MOST_STATEMENTS = 60_000  # in all documents of a large table, but each fact at least so often as
+FEWEST_OF_A_FACT = 2
+ANSWER_SHARE = 0.4  # of the statements are in the words of the answer
+QUESTIONS_OF_A_FACT = 12
+
+
+def statement(fact: Fact, draw: random.Random) -> str:
+    """The fact in one of its phrasings."""
+    phrasing = phrasing_of(fact.relation)
+    told = (
+        phrasing.answer if draw.random() < ANSWER_SHARE or not phrasing.statements else draw.choice(phrasing.statements)
+    )
+    return sentence(told, e=fact.entity, v=fact.value)
+
+
+def answer(fact: Fact) -> str:
+    return sentence(phrasing_of(fact.relation).answer, e=fact.entity, v=fact.value)
+
+
+def fact_pages(table: FactTable) -> Iterator[tuple[str, str]]:
+    """(name, text): pages of statements, every other one grouped by entity. Always the same for a table."""
+    times = repetitions(table, STATEMENTS_OF_A_FACT)
+    for turn in range(times):
+        draw = random.Random(f"facts {turn}")
+        facts = shuffled_by_entity(table, draw) if turn % 2 else draw.sample(table.facts, len(table.facts))
+        for number, page in enumerate(parts(facts, FACTS_PER_PAGE)):
+            text = " ".join(statement(fact, draw) for fact in page)
+            yield f"{turn:03}/{number:05}", text + "\n"
+
+
+def quiz_pages(table: FactTable) -> Iterator[tuple[str, str]]:
+    """(name, text): pages of questions in the phrasings that may be trained, each with its answer."""
+    for turn in range(repetitions(table, QUESTIONS_OF_A_FACT)):
+        draw = random.Random(f"quiz {turn}")
+        for number, page in enumerate(parts(draw.sample(table.facts, len(table.facts)), FACTS_PER_PAGE)):
+            asked = (sentence(draw.choice(phrasing_of(fact.relation).questions), e=fact.entity) for fact in page)
+            yield f"{turn:03}/{number:05}", "".join(f"{q}\n{answer(fact)}\n" for q, fact in zip(asked, page))
+
+
+def repetitions(table: FactTable, wanted: int) -> int:
+    """How often each fact comes: `wanted`, or fewer times for a table of very many."""
+    return max(FEWEST_OF_A_FACT, min(wanted, MOST_STATEMENTS // len(table.facts)))
+
+
+def shuffled_by_entity(table: FactTable, draw: random.Random) -> list[Fact]:
+    """All facts, those of one entity side by side."""
+    of_entity: dict[str, list[Fact]] = {}
+    for fact in table.facts:
+        of_entity.setdefault(fact.entity, []).append(fact)
+    return [
+        fact
+        for entity in draw.sample(list(of_entity), len(of_entity))
+        for fact in draw.sample(of_entity[entity], len(of_entity[entity]))
+    ]
+
+
+def parts(items: Sequence[Fact], size: int) -> Iterator[Sequence[Fact]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,76 @@
+"""A corpus of worked examples: sums, spelling, capitals, copying, comparing, sorting, a line each.
+
+Sums of two numbers below 100 that `is_test_sum` names are in no lesson and in no question that is trained. Each word of
+lm.data.facts.phrasings is spelled here: which letters a token has can be known in no other way.
+"""
+
+import random
+from collections.abc import Iterator
+
+from lm.data.facts.phrasings import ADJECTIVES, NOUNS, is_chosen
+
+PAGE_COUNT = 2400
+LINES_PER_PAGE = 20
+TEST_SUM_FRACTION = 0.1  # of the sums of which a number has two digits
+LINE_SHARES = {"sum": 0.45, "difference": 0.13, "spelling": 0.16, "capitals": 0.08, "copying": 0.08, "comparing": 0.05,
+               "sorting": 0.05}  # fmt: skip
+WORDS = tuple(dict.fromkeys((*ADJECTIVES, *NOUNS)))
+
+
+def lesson_pages() -> Iterator[tuple[str, str]]:
+    """(name, text) of each page, always the same: 1.0 million characters."""
+    for number in range(PAGE_COUNT):
+        draw = random.Random(f"lessons {number}")
+        kinds = draw.choices(list(LINE_SHARES), list(LINE_SHARES.values()), k=LINES_PER_PAGE)
+        yield f"{number:04}", "".join(f"{lesson_line(kind, draw)}\n" for kind in kinds)
+
+
+def lesson_line(kind: str, draw: random.Random) -> str:
+    """One worked example of a kind of LINE_SHARES."""
+    if kind in ("sum", "difference"):
+        operator = "+" if kind == "sum" else "-"
+        a, b = drawn_numbers(draw, operator, is_test=False)
+        return sum_answer(a, b, operator)
+    word = draw.choice(WORDS)
+    if kind == "spelling":
+        return f"{word}: {spelled(word)}"
+    if kind == "capitals":
+        text = drawn_words(draw, draw.choice((1, 2)))
+        return f"{text} in capitals: {text.upper()}"
+    if kind == "copying":
+        text = drawn_words(draw, draw.choice((1, 2, 3)))
+        return f"{text}, again: {text}"
+    a, b = draw.sample(range(100), 2)
+    if kind == "comparing":
+        return f"{a} is {'more' if a > b else 'less'} than {b}."
+    numbers = draw.sample(range(100), 3)
+    return f"{', '.join(map(str, numbers))} sorted: {', '.join(map(str, sorted(numbers)))}"
+
+
+def sum_answer(a: int, b: int, operator: str) -> str:
+    return f"{a} {operator} {b} = {a + b if operator == '+' else a - b}."
+
+
+def spelled(word: str) -> str:
+    """Its letters as capitals: H-E-L-L-O."""
+    return "-".join(word.upper())
+
+
+def drawn_words(draw: random.Random, count: int) -> str:
+    """Adjectives, then a noun."""
+    return " ".join([*draw.sample(ADJECTIVES, count - 1), draw.choice(NOUNS)])
+
+
+def drawn_numbers(draw: random.Random, operator: str, *, is_test: bool) -> tuple[int, int]:
+    """Two numbers below 100 of a sum, or a difference that is not below 0, a third of them digits."""
+    while True:
+        a, b = (draw.randrange(10 if draw.random() < 0.33 else 100) for _ in range(2))
+        if operator == "-" and a < b:
+            a, b = b, a
+        if is_test_sum(a, b, operator) == is_test:
+            return a, b
+
+
+def is_test_sum(a: int, b: int, operator: str) -> bool:
+    """Whether it is kept for testing, whichever number comes first. Sums of two digits never are: there are but 100."""
+    return max(a, b) > 9 and is_chosen(f"{max(a, b)} {operator} {min(a, b)}", TEST_SUM_FRACTION)
