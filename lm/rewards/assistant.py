@@ -92,7 +92,9 @@ def is_moderate(example: Example, text: str) -> float:
 
 
 def is_unclean(example: Example, text: str) -> float:
-    """Repeats itself, or holds other marks than ordinary ones."""
+    """Repeats itself, or holds other marks than ordinary ones. What is right may do so: "B-A-N-A-N-A"."""
+    if example["skill"] != "small_talk" and skill_score(example, text) == 1:
+        return 0.0
     message = last_user_message(example["messages"])
     return float(not is_not_repetitive(message, text) or not is_clean_text(message, text))
 

@@ -3,6 +3,7 @@
 import pytest
 
 from lm.core.errors import UserError
+from lm.data.loading import load_conversations
 from lm.rewards import REWARDS
 from lm.rewards.verifiers.skills import skill_score
 
@@ -97,3 +98,11 @@ def test_the_reward_reads_the_rows():
 def test_bad_rows(example, message):
     with pytest.raises(UserError, match=message):
         REWARDS["skills"]([ADD, example], ["22", "22"])
+
+
+@pytest.mark.parametrize("source", ["facts", "unknown_names", "sums", "instructions"])
+def test_what_the_source_answers_is_right(source):
+    """A tenth of it, question and answer, trained and unseen."""
+    for item in load_conversations(source)[::10]:
+        *asked, reply = item.messages
+        assert skill_score({**item.fields, "messages": asked}, reply["content"]) == 1, item

@@ -69,6 +69,7 @@ def fact_score(example: Example, text: str) -> float:
         return 0.0
     rest = said[:at] + said[at + len(value) :]
     known = {*words(last_user_message(example["messages"])), *words(example["argument"]), *words(example["answer"])}
+    known |= {word.removesuffix("'s") for word in known} | {f"{word}'s" for word in known}
     if HEDGE.search(" ".join(rest)) or "/" in text or any(word.isdigit() and word not in known for word in rest):
         return 0.0
     others = {tuple(split(other)) for other in (example["others"] if "others" in example else ())}
@@ -202,8 +203,7 @@ def strange_names(text: str, known: set[str]) -> list[str]:
     found = []
     for sentence in sentences(text):
         for word in CAPITALIZED.findall(sentence)[1:]:
-            plain = word.lower().replace("’", "'").removesuffix("'s")
-            if word[0].isupper() and plain not in known and plain not in STOP_WORDS:
+            if word[0].isupper() and not all(part in known or part in STOP_WORDS for part in words(word)):
                 found.append(word)
     return found
 
