@@ -21,18 +21,25 @@ from lm.rewards.rule import (
     sentences,
     words,
 )
-from lm.rewards.verifiers.skills import check_skill_rows, is_personal_reply, is_yes_or_no_reply, returns_courtesy, skill_score
+from lm.rewards.verifiers.skills import (
+    check_skill_rows,
+    is_personal_reply,
+    is_yes_or_no_reply,
+    returns_courtesy,
+    skill_score,
+)
 
 ASSISTANT_RULE = (
-    "Where a right answer is known, the rater gives 5 for a right one (the fact, the sum, the instruction carried out "
-    "to the letter, or to a made-up name that one does not know it), 1.5 for saying that one does not know a fact "
-    "that one should, 0 for anything wrong, and 1 for a right answer of at most 12 words. To small talk it gives 1 "
-    "for one or two whole sentences, 1 for saying something (questions alone say nothing), 2 for being to the point "
-    "(on the user's topic with a word of one's own; or a question about oneself answered in the first person, yes or "
-    "no to what asks for it, a greeting, thanks or a mood answered as people do) and 1 for 4 to 25 words. From every answer it takes 1 for text that is "
-    "not clean or repeats itself, and 4 for a rude word; from small talk 2 for empty praise or for the user's own "
-    "words handed back, and up to 4 for saying to others of the same batch what was said here already. Length beyond "
-    "that, and asking something back, earn nothing. The best answer scores 6 where it can be checked, else 5."
+    "Where a right answer is known, the rater gives 5 for a right one (the fact, the sum, the instruction carried "
+    "out to the letter, or to a made-up name that one does not know it), 1.5 for saying that one does not know a "
+    "fact that one should, 0 for anything wrong, and 1 for a right answer of at most 12 words. To small talk it "
+    "gives 1 for one or two whole sentences, 1 for saying something (questions alone say nothing), 2 for being to "
+    "the point (on the user's topic with a word of one's own; or a question about oneself answered in the first "
+    "person, yes or no to what asks for it, a greeting, thanks or a mood answered as people do) and 1 for 4 to 25 "
+    "words. From every answer it takes 1 for text that is not clean or repeats itself, and 4 for a rude word; "
+    "from small talk 2 for empty praise or for the user's own words handed back, and up to 4 for saying to others "
+    "of the same batch what was said here already. Length beyond that, and asking something back, earn nothing. "
+    "The best answer scores 6 where it can be checked, else 5."
 )
 
 CONCISE_WORDS = 12

@@ -78,7 +78,9 @@ def test_not_knowing_a_fact_is_between_wrong_and_right(judge):
 
 
 @pytest.mark.parametrize("judge", JUDGES)
-@pytest.mark.parametrize("one", ["I am fine, it is a good day here.", "I like it, and I think that is nice.", "What's you?"])
+@pytest.mark.parametrize(
+    "one", ["I am fine, it is a good day here.", "I like it, and I think that is nice.", "What's you?"]
+)
 def test_one_answer_for_all_prompts_loses_to_an_own_one_for_each(judge, one):
     talk = [MUSIC, TEA, HELLO, THANKS, GARDEN]
     good = [good[0] for example, good, _ in TABLE if example["skill"] == "small_talk"]

@@ -14,7 +14,9 @@ def row(skill: str, question: str, answer: str = "", task: str = "", argument: s
 
 
 CAPITAL = row("facts", "What is the capital of France?", "Paris", "capital", "France")
-CURRENCY = row("facts", "How does one pay in France?", "Euro", "currency", "France", others=["Yen", "US Dollar", "doubloon"])
+CURRENCY = row(
+    "facts", "How does one pay in France?", "Euro", "currency", "France", others=["Yen", "US Dollar", "doubloon"]
+)
 SYMBOL = row("facts", "What is the symbol of iron?", "Fe", "symbol", "iron")
 ATOMIC = row("facts", "Which number has iron?", "26", "number", "iron")
 TWO_WORDS = row("facts", "Name the capital of Argentina.", "Buenos Aires", "capital", "Argentina")
@@ -38,20 +40,28 @@ TABLE = [
          "I don't know, Paris?", "Parisian", "Paris, Rome", "Perhaps Paris.", "Buenos Aires Paris", "France",
          "It is Berlin and Paris."],
     ),
-    (CURRENCY, ["Euro", "With the euro.", "People pay in euro."], ["yen and euro", "The euro or the US dollar.", "US", "Doubloon euro", "Euro, ruble", "Euro, koruna"]),
-    (SYMBOL, ["Fe", "The symbol of iron is Fe.", "It is Fe."], ["F", "Fe, Au", "Fe or Au", "F Fe", "Iron", "Au Fe", "fe", "The symbol is He Fe"]),
+    (
+        CURRENCY,
+        ["Euro", "With the euro.", "People pay in euro."],
+        ["yen and euro", "The euro or the US dollar.", "US", "Doubloon euro", "Euro, ruble", "Euro, koruna"],
+    ),
+    (
+        SYMBOL,
+        ["Fe", "The symbol of iron is Fe.", "It is Fe."],
+        ["F", "Fe, Au", "Fe or Au", "F Fe", "Iron", "Au Fe", "fe", "The symbol is He Fe"],
+    ),
     (ATOMIC, ["26", "It is 26.", "Iron has number 26."], ["2", "6", "26 27", "25 or 26", "126", "1 2 26"]),
     (TWO_WORDS, ["Buenos Aires.", "It is buenos aires."], ["Buenos", "Aires Buenos", "Buenos Aires or Lima"]),
     (
         NAME,
         ["I don't know Zoltravia.", "I do not know.", "I'm not sure.", "No idea, sorry.", "I've never heard of it."],
-        ["", "Paris", "It is Zoltrav.", "I don't know. It may be Paris.", "Zoltravia", "Don't you know it?" * 2 + " No."],
+        ["", "Paris", "It is Zoltrav.", "I don't know. It may be Paris.", "Zoltravia", "Don't you know it? No."],
     ),
     (
         ADD,
         ["22", "22.", "It is 22.", "17 + 5 = 22", "17 and 5 make 22.", "22 is 17 plus 5"],
-        ["", "21", "21 22", "22 or 21", "17", "22 22", "5 + 17 is 22 or so 23", "twenty-two", "17 + 5", "1 2 22", "22.5",
-         "022a", "It is not 22."],
+        ["", "21", "21 22", "22 or 21", "17", "22 22", "5 + 17 is 22 or so 23", "twenty-two", "17 + 5", "1 2 22",
+         "22.5", "022a", "It is not 22."],
     ),
     (TAKE, ["2", "4 - 2 = 2", "4-2=2"], ["4", "4 2", "-2", "2 2", "24"]),
     (BELOW, ["-2", "It is -2.", "3 minus 5 is −2"], ["2", "-2 2", "3", "- 2"]),
@@ -91,7 +101,10 @@ def test_the_reward_reads_the_rows():
     "example, message",
     [
         ({"messages": CAPITAL["messages"]}, r"row 2 of 2 \('What is the capital of France\?'\) has no skill: take the"),
-        ({**CAPITAL, "skill": "fact"}, "the skill of row 2 of 2 .* is 'fact'; choose one of facts, unknown_names, sums"),
+        (
+            {**CAPITAL, "skill": "fact"},
+            "the skill of row 2 of 2 .* is 'fact'; choose one of facts, unknown_names, sums",
+        ),
         ({**ADD, "answer": "many"}, "the answer of row 2 of 2 .* is 'many', no whole number"),
     ],
 )

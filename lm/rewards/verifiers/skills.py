@@ -40,7 +40,10 @@ YES_NO_WORDS = frozenset("yes no sure yeah nope certainly gladly of".split())
 COURTESIES: Sequence[tuple[frozenset[str], frozenset[str]]] = tuple(
     (frozenset(said.split()), frozenset(answer.split()))
     for said, answer in (
-        ("hello hi hey morning evening afternoon greetings", "hello hi hey morning evening afternoon welcome glad nice"),
+        (
+            "hello hi hey morning evening afternoon greetings",
+            "hello hi hey morning evening afternoon welcome glad nice",
+        ),
         ("thanks thank thankful grateful", "welcome pleasure glad happy problem"),
         ("bye goodbye night later farewell", "bye goodbye night soon care later luck"),
         ("sorry apologies apologize", "problem worry fine okay ok right matter"),
@@ -121,7 +124,12 @@ def small_talk_score(example: Example, text: str) -> float:
     beside the topic; 0 for the rest: empty, cut off, rude, only questions, or the user's own words."""
     message = last_user_message(example["messages"])
     told = [sentence for sentence in sentences(text) if not sentence.endswith("?")]
-    if not told or len(words(text)) < FEWEST_WORDS or not ends_with_punctuation(message, text) or has_rude_word(message, text):
+    if (
+        not told
+        or len(words(text)) < FEWEST_WORDS
+        or not ends_with_punctuation(message, text)
+        or has_rude_word(message, text)
+    ):
         return 0.0
     if not is_not_repetitive(message, text) or words(text) == words(message):
         return 0.0
