@@ -303,6 +303,7 @@ def print_scores(summary: Mapping[str, Any]) -> None:
                 if "judge" in summary
                 else []
             ),
+            *(judge_row if "judge" in summary else []),
             ["ended by itself", *(pm(m["stopped"]) for m in summary["models"].values())],
             ["tokens an answer", *(pm(m["length"]) for m in summary["models"].values())],
         ],
