@@ -6,7 +6,8 @@ Command: python -m lm pipeline --config=experiments/quickstart.py
 Pretraining gives knowledge (928 facts, told in many phrasings, among code, books and conversations), SFT the form of an
 answer; what is told, asked and answered is one file, lm/data/facts/phrasings.py.
 Expect: quickstart.md.
-Change first: --config.table=PATH.csv (your own facts), --workdir.
+Change first: the table, as in --config=experiments/quickstart.py:mine.csv --workdir=runs/mine (columns entity,
+relation, value, or the entity and a column of each relation).
 """
 
 from ml_collections import ConfigDict
@@ -32,23 +33,28 @@ CONVERSATIONS = {
     "small_talk": 0.10,
     "dialogues": 0.12,
 }
+OF_TABLE = ("facts", "quiz", "unknown_names", "instructions", "dialogues", "assistant")  # what a table replaces
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """`arg`: "" or "tiny", which runs every stage for a few steps."""
-    assert arg in ("", "tiny"), "choose nothing or tiny"
+    """`arg`: "", "tiny", which runs every stage for a few steps, or your own table, as in quickstart.py:mine.csv."""
+    table = arg if arg.endswith(".csv") else ""
+    assert table or arg in ("", "tiny"), "choose nothing or tiny, or name a table, as in quickstart.py:mine.csv"
     tiny = arg == "tiny"
     config = ConfigDict({"root": "runs/quickstart", "stages": STAGES})
     root = config.get_ref("root")
     for name in STAGES:
-        config[name] = sibling_config(__file__, name).get_config(arg).unlock()
+        config[name] = sibling_config(__file__, name).get_config("tiny" if tiny else "").unlock()
 
     config.tokenizer.data.max_bytes = 3_000_000  # by the weights of the mixture
-    mixture = tuple({"source": name, "weight": weight} for name, weight in CORPUS.items())
+    own = lambda names: tuple(
+        {"source": f"{name}:{table}" if table and name in OF_TABLE else name, "weight": weight}
+        for name, weight in names.items()
+    )
     with config.ignore_type():  # a mixture in the place of one name
-        config.tokenizer.data.corpus = mixture
-        config.pretrain.data.corpus = mixture
-        config.pretrain.data.held_out_bytes = 20_000 if tiny else 60_000
+        config.tokenizer.data.corpus = config.pretrain.data.corpus = own(CORPUS)
+        config.sft.data.sources = own(CONVERSATIONS)
+    config.pretrain.data.held_out_bytes = 20_000 if tiny else 60_000
     config.pretrain.optimizer.name = "muon"
     config.pretrain.optimizer.learning_rate = 1e-2
     config.pretrain.train.steps = 8 if tiny else 900
@@ -60,5 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.reward.data.rankings = root + "/rank/rankings.jsonl"
     config.ppo.init_from = root + "/sft"
     config.ppo.data.reward_model = root + "/reward"
+    config.evaluate.evaluate.recall_facts = 32 if tiny else 1000
+    config.evaluate.evaluate.table = table
     config.evaluate.models = ConfigDict({"raw": root + "/pretrain", "sft": root + "/sft", "ppo": root + "/ppo"})
     return config.lock()

@@ -23,12 +23,13 @@ from lm.core.config import call_with_options, flags_and_config, require_entries,
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Mean
 from lm.core.options import ConfigFunction
-from lm.core.statistics import mean_estimate, paired_difference, success_rate, win_rate
+from lm.core.statistics import estimate_text, mean_estimate, paired_difference, success_rate, win_rate
 from lm.core.types import Tokens
 from lm.data import batches, conversations, packing
 from lm.data.loading import load_conversations
 from lm.data.prompts import padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
+from lm.evaluate.recall import measured_recall
 from lm.evaluate.skills import balanced_prompts, has_skills, print_skills, skill_results
 from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
@@ -97,6 +98,8 @@ def evaluate_models(
     held_out_bytes: int = 200_000,
     length: int = 256,
     rows_at_once: int = 64,
+    recall_facts: int = 0,
+    table: str = "",
 ) -> dict[str, Any]:
     """Scores of every model with standard errors and 95 % intervals, and each compared with the one before it, paired.
 
@@ -104,6 +107,8 @@ def evaluate_models(
     template. All answer the same held-out prompts, one per conversation, with the same sampler. `judge`: a second
     rater, one from which nothing was learned. Where the prompts name a skill (lm.rewards.verifiers.skills), as many of
     each are asked, a pretrained model's answer is its first line, and the summary has a table by skill.
+    recall_facts > 0: each continues the beginnings of so many facts of the CSV `table`, or of ours (see
+    lm.evaluate.recall).
     """
     if sorted(order) != sorted(models):
         raise UserError(f"evaluate.order {', '.join(order)} does not name the models {', '.join(models)}, each once")
@@ -134,6 +139,12 @@ def evaluate_models(
                     model, text, conversation_rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once
                 ),
             )
+            known = {}
+            if recall_facts:
+                known = parts.once(
+                    f"recall of {name} {made}",
+                    lambda: {"recall": measured_recall(model, table=table, facts=recall_facts)},
+                )
             given = parts.once(
                 f"answers of {name} {made}",
                 lambda: sampled_answers(
@@ -142,7 +153,7 @@ def evaluate_models(
             )
             found[name] = [GeneratedAnswer(*each) for each in given]
             scores[name] = rate(examples, [answer.text for answer in found[name]])
-            told[name] = {**losses, **answer_statistics(found[name], scores[name])}
+            told[name] = {**losses, **known, **answer_statistics(found[name], scores[name])}
             if judged:
                 judgements[name] = judged(examples, [answer.text for answer in found[name]])
                 told[name]["judge"] = mean_estimate(judgements[name])._asdict()
@@ -296,13 +307,9 @@ def print_scores(summary: Mapping[str, Any]) -> None:
         ["", *summary["models"]],
         [
             ["held-out bits per byte", *(f"{m['bits_per_byte']:.3f}" for m in summary["models"].values())],
+            *recall_rows(summary["models"].values()),
             ["held-out reply loss, nats", *(f"{m['reply_loss']:.3f}" for m in summary["models"].values())],
             ["rater's score", *(pm(m["score"]) for m in summary["models"].values())],
-            *(
-                [["held-out judge's score", *(pm(m["judge"]) for m in summary["models"].values())]]
-                if "judge" in summary
-                else []
-            ),
             *(judge_row if "judge" in summary else []),
             ["ended by itself", *(pm(m["stopped"]) for m in summary["models"].values())],
             ["tokens an answer", *(pm(m["length"]) for m in summary["models"].values())],
@@ -317,6 +324,12 @@ def print_scores(summary: Mapping[str, Any]) -> None:
 
     if "skills" in summary:
         print_skills(summary)
+
+
+def recall_rows(models: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """The row of facts recalled, where they were asked."""
+    found = [estimate_text(model["recall"]["recall"], "percent") for model in models if "recall" in model]
+    return [["facts recalled", *found]] if found else []
 
 
 def program(argv: list[str]) -> None:

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from lm.core.config import parsed_flags
-from lm.core.errors import check_at_least
+from lm.core.errors import UserError
 from lm.core.statistics import estimate_text, success_rate
-from lm.data.facts.phrasings import phrasing_of, sentence
+from lm.data.facts.phrasings import phrasing_of, sentence, text_index
 from lm.data.facts.tables import Fact, fact_table
 from lm.data.prompts import padded_prompts
 from lm.generate.engine import batch_answerer
@@ -31,7 +31,7 @@ RESULTS_FILE = "recall.json"
 FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help="a stage's own, or a run of the pipeline's"),
     "table": dict(default="", metavar="CSV", help="the facts; default: ours"),
-    "facts": dict(type=int, default=0, help="how many are asked, evenly spread; default: all"),
+    "facts": dict(type=int, default=0, help="how many are asked, drawn from all; default: all"),
     "show": dict(type=int, default=5, help="how many of those that are missed are shown; default: 5"),
     "rows_at_once": dict(type=int, default=128, help="facts asked together; default: 128"),
 }
@@ -93,10 +93,10 @@ def recall_summary(found: Sequence[RecalledFact]) -> dict[str, Any]:
 def measured_recall(
     trained: TrainedModel, *, table: str = "", facts: int = 0, rows_at_once: int = 128
 ) -> dict[str, Any]:
-    """`recall_summary` of a model for the table at the path `table`, or ours; `facts` > 0 asks only so many."""
-    known = fact_table(table).facts
-    step = max(len(known) // facts, 1) if facts else 1
-    return recall_summary(recalled_facts(trained, known[::step], rows_at_once=rows_at_once))
+    """`recall_summary` of a model for the table at the path `table`, or ours; `facts` > 0 asks so many at most, always
+    the same ones."""
+    known = sorted(fact_table(table).facts, key=lambda fact: text_index(f"{fact.relation} of {fact.entity}", 2**64))
+    return recall_summary(recalled_facts(trained, known[: facts or None], rows_at_once=rows_at_once))
 
 
 def print_recall(name: str, summary: Mapping[str, Any], show: int) -> None:
@@ -109,7 +109,8 @@ def print_recall(name: str, summary: Mapping[str, Any], show: int) -> None:
 
 def program(argv: list[str]) -> None:
     flags = parsed_flags(argv, __doc__, FLAGS)
-    check_at_least(1, "", rows_at_once=flags.rows_at_once)
+    if flags.rows_at_once < 1 or flags.facts < 0:
+        raise UserError("rows_at_once must be at least 1, and facts at least 0 (all of them)")
     trained = load_policy(flags.workdir, backend=jax.default_backend(), warn=warn)
     require_decoder(trained, "lm recall")
     summary = measured_recall(trained, table=flags.table, facts=flags.facts, rows_at_once=flags.rows_at_once)
