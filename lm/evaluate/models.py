@@ -30,7 +30,7 @@ from lm.data.loading import load_conversations
 from lm.data.prompts import padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
 from lm.evaluate.recall import measured_recall
-from lm.evaluate.skills import asked_skill, balanced_prompts, has_skills, print_skills, skill_results
+from lm.evaluate.skills import balanced_prompts, checked_answers, has_skills, print_skills, skill_results
 from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
 from lm.rewards import named_rater
@@ -280,7 +280,7 @@ def write_answers(
         json.dumps(
             {
                 "prompt": context.messages,
-                **(asked_skill(context.fields) if has_skills([context]) else {}),
+                **checked_answers(context, {name: given[i].text for name, given in found.items()}),
                 "answers": {name: given[i]._asdict() for name, given in found.items()},
                 "scores": {name: float(score[i]) for name, score in scores.items()},
             },

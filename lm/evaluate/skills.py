@@ -112,9 +112,13 @@ def skill_results(examples: Sequence[Example], texts: Mapping[str, Sequence[str]
     }
 
 
-def asked_skill(fields: Mapping[str, Any]) -> dict[str, str]:
-    """What a line of answers.jsonl says of its prompt."""
-    return {"skill": skill_group(fields), "right": fields["answer"]}
+def checked_answers(context: Conversation, texts: Mapping[str, str]) -> dict[str, Any]:
+    """What a line of answers.jsonl says of the skill of its prompt: the right answer, and each model's score."""
+    if not has_skills([context]):
+        return {}
+    example = {**context.fields, "messages": context.messages}
+    right = {name: skill_score(example, text) for name, text in texts.items()}
+    return {"skill": skill_group(context.fields), "right_answer": context.fields["answer"], "right": right}
 
 
 def print_skills(summary: Mapping[str, Any]) -> None:
