@@ -34,6 +34,8 @@ CONVERSATIONS = {
     "dialogues": 0.12,
 }
 OF_TABLE = ("facts", "quiz", "unknown_names", "instructions", "dialogues", "assistant")  # what a table replaces
+# What is ranked, and what RL asks: single exchanges, whose right answers are known but in small talk.
+PROMPTS = {"facts": 0.22, "unknown_names": 0.18, "sums": 0.22, "instructions": 0.24, "small_talk": 0.14}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -54,6 +56,9 @@ def get_config(arg: str = "") -> ConfigDict:
     with config.ignore_type():  # a mixture in the place of one name
         config.tokenizer.data.corpus = config.pretrain.data.corpus = own(CORPUS)
         config.sft.data.sources = own(CONVERSATIONS)
+        config.rank.rank.sources = config.ppo.data.sources = config.evaluate.evaluate.sources = own(PROMPTS)
+        config.evaluate.evaluate.corpus = own(CORPUS)
+        config.ppo.data.rewards = "model=0.5,skills=3.0"  # the verifier where there is a right answer; taste elsewhere
     config.pretrain.data.held_out_bytes = 20_000 if tiny else 60_000
     config.pretrain.optimizer.name = "muon"
     config.pretrain.optimizer.learning_rate = 1e-2
@@ -66,6 +71,15 @@ def get_config(arg: str = "") -> ConfigDict:
     config.reward.data.rankings = root + "/rank/rankings.jsonl"
     config.ppo.init_from = root + "/sft"
     config.ppo.data.reward_model = root + "/reward"
+    config.rank.rank.update({"rater": "assistant", "held_out": 0.02, "max_new": 24, "responses": 4})
+    config.rank.rank.prompts = 32 if tiny else 768
+    config.ppo.data.update({"rater": "assistant_held_out", "held_out": 0.02, "max_new": 24})
+    if not tiny:
+        config.ppo.data.update({"rollouts": 128, "held_out_rollouts": 256})
+    config.ppo.train.steps = 4 if tiny else 40
+    config.ppo.train.update({"evaluate_every": 2 if tiny else 8, "watched_rating": "score/assistant_held_out"})
+    config.evaluate.evaluate.update({"rater": "assistant", "judge": "assistant_held_out", "held_out": 0.02})
+    config.evaluate.evaluate.update({"temperature": 0.0, "max_new": 32, "prompts": 32 if tiny else 600})
     config.evaluate.evaluate.recall_facts = 32 if tiny else 1000
     config.evaluate.evaluate.table = table
     config.evaluate.models = ConfigDict({"raw": root + "/pretrain", "sft": root + "/sft", "ppo": root + "/ppo"})

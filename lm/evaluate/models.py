@@ -85,7 +85,7 @@ def evaluate_models(
     *,
     order: Sequence[str],
     corpus: str = "stdlib,chitchat",
-    sources: str = "chitchat",
+    sources: str | Sequence[Mapping[str, Any]] = "chitchat",
     turns: int = 3,
     reply_turns: int = 4,
     prompts: int = 256,

@@ -35,11 +35,15 @@ def skill_group(fields: Mapping[str, Any]) -> str:
 
 def balanced_prompts(contexts: Sequence[Conversation], count: int) -> list[Conversation]:
     """`count` of the contexts, as many of each skill as there are, by turns: the first of them are of all skills."""
-    groups: dict[str, list[Conversation]] = {}
-    for context in contexts:
-        groups.setdefault(skill_group(context.fields), []).append(context)
-    found = [context for turn in zip_longest(*groups.values()) for context in turn if context is not None]
-    return found[:count]
+    return [contexts[i] for i in balanced_order([context.fields for context in contexts])[:count]]
+
+
+def balanced_order(fields: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Numbers of the rows with these fields: the first of each skill, then the second of each, ..."""
+    groups: dict[str, list[int]] = {}
+    for i, each in enumerate(fields):
+        groups.setdefault(skill_group(each), []).append(i)
+    return [i for turn in zip_longest(*groups.values()) for i in turn if i is not None]
 
 
 def rate_estimate(values: Sequence[float]) -> Estimate:
