@@ -72,7 +72,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.ppo.init_from = root + "/sft"
     config.ppo.data.reward_model = root + "/reward"
     config.rank.rank.update({"rater": "assistant", "held_out": 0.02, "max_new": 24, "responses": 4})
-    config.rank.rank.prompts = 32 if tiny else 768
+    config.rank.rank.update({"prompts": 96 if tiny else 768, "held_out_prompts": 64 if tiny else 128})
     config.ppo.data.update({"rater": "assistant_held_out", "held_out": 0.02, "max_new": 24})
     if not tiny:
         config.ppo.data.update({"rollouts": 128, "held_out_rollouts": 256})

@@ -94,9 +94,11 @@ def all_skills(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def mean_of_estimates(estimates: Sequence[Mapping[str, float]]) -> Estimate:
-    """The mean of independent estimates; normal interval."""
+    """The mean of independent estimates; normal interval. Each error is that of its interval: a share of 0 or 1 has an
+    error, too."""
     value = float(np.mean([each["value"] for each in estimates]))
-    se = float(np.sqrt(np.sum(np.square([each["se"] for each in estimates])))) / len(estimates)
+    errors = [(each["high"] - each["low"]) / (2 * Z95) for each in estimates]
+    se = float(np.sqrt(np.sum(np.square(errors)))) / len(estimates)
     return Estimate(value, se, value - Z95 * se, value + Z95 * se)
 
 

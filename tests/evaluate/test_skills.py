@@ -2,6 +2,7 @@
 
 import pytest
 
+from lm.core.statistics import Z95
 from lm.data.conversations import Conversation
 from lm.evaluate import skills
 
@@ -57,5 +58,6 @@ def test_distinct_answers_do_not_count_marks_or_case_nor_more_than_a_hundred():
 
 def test_the_mean_of_independent_estimates():
     """Standard errors 0.3 and 0.4: their mean's is 0.5 / 2."""
-    found = skills.mean_of_estimates([{"value": 1.0, "se": 0.3}, {"value": 0.0, "se": 0.4}])
+    parts = [{"value": v, "low": v - Z95 * se, "high": v + Z95 * se} for v, se in ((1.0, 0.3), (0.0, 0.4))]
+    found = skills.mean_of_estimates(parts)
     assert found.value == 0.5 and found.se == pytest.approx(0.25) and found.high == pytest.approx(0.99, abs=0.001)

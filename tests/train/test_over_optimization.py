@@ -93,6 +93,23 @@ def test_a_rigged_reward_stops_the_run_at_its_best_checkpoint(finished, small, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lost", ["summary", "checkpoints"])
+def test_a_kill_at_the_stop_changes_nothing(finished, small, tmp_path, lost):
+    """Killed before the summary is written; or before the later checkpoints are removed, its rows complete."""
+    config = rigged_config(finished, tmp_path, "fewer_letters")
+    with pytest.MonkeyPatch.context() as patch:
+        if lost == "checkpoints":
+            patch.setattr(loop.Checkpoints, "remove_after", lambda self, step: None)
+        first = loop.train_stage(config, tmp_path / "ppo")
+    (tmp_path / "ppo" / "summary.json").unlink()
+    again = loop.train_stage(config, tmp_path / "ppo")
+    for key in ("steps", "tokens", "held_out", "over_optimization"):
+        assert again[key] == json.loads(json.dumps(first[key])) or again[key] == first[key], key
+    best = first["over_optimization"]["best_step"]
+    assert [folder.name for folder in (tmp_path / "ppo" / "checkpoints").iterdir()] == [str(best)]
+
+
+@pytest.mark.slow
 def test_a_healthy_run_goes_on_to_its_end(finished, small, tmp_path):
     config = rigged_config(finished, tmp_path, "letters", steps=6)
     summary = loop.train_stage(config, tmp_path / "ppo")
