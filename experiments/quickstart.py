@@ -17,14 +17,15 @@ from lm.core.config import sibling_config
 STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate")
 # What is read, and its share of the rows. A fact of the table is told 40 times in `facts` and asked 12 times in `quiz`.
 CORPUS = {
-    "facts": 0.30,  # encyclopedia
-    "quiz": 0.14,  # education: questions and answers in plain text
-    "education": 0.24,  # sums, spelling, capitals, copying, comparing, sorting
-    "chitchat": 0.14,  # forum
-    "stdlib": 0.10,  # code and documentation
+    "facts": 0.24,  # encyclopedia
+    "quiz": 0.10,  # education: questions and answers in plain text
+    "education": 0.40,  # sums, spelling, capitals, copying, comparing, sorting
+    "chitchat": 0.12,  # forum
+    "stdlib": 0.06,  # code and documentation
     "wikipedia": 0.04,  # encyclopedia
     "shakespeare": 0.04,  # book
 }
+TINY_CORPUS = {"facts": 0.5, "quiz": 0.2, "education": 0.3}
 CONVERSATIONS = {
     "facts": 0.30,
     "unknown_names": 0.14,
@@ -38,6 +39,12 @@ OF_TABLE = ("facts", "quiz", "unknown_names", "instructions", "dialogues", "assi
 PROMPTS = {"facts": 0.22, "unknown_names": 0.18, "sums": 0.22, "instructions": 0.24, "small_talk": 0.14}
 
 
+def mixture(weights: dict[str, float], table: str) -> tuple[dict, ...]:
+    """The sources with their weights; those that are made of a table, of the one at this path."""
+    names = {name: f"{name}:{table}" if table and name in OF_TABLE else name for name in weights}
+    return tuple({"source": names[name], "weight": weight} for name, weight in weights.items())
+
+
 def get_config(arg: str = "") -> ConfigDict:
     """`arg`: "", "tiny", which runs every stage for a few steps, or your own table, as in quickstart.py:mine.csv."""
     table = arg if arg.endswith(".csv") else ""
@@ -49,21 +56,19 @@ def get_config(arg: str = "") -> ConfigDict:
         config[name] = sibling_config(__file__, name).get_config("tiny" if tiny else "").unlock()
 
     config.tokenizer.data.max_bytes = 3_000_000  # by the weights of the mixture
-    own = lambda names: tuple(
-        {"source": f"{name}:{table}" if table and name in OF_TABLE else name, "weight": weight}
-        for name, weight in names.items()
-    )
+    corpus, conversations = mixture(TINY_CORPUS if tiny else CORPUS, table), mixture(CONVERSATIONS, table)
     with config.ignore_type():  # a mixture in the place of one name
-        config.tokenizer.data.corpus = config.pretrain.data.corpus = own(CORPUS)
-        config.sft.data.sources = own(CONVERSATIONS)
-        config.rank.rank.sources = config.ppo.data.sources = config.evaluate.evaluate.sources = own(PROMPTS)
-        config.evaluate.evaluate.corpus = own(CORPUS)
+        config.tokenizer.data.corpus = config.pretrain.data.corpus = config.evaluate.evaluate.corpus = corpus
+        config.sft.data.sources = conversations
+        config.rank.rank.sources = config.ppo.data.sources = config.evaluate.evaluate.sources = mixture(PROMPTS, table)
         config.ppo.data.rewards = "model=0.5,skills=3.0"  # the verifier where there is a right answer; taste elsewhere
     config.pretrain.data.held_out_bytes = 20_000 if tiny else 60_000
     config.pretrain.optimizer.name = "muon"
     config.pretrain.optimizer.learning_rate = 1e-2
     config.pretrain.train.steps = 8 if tiny else 900
     config.pretrain.tokenizer = root + "/tokenizer"
+    config.sft.optimizer.name = "muon"
+    config.sft.optimizer.learning_rate = 3e-3
     config.sft.train.steps = 8 if tiny else 250
     config.sft.init_from = root + "/pretrain"
     config.rank.init_from = root + "/sft"

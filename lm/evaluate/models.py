@@ -84,7 +84,7 @@ def evaluate_models(
     seed: int,
     *,
     order: Sequence[str],
-    corpus: str = "stdlib,chitchat",
+    corpus: str | Sequence[Mapping[str, Any]] = "stdlib,chitchat",
     sources: str | Sequence[Mapping[str, Any]] = "chitchat",
     turns: int = 3,
     reply_turns: int = 4,

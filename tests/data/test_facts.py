@@ -125,6 +125,7 @@ def test_one_relation_of_a_user_s_own_is_told_and_asked_about_in_general_words(t
     assert any("main {colour} of animal1" in each for each in asked)
     assert {item.fields["unseen"] for item in found} == {"", "phrasing", "entity"}
     assert all(item.fields["task"] == "main_{colour}" for item in found)
+    assert all(set(item.fields["others"]) | {item.fields["answer"]} == {f"c{i}" for i in range(7)} for item in found)
 
 
 def test_a_table_of_20000_rows_is_told_fewer_times_and_says_so(table_file, caplog):
@@ -205,7 +206,7 @@ def test_answers_are_right():
         elif fields["skill"] == "sums":
             a, operator, b = fields["argument"].split()
             assert int(fields["answer"]) == (int(a) + int(b) if operator == "+" else int(a) - int(b)) >= 0
-            assert reply == f"{fields['argument']} = {fields['answer']}." and a in said and b in said
+            assert reply == f"{a}{operator}{b}={fields['answer']}." and a in said and b in said
         elif fields["task"] == "spell":
             assert fields["answer"] == reply == "-".join(fields["argument"].upper()) and fields["argument"] in said
         elif fields["task"] == "capitals":
@@ -239,9 +240,9 @@ def test_sums_kept_for_testing_are_in_no_lesson_and_no_question_whichever_number
     assert sides[True] <= kept and not sides[False] & kept and len(sides[False]) > 1000
     for number, (_, page) in enumerate(lessons.lesson_pages()):
         for line in page.splitlines() if number < 300 else ():
-            if " + " in line:
-                a, b = (int(word) for word in line.partition(" =")[0].split(" + "))
-                assert (a, b) not in kept and line == f"{a} + {b} = {a + b}."
+            if "+" in line:
+                a, b = (int(word) for word in line.partition("=")[0].split("+"))
+                assert (a, b) not in kept and line == f"{a}+{b}={a + b}"
 
 
 def test_lessons_are_right():

@@ -9,17 +9,18 @@ that are held out wherever 2 % or more are, the others names that are not held o
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lm.data.facts import phrasings as p
 from lm.data.facts.documents import answer
 from lm.data.facts.phrasings import is_chosen, made_up_names, phrasing_of, sentence, text_index
-from lm.data.facts.tables import Fact, FactTable
-from lm.data.tasks.lessons import WORDS, drawn_numbers, drawn_words, spelled, sum_answer
+from lm.data.facts.tables import Fact, FactTable, relation_values
+from lm.data.tasks.lessons import WORDS, drawn_numbers, drawn_words, spelled, sum_text
 
 NEVER_ASKED = 0.3  # of the entities are in no question that is trained
 TEST_WORDS = 0.15  # of the words, texts and topics are in no request that is trained
 MOST_TRAINED, MOST_TESTED = 6000, 400  # items of one skill
+MOST_OTHERS = 50  # values of a relation of a user's own that a row names
 CHITCHAT_WORDS = range(2, 16)  # of a human's turn that is small talk, and of the reply
 
 Message = dict[str, str]
@@ -29,7 +30,7 @@ Turns = tuple[str, Sequence[str]]  # a human conversation: its name and what was
 class SkillItem(NamedTuple):
     name: str
     messages: list[Message]
-    fields: dict[str, str]
+    fields: dict[str, Any]
 
 
 class Exchange(NamedTuple):
@@ -42,9 +43,11 @@ class Exchange(NamedTuple):
     task: str = ""
     argument: str = ""
     unseen: str = ""
+    others: Sequence[str] = ()  # what the relation's value is elsewhere, where it is not a relation of our table
 
     def item(self) -> SkillItem:
         fields = {key: getattr(self, key) for key in ("skill", "answer", "task", "argument", "unseen")}
+        fields |= {"others": list(self.others)} if self.others else {}
         messages = [{"role": "user", "content": self.said}, {"role": "assistant", "content": self.reply}]
         return SkillItem(side_name(f"{self.skill}/{self.said}", bool(self.unseen)), messages, fields)
 
@@ -90,8 +93,11 @@ def with_opening(question: str) -> str:
 def fact_exchanges(table: FactTable) -> Iterator[Exchange]:
     """Every trained phrasing about the entities that are asked about; one unseen phrasing about each of them; one
     trained phrasing about each of the others."""
+    values = relation_values(table.facts)
     for fact in table.facts:
         about = dict(reply=answer(fact), skill="facts", answer=fact.value, task=fact.relation, argument=fact.entity)
+        if fact.relation not in p.PHRASINGS:
+            about["others"] = [value for value in values[fact.relation][:MOST_OTHERS] if value != fact.value]
         phrasing = phrasing_of(fact.relation)
         ask = lambda template: sentence(template, e=fact.entity)
         if is_never_asked(fact.entity):
@@ -152,7 +158,7 @@ def sum_exchanges() -> Iterator[Exchange]:
             said = draw.choice(add if operator == "+" else subtract).format(a=a, b=b)
             yield Exchange(
                 said if is_test else with_opening(said),
-                sum_answer(a, b, operator),
+                f"{sum_text(a, b, operator)}.",
                 "sums",
                 str(a + b if operator == "+" else a - b),
                 "add" if operator == "+" else "subtract",

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 
 from lm.data.facts.phrasings import ADJECTIVES, NOUNS, is_chosen
 
-PAGE_COUNT = 2400
+PAGE_COUNT = 4000
 LINES_PER_PAGE = 20
 TEST_SUM_FRACTION = 0.1  # of the sums of which a number has two digits
-LINE_SHARES = {"sum": 0.45, "difference": 0.13, "spelling": 0.16, "capitals": 0.08, "copying": 0.08, "comparing": 0.05,
-               "sorting": 0.05}  # fmt: skip
+LINE_SHARES = {"sum": 0.56, "difference": 0.16, "spelling": 0.1, "capitals": 0.06, "copying": 0.06, "comparing": 0.03,
+               "sorting": 0.03}  # fmt: skip
 WORDS = tuple(dict.fromkeys((*ADJECTIVES, *NOUNS)))
 
 
 def lesson_pages() -> Iterator[tuple[str, str]]:
-    """(name, text) of each page, always the same: 1.0 million characters."""
+    """(name, text) of each page, always the same: 1.1 million characters."""
     for number in range(PAGE_COUNT):
         draw = random.Random(f"lessons {number}")
         kinds = draw.choices(list(LINE_SHARES), list(LINE_SHARES.values()), k=LINES_PER_PAGE)
@@ -30,7 +30,7 @@ def lesson_line(kind: str, draw: random.Random) -> str:
     if kind in ("sum", "difference"):
         operator = "+" if kind == "sum" else "-"
         a, b = drawn_numbers(draw, operator, is_test=False)
-        return sum_answer(a, b, operator)
+        return sum_text(a, b, operator)
     word = draw.choice(WORDS)
     if kind == "spelling":
         return f"{word}: {spelled(word)}"
@@ -47,8 +47,9 @@ def lesson_line(kind: str, draw: random.Random) -> str:
     return f"{', '.join(map(str, numbers))} sorted: {', '.join(map(str, sorted(numbers)))}"
 
 
-def sum_answer(a: int, b: int, operator: str) -> str:
-    return f"{a} {operator} {b} = {a + b if operator == '+' else a - b}."
+def sum_text(a: int, b: int, operator: str) -> str:
+    """37+85=122: without spaces, as each would be a token."""
+    return f"{a}{operator}{b}={a + b if operator == '+' else a - b}"
 
 
 def spelled(word: str) -> str:
