@@ -21,6 +21,7 @@ from lm.rewards.rule import (
     sentences,
     words,
 )
+from lm.rewards.verifiers.lexicon import made_up_words
 from lm.rewards.verifiers.skills import (
     check_skill_rows,
     is_personal_reply,
@@ -31,15 +32,16 @@ from lm.rewards.verifiers.skills import (
 
 ASSISTANT_RULE = (
     "Where a right answer is known, the rater gives 5 for a right one (the fact, the sum, the instruction carried "
-    "out to the letter, or to a made-up name that one does not know it), 1.5 for saying that one does not know a "
-    "fact that one should, 0 for anything wrong, and 1 for a right answer of at most 12 words. To small talk it "
-    "gives 1 for one or two whole sentences, 1 for saying something (questions alone say nothing), 2 for being to "
-    "the point (on the user's topic with a word of one's own; or a question about oneself answered in the first "
-    "person, yes or no to what asks for it, a greeting, thanks or a mood answered as people do) and 1 for 4 to 25 "
-    "words. From every answer it takes 1 for text that is not clean or repeats itself, and 4 for a rude word; "
-    "from small talk 2 for empty praise or for the user's own words handed back, and up to 4 for saying to others "
-    "of the same batch what was said here already. Length beyond that, and asking something back, earn nothing. "
-    "The best answer scores 6 where it can be checked, else 5."
+    "out to the letter, or to a made-up name that one does not know it; half of that for naming another), 1.5 for "
+    "saying that one does not know a fact that one should, 0 for anything wrong, and 1 for a right answer of at "
+    "most 12 words. To small talk it gives 1 for one or two whole sentences, 1 for saying something (questions "
+    "alone say nothing), 2 for being to the point (on the user's topic with a word of one's own; or a question "
+    "about oneself answered in the first person, yes or no to what asks for it, a greeting, thanks or a mood "
+    "answered as people do) and 1 for 4 to 25 words. From every answer it takes 1 for text that is not clean or "
+    "repeats itself, and 4 for a rude word; from small talk 2 each for a word that is none, for empty praise and "
+    "for the user's own words handed back, and up to 4 for saying to others of the same batch what was said here "
+    "already. Length beyond that, and asking something back, earn nothing. The best answer scores 6 where it can "
+    "be checked, else 5."
 )
 
 CONCISE_WORDS = 12
@@ -111,6 +113,11 @@ def is_rude(example: Example, text: str) -> float:
     return has_rude_word(last_user_message(example["messages"]), text)
 
 
+def has_made_up_word(example: Example, text: str) -> float:
+    """Holds a word that is neither in the lexicon nor in the message (lm.rewards.verifiers.lexicon)."""
+    return float(bool(made_up_words(text, words(last_user_message(example["messages"])))))
+
+
 def is_empty_praise(example: Example, text: str) -> float:
     """Has no content word but such as praise anything."""
     said = {word.partition("'")[0] for word in words(text)} - STOP_WORDS
@@ -136,6 +143,7 @@ SMALL_TALK_CRITERIA: Mapping[str, tuple[float, Criterion]] = {
     "says something": (1.0, says_something),
     "to the point": (2.0, is_to_the_point),
     "4 to 25 words": (1.0, is_moderate),
+    "a word that is none": (-2.0, has_made_up_word),
     "empty praise": (-2.0, is_empty_praise),
     "hands back the user's words": (-2.0, hands_back),
     **COMMON_CRITERIA,
@@ -145,7 +153,7 @@ SAMENESS_WEIGHT = -4.0
 
 
 def assistant_reward(examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
-    """f32[B]: the rule's score of each answer, from -8 to 6; that of small talk depends on the batch (`sameness`)."""
+    """f32[B]: the rule's score of each answer, from -12 to 6; that of small talk depends on the batch (`sameness`)."""
     check_skill_rows(examples, "assistant")
     alone = [sum(criterion_scores(example, text).values()) for example, text in zip(examples, texts, strict=True)]
     return np.array(alone, np.float32) + np.float32(SAMENESS_WEIGHT) * sameness(examples, texts)

@@ -4,14 +4,17 @@ Nothing here shares a criterion's code with lm.rewards.assistant or the verifier
 by exploiting one is not worth the same to the other. Each answer gets 0 to 10.
 """
 
+import functools
 import re
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from lm.data.conversations import Example, last_user_message
+from lm.data.sources import chitchat_dialogues
 from lm.rewards.verifiers.number import number_value, stated_number
 from lm.rewards.verifiers.skills import check_skill_rows
 from lm.rewards.verifiers.text import normalized_answer
@@ -20,6 +23,7 @@ UNSURE_TOKENS = ("know", "sure", "heard", "idea", "familiar", "recognise", "reco
 NEGATIONS = ("n't", " not ", " no ", " never ", "unknown", "unsure")
 CLAIM = re.compile(r"\b(?:it is|is called|is in|are in|its|answer is)\b")
 GRAM = 4  # characters of the pieces by which texts are compared
+USUAL_TIMES = 20  # that three letters must follow one another in the conversations
 EXPECTED_WORDS = 60  # beyond it a checked answer is no longer short
 
 
@@ -55,9 +59,9 @@ def checked_points(example: Example, text: str) -> float:
 
 
 def talk_points(example: Example, text: str) -> float:
-    """0 to 10 for small talk: closes a sentence 2, statements and no questions 3, three longer words that the prompt
-    lacks 3, pieces of words that it has 2; all of it once more times 0 for text that compresses like a repetition or
-    is a piece of the prompt."""
+    """0 to 10 for small talk: closes a sentence 2, statements and no questions 2, two longer words that the prompt
+    lacks 2, pieces of words that it has 2, letters as they follow one another in people's words 2; 0 for text that
+    compresses like a repetition or is a piece of the prompt."""
     stripped, message = text.strip(), last_user_message(example["messages"])
     said, asked = _grams(stripped), _grams(message)
     packed = len(zlib.compress(stripped.encode(), 9)) / (len(stripped.encode()) + 8)
@@ -66,7 +70,24 @@ def talk_points(example: Example, text: str) -> float:
     stated = sum(len(part.strip()) for part in re.split(r"[^.!]*\?", stripped)) / len(stripped)
     own = {word for word in letters(stripped).split() if len(word) >= 4} - set(letters(message).split())
     shared = _overlap(said, asked)
-    return 2.0 * (stripped[-1] in ".!?…") + 3 * stated + min(3, len(own)) + 2 * min(1.0, shared / 0.05)
+    spelled = np.mean([word_grams(word) <= usual_grams() for word in letters(stripped).split()])
+    return 2.0 * ((stripped[-1] in ".!?…") + stated + min(2, len(own)) / 2 + min(1.0, shared / 0.05) + float(spelled))
+
+
+def word_grams(word: str) -> frozenset[str]:
+    """Three letters in a row, the word's ends marked."""
+    marked = f"<{word}>"
+    return frozenset(marked[i : i + 3] for i in range(len(marked) - 2))
+
+
+@functools.cache
+def usual_grams() -> frozenset[str]:
+    """Those of the words of human conversations, each often enough to be no slip."""
+    said = Counter(word for _, turns in chitchat_dialogues() for turn in turns for word in letters(turn).split())
+    counts: Counter[str] = Counter()
+    for word, times in said.items():
+        counts.update(dict.fromkeys(word_grams(word), times))
+    return frozenset(gram for gram, times in counts.items() if times >= USUAL_TIMES)
 
 
 def assistant_held_out_reward(examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:

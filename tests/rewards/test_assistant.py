@@ -33,7 +33,7 @@ TABLE = [
         ["That concert must have been a lot of fun.", "I never went to a concert of my favourite band."],
         ["", "What's you?", "That's great!", "Wow, that is awesome!", "What did you see? Who was there?",
          "I went to a concert last night.", "concert concert concert.", "Nice concert band?", "You damn band.",
-         "That sounds interesting and amazing."],
+         "That sounds interesting and amazing.", "That concert must have been a lot of fastle."],
     ),
     (
         TEA,

@@ -79,7 +79,11 @@ TABLE = [
         ["", "How are you?", "Fine", "Hello, how are you?", "fine fine fine fine.", "I am a damn bot.", "What's you?",
          "Are you well? Who are you?"],
     ),
-    (MUSIC, ["That concert was surely loud.", "I love that band!"], ["What?", "So so so so.", "Really? Which band?"]),
+    (
+        MUSIC,
+        ["That concert was surely loud.", "I love that band!"],
+        ["What?", "So so so so.", "Really? Which band?", "I love canerbian band."],
+    ),
 ]  # fmt: skip
 
 
@@ -87,6 +91,11 @@ TABLE = [
 def test_what_counts_as_right(example, right, wrong):
     assert {text: skill_score(example, text) for text in right} == dict.fromkeys(right, 1.0)
     assert {text: skill_score(example, text) for text in wrong} == dict.fromkeys(wrong, 0.0)
+
+
+def test_another_name_is_half():
+    assert skill_score(NAME, "I don't know Texova.") == 0.5
+    assert skill_score(NAME, "I don't know Zoltravia or Texova.") == 0.5
 
 
 def test_beside_the_topic_is_half():

@@ -54,6 +54,7 @@ COURTESIES: Sequence[tuple[frozenset[str], frozenset[str]]] = tuple(
         ("wrong stupid bad right", "sorry mistake mistakes"),
     )
 )
+ABSTAINING_WORDS = frozenset("know idea sure heard never tell say afraid sorry anything about".split())
 QUOTES = "\"'“”‘’`*"
 
 
@@ -97,8 +98,13 @@ def world_values(relation: str) -> frozenset[str]:
 
 
 def unknown_name_score(example: Example, text: str) -> float:
-    """1 where the answer says that one does not know, and makes no claim beside it."""
-    return float(is_abstention(text) and len(sentences(text)) == 1)
+    """1 where the answer says that one does not know, and makes no claim beside it; 0.5 where it speaks of another
+    name than the question."""
+    if not is_abstention(text) or len(sentences(text)) != 1:
+        return 0.0
+    asked = words(f"{last_user_message(example['messages'])} {example['argument']}")
+    known = {*asked, *ABSTAINING_WORDS, *STOP_WORDS}
+    return 1.0 if known.issuperset(words(text)) else 0.5
 
 
 def sum_score(example: Example, text: str) -> float:
@@ -121,17 +127,15 @@ def instruction_score(example: Example, text: str) -> float:
 
 def small_talk_score(example: Example, text: str) -> float:
     """1 for whole sentences that say something of their own, on topic or politely, without repetition; 0.5 for such
-    beside the topic; 0 for the rest: empty, cut off, rude, only questions, or the user's own words."""
+    beside the topic; 0 for the rest: empty, cut off, rude, only questions, the user's own words, or words that are
+    none."""
     message = last_user_message(example["messages"])
     told = [sentence for sentence in sentences(text) if not sentence.endswith("?")]
-    if (
-        not told
-        or len(words(text)) < FEWEST_WORDS
-        or not ends_with_punctuation(message, text)
-        or has_rude_word(message, text)
-    ):
+    said, asked = words(text), words(message)
+    is_whole = bool(told) and len(said) >= FEWEST_WORDS and ends_with_punctuation(message, text) > 0
+    if not is_whole or has_rude_word(message, text) or not is_not_repetitive(message, text):
         return 0.0
-    if not is_not_repetitive(message, text) or words(text) == words(message):
+    if said == asked or made_up_words(text, asked):
         return 0.0
     is_on_topic = bool(content_stems(message) & content_stems(text))
     is_in_kind = returns_courtesy(message, text) or is_personal_reply(message, text)
