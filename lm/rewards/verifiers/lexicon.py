@@ -2,7 +2,7 @@
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from lm.data.facts import phrasings
 from lm.data.facts.tables import fact_table
@@ -23,7 +23,7 @@ def lexicon() -> frozenset[str]:
     return frozenset(word for word, count in counts.items() if count >= FEWEST_TIMES) | frozenset(own)
 
 
-def made_up_words(text: str, known: Sequence[str] = ()) -> list[str]:
+def made_up_words(text: str, known: Collection[str] = ()) -> list[str]:
     """The words of a text that are neither in the lexicon nor `known`. Numbers are words."""
     there = lexicon() | set(known)
     return [word for word in words(text) if word not in there and not word.isdigit()]

@@ -25,6 +25,7 @@ from lm.rewards.rule import (
     sentences,
     words,
 )
+from lm.rewards.verifiers.lexicon import made_up_words
 
 FIELDS = ("skill", "answer", "task", "argument")
 SYMBOL_LENGTH = 2  # letters up to which a value is a symbol
@@ -62,7 +63,7 @@ def fact_score(example: Example, text: str) -> float:
     """1 where the value's words stand in the answer, in their order, and the answer offers nothing else.
 
     Something else is another value of the same relation, a number or a name that neither the question nor the value
-    has, or a word such as "or". The other values are those of our own table; a row of another table may bring its own,
+    has, a word that is none, or one such as "or". The other values are those of our own table; a row of another table may bring its own,
     the field `others`, a list. One who says that they do not know has not answered. Case counts for symbols ("Fe").
     """
     is_symbol = len(example["answer"]) <= SYMBOL_LENGTH and example["answer"].isalpha()
@@ -84,7 +85,7 @@ def fact_score(example: Example, text: str) -> float:
             is_common = i == 0 and is_symbol and phrase[0].lower() in STOP_WORDS
             if phrase in others and not is_common and not known.issuperset(word.lower() for word in phrase):
                 return 0.0
-    return float(not strange_names(text, known))
+    return float(not strange_names(text, known) and not made_up_words(text, known))
 
 
 def cased_words(text: str) -> list[str]:
