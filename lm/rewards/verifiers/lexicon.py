@@ -18,8 +18,9 @@ def lexicon() -> frozenset[str]:
     """Lower-case words, some 10,000."""
     counts = Counter(word for _, turns in chitchat_dialogues() for turn in turns for word in words(turn))
     told = [" ".join((*said, *replies)) for said, replies in (*phrasings.SMALL_TALK, *phrasings.TOPIC_TALK)]
+    asked = [" ".join((one.noun, one.answer, *one.statements)) for one in phrasings.PHRASINGS.values()]
     named = [f"{fact.entity} {fact.value}" for fact in fact_table().facts]
-    own = words(" ".join((*told, *named, *WORDS, *phrasings.TOPICS)))
+    own = words(" ".join((*told, *asked, *named, *WORDS, *phrasings.TOPICS)))
     return frozenset(word for word, count in counts.items() if count >= FEWEST_TIMES) | frozenset(own)
 
 

@@ -63,8 +63,9 @@ def fact_score(example: Example, text: str) -> float:
     """1 where the value's words stand in the answer, in their order, and the answer offers nothing else.
 
     Something else is another value of the same relation, a number or a name that neither the question nor the value
-    has, a word that is none, or one such as "or". The other values are those of our own table; a row of another table may bring its own,
-    the field `others`, a list. One who says that they do not know has not answered. Case counts for symbols ("Fe").
+    has, a word that is none, or one such as "or". The other values are those of our own table; a row of another
+    table may bring its own, the field `others`, a list. One who says that they do not know has not answered. Case
+    counts for symbols ("Fe").
     """
     is_symbol = len(example["answer"]) <= SYMBOL_LENGTH and example["answer"].isalpha()
     split = cased_words if is_symbol else words
