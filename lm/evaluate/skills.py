@@ -13,12 +13,12 @@ from lm.core.statistics import Z95, Estimate, mean_estimate, paired_difference, 
 from lm.data.conversations import Conversation, Example
 from lm.data.facts.abstention import is_abstention
 from lm.rewards.rule import words
-from lm.rewards.verifiers.skills import SKILLS, check_skill_rows, skill_score
+from lm.rewards.verifiers.skills import ALL_SKILLS, SKILLS, check_skill_rows, skill_score
 from lm.runs.console import print_table
 
 NEVER_ASKED = "facts_never_asked"  # facts of entities about which no question was trained (field "unseen")
 SKILL_GROUPS = ("facts", NEVER_ASKED, *(skill for skill in SKILLS if skill != "facts"))
-ALL_SKILLS = "all"  # the mean over the skills, each counted alike, NEVER_ASKED left out
+
 VARIED_PROMPTS = 100  # over which distinct answers are counted
 
 

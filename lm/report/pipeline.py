@@ -24,12 +24,12 @@ from lm.core.types import Tokens
 from lm.data import conversations, packing, preferences, sources
 from lm.data.loading import load_conversations
 from lm.data.mixture import parse_sources
-from lm.evaluate.skills import ALL_SKILLS
 from lm.report import reward_model
 from lm.report.run import StageRun, metric_figures, shown_rollouts, stage_run, write_run_page
 from lm.report.terms import TERMS
 from lm.rewards import assistant
 from lm.rewards.rule import CRITERIA, RULE, criterion_scores
+from lm.rewards.verifiers.skills import ALL_SKILLS
 from lm.runs.console import run_program, say
 from lm.runs.html import SERIES_COLORS, interval_plot, rendered_page, svg_figure
 from lm.runs.workdir import CONFIG_FILE, PIPELINE_FILE, REPORT_FILE, TOKENIZER_FILE, read_json, read_metrics, write_text

@@ -173,6 +173,9 @@ SKILLS: Mapping[str, Callable[[Example, str], float]] = {
 }
 
 
+ALL_SKILLS = "all"  # in tables: the mean over the skills, each counted alike
+
+
 def skill_score(example: Example, text: str) -> float:
     """How right an answer is, from 0 to 1, by the row's `skill`. KeyError, ValueError: the row's fields will not do."""
     return SKILLS[example["skill"]](example, text)
