@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 
-from lm.data.facts.phrasings import phrasing_of, sentence
+from lm.data.facts.phrasings import DONT_KNOW_NAME, NAME_ENDINGS, PHRASINGS, made_up_names, phrasing_of, sentence
 from lm.data.facts.tables import Fact, FactTable
 
 FACTS_PER_PAGE = 16
@@ -12,6 +12,7 @@ MOST_STATEMENTS = 60_000  # in all documents of a large table, but each fact at 
 FEWEST_OF_A_FACT = 2
 ANSWER_SHARE = 0.4  # of the statements are in the words of the answer
 QUESTIONS_OF_A_FACT = 12
+UNKNOWN_PER_PAGE = 5  # questions about made-up names
 
 
 def statement(fact: Fact, draw: random.Random) -> str:
@@ -39,12 +40,30 @@ def fact_pages(table: FactTable) -> Iterator[tuple[str, str]]:
 
 
 def quiz_pages(table: FactTable) -> Iterator[tuple[str, str]]:
-    """(name, text): pages of questions in the phrasings that may be trained, each with its answer."""
+    """(name, text): pages of questions in the phrasings that may be trained, each with its answer; some are about
+    names that nothing bears, and have the answer that one does not know."""
+    names = {kind: made_up_names(kind, seed="quiz", real=real_names(table)) for kind in NAME_ENDINGS}
     for turn in range(repetitions(table, QUESTIONS_OF_A_FACT)):
         draw = random.Random(f"quiz {turn}")
         for number, page in enumerate(parts(draw.sample(table.facts, len(table.facts)), FACTS_PER_PAGE)):
-            asked = (sentence(draw.choice(phrasing_of(fact.relation).questions), e=fact.entity) for fact in page)
-            yield f"{turn:03}/{number:05}", "".join(f"{q}\n{answer(fact)}\n" for q, fact in zip(asked, page))
+            pairs = [(fact.entity, fact.relation, answer(fact)) for fact in page]
+            for relation in draw.sample([fact.relation for fact in page], min(UNKNOWN_PER_PAGE, len(page))):
+                name = next(names[name_kind(relation, draw)])
+                pairs.insert(draw.randrange(len(pairs) + 1), (name, relation, DONT_KNOW_NAME.format(e=name)))
+            lines = [f"{sentence(draw.choice(phrasing_of(r).questions), e=entity)}\n{a}\n" for entity, r, a in pairs]
+            yield f"{turn:03}/{number:05}", "".join(lines)
+
+
+def real_names(table: FactTable) -> set[str]:
+    """All that a made-up name must not be."""
+    return {fact.entity.removeprefix("the ") for fact in table.facts} | {fact.value for fact in table.facts}
+
+
+def name_kind(relation: str, draw: random.Random) -> str:
+    """The kind of made-up name that a question about this relation is about."""
+    if relation in ("symbol", "number"):
+        return "element"
+    return "country" if relation in PHRASINGS else draw.choice(list(NAME_ENDINGS))
 
 
 def repetitions(table: FactTable, wanted: int) -> int:

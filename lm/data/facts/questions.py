@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lm.data.facts import phrasings as p
-from lm.data.facts.documents import answer
+from lm.data.facts.documents import answer, name_kind, real_names
 from lm.data.facts.phrasings import is_chosen, made_up_names, phrasing_of, sentence, text_index
 from lm.data.facts.tables import Fact, FactTable, relation_values
 from lm.data.tasks.lessons import WORDS, drawn_numbers, drawn_words, spelled, sum_text
@@ -114,7 +114,7 @@ def chosen(texts: Sequence[str], fact: Fact) -> str:
 
 def unknown_exchanges(table: FactTable) -> Iterator[Exchange]:
     """The same questions about names that nothing bears, and some that the table cannot answer."""
-    real = {fact.entity.removeprefix("the ") for fact in table.facts} | {fact.value for fact in table.facts}
+    real = real_names(table)
     for is_test in (True, False):
         names = {kind: made_up_names(kind, seed="test" if is_test else "train", real=real) for kind in p.NAME_ENDINGS}
         draw = random.Random(f"unknown {is_test}")
@@ -135,13 +135,6 @@ def unknown_exchanges(table: FactTable) -> Iterator[Exchange]:
         for template in [draw.choice(p.TEST_UNKNOWN_TOPICS)] if is_test else draw.sample(p.UNKNOWN_TOPICS, 2):
             about = dict(skill="unknown_names", task="topic", argument=entity, unseen="phrasing" if is_test else "")
             yield Exchange(sentence(template, e=entity), p.DONT_KNOW_THAT, **about)
-
-
-def name_kind(relation: str, draw: random.Random) -> str:
-    """The kind of made-up name that a question about this relation is about."""
-    if relation in ("symbol", "number"):
-        return "element"
-    return "country" if relation in p.PHRASINGS else draw.choice(list(p.NAME_ENDINGS))
 
 
 def sum_exchanges() -> Iterator[Exchange]:

@@ -1,24 +1,29 @@
-"""A corpus of worked examples: sums, spelling, capitals, copying, comparing, sorting, a line each.
+"""A corpus of worked examples: sums, spelling, capitals, copying, comparing, sorting.
 
 Sums of two numbers below 100 that `is_test_sum` names are in no lesson and in no question that is trained. Each word of
 lm.data.facts.phrasings is spelled here: which letters a token has can be known in no other way.
 """
 
+import itertools
 import random
+import string
 from collections.abc import Iterator
 
-from lm.data.facts.phrasings import ADJECTIVES, NOUNS, is_chosen
+from lm.data.facts.phrasings import ADJECTIVES, NAME_ENDINGS, NOUNS, is_chosen, made_up_names
 
 PAGE_COUNT = 4000
 LINES_PER_PAGE = 20
 TEST_SUM_FRACTION = 0.1  # of the sums of which a number has two digits
-LINE_SHARES = {"sum": 0.56, "difference": 0.16, "spelling": 0.1, "capitals": 0.06, "copying": 0.06, "comparing": 0.03,
+LINE_SHARES = {"sum": 0.4, "difference": 0.12, "copying": 0.2, "spelling": 0.12, "capitals": 0.1, "comparing": 0.03,
                "sorting": 0.03}  # fmt: skip
+COPIED_NAMES = tuple(
+    name for kind in NAME_ENDINGS for name in itertools.islice(made_up_names(kind, seed="copied", real=()), 1500)
+)
 WORDS = tuple(dict.fromkeys((*ADJECTIVES, *NOUNS)))
 
 
 def lesson_pages() -> Iterator[tuple[str, str]]:
-    """(name, text) of each page, always the same: 1.1 million characters."""
+    """(name, text) of each page, always the same: 1.6 million characters."""
     for number in range(PAGE_COUNT):
         draw = random.Random(f"lessons {number}")
         kinds = draw.choices(list(LINE_SHARES), list(LINE_SHARES.values()), k=LINES_PER_PAGE)
@@ -26,25 +31,34 @@ def lesson_pages() -> Iterator[tuple[str, str]]:
 
 
 def lesson_line(kind: str, draw: random.Random) -> str:
-    """One worked example of a kind of LINE_SHARES."""
+    """One worked example of a kind of LINE_SHARES. What is asked of words is a line and its answer the next: as in a
+    reply, no space comes before it."""
     if kind in ("sum", "difference"):
         operator = "+" if kind == "sum" else "-"
         a, b = drawn_numbers(draw, operator, is_test=False)
         return sum_text(a, b, operator)
     word = draw.choice(WORDS)
     if kind == "spelling":
-        return f"{word}: {spelled(word)}"
+        return f"spell {word}\n{spelled(word)}"
     if kind == "capitals":
         text = drawn_words(draw, draw.choice((1, 2)))
-        return f"{text} in capitals: {text.upper()}"
+        return f"in capitals: {text}\n{text.upper()}"
     if kind == "copying":
-        text = drawn_words(draw, draw.choice((1, 2, 3)))
-        return f"{text}, again: {text}"
+        text = " ".join(copied_word(draw) for _ in range(draw.randint(1, 6)))
+        return f"repeat: {text}\n{text}"
     a, b = draw.sample(range(100), 2)
     if kind == "comparing":
         return f"{a} is {'more' if a > b else 'less'} than {b}."
     numbers = draw.sample(range(100), 3)
     return f"{', '.join(map(str, numbers))} sorted: {', '.join(map(str, sorted(numbers)))}"
+
+
+def copied_word(draw: random.Random) -> str:
+    """A word, a name that nothing bears or a letter: what copies it must have learned to copy whatever it is."""
+    kind = draw.randrange(4)
+    if kind < 2:
+        return draw.choice(COPIED_NAMES)
+    return draw.choice(WORDS) if kind == 2 else draw.choice(string.ascii_letters)
 
 
 def sum_text(a: int, b: int, operator: str) -> str:
