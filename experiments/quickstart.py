@@ -61,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.tokenizer.data.corpus = config.pretrain.data.corpus = config.evaluate.evaluate.corpus = corpus
         config.sft.data.sources = conversations
         config.rank.rank.sources = config.ppo.data.sources = config.evaluate.evaluate.sources = mixture(PROMPTS, table)
-        config.ppo.data.rewards = "model=0.5,skills=3.0"  # the verifier where there is a right answer; taste elsewhere
+        config.ppo.data.rewards = "skills=3.0,model=0.2"  # right answers where they can be checked, and taste
     config.pretrain.data.held_out_bytes = 20_000 if tiny else 60_000
     config.pretrain.optimizer.name = "muon"
     config.pretrain.optimizer.learning_rate = 1e-2
@@ -85,10 +85,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.ppo.data.update({"rater": "assistant_held_out", "held_out": 0.02})
     if not tiny:
         config.ppo.data.update({"rollouts": 128, "held_out_rollouts": 256})
-    config.ppo.train.steps = 4 if tiny else 40
-    config.ppo.train.update({"evaluate_every": 2 if tiny else 8, "watched_rating": "score/assistant_held_out"})
+    config.ppo.stage.update({"beta": 0.05, "value_coefficient": 0.05})  # more moves the trunk away from the answers
+    config.ppo.optimizer.learning_rate = 2e-4
+    config.ppo.train.steps = 4 if tiny else 60
+    config.ppo.train.update({"evaluate_every": 2 if tiny else 15, "watched_rating": "score/assistant_held_out"})
     config.evaluate.evaluate.update({"rater": "assistant", "judge": "assistant_held_out", "held_out": 0.02})
-    config.evaluate.evaluate.update({"temperature": 0.0, "max_new": 32, "prompts": 32 if tiny else 600})
+    config.evaluate.evaluate.update({"temperature": 0.0, "max_new": 24, "prompts": 32 if tiny else 900})
     config.evaluate.evaluate.recall_facts = 32 if tiny else 1000
     config.evaluate.evaluate.table = table
     config.evaluate.models = ConfigDict({"raw": root + "/pretrain", "sft": root + "/sft", "ppo": root + "/ppo"})
