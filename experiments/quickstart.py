@@ -18,18 +18,18 @@ STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate")
 # What is read, and its share of the rows. A fact of the table is told 40 times in `facts` and asked 12 times in `quiz`.
 CORPUS = {
     "facts": 0.24,  # encyclopedia
-    "quiz": 0.10,  # education: questions and answers in plain text
-    "education": 0.40,  # sums, spelling, capitals, copying, comparing, sorting
-    "chitchat": 0.12,  # forum
+    "quiz": 0.14,  # education: questions and answers in plain text
+    "education": 0.42,  # sums, spelling, capitals, copying, comparing, sorting
+    "chitchat": 0.08,  # forum
     "stdlib": 0.06,  # code and documentation
-    "wikipedia": 0.04,  # encyclopedia
-    "shakespeare": 0.04,  # book
+    "wikipedia": 0.03,  # encyclopedia
+    "shakespeare": 0.03,  # book
 }
 TINY_CORPUS = {"facts": 0.5, "quiz": 0.2, "education": 0.3}
 CONVERSATIONS = {
-    "facts": 0.30,
-    "unknown_names": 0.14,
-    "sums": 0.14,
+    "facts": 0.28,
+    "unknown_names": 0.12,
+    "sums": 0.18,
     "instructions": 0.20,
     "small_talk": 0.10,
     "dialogues": 0.12,
@@ -65,7 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.pretrain.data.held_out_bytes = 20_000 if tiny else 60_000
     config.pretrain.optimizer.name = "muon"
     config.pretrain.optimizer.learning_rate = 1e-2
-    config.pretrain.train.steps = 8 if tiny else 900
+    config.pretrain.train.steps = 8 if tiny else 950
     config.pretrain.tokenizer = root + "/tokenizer"
     config.sft.optimizer.name = "muon"
     config.sft.optimizer.learning_rate = 3e-3

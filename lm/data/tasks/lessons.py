@@ -1,6 +1,7 @@
 """A corpus of worked examples: sums, spelling, capitals, copying, comparing, sorting.
 
-Sums of two numbers below 100 that `is_test_sum` names are in no lesson and in no question that is trained. Each word of
+Sums of two numbers below 100 that `is_test_sum` names are in no lesson and in no question that is trained; of
+differences, which are few, only phrasings are kept for testing. Each word of
 lm.data.facts.phrasings is spelled here: which letters a token has can be known in no other way.
 """
 
@@ -13,8 +14,9 @@ from lm.data.facts.phrasings import ADJECTIVES, NAME_ENDINGS, NOUNS, is_chosen, 
 
 PAGE_COUNT = 4000
 LINES_PER_PAGE = 20
+LARGEST_DIFFERENCE = 20  # that something is taken from
 TEST_SUM_FRACTION = 0.1  # of the sums of which a number has two digits
-LINE_SHARES = {"sum": 0.4, "difference": 0.12, "copying": 0.2, "spelling": 0.12, "capitals": 0.1, "comparing": 0.03,
+LINE_SHARES = {"sum": 0.44, "difference": 0.08, "copying": 0.2, "spelling": 0.12, "capitals": 0.1, "comparing": 0.03,
                "sorting": 0.03}  # fmt: skip
 COPIED_NAMES = tuple(
     name for kind in NAME_ENDINGS for name in itertools.islice(made_up_names(kind, seed="copied", real=()), 1500)
@@ -77,15 +79,17 @@ def drawn_words(draw: random.Random, count: int) -> str:
 
 
 def drawn_numbers(draw: random.Random, operator: str, *, is_test: bool) -> tuple[int, int]:
-    """Two numbers below 100 of a sum, or a difference that is not below 0, a third of them digits."""
+    """Two numbers below 100 of a sum, a third of them digits, or a difference that is not below 0, of numbers up to
+    LARGEST_DIFFERENCE."""
     while True:
+        if operator == "-":
+            b, a = sorted(draw.randint(0, LARGEST_DIFFERENCE) for _ in range(2))
+            return a, b
         a, b = (draw.randrange(10 if draw.random() < 0.33 else 100) for _ in range(2))
-        if operator == "-" and a < b:
-            a, b = b, a
-        if is_test_sum(a, b, operator) == is_test:
+        if is_test_sum(a, b) == is_test:
             return a, b
 
 
-def is_test_sum(a: int, b: int, operator: str) -> bool:
+def is_test_sum(a: int, b: int) -> bool:
     """Whether it is kept for testing, whichever number comes first. Sums of two digits never are: there are but 100."""
-    return max(a, b) > 9 and is_chosen(f"{max(a, b)} {operator} {min(a, b)}", TEST_SUM_FRACTION)
+    return max(a, b) > 9 and is_chosen(f"{max(a, b)} + {min(a, b)}", TEST_SUM_FRACTION)
