@@ -45,7 +45,14 @@ def get_config(arg: str = "") -> ConfigDict:
             "reward_model": "runs/small_talk/reward",  # or several, with commas: an ensemble
             "pessimism": 0.0,  # deviations of an ensemble that its mean loses where its members disagree
             # What an answer is worth: a weighted sum, each part logged apart; a weight of 0 leaves a part out.
-            "rewards": {"model": 1.0, "toxicity": 0.0, "length": 0.0, "repetition": 0.0, "refusal": 0.0, "form": 0.0},
+            "rewards": {
+                "model": 1.0,
+                "toxicity": 0.0,
+                "length": 0.0,
+                "repetition": 0.0,
+                "refusal": 0.0,
+                "punctuation": 0.0,
+            },
             "rater": "rule",  # logged as score/rule; the policy never learns from it
             "sources": "chitchat",
             "turns": 3,

@@ -85,14 +85,14 @@ def main() -> None:
 
 
 def is_output_closed() -> bool:
-    """Whether nobody reads standard output any more."""
+    """Whether the reader of standard output has closed it."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def run_command() -> None:
-    """Runs the command that sys.argv names. Exits with 2 where there is none of that name."""
+    """Runs the command that sys.argv names. Exits with 2 if there is none of that name."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "help"):
         print(overview())

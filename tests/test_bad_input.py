@@ -116,7 +116,7 @@ def config_file(folder: Path, name: str, change: str) -> str:
             "none of 767 conversations can be learnt from (767 conversations longer than a row of 3 tokens): lengthen",
         ),
         ("sft", "data.sources=chitchet", "data.sources has 'chitchet'; choose among chitchat, docstrings"),
-        ("reward", "data.rankings=nowhere", "data.rankings has 'nowhere'; choose among chitchat, or give a file"),
+        ("reward", "data.rankings=nowhere", "no rankings at nowhere (No such file or directory): rank some first"),
         (
             "ppo",
             "data.reward_model={finished}/sft",

@@ -16,7 +16,7 @@ from lm.__main__ import BY_NAME
 from lm.core import sharding
 from lm.core.config import config_module, flags_and_config, flatten, load_config, to_dict
 from lm.core.errors import UserError
-from lm.core.options import keyword_parameters, option_type
+from lm.core.options import is_record, keyword_parameters, option_type, record_options
 from lm.evaluate import models, policies
 from lm.feedback import auto_rank
 from lm.model import params
@@ -102,8 +102,11 @@ def checked(name: str, config) -> None:
         }
         if function is model.ModelConfig:
             options["vocab_size"] = 1  # lm train adds the tokenizer's
-        given = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-        inspect.signature(function).bind(*given, **options)
+        parameters = inspect.signature(function).parameters.values()
+        given = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+        records = {p.name: record_options(p) for p in parameters if is_record(p)}
+        fields = {field for record in records.values() for field in record}
+        inspect.signature(function).bind(*given, **{key: options[key] for key in options if key not in fields})
     if not parts(name, config):
         assert {path: called.function for path, called in functions_of(name)(config).items()} == functions
 

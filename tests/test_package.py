@@ -15,8 +15,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lm.core.config import load_config
+from lm.__main__ import BY_NAME
+from lm.core.config import load_config, no_functions, parsed_flags
 from lm.stages import STAGES
+from lm.studies.gradients import __main__ as certify
+from lm.train.config import train_functions
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -141,6 +144,24 @@ def test_a_closed_output_ends_a_command_quietly():
         assert (done.returncode, done.stderr) == (status, "")
 
 
+@pytest.mark.parametrize("name", BY_NAME)
+def test_help_opens_with_a_sentence_and_two_examples(name):
+    """--help shows the docstring: its sentence and examples, then the options, then the rest."""
+    path = ROOT / (BY_NAME[name].module.replace(".", "/") + ".py")
+    sentence, examples, *_ = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")
+    assert re.fullmatch(r"[A-Z][^\n]*\.", sentence)
+    lines = examples.splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"    python -m lm {name}") for line in lines)
+
+
+def test_help_of_a_program_shows_options_before_details(capsys):
+    with pytest.raises(SystemExit):
+        parsed_flags(["--help"], certify.__doc__ or "", certify.FLAGS)
+    text = capsys.readouterr().out
+    assert text.startswith("Checks exactly that")
+    assert 0 < text.index("    python -m lm certify\n") < text.index("--policy {") < text.index("The world is small")
+
+
 def test_flags_in_the_pages_exist():
     source = "\n".join(path.read_text() for path in (ROOT / "lm").rglob("*.py"))
     words = {word for page in PAGES for line in command_lines(page) for word in line if word.startswith("--")}
@@ -157,7 +178,8 @@ def test_configs_take_the_overrides_of_the_pages(page):
         if config and "NAME" not in config:
             overrides = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
             path = str(ROOT / config.removeprefix("--config="))
-            load_config(path, [override for override in overrides if not PLACEHOLDER.search(override)])
+            overrides = [override for override in overrides if not PLACEHOLDER.search(override)]
+            load_config(path, overrides, train_functions if "train" in words else no_functions)
 
 
 def test_experiments_page_lists_every_config_page_and_stage():

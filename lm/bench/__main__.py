@@ -68,7 +68,7 @@ POSITIONAL = {"what": dict(nargs="*", metavar="WHAT", help=f"{', '.join(BENCHMAR
 
 
 class BenchmarkCase(NamedTuple):
-    """One thing to time: how to set it up, and what to make of its seconds."""
+    """One benchmark: how to set it up, and how to make a result of its seconds."""
 
     benchmark: str
     make_steps: Callable[[], TimedSteps]
@@ -79,12 +79,12 @@ class BenchmarkCase(NamedTuple):
 def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
     """All but startup, in the order in which they are timed."""
     sizes, dtypes = sizes_named(flags.sizes), parsed_names("dtypes", flags.dtypes, DTYPES)
-    python, found = peer_interpreter(flags.peer), []
+    python, cases = peer_interpreter(flags.peer), []
     for name, size in sizes.items() if "training" in flags.what else ():
         for dtype in dtypes:
             case = name, size, dtype
             rival = training.peer(python, size, dtype) if python else None
-            found.append(training_case(*case, rival, limits))
+            cases.append(training_case(*case, rival, limits))
     if "generation" in flags.what:
         models = [(name, size.config, None) for name, size in sizes.items()]
         if flags.workdir:
@@ -96,24 +96,24 @@ def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
                 for batch in parsed_counts("batches", flags.batches):
                     shape = generation.GenerationShape(batch, flags.prompt_tokens, flags.new_tokens)
                     rival = generation.peer(python, config, shape, dtype) if python else None
-                    found.append(generation_case(name, config, lm, shape, dtype, rival, limits))
+                    cases.append(generation_case(name, config, lm, shape, dtype, rival, limits))
     if "rollout" in flags.what:
         config, shape = SIZES["S"].config, rollout.RolloutShape()
         rival = rollout.peer(python, shape) if python else None
         result = lambda timed: rollout.result(config, shape, timed, limits)
-        found.append(BenchmarkCase("rollout", lambda: rollout.timed_steps(config, shape), rival, result))
+        cases.append(BenchmarkCase("rollout", lambda: rollout.timed_steps(config, shape), rival, result))
     if "data" in flags.what:
-        found += [data_case(name, size, dtypes[0]) for name, size in sizes.items()]
+        cases += [data_case(name, size, dtypes[0]) for name, size in sizes.items()]
     if "speculation" in flags.what:
         there = dict(backend=jax.default_backend(), warn=warn)
         target, draft = (load_policy(path, **there) for path in (flags.workdir, flags.draft))
         for batch in parsed_counts("batches", flags.batches):
             shape = generation.GenerationShape(batch, flags.prompt_tokens, flags.new_tokens)
             given = target, draft, speculation.held_out_prompts(target, shape), shape
-            found += [
+            cases += [
                 speculation_case(*given, flags.draft_tokens, temperature) for temperature in speculation.TEMPERATURES
             ]
-    return found
+    return cases
 
 
 def training_case(name, size, dtype: str, peer: Peer | None, limits: DeviceLimits) -> BenchmarkCase:
@@ -143,12 +143,12 @@ def speculation_case(
 
 
 def measurements(flags) -> dict[str, Any]:
-    """Everything that was asked for: a list of results for each of training, generation and rollout, the machine's
-    limits, and where the numbers are from."""
+    """All results that were asked for: lists for training, generation and rollout, the machine's limits, and the
+    origin of the numbers."""
     limits = DeviceLimits()
     chosen = benchmark_cases(flags, limits)
     timings: list[Timings] = []
-    found: dict[str, Any] = metadata.start_metadata()
+    results: dict[str, Any] = metadata.start_metadata()
     done, total = 0, flags.turns * (len(chosen) + ("startup" in flags.what))
     with Progress("bench", total, "turn") as progress:
 
@@ -166,16 +166,16 @@ def measurements(flags) -> dict[str, Any]:
                 interleaved_timings(case.make_steps(), case.peer, turns=flags.turns, steps=flags.steps, on_turn=looked)
             )
         if "startup" in flags.what:
-            found["startup"] = startup.result(startup.startup_seconds(turns=flags.turns, on_turn=after))
+            results["startup"] = startup.result(startup.startup_seconds(turns=flags.turns, on_turn=after))
     if chosen:
-        found["limits"] = dataclasses.asdict(limits)
-    for case, timed in zip(chosen, timings):  # now that the limits have been looked at in every turn
-        found.setdefault(case.benchmark, []).append(case.make_result(timed))
-    return found
+        results["limits"] = dataclasses.asdict(limits)
+    for case, timed in zip(chosen, timings):  # after the limits were measured again in every turn
+        results.setdefault(case.benchmark, []).append(case.make_result(timed))
+    return results
 
 
 def check_flags(flags) -> None:
-    """UserError for what cannot be timed, before anything is."""
+    """UserError for options that cannot be timed, before anything runs."""
     for what in flags.what:
         if what not in BENCHMARKS:
             raise UserError(f"lm bench does not time {what!r}; choose from {', '.join(BENCHMARKS)}")
@@ -189,21 +189,21 @@ def check_flags(flags) -> None:
         raise UserError(f"--json={flags.json}: there is no folder {Path(flags.json).absolute().parent}")
 
 
-def print_measurements(found: Mapping[str, Any]) -> None:
-    for what, told in PRINTERS.items():
-        if what in found:
-            told(found[what])
+def print_measurements(results: Mapping[str, Any]) -> None:
+    for what, print_result in PRINTERS.items():
+        if what in results:
+            print_result(results[what])
 
 
 def program(argv: list[str]) -> None:
     flags = parsed_flags(argv, __doc__, FLAGS, POSITIONAL)
     flags.what = flags.what or ["training", "generation", "rollout"]
     check_flags(flags)
-    found = measurements(flags)
-    print_measurements(found)
+    results = measurements(flags)
+    print_measurements(results)
     if flags.json:
         with Path(flags.json).open("a") as stream:
-            stream.write(json.dumps(found) + "\n")
+            stream.write(json.dumps(results) + "\n")
         say(f"numbers: {flags.json}")
 
 

@@ -1,9 +1,9 @@
-"""Tokens a second that the loader gives, beside what training takes, and megabytes a second that are encoded.
+"""Tokens a second of the loader against those of training, and megabytes a second of encoding.
 
 The loader is the stages' own: rows of texts (pretrain), packed conversations (sft), and a mixture of three sources with
 a schedule, in batches of the size's shape, gathered from the token store on disk. Training is that of `lm bench
-training`. Our encoding of a list of texts stands beside the tokenizer library's own call on the same list. Everything
-is timed within one step, so that what else the machine does meets all of it.
+training`. Encoding a list of texts is compared with the tokenizer library's own call on the same list. Everything is
+timed within one step, so that other load on the machine affects all of it.
 """
 
 import time
@@ -64,13 +64,13 @@ def timed_steps(size: BenchmarkSize, dtype: str) -> TimedSteps:
 
     def step() -> dict[str, float]:
         nonlocal number
-        found = {}
+        times = {}
         for name, batches in kinds.items():
-            found[name] = seconds(lambda: [loaded_tokens(batches, number + k) for k in range(LOADED_BATCHES)])
+            times[name] = elapsed_seconds(lambda: [loaded_tokens(batches, number + k) for k in range(LOADED_BATCHES)])
         number += LOADED_BATCHES
-        found["encode"] = seconds(lambda: tokenizer.encode_batch(texts))
-        found["library"] = seconds(lambda: tokenizer.processor.encode(texts))
-        return found
+        times["encode"] = elapsed_seconds(lambda: tokenizer.encode_batch(texts))
+        times["library"] = elapsed_seconds(lambda: tokenizer.processor.encode(texts))
+        return times
 
     def run(count: int):
         step()
@@ -87,16 +87,16 @@ def loaded_tokens(batches: Batches, i: int) -> int:
 
 def encoded_sample() -> list[str]:
     """Documents of some ENCODED_BYTES."""
-    found, size = [], 0
+    texts_sample, size = [], 0
     for document in load_documents("chitchat"):
-        found.append(document.text)
+        texts_sample.append(document.text)
         size += len(document.text.encode())
         if size >= ENCODED_BYTES:
             break
-    return found
+    return texts_sample
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def elapsed_seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -105,7 +105,7 @@ def seconds(work: Callable[[], Any]) -> float:
 def result(name: str, size: BenchmarkSize, timed: Timings) -> dict[str, Any]:
     """Tokens a second of each loader and of training, and their ratios; bytes a second of both ways to encode.
 
-    The loaders' tokens are counted as whole rows: what padding there is, training pays for too.
+    The loaders' tokens are whole rows with padding, because training computes padding too.
     """
     median = phase_seconds(timed.ours)["median"]
     tokens = size.rows * size.length

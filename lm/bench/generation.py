@@ -1,7 +1,7 @@
-"""Tokens a second of greedy sampling, prefill apart from decoding, against what memory lets through.
+"""Tokens a second of greedy sampling, with prefill and decoding apart, against the memory's bandwidth.
 
-A decode step must read every matrix and the keys and values of all earlier tokens. At batch 1 that, not arithmetic, is
-the bound: bytes a step over the measured bandwidth.
+A decode step must read every matrix and the keys and values of all earlier tokens. At batch 1 these reads, not
+arithmetic, set the limit: bytes a step over the measured bandwidth.
 """
 
 import functools
@@ -25,7 +25,7 @@ from lm.weights.config_map import config_json
 
 
 class GenerationShape(NamedTuple):
-    """What is generated: each of `batch` prompts is answered with exactly `new` tokens."""
+    """The sizes of a generation: each of `batch` prompts is answered with exactly `new` tokens."""
 
     batch: int
     prompt: int = 32  # tokens
@@ -40,20 +40,20 @@ def timed_steps(config: ModelConfig, shape: GenerationShape, dtype: str, lm: Par
     model = make_model(backend_config(config, dtype))
     lm = jax.jit(model.init)(jax.random.key(0)) if lm is None else jax.device_put(lm)
     first = jax.jit(functools.partial(prefill, model, capacity=shape.prompt + shape.new))
-    whole = jax.jit(functools.partial(sample, model, sampling=SamplingParams(shape.new, temperature=0.0)))
+    generate = jax.jit(functools.partial(sample, model, sampling=SamplingParams(shape.new, temperature=0.0)))
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (shape.batch, shape.prompt)).astype(np.int32)
     given = jax.device_put((prompts, np.full(shape.batch, shape.prompt, np.int32)))
 
     def run(count: int):
-        found = []
+        times = []
         for _ in range(count + 1):
             start = time.perf_counter()
             jax.block_until_ready(first(lm, *given))
             ready = time.perf_counter()
-            jax.block_until_ready(whole(lm, *given, jax.random.key(0)))
+            jax.block_until_ready(generate(lm, *given, jax.random.key(0)))
             end = time.perf_counter()
-            found.append({"prefill": ready - start, "decode": end - ready - (ready - start), "whole": end - ready})
-        return found[1:]
+            times.append({"prefill": ready - start, "decode": end - ready - (ready - start), "whole": end - ready})
+        return times[1:]
 
     return run
 
@@ -65,14 +65,16 @@ def peer(python: str, config: ModelConfig, shape: GenerationShape, dtype: str) -
 
 
 def bytes_per_step(config: ModelConfig, shape: GenerationShape, dtype: str) -> float:
-    """That a decode step cannot do without, on average: each matrix once, and what the cache holds by then.
+    """The bytes that a decode step must read, on average: each matrix once, and the cache as it is by then.
 
-    In the dtype of the products. Of a mixture of experts, those of one token.
+    In the dtype of the products. For a mixture of experts, the experts of one token.
     """
     width = jnp.dtype(dtype).itemsize
     held = [shape.prompt + t for t in range(1, shape.new + 1)]  # tokens that a step attends to, its own among them
-    seen = sum(statistics.fmean(min(n, config.window) if local else n for n in held) for local in config.local_layers)
-    return width * (matmul_param_count(config) + shape.batch * seen * 2 * config.kv_heads * config.head_size)
+    cached_tokens = sum(
+        statistics.fmean(min(n, config.window) if local else n for n in held) for local in config.local_layers
+    )
+    return width * (matmul_param_count(config) + shape.batch * cached_tokens * 2 * config.kv_heads * config.head_size)
 
 
 def result(
@@ -80,15 +82,15 @@ def result(
 ) -> dict[str, Any]:
     """Speeds of a whole generation, of its two parts, and how much of the bandwidth decoding needs."""
     dtype = backend_config(config, dtype).dtype
-    found = timing_summary(timed, "whole", units=shape.batch * shape.new)
-    median = found["ours"]["median"]
+    summary = timing_summary(timed, "whole", units=shape.batch * shape.new)
+    median = summary["ours"]["median"]
     size = bytes_per_step(config, shape, dtype)
     read = size * shape.new / median["decode"]
     return {
         "size": name,
         "dtype": dtype,
         **shape._asdict(),
-        **found,
+        **summary,
         "prefill_per_second": shape.batch * shape.prompt / median["prefill"],
         "decode_per_second": shape.batch * shape.new / median["decode"],
         "bytes_per_step": size,

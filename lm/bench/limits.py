@@ -1,4 +1,4 @@
-"""What the machine can do at best, looked at again in every turn: others may have used it the last time."""
+"""The machine's limits, measured again in every turn, because other programs may have used it the last time."""
 
 import dataclasses
 
@@ -9,21 +9,21 @@ from lm.runs.hardware import matmul_ceiling, memory_bandwidth, peak_flops
 
 @dataclasses.dataclass
 class DeviceLimits:
-    """The best seen so far: FLOP/s of matrix products by dtype, and bytes read a second."""
+    """The best measured so far: FLOP/s of matrix products by dtype, and bytes read a second."""
 
     flops: dict[str, float] = dataclasses.field(default_factory=lambda: {"float32": 0.0, "bfloat16": 0.0})
     bandwidth: float = 0.0
 
     def remeasure(self) -> None:
-        """Small arrays on a CPU; on an accelerator those that take longer than to launch a program."""
+        """Small arrays on a CPU; on an accelerator arrays that take longer than launching a program."""
         cpu = jax.default_backend() == "cpu"
         for dtype in self.flops:
-            found = matmul_ceiling(dtype=dtype, size=1024 if cpu else 8192, seconds=0.3)
-            self.flops[dtype] = max(self.flops[dtype], found)
+            ceiling = matmul_ceiling(dtype=dtype, size=1024 if cpu else 8192, seconds=0.3)
+            self.flops[dtype] = max(self.flops[dtype], ceiling)
         self.bandwidth = max(self.bandwidth, memory_bandwidth(size=2**28 if cpu else 2**32, seconds=0.3))
 
     def peak_flops_per_second(self) -> tuple[float, str]:
-        """FLOP/s that one device is held against, and what that is: the maker's figure where there is one."""
+        """The FLOP/s that one device is compared with, and their source: the maker's figure if there is one."""
         if jax.default_backend() == "cpu":
             return self.flops["float32"], "the float32 matmul ceiling"
         known, source = peak_flops()

@@ -1,4 +1,4 @@
-"""How long one GRPO step takes, a rollout's cost apart from an update's, against TRL.
+"""Seconds of one GRPO step, with rollout and update apart, against TRL.
 
 Size S: 4 prompts of 64 tokens x 8 answers of 64 tokens, none ending early, AdamW, the reference's log-probs included on
 both sides.
@@ -26,7 +26,7 @@ from lm.stages.rl.multi_turn import rollout_rows
 
 @dataclasses.dataclass(frozen=True)
 class RolloutShape:
-    """What a step does."""
+    """The sizes of a step."""
 
     prompts: int = 4
     group: int = 8
@@ -48,19 +48,19 @@ def timed_steps(config: ModelConfig, shape: RolloutShape, *, beta: float = 0.04)
 
     def run(count: int):
         nonlocal state
-        found = []
+        times = []
         for i in range(count + 1):
             start = time.perf_counter()
-            tokens, logprobs, drawn = jax.block_until_ready(
+            tokens, logprobs, completions = jax.block_until_ready(
                 draw(state.params["lm"], prompts, lengths, jax.random.fold_in(jax.random.key(1), i))
             )
             sampled = time.perf_counter()
-            rewards = np.mean(np.asarray(drawn.tokens) % 2 == 0, axis=1, dtype=np.float32)
-            batch = Rollouts(tokens, rewards, {}, np.asarray(drawn.stopped), logprobs, group=shape.group)
+            rewards = np.mean(np.asarray(completions.tokens) % 2 == 0, axis=1, dtype=np.float32)
+            batch = Rollouts(tokens, rewards, {}, np.asarray(completions.stopped), logprobs, group=shape.group)
             state, _ = jax.block_until_ready(step(state, batch))
             end = time.perf_counter()
-            found.append({"generation": sampled - start, "update": end - sampled, "step": end - start})
-        return found[1:]
+            times.append({"generation": sampled - start, "update": end - sampled, "step": end - start})
+        return times[1:]
 
     return run
 
@@ -73,8 +73,8 @@ def peer(python: str, shape: RolloutShape) -> Peer:
 
 
 def step_flops(config: ModelConfig, shape: RolloutShape) -> float:
-    """Of the matrix products a step cannot do without: one pass to generate, one of the reference, one forward and
-    backward, two a parameter and token in each pass; attention is left out."""
+    """FLOPs of the matrix products that a step must do: one pass to generate, one of the reference, one forward and
+    backward; two a parameter and token in each pass, without attention."""
     tokens = shape.prompts * shape.group * (shape.prompt + shape.new)
     return 2 * matmul_param_count(config) * tokens * (1 + 1 + 3)
 
@@ -83,6 +83,6 @@ def result(config: ModelConfig, shape: RolloutShape, timed: Timings, limits: Dev
     """Seconds of each phase, and those that the products alone take at the device's best."""
     peak, source = limits.peak_flops_per_second()
     least = step_flops(config, shape) / peak
-    found = timing_summary(timed, "step")
-    found |= {"of_peak": least / found["ours"]["median"]["step"], "least": least}
-    return {"size": "S", **dataclasses.asdict(shape), **found, "peak": {"flops_per_second": peak, "source": source}}
+    summary = timing_summary(timed, "step")
+    summary |= {"of_peak": least / summary["ours"]["median"]["step"], "least": least}
+    return {"size": "S", **dataclasses.asdict(shape), **summary, "peak": {"flops_per_second": peak, "source": source}}

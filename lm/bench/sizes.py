@@ -1,4 +1,4 @@
-"""The models that are timed, by name, and what a training batch of each is."""
+"""The models that are timed, by name, and the training batch of each."""
 
 import dataclasses
 import os
@@ -49,11 +49,11 @@ def sizes_named(names: str) -> dict[str, BenchmarkSize]:
 
 def parsed_names(flag: str, names: str, known) -> list[str]:
     """The names with commas between them, each once. UserError for one that is not known."""
-    found = list(dict.fromkeys(name.strip() for name in names.split(",")))
-    for name in found:
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    for name in chosen:
         if name not in known:
             raise UserError(f"--{flag}={names}: there is no {name!r}; choose from {', '.join(known)}")
-    return found
+    return chosen
 
 
 def parsed_counts(flag: str, text: str) -> list[int]:

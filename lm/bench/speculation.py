@@ -1,6 +1,6 @@
-"""What a draft is worth: tokens a second with it and without it, and how much of what it proposes is accepted.
+"""The gain of a draft: tokens a second with it and without it, and the share of its proposals that is accepted.
 
-Both sides are ours, on the same held-out prompts, in turns within a step; so many prompts are answered at once.
+Both sides are ours and answer the same held-out prompts, in turns within a step, `batch` prompts at once.
 """
 
 import functools
@@ -72,7 +72,7 @@ def timed_steps(both: SpeculationSamplers) -> TimedSteps:
     """Steps: seconds of each side, and of one of its tokens, as answers end at lengths of their own."""
 
     def run(count: int):
-        found = []
+        times = []
         for i in range(count + 1):
             key, start = jax.random.key(i), time.perf_counter()
             plain = jax.block_until_ready(both.without_draft(key))
@@ -81,8 +81,8 @@ def timed_steps(both: SpeculationSamplers) -> TimedSteps:
             seconds = {"plain": between - start, "drafted": time.perf_counter() - between}
             tokens = {"plain": plain, "drafted": drafted}
             each = {f"{name}_token": seconds[name] / int(out.lengths.sum()) for name, out in tokens.items()}
-            found.append(seconds | each)
-        return found[1:]
+            times.append(seconds | each)
+        return times[1:]
 
     return run
 
@@ -92,8 +92,8 @@ def result(
 ) -> dict[str, Any]:
     """Tokens a second of both; over prompts, the share of proposals accepted and the tokens a pass of the target, each
     with its interval. A prompt whose answer had no room for a proposal counts in neither."""
-    drawn, told = jax.device_get(both.with_draft(jax.random.key(0)))
-    some = told.proposed > 0
+    completions, counts = jax.device_get(both.with_draft(jax.random.key(0)))
+    some = counts.proposed > 0
     seconds = phase_seconds(timed.ours)["median"]
     by_turn = [phase_seconds([turn])["median"] for turn in timed.ours]
     return {
@@ -104,6 +104,6 @@ def result(
         "per_second": {side: 1 / seconds[f"{side}_token"] for side in ("plain", "drafted")},
         "ratio": seconds["plain_token"] / seconds["drafted_token"],
         "each_turn": [turn["plain_token"] / turn["drafted_token"] for turn in by_turn],
-        "accepted": mean_estimate(told.accepted[some] / told.proposed[some])._asdict(),
-        "tokens_a_pass": mean_estimate(drawn.lengths[some] / told.rounds[some])._asdict(),
+        "accepted": mean_estimate(counts.accepted[some] / counts.proposed[some])._asdict(),
+        "tokens_a_pass": mean_estimate(completions.lengths[some] / counts.rounds[some])._asdict(),
     }

@@ -1,7 +1,7 @@
 """Seconds from the command to the first step of training in metrics.jsonl: the tiny config of experiments/pretrain.py.
 
-All of it counts: Python, imports, data, compiling, the held-out score before the first step. Cold has an empty cache of
-compiled programs, warm the one that the cold start left.
+They include everything: Python, imports, data, compiling, the held-out score before the first step. A cold start has an
+empty cache of compiled programs, a warm one the cache that the cold start left.
 """
 
 import os
@@ -28,8 +28,8 @@ TIMEOUT_SECONDS = 600.0  # seconds after which a start has failed
 
 
 def startup_seconds(*, turns: int, on_turn: Callable[[Mapping[str, float]], None]) -> dict[str, list[float]]:
-    """Of each cold and warm start, in turns. UserError where lm train does not come to a step."""
-    found: dict[str, list[float]] = {"cold": [], "warm": []}
+    """Seconds of each cold and warm start, in turns. UserError if lm train does not come to a step."""
+    times_by_kind: dict[str, list[float]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
         root = Path(folder)
         fitted = train_command("tokenizer", root / "tokenizer")
@@ -38,10 +38,10 @@ def startup_seconds(*, turns: int, on_turn: Callable[[Mapping[str, float]], None
         )
         check_exit(fitted, done.returncode, done.stderr)
         for turn in range(turns):
-            for kind in found:
-                found[kind].append(first_step_seconds(root, f"{turn}-{kind}", cache=root / f"programs-{turn}"))
-            on_turn({kind: times[-1] for kind, times in found.items()})
-    return found
+            for kind in times_by_kind:
+                times_by_kind[kind].append(first_step_seconds(root, f"{turn}-{kind}", cache=root / f"programs-{turn}"))
+            on_turn({kind: times[-1] for kind, times in times_by_kind.items()})
+    return times_by_kind
 
 
 def train_command(name: str, workdir: Path, *flags: str) -> list[str]:
@@ -57,9 +57,9 @@ def child_environment(cache: Path) -> dict[str, str]:
 
 def first_step_seconds(root: Path, name: str, *, cache: Path) -> float:
     """Seconds from starting lm train until a step of its own is logged; the run may then end."""
-    workdir, said = root / name, root / f"{name}.txt"
+    workdir, log = root / name, root / f"{name}.txt"
     run = train_command("pretrain", workdir, f"--config.tokenizer={root / 'tokenizer'}", "--config.train.log_every=1")
-    with said.open("w") as stream:
+    with log.open("w") as stream:
         start = time.perf_counter()
         child = subprocess.Popen(
             run, cwd=REPOSITORY_ROOT, env=child_environment(cache), stdout=subprocess.DEVNULL, stderr=stream
@@ -71,22 +71,22 @@ def first_step_seconds(root: Path, name: str, *, cache: Path) -> float:
                 if time.perf_counter() - start > TIMEOUT_SECONDS:
                     raise UserError(f"{' '.join(run)} took no step within {TIMEOUT_SECONDS:.0f} s: run it by hand")
                 time.sleep(0.01)
-            found = time.perf_counter() - start
-            check_exit(run, child.wait(), said.read_text())
+            seconds = time.perf_counter() - start
+            check_exit(run, child.wait(), log.read_text())
         finally:
             if child.poll() is None:
                 child.kill()
                 child.wait()
-    return found
+    return seconds
 
 
 def check_exit(run: Sequence[str], code: int, stderr: str) -> None:
     if code:
-        said = stderr.strip().splitlines()[-1:] or ["without a word"]
-        raise UserError(f"{' '.join(run)} failed: {said[0]}")
+        last_line = stderr.strip().splitlines()[-1:] or ["without a word"]
+        raise UserError(f"{' '.join(run)} failed: {last_line[0]}")
 
 
-def result(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def result(times_by_kind: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Median, best and aim of each kind of start."""
     return {
         kind: {
@@ -95,5 +95,5 @@ def result(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
             "aim": TARGET_SECONDS[kind],
             "turns": list(times),
         }
-        for kind, times in found.items()
+        for kind, times in times_by_kind.items()
     }

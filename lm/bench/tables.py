@@ -1,4 +1,4 @@
-"""What the programs print: a table of each measurement, and in words how we compare."""
+"""Prints the measurements: a table of each, and the ratios in words."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,9 +9,9 @@ from lm.runs.console import print_table, say
 ResultRow = Mapping[str, Any]
 
 
-def print_limits(found: Mapping[str, Any]) -> None:
-    products = ", ".join(f"{dtype} {flops / 1e9:,.0f} GFLOP/s" for dtype, flops in found["flops"].items())
-    say(f"ceilings of one device: products {products}; memory {found['bandwidth'] / 1e9:,.0f} GB/s read")
+def print_limits(limits: Mapping[str, Any]) -> None:
+    products = ", ".join(f"{dtype} {flops / 1e9:,.0f} GFLOP/s" for dtype, flops in limits["flops"].items())
+    say(f"ceilings of one device: products {products}; memory {limits['bandwidth'] / 1e9:,.0f} GB/s read")
 
 
 def print_training(rows: Sequence[ResultRow]) -> None:
@@ -51,28 +51,29 @@ def print_generation(rows: Sequence[ResultRow]) -> None:
             for row in rows
         ],
     )
-    say("of memory: the bytes that decoding must read, over what memory gives in that time")
+    say("of memory: the bytes that decoding must read, over the bytes that memory can deliver in that time")
     for row in rows:
         print_ratio(f"{row['size']} {row['dtype']} batch {row['batch']}", row, "transformers", "tokens/s")
 
 
-def print_startup(found: Mapping[str, ResultRow]) -> None:
-    rows = [[kind, one["median"], one["best"], one["aim"]] for kind, one in found.items()]
+def print_startup(results: Mapping[str, ResultRow]) -> None:
+    rows = [[kind, one["median"], one["best"], one["aim"]] for kind, one in results.items()]
     print_table("From the command to the first step, seconds", ["", "median", "best", "aim"], rows)
 
 
 def print_rollout(rows: Sequence[ResultRow]) -> None:
     """The phases as a table, and the ratio in words."""
-    (found,) = rows
-    ours, peer = found["ours"], found["peer"] if "peer" in found else {"median": {}}
+    (result,) = rows
+    ours, peer = result["ours"], result["peer"] if "peer" in result else {"median": {}}
     names = list(dict.fromkeys([*ours["median"], *peer["median"]]))
     sides = (ours["median"], ours["best"], peer["median"])
     cell = lambda side, name: f"{side[name]:.3f}" if name in side else ""
     print_table(
         "One GRPO step, seconds", ["", "ours", "best", "TRL"], [[n, *(cell(s, n) for s in sides)] for n in names]
     )
-    say(f"the products alone take {found['least']:.2f} s at {found['peak']['source']}, {found['of_peak']:.2f} of ours")
-    print_ratio("a GRPO step", found, "TRL", "steps/s")
+    least, source, share = result["least"], result["peak"]["source"], result["of_peak"]
+    say(f"the products alone take {least:.2f} s at {source}, {share:.2f} of ours")
+    print_ratio("a GRPO step", result, "TRL", "steps/s")
 
 
 def print_speculation(rows: Sequence[ResultRow]) -> None:

@@ -32,12 +32,12 @@ def timed_steps(size: BenchmarkSize, dtype: str) -> TimedSteps:
 
     def run(count: int):
         nonlocal state
-        found = []
+        times = []
         for _ in range(count + 1):
             start = time.perf_counter()
             state, _ = jax.block_until_ready(step(state, batch))
-            found.append({"step": time.perf_counter() - start})
-        return found[1:]
+            times.append({"step": time.perf_counter() - start})
+        return times[1:]
 
     return run
 
@@ -59,15 +59,15 @@ def peer(python: str, size: BenchmarkSize, dtype: str) -> Peer:
 def result(name: str, size: BenchmarkSize, dtype: str, timed: Timings, limits: DeviceLimits) -> dict[str, Any]:
     """Speeds, and FLOP/s that the model needs (rematerialisation is not counted) over what the device could do."""
     tokens = size.rows * size.length
-    found = timing_summary(timed, "step", units=tokens)
-    flops = flops_per_token(size.config, size.length) * found["per_second"]["ours"]["median"]
+    summary = timing_summary(timed, "step", units=tokens)
+    flops = flops_per_token(size.config, size.length) * summary["per_second"]["ours"]["median"]
     peak, source = limits.peak_flops_per_second()
     return {
         "size": name,
         "dtype": backend_config(size.config, dtype).dtype,
         "rows": size.rows,
         "length": size.length,
-        **found,
+        **summary,
         "flops_per_second": flops,
         "of_peak": flops / peak,
         "peak": {"flops_per_second": peak, "source": source},

@@ -1,4 +1,4 @@
-"""Two sides of a comparison, timed in turns, so that what else the machine does meets both."""
+"""Times two sides of a comparison in turns, so that other load on the machine affects both."""
 
 import json
 import statistics
@@ -27,7 +27,7 @@ class Peer(NamedTuple):
     options: Mapping[str, Any]
 
     def run_steps(self, count: int) -> dict[str, Any]:
-        """What it says after so many steps. UserError where it cannot run."""
+        """The script's output after `steps` steps. UserError if it cannot run."""
         options = {**self.options, "threads": thread_count(), "steps": count}
         script = PEERS_DIR / self.script
         try:
@@ -37,8 +37,8 @@ class Peer(NamedTuple):
         except OSError as error:
             raise UserError(f"cannot run {self.python}: {error.strerror}; {PEER_REMEDY}") from error
         if done.returncode:
-            said = done.stderr.strip().splitlines()[-1:] or ["without a word"]
-            raise UserError(f"{self.python} {script} failed: {said[0]}; {PEER_REMEDY}")
+            last_line = done.stderr.strip().splitlines()[-1:] or ["without a word"]
+            raise UserError(f"{self.python} {script} failed: {last_line[0]}; {PEER_REMEDY}")
         return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -62,38 +62,38 @@ class Timings(NamedTuple):
 def interleaved_timings(
     ours: TimedSteps, peer: Peer | None, *, turns: int, steps: int, on_turn: Callable[[PhaseSeconds], None]
 ) -> Timings:
-    """Each side takes `steps` steps, `turns` times; `after` is told our last step after each turn."""
-    mine, theirs, about = [], [], {}
+    """Each side takes `steps` steps, `turns` times. `on_turn` gets the seconds of our last step after each turn."""
+    our_steps, peer_steps, about = [], [], {}
     for _ in range(turns):
-        mine.append(list(ours(steps)))
+        our_steps.append(list(ours(steps)))
         if peer:
-            said = peer.run_steps(steps)
-            theirs.append(said["seconds"])
-            about = {name: said[name] for name in ("threads", "versions")}
-        on_turn(mine[-1][-1])
-    return Timings(mine, theirs, about)
+            reply = peer.run_steps(steps)
+            peer_steps.append(reply["seconds"])
+            about = {name: reply[name] for name in ("threads", "versions")}
+        on_turn(our_steps[-1][-1])
+    return Timings(our_steps, peer_steps, about)
 
 
 def timing_summary(timed: Timings, phase: str, *, units: int = 1) -> dict[str, Any]:
     """Seconds of each phase, median and best of all steps; `units` (tokens) a second of the one that counts; and how
     many times as fast as the peer we are, by medians, by bests, and from turn to turn."""
     sides = {"ours": timed.ours, **({"peer": timed.peer} if timed.peer else {})}
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "per_second": {side: units_per_second(turns, phase, units) for side, turns in sides.items()},
         **{side: phase_seconds(turns) for side, turns in sides.items()},
         "turns": {side: [[row[phase] for row in turn] for turn in turns] for side, turns in sides.items()},
         "threads": {"ours": thread_count()},
     }
     if timed.peer:
-        speed = found["per_second"]
-        found["threads"]["peer"] = timed.peer_info["threads"]
-        found["peer_versions"] = timed.peer_info["versions"]
-        found["ratio"] = {name: speed["ours"][name] / speed["peer"][name] for name in ("median", "best")}
-        found["ratio"]["each_turn"] = [
+        speed = summary["per_second"]
+        summary["threads"]["peer"] = timed.peer_info["threads"]
+        summary["peer_versions"] = timed.peer_info["versions"]
+        summary["ratio"] = {name: speed["ours"][name] / speed["peer"][name] for name in ("median", "best")}
+        summary["ratio"]["each_turn"] = [
             units_per_second([theirs], phase)["median"] ** -1 * units_per_second([ours], phase)["median"]
             for ours, theirs in zip(timed.ours, timed.peer)
         ]
-    return found
+    return summary
 
 
 def phase_seconds(turns: Sequence[Sequence[PhaseSeconds]]) -> dict[str, dict[str, float]]:

@@ -1,5 +1,5 @@
-"""Runs and sweeps compared, with noise: `lm compare`.
+"""Compares runs and sweeps, with the noise between seeds: `lm compare`.
 
-`read` loads runs, `settings` groups those that differ in the seed only, `statistics` tests, `figures`, `text` and
-`page` show. A new test goes to statistics.
+`read` loads runs. `settings` groups the runs that differ only in the seed. `statistics` tests. `figures`, `text` and
+`page` show the results. A new test goes to statistics.
 """

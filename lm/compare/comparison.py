@@ -32,13 +32,15 @@ from lm.runs.console import run_program, say, warn
 from lm.runs.workdir import write_text
 
 PAGE_FILE = "compare.html"
-DEFAULT_METRIC = "held_out/loss"  # unless a sweep says what it was for
+DEFAULT_METRIC = "held_out/loss"  # unless a sweep names its metric
 POSITIONAL = {"folders": dict(nargs="*", metavar="D", help="the workdir of a run, or the folder of a sweep")}
 FLAGS = {
     "metric": dict(metavar="NAME", help=f"as metrics.jsonl names it; default: the sweep's, else {DEFAULT_METRIC}"),
     "direction": dict(choices=(MINIMIZE, MAXIMIZE), help="default: the sweep's, else by the metric's name"),
     "baseline": dict(metavar="NAME", help="the setting, or a folder of it, to compare others with; default: the best"),
-    "ignore": dict(default="", metavar="KEYS", help="dotted config keys, by commas, that make no other setting"),
+    "ignore": dict(
+        default="", metavar="KEYS", help="dotted keys, with commas, in which runs of one setting may differ"
+    ),
     "confidence": dict(type=float, default=0.95, help="of the intervals; default 0.95"),
     "output": dict(metavar="FILE", help=f"the page; default: {PAGE_FILE} beside the first folder"),
 }
@@ -53,14 +55,14 @@ def compare_runs(
     ignore: Iterable[str] = (),
     confidence: float = 0.95,
 ) -> Comparison:
-    """Reads, groups and tests. UserError for folders, a metric or a baseline that will not do."""
+    """Reads, groups and tests the runs. UserError for invalid folders, metric or baseline."""
     if not 0.5 <= confidence < 1:
         raise UserError(f"--confidence={confidence:g}: give a number from 0.5 to below 1, such as 0.95")
-    found = read_runs(folders)
-    metric = metric or next(iter(found.directions), DEFAULT_METRIC)
-    direction = direction or metric_direction(metric, found)
-    check_metric(found.runs, metric)
-    grouped = settings_of_runs(found.runs, ignore=ignore)
+    loaded = read_runs(folders)
+    metric = metric or next(iter(loaded.directions), DEFAULT_METRIC)
+    direction = direction or metric_direction(metric, loaded)
+    check_metric(loaded.runs, metric)
+    grouped = settings_of_runs(loaded.runs, ignore=ignore)
     each = ranked_results([setting_result(one, metric, confidence=confidence) for one in grouped.settings], direction)
     spread = pooled_spread(each)
     reference = setting_named(each, baseline) if baseline else best_result(each, direction)
@@ -76,19 +78,19 @@ def compare_runs(
         contrasts_with_reference(
             each, reference, direction, spread=spread, reference_is_best=baseline is None, confidence=confidence
         ),
-        found.missing,
+        loaded.missing,
     )
 
 
-def metric_direction(metric: str, found: LoadedRuns) -> str:
-    """Whether less or more of a metric is better: as a sweep says, else by its name."""
-    if metric in found.directions:
-        return found.directions[metric]
+def metric_direction(metric: str, loaded: LoadedRuns) -> str:
+    """Whether a lower or a higher metric is better: from the sweep, else from the metric's name."""
+    if metric in loaded.directions:
+        return loaded.directions[metric]
     return direction_by_name(metric)
 
 
 def check_metric(runs: Sequence[Run], metric: str) -> None:
-    """UserError unless every run logs the metric; it names those that do not, and what all of them log."""
+    """UserError unless every run logs the metric. It names runs that do not, and the metrics that all runs log."""
     logged = [{name for row in run.rows for name in row} for run in runs]
     lacking = [run.path for run, names in zip(runs, logged) if metric not in names]
     if not lacking:
@@ -103,19 +105,19 @@ def check_metric(runs: Sequence[Run], metric: str) -> None:
     raise UserError(f"{does}: take a --metric that all of them log: {', '.join(common[:12]) or 'there is none'}")
 
 
-def setting_named(found: Sequence[SettingResult], baseline: str) -> SettingResult:
-    """The setting of that name, or the one that a folder's run belongs to."""
-    for one in found:
+def setting_named(results: Sequence[SettingResult], baseline: str) -> SettingResult:
+    """The setting of that name, or the setting that a folder's run belongs to."""
+    for one in results:
         if one.name == baseline or any(run.path.resolve() == Path(baseline).resolve() for run in one.setting.runs):
             return one
-    raise UserError(f"--baseline={baseline} is no setting: choose one of {'; '.join(one.name for one in found[:8])}")
+    raise UserError(f"--baseline={baseline} is no setting: choose one of {'; '.join(one.name for one in results[:8])}")
 
 
 def program(argv: list[str]) -> None:
     flags = parsed_flags(argv, __doc__, FLAGS, POSITIONAL)
     folders = [Path(folder) for folder in flags.folders]
     ignore = [key.strip() for key in flags.ignore.split(",") if key.strip()]
-    told = compare_runs(
+    comparison = compare_runs(
         folders,
         metric=flags.metric,
         direction=flags.direction,
@@ -126,16 +128,15 @@ def program(argv: list[str]) -> None:
     output = Path(flags.output) if flags.output else folders[0].resolve().parent / PAGE_FILE
     if output.is_dir() or not output.parent.is_dir():
         raise UserError(f"--output={output} cannot be written: give a file in a folder that exists")
-    for gone in told.missing[:8]:
-        warn(f"{gone.path} is {gone.state} and counted in no mean: {gone.reason}")
-    if len(told.missing) > 8:
-        warn(
-            f"and {len(told.missing) - 8} more, {dict(Counter(gone.state for gone in told.missing[8:]))}: see the page"
-        )
-    for text in comparison_warnings(told):
+    for missing in comparison.missing[:8]:
+        warn(f"{missing.path} is {missing.state} and counted in no mean: {missing.reason}")
+    if len(comparison.missing) > 8:
+        states = dict(Counter(missing.state for missing in comparison.missing[8:]))
+        warn(f"and {len(comparison.missing) - 8} more, {states}: see the page")
+    for text in comparison_warnings(comparison):
         warn(text)
-    print_comparison(told)
-    write_text(output, render_page(told, folders))
+    print_comparison(comparison)
+    write_text(output, render_page(comparison, folders))
     say(f"page: {output}")
 
 

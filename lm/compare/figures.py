@@ -1,4 +1,4 @@
-"""What was measured, drawn: means with their seeds, curves with bands, and what the swept parameters do."""
+"""Figures of a comparison: means with their seeds, curves with bands, and the effect of swept parameters."""
 
 import itertools
 import math
@@ -22,23 +22,23 @@ COLORMAP = colormaps["viridis"]
 MAX_POINTS = 150  # of a line, at most
 MAX_PANELS = 4  # of one figure of lines, at most
 PANELS_PER_ROW = 4  # panels beside each other
-IGNORED_START = (
-    0.2  # of a run: what comes before does not set the vertical range of its curve, if it has MIN_DENSE_POINTS
-)
+IGNORED_START = 0.2  # share of a run that does not set the vertical range of its curve, if it has MIN_DENSE_POINTS
 MIN_DENSE_POINTS = 6
 
 
-def setting_colours(found: Sequence[SettingResult]) -> dict[str, str]:
-    """A colour for each of the first settings while there are any, TEXT_COLOR for the rest."""
-    return dict(itertools.zip_longest((one.name for one in found), SERIES_COLORS[: len(found)], fillvalue=TEXT_COLOR))
+def setting_colours(results: Sequence[SettingResult]) -> dict[str, str]:
+    """A colour for each of the first settings as long as there are colours; TEXT_COLOR for the rest."""
+    return dict(
+        itertools.zip_longest((one.name for one in results), SERIES_COLORS[: len(results)], fillvalue=TEXT_COLOR)
+    )
 
 
-def means_figure(found: Sequence[SettingResult], metric: str) -> Markup:
+def means_figure(results: Sequence[SettingResult], metric: str) -> Markup:
     """Each setting's mean with its interval, and below it a dot for each seed."""
-    colours = setting_colours(found)
+    colours = setting_colours(results)
 
     def draw(axes: Axes):
-        for y, one in enumerate(found):
+        for y, one in enumerate(results):
             mean, style = one.mean, dict(color=colours[one.name])
             if math.isfinite(mean.se):
                 axes.errorbar([mean.value], [y], xerr=[[mean.value - mean.low], [mean.high - mean.value]], fmt="o",
@@ -47,21 +47,21 @@ def means_figure(found: Sequence[SettingResult], metric: str) -> Markup:
                 axes.plot([mean.value], [y], "o", **style)
             if len(one.values) > 1:
                 axes.plot(list(one.values.values()), [y + 0.3] * len(one.values), "o", markersize=3, alpha=0.6, **style)
-        axes.set_yticks(range(len(found)), [one.name for one in found])
-        axes.set_ylim(len(found) - 0.4, -0.6)
+        axes.set_yticks(range(len(results)), [one.name for one in results])
+        axes.set_ylim(len(results) - 0.4, -0.6)
         axes.set_xlabel(metric)
         axes.grid(axis="x", color=TEXT_COLOR, alpha=0.25)
 
-    return svg_figure(draw, width=7.6, height=0.75 + 0.34 * len(found))
+    return svg_figure(draw, width=7.6, height=0.75 + 0.34 * len(results))
 
 
-def curves_figure(found: Sequence[SettingResult], metric: str, clock: str) -> Markup | None:
+def curves_figure(results: Sequence[SettingResult], metric: str, clock: str) -> Markup | None:
     """Means over seeds, with bands, over "step", "tokens" or "seconds". None where no line has two points.
 
     The band is the 95 % interval of the mean; with up to MAX_SEEDS_UNJUDGED seeds each seed is a thin line instead.
     """
-    every = {one.name: aligned_lines([metric_line(run, metric, clock) for run in one.setting.runs]) for one in found}
-    lines, colours = {name: (x, y) for name, (x, y) in every.items() if len(x)}, setting_colours(found)
+    every = {one.name: aligned_lines([metric_line(run, metric, clock) for run in one.setting.runs]) for one in results}
+    lines, colours = {name: (x, y) for name, (x, y) in every.items() if len(x)}, setting_colours(results)
     if not any(len(x) > 1 for x, _ in lines.values()):
         return None
 
@@ -102,28 +102,30 @@ def aligned_lines(lines: Sequence[Mapping[int, tuple[float, float]]]) -> tuple[n
 
 
 def parameter_roles(
-    found: Sequence[SettingResult], parameters: Sequence[str]
+    results: Sequence[SettingResult], parameters: Sequence[str]
 ) -> tuple[str, str | None, list[str]] | None:
     """(parameter on the axis, parameter of the lines, parameters of the panels); None if there is no such figure.
 
-    On the axis stands the learning rate, else the number with most values; the lines are widths, else the next.
+    The axis shows the learning rate, else the number with most values. The lines are widths, else the next parameter.
     """
-    count = {key: len({config_value_text(one.setting.config, key) for one in found}) for key in parameters}
+    count = {key: len({config_value_text(one.setting.config, key) for one in results}) for key in parameters}
     numbers = [
-        key for key in parameters if is_numeric([one.setting.config[key] for one in found if key in one.setting.config])
+        key
+        for key in parameters
+        if is_numeric([one.setting.config[key] for one in results if key in one.setting.config])
     ]
-    numbers = [key for key in numbers if all(key in one.setting.config for one in found)]
+    numbers = [key for key in numbers if all(key in one.setting.config for one in results)]
     if not numbers:
         return None
     x = key_ending_in(numbers, "learning_rate") or max(numbers, key=count.get)
-    rest = [key for key in parameters if key != x]
-    if not rest:
+    others = [key for key in parameters if key != x]
+    if not others:
         return x, None, []
-    few = [key for key in rest if count[key] <= len(SERIES_COLORS)]
+    few = [key for key in others if count[key] <= len(SERIES_COLORS)]
     if not few:
         return None
     by = key_ending_in(few, "width") or max(few, key=count.get)
-    panels = [key for key in rest if key != by]
+    panels = [key for key in others if key != by]
     return (x, by, panels) if math.prod(count[key] for key in panels) <= MAX_PANELS else None
 
 
@@ -132,12 +134,12 @@ def key_ending_in(keys: Sequence[str], name: str) -> str | None:
 
 
 def parameter_lines(
-    found: Sequence[SettingResult], metric: str, x: str, by: str | None, panels: Sequence[str]
+    results: Sequence[SettingResult], metric: str, x: str, by: str | None, panels: Sequence[str]
 ) -> Markup:
     """The metric with its intervals over parameter `x`: a line for each value of `by`, a panel for the others'."""
     short = short_keys([x, *([by] if by else []), *panels])
     split: dict[str, dict[str, list[SettingResult]]] = {}
-    for one in found:
+    for one in results:
         config = one.setting.config
         title = ", ".join(f"{short[key]}={config_value_text(config, key)}" for key in panels)
         split.setdefault(title, {}).setdefault(config_value_text(config, by) if by else "", []).append(one)
@@ -153,7 +155,7 @@ def parameter_lines(
                     )
             axes.set_title(title, fontsize=9)
             axes.set_xlabel(short[x])
-            set_ticks(axes, [one.setting.config[x] for one in found])
+            set_ticks(axes, [one.setting.config[x] for one in results])
         grid[0, 0].set_ylabel(metric)
         if by:
             grid[0, -1].legend(frameon=False, labelcolor=TEXT_COLOR, loc="upper left", bbox_to_anchor=(1, 1))
@@ -180,21 +182,21 @@ def set_ticks(axes: Axes, values: Sequence[float]) -> None:
         axes.minorticks_off()
 
 
-def parameter_slices(found: Sequence[SettingResult], parameters: Sequence[str], metric: str) -> Markup:
-    """The mean of every setting over each parameter by itself, a dot each: where there are too many for lines."""
+def parameter_slices(results: Sequence[SettingResult], parameters: Sequence[str], metric: str) -> Markup:
+    """The mean of every setting over each parameter by itself, as dots: for more parameters than lines can show."""
     short, style = short_keys(parameters), dict(color=SERIES_COLORS[0], markersize=4, alpha=0.7)
-    means = [one.mean.value for one in found]
+    means = [one.mean.value for one in results]
 
     def draw(grid):
         for axes, key in zip(grid.flat, parameters):
-            column = [one.setting.config[key] if key in one.setting.config else None for one in found]
+            column = [one.setting.config[key] if key in one.setting.config else None for one in results]
             if is_numeric(column):
                 axes.plot(column, means, "o", **style)
                 axes.set_xscale("log" if is_geometric(column) else "linear")
             else:
-                texts = sorted_texts({config_value_text(one.setting.config, key) for one in found})
+                texts = sorted_texts({config_value_text(one.setting.config, key) for one in results})
                 axes.plot(
-                    [texts.index(config_value_text(one.setting.config, key)) for one in found], means, "o", **style
+                    [texts.index(config_value_text(one.setting.config, key)) for one in results], means, "o", **style
                 )
                 axes.set_xticks(range(len(texts)), texts)
                 axes.set_xlim(-0.5, len(texts) - 0.5)
@@ -208,13 +210,13 @@ def parameter_slices(found: Sequence[SettingResult], parameters: Sequence[str], 
     return svg_figure(draw, width=2.6 * size["ncols"] + 0.6, height=2.5 * rows, sharey=True, squeeze=False, **size)
 
 
-def heat_map(found: Sequence[SettingResult], x: str, y: str, direction: str) -> Markup:
+def heat_map(results: Sequence[SettingResult], x: str, y: str, direction: str) -> Markup:
     """The mean of each pair of values of two parameters, the better the darker; empty where there was no run."""
-    columns, rows = (sorted_texts({config_value_text(one.setting.config, key) for one in found}) for key in (x, y))
-    short, better = short_keys([x, y]), rank_quality(found, direction)
+    columns, rows = (sorted_texts({config_value_text(one.setting.config, key) for one in results}) for key in (x, y))
+    short, better = short_keys([x, y]), rank_quality(results, direction)
 
     def draw(axes: Axes):
-        for one in found:
+        for one in results:
             at = (
                 columns.index(config_value_text(one.setting.config, x)),
                 rows.index(config_value_text(one.setting.config, y)),
@@ -237,19 +239,19 @@ def heat_map(found: Sequence[SettingResult], x: str, y: str, direction: str) -> 
 
 
 def parallel_coordinates(
-    found: Sequence[SettingResult], parameters: Sequence[str], metric: str, direction: str
+    results: Sequence[SettingResult], parameters: Sequence[str], metric: str, direction: str
 ) -> Markup:
     """Parallel coordinates: a line for each setting through its parameters to its mean, the better the darker."""
-    short, better = short_keys(parameters), rank_quality(found, direction)
+    short, better = short_keys(parameters), rank_quality(results, direction)
     columns = [
-        axis_heights([one.setting.config[key] if key in one.setting.config else None for one in found])
+        axis_heights([one.setting.config[key] if key in one.setting.config else None for one in results])
         for key in parameters
     ]
-    columns.append(axis_heights([one.mean.value for one in found]))
+    columns.append(axis_heights([one.mean.value for one in results]))
 
     def draw(axes: Axes):
         for one, *heights in sorted(
-            zip(found, *(places for places, _ in columns)), key=lambda line: better[line[0].name]
+            zip(results, *(places for places, _ in columns)), key=lambda line: better[line[0].name]
         ):
             axes.plot(range(len(heights)), heights, color=COLORMAP(0.95 - 0.85 * better[one.name]), linewidth=1.4)
         for i, (_, marks) in enumerate(columns):
@@ -267,37 +269,40 @@ def parallel_coordinates(
 
 
 def axis_heights(column: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
-    """Heights from 0 to 1 of a column's values, and the marks of its axis: every value while they are few."""
+    """Heights from 0 to 1 of a column's values, and the marks of its axis: every value, if they are few."""
     if is_numeric(column) and len(set(column)) > 1:
         x = np.log(column) if is_geometric(column) else np.asarray(column, float)
         places = ((x - x.min()) / (x.max() - x.min())).tolist()
         marks = dict(sorted(zip(places, (f"{value:.4g}" for value in column))))
-        kept = list(marks.items())
-        return places, marks if len(kept) <= 8 else dict([kept[0], kept[len(kept) // 2], kept[-1]])
+        all_marks = list(marks.items())
+        return places, marks if len(all_marks) <= 8 else dict(
+            [all_marks[0], all_marks[len(all_marks) // 2], all_marks[-1]]
+        )
     texts = ["–" if value is None else config_value_text({"": value}, "") for value in column]
     distinct = sorted_texts(set(texts))
     heights = {text: i / max(1, len(distinct) - 1) for i, text in enumerate(distinct)}
     return [heights[text] for text in texts], {height: text for text, height in heights.items()}
 
 
-def importance_bars(found: Mapping[str, float]) -> Markup:
+def importance_bars(importances: Mapping[str, float]) -> Markup:
     """Importance of each parameter, a bar."""
-    short = short_keys(list(found))
+    short = short_keys(list(importances))
 
     def draw(axes: Axes):
-        axes.barh(range(len(found)), list(found.values()), color=SERIES_COLORS[0], height=0.6)
-        axes.set_yticks(range(len(found)), list(short.values()))
-        axes.set_ylim(len(found) - 0.5, -0.5)
+        axes.barh(range(len(importances)), list(importances.values()), color=SERIES_COLORS[0], height=0.6)
+        axes.set_yticks(range(len(importances)), list(short.values()))
+        axes.set_ylim(len(importances) - 0.5, -0.5)
         axes.set_xlim(0, 1)
         axes.set_xlabel("share of the importance")
         axes.grid(axis="x", color=TEXT_COLOR, alpha=0.25)
 
-    return svg_figure(draw, width=4.4, height=0.75 + 0.34 * len(found))
+    return svg_figure(draw, width=4.4, height=0.75 + 0.34 * len(importances))
 
 
-def rank_quality(found: Sequence[SettingResult], direction: str) -> dict[str, float]:
-    """1 for the best mean and 0 for the worst, by rank: one run that diverged does not make all others alike."""
-    order = sorted(found, key=lambda one: one.mean.value, reverse=direction == MINIMIZE)
+def rank_quality(results: Sequence[SettingResult], direction: str) -> dict[str, float]:
+    """1 for the best mean and 0 for the worst, by rank, so that one run that diverged does not hide the other
+    differences."""
+    order = sorted(results, key=lambda one: one.mean.value, reverse=direction == MINIMIZE)
     return {one.name: i / max(1, len(order) - 1) for i, one in enumerate(order)}
 
 

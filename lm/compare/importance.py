@@ -8,18 +8,16 @@ import numpy as np
 
 from lm.compare.read import value_text
 
-MIN_RUNS = 8  # runs, below which it says nothing
-MIN_GOOD_RUNS, GOOD_FRACTION = (
-    5,
-    0.1,
-)  # the runs that count as good: the best tenth, but at least this many (advised by Optuna)
+MIN_RUNS = 8  # runs needed at least
+MIN_GOOD_RUNS, GOOD_FRACTION = (5, 0.1)  # good runs are the best tenth, but at least this many (as Optuna advises)
 MIN_REPEATS = 3  # times each value on average: then values are categories, as in a grid; else points of a range
 
 
 def parameter_importances(
     configs: Sequence[Mapping[str, Any]], values: Sequence[float], parameters: Sequence[str], direction: str
 ) -> dict[str, float]:
-    """Parameter to its share, the largest first: how much its values among good runs differ from those among all.
+    """{parameter: its share}, the largest first: how much its values among good runs differ from its values among all
+    runs.
 
     configs and values: one for each run. Shares add to 1. At least MIN_RUNS runs and two parameters.
     """

@@ -1,4 +1,4 @@
-"""Folders of runs and sweeps to `Run`s; those without a number become `MissingRun`s with the reason."""
+"""Reads folders of runs and sweeps as `Run`s. Runs without a number become `MissingRun`s with the reason."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ class Run(NamedTuple):
     path: Path
     config: Mapping[str, Any]  # dotted key to value
     rows: Sequence[Mapping[str, Any]]  # of metrics.jsonl
-    overrides: Mapping[str, Any]  # what its sweep set, by dotted key: the cause of whatever else differs in its config
+    overrides: Mapping[str, Any]  # the keys that its sweep set: other differences of its config follow from them
     code: CodeVersion
 
     @property
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 class MissingRun(NamedTuple):
-    """A run that gives no number, which no mean counts and every page names."""
+    """A run that gives no number. No mean counts it; every page names it."""
 
     path: Path
     overrides: Mapping[str, Any]
@@ -100,7 +100,7 @@ def sweep_trials(folder: Path) -> list[Run | MissingRun]:
 
 
 def trial_run(path: Path) -> Run | MissingRun:
-    """A run of a sweep; of a pipeline the stage that is judged, though what other stages were given counts too."""
+    """A run of a sweep. Of a pipeline it is the judged stage, with the settings of its other stages."""
     record = path.with_name(f"{path.name}.json")
     if not record.exists():
         return MissingRun(path, {}, RUNNING, f"there is no {record.name} beside it yet")
@@ -126,7 +126,7 @@ def run_in_folder(folder: Path) -> Run | MissingRun:
 
 
 def run_in_workdir(path: Path, given: Mapping[str, Any]) -> Run | MissingRun:
-    """A workdir of lm train; a MissingRun unless it has finished. What was `given` outside its config joins it."""
+    """A workdir of lm train; a MissingRun unless it has finished. `given`: settings outside its config, added to it."""
     config, rows = {**given, **flatten(read_json(path / CONFIG_FILE))}, read_metrics(path)
     for key in REQUIRED_KEYS:
         if key not in config:

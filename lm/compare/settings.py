@@ -1,4 +1,5 @@
-"""Runs to settings: those whose configs differ in nothing but the seed are one, named by what differs from others."""
+"""Groups runs into settings. Runs whose configs differ only in the seed are one setting, named by its differences from
+others."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,11 +10,9 @@ from lm.compare.read import Run, value_text
 
 NO_VALUE = "–"  # where a config has no such key
 STAGE_KEY = "stage.name"
-CODE_KEY = (
-    "code"  # the key under which the code is part of a setting, where the same config was run by several versions
-)
-NAME_DIGITS = (3, 6, 17)  # of a float in a name: as few as tell the settings apart; 17 tell any
-MAX_NAME_KEYS = 4  # keys that a name holds, unless it takes more to tell the settings apart
+CODE_KEY = "code"  # the key of the code, which is part of a setting if several versions ran the same config
+NAME_DIGITS = (3, 6, 17)  # of a float in a name: as few as distinguish the settings; 17 distinguish all
+MAX_NAME_KEYS = 4  # keys in a name, unless more are needed to distinguish the settings
 
 
 class Setting(NamedTuple):
@@ -24,17 +23,19 @@ class Setting(NamedTuple):
 
 class SettingGroups(NamedTuple):
     settings: Sequence[Setting]
-    parameters: Sequence[str]  # keys that tell the settings apart; what follows from those that a sweep set is left out
+    parameters: Sequence[
+        str
+    ]  # keys that distinguish the settings, without those that follow from keys that a sweep set
     differing_keys: Sequence[str]  # every key in which settings differ
-    notes: Sequence[str]  # what a reader must know of how runs became settings
+    notes: Sequence[str]  # notes on how runs became settings
 
 
 def settings_of_runs(runs: Sequence[Run], *, ignore: Iterable[str] = ()) -> SettingGroups:
-    """Groups the runs; `ignore` are further dotted keys, or their beginnings, that make no other setting.
+    """Groups the runs. `ignore`: further dotted keys, or their beginnings, in which runs of one setting may differ.
 
     A path that differs is taken relative to the folder that holds the run's own, so that runs/a/sft and runs/b/sft with
-    init_from runs/a/pretrain and runs/b/pretrain are one setting. The code is part of a setting only where the same
-    config and seed were run by several versions of it. Of what is left the same in all, the first run counts.
+    init_from runs/a/pretrain and runs/b/pretrain are one setting. The code is part of a setting only if several
+    versions of it ran the same config and seed. Of runs that are still equal, the first counts.
     """
     configs = [comparable_config(run, runs, ("seed", *ignore)) for run in runs]
     notes = []
@@ -75,12 +76,12 @@ def comparable_config(run: Run, runs: Sequence[Run], ignore: Sequence[str]) -> d
 
 
 def normalized_value(value: Any) -> Any:
-    """1.0 as 1: no other setting."""
+    """1.0 as 1, which is the same setting."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def relative_path(value: Any, path: Path) -> Any:
-    """A path below the folder that holds a run's own as "../REST"; any other value as it is."""
+    """A path below the folder that holds a run's own as "../REST"; any other value unchanged."""
     home = path.resolve().parent
     if isinstance(value, str) and "/" in value and Path(value).resolve().is_relative_to(home):
         return f"../{Path(value).resolve().relative_to(home)}"
@@ -106,14 +107,14 @@ def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def value_json(config: Mapping[str, Any], key: str) -> str:
-    """The value as text, which can be hashed whatever it is; NO_VALUE where there is none."""
+    """The value as text, which can be hashed; NO_VALUE if there is none."""
     return json.dumps(config[key], sort_keys=True) if key in config else NO_VALUE
 
 
 def distinguishing_keys(
     configs: Sequence[Mapping[str, Any]], differing: Sequence[str], causes: Sequence[str]
 ) -> list[str]:
-    """The causes that differ, and after them the keys whose values do not follow from theirs; a stage's name first."""
+    """The causes that differ, then the keys whose values do not follow from them; a stage's name first."""
     causes = [key for key in causes if key in differing]
     values = [tuple(value_json(config, key) for key in causes) for config in configs]
 
@@ -126,8 +127,8 @@ def distinguishing_keys(
 
 
 def name_keys(configs: Sequence[Mapping[str, Any]], parameters: Sequence[str]) -> list[str]:
-    """The parameters that names are made of: all, or where they are more than MAX_NAME_KEYS as few as distinguish the
-    settings, but the stage alone if it does."""
+    """The parameters in names: all of them; if they are more than MAX_NAME_KEYS, as few as distinguish the settings;
+    the stage alone if that is enough."""
     if len(parameters) <= MAX_NAME_KEYS:
         return list(parameters)
     alone = parameters[0] == STAGE_KEY and are_distinct(configs, parameters[:1])
@@ -166,7 +167,7 @@ def config_value_text(config: Mapping[str, Any], key: str, digits: int = 6) -> s
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Each key by its last part, where no other has the same, else whole."""
+    """Each key by its last part, or whole if another key has the same last part."""
     last = ["stage" if key == STAGE_KEY else key.rpartition(".")[2] for key in keys]
     return {key: part if last.count(part) == 1 else key for key, part in zip(keys, last)}
 

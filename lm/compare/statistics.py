@@ -1,4 +1,4 @@
-"""Settings to numbers: means over seeds, differences from a reference, and what may be concluded from them."""
+"""Numbers of settings: means over seeds, differences from a reference, and the conclusions that they allow."""
 
 import functools
 import math
@@ -18,12 +18,12 @@ from lm.core.statistics import (
     welch_difference,
 )
 
-MAX_SEEDS_UNJUDGED = 2  # seeds, or fewer, from which noise cannot be judged
+MAX_SEEDS_UNJUDGED = 2  # with so many seeds or fewer, noise cannot be judged
 MIN_POOLED_SETTINGS = 3  # settings, at least, whose spread is worth pooling
-UNEQUAL_SPREAD_P = 0.01  # p of Cochran's C below which spreads are taken to differ
+UNEQUAL_SPREAD_P = 0.01  # p of Cochran's C below which spreads are considered different
 ROUNDING_ERROR = 1e-6  # of a value: no more than the rounding of float32, so no spread
 MINIMIZE, MAXIMIZE = "minimize", "maximize"
-# Metrics of which more is better, by their last part, or the first where it ends in "/"; of any other, less is.
+# Metrics that are better if higher, by their last part, or by their first part with "/". All others: lower is better.
 HIGHER_IS_BETTER = ("accuracy", "reward", "margin", "stopped", "score/", "tokens_per_second")
 BETTER, WORSE, INSIDE_NOISE, NOT_JUDGED = "better", "worse", "inside the noise", "cannot be judged"
 PAIRED, UNPAIRED = "paired", "unpaired"
@@ -63,7 +63,7 @@ def setting_result(setting: Setting, metric: str, *, confidence: float) -> Setti
 
 
 def direction_by_name(metric: str) -> str:
-    """Whether less or more of a metric is better, as its name has it."""
+    """Whether a lower or a higher metric is better, by its name."""
     name = metric.removeprefix("held_out/")
     return MAXIMIZE if name in HIGHER_IS_BETTER or f"{name.partition('/')[0]}/" in HIGHER_IS_BETTER else MINIMIZE
 
@@ -84,12 +84,12 @@ class PooledSpread(NamedTuple):
     deviation: float
     degrees_of_freedom: int
     setting_count: int
-    is_blocked: bool  # all have the same seeds, whose own effect is taken out
+    is_blocked: bool  # all have the same seeds, and the effect of each seed is removed
     cochran_p: float  # of Cochran's C, if the settings' own spreads are equal
 
     @property
     def is_equal(self) -> bool:
-        """Whether one spread may stand for all."""
+        """Whether one spread may be used for all settings."""
         return self.cochran_p >= UNEQUAL_SPREAD_P
 
     @property
@@ -182,7 +182,7 @@ def holm_contrasts(
 
 
 def contrast_conclusion(difference: Estimate, direction: str) -> str:
-    """What an interval allows to say."""
+    """The conclusion that an interval allows."""
     if difference.low <= 0 <= difference.high:
         return INSIDE_NOISE
     return BETTER if (difference.value < 0) == (direction == MINIMIZE) else WORSE

@@ -1,4 +1,4 @@
-"""A comparison in words and in tables, on the terminal and for the page."""
+"""A comparison in words and tables, for the terminal and the page."""
 
 import math
 from collections import Counter
@@ -34,7 +34,7 @@ class Comparison(NamedTuple):
     confidence: float
     settings: SettingGroups
     results: Sequence[SettingResult]  # the best mean first
-    reference: str  # the setting that all others are held against
+    reference: str  # the setting that all others are compared with
     reference_is_best: bool  # by its mean, not by name
     pooled_spread: PooledSpread | None  # of all settings together; None where they are too few
     contrasts: Mapping[str, Contrast]  # by the name of the other
@@ -76,12 +76,12 @@ def seed_count_text(n: int) -> str:
 
 
 def interval_or_reason(one: SettingResult) -> str:
-    """A mean's interval, or why there is none."""
+    """A mean's interval, or the reason why there is none."""
     return known_interval_text(one.mean) or "one seed: no interval"
 
 
 def conclusion_sentences(told: Comparison) -> list[str]:
-    """What may be concluded, and what may not."""
+    """Sentences: the conclusions that the numbers allow, and those that they do not allow."""
     reference = next(one for one in told.results if one.name == told.reference)
     if not told.contrasts:
         return [
@@ -110,7 +110,7 @@ def conclusion_sentences(told: Comparison) -> list[str]:
 
 
 def contrast_sentence(contrast: Contrast) -> str:
-    """One contrast, plainly; the winner first."""
+    """One contrast in a sentence; the winner first."""
     d = contrast.difference
     numbers = f"{p_text(contrast.p)}, n = {seed_count_text(contrast.n)}, {contrast.test_name}"
     effect = f", effect size {abs(contrast.effect_size):.1f}" if contrast.effect_size is not None else ""
@@ -128,7 +128,7 @@ def contrast_sentence(contrast: Contrast) -> str:
 
 
 def comparison_warnings(told: Comparison) -> list[str]:
-    """What a reader must know before believing any of it."""
+    """Warnings that a reader needs before believing a comparison."""
     said = list(told.settings.notes)
     labels = {one.name: dict.fromkeys(run.code.label for run in one.setting.runs) for one in told.results}
     every = list(dict.fromkeys(label for each in labels.values() for label in each))
@@ -152,7 +152,7 @@ def comparison_warnings(told: Comparison) -> list[str]:
 
 
 def missing_runs_of_setting(one: SettingResult, absent: Sequence[MissingRun]) -> list[MissingRun]:
-    """Those of the runs without a number that were of this setting, as far as their sweep records."""
+    """The runs without a number that were of this setting, as far as their sweep records it."""
     config = one.setting.config
     return [
         gone
@@ -167,7 +167,7 @@ def state_counts_text(absent: Sequence[MissingRun]) -> str:
 
 
 def overrides_text(gone: MissingRun) -> str:
-    """What a sweep had set for a trial: "learning_rate=0.001, width=64"."""
+    """The settings of a trial in its sweep: "learning_rate=0.001, width=64"."""
     short = short_keys(list(gone.overrides))
     return ", ".join(f"{short[key]}={config_value_text(gone.overrides, key)}" for key in gone.overrides)
 
@@ -181,7 +181,7 @@ def config_rows(told: Comparison) -> list[list[str]]:
 
 
 def code_rows(told: Comparison) -> list[list[str]]:
-    """A row for each code that runs were made by: the code, its package versions, the settings, and how many runs."""
+    """A row for each version of the code: the code, its package versions, the settings, and how many runs."""
     made: dict[tuple[str, str], list[str]] = {}
     for one in told.results:
         for run in one.setting.runs:

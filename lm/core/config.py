@@ -18,7 +18,16 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from lm.core.errors import UserError
-from lm.core.options import ConfigFunction, ConfigFunctions, option_type, options_help, parsed_value, value_type
+from lm.core.options import (
+    ConfigFunction,
+    ConfigFunctions,
+    is_record,
+    option_type,
+    options_help,
+    parsed_value,
+    record_options,
+    value_type,
+)
 
 
 def no_functions(config: ConfigDict) -> Mapping[str, ConfigFunction]:
@@ -112,6 +121,7 @@ RENAMED_KEYS: Mapping[tuple[str, str], str] = {
     ("data", "cut_penalty"): "truncation_penalty",
     ("data", "on_policy"): "on_policy_fraction",
     ("data", "resample"): "resample_rounds",
+    ("rewards", "form"): "punctuation",
     ("rank", "cut_penalty"): "truncation_penalty",
     ("train", "samples"): "logged_rollouts",
     ("prompts", "after"): "held_out_from",
@@ -148,11 +158,14 @@ def call_with_options(
     options = _plain_dict(options)
     label = ConfigFunction(function).name
     parameters = list(inspect.signature(function).parameters.values())[len(args) :]
+    records = {p.name: (p.default, record_options(p)) for p in parameters if is_record(p)}
     names = [
         parameter.name
         for parameter in parameters
-        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD) and parameter.name not in extra
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.name not in {*extra, *records}
     ]
+    names += [field for _, fields in records.values() for field in fields]
     for option in options:
         if option not in names:
             way_out = _new_name(f"{name}.{option}", names) or did_you_mean(option, names)
@@ -160,6 +173,8 @@ def call_with_options(
     for parameter in parameters:
         if parameter.name in names and parameter.default is parameter.empty and parameter.name not in options:
             raise UserError(f"{name}.{parameter.name} is missing: {label} has no default for it")
+    for record, (default, fields) in records.items():
+        extra[record] = default._replace(**{field: options.pop(field) for field in fields if field in options})
     return function(*args, **extra, **options)
 
 
@@ -207,10 +222,17 @@ def parsed_flags(
 ) -> argparse.Namespace:
     """The flags of a program without a config. Raises UserError where argparse would exit, naming the near flag.
 
-    positional: what is given without a flag, in any place among the flags, by name like these. epilog: ends --help.
+    description: the program's docstring. --help shows its first two paragraphs, a sentence and the examples, then the
+    flags, then the rest. positional: what is given without a flag, in any place among the flags, by name like these.
+    epilog: ends --help.
     """
+    sentence_and_examples, details = _split_paragraphs(description.strip(), 2)
     parser = _FlagParser(
-        description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,
+        description=sentence_and_examples,
+        epilog="\n\n".join(filter(None, (details, epilog))),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, keywords in flags.items():
         parser.add_argument(f"--{name}", **keywords)
@@ -222,6 +244,12 @@ def parsed_flags(
             near = did_you_mean(flag, [f"--{name}" for name in flags])
             raise UserError(f"{flag} is not a flag of this program{near}")
     return parser.parse_intermixed_args(argv)
+
+
+def _split_paragraphs(text: str, count: int) -> tuple[str, str]:
+    """The first paragraphs, `count` of them, and the others."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(paragraphs[:count]), "\n\n".join(paragraphs[count:])
 
 
 class _FlagParser(argparse.ArgumentParser):
@@ -294,11 +322,11 @@ def _container(value: Any) -> type | None:
 
 def _refuse_dotted_key(error: Exception, where: str) -> None:
     """UserError for a key with a dot in it, such as the file of a reward, where `error` is ml_collections' own."""
-    found = re.search(r"but the key (\S+) contains one", str(error)) if isinstance(error, ValueError) else None
-    if found:
+    match = re.search(r"but the key (\S+) contains one", str(error)) if isinstance(error, ValueError) else None
+    if match:
         raise UserError(
-            f"{where}: the key {found[1]!r} holds a dot, which a ConfigDict does not take; write a mapping of rewards "
-            f"as text, 'NAME=WEIGHT,...', such as '{found[1]}=1.0'"
+            f"{where}: the key {match[1]!r} holds a dot, which a ConfigDict does not take; write a mapping of rewards "
+            f"as text, 'NAME=WEIGHT,...', such as '{match[1]}=1.0'"
         ) from error
 
 
@@ -327,7 +355,8 @@ def _refuse_key(key: str, keys: Mapping[str, Any], called: Mapping[str, ConfigFu
     parent, _, option = group.rpartition(".")
     if parent in called and option in called[parent].options:
         known = [name for name in keys if name.startswith(f"{group}.")]
-        near = did_you_mean(key, known, prefix="config.")
+        near = _new_name(f"config.{key}", [name.rpartition(".")[2] for name in known])
+        near = near or did_you_mean(key, known, prefix="config.")
         raise UserError(
             f"config.{key} is not in {path}{near or f'; give config.{group} as a whole, such as {{{leaf!r}: 1.0}}'}"
         )

@@ -1,4 +1,4 @@
-"""Code of one's own by name: "file.py:name" or "package.module:name", for rewards, stages, models and environments."""
+"""User code by name: "file.py:name" or "package.module:name", for rewards, stages, models and environments."""
 
 import hashlib
 import importlib
@@ -16,7 +16,7 @@ from lm.core.errors import UserError
 
 
 def is_import_path(name: str) -> bool:
-    """Whether a name means code of one's own, not a built-in thing."""
+    """Whether a name means user code, not a built-in thing."""
     return ":" in name
 
 
@@ -42,21 +42,21 @@ def import_object(path: str, option: str) -> Any:
 
 def import_function(path: str, option: str) -> Callable[..., Any]:
     """As `import_object`; UserError for what cannot be called."""
-    found = import_object(path, option)
-    if not callable(found):
-        raise UserError(f"{option} {path!r} is of type {type(found).__name__}, no function: name one")
-    return found
+    function = import_object(path, option)
+    if not callable(function):
+        raise UserError(f"{option} {path!r} is of type {type(function).__name__}, no function: name one")
+    return function
 
 
 def own_code_files(config: Any) -> list[Path]:
     """The files of "file.py:name" in a plain config, as keys or within text, that are there; each once, in order."""
     if isinstance(config, Mapping):
-        found = [file for pair in config.items() for each in pair for file in own_code_files(each)]
+        files = [file for pair in config.items() for each in pair for file in own_code_files(each)]
     elif isinstance(config, list | tuple):
-        found = [file for each in config for file in own_code_files(each)]
+        files = [file for each in config for file in own_code_files(each)]
     else:
-        found = [Path(each) for each in re.findall(r"([^\s,=]+\.py):\w", config)] if isinstance(config, str) else []
-    return list(dict.fromkeys(file for file in found if file.is_file()))
+        files = [Path(each) for each in re.findall(r"([^\s,=]+\.py):\w", config)] if isinstance(config, str) else []
+    return list(dict.fromkeys(file for file in files if file.is_file()))
 
 
 def error_origin(error: BaseException, file: str = "") -> str:

@@ -70,9 +70,9 @@ class OptionType(NamedTuple):
     item: type | None = None  # of a tuple's or list's items, or of a mapping's values; None: anything
 
     def __str__(self) -> str:
-        told = [kind for kind in self.types if kind is not NoneType] or self.types
+        kinds = [kind for kind in self.types if kind is not NoneType] or self.types
         return " or ".join(
-            TYPE_DESCRIPTIONS[kind] if kind in TYPE_DESCRIPTIONS else f"a {kind.__name__}" for kind in told
+            TYPE_DESCRIPTIONS[kind] if kind in TYPE_DESCRIPTIONS else f"a {kind.__name__}" for kind in kinds
         )
 
 
@@ -81,7 +81,35 @@ ConfigFunctions = Callable[[ConfigDict], Mapping[str, ConfigFunction]]
 
 
 def keyword_parameters(signature: inspect.Signature) -> dict[str, inspect.Parameter]:
-    return {name: p for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
+    """The keywords that a config may set, by name. A record among them gives its fields instead (`record_options`)."""
+    options = {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            options |= record_options(parameter) if is_record(parameter) else {name: parameter}
+    return options
+
+
+def is_record(parameter: inspect.Parameter) -> bool:
+    """Whether it takes a NamedTuple by keyword and has one as its default."""
+    kind = parameter.annotation
+    named_tuple = isinstance(kind, type) and issubclass(kind, tuple) and "_fields" in vars(kind)
+    return named_tuple and parameter.kind is parameter.KEYWORD_ONLY and isinstance(parameter.default, kind)
+
+
+def record_options(parameter: inspect.Parameter) -> dict[str, inspect.Parameter]:
+    """The fields of a record as keywords with the defaults that the function gives it.
+
+    So settings that several functions share are one object in code, and single entries of a config's subtree. Fields
+    that the class lists in `set_by_code` are no options.
+    """
+    record, values = parameter.annotation, parameter.default._asdict()
+    hidden = record.set_by_code if "set_by_code" in vars(record) else ()
+    types_by_name = inspect.get_annotations(record)
+    return {
+        name: inspect.Parameter(name, parameter.KEYWORD_ONLY, default=value, annotation=types_by_name[name])
+        for name, value in values.items()
+        if name not in hidden
+    }
 
 
 def option_type(parameter: inspect.Parameter) -> OptionType:
@@ -90,22 +118,25 @@ def option_type(parameter: inspect.Parameter) -> OptionType:
     if annotation is parameter.empty:
         annotation = str if default in (parameter.empty, None) else type(default)
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    found, items = [], []
-    for each in typing.get_args(annotation) if union else (annotation,):
+    kinds, items = [], []
+    members = typing.get_args(annotation) if union else (annotation,)
+    if float in members or int in members:  # a number, or an array of such, which no config can hold
+        members = [each for each in members if typing.get_origin(each) or each in TYPE_DESCRIPTIONS]
+    for each in members:
         origin, args = typing.get_origin(each) or each, typing.get_args(each)
         if origin in (bool, int, float, str, NoneType, list):
-            found.append(origin)
+            kinds.append(origin)
         elif origin in (dict, Mapping):
-            found.append(dict)
+            kinds.append(dict)
         elif origin in (tuple, Sequence):
-            found.append(tuple)
+            kinds.append(tuple)
         else:
-            found.append(str)
-        if found[-1] in (tuple, list, dict):
-            inner = (typing.get_origin(arg) or arg for arg in (args[1:] if found[-1] is dict else args))
+            kinds.append(str)
+        if kinds[-1] in (tuple, list, dict):
+            inner = (typing.get_origin(arg) or arg for arg in (args[1:] if kinds[-1] is dict else args))
             items += [dict if each is Mapping else each for each in inner]
     items = set(items) - {...}
-    return OptionType(tuple(dict.fromkeys(found)), items.pop() if len(items) == 1 else None)
+    return OptionType(tuple(dict.fromkeys(kinds)), items.pop() if len(items) == 1 else None)
 
 
 def value_type(kind: type, value: Any) -> OptionType:
@@ -169,50 +200,52 @@ def option_value(
 
 def option_docs(called: ConfigFunction) -> dict[str, str]:
     """What an option is, in one line, by its name, where the source says so."""
-    names, found = list(called.options), {}
-    for function in (called.function, *called.also):
+    names, docs = list(called.options), {}
+    parameters = inspect.signature(called.function).parameters.values()
+    records = [parameter.annotation for parameter in parameters if is_record(parameter)]
+    for function in (called.function, *called.also, *records):
         try:
             source = inspect.getsource(function)
         except (OSError, TypeError):
             source = ""
         beside = dict(re.findall(r"^\s+(\w+): [^#\n]*?  # (.+)$", source, re.MULTILINE))
-        said = {**_documented_options(inspect.getdoc(function) or "", names), **beside}
-        found |= {name: text for name, text in said.items() if name in names and name not in found}
-    return found
+        documented = {**_documented_options(inspect.getdoc(function) or "", names), **beside}
+        docs |= {name: text for name, text in documented.items() if name in names and name not in docs}
+    return docs
 
 
 def _documented_options(text: str, names: Sequence[str]) -> dict[str, str]:
     """Of each name the sentence that says "name: ...", or else holds `name`; only its own clause where it opens one."""
-    found = {}
+    sentences = {}
     for sentence in re.split(r"(?<=[^.]\.)(?<!e\.g\.)\s+", " ".join(text.split())):
         for name in names:
-            if name not in found and (opening := re.search(rf"(?:^|[.:;] |, (?=`))`?{name}`?: (.+)$", sentence)):
-                found[name] = opening[1]
-            elif f"`{name}`" in sentence and name not in found:
+            if name not in sentences and (opening := re.search(rf"(?:^|[.:;] |, (?=`))`?{name}`?: (.+)$", sentence)):
+                sentences[name] = opening[1]
+            elif f"`{name}`" in sentence and name not in sentences:
                 clause = re.search(rf"(?:^|[,:;] |and )(`{name}`.*?)(?:, (?:and )?`|; |$)", sentence)
-                found[name] = clause[1] if clause else sentence
-    told = {name: text.rstrip(".") for name, text in found.items()}
-    return {name: text for name, text in told.items() if not re.fullmatch(r"`\w+`|as in [\w.]+", text)}
+                sentences[name] = clause[1] if clause else sentence
+    docs = {name: text.rstrip(".") for name, text in sentences.items()}
+    return {name: text for name, text in docs.items() if not re.fullmatch(r"`\w+`|as in [\w.]+", text)}
 
 
 def options_help(config: Mapping[str, Any], functions: Mapping[str, ConfigFunction]) -> str:
     """Every entry that a plain config may hold, by subtree, with its value here, its default and what it is."""
     rows = {"": [("", "here", "default", "")]}
-    rest = _unlisted_options(config, functions)
-    if rest:
-        rows["other entries"] = [(key, repr(value), "", "") for key, value in rest.items()]
+    unlisted = _unlisted_options(config, functions)
+    if unlisted:
+        rows["other entries"] = [(key, repr(value), "", "") for key, value in unlisted.items()]
     for path, called in functions.items():
-        given = config
+        subtree = config
         for part in path.split("."):
-            given = given[part]
-        said = option_docs(called)
+            subtree = subtree[part]
+        docs = option_docs(called)
         title = f"{path}: {called.name}" + f" ({called.note})" * bool(called.note)
-        rows[title] = [(f"{path}.{key}", repr(given[key]), "", "") for key in given if key not in called.options]
+        rows[title] = [(f"{path}.{key}", repr(subtree[key]), "", "") for key in subtree if key not in called.options]
         for name, parameter in called.shown_options.items():
             needed = parameter.default is parameter.empty
             default = "none" if needed else _value_text(parameter.default)
-            value = _value_text(given[name]) if name in given else "not set" if needed else default
-            rows[title].append((f"{path}.{name}", value, default, said[name] if name in said else ""))
+            value = _value_text(subtree[name]) if name in subtree else "not set" if needed else default
+            rows[title].append((f"{path}.{name}", value, default, docs[name] if name in docs else ""))
     widths = [max(len(row[i]) for group in rows.values() for row in group) for i in range(3)]
     widths = [min(width, most) for width, most in zip(widths, (60, 40, 24))]
     lines = []
@@ -233,12 +266,12 @@ def _unlisted_options(
     config: Mapping[str, Any], functions: Mapping[str, ConfigFunction], prefix: str = ""
 ) -> dict[str, Any]:
     """The entries, by dotted key, that stand in no subtree which calls a function."""
-    found = {}
+    unlisted = {}
     for key, value in config.items():
         path = f"{prefix}{key}"
         if path in functions:
             continue
-        found |= (
+        unlisted |= (
             _unlisted_options(value, functions, f"{path}.") if isinstance(value, Mapping) and value else {path: value}
         )
-    return found
+    return unlisted

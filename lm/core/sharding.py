@@ -25,9 +25,9 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """Mesh over all devices with axes data, fsdp, tensor; one of the sizes may be -1, meaning "what is left"."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     count = len(jax.devices())
-    given = [n for n in sizes.values() if n != -1]
-    fixed = int(np.prod(given))
-    if len(given) < 2 or min(given) < 1 or count % fixed or (len(given) == 3 and fixed != count):
+    fixed_sizes = [n for n in sizes.values() if n != -1]
+    fixed = int(np.prod(fixed_sizes))
+    if len(fixed_sizes) < 2 or min(fixed_sizes) < 1 or count % fixed or (len(fixed_sizes) == 3 and fixed != count):
         raise UserError(
             f"mesh {sizes} does not fit {count} device(s): the sizes must multiply to {count}; "
             "set one of mesh.data, mesh.fsdp, mesh.tensor to -1 to take what is left"
@@ -123,9 +123,9 @@ def state_shardings(mesh: Mesh, state, axes: Mapping[str, Any]):
     def sharding(path, leaf):
         names = _path_names(path)
         for start in range(len(names)):
-            found = known.get(names[start:])
-            if found is not None and len(found) == len(leaf.shape):
-                return NamedSharding(mesh, partition_spec(found, leaf.shape, mesh))
+            axes = known.get(names[start:])
+            if axes is not None and len(axes) == len(leaf.shape):
+                return NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, state)

@@ -126,10 +126,10 @@ class AnnotationStore:
 
     def item(self, id: int) -> RankingItem:
         """UserError for an unknown one."""
-        found = self._items(f"{SELECT_ITEMS} WHERE id = ?", id)
-        if not found:
+        items = self._items(f"{SELECT_ITEMS} WHERE id = ?", id)
+        if not items:
             raise UserError(f"there is no item {id} in {self.path}")
-        return found[0]
+        return items[0]
 
     def items(self) -> list[RankingItem]:
         return self._items(f"{SELECT_ITEMS} ORDER BY id")
@@ -153,8 +153,10 @@ class AnnotationStore:
             item = self.item(verdict.item)
             if db.execute(SELECT_STANDING, [verdict.rater, item.id]).fetchone():
                 raise UserError(f"duplicate verdict: {verdict.rater} has judged item {item.id}; undo that one first")
-            said = {name: value for name, value in verdict._asdict().items() if name not in ("key", "item")}
-            ranking = Ranking(item.name, item.prompt, item.responses, sources=item.sources, time=_now(), **said)
+            verdict_fields = {name: value for name, value in verdict._asdict().items() if name not in ("key", "item")}
+            ranking = Ranking(
+                item.name, item.prompt, item.responses, sources=item.sources, time=_now(), **verdict_fields
+            )
             try:
                 ranking_from_record(ranking._asdict())
             except (TypeError, ValueError) as error:
@@ -195,10 +197,10 @@ class AnnotationStore:
             for ranking in rankings:
                 key = hashlib.sha256(ranking_json(ranking).encode()).hexdigest()
                 item, _ = self._added(ranking.name, ranking.prompt, ranking.responses, list(ranking.sources))
-                known = db.execute(
+                existing = db.execute(
                     f"{SELECT_STANDING} UNION SELECT item FROM verdicts WHERE key = ?", [ranking.rater, item, key]
                 )
-                if known.fetchone():
+                if existing.fetchone():
                     there += 1
                 else:
                     self._insert(key, item, ranking)
@@ -228,20 +230,20 @@ class AnnotationStore:
         """(id, whether it is new) of the item with this prompt, these responses and sources."""
         parts = [json.dumps(part, ensure_ascii=False, sort_keys=True) for part in (prompt, responses, sources)]
         identity = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-        known = self._db.execute("SELECT id FROM items WHERE identity = ?", [identity]).fetchone()
-        if known:
-            return known[0], False
+        existing = self._db.execute("SELECT id FROM items WHERE identity = ?", [identity]).fetchone()
+        if existing:
+            return existing[0], False
         insert = "INSERT INTO items (identity, name, prompt, responses, sources) VALUES (?, ?, ?, ?, ?)"
         return self._db.execute(insert, [identity, name, *parts]).lastrowid, True
 
     def _insert(self, key: str, item: int, ranking: Ranking) -> None:
-        said = [
+        values = [
             json.dumps(getattr(ranking, field)) if field in JSON_COLUMNS else getattr(ranking, field)
             for field in VERDICT_COLUMNS
         ]
         places = f"?, ?{', ?' * len(VERDICT_COLUMNS)}"
         insert = f"INSERT INTO verdicts (key, item, {', '.join(VERDICT_COLUMNS)}) VALUES ({places})"
-        self._db.execute(insert, [key, item, *said])
+        self._db.execute(insert, [key, item, *values])
 
     def _items(self, query: str, *arguments: Any) -> list[RankingItem]:
         rows = self._rows(query, *arguments)

@@ -23,11 +23,11 @@ def expression_value(expression: str) -> str:
 
 def _node_value(node: ast.expr) -> int:
     if isinstance(node, ast.Constant) and type(node.value) is int:
-        found = node.value
+        value = node.value
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        found = OPERATORS[type(node.op)](_node_value(node.left), _node_value(node.right))
+        value = OPERATORS[type(node.op)](_node_value(node.left), _node_value(node.right))
     else:
         raise ValueError(node)
-    if abs(found) > MAX_MAGNITUDE:
-        raise ValueError(found)
-    return found
+    if abs(value) > MAX_MAGNITUDE:
+        raise ValueError(value)
+    return value

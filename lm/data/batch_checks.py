@@ -33,7 +33,7 @@ def batch_checks(
 
     is_sampled: whether the model that is trained wrote it, so that a limit may have cut an answer off.
     """
-    found: list[Check] = []
+    all_checks: list[Check] = []
     for name, tokens in token_parts(batch).items():
         sampled = is_sampled and name == "tokens"
         part = f" ({name.removesuffix('_tokens')})" if name != "tokens" else ""
@@ -44,12 +44,12 @@ def batch_checks(
             checks += answer_checks(tokens, ids, sampled=sampled)
         else:
             checks.append(text_trained(tokens))
-        found += [check._replace(name=check.name + part) for check in checks]
+        all_checks += [check._replace(name=check.name + part) for check in checks]
     if isinstance(batch, RankedAnswers):
-        found += [ranked_answers_there(batch)]
+        all_checks += [ranked_answers_there(batch)]
     if isinstance(batch, Rollouts):
-        found += [groups_share_prompt(batch), numbers_finite(batch)]
-    return found
+        all_checks += [groups_share_prompt(batch), numbers_finite(batch)]
+    return all_checks
 
 
 def ids_in_vocabulary(tokens: Tokens, ids: TokenIds) -> Check:
@@ -120,10 +120,10 @@ def answer_checks(tokens: Tokens, ids: TokenIds, *, sampled: bool) -> Iterator[C
 
 def text_trained(tokens: Tokens) -> Check:
     """Of documents: every token is trained whose predecessor in the row is of the same document; end tokens too."""
-    real = np.zeros(tokens.segments.shape, bool)
-    real[:, :-1] = (tokens.segments[:, :-1] > 0) & (tokens.segments[:, :-1] == tokens.segments[:, 1:])
-    wrong = real & ~(tokens.weights > 0)
-    return Check("every token of a document trained", int(real.sum()), int(wrong.sum()), _place(wrong), "targets")
+    expected = np.zeros(tokens.segments.shape, bool)
+    expected[:, :-1] = (tokens.segments[:, :-1] > 0) & (tokens.segments[:, :-1] == tokens.segments[:, 1:])
+    wrong = expected & ~(tokens.weights > 0)
+    return Check("every token of a document trained", int(expected.sum()), int(wrong.sum()), _place(wrong), "targets")
 
 
 def scored_at_the_end(tokens: Tokens, ids: TokenIds) -> Check:
@@ -174,7 +174,7 @@ def trained_tokens(tokens: Tokens, ids: TokenIds, origins: Sequence[RowOrigin]) 
     The place is that of the token in a text and, in a conversation, that of the message: an excerpt that begins with
     another message is laid out anew.
     """
-    found = []
+    places_trained = []
     chat = is_chat(tokens, ids)
     answers: dict[tuple[int, int], list[Answer]] = {}
     for answer in found_answers(tokens, ids) if chat else ():
@@ -186,13 +186,13 @@ def trained_tokens(tokens: Tokens, ids: TokenIds, origins: Sequence[RowOrigin]) 
             continue
         origin = origins[row].segments[segment - 1]
         if chat:
-            said = answers[row, segment] if (row, segment) in answers else []
+            segment_answers = answers[row, segment] if (row, segment) in answers else []
             ends = np.flatnonzero(np.isin(tokens.targets[row, begin:end], ids.stop)) + begin
-            places = [origin.start + int((ends < answer.begin).sum()) for answer in said]
+            places = [origin.start + int((ends < answer.begin).sum()) for answer in segment_answers]
         else:
             places = origin.start + 1 + np.flatnonzero(tokens.weights[row, begin:end] > 0)
-        found += [(origins[row].epoch, origin.document, int(place)) for place in places]
-    return np.array(found, np.int64).reshape(-1, 3)
+        places_trained += [(origins[row].epoch, origin.document, int(place)) for place in places]
+    return np.array(places_trained, np.int64).reshape(-1, 3)
 
 
 def trained_once(places: Iterable[np.ndarray], names: Mapping[int, str]) -> Check:
@@ -200,8 +200,8 @@ def trained_once(places: Iterable[np.ndarray], names: Mapping[int, str]) -> Chec
 
     places: `trained_tokens` of each batch. names: of documents, for the message.
     """
-    found = np.concatenate([np.zeros((0, 3), np.int64), *places])
-    each, counts = np.unique(found, axis=0, return_counts=True)
+    trained = np.concatenate([np.zeros((0, 3), np.int64), *places])
+    each, counts = np.unique(trained, axis=0, return_counts=True)
     twice = each[counts > 1]
     first = f"{names[int(twice[0, 1])]}, place {twice[0, 2]}" if len(twice) else ""
     return Check("no token trained twice in an epoch", len(each), len(twice), first, "tokens or messages")
@@ -209,11 +209,11 @@ def trained_once(places: Iterable[np.ndarray], names: Mapping[int, str]) -> Chec
 
 def summed_checks(batches: Iterable[Sequence[Check]]) -> list[Check]:
     """The checks of several batches, each check once."""
-    found: dict[str, Check] = {}
+    sums: dict[str, Check] = {}
     for checks in batches:
         for check in checks:
-            found[check.name] = found[check.name] + check if check.name in found else check
-    return list(found.values())
+            sums[check.name] = sums[check.name] + check if check.name in sums else check
+    return list(sums.values())
 
 
 def _weights(tokens: Tokens, answer: Answer) -> np.ndarray:

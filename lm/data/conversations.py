@@ -42,7 +42,7 @@ class Conversation(NamedTuple):
 
 
 def chitchat_conversations() -> list[Conversation]:
-    """Human conversations: whoever speaks first is the user, the other the assistant."""
+    """Human conversations: the first speaker is the user, the other the assistant."""
     return [Conversation(name, _alternating_messages(turns)) for name, turns in sources.chitchat_dialogues()]
 
 
@@ -52,7 +52,7 @@ def docstring_conversations() -> list[Conversation]:
     The answer is that sentence; the phrasing of the question is drawn by a hash of the definition's name. Conversations
     bear the name of the module's document, so both are held out together.
     """
-    found = []
+    conversations = []
     for document in sources.stdlib_modules():
         parts = document.name.removeprefix("stdlib/").removesuffix(".py").removesuffix("/__init__").split("/")
         if any(part.startswith("_") or not part.isidentifier() for part in parts):
@@ -63,8 +63,8 @@ def docstring_conversations() -> list[Conversation]:
             answer = _first_sentence(docstring)
             if answer:
                 question = QUESTION_TEMPLATES[_hash_index(name, len(QUESTION_TEMPLATES))].format(name)
-                found.append(Conversation(document.name, _alternating_messages([question, answer])))
-    return found
+                conversations.append(Conversation(document.name, _alternating_messages([question, answer])))
+    return conversations
 
 
 def arithmetic_conversations() -> list[Conversation]:
@@ -74,7 +74,7 @@ def arithmetic_conversations() -> list[Conversation]:
     The assistant asks for calc(...), the tool replies with the number, the assistant says it. A conversation bears the
     name of its sum, so that a sum is held out in every phrasing.
     """
-    found = []
+    conversations = []
     for i in range(6000):
         operator = "+-*"[_hash_index(f"operator {i}", 3)]
         a, b = (_hash_index(f"{side} {i}", 10) for side in "ab")
@@ -84,8 +84,10 @@ def arithmetic_conversations() -> list[Conversation]:
         problem = f"{a} {operator} {b}"
         value = str(expression_value(problem))
         turns = ("user", question), ("assistant", f"calc({problem})"), ("tool", value), ("assistant", value)
-        found.append(Conversation(f"arithmetic/{problem}", [{"role": role, "content": text} for role, text in turns]))
-    return found
+        conversations.append(
+            Conversation(f"arithmetic/{problem}", [{"role": role, "content": text} for role, text in turns])
+        )
+    return conversations
 
 
 def skill_conversations(skill: str, path: str = "") -> list[Conversation]:
@@ -126,9 +128,11 @@ def conversation_excerpts(conversations: Sequence[Conversation], *, turns: int =
     """Each conversation cut into stretches of `turns` messages (even, so that each opens with the user), a lone last
     one left out: most human conversations are longer than a row. One that is whole stays so."""
     return [
-        whole if whole.is_whole else Conversation(whole.name, whole.messages[i : i + turns], whole.fields)
-        for whole in conversations
-        for i in range(0, 1 if whole.is_whole else len(whole.messages) - 1, turns)
+        conversation
+        if conversation.is_whole
+        else Conversation(conversation.name, conversation.messages[i : i + turns], conversation.fields)
+        for conversation in conversations
+        for i in range(0, 1 if conversation.is_whole else len(conversation.messages) - 1, turns)
     ]
 
 
@@ -147,31 +151,31 @@ def prompt_contexts(
 
 def distinct_conversations(conversations: Sequence[Conversation]) -> list[Conversation]:
     """The conversations, each text once: the first that has it."""
-    found: dict[tuple[str, ...], Conversation] = {}
+    by_texts: dict[tuple[str, ...], Conversation] = {}
     for conversation in conversations:
-        found.setdefault(tuple(m["content"] for m in conversation.messages), conversation)
-    return list(found.values())
+        by_texts.setdefault(tuple(m["content"] for m in conversation.messages), conversation)
+    return list(by_texts.values())
 
 
 def repeated_prompt_contexts(
     conversations: Sequence[Conversation], *, turns: int = 3, per_conversation: int = 1
 ) -> list[Conversation]:
     """Those of `prompt_contexts`, with repetitions."""
-    found = []
+    contexts = []
     for name, messages, fields, is_whole in conversations:
         if is_whole:
             last = max(i for i, message in enumerate(messages) if message["role"] == "user")
-            found.append(Conversation(name, messages[: last + 1], fields, is_whole))
+            contexts.append(Conversation(name, messages[: last + 1], fields, is_whole))
             continue
-        asked = []
+        candidates = []
         for i, message in enumerate(messages):
             if message["role"] == "user" and len(message["content"].split()) >= 3:
                 context = messages[max(0, i + 1 - turns) : i + 1]
                 first = next(j for j, m in enumerate(context) if m["role"] == "user")
-                asked.append(context[first:])
-        asked.sort(key=lambda context: _hash_index(name + context[-1]["content"], 2**32))
-        found += [Conversation(name, context, fields) for context in asked[: per_conversation or None]]
-    return found
+                candidates.append(context[first:])
+        candidates.sort(key=lambda context: _hash_index(name + context[-1]["content"], 2**32))
+        contexts += [Conversation(name, context, fields) for context in candidates[: per_conversation or None]]
+    return contexts
 
 
 def reward_example(messages: Sequence[dict], fields: Mapping[str, Any] = {}) -> dict[str, Any]:

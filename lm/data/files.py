@@ -72,16 +72,16 @@ def source_files(source: str) -> list[Path]:
     """The files that a path, glob or folder names, sorted. UserError where there is none."""
     path = Path(source).expanduser()
     if path.is_dir():
-        found = [file for file in path.rglob("*") if not is_hidden(file.relative_to(path))]
+        paths = [file for file in path.rglob("*") if not is_hidden(file.relative_to(path))]
     elif path.exists():
         if not file_kind(path):
             raise UserError(f"{path} is of no kind that is read: give one of {_kinds_text()}")
-        found = [path]
+        paths = [path]
     else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
-        if not found:
+        paths = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        if not paths:
             raise UserError(f"no file or folder {source}: give a path, a glob, a folder, or hf:NAME")
-    files = sorted(file for file in found if file.is_file() and file_kind(file))
+    files = sorted(file for file in paths if file.is_file() and file_kind(file))
     if not files:
         raise UserError(f"no file to read in {source}: give one that has some of {_kinds_text()}")
     return files

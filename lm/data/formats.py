@@ -90,8 +90,8 @@ def recognized_row(
 
 
 def _conversation(fields: Mapping[str, Any], messages: list[dict], used: Sequence[str] = ()) -> Conversation:
-    kept = {name: value for name, value in fields.items() if name not in (*PROMPT_FIELDS, *used)}
-    return Conversation(name_of_row(fields, messages), messages, _with_answer(kept), is_whole=True)
+    other_fields = {name: value for name, value in fields.items() if name not in (*PROMPT_FIELDS, *used)}
+    return Conversation(name_of_row(fields, messages), messages, _with_answer(other_fields), is_whole=True)
 
 
 def _with_answer(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def _from_alpaca(fields: Mapping[str, Any]) -> Conversation:
     more = fields["input"] if "input" in fields and isinstance(fields["input"], str) else ""
     question = f"{fields['instruction']}\n\n{more}" if more.strip() else fields["instruction"]
     messages = []
-    for asked, said in list_value(fields["history"]) if "history" in fields else ():
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said, "train": False}]
+    for asked, answer in list_value(fields["history"]) if "history" in fields else ():
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer, "train": False}]
     messages += [{"role": "user", "content": question}, {"role": "assistant", "content": fields["output"]}]
     return _conversation(fields, checked_conversation(with_system(fields, messages)), ("output", "history"))
 

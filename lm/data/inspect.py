@@ -96,7 +96,7 @@ def segment_ranges(tokens: Tokens) -> Iterator[tuple[int, int, int]]:
 def found_answers(tokens: Tokens, ids: TokenIds) -> list[Answer]:
     """Every answer of an assistant, trained or not: what follows the marker, up to a stop id or its segment's end."""
     size = len(ids.marker)
-    found = []
+    answers = []
     for row, begin, end in segment_ranges(tokens) if size else ():
         inputs, targets = tokens.inputs[row, begin:end], tokens.targets[row, begin:end]
         if len(inputs) < size:
@@ -110,9 +110,9 @@ def found_answers(tokens: Tokens, ids: TokenIds) -> list[Answer]:
                 continue  # within an answer
             later = stops[stops >= start]
             last = int(later[0]) if len(later) else len(targets) - 1
-            found.append(Answer(row, begin + int(start), begin + last, bool(len(later))))
+            answers.append(Answer(row, begin + int(start), begin + last, bool(len(later))))
             after = last + 1
-    return found
+    return answers
 
 
 def is_chat(tokens: Tokens, ids: TokenIds) -> bool:
@@ -129,7 +129,7 @@ def row_views(
     values: f32[N,T] each, by name, of the targets. The last target of a segment is shown with it unless it weighs
     nothing and is none of its own: what follows an end token, or a 0.
     """
-    found = []
+    segments = []
     for r, begin, end in segment_ranges(tokens):
         if r != row:
             continue
@@ -138,7 +138,7 @@ def row_views(
         if weights[-1] == 0 and (ids[-1] == 0 or tokens.inputs[row, end - 1] in tokenizer.stop_ids):
             ids.pop()
         texts = tokenizer.pieces(ids)
-        found.append(
+        segments.append(
             [
                 TokenView(
                     text,
@@ -154,7 +154,7 @@ def row_views(
         )
     padding = int(np.sum(tokens.segments[row] == 0))
     empty = TokenView("·", "padding", 0, 0.0, 0, 0, {})
-    return [*found, [empty] * padding] if padding else found
+    return [*segments, [empty] * padding] if padding else segments
 
 
 def group_label(row: int, shape: Sequence[int]) -> str:

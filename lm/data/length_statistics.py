@@ -57,19 +57,19 @@ def segment_lengths(tokens: Tokens, ids: TokenIds, origins: Sequence[RowOrigin] 
         segment = int(tokens.segments[answer.row, answer.begin])
         ghost = not answer.is_ended and tokens.weights[answer.row, answer.end] == 0  # nothing follows a cut answer
         answers.setdefault((answer.row, segment), []).append(answer.end + 1 - answer.begin - ghost)
-    found = []
+    lengths = []
     for row, begin, end in segment_ranges(tokens):
         segment = int(tokens.segments[row, begin])
-        known = origins[row].segments if origins is not None and row < len(origins) else ()
-        found.append(
+        row_origins = origins[row].segments if origins is not None and row < len(origins) else ()
+        lengths.append(
             SegmentLength(
-                known[segment - 1] if segment <= len(known) else None,
+                row_origins[segment - 1] if segment <= len(row_origins) else None,
                 end - begin,
                 int((tokens.weights[row, begin:end] > 0).sum()),
                 tuple(answers[row, segment]) if (row, segment) in answers else (),
             )
         )
-    return found
+    return lengths
 
 
 def summaries(lengths: Iterable[SegmentLength], group: Callable[[SegmentLength], str]) -> dict[str, LengthSummary]:
@@ -77,19 +77,19 @@ def summaries(lengths: Iterable[SegmentLength], group: Callable[[SegmentLength],
     grouped: dict[str, list[SegmentLength]] = {}
     for length in lengths:
         grouped.setdefault(group(length), []).append(length)
-    found = {name: _summary(members) for name, members in grouped.items()}
-    return dict(sorted(found.items(), key=lambda item: -item[1].tokens))
+    by_name = {name: _summary(members) for name, members in grouped.items()}
+    return dict(sorted(by_name.items(), key=lambda item: -item[1].tokens))
 
 
 def document_lengths(lengths: Iterable[SegmentLength]) -> np.ndarray:
     """i64[n]: tokens of each document or conversation, one that comes in several segments once."""
-    found, known = [], set()
+    found, counted = [], set()
     for length in lengths:
         origin = length.origin
         if origin is not None and origin.size:
-            if (origin.document, origin.size) in known:
+            if (origin.document, origin.size) in counted:
                 continue
-            known.add((origin.document, origin.size))
+            counted.add((origin.document, origin.size))
         found.append(length.document_tokens)
     return np.array(found, np.int64)
 

@@ -59,7 +59,7 @@ class ConversationRows:
             for value in _usable_values(name, self._formats, self._columns, bad_rows, "no conversation or prompt"):
                 keys.append(row_digest(value))
                 yield value
-        self.counts = _counted(self._sources, bad_rows, keys)
+        self.counts = _row_counts(self._sources, bad_rows, keys)
 
     def digest(self) -> str:
         """Of the content: of files, and of what a data set of hf: or a built-in name holds."""
@@ -119,8 +119,8 @@ def load_counted_rankings(
     if is_sqlite(Path(source)):
         return LoadedRankings(read_rankings(source), {})
     bad_rows = BadRows(skip_bad_rows)
-    found = list(_usable_values(source, RANKING_FORMATS, columns, bad_rows, "no preference"))
-    return LoadedRankings(found, _counted(source, bad_rows, map(row_digest, found)))
+    rankings = list(_usable_values(source, RANKING_FORMATS, columns, bad_rows, "no preference"))
+    return LoadedRankings(rankings, _row_counts(source, bad_rows, map(row_digest, rankings)))
 
 
 def is_missing(source: str) -> bool:
@@ -150,7 +150,7 @@ def _usable_values(
         raise UserError(f"{source} holds {nothing}: give a file that has some{last}")
 
 
-def _counted(sources: str, bad_rows: BadRows, keys: Iterable[bytes]) -> dict[str, int]:
+def _row_counts(sources: str, bad_rows: BadRows, keys: Iterable[bytes]) -> dict[str, int]:
     """The counts, of which a warning tells those that are not 0."""
     keys = list(keys)
     bad, copies = len(bad_rows.faults), len(keys) - len(set(keys))
@@ -164,9 +164,9 @@ def _counted(sources: str, bad_rows: BadRows, keys: Iterable[bytes]) -> dict[str
 
 def row_digest(value: str | Conversation | Ranking) -> bytes:
     """The same for two rows that say the same, whatever else is known of a ranking."""
-    said: tuple = (value,)
+    content: tuple = (value,)
     if isinstance(value, Conversation):
-        said = value.messages, sorted(value.fields.items(), key=lambda item: item[0])
+        content = value.messages, sorted(value.fields.items(), key=lambda item: item[0])
     elif isinstance(value, Ranking):
-        said = value.prompt, value.responses, value.ranking, sorted(value.axes.items()), value.rater
-    return hashlib.sha256(repr(said).encode(errors="surrogatepass")).digest()
+        content = value.prompt, value.responses, value.ranking, sorted(value.axes.items()), value.rater
+    return hashlib.sha256(repr(content).encode(errors="surrogatepass")).digest()

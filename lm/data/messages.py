@@ -46,16 +46,16 @@ def checked_conversation(given: Any, *, ends: str = "") -> list[dict[str, Any]]:
         given = [{"role": "user", "content": given}]
     if not isinstance(given, Sequence) or not given:
         raise RowFault("a conversation without messages")
-    found = [_checked_message(message, number) for number, message in enumerate(given, 1)]
-    spoken = [message["role"] for message in found if message["role"] != "system"]
+    messages = [_checked_message(message, number) for number, message in enumerate(given, 1)]
+    spoken = [message["role"] for message in messages if message["role"] != "system"]
     if not spoken or spoken[0] != "user":
         raise RowFault(f"{'the ' + spoken[0] if spoken else 'nobody'} speaks first: a user's message must come first")
-    for before, after in zip(found, found[1:]):
+    for before, after in zip(messages, messages[1:]):
         if before["role"] == after["role"] != "tool":
             raise RowFault(f"two messages of the {after['role']} in a row: join them")
     if ends and spoken[-1] != ends:
         raise RowFault(f"it ends with the {spoken[-1]}, not with the {ends}")
-    return found
+    return messages
 
 
 def prompt_messages(given: Any) -> list[dict[str, Any]]:
@@ -91,13 +91,13 @@ def name_of_row(fields: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
 def with_system(fields: Mapping[str, Any], messages: Any) -> Any:
     """The messages after those of the row's field `system`, where it has one and they do not open with another."""
     messages = list_value(messages)
-    said = fields["system"] if "system" in fields else ""
-    if not isinstance(said, str) or not said.strip():
+    system = fields["system"] if "system" in fields else ""
+    if not isinstance(system, str) or not system.strip():
         return messages
     messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     if messages and isinstance(messages[0], Mapping) and _role(messages[0]) == "system":
         return messages
-    return [{"role": "system", "content": said}, *messages]
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _role(message: Mapping[str, Any]) -> Any:

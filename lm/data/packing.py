@@ -58,15 +58,15 @@ def document_pieces(sizes: np.ndarray, length: int) -> np.ndarray:
 
 def stream_rows(ids: Sequence[Sequence[int]], length: int) -> Tokens:
     """The rows of `stream_documents`."""
-    return all_rows(stream_documents(*_joined(ids), length))
+    return all_rows(stream_documents(*_joined_documents(ids), length))
 
 
 def best_fit_rows(ids: Sequence[Sequence[int]], length: int) -> Tokens:
     """The rows of `best_fit_documents`."""
-    return all_rows(best_fit_documents(*_joined(ids), length))
+    return all_rows(best_fit_documents(*_joined_documents(ids), length))
 
 
-def _joined(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _joined_documents(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(all ids, where each begins, how many each has)."""
     sizes = np.array([len(document) for document in ids], np.int64)
     flat = np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(sizes.sum()))
@@ -104,7 +104,7 @@ DOCUMENT_PACKINGS: Mapping[str, Callable[[np.ndarray, np.ndarray, np.ndarray, in
     "stream": stream_documents,
     "best_fit": best_fit_documents,
 }
-PACKING_RULES: Mapping[str, str] = {  # what becomes of a document that does not fit a row
+PACKING_RULES: Mapping[str, str] = {  # the rule for a document that does not fit a row
     "stream": "documents laid end to end and cut every {length} tokens, nothing left out",
     "best_fit": "documents longer than {length} tokens cut into pieces of that size, nothing left out",
 }
@@ -132,7 +132,7 @@ def document_rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> To
 
 def packed_rows(examples: Sequence[TokenizedExample], length: int) -> tuple[Tokens, dict[str, int]]:
     """Whole conversations packed into rows as isolated segments, and how many were left out: see `packed_examples`."""
-    ids, starts, sizes = _joined([example.ids for example in examples])
+    ids, starts, sizes = _joined_documents([example.ids for example in examples])
     weights = np.concatenate([np.zeros(0, np.float32), *(example.weights for example in examples)])
     trained = np.array([np.count_nonzero(example.weights[1:]) for example in examples])
     rows, counts = packed_examples(ids, weights, starts, sizes, trained, length)

@@ -27,7 +27,7 @@ from lm.core.statistics import estimate_text, mean_estimate, paired_difference, 
 from lm.core.types import Tokens
 from lm.data import batches, conversations, packing
 from lm.data.loading import load_conversations
-from lm.data.prompts import padded_prompts
+from lm.data.prompts import PromptOptions, padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
 from lm.evaluate.recall import measured_recall
 from lm.evaluate.skills import balanced_prompts, checked_answers, has_skills, print_skills, skill_results
@@ -44,7 +44,7 @@ from lm.tokenizer import encode_prompt
 from lm.train.warm_start import load_policy
 
 ANSWERS_FILE = "answers.jsonl"
-PARTIAL_FILE = "models.parts.jsonl"  # what an evaluation that continues after a kill already has
+PARTIAL_FILE = "models.parts.jsonl"  # the results that an interrupted evaluation already has
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the scores and answers go")}
 
 
@@ -54,7 +54,7 @@ def evaluation_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
 
 
 def run_evaluation(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
-    """Evaluates into a workdir and returns the summary it leaves there; a finished one is not done again."""
+    """Evaluates into a workdir and returns the summary. A finished evaluation is not repeated."""
     require_entries(config, ("seed", "models", "evaluate"), "lm evaluate")
     with open_workdir(path, to_dict(config)) as workdir:
         summary = workdir.read_summary()
@@ -85,16 +85,12 @@ def evaluate_models(
     *,
     order: Sequence[str],
     corpus: str | Sequence[Mapping[str, Any]] = "stdlib,chitchat",
-    sources: str | Sequence[Mapping[str, Any]] = "chitchat",
-    turns: int = 3,
+    options: PromptOptions = PromptOptions(),
+    sampling: SamplingParams = SamplingParams(max_new=48),
     reply_turns: int = 4,
     prompts: int = 256,
-    prompt_length: int = 64,
-    max_new: int = 48,
-    temperature: float = 1.0,
     rater: str = "rule",
     judge: str = "",
-    held_out: float = 0.02,
     held_out_bytes: int = 200_000,
     length: int = 256,
     rows_at_once: int = 64,
@@ -113,13 +109,14 @@ def evaluate_models(
     if sorted(order) != sorted(models):
         raise UserError(f"evaluate.order {', '.join(order)} does not name the models {', '.join(models)}, each once")
     models = {name: models[name] for name in order}
+    sources, turns, prompt_length, held_out = options
     rate = named_rater(rater, "evaluate.rater")
     judged = named_rater(judge, "evaluate.judge") if judge else None
     check_at_least(
         1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once
     )
     for name, trained in models.items():
-        check_context(name, trained, length=length, prompt_length=prompt_length, max_new=max_new)
+        check_context(name, trained, length=length, prompt_length=prompt_length, max_new=sampling.max_new)
     start = time.monotonic()
     _, text = split_held_out(load_documents(corpus), held_out)
     text = documents_within_bytes(text, held_out_bytes)
@@ -128,13 +125,14 @@ def evaluate_models(
     by_skill = has_skills(contexts)
     contexts = balanced_prompts(contexts, prompts) if by_skill else contexts[:prompts]
     examples = [conversations.reward_example(c.messages, c.fields) for c in contexts]
-    sampling = SamplingParams(max_new, temperature)
-    parts, scores, judgements, found, told = PartialResults(workdir.path / PARTIAL_FILE), {}, {}, {}, {}
+    parts, scores, judgements = PartialResults(workdir.path / PARTIAL_FILE), {}, {}
+    answers, measured = {}, {}
     with Progress("evaluate", len(models), "model") as progress:
         for i, (name, model) in enumerate(models.items()):
-            made = hashlib.sha256(json.dumps(model.summary).encode()).hexdigest()[:12]  # not by a run in its place
+            # Another run in the same workdir has other results.
+            model_digest = hashlib.sha256(json.dumps(model.summary).encode()).hexdigest()[:12]
             losses = parts.once(
-                f"losses of {name} {made}",
+                f"losses of {name} {model_digest}",
                 lambda: held_out_losses(
                     model, text, conversation_rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once
                 ),
@@ -142,33 +140,34 @@ def evaluate_models(
             known = {}
             if recall_facts:
                 known = parts.once(
-                    f"recall of {name} {made}",
+                    f"recall of {name} {model_digest}",
                     lambda: {"recall": measured_recall(model, table=table, facts=recall_facts)},
                 )
-            given = parts.once(
-                f"answers of {name} {made}",
+            rows = parts.once(
+                f"answers of {name} {model_digest}",
                 lambda: sampled_answers(
                     model, examples, prompt_length, seed, sampling, rows_at_once, first_line_only=by_skill
                 ),
             )
-            found[name] = [GeneratedAnswer(*each) for each in given]
-            scores[name] = rate(examples, [answer.text for answer in found[name]])
-            told[name] = {**losses, **known, **answer_statistics(found[name], scores[name])}
+            answers[name] = [GeneratedAnswer(*each) for each in rows]
+            texts = [answer.text for answer in answers[name]]
+            scores[name] = rate(examples, texts)
+            measured[name] = {**losses, **known, **answer_statistics(answers[name], scores[name])}
             if judged:
-                judgements[name] = judged(examples, [answer.text for answer in found[name]])
-                told[name]["judge"] = mean_estimate(judgements[name])._asdict()
-            progress.update(i + 1, {"score": told[name]["score"]["value"]})
-    write_answers(workdir.path / ANSWERS_FILE, contexts, found, scores)
+                judgements[name] = judged(examples, texts)
+                measured[name]["judge"] = mean_estimate(judgements[name])._asdict()
+            progress.update(i + 1, {"score": measured[name]["score"]["value"]})
+    write_answers(workdir.path / ANSWERS_FILE, contexts, answers, scores)
     names = list(models)
     return {
         "stage": "evaluate",
         "rater": rater,
         "prompts": len(contexts),
-        "sampler": {"max_new": max_new, "temperature": temperature, "seed": seed},
-        "models": told,
+        "sampler": {**sampling.record(), "seed": seed},
+        "models": measured,
         "comparisons": [paired_comparison(a, b, scores, judgements) for a, b in zip(names[1:], names)],
         **({"judge": judge} if judge else {}),
-        **(skill_results(examples, {n: [a.text for a in given] for n, given in found.items()}) if by_skill else {}),
+        **(skill_results(examples, {name: [a.text for a in answers[name]] for name in names}) if by_skill else {}),
         "seconds": time.monotonic() - start,
     }
 
@@ -251,12 +250,12 @@ def prompt_ids(trained: TrainedModel, messages: list[dict]) -> np.ndarray:
     return np.array([*trained.tokenizer.start_ids, *trained.tokenizer.encode(text)], np.int32)
 
 
-def answer_statistics(given: list[GeneratedAnswer], scores: np.ndarray) -> dict[str, Any]:
+def answer_statistics(answers: list[GeneratedAnswer], scores: np.ndarray) -> dict[str, Any]:
     """Score, fraction that ended by itself, and length of a model's answers, each an Estimate."""
     return {
         "score": mean_estimate(scores)._asdict(),
-        "stopped": success_rate([answer.stopped for answer in given])._asdict(),
-        "length": mean_estimate([answer.length for answer in given])._asdict(),
+        "stopped": success_rate([answer.stopped for answer in answers])._asdict(),
+        "length": mean_estimate([answer.length for answer in answers])._asdict(),
     }
 
 
@@ -274,14 +273,14 @@ def paired_comparison(
 
 
 def write_answers(
-    path: Path, contexts, found: Mapping[str, list[GeneratedAnswer]], scores: Mapping[str, np.ndarray]
+    path: Path, contexts, answers: Mapping[str, list[GeneratedAnswer]], scores: Mapping[str, np.ndarray]
 ) -> None:
     lines = [
         json.dumps(
             {
                 "prompt": context.messages,
-                **checked_answers(context, {name: given[i].text for name, given in found.items()}),
-                "answers": {name: given[i]._asdict() for name, given in found.items()},
+                **checked_answers(context, {name: model_answers[i].text for name, model_answers in answers.items()}),
+                "answers": {name: model_answers[i]._asdict() for name, model_answers in answers.items()},
                 "scores": {name: float(score[i]) for name, score in scores.items()},
             },
             ensure_ascii=False,

@@ -1,7 +1,7 @@
-"""Policies on prompts that nobody was trained on: what they answer, and how far they have moved from their start.
+"""Policies on held-out prompts: their answers, and how far they have moved from their start.
 
-What the programs that compare policies share. Prompts of one conversation are alike, conversations are not: scores are
-averaged over the prompts of each first, so that an interval counts what is independent.
+All programs that compare policies use this. Prompts of one conversation are alike, prompts of different conversations
+are not. So scores are averaged over the prompts of each conversation first, and an interval counts conversations.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from lm.core.errors import UserError, check_at_least
 from lm.core.types import Array, Params
 from lm.data.conversations import prompt_contexts
 from lm.data.loading import load_conversations
-from lm.data.prompts import Prompts, prompt_chunks, prompts_at, prompts_within_length
+from lm.data.prompts import PromptOptions, Prompts, prompt_chunks, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.generate.sampler import SamplingParams
 from lm.runs.workdir import TrainedModel
@@ -38,19 +38,18 @@ class PolicyAnswers(NamedTuple):
 def held_out_prompts(
     tokenizer: Tokenizer,
     *,
-    sources: str = "chitchat",
-    turns: int = 3,
+    options: PromptOptions = PromptOptions(),
     conversations: int = 0,
     prompts_per_conversation: int = 3,
-    prompt_length: int = 64,
-    held_out: float = 0.02,
     held_out_from: float = 0.0,
 ) -> HeldOutPrompts:
-    """Prompts of held-out conversations, some of each, drawn by a hash among those of at most `prompt_length` tokens.
+    """Prompts of held-out conversations, some of each, drawn by a hash among those of at most
+    `options.prompt_length` tokens.
 
     `conversations`: how many of them; 0: all. `held_out_from` > 0 leaves out those that a smaller `held_out` would
     hold out already: settings can be chosen on the one part and judged on the other.
     """
+    sources, turns, prompt_length, held_out = options
     check_at_least(1, "prompts", turns=turns, prompts_per_conversation=prompts_per_conversation)
     check_at_least(0, "prompts", conversations=conversations)
     if not 0 <= held_out_from < held_out:
@@ -66,17 +65,25 @@ def held_out_prompts(
     rows_of: dict[str, list[int]] = {}
     for row, example in enumerate(fit.examples):
         rows_of.setdefault(name_of[id(example["messages"])], []).append(row)
-    kept = [rows[:prompts_per_conversation] for rows in rows_of.values()][: conversations or None]
+    groups = [rows[:prompts_per_conversation] for rows in rows_of.values()][: conversations or None]
     return HeldOutPrompts(
-        prompts_at(fit, np.concatenate(kept)), np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])
+        prompts_at(fit, np.concatenate(groups)), np.repeat(np.arange(len(groups)), [len(rows) for rows in groups])
     )
 
 
 def policy_answerer(
     start: TrainedModel, sampling: SamplingParams, *, rows_at_once: int = 128
 ) -> Callable[[Params, Prompts, Array], PolicyAnswers]:
-    """(lm, prompts, key) -> the answers of a policy of start's shape, sampled as in RL, and their KL to `start`."""
+    """(lm, prompts, key) -> the answers of a policy of start's shape, sampled as in RL, and their KL to `start`.
+
+    UserError for sampling that cuts the distribution: its log-probs are not those that KL is made of.
+    """
     check_at_least(1, "evaluate", rows_at_once=rows_at_once)
+    if sampling != SamplingParams(sampling.max_new, sampling.temperature) or sampling.temperature == 0:
+        raise UserError(
+            "evaluate: the KL of sampled answers needs the whole distribution; leave temperature above 0, and top_k, "
+            "top_p, min_p and repetition_penalty at their defaults"
+        )
     model, tokenizer = start.model, start.tokenizer
     sampling = sampling._replace(stop=tokenizer.stop_ids)
     sampled = jax.jit(lambda *args: rollout_rows(model, *args, sampling))
@@ -87,10 +94,12 @@ def policy_answerer(
     def ask(lm: Params, prompts: Prompts, key: Array) -> PolicyAnswers:
         lm, texts, columns = jax.tree.map(jnp.asarray, lm), [], []
         for first, part in prompt_chunks(prompts, rows_at_once):
-            drawn = answer(lm, part, jax.random.fold_in(key, first))
-            moved = np.sum((drawn.logprobs - logprobs(reference, drawn.tokens)) * drawn.tokens.weights, axis=1)
-            texts += drawn.texts
-            columns.append((drawn.lengths, drawn.stopped, moved))
+            rollouts = answer(lm, part, jax.random.fold_in(key, first))
+            answer_kl = np.sum(
+                (rollouts.logprobs - logprobs(reference, rollouts.tokens)) * rollouts.tokens.weights, axis=1
+            )
+            texts += rollouts.texts
+            columns.append((rollouts.lengths, rollouts.stopped, answer_kl))
         lengths, stopped, kl = (np.concatenate(column)[: len(prompts.ids)] for column in zip(*columns))
         return PolicyAnswers(texts[: len(prompts.ids)], lengths, stopped, kl)
 

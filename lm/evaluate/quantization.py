@@ -78,16 +78,16 @@ def decoded_logprobs(model: Model, lm: Params, tokens: Tokens) -> tuple[Array, A
         logprob = values_at_ids(jax.nn.log_softmax(logits, axis=-1), target)
         return cache, (logprob[:, 0], jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32))
 
-    _, found = jax.lax.scan(step, cache, tuple(a[:, P:].T for a in (*inputs, tokens.targets)))
-    return tuple(a.T for a in found)
+    _, columns = jax.lax.scan(step, cache, tuple(a[:, P:].T for a in (*inputs, tokens.targets)))
+    return tuple(a.T for a in columns)
 
 
 def dtype_measurement(
     trained: TrainedModel, weights: str, cache: str, rows: Tokens, rows_at_once: int
 ) -> dict[str, Any]:
-    """Of one way to keep them: bytes, and each row's nats per token and likeliest tokens."""
+    """The measurement of one combination of dtypes: bytes, and each row's nats per token and likeliest tokens."""
     require_decoder(trained, "lm quantization")
-    config = replace(trained.model_config, dtype="float32", cache=cache, attention="auto").for_backend(
+    config = replace(trained.model_config, dtype="float32", cache_dtype=cache, attention="auto").for_backend(
         jax.default_backend()
     )
     model, lm = make_model(config), quantized_params(weights, trained.params["lm"], include_embeddings=True)
@@ -108,27 +108,30 @@ def dtype_measurement(
 
 
 def dtype_comparisons(ways: Sequence[Mapping[str, Any]], counted: np.ndarray) -> list[dict[str, Any]]:
-    """Each way against the first, paired by row: what it costs, and how often both would say the same token next.
+    """Each combination against the first, paired by row: its cost, and how often both have the same likeliest next
+    token.
 
     counted f32[B,T]: the weights of all targets.
     """
-    first, found = ways[0], []
+    first, comparisons = ways[0], []
     for way in ways:
         same = np.array(way["likeliest"]) == np.array(first["likeliest"])
-        kept = counted[:, -same.shape[1] :]
-        found.append(
+        counted_decoded = counted[:, -same.shape[1] :]
+        comparisons.append(
             {
                 **{name: way[name] for name in ("weights", "cache", "bytes", "bytes_per_token")},
                 "nats": mean_estimate(way["nats"])._asdict(),
                 "difference": paired_difference(way["nats"], first["nats"])._asdict(),
-                "agreement": mean_estimate(np.sum(same * kept, axis=1) / np.sum(kept, axis=1))._asdict(),
+                "agreement": mean_estimate(
+                    np.sum(same * counted_decoded, axis=1) / np.sum(counted_decoded, axis=1)
+                )._asdict(),
             }
         )
-    return found
+    return comparisons
 
 
 def held_out_rows(trained: TrainedModel, *, rows: int, length: int, corpus: str, held_out: float) -> Tokens:
-    """Rows spread over the held-out documents, of those that have something to predict in their second half."""
+    """Rows spread over the held-out documents. Each has targets in its second half."""
     _, unseen = split_held_out(load_documents(corpus), held_out)
     texts = [document.text for document in documents_within_bytes(unseen, 40 * rows * length)]
     found = packing.document_rows(trained.tokenizer, texts, length)
@@ -157,7 +160,7 @@ def measurement_settings(trained: TrainedModel, flags) -> dict[str, Any]:
 
 
 def parsed_dtypes(text: str) -> list[str]:
-    """The forms that a flag names. UserError for one that there is not."""
+    """The forms that a flag names. UserError for an unknown one."""
     forms = [form.strip() for form in text.split(",")]
     for form in forms:
         if form not in STORAGE_DTYPES:
@@ -192,8 +195,8 @@ def program(argv: list[str]) -> None:
     about, pairs = measurement_settings(trained, flags), list(itertools.product(parsed_dtypes(flags.forms), repeat=2))
     rows = held_out_rows(trained, **about)
     path = trained.path / RESULTS_FILE
-    known = read_json(path) if path.exists() else {}
-    ways = known["ways"] if known and known["about"] == about else []
+    saved = read_json(path) if path.exists() else {}
+    ways = saved["ways"] if saved and saved["about"] == about else []
     if [(way["weights"], way["cache"]) for way in ways] != pairs[: len(ways)]:
         ways = []
     if ways:
@@ -202,9 +205,9 @@ def program(argv: list[str]) -> None:
     with Progress("quantised", len(pairs), "way") as progress:
         for weights, cache in pairs[len(ways) :]:
             ways.append(dtype_measurement(trained, weights, cache, rows, flags.rows_at_once))
-            found = dtype_comparisons(ways, rows.weights)
-            write_text(path, json.dumps({"about": about, "table": found, "ways": ways}) + "\n")
-            progress.update(len(ways), {"nats": found[-1]["nats"]["value"]})
+            table = dtype_comparisons(ways, rows.weights)
+            write_text(path, json.dumps({"about": about, "table": table, "ways": ways}) + "\n")
+            progress.update(len(ways), {"nats": table[-1]["nats"]["value"]})
     print_dtypes(trained.path, dtype_comparisons(ways, rows.weights), about)
     say(f"{time.monotonic() - start:.0f} s; {path} has it all")
 

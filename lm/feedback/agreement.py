@@ -1,7 +1,7 @@
 """How far raters agree, how far each can be trusted, and how strong the models are that they judged.
 
-Ratings are f64[raters, units], nan where a rater gave none. A unit is whatever was rated: a pair of responses, where
--1, 0 and 1 say which one is better, or a response on a scale.
+Ratings are f64[raters, units], nan where a rater gave none. A unit is one rated thing: a pair of responses, where -1, 0
+and 1 say which one is better, or a response on a scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 from lm.core.statistics import NO_ESTIMATE, Z95, Estimate, success_rate_or_nan
 
-PRIOR_DEVIATION = 10.0  # standard deviation of a log-strength before any game: flat wherever there are games to tell
+PRIOR_DEVIATION = 10.0  # standard deviation of a log-strength before any game: wide, so that games outweigh it
 DISTANCES = {
     "nominal": lambda values, totals: 1.0 - np.eye(len(values)),
     "ordinal": lambda values, totals: _squared_distances(np.cumsum(totals) - totals / 2),  # of the values' middle ranks
@@ -112,12 +112,14 @@ def bootstrap_estimate(
     """
     ratings = np.asarray(ratings)
     draw, units = np.random.default_rng(seed), ratings.shape[-1]
-    found = np.array([statistic(ratings[..., draw.integers(units, size=units)]) for _ in range(count if units else 0)])
-    found = found[~np.isnan(found)]
-    if not len(found):
+    resampled = np.array(
+        [statistic(ratings[..., draw.integers(units, size=units)]) for _ in range(count if units else 0)]
+    )
+    resampled = resampled[~np.isnan(resampled)]
+    if not len(resampled):
         return NO_ESTIMATE
-    low, high = np.percentile(found, [2.5, 97.5])
-    return Estimate(float(statistic(ratings)), float(found.std(ddof=1)), float(low), float(high))
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Estimate(float(statistic(ratings)), float(resampled.std(ddof=1)), float(low), float(high))
 
 
 def _squared_distances(x: np.ndarray) -> np.ndarray:

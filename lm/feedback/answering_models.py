@@ -1,4 +1,4 @@
-"""Models answer the prompts that people are to judge."""
+"""Models answer the prompts that people will judge."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ class AnsweringModel:
         }
 
     def has_room_for(self, conversations: Sequence[Conversation]) -> list[bool]:
-        """Whether each leaves room for an answer in the model's context."""
+        """Whether each conversation leaves room for an answer in the model's context."""
         room = self._trained.model.config.context - self._sampling.max_new
         return [len(ids) <= room for ids in self._prompt_ids(conversations)]
 
@@ -68,7 +68,7 @@ class AnsweringModel:
 
 
 def sampling_record(sampling: SamplingParams) -> dict[str, Any]:
-    """What a store keeps of how answers were sampled: the flags of `lm rank`, and other fields that are not default."""
+    """The record of how answers were sampled: the flags of `lm rank`, and other fields that are not default."""
     always = {"max_new_tokens": sampling.max_new, **{name: getattr(sampling, name) for name in RECORDED_FIELDS}}
     defaults = SamplingParams(sampling.max_new)._asdict()
     return always | {
@@ -85,20 +85,27 @@ def params_sha256(params: Any) -> str:
 
 
 def answer_prompts(
-    store: AnnotationStore, speakers: Sequence[AnsweringModel], asked: Sequence[Conversation], *, count: int, seed: int
+    store: AnnotationStore,
+    speakers: Sequence[AnsweringModel],
+    prompts: Sequence[Conversation],
+    *,
+    count: int,
+    seed: int,
 ) -> None:
-    """Has every prompt answered `count` times that has no answers of these speakers yet; answers that differ are added.
+    """Adds `count` answers to every prompt that has no answers of these speakers yet; equal answers count once.
 
-    Answer j to prompt i is of speaker (i + j) mod their number. What is drawn depends on the list of prompts and on the
-    seed alone: after a kill, the same command comes to the same answers.
+    Speaker (i + j) mod their number gives answer j to prompt i. The draws depend only on the list of prompts and the
+    seed: after a kill, the same command gives the same answers.
     """
-    room = np.all([speaker.has_room_for(asked) for speaker in speakers], axis=0)
-    fit = [conversation for conversation, fits in zip(asked, room) if fits]
+    room = np.all([speaker.has_room_for(prompts) for speaker in speakers], axis=0)
+    fit = [conversation for conversation, fits in zip(prompts, room) if fits]
     if not fit:
         raise UserError("no prompt leaves room for an answer: shorten them, or lower --max_new_tokens")
-    if len(fit) < len(asked):
-        warn(f"{len(asked) - len(fit)} of {len(asked)} prompts are too long for the models' context and are left out")
-    at_once = len(speakers) * max(1, PROMPTS_AT_ONCE // len(speakers))  # so that each gives as many of the answers
+    if len(fit) < len(prompts):
+        warn(
+            f"{len(prompts) - len(fit)} of {len(prompts)} prompts are too long for the models' context and are left out"
+        )
+    at_once = len(speakers) * max(1, PROMPTS_AT_ONCE // len(speakers))  # so that all give equally many
     listening = [speaker.answer_sampler(fit, at_once * count // len(speakers)) for speaker in speakers]
     sources = [speaker.source for speaker in speakers]
     there = {_prompt_key(item.prompt) for item in store.items() if all(source in sources for source in item.sources)}
@@ -135,19 +142,18 @@ def answer_prompts(
 
 
 def _distinct_answers(listening: Sequence[Callable], rows: range, key: Array, count: int) -> dict[int, dict[int, str]]:
-    """row -> j -> answer j, those left out that MAX_ATTEMPTS draws have not made different from the others to the
-    row."""
-    kept: dict[int, dict[int, str]] = {i: {} for i in rows}
+    """{row: {j: answer j}}. An answer is left out if MAX_ATTEMPTS draws gave only answers that its row already has."""
+    distinct: dict[int, dict[int, str]] = {i: {} for i in rows}
     for attempt in range(MAX_ATTEMPTS):
         for s, listen in enumerate(listening):
             slots = [(i, j) for i in rows for j in range(count) if (i + j) % len(listening) == s]
             each = jax.random.fold_in(jax.random.fold_in(key, attempt), s)
             for (i, j), text in zip(slots, listen([i for i, _ in slots], each)):
-                if j not in kept[i] and text not in kept[i].values():
-                    kept[i][j] = text
-        if all(len(answers) == count for answers in kept.values()):
+                if j not in distinct[i] and text not in distinct[i].values():
+                    distinct[i][j] = text
+        if all(len(answers) == count for answers in distinct.values()):
             break
-    return {i: dict(sorted(answers.items())) for i, answers in kept.items()}
+    return {i: dict(sorted(answers.items())) for i, answers in distinct.items()}
 
 
 def _prompt_key(messages: Sequence[Mapping[str, str]]) -> str:

@@ -1,12 +1,12 @@
 """The page on which people rank, and the requests it makes.
 
-    GET /              the page                      GET /results    what the verdicts say
-    GET /next?rater=   what to rank next             GET /export     every verdict, as JSON lines
+    GET /              the page                      GET /results    the results so far
+    GET /next?rater=   the next item to rank         GET /export     every verdict, as JSON lines
     POST /verdict      records one verdict
-    POST /undo         takes the rater's latest back
+    POST /undo         removes the rater's latest verdict
 
-Whatever cannot be served is {"error": "one line"}: 400 for a request that will never do, 401 without the token, 403 for
-a rater or an origin that is not admitted, 503 while the database cannot be written (the page sends it again).
+A request that cannot be served gets {"error": "one line"}: 400 for an invalid request, 401 without the token, 403 for a
+rater or an origin that is not admitted, 503 while the database cannot be written (the page sends it again).
 """
 
 import hashlib
@@ -56,8 +56,8 @@ def make_app(
 ) -> Starlette:
     """The server's application.
 
-    raters: the names that are admitted; none: any name. token: what a browser must bring, once as ?token=, then as a
-    cookie; empty: nothing. hosts: the names by which the server may be called; none: any.
+    raters: the names that are admitted; none: any name. token: the secret that a browser must send, first as ?token=,
+    then as a cookie; empty: no secret. hosts: the names by which the server may be called; none: any.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True).get_template("page.html")
@@ -71,18 +71,18 @@ def make_app(
         return shown(rater, store.next_item(rater))
 
     async def verdict(request: Request) -> Response:
-        said = await json_body(request, REQUIRED_KEYS, OPTIONAL_KEYS)
-        return await run_in_threadpool(record, said)
+        body = await json_body(request, REQUIRED_KEYS, OPTIONAL_KEYS)
+        return await run_in_threadpool(record, body)
 
-    def record(said: Mapping[str, Any]) -> Response:
-        rater, item = checked_rater_name(said["rater"], raters), stored_item(store, said["item"])
-        if said["digest"] != item_digest(item):
+    def record(body: Mapping[str, Any]) -> Response:
+        rater, item = checked_rater_name(body["rater"], raters), stored_item(store, body["item"])
+        if body["digest"] != item_digest(item):
             raise UserError(f"item {item.id} is not what was shown: the page is of another database, reload it")
-        if not isinstance(said["key"], str) or not said["key"]:
-            raise UserError(f"key is {said['key']!r}, not a text of the client's own")
-        verdict = {name: value for name, value in said.items() if name != "digest"}
+        if not isinstance(body["key"], str) or not body["key"]:
+            raise UserError(f"key is {body['key']!r}, not a text of the client's own")
+        verdict = {name: value for name, value in body.items() if name != "digest"}
         store.record_verdict(Annotation(**verdict, shown=display_order(item, rater)))
-        return JSONResponse({"recorded": said["key"]})
+        return JSONResponse({"recorded": body["key"]})
 
     async def undo(request: Request) -> Response:
         rater = checked_rater_name((await json_body(request, {"rater"}))["rater"], raters)
@@ -122,10 +122,10 @@ def make_app(
 
 
 class RequestGuard:
-    """Lets through what the page itself asks for, and gives every answer the headers that keep it safe.
+    """Admits the requests of the page itself, and adds security headers to every answer.
 
-    A page of another site can make a browser call this server: by a name that it has pointed here (Host), or in its own
-    name (Origin, and the content types that a form may send).
+    A page of another site can make a browser call this server: by a name that points here (Host), or under its own name
+    (Origin, and the content types that a form may send).
     """
 
     def __init__(self, app: ASGIApp, *, token: str, hosts: Collection[str]):
@@ -167,7 +167,7 @@ class RequestGuard:
 
 
 def item_for_page(item: RankingItem, rater: str) -> dict[str, Any]:
-    """What the page shows of an item: not which model gave which response."""
+    """The item as the page shows it, without the names of the models."""
     return {
         "id": item.id,
         "digest": item_digest(item),
@@ -178,7 +178,7 @@ def item_for_page(item: RankingItem, rater: str) -> dict[str, Any]:
 
 
 def display_order(item: RankingItem, rater: str) -> list[int]:
-    """The responses in the order in which this rater sees them: a random one, and always the same."""
+    """The responses in this rater's order: random, but always the same."""
     return sorted(range(len(item.responses)), key=lambda i: json_sha256([rater, item.id, i]))
 
 
@@ -195,7 +195,7 @@ def is_same_secret(given: str, secret: str) -> bool:
 
 
 def checked_rater_name(rater: Any, raters: Collection[str]) -> str:
-    """The rater's name. UserError for what is none, HTTPException 403 for one that is not among `raters`."""
+    """The rater's name. UserError for an invalid name, HTTPException 403 for a name that is not among `raters`."""
     if (
         not isinstance(rater, str)
         or not 1 <= len(rater) <= MAX_NAME_LENGTH
@@ -218,15 +218,15 @@ def stored_item(store: AnnotationStore, id: Any) -> RankingItem:
 
 
 async def json_body(request: Request, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
-    """The JSON object that was sent, once it has the `required` keys and beyond them only `optional` ones."""
+    """The JSON object of the request. It must have the `required` keys, and may have the `optional` ones."""
     try:
-        found = json.loads(await request.body())
+        body = json.loads(await request.body())
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}") from error
-    if not isinstance(found, Mapping) or not set(required) <= set(found) <= {*required, *optional}:
+    if not isinstance(body, Mapping) or not set(required) <= set(body) <= {*required, *optional}:
         allowed = f" and, of the others, only {', '.join(sorted(optional))}" if optional else " and no other"
         raise UserError(f"not an object with the keys {', '.join(sorted(required))}{allowed}")
-    return found
+    return body
 
 
 def error_response(status: int, text: str) -> Response:

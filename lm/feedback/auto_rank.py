@@ -7,6 +7,7 @@ Writes WORKDIR/rankings.jsonl, the format that stage `reward` reads (see lm.data
 continues after a kill.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,7 +24,7 @@ from lm.core.options import ConfigFunction
 from lm.data import conversations
 from lm.data.loading import load_conversations
 from lm.data.preferences import Ranking, append_rankings, preference_pairs, read_jsonl_rankings
-from lm.data.prompts import Prompts, prompts_at, prompts_within_length
+from lm.data.prompts import PromptOptions, Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.evaluate.skills import balanced_order, has_skills
 from lm.generate.engine import GeneratedAnswer, batch_answerer
@@ -39,7 +40,7 @@ from lm.tokenizer import Tokenizer
 from lm.train.warm_start import load_policy
 
 RANKINGS_FILE = "rankings.jsonl"
-UNRANKED_FILE = "unranked.jsonl"  # answers that the rater has before it
+UNRANKED_FILE = "unranked.jsonl"  # answers that are not scored yet
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="where the rankings go; the same command continues")}
 
 
@@ -49,7 +50,7 @@ def auto_rank_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
 
 
 def run_auto_rank(config: ConfigDict, path: str | Path) -> Mapping[str, Any]:
-    """Ranks in a workdir, or takes up where it stopped, and returns the summary it leaves there."""
+    """Ranks in a workdir, or continues an interrupted ranking, and returns the summary."""
     require_entries(config, ("seed", "init_from", "rank"), "lm auto-rank")
     with open_workdir(path, to_dict(config)) as workdir:
         summary = workdir.read_summary()
@@ -76,27 +77,23 @@ def rank_sampled_answers(
     init_from: str,
     seed: int,
     *,
-    sources: str | Sequence[Mapping[str, Any]] = "chitchat",
-    turns: int = 3,
+    options: PromptOptions = PromptOptions(),
+    sampling: SamplingParams = SamplingParams(max_new=32),
     prompts_per_conversation: int = 1,
     prompts: int = 1500,
-    prompt_length: int = 64,
     responses: int = 2,
-    max_new: int = 32,
-    temperature: float = 1.0,
     rater: str = "rule",
     truncation_penalty: float = 0.0,
-    held_out: float = 0.02,
     held_out_prompts: int = 0,
     prompts_at_once: int = 128,
 ) -> dict[str, Any]:
     """Answers of the model in `init_from` to prompts that are not held out, ranked by `rater`: one of
-    lm.rewards.REWARDS, a function of one's own, file.py:function, or the workdir of a reward model.
+    lm.rewards.REWARDS, a function of the user, file.py:function, or the workdir of a reward model.
 
     truncation_penalty: subtracted from the score of an answer that the limit cut off, as in RL. held_out_prompts: how
     many of the held-out prompts are ranked too, for a stage that measures itself on them.
     """
-    check_at_least(1, "rank", turns=turns, prompts=prompts, prompts_at_once=prompts_at_once)
+    check_at_least(1, "rank", turns=options.turns, prompts=prompts, prompts_at_once=prompts_at_once)
     check_at_least(2, "rank", responses=responses)
     check_at_least(0, "rank", held_out_prompts=held_out_prompts)
     check_at_least(0, "config", seed=seed)
@@ -104,52 +101,64 @@ def rank_sampled_answers(
     if not Path(rater).is_dir():
         named_rater(rater, "rank.rater", ("a reward model's workdir",))
     trained = load_policy(init_from, backend=jax.default_backend(), warn=warn)
-    judge = rater_reward(rater, trained.tokenizer, reward_row_length(prompt_length, max_new))
+    judge = rater_reward(rater, trained.tokenizer, reward_row_length(options.prompt_length, sampling.max_new))
     contexts = conversations.prompt_contexts(
-        load_conversations(sources), turns=turns, per_conversation=prompts_per_conversation
+        load_conversations(options.sources), turns=options.turns, per_conversation=prompts_per_conversation
     )
-    seen, unseen = split_held_out(contexts, held_out)
-    name_of = {id(c.messages): c.name for c in contexts}
-    chosen, skipped = random_prompts(trained.tokenizer, seen, prompt_length, prompts, seed)
-    if held_out_prompts:
-        chosen = concatenated_prompts(
-            chosen, random_prompts(trained.tokenizer, unseen, prompt_length, held_out_prompts, seed)[0]
-        )
-
-    done = ranked_prompt_count(workdir.path / RANKINGS_FILE, prompts_at_once)
+    chosen, skipped = prompts_to_rank(trained.tokenizer, contexts, options, prompts, held_out_prompts, seed)
     answers = batch_answerer(
         trained.model,
         trained.params["lm"],
         trained.tokenizer,
-        SamplingParams(max_new, temperature),
+        sampling,
         jit=jax.jit,
         rows_at_once=prompts_at_once * responses,
     )
+    name_of = {id(context.messages): context.name for context in contexts}
+    done = ranked_prompt_count(workdir.path / RANKINGS_FILE, prompts_at_once)
     parts = PartialResults(workdir.path / UNRANKED_FILE)
     with Progress("rank", len(chosen.ids), "prompt") as progress:
         for first in range(done, len(chosen.ids), prompts_at_once):
             rows = np.arange(first, min(first + prompts_at_once, len(chosen.ids)))
             part = prompts_at(chosen, np.repeat(rows, responses))
             key = jax.random.fold_in(jax.random.key(seed), first)
-            given = [GeneratedAnswer(*each) for each in parts.once(f"answers from {first}", lambda: answers(part, key))]
-            texts, cut = [answer.text for answer in given], np.array([not answer.stopped for answer in given])
+            stored = parts.once(f"answers from {first}", lambda: answers(part, key))
+            sampled = [GeneratedAnswer(*each) for each in stored]
+            texts, cut = [answer.text for answer in sampled], np.array([not answer.stopped for answer in sampled])
             scores = (judge(part.examples, texts) - truncation_penalty * cut).reshape(-1, responses)
             asked = [example["messages"] for example in part.examples[::responses]]
-            names = [name_of[id(messages)] for messages in asked]
-            append_rankings(workdir.path / RANKINGS_FILE, rankings_from_scores(names, asked, texts, scores, rater))
+            rankings = rankings_from_scores([name_of[id(each)] for each in asked], asked, texts, scores, rater)
+            append_rankings(workdir.path / RANKINGS_FILE, rankings)
             parts.remove()
             progress.update(int(rows[-1]) + 1, {"score": float(scores.mean())})
-    found = read_jsonl_rankings(workdir.path / RANKINGS_FILE)
-    decided = sum(len(preference_pairs(r)) for r in found)
-    return {
-        "stage": "rank",
-        "rater": rater,
-        "prompts": len(found),
-        "skipped": skipped,
-        "decided": decided,
-        "tied": len(found) * responses * (responses - 1) // 2 - decided,
-        "seconds": time.monotonic() - start,
-    }
+    counts = decision_counts(read_jsonl_rankings(workdir.path / RANKINGS_FILE))
+    seconds = time.monotonic() - start
+    return {"stage": "rank", "rater": rater, "skipped": skipped, **counts, "seconds": seconds}
+
+
+def prompts_to_rank(
+    tokenizer: Tokenizer,
+    contexts: Sequence[conversations.Conversation],
+    options: PromptOptions,
+    prompts: int,
+    held_out_prompts: int,
+    seed: int,
+) -> tuple[Prompts, int]:
+    """`prompts` of the contexts that are not held out, then `held_out_prompts` of those that are, drawn by `seed`; and
+    how many of the first were too long."""
+    train, held_out = split_held_out(contexts, options.held_out)
+    chosen, skipped = random_prompts(tokenizer, train, options.prompt_length, prompts, seed)
+    if held_out_prompts:
+        more, _ = random_prompts(tokenizer, held_out, options.prompt_length, held_out_prompts, seed)
+        chosen = concatenated_prompts(chosen, more)
+    return chosen, skipped
+
+
+def decision_counts(rankings: Sequence[Ranking]) -> dict[str, int]:
+    """How many prompts were ranked, and how many pairs of their answers are decided and tied."""
+    decided = sum(len(preference_pairs(ranking)) for ranking in rankings)
+    pairs = sum(math.comb(len(ranking.responses), 2) for ranking in rankings)
+    return {"prompts": len(rankings), "decided": decided, "tied": pairs - decided}
 
 
 def random_prompts(
@@ -167,8 +176,8 @@ def random_prompts(
 def rankings_from_scores(
     names: Sequence[str], contexts: Sequence[list[dict]], texts: Sequence[str], scores: np.ndarray, rater: str
 ) -> list[Ranking]:
-    """A verdict on the answers to each context: `texts` hold them one context after another, `scores` are [contexts,
-    answers]."""
+    """A verdict on the answers to each context. `texts` hold the answers to one context after those to another;
+    `scores` are [contexts, answers]."""
     count, now = scores.shape[1], datetime.now(UTC).isoformat(timespec="seconds")
     return [
         Ranking(name, context, list(texts[i * count : (i + 1) * count]), ranks_from_scores(scores[i]), rater, now)
@@ -185,7 +194,7 @@ def rater_reward(rater: str, tokenizer: Tokenizer, longest: int) -> Reward:
 
 
 def concatenated_prompts(a: Prompts, b: Prompts) -> Prompts:
-    """The prompts of one after those of the other."""
+    """The prompts of `a`, then those of `b`."""
     return Prompts(np.concatenate([a.ids, b.ids]), np.concatenate([a.lengths, b.lengths]), [*a.examples, *b.examples])
 
 
@@ -195,13 +204,13 @@ def ranks_from_scores(scores: np.ndarray) -> list[int]:
 
 
 def ranked_prompt_count(path: Path, at_once: int) -> int:
-    """How many prompts whole chunks in the file cover; what a kill left of a torn chunk is cut off."""
+    """How many prompts the file's complete chunks cover. An incomplete chunk, left by a kill, is removed."""
     if not path.exists():
         return 0
     lines = path.read_bytes().split(b"\n")[:-1]  # bytes: a kill may tear a character, an answer may hold U+2028
-    whole = len(lines) // at_once * at_once
-    write_text(path, b"".join(line + b"\n" for line in lines[:whole]).decode())
-    return whole
+    complete = len(lines) // at_once * at_once
+    write_text(path, b"".join(line + b"\n" for line in lines[:complete]).decode())
+    return complete
 
 
 def program(argv: list[str]) -> None:

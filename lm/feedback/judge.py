@@ -56,12 +56,12 @@ FLAGS = {
     ),
     "model": dict(metavar="NAME", help="the model to ask an endpoint for"),
     "rubric": dict(metavar="FILE", help="the instructions for a judging model, instead of lm.rewards.llm_judge.RUBRIC"),
-    "limit": dict(type=int, metavar="N", help="rate at most so many items this time"),
+    "limit": dict(type=int, metavar="N", help="rate at most N items in this run"),
 }
 
 
 class Judgment(NamedTuple):
-    """What a rater thinks of an item."""
+    """A rater's opinion of an item."""
 
     scores: np.ndarray | None  # f[responses], higher is better; None: it could not say
     choices: Sequence[JudgeChoice] = ()  # the answers to lm.rewards.llm_judge.pair_questions that they come from
@@ -71,7 +71,7 @@ ItemJudge = Callable[[Sequence[RankingItem]], Iterator[Judgment]]  # one an item
 
 
 def judge_from_flags(judge: str, model: str | None, rubric: str | None) -> tuple[str, ItemJudge]:
-    """The name under which the verdicts are stored, and how to get them. Another rubric makes another rater."""
+    """The name under which verdicts are stored, and the function that gives them. Another rubric is another rater."""
     endpoint = judge.startswith(("http://", "https://"))
     if endpoint and not model:
         raise UserError("an endpoint may serve several models: name one with --model")
@@ -135,11 +135,11 @@ def judge_items(
     opinions: ItemJudge,
     limit: int | None,
     log: Path,
-    said: dict[int, list[JudgeChoice]],
+    choices_by_item: dict[int, list[JudgeChoice]],
 ) -> None:
     """Records a verdict on each item that this rater has not judged, at most `limit`, as soon as it is known.
 
-    What the judge said goes into the file `log` and into `said`, by item.
+    The judge's choices go into the file `log` and into `choices_by_item`.
     """
     items = store.unjudged_items(name)[:limit]
     skipped = 0
@@ -150,14 +150,14 @@ def judge_items(
                 verdict = verdict._replace(ranking=ranks_from_scores(opinion.scores), verdict="ranked")
             if opinion.choices:
                 append_choices(log, item.id, opinion.choices)
-                said[item.id] = opinion.choices
+                choices_by_item[item.id] = opinion.choices
             store.record_verdict(verdict)
             skipped += opinion.scores is None
             progress.update(done, {"skipped": skipped})
 
 
 def append_choices(log: Path, item: int, choices: Sequence[JudgeChoice]) -> None:
-    """Adds a line, and returns when it is on disk: before the verdict that comes from it."""
+    """Adds a line and returns when it is on disk, before the verdict that follows from it is stored."""
     log.parent.mkdir(exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"item": item, "choices": choices}) + "\n")
@@ -166,7 +166,7 @@ def append_choices(log: Path, item: int, choices: Sequence[JudgeChoice]) -> None
 
 
 def logged_choices(log: Path) -> dict[int, list[JudgeChoice]]:
-    """The choices of each item, the last line of one counting; what a kill left of a torn line is cut off."""
+    """The choices of each item, from its last line in the file. An incomplete line, left by a kill, is removed."""
     if not log.exists():
         return {}
     text = log.read_bytes()
@@ -177,7 +177,7 @@ def logged_choices(log: Path) -> dict[int, list[JudgeChoice]]:
 
 
 def print_judgments(name: str, rankings: Sequence[Ranking], choices: Sequence[JudgeChoice]) -> None:
-    """What the rater said, and how far it agrees with every other; UserError if nothing it said made sense."""
+    """Prints the rater's verdicts and its agreement with every other rater. UserError if no reply was readable."""
     own = [ranking for ranking in rankings if ranking.rater == name]
     nonsense = [choice.reply for choice in choices if choice.first_probability is None]
     ranked = [ranking for ranking in own if ranking.verdict != "skipped"]
@@ -212,13 +212,13 @@ def print_judgments(name: str, rankings: Sequence[Ranking], choices: Sequence[Ju
 def agreement_rows(name: str, rankings: Iterable[Ranking]) -> list[tuple[str, int, str, str]]:
     """For each other rater of the same items: pairs of responses in common, share of equal preferences, and kappa.
 
-    The intervals take the pairs as independent, which those of one item of more than two responses are not quite.
+    The intervals treat the pairs as independent. Pairs of one item with more than two responses are not quite.
     """
     judged = [ranking for ranking in rankings if ranking.verdict != "skipped"]
     others, rows = sorted({ranking.rater for ranking in judged} - {name}), []
-    _, (mine, *ratings) = pair_votes(judged, [name, *others])
+    _, (own, *ratings) = pair_votes(judged, [name, *others])
     for other, theirs in zip(others, ratings):
-        both = np.stack([mine, theirs])[:, ~np.isnan(mine + theirs)]
+        both = np.stack([own, theirs])[:, ~np.isnan(own + theirs)]
         if both.size:
             kappa = bootstrap_estimate(lambda pair: cohen_kappa(*pair), both)
             rows.append(
@@ -237,9 +237,9 @@ def run_judge(flags: Namespace) -> None:
         name, opinions = judge_from_flags(flags.judge, flags.model, flags.rubric)
         log = people.parent / "judges" / f"{quote(name, safe=' ()')}.jsonl"
         waiting = {item.id for item in store.unjudged_items(name)}
-        said = {item: choices for item, choices in logged_choices(log).items() if item not in waiting}
-        judge_items(store, name, opinions, flags.limit, log, said)
-        print_judgments(name, store.rankings(), [choice for choices in said.values() for choice in choices])
+        choices_by_item = {item: choices for item, choices in logged_choices(log).items() if item not in waiting}
+        judge_items(store, name, opinions, flags.limit, log, choices_by_item)
+        print_judgments(name, store.rankings(), [choice for choices in choices_by_item.values() for choice in choices])
 
 
 def program(argv: list[str]) -> None:

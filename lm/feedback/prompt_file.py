@@ -15,9 +15,9 @@ LINE_PARSERS: Mapping[str, Callable[[str], Any]] = {".txt": lambda line: {"promp
 
 
 def read_prompts(path: str, warn: Callable[[str], None]) -> list[Conversation]:
-    """The prompts of a .txt file, one a line, or of a .jsonl file: {"prompt": text or messages}, maybe with a "name".
+    """The prompts of a .txt file, one a line, or of a .jsonl file: {"prompt": text or messages}, and maybe a "name".
 
-    "messages" may stand for "prompt". `warn` is told how many lines will not do; UserError if none does.
+    "messages" may replace "prompt". `warn` gets the number of invalid lines; UserError if no line is valid.
     """
     if Path(path).suffix not in LINE_PARSERS:
         raise UserError(f"{path}: give prompts as a .txt file, one a line, or as a .jsonl file")
@@ -25,43 +25,42 @@ def read_prompts(path: str, warn: Callable[[str], None]) -> list[Conversation]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"no prompts at {path} ({error.strerror}): give a .txt or .jsonl file") from error
-    found: dict[str, Conversation] = {}
+    prompts: dict[str, Conversation] = {}
     faults = []
     for number, line in numbered_lines(data):
         try:
             name, messages = parsed_prompt(LINE_PARSERS[Path(path).suffix](line.decode().strip()))
             key = json.dumps(messages)
-            if key in found:
+            if key in prompts:
                 raise ValueError("a prompt that came before")
             # The name decides what is held out: without one of its own, a prompt is its own source.
-            found[key] = Conversation(name or f"prompt/{hashlib.sha256(key.encode()).hexdigest()[:16]}", messages)
+            prompts[key] = Conversation(name or f"prompt/{hashlib.sha256(key.encode()).hexdigest()[:16]}", messages)
         except (ValueError, RecursionError) as error:
             faults.append(f"{path}:{number}: {error}")
-    if not found:
+    if not prompts:
         raise UserError(f"no prompt in {path}" + (f", as {faults[0]}" if faults else ": it is empty"))
     if faults:
-        warn(
-            f"{len(faults)} of {len(faults) + len(found)} lines are not valid and are left out; the first: {faults[0]}"
-        )
-    return list(found.values())
+        lines = len(faults) + len(prompts)
+        warn(f"{len(faults)} of {lines} lines are not valid and are left out; the first: {faults[0]}")
+    return list(prompts.values())
 
 
 def parsed_prompt(record: Any) -> tuple[str, list[dict]]:
     """(name or "", messages) of a line. ValueError says what is wrong with it."""
     if not isinstance(record, dict) or not {"prompt", "messages"} & set(record):
         raise ValueError("not an object with a prompt or messages")
-    said = record["prompt"] if "prompt" in record else record["messages"]
-    if isinstance(said, str):
-        said = [{"role": "user", "content": said}]
-    if not isinstance(said, list) or not said or not all(map(_is_message, said)):
+    messages = record["prompt"] if "prompt" in record else record["messages"]
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ValueError("the prompt is neither a text nor a list of messages {'role', 'content'}")
-    if said[-1]["role"] != "user" or not said[-1]["content"].strip():
+    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise ValueError("the prompt does not end with something that a user says")
     name = record["name"] if "name" in record else ""
     if not isinstance(name, str):
         raise ValueError(f"name is {name!r}, not text")
     return valid_unicode(name), [
-        {"role": message["role"], "content": valid_unicode(message["content"])} for message in said
+        {"role": message["role"], "content": valid_unicode(message["content"])} for message in messages
     ]
 
 

@@ -42,13 +42,13 @@ FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help="where answers and verdicts are kept"),
     "prompts": dict(metavar="FILE", help='.txt, a prompt a line, or .jsonl: {"prompt": text or messages}'),
     "models": dict(metavar="DIR,...", help="who answers, also as NAME=DIR; default: the model in --workdir"),
-    "responses": dict(type=int, default=2, help="answers to a prompt, 2 to 5, of the models in turn; default: 2"),
+    "responses": dict(type=int, default=2, help="answers to a prompt, 2 to 5; the models take turns; default: 2"),
     "max_new_tokens": dict(type=int, default=48, help="the longest answer; default: 48"),
     "temperature": dict(type=float, default=1.0, help="0 always takes the likeliest token; default: 1"),
     "top_k": dict(type=int, default=0, help="sample among the k likeliest tokens only; default: 0, all"),
     "top_p": dict(type=float, default=1.0, help="among the likeliest whose probability reaches p; default: 1"),
     "seed": dict(type=int, default=0, help="the same seed gives the same answers; default: 0"),
-    "reward": dict(metavar="DIR,...", help="reward models: what they are least sure of is asked first"),
+    "reward": dict(metavar="DIR,...", help="reward models: items that they are least sure of come first"),
     "raters": dict(default="", metavar="NAME,...", help="who may rank; default: anybody"),
     "host": dict(
         default=LOOPBACK_HOSTS[0], help="0.0.0.0 admits other machines, by a secret address; default: this one only"
@@ -57,7 +57,7 @@ FLAGS = {
     "open": dict(action="store_true", help="open the page in a browser"),
     "import": dict(dest="source", metavar="FILE", help="add the verdicts of a .jsonl or .db file, and stop"),
     "export": dict(metavar="FILE", help="write all verdicts as JSON lines, and stop"),
-    "results": dict(action="store_true", help=f"print what the verdicts say, write WORKDIR/{RESULTS_FILE}, and stop"),
+    "results": dict(action="store_true", help=f"print the results, write WORKDIR/{RESULTS_FILE}, and stop"),
 }
 
 
@@ -78,27 +78,27 @@ def model_folders(flags: argparse.Namespace) -> dict[str, Path]:
     """The workdir of each model that answers, by name; a pipeline's folder means its last policy."""
     if not flags.models and not any((Path(flags.workdir) / name).exists() for name in (PIPELINE_FILE, CHECKPOINTS_DIR)):
         raise UserError(f"there is no model in {flags.workdir}: name those that answer, --models=DIR,DIR")
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for part in (flags.models or flags.workdir).split(","):
         name, _, path = part.strip().rpartition("=")
         if not path:
             raise UserError(f"--models={flags.models} names no folder: give those of trained models")
         folder = policy_folder(Path(path))
         name = name or folder.resolve().name
-        if name in found:
+        if name in folders:
             raise UserError(f"two models are called {name}: tell them apart, --models=NAME=DIR,NAME=DIR")
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 def prioritise_items(store: AnnotationStore, paths: str) -> None:
-    """What the reward models are least sure of, or disagree on, is asked first."""
-    found = [
+    """Puts the items first that the reward models are least sure of, or disagree on."""
+    loaded = [
         load_reward_model(path.strip(), backend=jax.default_backend(), normalized=False, jit=jax.jit, warn=warn)
         for path in paths.split(",")
     ]
-    check_same_axes([trained for trained, _ in found])
-    judges = [judge for _, judge in found]
+    check_same_axes([trained for trained, _ in loaded])
+    judges = [judge for _, judge in loaded]
     items = store.items()
     examples = [reward_example(item.prompt) for item in items for _ in item.responses]
     texts = [text for item in items for text in item.responses]
@@ -166,20 +166,22 @@ def export_rankings(store: AnnotationStore, path: Path) -> None:
 
 def report_results(store: AnnotationStore) -> None:
     rankings = store.rankings()
-    found = results.ranking_results(rankings)
+    ranking_summary = results.ranking_results(rankings)
     counts = [
         [r.name, r.verdicts, r.ties, r.both_bad, r.skipped, "–" if r.seconds is None else r.seconds]
-        for r in found.raters
+        for r in ranking_summary.raters
     ]
     print_table("", ("rater", "verdicts", "ties", "both bad", "skipped", "median seconds"), counts)
     biases = [
         [r.name, estimate_text(r.first_shown_preferred, "percent"), estimate_text(r.reliability, "percent")]
-        for r in found.raters
+        for r in ranking_summary.raters
     ]
     print_table("", ("rater", "first shown preferred", "with the majority"), biases)
-    strengths = [[model.name, model.responses, estimate_text(model.strength, "signed")] for model in found.models]
+    strengths = [
+        [model.name, model.responses, estimate_text(model.strength, "signed")] for model in ranking_summary.models
+    ]
     print_table("", ("model", "answers", "log-strength"), strengths)
-    say(f"Krippendorff's alpha: {estimate_text(found.alpha, 'signed')}")
+    say(f"Krippendorff's alpha: {estimate_text(ranking_summary.alpha, 'signed')}")
     write_text(store.path.parent / RESULTS_FILE, results.results_page(rankings, title=PAGE_TITLE))
     say(f"results: {store.path.parent / RESULTS_FILE}")
 
@@ -190,17 +192,17 @@ def program(argv: list[str]) -> None:
     if not (path.exists() or flags.prompts or flags.source):
         raise UserError(f"there is no {path} yet: give --prompts=FILE to have them answered, or --import=FILE")
     stops = flags.source or flags.export or flags.results
-    # Whatever is wrong with these shows before a database is made or a model asked.
+    # Errors in these show before a database is made and before a model answers.
     raters = [checked_rater_name(name.strip(), ()) for name in flags.raters.split(",")] if flags.raters else []
-    asked = prompt_file.read_prompts(flags.prompts, warn) if flags.prompts else []
-    answering = load_answering_models(flags) if asked else []
+    prompts = prompt_file.read_prompts(flags.prompts, warn) if flags.prompts else []
+    answering = load_answering_models(flags) if prompts else []
     brought = read_rankings(flags.source) if flags.source else []
     with nullcontext() if stops else open_socket(flags.host, flags.port) as listening, AnnotationStore(path) as store:
         if flags.source:
             added, there = store.merge_rankings(brought)
             say(f"{added} verdicts imported into {path}, {there} were there already")
-        if asked:
-            answer_prompts(store, answering, asked, count=flags.responses, seed=flags.seed)
+        if prompts:
+            answer_prompts(store, answering, prompts, count=flags.responses, seed=flags.seed)
         if flags.export:
             export_rankings(store, Path(flags.export))
         if flags.results:

@@ -1,7 +1,7 @@
-"""What the verdicts say: of the models that answered, of the raters, and of how far the raters agree.
+"""The results of the verdicts: for the models that answered, for the raters, and for how far the raters agree.
 
-A skipped item says nothing. A unit of agreement is a pair of responses of an item: 1 if the first is better, -1 if the
-second is, 0 for a tie; "both bad" is a tie.
+A skipped item does not count. A unit of agreement is a pair of responses of an item: 1 if the first is better, -1 if
+the second is, 0 for a tie; "both bad" is a tie.
 """
 
 import itertools
@@ -37,7 +37,7 @@ from lm.feedback.agreement import (
 )
 from lm.runs.html import SERIES_COLORS, TEXT_COLOR, interval_plot, rendered_page, svg_figure
 
-MIN_SHARED_PAIRS = 10  # pairs that two raters must have in common before their kappa is told
+MIN_SHARED_PAIRS = 10  # pairs that two raters must have in common for a kappa
 MAX_CONTESTED = 5  # items shown
 
 
@@ -97,7 +97,7 @@ def ranking_results(rankings: Sequence[Ranking]) -> RankingResults:
 
 
 def item_identity(ranking: Ranking) -> str:
-    """What makes two verdicts ones of the same item."""
+    """The identity of a verdict's item: verdicts with the same one are on the same item."""
     return json.dumps([ranking.prompt, ranking.responses])
 
 
@@ -151,7 +151,7 @@ def rater_kappas(names: Sequence[str], ratings: np.ndarray) -> dict[tuple[str, s
 
 
 def model_summaries(judged: Sequence[Ranking]) -> list[ModelSummary]:
-    """What was said of the responses of each model, the strongest model first."""
+    """The verdicts on the responses of each model, the strongest model first."""
     responses: Counter[str] = Counter()
     axes: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     flags: dict[str, Counter[str]] = defaultdict(Counter)
@@ -171,7 +171,7 @@ def model_summaries(judged: Sequence[Ranking]) -> list[ModelSummary]:
         for name, raised in zip(names, ranking.flags):
             flags[name].update(raised)
     strong = bradley_terry_strengths(games)
-    found = [
+    summaries = [
         ModelSummary(
             name,
             count,
@@ -181,58 +181,62 @@ def model_summaries(judged: Sequence[Ranking]) -> list[ModelSummary]:
         )
         for name, count in responses.items()
     ]
-    return sorted(found, key=lambda model: np.nan_to_num(model.strength.value), reverse=True)
+    return sorted(summaries, key=lambda model: np.nan_to_num(model.strength.value), reverse=True)
 
 
 def contested_items(judged: Sequence[Ranking], units: Sequence[str], ratings: np.ndarray) -> list[ContestedItem]:
-    """The items of which the raters disagree most, of those that two have judged."""
-    said: dict[str, list[Ranking]] = defaultdict(list)
+    """The items on which the raters disagree most, among those that two have judged."""
+    rankings_of: dict[str, list[Ranking]] = defaultdict(list)
     for ranking in judged:
-        said[item_identity(ranking)].append(ranking)
+        rankings_of[item_identity(ranking)].append(ranking)
     shares: dict[str, list[float]] = defaultdict(list)
     for item, column in zip(units, ratings.T):
-        given = column[~np.isnan(column)]
-        if len(given) >= 2:
-            shares[item].append(float(np.mean([a != b for a, b in itertools.combinations(given, 2)])))
-    found = [
-        ContestedItem(statistics.mean(each), said[item][0], {ranking.rater: ranking.ranking for ranking in said[item]})
+        ranks = column[~np.isnan(column)]
+        if len(ranks) >= 2:
+            shares[item].append(float(np.mean([a != b for a, b in itertools.combinations(ranks, 2)])))
+    contested = [
+        ContestedItem(
+            statistics.mean(each),
+            rankings_of[item][0],
+            {ranking.rater: ranking.ranking for ranking in rankings_of[item]},
+        )
         for item, each in shares.items()
         if any(each)
     ]
-    return sorted(found, key=lambda item: item.disagreement, reverse=True)[:MAX_CONTESTED]
+    return sorted(contested, key=lambda item: item.disagreement, reverse=True)[:MAX_CONTESTED]
 
 
 def results_page(rankings: Sequence[Ranking], *, title: str) -> str:
     """The results as one self-contained HTML page without scripts."""
-    found = ranking_results(rankings)
-    compared = {model.name: model.strength for model in found.models if np.isfinite(model.strength.value)}
-    reliable = {r.name: r.reliability for r in found.raters if np.isfinite(r.reliability.value)}
+    results = ranking_results(rankings)
+    compared = {model.name: model.strength for model in results.models if np.isfinite(model.strength.value)}
+    reliable = {r.name: r.reliability for r in results.raters if np.isfinite(r.reliability.value)}
     return rendered_page(
         "feedback/results.html.jinja",
         title=title,
-        found=found,
-        claims=headline_figures(found),
+        results=results,
+        claims=headline_figures(results),
         strengths=interval_plot(compared, "log-strength, with its 95 % interval", centre=0) if compared else "",
         reliability=interval_plot(reliable, "agreement with the majority of the others") if reliable else "",
         over_time=rankings_over_time(rankings) if rankings else "",
         axes=RATING_AXES,
         flags=RESPONSE_FLAGS,
-        scored=any(model.axes[axis] is not NO_ESTIMATE for model in found.models for axis in RATING_AXES),
-        flagged=any(any(model.flags.values()) for model in found.models),
+        scored=any(model.axes[axis] is not NO_ESTIMATE for model in results.models for axis in RATING_AXES),
+        flagged=any(any(model.flags.values()) for model in results.models),
         shared=MIN_SHARED_PAIRS,
     )
 
 
-def headline_figures(found: RankingResults) -> list[dict[str, str]]:
-    """The headline: how much was judged, how fast, how far it agrees, and whether the order of showing mattered."""
-    seconds = [ranking.seconds for ranking in found.rankings if ranking.seconds is not None]
-    first, chance = first_shown_bias(found.rankings)
-    best = found.models[0] if found.models and np.isfinite(found.models[0].strength.value) else None
+def headline_figures(results: RankingResults) -> list[dict[str, str]]:
+    """The headline: how much was judged, how fast, how far raters agree, and whether the order of showing mattered."""
+    seconds = [ranking.seconds for ranking in results.rankings if ranking.seconds is not None]
+    first, chance = first_shown_bias(results.rankings)
+    best = results.models[0] if results.models and np.isfinite(results.models[0].strength.value) else None
     return [
         {
             "title": "Verdicts",
-            "figure": f"{len(found.rankings):,}",
-            "note": f"on {found.items:,} items, by {len(found.raters)} rater{'s' * (len(found.raters) != 1)}"
+            "figure": f"{len(results.rankings):,}",
+            "note": f"on {results.items:,} items, by {len(results.raters)} rater{'s' * (len(results.raters) != 1)}"
             + (f"; {statistics.median(seconds):.1f} s in the median" if seconds else ""),
         },
         {
@@ -242,9 +246,9 @@ def headline_figures(found: RankingResults) -> list[dict[str, str]]:
         },
         {
             "title": "Krippendorff's alpha",
-            "figure": signed_number(found.alpha.value) if np.isfinite(found.alpha.value) else "–",
-            "note": f"95 % interval {interval_text(found.alpha, 'signed')}; 1: full agreement, 0: by chance"
-            if np.isfinite(found.alpha.value)
+            "figure": signed_number(results.alpha.value) if np.isfinite(results.alpha.value) else "–",
+            "note": f"95 % interval {interval_text(results.alpha, 'signed')}; 1: full agreement, 0: by chance"
+            if np.isfinite(results.alpha.value)
             else "no two raters have judged enough of the same items",
         },
         {
@@ -258,17 +262,17 @@ def headline_figures(found: RankingResults) -> list[dict[str, str]]:
 
 
 def rankings_over_time(rankings: Sequence[Ranking]) -> Markup:
-    """How many verdicts each rater had given by when."""
+    """The number of verdicts of each rater over time."""
 
     def draw(axes: Axes):
-        given: dict[str, list[datetime]] = defaultdict(list)
+        times_of: dict[str, list[datetime]] = defaultdict(list)
         for ranking in rankings:
-            given[ranking.rater].append(datetime.fromisoformat(ranking.time).astimezone(UTC))
-        for (name, times), colour in zip(given.items(), itertools.cycle(SERIES_COLORS)):
+            times_of[ranking.rater].append(datetime.fromisoformat(ranking.time).astimezone(UTC))
+        for (name, times), colour in zip(times_of.items(), itertools.cycle(SERIES_COLORS)):
             times.sort()
             axes.step(times, range(1, len(times) + 1), where="post", color=colour, linewidth=1.6, label=name)
             axes.plot(times[-1:], [len(times)], "o", color=colour, markersize=4)
-        first, last = min(times[0] for times in given.values()), max(times[-1] for times in given.values())
+        first, last = min(times[0] for times in times_of.values()), max(times[-1] for times in times_of.values())
         margin = max((last - first) / 20, timedelta(seconds=1))
         axes.set_xlim(first - margin, last + margin)
         locator = AutoDateLocator(minticks=3, maxticks=6)

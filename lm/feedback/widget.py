@@ -2,7 +2,7 @@
 
     RankingWidget(AnnotationStore("people.db"), "your name")
 
-Scores and flags, which the page asks for under "Details", it leaves out.
+It has no scores and flags, which the page asks for under "Details".
 """
 
 import html
@@ -22,14 +22,15 @@ CARD_STYLE = "border: 1px solid #8b8d9288; border-radius: 8px; padding: .5em .9e
 NOTICE_STYLE = "border-left: 4px solid #d9822b; padding: 0 .9em"
 TEXT_STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.45"
 SOFT_STYLE = "opacity: .65; font-size: .85em"
-MIN_CLICK_SECONDS = 0.4  # seconds; a click that follows sooner was meant for the item before
+MIN_CLICK_SECONDS = 0.4  # seconds; an earlier click was meant for the previous item
 
 
 class RankingWidget(VBox):
-    """Shows a rater one item of the store after the other; a verdict is on the disk before the next item appears.
+    """Shows a rater one item of the store after the other. A verdict is on disk before the next item appears.
 
-    The buttons call the public methods, and so may a program that rates. `item` is what is shown, None once this rater
-    has judged everything. A method that cannot be followed raises UserError, which a button shows.
+    The buttons call the public methods, and a program that rates may call them too. `item` is the item that is shown,
+    None once this rater has judged everything. A method that cannot be carried out raises UserError, which a button
+    shows.
     """
 
     def __init__(self, store: AnnotationStore, rater: str):
@@ -51,7 +52,7 @@ class RankingWidget(VBox):
         return f"RankingWidget({self.rater!r}): {self._count.value}"
 
     def choose(self, response: int) -> None:
-        """Ranks item.responses[response] next, or takes its rank back; saves once one response at most has none."""
+        """Gives item.responses[response] the next rank, or removes its rank. Saves when at most one has none."""
         responses = range(len(self._current_item().responses))
         if response not in responses:
             raise UserError(f"response is {response}; this item has 0 to {responses[-1]}")
@@ -67,7 +68,7 @@ class RankingWidget(VBox):
             self.save()
 
     def tie(self) -> None:
-        """Of two responses: they are as good. Of more: the next one chosen shares the rank of the one before."""
+        """With two responses: a tie. With more: the next choice shares the rank of the last one."""
         if len(self._current_item().responses) == 2:
             self._record([1, 1], "ranked")
         elif not self._best:
@@ -90,7 +91,7 @@ class RankingWidget(VBox):
         self._record([1] * len(self._current_item().responses), "skipped")
 
     def undo(self) -> None:
-        """Takes this rater's latest verdict back and shows its item again."""
+        """Removes this rater's latest verdict and shows its item again."""
         item = self._store.undo_latest(self.rater)
         if item is None:
             raise UserError(f"{self.rater} has no verdict to take back")
@@ -102,9 +103,9 @@ class RankingWidget(VBox):
         return self.item
 
     def _record(self, ranking: Sequence[int], verdict: str) -> None:
-        said = {"shown": self._shown, "seconds": time.monotonic() - self._since}
+        timing = {"shown": self._shown, "seconds": time.monotonic() - self._since}
         self._store.record_verdict(
-            Annotation(secrets.token_hex(16), self.item.id, self.rater, ranking, verdict, **said)
+            Annotation(secrets.token_hex(16), self.item.id, self.rater, ranking, verdict, **timing)
         )
         self._show(self._store.next_item(self.rater))
 
@@ -139,9 +140,9 @@ class RankingWidget(VBox):
         self._save.disabled, self._undo.disabled = not self._best, not judged
 
     def _button(self, label: str, action: Callable[[], None]) -> Button:
-        made = Button(description=label, layout=Layout(width="auto", min_width="7em"))
-        made.on_click(lambda _: self._run_action(action))
-        return made
+        button = Button(description=label, layout=Layout(width="auto", min_width="7em"))
+        button.on_click(lambda _: self._run_action(action))
+        return button
 
     def _run_action(self, action: Callable[[], None]) -> None:
         if time.monotonic() - self._since < MIN_CLICK_SECONDS:
@@ -154,14 +155,14 @@ class RankingWidget(VBox):
 
 
 def ranks_from_choices(best: Sequence[Sequence[int]], count: int) -> list[int]:
-    """1 and how many are better, of each of `count` responses; those that are not among the `best` share the last."""
+    """Ranks of `count` responses: 1 plus the number of better ones. Those not in `best` share the last rank."""
     better = lambda i: itertools.takewhile(lambda place: i not in place, best)
     return [1 + sum(map(len, better(i))) for i in range(count)]
 
 
 def response_html(text: str) -> str:
-    shown = escaped_html(text) or f'<i style="{SOFT_STYLE}">(an empty answer)</i>'
-    return f'<div style="{CARD_STYLE}; {TEXT_STYLE}">{shown}</div>'
+    html = escaped_html(text) or f'<i style="{SOFT_STYLE}">(an empty answer)</i>'
+    return f'<div style="{CARD_STYLE}; {TEXT_STYLE}">{html}</div>'
 
 
 def message_html(message: Mapping[str, str]) -> str:

@@ -133,7 +133,7 @@ def best_hypotheses(first: Hypotheses, second: Hypotheses, count: int) -> Hypoth
 
 def hypothesis_rows(found: Hypotheses) -> tuple[Completions, Array]:
     """Completions of B K rows, and the values f32[B,K]; an empty place is an empty row."""
-    real = found.values > -jnp.inf
-    tokens, logprobs = (jnp.where(real[..., None], x, 0) for x in (found.tokens, found.logprobs))
-    completions = Completions(tokens, logprobs, found.lengths * real, found.stopped & real)
+    filled = found.values > -jnp.inf
+    tokens, logprobs = (jnp.where(filled[..., None], x, 0) for x in (found.tokens, found.logprobs))
+    completions = Completions(tokens, logprobs, found.lengths * filled, found.stopped & filled)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), completions), found.values

@@ -72,18 +72,22 @@ def batch_answerer(
     lm = jax.tree.map(jnp.asarray, lm)  # on the device once, not for every chunk
 
     def answers(prompts: Prompts, key: Array) -> list[GeneratedAnswer]:
-        found, given = [], prompts.ids.shape[1]
+        results, padded_length = [], prompts.ids.shape[1]
         longest = int(max(prompts.lengths, default=1))
         check_sampling(model, longest, sampling)
-        width = bucket_length(given, model.config.context - sampling.max_new)
-        prompts = prompts._replace(ids=np.pad(prompts.ids[:, :width], ((0, 0), (0, max(width - given, 0)))))
+        width = bucket_length(padded_length, model.config.context - sampling.max_new)
+        prompts = prompts._replace(ids=np.pad(prompts.ids[:, :width], ((0, 0), (0, max(width - padded_length, 0)))))
         for first, part in prompt_chunks(prompts, rows_at_once):
-            drawn = jax.device_get(run(lm, part.ids, part.lengths, jax.random.fold_in(key, first // rows_at_once)))
+            completions = jax.device_get(
+                run(lm, part.ids, part.lengths, jax.random.fold_in(key, first // rows_at_once))
+            )
             for row in range(min(rows_at_once, len(prompts.ids) - first) * sampling.samples):
-                length = int(drawn.lengths[row])
-                found.append(
-                    answer_from_ids(tokenizer, drawn.tokens[row, :length], bool(drawn.stopped[row]), stop_strings)
+                length = int(completions.lengths[row])
+                results.append(
+                    answer_from_ids(
+                        tokenizer, completions.tokens[row, :length], bool(completions.stopped[row]), stop_strings
+                    )
                 )
-        return found
+        return results
 
     return answers

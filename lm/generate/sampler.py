@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,19 @@ class SamplingParams(NamedTuple):
     samples: int = 1  # answers to each prompt
     stop: Sequence[int] = ()  # ids; an answer ends with the first of them, which it keeps
 
+    set_by_code = ("samples", "stop")  # no options of configs, see lm.core.options.record_options
+
     def adjusted_logits(self, logits: Array) -> Array:
         """Logits f32[...,V] of the distribution to draw from, see lm.model.logits.sampling_logits."""
         return sampling_logits(
             logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
         )
+
+    def record(self) -> dict[str, Any]:
+        """For a summary: max_new, temperature, and those other fields that are not at their defaults."""
+        defaults = self._field_defaults
+        others = {name: value for name, value in self._asdict().items() if name in defaults and value != defaults[name]}
+        return {"max_new": self.max_new, "temperature": self.temperature, **others}
 
 
 def check_sampling(model: Model, prompt_length: int, sampling: SamplingParams) -> None:
@@ -107,13 +115,13 @@ def row_keys(key: Array, rows: Array) -> Array:
 def prompt_token_mask(prompts: Array, lengths: Array, vocabulary: int) -> Array:
     """bool[B,V]: the tokens of right-padded prompts i32[B,P]; padding is none of them."""
     B, P = prompts.shape
-    seen = jnp.zeros((B, vocabulary), bool)
-    return seen.at[jnp.arange(B)[:, None], prompts].max(jnp.arange(P) < lengths[:, None])
+    mask = jnp.zeros((B, vocabulary), bool)
+    return mask.at[jnp.arange(B)[:, None], prompts].max(jnp.arange(P) < lengths[:, None])
 
 
-def updated_token_mask(seen: Array, tokens: Array) -> Array:
+def updated_token_mask(mask: Array, tokens: Array) -> Array:
     """bool[B,V]: and these tokens i32[B]."""
-    return seen | (jnp.arange(seen.shape[1]) == tokens[:, None])
+    return mask | (jnp.arange(mask.shape[1]) == tokens[:, None])
 
 
 def repeated_rows(tree, times: int):
@@ -135,9 +143,9 @@ def sample(
     stops = jnp.asarray(tuple(sampling.stop), jnp.int32)
     lm = model.decoding_params(lm)
     logits, cache = prefill(model, lm, prompts, lengths, capacity=prompts.shape[1] + max_new)
-    seen = None if penalty == 1 else prompt_token_mask(prompts, lengths, logits.shape[1])
+    used = None if penalty == 1 else prompt_token_mask(prompts, lengths, logits.shape[1])
     if sampling.samples > 1:
-        logits, cache, seen, lengths = repeated_rows((logits, cache, seen, lengths), sampling.samples)
+        logits, cache, used, lengths = repeated_rows((logits, cache, used, lengths), sampling.samples)
     B = logits.shape[0]
     keys = row_keys(key, jnp.arange(B))
     out = Completions(
@@ -149,9 +157,9 @@ def sample(
         return (t < max_new) & ~jnp.all(out.stopped)
 
     def step(carry):
-        t, logits, cache, seen, out = carry
+        t, logits, cache, used, out = carry
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        logits = logits if seen is None else repetition_penalized_logits(logits, seen, penalty)
+        logits = logits if used is None else repetition_penalized_logits(logits, used, penalty)
         tokens, logprobs = draw_tokens(now, logits, sampling)
         live = ~out.stopped
         tokens, logprobs = jnp.where(live, tokens, 0), jnp.where(live, logprobs, 0.0)
@@ -162,9 +170,9 @@ def sample(
             stopped=out.stopped | jnp.any(tokens[:, None] == stops, axis=1),
         )
         logits, cache = decode_step(model, lm, tokens, lengths + t, cache)
-        return t + 1, logits, cache, None if seen is None else updated_token_mask(seen, tokens), out
+        return t + 1, logits, cache, None if used is None else updated_token_mask(used, tokens), out
 
-    return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), logits, cache, seen, out))[-1]
+    return jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), logits, cache, used, out))[-1]
 
 
 def prompt_completion_rows(prompts: Array, lengths: Array, completions: Completions) -> tuple[Tokens, Array]:
@@ -181,12 +189,12 @@ def prompt_completion_rows(prompts: Array, lengths: Array, completions: Completi
     ids = jnp.where(slots < stop, ids, 0)
     sampled = (slots >= start) & (slots < stop)
     logprobs = jnp.where(sampled, jnp.take_along_axis(completions.logprobs, new, axis=1), 0.0)
-    real = (slots < stop)[:, :-1]
+    filled = (slots < stop)[:, :-1]
     tokens = Tokens(
         inputs=ids[:, :-1],
         targets=ids[:, 1:],
         weights=sampled[:, 1:].astype(jnp.float32),
-        positions=jnp.where(real, slots[:-1], 0),
-        segments=real.astype(jnp.int32),
+        positions=jnp.where(filled, slots[:-1], 0),
+        segments=filled.astype(jnp.int32),
     )
     return tokens, logprobs[:, 1:]

@@ -64,8 +64,8 @@ def residual_logits(p: Array, q: Array) -> Array:
 
     Where rounding leaves no difference, p and q are the same, and they are p's.
     """
-    left = jnp.maximum(jnp.exp(p) - jnp.exp(q), 0.0)
-    return jnp.where(jnp.any(left > 0, axis=-1, keepdims=True), jnp.log(left), p)
+    residual = jnp.maximum(jnp.exp(p) - jnp.exp(q), 0.0)
+    return jnp.where(jnp.any(residual > 0, axis=-1, keepdims=True), jnp.log(residual), p)
 
 
 def initial_speculative_state(
@@ -114,8 +114,8 @@ def speculative_round(
 
     # One pass more than there are proposals: the last one's place in the draft's cache, should all be accepted.
     start = rows.tokens, rows.caches.draft
-    (_, draft), found = jax.lax.scan(propose, start, (places, proposing.swapaxes(0, 1)))
-    drawn, q = (x.swapaxes(0, 1) for x in found)  # [B,A+1], [B,A+1,V]
+    (_, draft), proposals = jax.lax.scan(propose, start, (places, proposing.swapaxes(0, 1)))
+    drawn, q = (x.swapaxes(0, 1) for x in proposals)  # [B,A+1], [B,A+1,V]
     fed = jnp.concatenate([rows.tokens[:, None], drawn[:, :-1]], axis=1)
     at = rows.positions[:, None] + places
     x, target = models.target.cached_hidden_states(lms.target, fed, at, jnp.ones_like(fed), rows.caches.target)
@@ -162,23 +162,25 @@ def speculative_sample(
     unfinished = lambda out: (out.lengths < max_new) & ~out.stopped
 
     def step(carry):
-        t, rows, out, told = carry
+        t, rows, out, accepted_counts = carry
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
         moved, new = speculative_round(models, lms, rows, now, sampling, draft_tokens=draft_tokens)
         live = unfinished(out)
-        out, told = extended_completions(out, told, new, jnp.where(live, max_new - out.lengths, 0), stops)
+        out, accepted_counts = extended_completions(
+            out, accepted_counts, new, jnp.where(live, max_new - out.lengths, 0), stops
+        )
         # A finished row stands still: what it writes lies beyond `filled`, which like all [B] is as it was.
         rows = jax.tree.map(lambda new, old: jnp.where(live, new, old) if new.ndim == 1 else new, moved, rows)
-        return t + 1, rows, out, told
+        return t + 1, rows, out, accepted_counts
 
     rows = initial_speculative_state(models, lms, prompts, lengths, capacity=P + max_new, draft_tokens=draft_tokens)
     start = jnp.zeros((), jnp.int32), rows, out, AcceptanceCounts(none, none, none)
-    *_, out, told = jax.lax.while_loop(lambda carry: jnp.any(unfinished(carry[2])), step, start)
-    return out.replace(tokens=out.tokens[:, :max_new], logprobs=out.logprobs[:, :max_new]), told
+    *_, out, accepted_counts = jax.lax.while_loop(lambda carry: jnp.any(unfinished(carry[2])), step, start)
+    return out.replace(tokens=out.tokens[:, :max_new], logprobs=out.logprobs[:, :max_new]), accepted_counts
 
 
 def extended_completions(
-    out: Completions, told: AcceptanceCounts, new: SpeculativeRound, room: Array, stops: Array
+    out: Completions, counts: AcceptanceCounts, new: SpeculativeRound, room: Array, stops: Array
 ) -> tuple[Completions, AcceptanceCounts]:
     """The rows with what counts of a round: up to `room` i32[B] tokens, and not beyond the first stop id."""
     draft_tokens, places = new.tokens.shape[1] - 1, jnp.arange(new.tokens.shape[1])
@@ -186,15 +188,15 @@ def extended_completions(
     end = jnp.where(jnp.any(ends, axis=1), jnp.argmax(ends, axis=1) + 1, draft_tokens + 1)
     limit = jnp.minimum(end, room)
     count = jnp.minimum(new.accepted + 1, limit)
-    kept = places < count[:, None]
+    within_room = places < count[:, None]
     out = Completions(
-        tokens=updated_slots(out.tokens, jnp.where(kept, new.tokens, 0), out.lengths),
-        logprobs=updated_slots(out.logprobs, jnp.where(kept, new.logprobs, 0.0), out.lengths),
+        tokens=updated_slots(out.tokens, jnp.where(within_room, new.tokens, 0), out.lengths),
+        logprobs=updated_slots(out.logprobs, jnp.where(within_room, new.logprobs, 0.0), out.lengths),
         lengths=out.lengths + count,
-        stopped=out.stopped | jnp.any(ends & kept, axis=1),
+        stopped=out.stopped | jnp.any(ends & within_room, axis=1),
     )
     proposed, accepted = jnp.minimum(draft_tokens, limit), jnp.minimum(new.accepted, limit)
-    return out, AcceptanceCounts(told.proposed + proposed, told.accepted + accepted, told.rounds + (room > 0))
+    return out, AcceptanceCounts(counts.proposed + proposed, counts.accepted + accepted, counts.rounds + (room > 0))
 
 
 def check_speculation(models: TargetDraft, prompt_length: int, sampling: SamplingParams, *, draft_tokens: int) -> None:

@@ -33,33 +33,33 @@ def token_streamer(model: Model, sampling: SamplingParams) -> Callable[..., Iter
     """
     capacity, penalty = model.config.context + BUCKET_SIZE, sampling.repetition_penalty
 
-    def drawn(logits, keys, t, seen):
+    def drawn(logits, keys, t, used):
         """The next token i32[1], and the mask of tokens so far; None where there is no penalty."""
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
-        logits = logits if seen is None else repetition_penalized_logits(logits, seen, penalty)
+        logits = logits if used is None else repetition_penalized_logits(logits, used, penalty)
         tokens, _ = draw_tokens(now, logits, sampling)
-        return tokens, None if seen is None else updated_token_mask(seen, tokens)
+        return tokens, None if used is None else updated_token_mask(used, tokens)
 
     @jax.jit
     def first(lm, prompts, lengths, keys):
         logits, cache = prefill(model, lm, prompts, lengths, capacity=capacity)
-        seen = None if penalty == 1 else prompt_token_mask(prompts, lengths, logits.shape[1])
-        return *drawn(logits, keys, 0, seen), cache
+        used = None if penalty == 1 else prompt_token_mask(prompts, lengths, logits.shape[1])
+        return *drawn(logits, keys, 0, used), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def following(lm, tokens, lengths, keys, t, seen, cache):
+    def following(lm, tokens, lengths, keys, t, used, cache):
         logits, cache = decode_step(model, lm, tokens, lengths + t - 1, cache)
-        return *drawn(logits, keys, t, seen), cache
+        return *drawn(logits, keys, t, used), cache
 
     def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
         prompts, lengths = single_prompt_row(ids, model.config.context)
         lm, keys = model.decoding_params(lm), row_keys(key, jnp.arange(1))
-        tokens, seen, cache = first(lm, prompts, lengths, keys)
+        tokens, used, cache = first(lm, prompts, lengths, keys)
         for t in range(1, max_new + 1):
             yield int(tokens[0])
             if t == max_new or int(tokens[0]) in stop:
                 return
-            tokens, seen, cache = following(lm, tokens, lengths, keys, t, seen, cache)
+            tokens, used, cache = following(lm, tokens, lengths, keys, t, used, cache)
 
     return stream
 

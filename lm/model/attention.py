@@ -30,8 +30,8 @@ def masked_attention(
     of_keys, of_values = (a[:, :, None, None] for a in scales) if scales else (None, None)
     logits = query_key_scores(q.reshape(B, K, G * T, H), k.astype(q.dtype)).reshape(B, K, G, T, -1) * (scale or H**-0.5)
     logits = softcapped_logits(logits * of_keys if scales else logits, softcap)
-    seen = mask[:, None, None]
-    weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1), 0.0)
+    visible = mask[:, None, None]
+    weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, logits, -1e30), axis=-1), 0.0)
     weights = (weights * of_values if scales else weights).astype(q.dtype)
     return attention_output(weights.reshape(B, K, G * T, -1), v.astype(q.dtype)).reshape(B, K, G, T, H)
 

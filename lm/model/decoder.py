@@ -32,8 +32,8 @@ def apply_norm(c: ModelConfig, x: Array, layer: Params, name: str) -> Array:
 def dequantized_matrix(layer: Params, name: str, dtype) -> Array:
     """The matrix of that name, times its columns' scales where it is kept in 8 bits: for experts, of whose outputs each
     row has another matrix."""
-    found = layer[name].astype(dtype)
-    return found * layer[f"{name}_scale"].astype(dtype) if f"{name}_scale" in layer else found
+    matrix = layer[name].astype(dtype)
+    return matrix * layer[f"{name}_scale"].astype(dtype) if f"{name}_scale" in layer else matrix
 
 
 def projection(c: ModelConfig, x: Array, layer: Params, name: str) -> Array:
@@ -71,12 +71,12 @@ def _attention(c: ModelConfig, attend, angles, h: Array, layer: Params) -> tuple
     """`attend` maps q, k, v f[B,T,heads,H] to f[B,T,N,H] and the cache they went into, or None."""
     B, T, _ = h.shape
     q, k, v = (projection(c, h, layer, name) for name in ("query", "key", "value"))
-    whole = c.qk_norm and c.qk_norm_over == "all"
-    if whole:
+    norm_over_heads = c.qk_norm and c.qk_norm_over == "all"
+    if norm_over_heads:
         q, k = apply_norm(c, q, layer, "query_norm"), apply_norm(c, k, layer, "key_norm")
     q = q.reshape(B, T, c.heads, c.head_size)
     k, v = (a.reshape(B, T, c.kv_heads, c.head_size) for a in (k, v))
-    if c.qk_norm and not whole:
+    if c.qk_norm and not norm_over_heads:
         q, k = apply_norm(c, q, layer, "query_norm"), apply_norm(c, k, layer, "key_norm")
     if angles is not None:
         q, k = apply_rope(q, angles), apply_rope(k, angles)
@@ -165,11 +165,11 @@ def hidden_and_routing(
     if c.scan == "yes":
         x, routing = jax.lax.scan(block, x, (params["layers"], jnp.asarray(c.local_layers)))
     else:
-        found = []
+        routings = []
         for layer, local in zip(unstacked_layers(params["layers"], c.layers), c.local_layers):
             x, routing = block(x, (layer, local))
-            found.append(routing)
-        routing = jax.tree.map(lambda *parts: jnp.stack(parts), *found)
+            routings.append(routing)
+        routing = jax.tree.map(lambda *parts: jnp.stack(parts), *routings)
     return apply_norm(c, x, params, "final_norm"), routing
 
 
@@ -192,10 +192,10 @@ def logits(c: ModelConfig, params: Params, x: Array) -> Array:
     """f32[...,V] from states f[...,D]; under muP times base_width / width; capped where the model caps, in loss and
     sampling alike."""
     name = "embedding" if c.tie_embeddings else "head"
-    whole = lambda a: a.T if c.tie_embeddings else a
-    raw = linear(x, whole(params[name]).astype(x.dtype), jnp.float32)
+    oriented = lambda a: a.T if c.tie_embeddings else a
+    raw = linear(x, oriented(params[name]).astype(x.dtype), jnp.float32)
     if f"{name}_scale" in params:  # kept in 8 bits, a scale a token
-        raw = raw * whole(params[f"{name}_scale"])
+        raw = raw * oriented(params[f"{name}_scale"])
     return softcapped_logits(raw * (c.base_width / c.width) if c.base_width else raw, c.logit_softcap)
 
 

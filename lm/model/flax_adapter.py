@@ -1,4 +1,4 @@
-"""A network of one's own, a Flax module of linen or nnx, as the Model that every stage works with.
+"""A custom network, a Flax module of linen or nnx, as the Model that every stage works with.
 
 The module is called with inputs, positions and segments, i32[B,T] each (see types.Tokens), and returns logits f[B,T,V];
 or states f[B,T,D], if `head` names the method that turns those into logits: then losses with `loss_chunk` need no
@@ -30,7 +30,7 @@ ModuleCall = Callable[..., Array]  # (lm, method, *arrays): the module with thes
 
 @struct.dataclass
 class TokenCache:
-    """What stands in the place of a cache: the tokens themselves."""
+    """Takes the place of a cache: the tokens themselves."""
 
     inputs: Array  # i32[B,S]
     positions: Array  # i32[B,S]
@@ -100,8 +100,8 @@ def verified_model(model: Model, lm: Params, *, length: int = 8) -> Model:
     changed = jnp.where(jnp.eye(length, dtype=bool), (inputs + 1) % model.config.vocab_size, inputs)
     rows = jnp.concatenate([inputs[None], changed])
     states = model.hidden_states(lm, rows, *(jnp.broadcast_to(x, rows.shape) for x in (positions, segments)))
-    seen = jnp.any(states[1:] != states[:1], axis=-1)  # [s, t]: whether token s changes what stands at position t
-    for s, t in zip(*(x.tolist() for x in jnp.nonzero(seen))):
+    influences = jnp.any(states[1:] != states[:1], axis=-1)  # [s, t]: whether token s changes what stands at position t
+    for s, t in zip(*(x.tolist() for x in jnp.nonzero(influences))):
         if segments[t] and s > t and segments[s] == segments[t]:
             raise UserError(
                 f"the module is not causal: position {t} changes with the later token {s}; mask its attention"
@@ -140,9 +140,9 @@ def _flax_model(
     shapes = jax.eval_shape(init, jax.random.key(0))
     states = jax.eval_shape(hidden, shapes, *_smallest_row())
     vocabulary = jax.eval_shape(logits, shapes, states)
-    for what, found in (("the module", states), (f"its {head}" if head else "the module", vocabulary)):
-        if found.ndim != 3 or found.shape[:2] != (1, 1):
-            raise UserError(f"{what} gives {found.shape} for rows of shape (1, 1); it must give (1, 1, features)")
+    for what, output in (("the module", states), (f"its {head}" if head else "the module", vocabulary)):
+        if output.ndim != 3 or output.shape[:2] != (1, 1):
+            raise UserError(f"{what} gives {output.shape} for rows of shape (1, 1); it must give (1, 1, features)")
     config = ModelConfig(
         vocab_size=vocabulary.shape[-1], width=states.shape[-1], context=context, loss_chunk=loss_chunk
     )

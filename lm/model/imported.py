@@ -1,8 +1,8 @@
-"""A model of one's own in a run: `model.name="my_model.py:make"`, a function of options that returns a `Model`.
+"""A custom model in a run: `model.name="my_model.py:make"`, a function of options that returns a `Model`.
 
 `make(*, vocab_size, ...)` takes what config.model holds beside the name; `vocab_size`, if it has that option, is the
 tokenizer's. lm.model.flax_adapter makes a Model of a Flax module. A checkpoint keeps the name and the options, not the
-code: whoever loads the run needs the file at the same path, and gets the model that it makes then.
+code: a program that loads the run needs the file at the same path, and gets the model that it makes then.
 """
 
 import inspect

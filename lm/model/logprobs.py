@@ -67,10 +67,10 @@ def target_logprobs(logits: Array, targets: Array) -> tuple[Array, Array]:
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     if is_single_device():
-        found = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     else:
-        found = values_at_ids(logits, targets)  # so that a sharded vocabulary stays sharded
-    return found - log_z, log_z
+        target_logits = values_at_ids(logits, targets)  # so that a sharded vocabulary stays sharded
+    return target_logits - log_z, log_z
 
 
 def _target_logprobs_forward(logits, targets):

@@ -24,33 +24,33 @@ FROZEN_BASE = "base"  # of state.frozen
 
 def config_without_lora(c: ModelConfig) -> ModelConfig:
     """The same model without adapters: every LoRA option at its default."""
-    told = {f.name: f.default for f in dataclasses.fields(c) if f.name.startswith("lora_")}
-    return dataclasses.replace(c, **told)
+    defaults = {f.name: f.default for f in dataclasses.fields(c) if f.name.startswith("lora_")}
+    return dataclasses.replace(c, **defaults)
 
 
 def lora_specs(c: ModelConfig) -> dict:
     """Specs of the trainable adapters: A is drawn like a matrix of as many rows, B is zero."""
     layers = param_specs(config_without_lora(c))["layers"]
-    found = {}
+    specs = {}
     for name in lora_target_names(c):
         stack, rows, columns = layers[name].shape
         _, row_axis, column_axis = layers[name].axes
-        found[f"{name}_a"] = ParamSpec((stack, rows, c.lora_rank), (None, row_axis, None), 1 / math.sqrt(rows))
-        found[f"{name}_b"] = ParamSpec((stack, c.lora_rank, columns), (None, None, column_axis), 0.0)
-    return {"layers": found}
+        specs[f"{name}_a"] = ParamSpec((stack, rows, c.lora_rank), (None, row_axis, None), 1 / math.sqrt(rows))
+        specs[f"{name}_b"] = ParamSpec((stack, c.lora_rank, columns), (None, None, column_axis), 0.0)
+    return {"layers": specs}
 
 
 def lora_target_names(c: ModelConfig) -> list[str]:
     """The matrices that have adapters. UserError for one that the model does not have."""
     names = [name.strip() for name in c.lora_targets.split(",")]
-    here = [
+    available = [
         name
         for name, spec in param_specs(config_without_lora(c))["layers"].items()
         if name in QUANTIZED_MATRICES and len(spec.shape) == 3
     ]
     for name in names:
-        if name not in here:
-            raise UserError(f"model.lora_targets names {name!r}; this model has {', '.join(sorted(here))}")
+        if name not in available:
+            raise UserError(f"model.lora_targets names {name!r}; this model has {', '.join(sorted(available))}")
     return names
 
 

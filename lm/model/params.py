@@ -85,9 +85,9 @@ def layer_specs(c: ModelConfig) -> dict:
     ]:  # in their order: that of a set is the process's
         layers[f"{name}_bias"] = stacked(layers[name].shape[-1:], layers[name].axes[-1:], 0.0)
     if c.qk_norm:
-        whole = c.qk_norm_over == "all"
-        layers["query_norm"] = norm(queries if whole else c.head_size)
-        layers["key_norm"] = norm(keys if whole else c.head_size)
+        norm_over_heads = c.qk_norm_over == "all"
+        layers["query_norm"] = norm(queries if norm_over_heads else c.head_size)
+        layers["key_norm"] = norm(keys if norm_over_heads else c.head_size)
     for place, suffix in (("output", "_norm"), ("input", "_post_norm")):
         if c.norm_at != place:
             layers |= {f"{part}{suffix}": norm(c.width) for part in ("attention", "mlp")}
@@ -146,8 +146,8 @@ def flops_per_token(c: ModelConfig, length: int) -> float:
     Attention: two products of 2 * heads * head_size per visible key, (length + 1) / 2 keys on average, times three for
     the backward pass; a window sees fewer. Rematerialisation is work, not progress, and is left out.
     """
-    whole = (length + 1) / 2
-    seen = min(c.window, length)
-    windowed = seen - seen * (seen - 1) / (2 * length)  # the first queries of a row see less than a window
-    keys = sum(windowed if local else whole for local in c.local_layers)
+    global_keys = (length + 1) / 2
+    visible = min(c.window, length)
+    windowed = visible - visible * (visible - 1) / (2 * length)  # the first queries of a row see less than a window
+    keys = sum(windowed if local else global_keys for local in c.local_layers)
     return (4 if c.lora_rank else 6) * matmul_param_count(c) + 12 * c.heads * c.head_size * keys

@@ -31,14 +31,14 @@ def quantized_params(dtype: str, lm: Mapping[str, Any], *, include_embeddings: b
         return lm
     if dtype == "bfloat16":
         return jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), lm)
-    kept = {**lm, "layers": dict(lm["layers"])}
+    quantized = {**lm, "layers": dict(lm["layers"])}
     for name in QUANTIZED_MATRICES:
         if name in lm["layers"]:
-            kept["layers"][name], kept["layers"][f"{name}_scale"] = quantize_int8(lm["layers"][name])
+            quantized["layers"][name], quantized["layers"][f"{name}_scale"] = quantize_int8(lm["layers"][name])
     for name, axis in (("embedding", -1), ("head", -2)):
         if include_embeddings and name in lm:
-            kept[name], kept[f"{name}_scale"] = quantize_int8(lm[name], axis=axis)
-    return kept
+            quantized[name], quantized[f"{name}_scale"] = quantize_int8(lm[name], axis=axis)
+    return quantized
 
 
 def quantize_int8(w: Array, *, axis: int = -2) -> tuple[np.ndarray, np.ndarray]:

@@ -37,8 +37,8 @@ def linear_scaling(w: np.ndarray, c: ModelConfig) -> np.ndarray:
 def llama3_scaling(w: np.ndarray, c: ModelConfig) -> np.ndarray:
     """Slow frequencies by the factor, fast ones not at all, a line in rotations between (Llama 3.1's own rule)."""
     rotations = c.rope_original * w / (2 * math.pi)
-    kept = np.clip((rotations - c.rope_low) / (c.rope_high - c.rope_low), 0, 1)
-    return (1 - kept) * w / c.rope_factor + kept * w
+    unscaled_share = np.clip((rotations - c.rope_low) / (c.rope_high - c.rope_low), 0, 1)
+    return (1 - unscaled_share) * w / c.rope_factor + unscaled_share * w
 
 
 def yarn_scaling(w: np.ndarray, c: ModelConfig) -> np.ndarray:
@@ -49,8 +49,8 @@ def yarn_scaling(w: np.ndarray, c: ModelConfig) -> np.ndarray:
         return c.head_size * math.log(c.rope_original / (rotations * 2 * math.pi)) / (2 * math.log(c.rope_base))
 
     low, high = max(math.floor(dimension(c.rope_high)), 0), min(math.ceil(dimension(c.rope_low)), last)
-    kept = 1 - np.clip((np.arange(len(w), dtype=np.float32) - low) / max(high - low, 1e-3), 0, 1)
-    return (1 - kept) * w / c.rope_factor + kept * w
+    unscaled_share = 1 - np.clip((np.arange(len(w), dtype=np.float32) - low) / max(high - low, 1e-3), 0, 1)
+    return (1 - unscaled_share) * w / c.rope_factor + unscaled_share * w
 
 
 ROPE_SCALINGS = {"none": lambda w, c: w, "linear": linear_scaling, "llama3": llama3_scaling, "yarn": yarn_scaling}

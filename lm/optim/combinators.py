@@ -123,9 +123,9 @@ def combined_loss(**losses: tuple[float, Loss]) -> Loss:
     def loss(params, frozen, batch, key):
         terms, metrics = {}, {}
         for name, (coefficient, part) in losses.items():
-            found, noted = part(params, frozen, batch, key)
-            terms[name] = jax.tree.map(lambda term: coefficient * term, found, is_leaf=is_mean)
-            metrics |= noted
+            part_terms, part_metrics = part(params, frozen, batch, key)
+            terms[name] = jax.tree.map(lambda term: coefficient * term, part_terms, is_leaf=is_mean)
+            metrics |= part_metrics
         return terms, metrics
 
     return loss

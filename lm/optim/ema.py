@@ -40,8 +40,8 @@ def weight_average(decay: float) -> optax.GradientTransformation:
 
 def averaged_params(opt_state: optax.OptState) -> Params:
     """The averaged weights that the optimizer remembers; {} if it has none."""
-    found = [x.average for x in jax.tree.leaves(opt_state, is_leaf=_is_average) if _is_average(x)]
-    return found[0] if found else {}
+    averages = [x.average for x in jax.tree.leaves(opt_state, is_leaf=_is_average) if _is_average(x)]
+    return averages[0] if averages else {}
 
 
 def with_averaged_params(opt_state: optax.OptState, params: Params) -> optax.OptState:

@@ -195,7 +195,7 @@ SHARED_OPTIONS = [p for p in inspect.signature(make_optimizer).parameters.values
 
 
 def optimizer_signature(*names: str) -> inspect.Signature:
-    """Of `make` with the options of these optimizers in the place of **options, so that a misspelt one is known."""
+    """Of `make` with the options of these optimizers instead of **options, so that a misspelt one is known."""
     own = {option: p for name in names for option, p in inspect.signature(OPTIMIZERS[name]).parameters.items()}
     return inspect.Signature([*SHARED_OPTIONS, *own.values()], return_annotation=optax.GradientTransformation)
 

@@ -11,7 +11,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from lm.core.config import parsed_flags
 from lm.core.errors import UserError
 from lm.core.statistics import Estimate, interval_text, percent_text, signed_number
-from lm.core.types import Tokens
 from lm.data import conversations, packing, preferences, sources
+from lm.data.inspect import row_views
 from lm.data.loading import load_conversations
 from lm.data.mixture import parse_sources
 from lm.report import reward_model
@@ -34,12 +34,12 @@ from lm.runs.console import run_program, say
 from lm.runs.html import SERIES_COLORS, interval_plot, rendered_page, svg_figure
 from lm.runs.workdir import CONFIG_FILE, PIPELINE_FILE, REPORT_FILE, TOKENIZER_FILE, read_json, read_metrics, write_text
 from lm.stages.pretraining import sft
-from lm.tokenizer import Tokenizer, encode_chat, load_tokenizer
+from lm.tokenizer import encode_chat, load_tokenizer
 
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the folder of a pipeline, or of one stage")}
 SHOWN_ANSWERS, SHOWN_RANKINGS = 8, 2
 SHOWN_SKILL_ANSWERS = 12  # of an evaluation by skill
-PACKED_EXCERPTS = 12  # packed into rows to show one
+PACKED_EXCERPTS = 12  # excerpts that are packed into rows, to show one row
 
 # What each stage did, in the words and numbers of its own summary.
 STAGE_DESCRIPTIONS = {
@@ -66,11 +66,6 @@ PUBLISHED_RULES = {
         },
     ),
 }
-
-
-class TokenPiece(NamedTuple):
-    text: str
-    kind: str  # "trained", "context" or "padding"
 
 
 def write_report(root: str | Path) -> Path:
@@ -130,7 +125,7 @@ def finished_summary(run: Mapping[str, StageRun], name: str) -> Mapping[str, Any
 
 
 def headline_figures(run: Mapping[str, StageRun]) -> list[dict[str, str]]:
-    """The headline: what the run was to show, as measured."""
+    """The headline: the main results of the run, as measured."""
     found = []
     if pretrain := finished_summary(run, "pretrain"):
         before, after = (pretrain[side]["bits_per_byte"] for side in ("before", "held_out"))
@@ -274,7 +269,7 @@ def example_rankings(path: Path) -> list[dict[str, Any]]:
 
 
 def packed_row_example(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The first excerpts of the SFT data packed again, and of their rows the last, which is the emptiest."""
+    """The last row of the first SFT excerpts, packed again. It is the row with most padding."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(sft.batches).parameters.items()}
     options = {**defaults, **config["data"]}
     try:
@@ -288,20 +283,7 @@ def packed_row_example(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     except UserError as error:
         return {"length": options["length"], "segments": [], "error": str(error)}
-    return {"length": options["length"], "segments": row_pieces(tokenizer, packed, len(packed.inputs) - 1), "error": ""}
-
-
-def row_pieces(tokenizer: Tokenizer, tokens: Tokens, row: int) -> list[list[TokenPiece]]:
-    """The conversations of a packed row, then its padding; "trained" are those whose weight as a target is not 0."""
-    segments = tokens.segments[row]
-    found = []
-    for segment in range(1, segments.max() + 1):
-        here = row, segments == segment
-        ids = [tokens.inputs[here][0], *tokens.targets[here]]
-        kinds = ["context", *("trained" if weight else "context" for weight in tokens.weights[here])]
-        found.append([TokenPiece(text, kind) for text, kind in zip(tokenizer.pieces(ids), kinds)])
-    padding = int(np.sum(segments == 0))
-    return [*found, [TokenPiece("·", "padding")] * padding] if padding else found
+    return {"length": options["length"], "segments": row_views(tokenizer, packed, len(packed.inputs) - 1), "error": ""}
 
 
 def program(argv: list[str]) -> None:

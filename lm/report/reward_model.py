@@ -49,7 +49,7 @@ class PreferencePair(NamedTuple):
 
 
 def measure_reward_model(path: str | Path) -> dict[str, Any]:
-    """Judges the held-out answers of a reward model's workdir; writes what it found there and returns it."""
+    """Judges the held-out answers with the reward model of a workdir; writes and returns the measurements."""
     path = Path(path)
     trained = load_trained_model(path, backend=jax.default_backend(), warn=warn)
     if trained.stage not in REWARD_MODEL_STAGES:
@@ -62,7 +62,7 @@ def measure_reward_model(path: str | Path) -> dict[str, Any]:
     ranks, lengths, scores = held_out_scores(trained, verdicts, options["length"])
     total = scores @ np.array(list(axes.values()))
     pairs = preference_pairs(ranks[..., 0], total)
-    found = {
+    measurements = {
         "prompts": len(verdicts),
         "pairs": len(pairs),
         "accuracy": accuracy_by_ranking(pairs)._asdict(),
@@ -78,10 +78,12 @@ def measure_reward_model(path: str | Path) -> dict[str, Any]:
         "answers": [[float(x), int(n)] for x, n in zip(total[lengths > 0], lengths[lengths > 0])],
         "worst": worst_pairs(pairs, [verdict.ranking for verdict in verdicts], total),
     }
-    write_text(path / NUMBERS_FILE, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
-    page = rendered_page("report/reward_model.html.jinja", root=path, found=found, figures=reward_model_figures(found))
+    write_text(path / NUMBERS_FILE, json.dumps(measurements, ensure_ascii=False, indent=1) + "\n")
+    page = rendered_page(
+        "report/reward_model.html.jinja", root=path, measured=measurements, figures=reward_model_figures(measurements)
+    )
     write_text(path / PAGE_FILE, page)
-    return found
+    return measurements
 
 
 def held_out_scores(
@@ -117,27 +119,27 @@ def accuracy_by_ranking(pairs: Sequence[PreferencePair]) -> Estimate:
 
 
 def accuracy_by_margin(pairs: Sequence[PreferencePair]) -> list[dict[str, Any]]:
-    """Accuracy where the two answers are so many ranks apart; the last group takes in all that are further."""
-    found = []
+    """Accuracy by how many ranks the two answers are apart. The last group holds all larger distances."""
+    groups = []
     for low, high in zip(ranking_batches.MARGIN_BINS, (*ranking_batches.MARGIN_BINS[1:], math.inf)):
         inside = [pair.score_gap > 0 for pair in pairs if low <= pair.rank_gap < high]
         if inside:
-            found.append(
+            groups.append(
                 {"apart": low, "last": math.isinf(high), "pairs": len(inside), **success_rate(inside)._asdict()}
             )
-    return found
+    return groups
 
 
 def calibration_bins(pairs: Sequence[PreferencePair]) -> list[dict[str, Any]]:
-    """How often the preferred side really was the better one, by what the model gave it."""
-    found = []
+    """How often the side that the model prefers is the better one, by the probability that the model gives it."""
+    bins = []
     for low, high in zip(ranking_batches.CONFIDENCE_BINS, (*ranking_batches.CONFIDENCE_BINS[1:], math.inf)):
         inside = [pair for pair in pairs if low <= pair_confidence(pair) < high]
         if inside:
-            said = float(np.mean([pair_confidence(pair) for pair in inside]))
+            confidence = float(np.mean([pair_confidence(pair) for pair in inside]))
             true = success_rate([pair.score_gap > 0 for pair in inside])
-            found.append({"from": low, "said": said, "pairs": len(inside), **true._asdict()})
-    return found
+            bins.append({"from": low, "said": confidence, "pairs": len(inside), **true._asdict()})
+    return bins
 
 
 def pair_confidence(pair: PreferencePair) -> float:
@@ -153,7 +155,7 @@ def pearson_correlation(x: np.ndarray, y: np.ndarray) -> float:
 def worst_pairs(
     pairs: Sequence[PreferencePair], verdicts: Sequence[Ranking], total: np.ndarray
 ) -> list[dict[str, Any]]:
-    """The preferences that the model contradicts most, of each verdict the worst."""
+    """The preferences that the model contradicts most, one of each verdict."""
     worst_of = {}
     for pair in sorted((pair for pair in pairs if pair.score_gap < 0), key=lambda pair: pair.score_gap):
         worst_of.setdefault(pair.ranking, pair)
@@ -170,23 +172,30 @@ def worst_pairs(
     ]
 
 
-def reward_model_figures(found: Mapping[str, Any]) -> list[tuple[str, Markup, str]]:
+def reward_model_figures(measurements: Mapping[str, Any]) -> list[tuple[str, Markup, str]]:
     """(title, picture, caption) of calibration, accuracy by margin, and score over length."""
 
     def calibrated(axes: Axes):
-        said, true = ([one[key] for one in found["calibration"]] for key in ("said", "value"))
+        confidence, true = ([one[key] for one in measurements["calibration"]] for key in ("said", "value"))
         axes.plot([0.5, 1], [0.5, 1], color=TEXT_COLOR, linewidth=0.8, linestyle="--")
-        axes.errorbar(said, true, yerr=_interval_reach(found["calibration"]), fmt="o", color=TRAIN_COLOR, capsize=3)
+        axes.errorbar(
+            confidence, true, yerr=_interval_reach(measurements["calibration"]), fmt="o", color=TRAIN_COLOR, capsize=3
+        )
         axes.set_xlabel("what the model gives the side it prefers")
         axes.set_ylabel("how often that side was better")
         axes.set_ylim(-0.02, 1.02)
 
     def margins(axes: Axes):
-        names = [f"{one['apart']}{' or more' if one['last'] else ''}" for one in found["apart"]]
-        values = [one["value"] for one in found["apart"]]
+        names = [f"{one['apart']}{' or more' if one['last'] else ''}" for one in measurements["apart"]]
+        values = [one["value"] for one in measurements["apart"]]
         axes.axhline(0.5, color=TEXT_COLOR, linewidth=0.8, linestyle="--")
         axes.errorbar(
-            range(len(names)), values, yerr=_interval_reach(found["apart"]), fmt="o", color=TRAIN_COLOR, capsize=3
+            range(len(names)),
+            values,
+            yerr=_interval_reach(measurements["apart"]),
+            fmt="o",
+            color=TRAIN_COLOR,
+            capsize=3,
         )
         axes.set_xticks(range(len(names)), names)
         axes.set_xlim(-0.5, len(names) - 0.5)
@@ -195,7 +204,7 @@ def reward_model_figures(found: Mapping[str, Any]) -> list[tuple[str, Markup, st
         axes.set_ylabel("accuracy")
 
     def lengths(axes: Axes):
-        score, length = np.array(found["answers"]).T
+        score, length = np.array(measurements["answers"]).T
         axes.plot(length, score, ".", color=HELD_OUT_COLOR, alpha=0.5, markersize=4)
         axes.set_xlabel("tokens of prompt and answer")
         axes.set_ylabel("score")
@@ -214,27 +223,32 @@ def reward_model_figures(found: Mapping[str, Any]) -> list[tuple[str, Markup, st
         (
             "Score and length",
             svg_figure(lengths, width=3.2, height=2.4),
-            f"Correlation {found['length_correlation']:+.2f}. A taste for length alone is a common flaw.",
+            f"Correlation {measurements['length_correlation']:+.2f}. A taste for length alone is a common flaw.",
         ),
     ]
 
 
 def _interval_reach(estimates: Sequence[Mapping[str, float]]) -> np.ndarray:
-    """How far the interval of each goes down and up from its value."""
+    """How far the interval of each estimate reaches below and above its value."""
     down, up = ([abs(one[side] - one["value"]) for one in estimates] for side in ("low", "high"))
     return np.array([down, up])
 
 
-def print_measurements(found: Mapping[str, Any]) -> None:
+def print_measurements(measurements: Mapping[str, Any]) -> None:
     """The numbers as a table on the terminal."""
-    rows = [("accuracy", found["accuracy"]), ("had the longer answer always won", found["longer"])]
-    rows += [(f"accuracy on {axis}", one) for axis, one in found["axes"].items() if len(found["axes"]) > 1]
-    rows += [(f"accuracy {one['apart']}{' or more' if one['last'] else ''} ranks apart", one) for one in found["apart"]]
-    rows += [(f"accuracy where {one['said']:.0%} sure", one) for one in found["calibration"]]
-    shown = [[name, f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]", e.get("pairs", "")] for name, e in rows]
-    title = f"{found['prompts']} held-out verdicts, {found['pairs']} pairs; in brackets 95 % intervals"
-    print_table(title, ["", "", "pairs"], shown)
-    say(f"correlation of score and length {found['length_correlation']:+.2f}")
+    rows = [("accuracy", measurements["accuracy"]), ("had the longer answer always won", measurements["longer"])]
+    rows += [
+        (f"accuracy on {axis}", one) for axis, one in measurements["axes"].items() if len(measurements["axes"]) > 1
+    ]
+    rows += [
+        (f"accuracy {one['apart']}{' or more' if one['last'] else ''} ranks apart", one)
+        for one in measurements["apart"]
+    ]
+    rows += [(f"accuracy where {one['said']:.0%} sure", one) for one in measurements["calibration"]]
+    table = [[name, f"{e['value']:.3f} [{e['low']:.3f}, {e['high']:.3f}]", e.get("pairs", "")] for name, e in rows]
+    title = f"{measurements['prompts']} held-out verdicts, {measurements['pairs']} pairs; in brackets 95 % intervals"
+    print_table(title, ["", "", "pairs"], table)
+    say(f"correlation of score and length {measurements['length_correlation']:+.2f}")
 
 
 def program(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The results of one stage's run: its curves and answers, as parts for any page, and a page of its own."""
+"""The results of one stage's run: curves and answers as parts for any page, and a page of its own."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ class MetricPanel(NamedTuple):
     metric: str
     title: str
     note: str
-    shows_held_out: bool = True  # whether its held-out value means anything
+    shows_held_out: bool = True  # whether its held-out value has a meaning
 
 
 LOSS_PANEL = MetricPanel("loss", "Loss", "Surprise at the next token, in nats; lower is better.")
@@ -85,7 +85,7 @@ STAGE_PANELS: Mapping[str, Sequence[MetricPanel]] = {
 }
 
 
-# Of a stage of one's own: what it logs under names that are known.
+# For a custom stage: the metrics that it logs under known names.
 OWN_STAGE_PANELS = (MetricPanel("loss", "Loss", "What the stage minimises."), *RL_PANELS)
 
 
@@ -104,19 +104,19 @@ class StageRun(NamedTuple):
 def write_run_page(path: str | Path) -> Path:
     """Writes the page of the stage that was trained in `path` and returns the page's path."""
     path = Path(path)
-    found, starts = stage_run(path), read_run_starts(path)
+    stage, starts = stage_run(path), read_run_starts(path)
     page = rendered_page(
         "report/run.html.jinja",
         root=path,
-        stage=found,
-        method=STAGES[found.method].title if found.method in STAGES else "",
-        scores=held_out_changes(found.summary),
-        costs=run_costs(found.summary, starts),
-        phases=phase_shares(found.summary),
-        curves=metric_figures(found._replace(name="")),  # on its own page it needs no name
+        stage=stage,
+        method=STAGES[stage.method].title if stage.method in STAGES else "",
+        scores=held_out_changes(stage.summary),
+        costs=run_costs(stage.summary, starts),
+        phases=phase_shares(stage.summary),
+        curves=metric_figures(stage._replace(name="")),  # on its own page it needs no name
         rollouts=shown_rollouts(path),
         starts=starts,
-        config=json.dumps(found.config, indent=2),
+        config=json.dumps(stage.config, indent=2),
     )
     write_text(path / REPORT_FILE, page)
     return path / REPORT_FILE
@@ -138,35 +138,38 @@ def held_out_changes(summary: Mapping[str, Any]) -> list[tuple[str, float | None
 
 def run_costs(summary: Mapping[str, Any], starts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     """(what, how much, a note) of what a run took."""
-    told = []
+    costs = []
     if "seconds" in summary:
-        told.append(("Seconds", f"{summary['seconds']:,.1f}", f"in {len(starts)} start{'s' * (len(starts) != 1)}"))
+        costs.append(("Seconds", f"{summary['seconds']:,.1f}", f"in {len(starts)} start{'s' * (len(starts) != 1)}"))
     if "tokens" in summary:
-        told.append(
+        costs.append(
             ("Tokens learned from", short_number(summary["tokens"]), f"in {summary['steps']:,} steps; padding left out")
         )
     if "parameters" in summary:
-        told.append(("Parameters", short_number(summary["parameters"]), ""))
+        costs.append(("Parameters", short_number(summary["parameters"]), ""))
     if "model_flops" in summary:
         note = "forward and backward over the tokens learned from, in every pass"
-        told.append(("Model FLOPs", short_number(summary["model_flops"]), note))
+        costs.append(("Model FLOPs", short_number(summary["model_flops"]), note))
     if "mfu" in summary:
         peak = starts[-1]["peak"] if starts else {"flops_per_second": None, "source": "no record of the machine"}
         over = f"of {short_number(peak['flops_per_second'])}FLOP/s, " if peak["flops_per_second"] else ""
         mfu = "–" if summary["mfu"] is None else percent_text(summary["mfu"])
-        told.append(("MFU, over data and update", mfu, f"{over}{peak['source']}"))
+        costs.append(("MFU, over data and update", mfu, f"{over}{peak['source']}"))
     if "peak_memory_bytes" in summary:
         note = {"device": "of the fullest device", "process": "resident set of the process"}[summary["peak_memory_of"]]
-        told.append(("Peak memory", f"{short_number(summary['peak_memory_bytes'])}B", note))
-    return told
+        costs.append(("Peak memory", f"{short_number(summary['peak_memory_bytes'])}B", note))
+    return costs
 
 
 def phase_shares(summary: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:
     """(phase, seconds, share of all seconds, colour) of each phase that took any time."""
     if "seconds_by_phase" not in summary:
         return []
-    found = {phase: seconds for phase, seconds in summary["seconds_by_phase"].items() if seconds > 0}
-    return [(name, spent, spent / sum(found.values()), PHASE_COLOURS[name]) for name, spent in found.items()]
+    seconds_of = {phase: seconds for phase, seconds in summary["seconds_by_phase"].items() if seconds > 0}
+    return [
+        (name, seconds_spent, seconds_spent / sum(seconds_of.values()), PHASE_COLOURS[name])
+        for name, seconds_spent in seconds_of.items()
+    ]
 
 
 def stage_run(path: Path) -> StageRun:

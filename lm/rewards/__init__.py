@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lm.core.config import RENAMED_KEYS
 from lm.core.errors import UserError
 from lm.core.imports import import_function, is_import_path
 from lm.data.conversations import Example
@@ -33,7 +34,7 @@ REWARDS: Mapping[str, Reward] = {
     "length": length_reward,
     "repetition": repetition_reward,
     "refusal": refusal_reward,
-    "form": punctuation_reward,
+    "punctuation": punctuation_reward,
     "arithmetic": arithmetic_reward,
     **VERIFIERS,
 }
@@ -73,7 +74,10 @@ def named_reward(name: str, option: str, others: Sequence[str] = ()) -> Reward:
         return reward
     if name not in REWARDS:
         known = ", ".join((*REWARDS, *others))
-        raise UserError(f"{option} is {name!r}; choose one of {known}, or a function of yours, file.py:function")
+        renamed = f", which is called {RENAMED_KEYS['rewards', name]} now" if ("rewards", name) in RENAMED_KEYS else ""
+        raise UserError(
+            f"{option} is {name!r}{renamed}; choose one of {known}, or a function of yours, file.py:function"
+        )
     return REWARDS[name]
 
 

@@ -123,15 +123,15 @@ class Checkpoints:
         Raises UserError if no checkpoint is whole, or if the newest whole one has another structure than `like`.
         """
         self.wait()
-        found = newest_checkpoint(self.directory, like, warn=self._warn)
-        if found is None and self.steps():
+        newest = newest_checkpoint(self.directory, like, warn=self._warn)
+        if newest is None and self.steps():
             raise UserError(f"{self.directory} has no undamaged checkpoint: remove that folder to start from step 0")
-        if found is not None:
+        if newest is not None:
             for step in self.steps():
-                if step > found[0]:  # damaged
+                if step > newest[0]:  # damaged
                     shutil.rmtree(self.directory / str(step))
             self._manager.reload()
-        return found
+        return newest
 
     def remove_after(self, step: int) -> None:
         """Removes the checkpoints of later steps, so that the one of `step` is the newest. UserError without it."""
@@ -191,9 +191,9 @@ def restore_params(
         item = SealedPyTreeHandler()
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item.metadata(folder / name).tree)
         return item.restore(folder / name, args=SealedPyTreeRestore(restore_args=as_numpy)), _meta(folder)[META_ITEM]
-    found = f"{len(steps)} checkpoints, none of them whole with {name}" if steps else "no checkpoint"
-    found += "" if step is None else f" of step {step}"
-    raise UserError(f"{directory} holds {found}: train that stage first, or give the folder of another run")
+    what_there_is = f"{len(steps)} checkpoints, none of them whole with {name}" if steps else "no checkpoint"
+    what_there_is += "" if step is None else f" of step {step}"
+    raise UserError(f"{directory} holds {what_there_is}: train that stage first, or give the folder of another run")
 
 
 def newest_checkpoint(
@@ -314,8 +314,8 @@ def _with_key_type(leaf: jax.Array, like: Any) -> jax.Array:
 
 
 def _os_error_code(error: Exception) -> int | None:
-    found = re.search(r"os_error_code='(\d+)'", str(error))
-    return int(found[1]) if found else None
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(match[1]) if match else None
 
 
 def _resume_hint(steps: list[int]) -> str:

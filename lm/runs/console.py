@@ -107,13 +107,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
 def rich_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     """The table itself, for what is drawn again and again."""
     rows = [list(row) for row in rows]
-    drawn = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for column, cells in zip(columns, zip(*rows) if rows else [()] * len(columns), strict=True):
         numeric = all(isinstance(cell, (int, float)) for cell in cells)
-        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
-    return drawn
+        table.add_row(*(Text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row))
+    return table
 
 
 class Progress:

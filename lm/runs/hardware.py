@@ -77,8 +77,8 @@ def peak_flops() -> tuple[float | None, str]:
 def peak_memory() -> tuple[int, str]:
     """Bytes at most in use so far, and of what: "device", the fullest one, where the backend counts them; else
     "process", its resident set, with whatever the process did before."""
-    told = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [stats["peak_bytes_in_use"] for stats in told if stats and "peak_bytes_in_use" in stats]
+    statistics = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in statistics if stats and "peak_bytes_in_use" in stats]
     if peaks:
         return max(peaks), "device"
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2) of the two

@@ -70,9 +70,9 @@ def write_figure_page(
     draw and size: the arguments of `svg_figure`. values: the other values of the template.
     """
     page, picture, bitmap = (folder / f"{name}.{ending}" for ending in ("html", "svg", "png"))
-    drawn = svg_figure(draw, **size)
-    write_text(page, rendered_page(template, figure=drawn, **values))
-    write_text(picture, drawn)
+    svg = svg_figure(draw, **size)
+    write_text(page, rendered_page(template, figure=svg, **values))
+    write_text(picture, svg)
     bitmap.write_bytes(png_figure(draw, **size))
     return [page, picture, bitmap]
 

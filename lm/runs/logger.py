@@ -58,9 +58,8 @@ class MetricsLogger:
             phases,
             phase_seconds(rows[-1]) if rows else dict.fromkeys((*PHASES, OTHER_PHASE), 0.0),
         )
-        self.has_held_out_scores = bool(rows) and any(
-            name.startswith("held_out/") for name in rows[-1]
-        )  # where this run takes up
+        # Whether the last row, from which this run continues, is scored.
+        self.has_held_out_scores = bool(rows) and any(name.startswith("held_out/") for name in rows[-1])
         self._trained = phases.training()  # seconds until the last line of means; start-up is behind it
         self._pending: list[tuple[int, Mapping[str, Any], int]] = []
         self._amiss: Counter = Counter()  # by metric, lines on end
@@ -103,7 +102,10 @@ class MetricsLogger:
                     self._advised.add(name)
                     warn(f"{self._stage}: {name} is {values[name]:.3g} by step {fetched[-1][0]}: {advice}")
         masked = [
-            step for step, found, _ in fetched for name in LOSS_METRICS if name in found and not found[name].weight > 0
+            step
+            for step, metrics, _ in fetched
+            for name in LOSS_METRICS
+            if name in metrics and not metrics[name].weight > 0
         ]
         if masked and "masked" not in self._advised:
             self._advised.add("masked")

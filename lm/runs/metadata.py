@@ -34,7 +34,7 @@ def record_start(path: Path, *, seed: int, own_files: Sequence[Path] = ()) -> di
     """Appends this start to the record of the run in `path`, and returns it.
 
     Uncommitted changes to tracked files go to code-N.diff beside it, N being the number of the start, and so does the
-    whole of `own_files` (rewards, stages and models of one's own) that git does not track with the code. A record that
+    whole of `own_files` (custom rewards, stages and models) that git does not track with the code. A record that
     cannot be read or written is a warning: no run fails for it.
     """
     start = {**start_metadata(), "seed": seed, "peak": UNKNOWN_PEAK}
@@ -121,8 +121,8 @@ def git_output(folder: Path, *command: str) -> str | None:
 
 def truncated_diff(changes: str) -> str:
     """The first MAX_DIFF_BYTES bytes of a difference, up to a line's end, and a line that says what is left out."""
-    whole = changes.encode()
-    if len(whole) <= MAX_DIFF_BYTES:
+    encoded = changes.encode()
+    if len(encoded) <= MAX_DIFF_BYTES:
         return changes
-    kept = whole[: whole.rindex(b"\n", 0, MAX_DIFF_BYTES) + 1] if b"\n" in whole[:MAX_DIFF_BYTES] else b""
-    return kept.decode(errors="replace") + f"[{len(whole) - len(kept):,} of {len(whole):,} bytes left out here]\n"
+    kept = encoded[: encoded.rindex(b"\n", 0, MAX_DIFF_BYTES) + 1] if b"\n" in encoded[:MAX_DIFF_BYTES] else b""
+    return kept.decode(errors="replace") + f"[{len(encoded) - len(kept):,} of {len(encoded):,} bytes left out here]\n"

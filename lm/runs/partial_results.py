@@ -23,11 +23,11 @@ class PartialResults:
     def __init__(self, path: Path):
         self._path, self._found = path, {}
         if path.exists():
-            whole = path.read_bytes()
-            whole = whole[: whole.rfind(b"\n") + 1]
-            os.truncate(path, len(whole))
+            complete_lines = path.read_bytes()
+            complete_lines = complete_lines[: complete_lines.rfind(b"\n") + 1]
+            os.truncate(path, len(complete_lines))
             try:
-                self._found = dict(json.loads(line) for line in whole.split(b"\n")[:-1])
+                self._found = dict(json.loads(line) for line in complete_lines.split(b"\n")[:-1])
             except (ValueError, TypeError) as error:
                 raise UserError(f"{path} is not what an interrupted start leaves ({error}): remove it") from error
 

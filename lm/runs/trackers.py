@@ -49,15 +49,15 @@ TRACKERS = {"wandb": wandb_tracker, "mlflow": mlflow_tracker}
 
 def tracker_packages(text: str) -> dict[str, Any]:
     """The packages behind --log=NAME,NAME, imported. UserError for an unknown name, and for one not installed."""
-    found = {}
+    packages = {}
     for name in filter(None, (part.strip() for part in text.split(","))):
         if name not in TRACKERS:
             raise UserError(f"--log={text}: {name!r} is no tracker; choose among {', '.join(TRACKERS)}")
         try:
-            found[name] = import_module(name)
+            packages[name] = import_module(name)
         except ImportError:
             raise UserError(f"--log={name} needs a package that is not here: pip install {name}") from None
-    return found
+    return packages
 
 
 def open_trackers(packages: Mapping[str, Any], path: Path, config: Mapping[str, Any]) -> Sequence[Tracker]:

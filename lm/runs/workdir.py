@@ -128,7 +128,7 @@ def open_workdir(
 
 @contextmanager
 def scratch_workdir(path: str | Path = "") -> Iterator[Workdir]:
-    """A temporary folder in the place of the run's own at `path`: for what sets a run up and must not touch it.
+    """A temporary folder instead of the run's own at `path`: for what sets a run up and must not touch it.
 
     It has the run's tokenizer, with its date, and the base of its adapters. An empty path: a run that has not begun.
     UserError where there is no such folder.
@@ -174,7 +174,7 @@ def load_trained_model(
     step: the checkpoint of that step instead.
 
     Raises UserError if the folder holds no checkpoint, or a tokenizer or template other than it was trained with, or if
-    the file of a model of one's own is not there, or makes other parameters now.
+    the file of a custom model is not there, or makes other parameters now.
     """
     if not str(path):
         raise UserError("a workdir's name is empty: give the folder of a trained stage")
@@ -204,7 +204,7 @@ def load_trained_model(
 
 
 def require_decoder(trained: TrainedModel, what: str) -> None:
-    """UserError for a model of one's own, of which `what` knows nothing."""
+    """UserError for a custom model, of which `what` knows nothing."""
     if trained.own_model:
         raise UserError(
             f"{trained.path} has a model of your own ({trained.own_model['name']}), but {what} knows lm's decoder only"

@@ -39,7 +39,7 @@ from lm.runs.workdir import TrainedModel, check_same_tokenizer
 from lm.tokenizer import Message, Tokenizer, encode_prompt
 from lm.train.warm_start import load_policy, policy_folder
 
-DEFAULT_MAX_NEW = 128  # the longest answer, unless the flag says otherwise or the context leaves less
+DEFAULT_MAX_NEW = 128  # tokens of the longest answer, unless a flag sets it or the context has less room
 SHOWN_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of SamplingParams, in the banner
 FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help="a pipeline's folder, or a stage's own"),
@@ -49,7 +49,7 @@ FLAGS = {
     "top_p": dict(type=float, default=1.0, help="among the likeliest whose probability reaches p; default: 1"),
     "min_p": dict(type=float, default=0.0, help="those at least p times as probable as the likeliest; default: 0, all"),
     "repetition_penalty": dict(
-        type=float, default=1.0, help="above 1, what was said comes less easily again; default: 1"
+        type=float, default=1.0, help="above 1: tokens that occurred before become less likely; default: 1"
     ),
     "stop": dict(
         action="append", default=[], metavar="TEXT", help="end an answer before this text; may be given several times"
@@ -78,14 +78,14 @@ def stable_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def recent_messages(tokenizer: Tokenizer, messages: list[Message], room: int) -> list[Message]:
-    """The last messages that make a prompt of at most `room` tokens, whole exchanges; the very last one at least."""
+    """The last messages that make a prompt of at most `room` tokens: whole exchanges, and always the last message."""
     while len(messages) > 1 and len(encode_prompt(tokenizer, messages)) > room:
         messages = messages[2:]
     return messages
 
 
 class Chat:
-    """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), over every reset.
+    """A conversation with a trained model. Answer i is drawn with fold_in(key(seed), i), across resets.
 
     max_new: tokens an answer may have; None: DEFAULT_MAX_NEW, or what the context leaves. notify: given notes for the
     user. stop: strings before the first of which an answer ends. draft: a model that proposes `draft_tokens` at a time.
@@ -143,8 +143,8 @@ class Chat:
 
     def __str__(self) -> str:
         size = sum(leaf.size for leaf in jax.tree.leaves(self._trained.params["lm"]))
-        shown = {name: getattr(self._sampling, name) for name in SHOWN_FIELDS} | {"seed": self._seed}
-        sampler = ", ".join(f"{name} {value:g}" for name, value in shown.items())
+        sampling = {name: getattr(self._sampling, name) for name in SHOWN_FIELDS} | {"seed": self._seed}
+        sampler = ", ".join(f"{name} {value:g}" for name, value in sampling.items())
         plain = (
             "" if self._is_chat_model else "\nit was only pretrained: it continues your text instead of answering it"
         )
@@ -160,16 +160,16 @@ class Chat:
         self._told = False
 
     def answer(self, text: str) -> Iterator[str]:
-        """The answer to `text`, in pieces as it comes; the conversation keeps both. UserError if `text` will not do."""
+        """The answer to `text`, in pieces as it comes; the conversation keeps both. UserError if `text` is invalid."""
         if not text.strip():
             raise UserError("the prompt is empty: write something")
         kept, ids = self._fitting_prompt([*self.messages, {"role": "user", "content": text}])
-        left = self._context - len(ids)
-        if left < 1:
+        room = self._context - len(ids)
+        if room < 1:
             raise UserError(
                 f"the prompt has {len(ids)} tokens, but the {self._whose}'s context is {self._context}: shorten it"
             )
-        max_new = min(DEFAULT_MAX_NEW, left) if self._max_new is None else self._max_new
+        max_new = min(DEFAULT_MAX_NEW, room) if self._max_new is None else self._max_new
         self._check(len(ids), max_new)
         if len(kept) <= len(self.messages) and self._is_chat_model and not self._told:
             self._note(
@@ -220,20 +220,20 @@ class Chat:
         key = jax.random.fold_in(jax.random.key(self._seed), self._answers)
         self._answers += 1
         self._proposed = self._accepted = 0
-        drawn, said = [], ""
+        token_ids, printed = [], ""
         try:
             for token in self._stream(self._lm, ids, key, max_new=max_new, stop=tokenizer.stop_ids):
-                drawn.append(token)
-                so_far, found = text_before_stop(stable_text(tokenizer, drawn), self._stop)
-                if found:
+                token_ids.append(token)
+                so_far, has_stop = text_before_stop(stable_text(tokenizer, token_ids), self._stop)
+                if has_stop:
                     break
                 so_far = text_without_partial_stop(so_far, self._stop)
-                yield so_far[len(said) :]
-                said = so_far
-            yield text_before_stop(printable_text(tokenizer.decode(drawn)), self._stop)[0][len(said) :]
+                yield so_far[len(printed) :]
+                printed = so_far
+            yield text_before_stop(printable_text(tokenizer.decode(token_ids)), self._stop)[0][len(printed) :]
         finally:  # also when the answer is cut short
-            text, found = text_before_stop(printable_text(tokenizer.decode(drawn)), self._stop)
-            self.has_ended = found or bool(drawn) and drawn[-1] in tokenizer.stop_ids
+            text, has_stop = text_before_stop(printable_text(tokenizer.decode(token_ids)), self._stop)
+            self.has_ended = has_stop or bool(token_ids) and token_ids[-1] in tokenizer.stop_ids
             self.messages.append({"role": "assistant", "content": text})
 
 
@@ -244,8 +244,8 @@ def print_answer(chat: Chat, text: str) -> None:
     print(flush=True)
     if not chat.has_ended:
         print_note("(cut off at max_new_tokens, or by the end of the context)")
-    if told := chat.acceptance_text():
-        print_note(f"({told})")
+    if acceptance := chat.acceptance_text():
+        print_note(f"({acceptance})")
 
 
 def run_chat(chat: Chat) -> None:

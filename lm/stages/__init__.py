@@ -59,7 +59,7 @@ ROLLOUT_STAGES = stages_where(STAGES, "samples_rollouts")
 
 
 def is_stage_name(name: str) -> bool:
-    """Whether it names a stage, or may: a built-in one, or one of one's own, "my_method.py:STAGE"."""
+    """Whether it names a stage, or may: a built-in one, or a custom one, "my_method.py:STAGE"."""
     return name in STAGES or is_import_path(name)
 
 
@@ -67,7 +67,7 @@ def named_stage(name: str, option: str = "stage.name") -> Stage:
     """The built-in stage of this name, or the `Stage` that "file.py:STAGE" names. UserError, which begins with
     `option`, for anything else.
 
-    A stage of one's own trains policies: later stages and programs know a reward model by the name of its stage.
+    A custom stage trains policies: later stages and programs know a reward model by the name of its stage.
     """
     if name in STAGES:
         return STAGES[name]

@@ -61,4 +61,4 @@ class Batches(NamedTuple):
     # (state, batch i, i) -> where each of its rows came from, for people; None where that is not known
     row_origins: Callable[[TrainState, Batch, int], list[RowOrigin]] | None = None
     held_out_parts: Sequence[HeldOutPart] = ()  # where there are several sources
-    truncation: str = ""  # what becomes of what does not fit a row, for the line that a run starts with
+    truncation: str = ""  # the rule for what does not fit a row, for the first line of a run

@@ -1,4 +1,4 @@
-"""The trials of a sweep as people watch them: a live table on a terminal, elsewhere a line whenever a trial changes."""
+"""Shows the trials of a sweep: a live table on a terminal, elsewhere a line for each change."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from rich.live import Live
 from lm.runs.console import rich_table, say, terminal_console
 from lm.sweep.study import Study, TrialStatus
 
-MAX_ROWS = 24  # of the live table: what runs, what was done last, what comes next
-REFRESH_SECONDS = 2.0  # seconds between two looks at the study
+MAX_ROWS = 24  # of the live table: running trials, the last that ended, the next that wait
+REFRESH_SECONDS = 2.0  # seconds between two reads of the study
 
 
 class TrialBoard:
@@ -33,40 +33,40 @@ class TrialBoard:
             self._live.stop()
 
     def update(self, *, now: bool = False) -> None:
-        """Looks at the study, every few seconds or `now`, and shows what is new."""
+        """Reads the study, every few seconds or `now`, and shows changes."""
         if not now and time.monotonic() - self._looked < REFRESH_SECONDS:
             return
-        told, self._looked = self._study.trial_statuses(), time.monotonic()
+        trials, self._looked = self._study.trial_statuses(), time.monotonic()
         if self._live:
-            self._live.update(rich_table(state_counts_text(told), *trial_table(trials_to_show(told), self._keys)))
-        for one in told:
+            self._live.update(rich_table(state_counts_text(trials), *trial_table(trials_to_show(trials), self._keys)))
+        for one in trials:
             if one.state != self._known[one.number] and not self._live:
                 say(trial_line(one))
             self._known[one.number] = one.state
 
 
-def trials_to_show(told: Sequence[TrialStatus]) -> Sequence[TrialStatus]:
+def trials_to_show(trials: Sequence[TrialStatus]) -> Sequence[TrialStatus]:
     """The running trials, the last that ended and the first that wait, by number, as many as fit."""
-    if len(told) <= MAX_ROWS:
-        return told
-    running = [one for one in told if one.state == "running"]
-    over = [one for one in told if one.state in ("complete", "pruned", "failed")]
-    waiting = [one for one in told if one.state == "waiting"]
+    if len(trials) <= MAX_ROWS:
+        return trials
+    running = [one for one in trials if one.state == "running"]
+    over = [one for one in trials if one.state in ("complete", "pruned", "failed")]
+    waiting = [one for one in trials if one.state == "waiting"]
     room = max(MAX_ROWS - len(running), 0)
     chosen = [*running, *over[-(room - min(4, len(waiting))) :], *waiting[:4]]
     return sorted(chosen[:MAX_ROWS], key=lambda one: one.number)
 
 
-def state_counts_text(told: Sequence[TrialStatus]) -> str:
+def state_counts_text(trials: Sequence[TrialStatus]) -> str:
     """ "27 trials: 12 complete, 1 running, 14 waiting" """
     counts: dict[str, int] = {}
-    for one in told:
+    for one in trials:
         counts[one.state] = counts.get(one.state, 0) + 1
-    return f"{len(told)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items())
+    return f"{len(trials)} trials: " + ", ".join(f"{count} {state}" for state, count in counts.items())
 
 
-def trial_table(told: Sequence[TrialStatus], keys: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows; what is the same in all of them is left out."""
+def trial_table(trials: Sequence[TrialStatus], keys: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows. Columns with the same value in all rows are left out."""
     cells = [
         {
             "trial": f"{one.number}",
@@ -77,7 +77,7 @@ def trial_table(told: Sequence[TrialStatus], keys: Sequence[str]) -> tuple[list[
             "step": "" if one.step is None else f"{one.step}",
             "s": "" if one.seconds is None else f"{one.seconds:.0f}",
         }
-        for one in told
+        for one in trials
     ]
     names = [name for name in cells[0] if name == "trial" or len({row[name] for row in cells}) > 1 or name == "value"]
     return names, [[row[name] for name in names] for row in cells]

@@ -9,7 +9,7 @@ import runpy
 import signal
 import sys
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h; other systems have nothing like it: there, a killed sweep's trial runs to its end
+PR_SET_PDEATHSIG = 1  # linux/prctl.h. Other systems have no such call: there a trial of a killed sweep runs to its end
 
 if __name__ == "__main__":
     if sys.platform == "linux":

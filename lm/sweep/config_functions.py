@@ -1,6 +1,6 @@
-"""What the subtrees of any config call: of one program's, and of configs that hold those of several, as a pipeline's.
+"""The functions that the subtrees of any config call: a config of one program, or of several, such as a pipeline.
 
-Each program that is given a config says of its own; here they are found by what a config holds.
+Each program lists its own functions; this file chooses by the entries of the config.
 """
 
 from ml_collections import ConfigDict
@@ -20,4 +20,4 @@ def config_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
     if "models" in config:
         return models.evaluation_functions(config)
     parts = {name: config_functions(part) for name, part in config.items() if isinstance(part, ConfigDict)}
-    return {f"{name}.{path}": called for name, found in parts.items() for path, called in found.items()}
+    return {f"{name}.{path}": called for name, functions in parts.items() for path, called in functions.items()}

@@ -45,10 +45,10 @@ from lm.sweep.study import OPTUNA_PRUNERS, OPTUNA_SAMPLERS, WORKERS_DIR, Study, 
 from lm.sweep.trials import TrialGoal, TrialProcess
 from lm.sweep.vmapped_trials import run_vmapped_trials
 
-POLL_SECONDS = 0.5  # seconds between two looks at the running trials
+POLL_SECONDS = 0.5  # seconds between two checks of the running trials
 SEARCH_METHODS = (*OPTUNA_SAMPLERS, "grid")
 FLAGS = {
-    "config": dict(required=True, metavar="FILE[:ARG]", help="what is varied; --config.KEY=VALUE changes every trial"),
+    "config": dict(required=True, metavar="FILE[:ARG]", help="what to vary; --config.KEY=VALUE changes every trial"),
     "workdir": dict(required=True, metavar="DIR", help="the sweep's folder; the same command continues, or joins"),
     "grid": dict(nargs="+", metavar="KEY=V1,V2", help="every combination of these values"),
     "search": dict(
@@ -58,11 +58,13 @@ FLAGS = {
     "trials": dict(type=int, metavar="N", help="trials that a search draws"),
     "seeds": dict(type=int, default=1, metavar="N", help="runs of every setting, with seeds 0 to N-1 (default 1)"),
     "metric": dict(
-        default="", metavar="NAME", help="judges a trial by its last value; default: held-out, the stage's own"
+        default="", metavar="NAME", help="its last value judges a trial; default: the stage's own, held out"
     ),
     "direction": dict(default="", choices=(MINIMIZE, MAXIMIZE), help="default: by the metric's name"),
     "pruner": dict(
-        default="none", choices=list(OPTUNA_PRUNERS), help="stops hopeless trials by what they log (default none)"
+        default="none",
+        choices=list(OPTUNA_PRUNERS),
+        help="stops trials whose logged values are hopeless (default none)",
     ),
     "storage": dict(default="", metavar="URL", help="the study's database; default: sqlite in WORKDIR"),
     "study": dict(default="", metavar="NAME", help="its name there; default: WORKDIR's"),
@@ -86,10 +88,12 @@ def program(argv: list[str]) -> None:
     if flags.dry_run:
         print_plan(trials, space)
         return
-    told = run_sweep(flags, source, goal, trials, space, argv)
-    if not any(one.state in ("complete", "waiting", "running") for one in told):
+    statuses = run_sweep(flags, source, goal, trials, space, argv)
+    if not any(one.state in ("complete", "waiting", "running") for one in statuses):
         root = Path(flags.workdir)
-        raise UserError(f"no trial was completed: see {root / TRIALS_DIR}; the first: {told[0].error or told[0].state}")
+        raise UserError(
+            f"no trial was completed: see {root / TRIALS_DIR}; the first: {statuses[0].error or statuses[0].state}"
+        )
 
 
 def run_sweep(
@@ -100,7 +104,8 @@ def run_sweep(
     space: Mapping[str, Any],
     argv: Sequence[str],
 ) -> list[TrialStatus]:
-    """Runs the trials, or joins whoever does; what is then known of each. argv: what a launcher's workers are given."""
+    """Runs the trials, or joins other workers, and returns the state of each trial. argv: the arguments of a
+    launcher's workers."""
     root = sweep_folder(flags, source, goal)
     with open_study(flags, root, goal) as study:
         study.add_trials(sweep_plan(flags, source, goal, space), trials)
@@ -113,9 +118,9 @@ def run_sweep(
             run_trials(study, source, goal, root, space, device_environments(flags.jobs), TrialBoard(study, keys))
         else:
             watch_workers(launch_workers(flags, argv, root), TrialBoard(study, keys))
-        told = study.trial_statuses()
-    print_trials(told, goal, root, keys)
-    return told
+        statuses = study.trial_statuses()
+    print_trials(statuses, goal, root, keys)
+    return statuses
 
 
 def trials_and_space(flags: Namespace, source: ConfigSource) -> tuple[list[Trial], Mapping[str, Any]]:
@@ -144,7 +149,7 @@ def trials_and_space(flags: Namespace, source: ConfigSource) -> tuple[list[Trial
 
 
 def check_vectorisable(flags: Namespace, source: ConfigSource) -> None:
-    """UserError for what trials in one program cannot have."""
+    """UserError for options that trials in one program cannot have."""
     if "stages" in source.config({}):
         raise UserError("--vectorised runs configs of lm train, and this is a pipeline's: sweep one of its stages")
     check_at_least(1, "lm.sweep.controller", at_once=flags.at_once)
@@ -156,7 +161,7 @@ def check_vectorisable(flags: Namespace, source: ConfigSource) -> None:
 
 
 def sweep_folder(flags: Namespace, source: ConfigSource, goal: TrialGoal) -> Path:
-    """The sweep's folder, made and marked. UserError for one that is something else's."""
+    """The sweep's folder, created and marked. UserError for a folder of something else."""
     root = Path(flags.workdir)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -187,7 +192,7 @@ def open_study(flags: Namespace, root: Path, goal: TrialGoal) -> Study:
 
 
 def sweep_plan(flags: Namespace, source: ConfigSource, goal: TrialGoal, space: Mapping[str, Any]) -> dict[str, Any]:
-    """All that must be the same for whoever joins, beside the trials, to which more may be added."""
+    """Everything that must be the same for all who join, except the trials: more of them may be added."""
     return {
         "config": to_dict(source.config({})),
         "metric": goal.metric,
@@ -207,7 +212,7 @@ def run_trials(
     devices: Sequence[dict],
     board: TrialBoard,
 ) -> None:
-    """Runs waiting trials, one on each share of the devices, until none waits. Stopped, it gives them back."""
+    """Runs waiting trials, one on each share of the devices, until none waits. If stopped, it releases its trials."""
     running: dict[int, TrialProcess] = {}
     with on_sigterm() as stopping, board:
         try:
@@ -232,7 +237,7 @@ def run_trials(
 
 
 def launch_workers(flags: Namespace, argv: Sequence[str], root: Path) -> Callable[[], int]:
-    """Starts workers elsewhere, each with this command but for what concerns the launcher."""
+    """Starts workers elsewhere, each with this command without the options of the launcher."""
     if not flags.storage:
         warn("--launcher without --storage: SQLite on a network disk is not safe; name a PostgreSQL URL")
     options = dict(option.partition("=")[::2] for option in flags.options)
@@ -246,17 +251,17 @@ def launch_workers(flags: Namespace, argv: Sequence[str], root: Path) -> Callabl
     return LAUNCHERS[flags.launcher](own, flags.workers, root, options)
 
 
-def watch_workers(left: Callable[[], int], board: TrialBoard) -> None:
+def watch_workers(running_count: Callable[[], int], board: TrialBoard) -> None:
     """Shows the study until every worker is over."""
     with board:
-        while left():
+        while running_count():
             board.update()
             time.sleep(POLL_SECONDS)
         board.update(now=True)
 
 
 def print_plan(trials: Sequence[Trial], space: Mapping[str, Any]) -> None:
-    """What would be run."""
+    """Prints the trials that would run."""
     if space:
         print_table(
             f"{len(trials)} trials to draw",
@@ -277,14 +282,14 @@ def swept_keys(trials: Sequence[Trial], space: Mapping[str, Any]) -> list[str]:
     return list(space or dict.fromkeys(key for trial in trials for key in trial.overrides))
 
 
-def print_trials(told: Sequence[TrialStatus], goal: TrialGoal, root: Path, keys: Sequence[str]) -> None:
+def print_trials(trials: Sequence[TrialStatus], goal: TrialGoal, root: Path, keys: Sequence[str]) -> None:
     """The trials, the best first; those that failed with their errors."""
     sign = 1 if goal.direction == MINIMIZE else -1
-    done = [one for one in told if one.state == "complete"]
-    best, rest = sorted(done, key=lambda one: sign * one.value), [one for one in told if one not in done]
-    say(f"\n{state_counts_text(told)}; {goal.metric}, {'low' if goal.direction == 'minimize' else 'high'} is good")
+    done = [one for one in trials if one.state == "complete"]
+    best, rest = sorted(done, key=lambda one: sign * one.value), [one for one in trials if one not in done]
+    say(f"\n{state_counts_text(trials)}; {goal.metric}, {'low' if goal.direction == 'minimize' else 'high'} is good")
     print_table("", *trial_table([*best, *rest], keys))
-    for one in told:
+    for one in trials:
         if one.state == "failed":
             say(f"trial {one.number} failed: {one.error}")
     means = {overrides_text(one.overrides): mean_value(done, one.overrides) for one in best}
@@ -294,8 +299,8 @@ def print_trials(told: Sequence[TrialStatus], goal: TrialGoal, root: Path, keys:
     say(f"runs: {root / TRIALS_DIR}\ncompare: python -m lm compare {root}")
 
 
-def mean_value(told: Sequence[TrialStatus], overrides: Mapping[str, str]) -> float:
-    return statistics.mean(one.value for one in told if one.overrides == overrides)
+def mean_value(trials: Sequence[TrialStatus], overrides: Mapping[str, str]) -> float:
+    return statistics.mean(one.value for one in trials if one.overrides == overrides)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where trials run: which devices each gets on this machine, and workers on others through Slurm or Ray."""
+"""Where trials run: the devices of each trial on this machine, and workers on other machines through Slurm or Ray."""
 
 import json
 import os
@@ -19,15 +19,14 @@ DEVICE_COUNT_CODE = "import jax, json; print(json.dumps([jax.default_backend(), 
 def device_environments(jobs: int | None) -> list[dict[str, str]]:
     """The environment of each of the `jobs` trials that run at once: equal shares of this machine's accelerators.
 
-    None: one trial for each accelerator, one in all on a CPU. Asked in a process of its own, as whoever asks JAX for
-    its devices holds them.
+    None: one trial for each accelerator, one in all on a CPU. Another process asks JAX for the devices, because a
+    process that asks holds them.
     """
-    said = subprocess.run([sys.executable, "-c", DEVICE_COUNT_CODE], capture_output=True, text=True)
-    if said.returncode:
-        raise UserError(
-            f"JAX finds no device here ({said.stderr.strip().splitlines()[-1]}): see `python -c {DEVICE_COUNT_CODE!r}`"
-        )
-    backend, count = json.loads(said.stdout.strip().splitlines()[-1])
+    counted = subprocess.run([sys.executable, "-c", DEVICE_COUNT_CODE], capture_output=True, text=True)
+    if counted.returncode:
+        error = counted.stderr.strip().splitlines()[-1]
+        raise UserError(f"JAX finds no device here ({error}): see `python -c {DEVICE_COUNT_CODE!r}`")
+    backend, count = json.loads(counted.stdout.strip().splitlines()[-1])
     return split_devices(backend, count, jobs, os.environ)
 
 
@@ -53,7 +52,7 @@ def split_devices(backend: str, count: int, jobs: int | None, environment: Mappi
 
 
 def launch_slurm(arguments: Sequence[str], workers: int, folder: Path, options: Mapping[str, str]) -> Callable[[], int]:
-    """Submits `workers` jobs that each run this sweep's command; returns what counts those not yet over.
+    """Submits `workers` jobs that each run this sweep's command; returns a function that counts unfinished jobs.
 
     options: of submitit's executor, such as timeout_min, gpus_per_node, slurm_partition; cluster=local runs them here.
     """
@@ -75,9 +74,10 @@ def launch_slurm(arguments: Sequence[str], workers: int, folder: Path, options: 
 
 
 def launch_ray(arguments: Sequence[str], workers: int, folder: Path, options: Mapping[str, str]) -> Callable[[], int]:
-    """Starts `workers` tasks of a Ray cluster that each run this sweep's command; returns what counts those not over.
+    """Starts `workers` tasks of a Ray cluster that each run this sweep's command; returns a function that counts
+    unfinished tasks.
 
-    options: address of the cluster, and what a task needs, such as num_gpus=1; no address: a cluster of this machine.
+    options: address of the cluster, and resources of a task, such as num_gpus=1; no address: a cluster of this machine.
     """
     try:
         import ray
@@ -97,12 +97,12 @@ LAUNCHERS = {"slurm": launch_slurm, "ray": launch_ray}
 
 
 def run_worker(arguments: list[str], directory: str = ".") -> int:
-    """Joins the study from wherever this runs; the exit status of the sweep's command there."""
+    """Joins the study from the machine that calls it; returns the exit status of the sweep's command there."""
     return subprocess.run([sys.executable, "-m", "lm.sweep.controller", *arguments], cwd=directory).returncode
 
 
 def number_or_text(text: str) -> int | float | str:
-    """`text` as the number that it is, or as it is."""
+    """`text` as a number if it is one, else unchanged."""
     for kind in (int, float):
         try:
             return kind(text)

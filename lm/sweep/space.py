@@ -41,7 +41,7 @@ class ConfigSource(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """One thing to try."""
+    """One setting to try, with its seeds."""
 
     number: int
     overrides: dict[str, str] | None  # None: a sampler chooses them
@@ -86,9 +86,10 @@ def grid_points(texts: Sequence[str]) -> list[dict[str, str]]:
 
 
 def search_space(texts: Sequence[str], source: ConfigSource) -> dict[str, BaseDistribution]:
-    """What a sampler draws from: "KEY=LOW:HIGH", "KEY=log:LOW:HIGH" or "KEY=V1,V2,...", by key.
+    """The distribution of each key that a sampler draws from: "KEY=LOW:HIGH", "KEY=log:LOW:HIGH" or "KEY=V1,V2,...".
 
-    A range is of integers where the config holds one. Raises UserError for a key or value that the config refuses.
+    A range is of integers if the config's value is an integer. Raises UserError for a key or value that the config
+    refuses.
     """
     space = {}
     for key, text in (_split_entry(text, "--space") for text in texts):
@@ -101,8 +102,8 @@ def search_space(texts: Sequence[str], source: ConfigSource) -> dict[str, BaseDi
             if not low < high or log and low <= 0:
                 above = "0 < LOW < HIGH" if log else "LOW < HIGH"
                 raise UserError(f"--space {key}={text}: give {above}")
-            whole = isinstance(low, int)
-            space[key] = IntDistribution(low, high, log=log) if whole else FloatDistribution(low, high, log=log)
+            is_integer = isinstance(low, int)
+            space[key] = IntDistribution(low, high, log=log) if is_integer else FloatDistribution(low, high, log=log)
         elif len(bounds) == 1 and not text.startswith("log:"):
             choices = _split_outside_brackets(text, ",")
             for choice in choices:
@@ -126,24 +127,24 @@ def sampled_overrides(trial: optuna.Trial, space: Mapping[str, BaseDistribution]
 
 
 def distribution_value(distribution: BaseDistribution, text: str) -> Any:
-    """The value whose `text` stands for."""
+    """The value with this `text`."""
     if isinstance(distribution, CategoricalDistribution):
         return text
     return int(text) if isinstance(distribution, IntDistribution) else float(text)
 
 
 def extended_trials(old: Sequence[Trial], trials: Sequence[Trial]) -> tuple[list[Trial], int]:
-    """The old trials and then those of `trials` that are not among them, numbered on; how many old ones are not among
-    `trials`. Trials are the same if overrides and seeds are."""
-    left = Counter(map(_trial_content, old))
+    """The old trials, then the new ones among `trials` with the next numbers; and how many old ones are not in
+    `trials`. Trials with the same overrides and seeds are the same."""
+    unmatched = Counter(map(_trial_content, old))
     new = []
     for trial in trials:
-        if left[_trial_content(trial)]:
-            left[_trial_content(trial)] -= 1
+        if unmatched[_trial_content(trial)]:
+            unmatched[_trial_content(trial)] -= 1
         else:
             new.append(trial)
     numbered = [trial._replace(number=len(old) + i) for i, trial in enumerate(new)]
-    return [*old, *numbered], left.total()
+    return [*old, *numbered], unmatched.total()
 
 
 def _trial_content(trial: Trial) -> str:

@@ -1,9 +1,9 @@
-"""The study: what a sweep plans, who has taken what, and the results; in a database that any number of machines share.
+"""The study: a sweep's plan, its claims and its results, in a database that any number of machines share.
 
-A trial waits until a worker claims it, runs, and is complete, pruned or failed. A worker that dies loses its claim: its
-trial waits again, under the same number and with the same overrides, and continues in its folder. However often that
-happens, what the study holds of it in the end (parameters, intermediate values, state, value) is what it would hold of
-an undisturbed trial, so samplers and pruners learn the same.
+A trial waits until a worker claims it, then runs, and ends complete, pruned or failed. A worker that dies loses its
+claim: its trial waits again, with the same number and overrides, and continues in its folder. However often that
+happens, the study's final record of the trial (parameters, intermediate values, state, value) is that of an undisturbed
+trial, so samplers and pruners learn the same.
 """
 
 import fcntl
@@ -29,15 +29,15 @@ from lm.runs.workdir import is_unlocked
 from lm.sweep.space import Trial, distribution_value, extended_trials, sampled_overrides
 
 NUMBER, SEEDS, OVERRIDES, ERROR, SECONDS, WORKER = "number", "seeds", "overrides", "error", "seconds", "worker"
-HOPELESS_KEY = "hopeless"  # of a trial: its pruner has given it up, though its process may still be saving itself
+HOPELESS_KEY = "hopeless"  # of a trial: its pruner has stopped it, but its process may still be saving
 PLAN_KEY, READY_KEY = "plan", "ready"  # of the study: what is tried; whether all trials have been entered
 TRIALS_KEY = "trials"  # of the plan: [number, overrides, seeds] of each
 WORKERS_DIR = "workers"  # of a sweep's folder: the locks of those who work in it
 HEARTBEAT_SECONDS, GRACE_SECONDS = (
     15,
     120,
-)  # seconds between two signs of life; after which a worker elsewhere counts as dead
-POLL_SECONDS = 0.2  # seconds between two looks for what another worker does first
+)  # seconds between two heartbeats; seconds without one after which a worker elsewhere counts as dead
+POLL_SECONDS = 0.2  # seconds between two checks of what another worker must do first
 STATE_NAMES = {
     TrialState.WAITING: "waiting",
     TrialState.RUNNING: "running",
@@ -48,11 +48,11 @@ STATE_NAMES = {
 
 
 class TrialStatus(NamedTuple):
-    """What the study knows of a trial."""
+    """The study's record of a trial."""
 
     number: int
     state: str  # one of the values of STATE_NAMES
-    overrides: Mapping[str, str]  # empty while nobody has chosen them
+    overrides: Mapping[str, str]  # empty until they are chosen
     seeds: Sequence[int]
     value: float | None
     step: int | None  # of the last intermediate value
@@ -62,7 +62,7 @@ class TrialStatus(NamedTuple):
 
 
 class Study:
-    """Optuna's study as a queue of trials, for one worker. Leaving it as a context manager gives up its place."""
+    """Optuna's study as a queue of trials, for one worker. Leaving the context manager gives up the worker's place."""
 
     def __init__(
         self, folder: Path, url: str, name: str, *, direction: str, sampler: str, pruner: str, steps: int, seed: int
@@ -93,8 +93,8 @@ class Study:
         self._storage.remove_session()
 
     def add_trials(self, plan: Mapping[str, Any], trials: Sequence[Trial]) -> None:
-        """Enters the trials that are not there yet. The first worker begins, the others wait, and do it if that one has
-        died.
+        """Enters the trials that are not there yet. The first worker does it; the others wait, and do it if that worker
+        has died.
 
         UserError if the study has another plan, or trials that are not among these.
         """
@@ -108,9 +108,7 @@ class Study:
             trials = self._agreed(begun, plan, trials)
             text = json.dumps({**plan, TRIALS_KEY: [[t.number, t.overrides, list(t.seeds)] for t in trials]})
             if PLAN_KEY not in attributes:
-                self._study.set_user_attr(
-                    PLAN_KEY, text
-                )  # first, so that whoever comes now has something to agree with
+                self._study.set_user_attr(PLAN_KEY, text)  # first, so that workers that join now can compare their plan
             entered = {trial.number for trial in self.trial_statuses()}
             for trial in trials:
                 if trial.number not in entered:
@@ -153,16 +151,16 @@ class Study:
         return None
 
     def _is_taken(self, trial_id: int) -> bool:
-        """Sets a waiting trial running; False where another machine was quicker: the database says so."""
+        """Sets a waiting trial running. False if another machine was quicker: the database decides."""
         try:
             return self._storage.set_trial_state_values(trial_id, state=TrialState.RUNNING)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
 
-    def _claimed(self, found: FrozenTrial, trial_id: int, space: Mapping[str, BaseDistribution]) -> "TrialClaim":
-        attributes = found.user_attrs
+    def _claimed(self, frozen: FrozenTrial, trial_id: int, space: Mapping[str, BaseDistribution]) -> "TrialClaim":
+        attributes = frozen.user_attrs
         if OVERRIDES in attributes:  # chosen before: samplers learn from parameters, which a copy of a trial lacks
-            for key in space.keys() - found.params.keys():
+            for key in space.keys() - frozen.params.keys():
                 internal = space[key].to_internal_repr(distribution_value(space[key], attributes[OVERRIDES][key]))
                 self._storage.set_trial_param(trial_id, key, internal, space[key])
         # Loaded anew: outside of Study.ask a sampler knows for good only the trials that it read first.
@@ -178,11 +176,11 @@ class Study:
         if OVERRIDES not in attributes:
             trial.set_user_attr(OVERRIDES, sampled_overrides(trial, space))
         chosen = Trial(attributes[NUMBER], trial.user_attrs[OVERRIDES], tuple(attributes[SEEDS]))
-        told = max(found.intermediate_values.items(), default=None)
-        return TrialClaim(chosen, trial, trial_id, self, told, HOPELESS_KEY in attributes)
+        last_report = max(frozen.intermediate_values.items(), default=None)
+        return TrialClaim(chosen, trial, trial_id, self, last_report, HOPELESS_KEY in attributes)
 
     def trial_statuses(self) -> list[TrialStatus]:
-        """Every trial as it stands, by number."""
+        """The state of every trial, by number."""
         trials = current_trials(self._study.get_trials(deepcopy=False))
         return [_trial_status(trials[number]) for number in sorted(trials)]
 
@@ -208,9 +206,9 @@ class Study:
             place.unlink(missing_ok=True)
 
     def release(self, trial_id: int) -> None:
-        """Lets a running trial wait again, with all that the study was told of it."""
+        """Lets a running trial wait again, with all values that it reported."""
         trial = self._storage.get_trial(trial_id)
-        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it is over, or another machine took us for dead
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):  # it is over, or another machine considered us dead
             if OVERRIDES in trial.user_attrs or not trial.params:
                 self._storage.set_trial_state_values(trial_id, state=TrialState.WAITING)
             elif self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL):
@@ -245,12 +243,12 @@ class TrialClaim(NamedTuple):
     hopeless: bool  # the pruner gave it up before, and its worker died before it had stopped the run
 
     def report_value(self, step: int, value: float) -> bool:
-        """Notes an intermediate value; whether the pruner calls the trial hopeless."""
+        """Records an intermediate value. Returns whether the pruner calls the trial hopeless."""
         self.optuna_trial.report(value, step)
         return self.optuna_trial.should_prune()
 
     def give_up(self) -> None:
-        """Notes what the pruner said: it will not say so again of the same values."""
+        """Records the pruner's answer, because it does not repeat it for the same values."""
         self.optuna_trial.set_user_attr(HOPELESS_KEY, True)
 
     def heartbeat(self) -> None:
@@ -307,7 +305,7 @@ def open_with_retries(open_storage: Callable[[], RDBStorage]) -> RDBStorage:
 
 @contextmanager
 def database_errors(url: str) -> Iterator[None]:
-    """Turns what a database refuses into one line, without its password."""
+    """Turns an error of the database into one line, without its password."""
     try:
         try:
             shown = make_url(url).render_as_string(hide_password=True)
@@ -327,24 +325,24 @@ def _attributes(trial: Trial) -> dict[str, Any]:
 
 
 def _enqueue_again(study: optuna.Study, trial: FrozenTrial) -> None:
-    """Enters a trial that failed once more: what failed stays as it is."""
+    """Enters a failed trial again. The failed one stays in the record."""
     kept = {key: trial.user_attrs[key] for key in (NUMBER, SEEDS, OVERRIDES) if key in trial.user_attrs}
     study.enqueue_trial({}, user_attrs=kept)
 
 
 def current_trials(trials: Sequence[FrozenTrial]) -> dict[int, FrozenTrial]:
-    """The trial of each number that counts: the first that has not failed, else the last. So neither does a failure
-    count that was tried again, nor what two machines have entered at the same moment."""
-    found: dict[int, FrozenTrial] = {}
+    """The trial of each number that counts: the first that has not failed, else the last. So a failure that was
+    tried again does not count, nor does a trial that two machines entered at the same moment."""
+    by_number: dict[int, FrozenTrial] = {}
     for trial in trials:
         number = trial.user_attrs[NUMBER]
-        if number not in found or found[number].state == TrialState.FAIL:
-            found[number] = trial
-    return found
+        if number not in by_number or by_number[number].state == TrialState.FAIL:
+            by_number[number] = trial
+    return by_number
 
 
 class CurrentStudy:
-    """A study as a pruner sees it: without the trials that do not count."""
+    """A study as a pruner sees it: without trials that do not count."""
 
     def __init__(self, study: optuna.Study):
         self._study = study
@@ -358,7 +356,7 @@ class CurrentStudy:
 
 
 class SuccessiveHalving(optuna.pruners.SuccessiveHalvingPruner):
-    """Optuna's, which compares with failed trials too, but without those that were tried again."""
+    """Optuna's pruner, which compares with failed trials too, but not with those that were tried again."""
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         return super().prune(CurrentStudy(study), trial)
@@ -389,8 +387,8 @@ OPTUNA_SAMPLERS = {
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
 # By the steps of a whole trial. ASHA: past a sixteenth and past a quarter of them, only the best quarter continues (Li
-# et al. 2018, arXiv 1810.05934). Median: past a quarter, whoever is better than half of the others were there (Golovin
-# et al. 2017). Before, a warm-up says little about what comes.
+# et al. 2018, arXiv 1810.05934). Median: past a quarter, a trial continues if it is better than half of the others were
+# at that step (Golovin et al. 2017). Earlier values, from the warm-up, predict little.
 OPTUNA_PRUNERS = {
     "none": lambda steps: optuna.pruners.NopPruner(),
     "asha": lambda steps: SuccessiveHalving(min_resource=max(steps // 16, 1)),

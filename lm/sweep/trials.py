@@ -1,7 +1,7 @@
-"""A trial as a process of its own: started, watched, stopped when it is hopeless, and its outcome.
+"""A trial as a process of its own: it is started, watched, stopped if it is hopeless, and its outcome is stored.
 
-A process of its own, because a trial that runs out of memory then takes nothing else with it. Each run has its workdir
-and its log in FOLDER/trials; its outcome is written beside them, for people and for lm compare.
+A trial that runs out of memory then harms no other. Each run has its workdir and its log in FOLDER/trials; its outcome
+is written beside them, for people and for lm compare.
 """
 
 import json
@@ -25,18 +25,18 @@ from lm.stages import STAGES, is_stage_name, named_stage
 from lm.sweep.space import SEED_KEY, ConfigSource, Trial, typed_overrides
 from lm.sweep.study import TrialClaim
 
-STOP_SECONDS = 120  # seconds a stopped run has to save itself
+STOP_SECONDS = 120  # seconds that a stopped run has for saving
 HELD_OUT_PREFIX = "held_out/"
 OUT_OF_MEMORY_TEXTS = ("RESOURCE_EXHAUSTED", "MemoryError", "std::bad_alloc", "Out of memory", "out of memory")
 
 
 class TrialGoal(NamedTuple):
-    """How a config is run, and by which of its numbers a trial is judged."""
+    """How a config is run, and which of its numbers judges a trial."""
 
     module: str  # the program
     part: str  # the folder, within the trial's, in which the number is logged; "" for itself
     metric: str  # its last value judges a trial
-    watched: str  # the values by which a hopeless trial is found out: the metric, or what training logs of it
+    watched: str  # the values that show a hopeless trial: the metric, or its value in training
     direction: str
     steps: int  # of a whole trial
 
@@ -76,13 +76,13 @@ class TrialProcess:
     ):
         self.claim, self._source, self._goal, self._root, self._devices = claim, source, goal, root, devices
         self._left, self._values, self._spent = list(claim.trial.seeds), [], 0.0
-        self._told = claim.told  # the last (step, value) that the study has been told
+        self._told = claim.told  # the last (step, value) that was reported to the study
         self._start_next_seed()
 
     def poll(self) -> bool:
-        """Looks after the trial; True once it is over and the study knows its outcome.
+        """Checks the trial. Returns True once it is over and its outcome is in the study.
 
-        Raises UserError if the run went well but did not log the metric: then no other trial will.
+        Raises UserError if the run succeeded but did not log the metric: then no other trial will.
         """
         self.claim.heartbeat()
         if self.claim.hopeless:
@@ -110,13 +110,13 @@ class TrialProcess:
         return True
 
     def stop_and_release(self) -> None:
-        """Stops the process, which saves itself, and lets the trial wait for another worker."""
+        """Stops the process, which saves its state, and lets the trial wait for another worker."""
         if not self.claim.hopeless:
             self._stop()
         self.claim.release()
 
     def _pruned(self) -> bool:
-        """Tells that the trial ended where the pruner gave it up, however far its process came before it stopped."""
+        """Records that the trial ended where the pruner stopped it, however far its process ran after that."""
         _, value = self._told
         self._record_outcome("pruned", value, None)
         self.claim.mark_pruned(value, self._spent)
@@ -141,7 +141,7 @@ class TrialProcess:
             )
 
     def _is_hopeless(self) -> bool:
-        """Reports what the first seed has newly logged to the study; whether its pruner gives the trial up."""
+        """Reports the new values of the first seed to the study. Returns whether its pruner stops the trial."""
         if self._values:
             return False
         for row in logged_rows(self.workdir, self._goal):
@@ -169,18 +169,18 @@ class TrialProcess:
 
 
 def logged_rows(workdir: Path, goal: TrialGoal) -> list[dict[str, Any]]:
-    """What a run has logged where the goal looks; nothing while that folder is not there."""
+    """The rows that a run has logged in the goal's folder; none while that folder does not exist."""
     return read_metrics(workdir / goal.part) if (workdir / goal.part).is_dir() else []
 
 
 def last_metric_value(workdir: Path, goal: TrialGoal) -> float:
     """The metric's last value in a run that has ended. UserError if it logged none."""
     rows = logged_rows(workdir, goal)
-    found = [row[goal.metric] for row in rows if goal.metric in row]
-    if not found:
-        known = sorted({name for row in rows for name in row} - {"step", "seconds", "tokens", "tokens_per_second"})
-        raise UserError(f"{workdir} logged no {goal.metric}: give --metric, one of {', '.join(known) or 'nothing'}")
-    return float(found[-1])
+    values = [row[goal.metric] for row in rows if goal.metric in row]
+    if not values:
+        logged = sorted({name for row in rows for name in row} - {"step", "seconds", "tokens", "tokens_per_second"})
+        raise UserError(f"{workdir} logged no {goal.metric}: give --metric, one of {', '.join(logged) or 'nothing'}")
+    return float(values[-1])
 
 
 def write_outcome(
@@ -194,8 +194,8 @@ def write_outcome(
     error: str | None,
     seconds: float,
 ) -> None:
-    """What came of a run, beside its workdir."""
-    told = {
+    """Writes the outcome of a run beside its workdir."""
+    outcome = {
         "number": trial.number,
         "overrides": typed_overrides(source, trial.overrides),
         "seed": seed,
@@ -205,7 +205,7 @@ def write_outcome(
         "seconds": seconds,
         "workdir": str(Path(workdir.name) / goal.part),
     }
-    write_text(workdir.with_name(f"{workdir.name}.json"), json.dumps(told, indent=2) + "\n")
+    write_text(workdir.with_name(f"{workdir.name}.json"), json.dumps(outcome, indent=2) + "\n")
 
 
 def trial_command(
@@ -219,7 +219,7 @@ def trial_command(
 
 
 def failure_reason(log: str, code: int) -> str:
-    """One line that says why a run ended with `code`: its own error, the signal that ended it, or its last line."""
+    """One line with the reason why a run ended with `code`: its error, the signal that ended it, or its last line."""
     lines = [line.strip() for line in log.split("\n") if line.strip()]
     if code == -signal.SIGKILL:
         return "killed (signal 9), as the system does when memory runs out: a smaller batch or model, or fewer --jobs"
@@ -231,7 +231,7 @@ def failure_reason(log: str, code: int) -> str:
 
 
 def wait_until_free(workdir: Path) -> None:
-    """Returns when no run holds the workdir: one whose worker was killed may still be saving itself."""
+    """Waits until no run holds the workdir: a run whose worker was killed may still be saving."""
     started = time.monotonic()
     while not all(map(is_unlocked, workdir.glob(f"**/{LOCK_FILE}"))) and time.monotonic() - started < STOP_SECONDS:
         time.sleep(0.2)

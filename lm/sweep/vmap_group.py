@@ -1,13 +1,20 @@
 """Several runs of one program as one: each in a thread, the functions that they compile called together under vmap.
 
     group = VmapGroup(3)
-    results = group.run(lambda member: train(configs[member], jit=group.jit))
+    results = group.run_members(lambda member: train(configs[member], jit=group.jit))
 
-Whoever calls a compiled function waits until all others wait too; then the calls of the same function are stacked and
-made as one. No run needs to know: it gets back its own part. Members may part ways (another number of batches, an
-error, an early end): whoever waits at the same function continues together, and the places of the others are filled
-with copies. The program is always of the same shape, so what a member computes does not depend on who computes beside
-it.
+A member that calls a compiled function waits until all others wait too; then the calls of the same function are stacked
+and made as one call. Each member gets its own part back. Members may part ways (another number of batches, an error, an
+early end): those that wait at the same function continue together, and the places of the others are filled with copies.
+The program always has the same shape, so what a member computes does not depend on the members beside it.
+
+Why threads that meet, and not an explicit `jax.vmap(update.update)` over stacked states? A member is a whole run of
+`lm train`. Rollouts, rewards, evaluations, gates, checkpoints and resuming are host code, and members reach them at
+different times: one resumes at step 40, one stops at a limit, one samples again because its rewards were all equal. An
+explicit vmap needs a second loop, and a second version of every stage that samples or evaluates, which takes lists of
+states. Here the loop and the stages stay as they are: they get `jit` as an argument, and that is where members meet.
+Sampling, reward models and reference log-probs are vmapped too, not only updates. The price is this file, a thread a
+member, and programs told apart by the code of the function that is compiled.
 """
 
 import threading
@@ -50,7 +57,7 @@ class MemberArray:
         return np.asarray(self.stacked.host_array()[self.member], dtype)
 
 
-def materialized(tree: Any) -> Any:
+def own_arrays(tree: Any) -> Any:
     """`tree` with every `MemberArray` as an array of its own."""
     return jax.tree.map(lambda leaf: leaf.stacked.array[leaf.member] if isinstance(leaf, MemberArray) else leaf, tree)
 
@@ -60,7 +67,7 @@ class VmapGroup:
 
     def __init__(self, count: int):
         self.count = count
-        self.stopped = threading.Event()  # for members to look at: whoever waits for them has been interrupted
+        self.stopped = threading.Event()  # members read it: set when the thread that waits for them is interrupted
         self._turn = threading.Condition()
         self._alive: set[int] = set()
         self._programs: dict[tuple[CodeType, int], VmappedProgram] = {}
@@ -69,7 +76,7 @@ class VmapGroup:
         self._member = threading.local()
 
     def run_members(self, work: Callable[[int], Any]) -> list[Any]:
-        """work(member) of every member, each in a thread; an exception in the place of a result is what it raised."""
+        """work(member) of every member, each in a thread. If a member raises an exception, that is its result."""
         self._alive = set(range(self.count))
 
         def alone(member: int) -> Any:
@@ -94,11 +101,11 @@ class VmapGroup:
     def make_once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """make(), by the first member that asks for this key; the others wait. It may compile, but must not compute."""
         with self._turn:
-            mine = key not in self._made
-            if mine:
+            is_first = key not in self._made
+            if is_first:
                 self._made[key] = Future()
             future = self._made[key]
-        if mine:
+        if is_first:
             try:
                 future.set_result(make())
             except Exception as error:
@@ -106,11 +113,12 @@ class VmapGroup:
         return future.result()
 
     def jit(self, function: Callable, *, donate_argnums: int | tuple[int, ...] = (), out_shardings=None) -> Callable:
-        """As jax.jit; the n-th function that a member compiles of a piece of code is the n-th of every other.
+        """As jax.jit. The n-th function that a member compiles from a piece of code is the same program as the n-th of
+        the others.
 
-        Numbers in which members differ must be arguments: one member's function is compiled for all. With
-        out_shardings (which is not looked at: there is one device) leaves of what it returns are `MemberArray`s, else
-        arrays of the host. Raises UserError if members compile code that has other numbers in it.
+        Numbers in which members differ must be arguments, because one member's function is compiled for all. With
+        out_shardings (ignored, as there is one device) the leaves of its results are `MemberArray`s, else arrays of the
+        host. Raises UserError if members compile code with different numbers in it.
         """
         with self._turn:
             member = self._member.number, function.__code__
@@ -136,7 +144,7 @@ class VmapGroup:
         return result
 
     def _run_ready_program(self) -> None:
-        """Makes the calls of one function, if everybody who is alive waits."""
+        """Makes the calls of one function, if every living member waits."""
         programs = self._programs.values()
         waiting = sum(len(program.waiting) for program in programs)
         if not self._alive or waiting < len(self._alive) or any(program.results for program in programs):
@@ -168,7 +176,7 @@ class VmappedProgram:
                 )
 
     def run_waiting_calls(self) -> None:
-        """Makes the calls that wait and shares out what they return."""
+        """Makes the waiting calls and distributes their results."""
         waiting, self.waiting = self.waiting, {}
         try:
             first = min(waiting)
@@ -176,11 +184,11 @@ class VmappedProgram:
             leaves, trees = zip(*(jax.tree.flatten(call) for call in calls))
             columns = list(zip(*leaves))
             # Copies in the places of members that are not here look like something that all share.
-            whole = len(waiting) == self._count or trees[0] not in self._axes
-            axes = tuple(map(stacking_axis, columns)) if whole else self._axes[trees[0]]
+            knows_axes = len(waiting) == self._count or trees[0] not in self._axes
+            axes = tuple(map(stacking_axis, columns)) if knows_axes else self._axes[trees[0]]
             self._axes[trees[0]] = axes
             stacked = [
-                materialized(column[0]) if one is None else stacked_leaves(column) for column, one in zip(columns, axes)
+                own_arrays(column[0]) if one is None else stacked_leaves(column) for column, one in zip(columns, axes)
             ]
             out = self._jitted_program(trees[0], axes)(*jax.tree.unflatten(trees[0], stacked))
             self.results = member_results(out, waiting, lazily=self._lazily)
@@ -215,7 +223,7 @@ def stacked_leaves(leaves: Sequence[Any]) -> Any:
     if all(isinstance(leaf, MemberArray) and leaf.stacked is leaves[0].stacked for leaf in leaves):
         if [leaf.member for leaf in leaves] == list(range(len(leaves))):
             return first.stacked.array
-    arrays = [materialized(leaf) for leaf in leaves]
+    arrays = [own_arrays(leaf) for leaf in leaves]
     return (jnp if any(isinstance(array, jax.Array) for array in arrays) else np).stack(arrays)
 
 

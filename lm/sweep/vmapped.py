@@ -1,8 +1,8 @@
-"""Several runs of one config, which differ in seeds and numbers, trained as one vmapped program.
+"""Trains several runs of one config, which differ in seeds and numbers, as one vmapped program.
 
-Each is a run of lm train like any other, with a workdir of its own: config, metrics, checkpoints, report. What they
-compile is called together (lm.sweep.vmap_group): one program starts, compiles and steps for all of them. For models
-that are too small to keep a device busy. One device; seconds, and with them MFU, are those of the whole group.
+Each is a run of lm train with a workdir of its own: config, metrics, checkpoints, report. Their compiled functions are
+called together (lm.sweep.vmap_group, which says why): one program starts, compiles and steps for all of them. This is
+for models that are too small to keep a device busy. It uses one device. Seconds, and so MFU, are those of the group.
 """
 
 import threading
@@ -21,12 +21,12 @@ from lm.core.errors import UserError
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.console import SigtermExit, muted_thread, on_sigterm
 from lm.runs.hardware import peak_flops
-from lm.sweep.vmap_group import VmapGroup, materialized
+from lm.sweep.vmap_group import VmapGroup, own_arrays
 from lm.train import loop
 from lm.train.host import RunHost
 
 TRACED_SUBTREES = ("optimizer.", "stage.")  # subtrees whose numbers may differ: they become arguments of the program
-UNTRACED_SUBTREES = ("data.",)  # may differ too, where it shapes nothing: batches are made run by run
+UNTRACED_SUBTREES = ("data.",)  # may differ too, unless shapes depend on it: each run makes its own batches
 SEED_KEY = "seed"
 
 
@@ -36,7 +36,7 @@ def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[
     Raises UserError if they differ in what a program is compiled for, and SigtermExit after SIGTERM, once all are
     saved.
     """
-    given = traced_scalars([flatten(to_dict(config)) for config in configs])
+    scalars = traced_scalars([flatten(to_dict(config)) for config in configs])
     peak_flops()  # measured before the runs share the machine
     group, saving = VmapGroup(len(configs)), threading.Lock()
     with on_sigterm() as stopping:
@@ -56,10 +56,10 @@ def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[
                 host = RunHost(
                     group.jit,
                     group.make_once,
-                    given[number],
+                    scalars[number],
                     one_device_mesh,
                     watched,
-                    materialized,
+                    own_arrays,
                     turn,
                     is_timed=False,
                 )
@@ -70,7 +70,7 @@ def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[
         if isinstance(result, SigtermExit):
             raise result
         if isinstance(result, jax.errors.TracerBoolConversionError):
-            keys = ", ".join(given[0]) or "the config"
+            keys = ", ".join(scalars[0]) or "the config"
             raise UserError(
                 f"{keys}: some value decides what is computed, so that no one program fits all runs: leave "
                 "--vectorised out"
@@ -79,7 +79,8 @@ def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[
 
 
 def traced_scalars(flat: Sequence[Mapping[str, Any]]) -> list[dict[str, np.float32]]:
-    """Of each config the numbers of optimizer and stage in which they differ. UserError for any other difference."""
+    """The numbers of optimizer and stage in which the configs differ, for each config. UserError for any other
+    difference."""
     absent = [key for key in dict.fromkeys(key for one in flat for key in one) if any(key not in one for one in flat)]
     if absent:
         raise UserError(f"{absent[0]} is set in some runs only: set it in all, or leave --vectorised out")
@@ -97,14 +98,14 @@ def traced_scalars(flat: Sequence[Mapping[str, Any]]) -> list[dict[str, np.float
 
 
 def structure_key(config: ConfigDict) -> str:
-    """What must be the same of runs that are vectorised together."""
+    """Everything that must be equal for runs in one program."""
     flat = flatten(to_dict(config))
     traced = {k for k, v in flat.items() if k.startswith(TRACED_SUBTREES) and isinstance(v, float)}
     return str({k: "a number" if k in traced else v for k, v in sorted(flat.items()) if k != SEED_KEY})
 
 
 def one_device_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    """The mesh of the first device, whatever is asked for."""
+    """The mesh of the first device, whatever sizes are asked for."""
     return jax.make_mesh(
         (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
     )

@@ -1,4 +1,4 @@
-"""Trials of a sweep that run together: those that differ in seeds and numbers only are one vmapped program."""
+"""Runs trials of a sweep together: trials that differ only in seeds and numbers are one vmapped program."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from lm.sweep.trials import TrialGoal, last_metric_value, write_outcome
 
 
 def run_vmapped_trials(study: Study, source: ConfigSource, goal: TrialGoal, root: Path, *, at_once: int) -> None:
-    """Runs all waiting trials, up to `at_once` of equal structure in one program. Interrupted, it gives them back."""
+    """Runs all waiting trials, up to `at_once` of equal structure in one program. If interrupted, it releases them."""
     claims = list(iter(lambda: study.claim({}), None))
     try:
         while claims:
@@ -59,7 +59,7 @@ def run_trial_group(
 
 @contextmanager
 def heartbeats(claims: Sequence[TrialClaim]) -> Iterator[None]:
-    """Signs of life for the study while the trials compute."""
+    """Sends heartbeats to the study while the trials compute."""
     over = threading.Event()
 
     def beat() -> None:

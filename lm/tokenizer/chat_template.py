@@ -69,7 +69,7 @@ class ChatTemplate:
         `last`: in the last message alone. UserError where the template rewrites earlier turns depending on later
         ones, or a question depending on its answer: then no mask fits both.
         """
-        text, said = self.render(messages, add_generation_prompt=False), []
+        text, spans = self.render(messages, add_generation_prompt=False), []
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or last and i + 1 < len(messages):
                 continue
@@ -87,8 +87,8 @@ class ChatTemplate:
                     "the chat template rewrites earlier answers when later ones come, so they cannot be masked: "
                     "cut conversations to one answer (data.turns), or take another template"
                 )
-            said.append((len(before), len(after), message_weight(message)))
-        return RenderedChat(text, said)
+            spans.append((len(before), len(after), message_weight(message)))
+        return RenderedChat(text, spans)
 
 
 def formatted_time(moment: datetime, form: str) -> str:

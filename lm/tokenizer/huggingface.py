@@ -74,10 +74,10 @@ class SentencePieceModel:
         for match in [*self._cut.finditer(text), None]:
             part = text[at : match.start() if match else len(text)]
             if part:
-                found = self._processor.encode_as_proto(part).pieces
+                pieces = self._processor.encode_as_proto(part).pieces
                 characters = [i for i, character in enumerate(part) for _ in character.encode()] + [len(part)]
-                ids += [piece.id for piece in found]
-                starts += [at + characters[piece.begin] for piece in found]  # it counts bytes
+                ids += [piece.id for piece in pieces]
+                starts += [at + characters[piece.begin] for piece in pieces]  # it counts bytes
             if match:
                 ids.append(self._processor.piece_to_id(match[0]))
                 starts.append(match.start())
@@ -90,9 +90,9 @@ class SentencePieceModel:
         return self._processor.decode(ids)
 
     def token_id(self, token: str) -> int | None:
-        found = self._processor.piece_to_id(token)
+        id_ = self._processor.piece_to_id(token)
         unknown = self._processor.unk_id()
-        return None if found == unknown and token != self._processor.id_to_piece(unknown) else found
+        return None if id_ == unknown and token != self._processor.id_to_piece(unknown) else id_
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,12 @@ class HuggingFaceTokenizer(Tokenizer):
         """The template's text is tokenised once, as a whole. What an assistant's turn holds behind its last special
         token (a line's end) is not trained, and left out where nothing follows. An answer is not trained either if
         its first token also holds the end of the marker: a model that is asked sees another token there."""
-        text, said = self.template.render_with_spans(messages, last=only_last)
+        text, spans = self.template.render_with_spans(messages, last=only_last)
         ids, starts = self._coder.encode_with_special(text)
         starts = np.array(starts)
         weights = np.zeros(len(ids), np.float32)
         last = len(ids)
-        for begin, end, weight in said:
+        for begin, end, weight in spans:
             inside = np.flatnonzero((starts >= begin) & (starts < end))
             if not inside.size:
                 raise UserError(
@@ -237,7 +237,7 @@ def huggingface_from_bytes(proto: bytes, path) -> HuggingFaceTokenizer:
 
 
 def _date_suffix(date: str) -> bytes:
-    """What stands in the place of the last brace of a file with this date."""
+    """Replaces the last brace of a file, to store this date."""
     return f', "date": {json.dumps(date)}}}'.encode()
 
 

@@ -123,8 +123,8 @@ class SentencePieceTokenizer(Tokenizer):
         Trained as targets: the content of assistant messages and their `<|end|>`, so that answers learn to stop; not
         role markers, not other messages. `last`: of the last message alone.
         """
-        said = [message["content"] for messages in conversations for message in checked_messages(messages)]
-        contents = iter(self.encode_batch(said))
+        texts = [message["content"] for messages in conversations for message in checked_messages(messages)]
+        contents = iter(self.encode_batch(texts))
         return [self._example(messages, contents, last) for messages in conversations]
 
     def _example(self, messages: Sequence[Message], contents: Iterator[list[int]], last: bool) -> TokenizedExample:

@@ -1,6 +1,7 @@
 """The one loop that trains every stage: `lm train`.
 
-`loop.train_stage` runs a config in a workdir, `setup` puts model, data and mesh together, `warm_start` takes what other
-workdirs bring (parameters, tokenizer, reward model, teacher). A new method is no change here: it is a stage. `inspect`
-is `lm inspect`: a batch as the loop gets it, checked; `batch_view` shows it and `batch_statistics` draws many.
+`loop.train_stage` runs a config in a workdir. `setup` builds model, data and mesh. `warm_start` loads what a run takes
+from other workdirs (parameters, tokenizer, reward model, teacher). `resume` says what a checkpoint holds. A new method
+is a stage and changes nothing here. `inspect` is `lm inspect`: it checks a batch as the loop gets it; `batch_view`
+shows the batch and `batch_statistics` draws many.
 """

@@ -1,4 +1,4 @@
-"""Figures and a table of how long documents and answers are, and of what is trained, by source and by kind."""
+"""Figures and a table of the lengths of documents and answers, and of the trained share, by source and by kind."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from lm.runs.html import SERIES_COLORS, TEXT_COLOR, png_figure
 
 LENGTHS_FIGURE, SHARES_FIGURE = "lengths.png", "shares.png"
 HISTOGRAM_BINS = 30
-MAX_SERIES = len(SERIES_COLORS)  # sources told apart in a histogram, those with the most tokens
+MAX_SERIES = len(SERIES_COLORS)  # sources with a colour of their own in a histogram: those with the most tokens
 COLUMNS = ("", "segments", "tokens", "trained", "document", "95 %", "answer", "95 %")
 
 
@@ -33,9 +33,9 @@ def write_statistics(lengths: Sequence[SegmentLength], folder: str | Path, *, pa
         (folder / SHARES_FIGURE).write_bytes(shares_figure(groups, padding))
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; give another --stats") from error
-    found = [folder / LENGTHS_FIGURE, folder / SHARES_FIGURE]
-    say(f"figures: {', '.join(map(str, found))}")
-    return found
+    paths = [folder / LENGTHS_FIGURE, folder / SHARES_FIGURE]
+    say(f"figures: {', '.join(map(str, paths))}")
+    return paths
 
 
 def source_name(length: SegmentLength) -> str:
@@ -46,34 +46,37 @@ def kind_name(length: SegmentLength) -> str:
     return length.kind
 
 
-def print_summaries(title: str, found: Mapping[str, LengthSummary]) -> None:
+def print_summaries(title: str, by_name: Mapping[str, LengthSummary]) -> None:
     """A line for each source or kind."""
     print_table(
         title,
         COLUMNS,
-        [[name, s.segments, s.tokens, f"{s.trained_share:.1%}", *map(rounded, s[3:])] for name, s in found.items()],
+        [
+            [name, s.segments, s.tokens, f"{s.trained_share:.1%}", *map(rounded_count, s[3:])]
+            for name, s in by_name.items()
+        ],
     )
 
 
-def rounded(tokens: float) -> int | str:
+def rounded_count(tokens: float) -> int | str:
     return "–" if np.isnan(tokens) else round(tokens)
 
 
 def lengths_figure(lengths: Sequence[SegmentLength], sources: Sequence[str]) -> bytes:
     """Histograms of the tokens of a document or conversation and, where there are any, of an answer, by source."""
-    drawn: dict[str, Callable] = {"tokens a document or conversation": document_lengths}
+    measures: dict[str, Callable] = {"tokens a document or conversation": document_lengths}
     if len(answer_lengths(lengths)):
-        drawn["tokens an answer"] = answer_lengths
+        measures["tokens an answer"] = answer_lengths
 
     def draw(axes):
-        for ax, (label, measure) in zip(np.atleast_1d(axes), drawn.items(), strict=True):
-            found = {source: measure(x for x in lengths if x.source == source) for source in sources}
-            found = {source: values for source, values in found.items() if len(values)}
-            everything = np.concatenate(list(found.values()))
+        for ax, (label, measure) in zip(np.atleast_1d(axes), measures.items(), strict=True):
+            by_source = {source: measure(x for x in lengths if x.source == source) for source in sources}
+            by_source = {source: values for source, values in by_source.items() if len(values)}
+            everything = np.concatenate(list(by_source.values()))
             low, high = max(everything.min(), 1), everything.max() + 1
             spread = high > 20 * low
             edges = np.geomspace(low, high, HISTOGRAM_BINS) if spread else np.linspace(low, high, HISTOGRAM_BINS)
-            for (source, values), color in zip(found.items(), SERIES_COLORS):
+            for (source, values), color in zip(by_source.items(), SERIES_COLORS):
                 ax.hist(values, bins=edges, histtype="stepfilled", alpha=0.3, color=color)
                 ax.hist(values, bins=edges, histtype="step", color=color, label=f"{source} ({len(values):,})")
             if spread:
@@ -83,23 +86,23 @@ def lengths_figure(lengths: Sequence[SegmentLength], sources: Sequence[str]) -> 
             ax.legend(frameon=False, fontsize=8)
             ax.set_axisbelow(True)
 
-    return png_figure(draw, width=4.2 * len(drawn), height=3.0, ncols=len(drawn))
+    return png_figure(draw, width=4.2 * len(measures), height=3.0, ncols=len(measures))
 
 
 def shares_figure(groups: Mapping[str, Mapping[str, LengthSummary]], padding: float) -> bytes:
-    """The tokens of each source and kind, what is trained of them in another colour; and the share of padding."""
+    """The tokens of each source and kind, with the trained ones in another colour; and the share of padding."""
 
     def draw(axes):
-        for ax, (title, found) in zip(np.atleast_1d(axes), groups.items(), strict=True):
-            places = np.arange(len(found))
-            tokens = np.array([s.tokens for s in found.values()])
-            trained = np.array([s.trained for s in found.values()])
+        for ax, (title, by_name) in zip(np.atleast_1d(axes), groups.items(), strict=True):
+            places = np.arange(len(by_name))
+            tokens = np.array([s.tokens for s in by_name.values()])
+            trained = np.array([s.trained for s in by_name.values()])
             ax.set_axisbelow(True)
             ax.barh(places, trained, 0.6, color=SERIES_COLORS[2], label="trained")
             ax.barh(places, tokens - trained, 0.6, left=trained, color=TEXT_COLOR, alpha=0.45, label="context")
-            for place, s in zip(places, found.values()):
+            for place, s in zip(places, by_name.values()):
                 ax.text(s.tokens, place, f" {s.trained_share:.0%} trained", va="center", fontsize=8)
-            ax.set_yticks(places, list(found))
+            ax.set_yticks(places, list(by_name))
             ax.invert_yaxis()
             ax.set_xlim(0, 1.3 * tokens.max())
             ax.grid(visible=False, axis="y")
@@ -107,5 +110,5 @@ def shares_figure(groups: Mapping[str, Mapping[str, LengthSummary]], padding: fl
             ax.set_xlabel(f"tokens by {title}; padding {padding:.1%} of all positions")
             ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
-    height = 1.3 + 0.35 * max(len(found) for found in groups.values())
+    height = 1.3 + 0.35 * max(len(by_name) for by_name in groups.values())
     return png_figure(draw, width=5.6 * len(groups), height=height, ncols=len(groups))

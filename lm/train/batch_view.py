@@ -14,7 +14,7 @@ from lm.optim.combinators import inference_state
 from lm.runs.html import template_environment, visible_text
 from lm.train.setup import TrainingSetup
 
-# Two shades of what is trained tell a token from its neighbour.
+# Trained tokens have two shades in turn, so that neighbours can be told apart.
 TRAINED_COLORS, CONTEXT_COLOR, PADDING_COLOR, RESET = ("\033[32m", "\033[92m"), "\033[90m", "\033[2;90m", "\033[0m"
 ADVANTAGE = "advantage"
 
@@ -53,28 +53,33 @@ def batch_view(
     done: int,
 ) -> BatchView:
     """The first `rows` rows of batch `step`, or prompts with all their answers, in the state after `done` steps."""
-    shown = annotated_batch(r, state, batch)
-    if origins is not None and len(jax.tree.leaves(shown)[0]) < len(origins):  # the stage keeps some of its answers
-        origins = origins[:: len(origins) // len(jax.tree.leaves(shown)[0])]
-    parts = {**token_parts(batch), **token_parts(shown)}  # what a stage drops when it has read it is shown too
-    found: list[RowView] = []
+    annotated = annotated_batch(r, state, batch)
+    if origins is not None and len(jax.tree.leaves(annotated)[0]) < len(origins):  # the stage keeps some of its answers
+        origins = origins[:: len(origins) // len(jax.tree.leaves(annotated)[0])]
+    parts = {
+        **token_parts(batch),
+        **token_parts(annotated),
+    }  # tokens that the stage drops after reading them are shown too
+    views: list[RowView] = []
     for name, tokens in parts.items():
         main = name == "tokens"
-        shape = np.shape(shown.ranks)[:2] if isinstance(shown, RankedAnswers) and main else (len(tokens.inputs),)
+        shape = (
+            np.shape(annotated.ranks)[:2] if isinstance(annotated, RankedAnswers) and main else (len(tokens.inputs),)
+        )
         count = min(rows * (shape[1] if len(shape) > 1 else 1), len(tokens.inputs))
         part = jax.tree.map(lambda x: x[:count], tokens)  # noqa: B023  read at once
-        values = target_values(r, state, shown, part, main=main) if count else {}
+        values = target_values(r, state, annotated, part, main=main) if count else {}
         for row in range(count):
-            if not (part.segments[row] > 0).any() and isinstance(shown, RankedAnswers):
+            if not (part.segments[row] > 0).any() and isinstance(annotated, RankedAnswers):
                 continue  # an answer that is not there
             place = row // shape[1] if len(shape) > 1 else row
             origin = origins[place] if origins is not None and place < len(origins) and name != "text_tokens" else None
             label = group_label(row, shape) if main else f"{name.removesuffix('_tokens')} row {row + 1}"
-            facts = [*row_facts(part, row, origin), *(batch_facts(shown, row, values) if main else ())]
-            found.append(RowView(label, facts, segment_views(r, part, row, values, origin)))
-    hidden = sum(int((tokens.segments > 0).any(axis=1).sum()) for tokens in parts.values()) - len(found)
+            facts = [*row_facts(part, row, origin), *(batch_facts(annotated, row, values) if main else ())]
+            views.append(RowView(label, facts, segment_views(r, part, row, values, origin)))
+    hidden = sum(int((tokens.segments > 0).any(axis=1).sum()) for tokens in parts.values()) - len(views)
     at = f"after {done} steps" if done else "that the run starts from"
-    return BatchView(f"batch {step} of stage {r.stage.name}", f"in the state {at}", found, hidden)
+    return BatchView(f"batch {step} of stage {r.stage.name}", f"in the state {at}", views, hidden)
 
 
 def annotated_batch(r: TrainingSetup, state: TrainState, batch: Any) -> Any:

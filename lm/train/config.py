@@ -1,4 +1,4 @@
-"""What a config of lm train is: its entries, the function that each subtree calls, how long a run is."""
+"""The config of lm train: its entries, the function that each subtree calls, and the schedule of a run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,11 +26,11 @@ EQUAL_OPTIONS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSchedule:
-    """How long a run is and how often it does what; counted in batches."""
+    """How long a run is and how often it logs, saves and scores, counted in batches."""
 
     steps: int
     log_every: int = 10
-    evaluate_every: int = 0  # held-out score; 0: at the start and the end only
+    evaluate_every: int = 0  # batches between held-out scores; 0: only at the start and the end
     save_every: int = 100
     keep: int = 2  # newest checkpoints that stay
     logged_rollouts: int = 16  # rows of a sampled batch that rollouts.jsonl shows, at the start and at every save

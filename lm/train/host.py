@@ -1,4 +1,4 @@
-"""What a run has of the process that it runs in: alone, all of it; among others (lm.sweep.vmapped), its share."""
+"""What a run gets from its process: all of it if it is alone, a share if it is one of several (lm.sweep.vmapped)."""
 
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +11,7 @@ from lm.runs.console import on_sigterm
 
 
 def make_unshared(key: Hashable, make: Callable[[], Any]) -> Any:
-    """make(): nobody shares it."""
+    """make(): no other run shares the result."""
     return make()
 
 
@@ -32,7 +32,7 @@ class RunHost(NamedTuple):
     checkpoint_turn: Callable[[Checkpoints], AbstractContextManager] = (
         nullcontext  # in which checkpoints are read and written
     )
-    is_timed: bool = True  # whether the time that passes is this run's
+    is_timed: bool = True  # whether the time that passes belongs to this run alone
 
 
 SINGLE_RUN_HOST = RunHost()

@@ -2,14 +2,15 @@
 
     python -m lm inspect --config=experiments/sft.py
     python -m lm inspect --config=experiments/grpo.py --workdir=runs/grpo --step=100 --rows=8 --html=batch.html
-    python -m lm inspect --config=experiments/pretrain.py --batches=50 --stats=lengths
 
 Batch i is the one that comes after i steps. Where a policy samples it, the state is that of the newest checkpoint in
 --workdir that is not later, else the starting state. Nothing in the workdir is changed, and a run in progress may be
 looked at. The exit status is 1 if a check finds a fault.
 
 --html writes a page; the pointer on a token shows its id, weight, position and log-probability. --stats draws the
-lengths of documents and answers, and what is trained of each source, over --batches batches from that step on.
+lengths of documents and answers, and what is trained of each source, over --batches batches from that step on:
+
+    python -m lm inspect --config=experiments/pretrain.py --batches=50 --stats=lengths
 """
 
 import shlex
@@ -38,7 +39,8 @@ from lm.train.batch_statistics import write_statistics
 from lm.train.batch_view import BatchView, batch_view, html_page, text_lines
 from lm.train.config import train_functions
 from lm.train.host import SINGLE_RUN_HOST
-from lm.train.loop import check_training_config, checkpoint_tree, state_from_checkpoint
+from lm.train.loop import check_training_config
+from lm.train.resume import checkpoint_tree, state_from_checkpoint
 from lm.train.setup import TrainingSetup, training_setup
 
 FLAGS = {

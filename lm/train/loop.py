@@ -29,7 +29,7 @@ from lm.core.options import option_value
 from lm.core.sharding import put_batch
 from lm.core.types import Tokens, TrainState
 from lm.optim.combinators import inference_state
-from lm.optim.ema import averaged_params, with_averaged_params
+from lm.optim.ema import averaged_params
 from lm.report import run
 from lm.runs import metadata, profiler
 from lm.runs.checkpoint import Checkpoints
@@ -44,6 +44,7 @@ from lm.stages.context import Batches
 from lm.train.config import CONFIG_KEYS, TrainingSchedule, train_functions
 from lm.train.host import SINGLE_RUN_HOST, RunHost
 from lm.train.over_optimization import OverOptimization, best_rated_step, check_watched_rating, over_optimization
+from lm.train.resume import checkpoint_tree, restored_state
 from lm.train.setup import TrainingSetup, training_setup
 from lm.train.source_metrics import source_metrics
 
@@ -57,7 +58,7 @@ FLAGS = {
 def train_stage(
     config: ConfigDict, path: str | Path, *, log: str = "", profile: str = "", host: RunHost = SINGLE_RUN_HOST
 ) -> dict[str, Any]:
-    """Trains one stage in its workdir, or takes up where it stopped, and returns the summary it leaves there.
+    """Trains one stage in its workdir, or continues it, and returns the summary that it leaves there.
 
     log: trackers, as --log names them. profile: a range of steps, as --profile does.
     """
@@ -126,15 +127,13 @@ def print_stage_summary(title: str, summary: Mapping[str, Any]) -> None:
 def run_training_loop(
     config: ConfigDict, workdir: Workdir, *, packages: Mapping[str, Any], traced: range, host: RunHost
 ) -> dict[str, Any]:
-    """The loop. Batch i depends on (seed, i) and, where it is sampled, on the state: no more need be remembered.
+    """The loop. Batch i depends on (seed, i) and, where it is sampled, on the state, so nothing else is remembered.
 
-    packages: of the trackers (lm.runs.trackers.tracker_packages). traced: steps to profile. host: the process that it
-    runs in.
+    packages: of the trackers (lm.runs.trackers.tracker_packages). traced: steps to profile. host: the process that runs
+    the loop.
     """
-    schedule, phases = (
-        call_with_options(train_functions(config)["train"].function, config.train, name="train"),
-        PhaseTimer(),
-    )
+    schedule = call_with_options(train_functions(config)["train"].function, config.train, name="train")
+    phases = PhaseTimer()
     with Progress(config.stage.name, schedule.steps) as progress:
         r = training_setup(config, workdir, phases, host)
         print_dataset_info(config.stage.name, r.batches)
@@ -167,9 +166,8 @@ def run_training_loop(
 
                 if not done and schedule.watched_rating:
                     save(0, state)  # the start may turn out to be the best
-                if not log.has_held_out_scores and schedule.scores(
-                    done
-                ):  # after a kill in the evaluation of a saved state, too
+                # A fresh start, or a saved state whose evaluation was interrupted.
+                if not log.has_held_out_scores and schedule.scores(done):
                     scores = held_out_metrics(r, evaluate, state)
                     log.write_row(done, scores)
                     if not done:
@@ -240,7 +238,7 @@ def compiled_steps(r: TrainingSetup, host: RunHost) -> tuple[Callable, Callable]
 
 
 def print_dataset_info(name: str, batches: Batches) -> None:
-    """One line: what a stage has prepared, and what becomes of what does not fit a row."""
+    """One line: what a stage has prepared, and the rule for what does not fit a row."""
     about = batches.dataset_info.items()
     numbers = ", ".join(f"{key} {n:,.4g}" if isinstance(n, float) else f"{key} {n:,}" for key, n in about)
     say(f"{name}: {numbers}{f'; {batches.truncation}' if batches.truncation else ''}")
@@ -258,19 +256,19 @@ def device_batch(r: TrainingSetup, state: TrainState, i: int):
 def held_out_metrics(r: TrainingSetup, evaluate, state: TrainState) -> dict[str, float]:
     """The stage's summary of its metrics over every held-out batch, as "held_out/NAME"; of averaged weights, if any.
 
-    Where there are several sources, what the stage shows is there for each and for each kind, too: "loss/SOURCE".
+    With several sources, each source and each kind has the metrics that the stage shows, too: "loss/SOURCE".
     """
     with r.phases("update"):
-        jax.block_until_ready(state.params)  # what the devices still have to do is not the evaluation's
+        jax.block_until_ready(state.params)  # steps that still run are not the evaluation's time
     state = state.replace(params=averaged_params(state.opt_state) or state.params)
     parts = r.batches.held_out_parts
     ends = list(itertools.accumulate(part.batches for part in parts))
     totals: dict[int, Metrics] = {}  # by part; all in the first where there are none
     with r.phases("eval"):
         for number, batch in enumerate(r.batches.held_out(inference_state(state))):
-            found = jax.device_get(dict(evaluate(state, put_batch(batch, r.mesh))))
+            metrics = jax.device_get(dict(evaluate(state, put_batch(batch, r.mesh))))
             part = bisect.bisect_right(ends, number)
-            totals[part] = metric_sum(totals[part], found) if part in totals else found
+            totals[part] = metric_sum(totals[part], metrics) if part in totals else metrics
     if not totals:
         raise UserError(
             f"{r.checkpoint_metadata['stage']}: the held-out side holds no whole batch: "
@@ -284,54 +282,19 @@ def held_out_metrics(r: TrainingSetup, evaluate, state: TrainState) -> dict[str,
 
 
 def check_start_metrics(r: TrainingSetup, before: Mapping[str, float]) -> None:
-    """UserError unless the held-out metrics `before` the first step are what stage.start_metrics says they must be: a
-    policy that is still its own reference has ratio 1 and no KL, and preferences cost log 2."""
+    """UserError unless the held-out metrics `before` the first step have the values of stage.start_metrics.
+
+    A policy that is still its own reference has ratio 1 and KL 0, and the loss of preferences is log 2.
+    """
     for name, (value, tolerance) in r.stage.start_metrics.items():
-        found = before[f"held_out/{name}"]
-        if not abs(found - value) <= tolerance:
+        measured = before[f"held_out/{name}"]
+        if not abs(measured - value) <= tolerance:
             raise UserError(
-                f"{r.checkpoint_metadata['stage']}: held-out {name} is {found:.4g} before the first step; "
+                f"{r.checkpoint_metadata['stage']}: held-out {name} is {measured:.4g} before the first step; "
                 f"it must be {value:.4g} "
                 f"within {tolerance}: policy and reference, or sampler and trainer, are not the same distribution "
                 f"(see start_metrics in {r.stage.path})"
             )
-
-
-def checkpoint_tree(state: TrainState) -> dict[str, Any]:
-    """What a checkpoint holds: all but the frozen networks, which every start builds again.
-
-    "params" is for whoever loads the run: averaged weights where there are any; then "live" are those being trained.
-    """
-    average = averaged_params(state.opt_state)
-    return {
-        "params": average or state.params,
-        "live": state.params if average else {},
-        "opt_state": with_averaged_params(state.opt_state, {}),
-        "counts": {"step": state.step, "key": state.key},
-        "memory": state.memory,
-    }
-
-
-def restored_state(checkpoints: Checkpoints, r: TrainingSetup) -> tuple[int, TrainState]:
-    """(batches done, state) of the newest whole checkpoint, or (0, the starting state)."""
-    return state_from_checkpoint(checkpoints.restore(checkpoint_tree(r.initial_state)), r, checkpoints.directory)
-
-
-def state_from_checkpoint(
-    found: tuple[int, dict[str, Any], dict[str, Any]] | None, r: TrainingSetup, directory: Path
-) -> tuple[int, TrainState]:
-    """(batches done, state) of a checkpoint as lm.runs.checkpoint reads it, or (0, the starting state) of none."""
-    if found is None:
-        return 0, r.initial_state
-    done, tree, meta = found
-    if meta["fingerprint"] != r.checkpoint_metadata["fingerprint"]:
-        raise UserError(
-            f"{directory} was trained with tokenizer and template {meta['fingerprint'][:8]}, but "
-            f"this run has {r.checkpoint_metadata['fingerprint'][:8]}: give another --workdir, or remove this one"
-        )
-    opt_state = with_averaged_params(tree["opt_state"], tree["params"])
-    params = tree["live"] or tree["params"]
-    return done, r.initial_state.replace(params=params, opt_state=opt_state, memory=tree["memory"], **tree["counts"])
 
 
 def stage_summary(

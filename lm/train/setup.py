@@ -49,7 +49,7 @@ class TrainingSetup(NamedTuple):
     initial_state: TrainState  # as it starts: resuming replaces all of it but the frozen networks
     checkpoint_metadata: Mapping[str, Any]  # what a checkpoint says of itself
     parameters: int  # of the decoder, a frozen base included
-    # model FLOPs of learning from one token of a batch; sampling and scoring not counted; None: a model of one's own
+    # model FLOPs of learning from one token of a batch; sampling and scoring not counted; None: a custom model
     flops_per_token: float | None
     phases: PhaseTimer
     context: StageContext  # what the batches are made from: model, tokenizer
@@ -105,7 +105,7 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
 def stage_update(
     config: ConfigDict, model: Model, teachers: Mapping[str, TrainedModel], scalars: Mapping[str, Any]
 ) -> Update:
-    """The stage's update with the config's optimizer; `scalars`, by dotted key, in the place of its own numbers."""
+    """The stage's update with the config's optimizer; `scalars`, by dotted key, replace its own numbers."""
 
     def options(subtree: str) -> dict[str, Any]:
         own = {key.removeprefix(f"{subtree}."): v for key, v in scalars.items() if key.startswith(f"{subtree}.")}

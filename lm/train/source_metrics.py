@@ -1,4 +1,4 @@
-"""Held-out metrics of each source and of each kind of source, from the sums that the whole is made of."""
+"""Held-out metrics of each source and of each kind of source, from the sums of their batches."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,17 @@ from lm.stages.stage import Stage
 def source_metrics(
     stage: Stage, dataset_info: Mapping[str, Any], parts: Sequence[tuple[HeldOutPart, Metrics]]
 ) -> dict[str, float]:
-    """The metrics that the stage shows, as "loss/SOURCE" and "loss/kind KIND"; parts without a name are left out, and
-    metrics of which a part has no observation."""
-    found = {}
+    """The metrics that the stage shows, as "loss/SOURCE" and "loss/kind KIND". Parts without a name are left out, and
+    so are metrics without an observation."""
+    metrics_by_name = {}
     named = [(part, metrics) for part, metrics in parts if part.source]
     for part, metrics in named:
-        found |= _shown_metrics(stage, dataset_info, [(part, metrics)], part.source)
+        metrics_by_name |= _shown_metrics(stage, dataset_info, [(part, metrics)], part.source)
     for kind in dict.fromkeys(part.kind for part, _ in named if part.kind):
-        found |= _shown_metrics(stage, dataset_info, [each for each in named if each[0].kind == kind], f"kind {kind}")
-    return found
+        metrics_by_name |= _shown_metrics(
+            stage, dataset_info, [each for each in named if each[0].kind == kind], f"kind {kind}"
+        )
+    return metrics_by_name
 
 
 def _shown_metrics(

@@ -1,4 +1,4 @@
-"""The stage before all others: a vocabulary learned from a corpus."""
+"""The first stage: learns a vocabulary from a corpus."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -36,25 +36,25 @@ def fit_tokenizer(
     start = time.monotonic()
     mixture = parse_sources(corpus, BUILT_IN_KINDS, option="data.corpus")
     sources = [text_source(each.source, columns=columns, skip_bad_rows=skip_bad_rows) for each in mixture]
-    seen, unseen = split_texts(sources, held_out)
-    say(f"tokenizer: {len(seen)} documents to learn from, {len(unseen)} held out")
+    texts, held_out_texts = split_texts(sources, held_out)
+    say(f"tokenizer: {len(texts)} documents to learn from, {len(held_out_texts)} held out")
 
     if all(each.weight is not None for each in mixture):
         start_weights = [float(weight_at(each.weight, np.zeros(1))[0]) for each in mixture]
-        learned = seen.weighted(start_weights, max_bytes)
+        learned = texts.weighted(start_weights, max_bytes)
     else:
-        learned = seen
+        learned = texts
 
     def learn() -> str:
-        found = train_tokenizer(learned, vocab_size=vocab_size, max_bytes=max_bytes)
-        found.save(workdir.tokenizer_path)
-        return found.fingerprint
+        tokenizer = train_tokenizer(learned, vocab_size=vocab_size, max_bytes=max_bytes)
+        tokenizer.save(workdir.tokenizer_path)
+        return tokenizer.fingerprint
 
     parts = PartialResults(workdir.path / "vocabulary.parts.jsonl")
-    fingerprint = parts.once("fingerprint", learn)  # a kill while it is measured must not cost it
+    fingerprint = parts.once("fingerprint", learn)  # saved before it is measured, so that a kill does not lose it
     tokenizer = load_tokenizer(workdir.tokenizer_path)
     size = tokens = 0
-    for part in parts_by_size(iter(unseen), len):
+    for part in parts_by_size(iter(held_out_texts), len):
         size += sum(len(text.encode()) for text in part)
         tokens += sum(map(len, tokenizer.encode_batch(part)))
     parts.remove()

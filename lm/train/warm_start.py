@@ -1,6 +1,6 @@
-"""What a run takes from other workdirs: its tokenizer, its shape, the base of its adapters, its judges, its teacher.
+"""What a run takes from other workdirs: tokenizer, shape, base of adapters, reward models, teacher.
 
-All must share ids.
+All of them must have the same token ids.
 """
 
 import dataclasses
@@ -72,13 +72,13 @@ class RunModel(NamedTuple):
     """The model of a run."""
 
     model: Model
-    config: ModelConfig  # every "auto" still open; of a model of one's own, what it says of itself
+    config: ModelConfig  # every "auto" still open; of a custom model, its own description
     entries: dict[str, Any]  # as checkpoints keep it: the fields of `config`, or {"name": "file.py:make", **options}
 
 
 def model_for_run(config: ConfigDict, tokenizer: Tokenizer, start: TrainedModel | None, backend: str) -> RunModel:
-    """The model that config.model asks for: lm's decoder or, with a `name`, one's own; that of `start`, if there is
-    one. UserError for a model that cannot take up the parameters of `start`, or has too few ids."""
+    """The model that config.model asks for: lm's decoder or, with a `name`, a custom one; that of `start`, if there is
+    one. UserError for a model that cannot take the parameters of `start`, or has too few ids."""
     if "name" in config.model and config.model.name or start and start.own_model:
         return own_model_for_run(config, tokenizer, start)
     shape = model_config_for_run(config, tokenizer, start)
@@ -133,15 +133,15 @@ def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:
     """What a run takes from `start`: {"lm": ...}, and "value" where both stages mean the same by it.
 
     A reward model's head is an axis each, a policy's is the value of a state. UserError for a policy from a reward
-    model, whose decoder has unlearned to write, and for a reward model from one of other axes.
+    model, whose decoder no longer writes, and for a reward model from one of other axes.
     """
     judges = config.stage.name in REWARD_MODEL_STAGES
-    given, learned = (
+    batch_axes, learned = (
         ordered_axes(config[side].axes if "axes" in config[side] else OVERALL_ONLY) for side in ("data", "stage")
     )
-    if judges and given != learned:
+    if judges and batch_axes != learned:
         raise UserError(
-            f"stage.axes are {learned}, but data.axes, which the batches bring, {given}: give both the same"
+            f"stage.axes are {learned}, but data.axes, which the batches bring, {batch_axes}: give both the same"
         )
     if start is None:
         return {}
@@ -152,10 +152,10 @@ def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:
             f"config.init_from {start.path} is a reward model, which scores answers and writes none: name the policy "
             "that it was made from"
         )
-    if list(given) != list(reward_axes(start)):
+    if list(batch_axes) != list(reward_axes(start)):
         raise UserError(
             f"config.init_from {start.path} has learned the axes {', '.join(reward_axes(start))}, data.axes are "
-            f"{', '.join(given)}: name the same, or start from the policy that it was made from"
+            f"{', '.join(batch_axes)}: name the same, or start from the policy that it was made from"
         )
     return dict(start.params)
 
@@ -168,10 +168,10 @@ def lora_base_params(shape: ModelConfig, lm: Params, workdir: Workdir, checkpoin
     """
     if checkpoint_steps(workdir.base_path):
         return restore_params(workdir.base_path, warn=warn)[0]
-    with Checkpoints(workdir.base_path, keep=1, warn=warn) as kept:
+    with Checkpoints(workdir.base_path, keep=1, warn=warn) as base_checkpoint:
         base = quantized_params(shape.lora_base_dtype, lm)
-        with checkpoint_turn(kept):
-            kept.save(0, {"params": base}, {})
+        with checkpoint_turn(base_checkpoint):
+            base_checkpoint.save(0, {"params": base}, {})
         return base
 
 

@@ -61,11 +61,11 @@ def model_config_from_json(hf: Json) -> ModelConfig:
 
 def _with_aliases(hf: Json) -> dict[str, Any]:
     """A config.json in which keys with two names have both."""
-    found = dict(hf)
+    aliased = dict(hf)
     for pair in ALIASES:
         value = single_value({name: hf.get(name) for name in pair})
-        found |= dict.fromkeys(pair, value) if value is not None else {}
-    return found
+        aliased |= dict.fromkeys(pair, value) if value is not None else {}
+    return aliased
 
 
 ALIASES = (  # attribute_map of transformers

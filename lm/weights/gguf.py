@@ -154,9 +154,9 @@ def _field_value(fields, key: str, default: Any = None) -> Any:
     return fields[key].contents() if key in fields else default
 
 
-def _bias(found: Container[str]) -> str:
+def _bias(tensor_names: Container[str]) -> str:
     """ModelConfig.bias, from the tensors of the first layer, as no field holds it."""
-    there = {name for name in TRANSPOSED_TENSORS if f"blk.0.{LAYER_TENSORS[f'{name}_bias']}" in found}
+    there = {name for name in TRANSPOSED_TENSORS if f"blk.0.{LAYER_TENSORS[f'{name}_bias']}" in tensor_names}
     kind = next((kind for kind, names in BIASED_PROJECTIONS.items() if set(names) == there), None)
     if kind is None:
         raise UserError(
@@ -203,16 +203,16 @@ def _config_json(fields, kind: str, *, tied: bool) -> dict[str, Any]:
 
 
 def _tensor_entries(c: ModelConfig) -> list[TensorEntry]:
-    found = [
+    entries = [
         TensorEntry("token_embd.weight", ("embedding",), False),
         TensorEntry("output_norm.weight", ("final_norm",), False),
     ]
     if not c.tie_embeddings:
-        found.append(TensorEntry("output.weight", ("head",), True))
+        entries.append(TensorEntry("output.weight", ("head",), True))
     absent = {f"{name}_bias" for name in TRANSPOSED_TENSORS - set(BIASED_PROJECTIONS[c.bias])}
     absent |= set() if c.qk_norm else {"query_norm", "key_norm"}
     names = [name for name in LAYER_TENSORS if name not in absent]
-    return found + [
+    return entries + [
         TensorEntry(f"blk.{{i}}.{LAYER_TENSORS[name]}", (name,), name in TRANSPOSED_TENSORS) for name in names
     ]
 
@@ -243,10 +243,10 @@ def tokenizer_from_fields(fields) -> Tokenizer:
 def _check_counts(fields, tokens: int) -> None:
     """UserError where the file's lists are not of one length, or it names an id that no token has."""
     for name in ("token_type", "scores"):
-        found = _field_value(fields, f"tokenizer.ggml.{name}")
-        if found is not None and len(found) != tokens:
+        values = _field_value(fields, f"tokenizer.ggml.{name}")
+        if values is not None and len(values) != tokens:
             raise UserError(
-                f"this GGUF file has {tokens} tokens, but {len(found)} entries in tokenizer.ggml.{name}: take another"
+                f"this GGUF file has {tokens} tokens, but {len(values)} entries in tokenizer.ggml.{name}: take another"
             )
     for name in ("bos", "eos", "unknown"):
         i = _field_value(fields, f"tokenizer.ggml.{name}_token_id", 0)

@@ -55,24 +55,24 @@ GPT2_TENSORS = {  # its matrices are [in, out], as ours
 
 def tensor_entries(c: ModelConfig, kind: str) -> list[TensorEntry]:
     """The tensors of a model of this Config and model_type, none of ours left out."""
-    found = _gpt2_entries(c) if kind == "gpt2" else _llama_entries(c, kind)
+    entries = _gpt2_entries(c) if kind == "gpt2" else _llama_entries(c, kind)
     tree = param_specs(c)
-    known = {name for entry in found for name in entry.leaf_names}
-    assert known == tree["layers"].keys() | tree.keys() - {"layers"}, known ^ set(tree)
-    return found
+    named = {name for entry in entries for name in entry.leaf_names}
+    assert named == tree["layers"].keys() | tree.keys() - {"layers"}, named ^ set(tree)
+    return entries
 
 
 def _llama_entries(c: ModelConfig, kind: str) -> list[TensorEntry]:
     layers = param_specs(c)["layers"]
-    found = [
+    entries = [
         TensorEntry("model.embed_tokens.weight", ("embedding",), False),
         TensorEntry("model.norm.weight", ("final_norm",), False),
     ]
     if not c.tie_embeddings:
-        found.append(TensorEntry(HEAD_TENSOR, ("head",), True))
+        entries.append(TensorEntry(HEAD_TENSOR, ("head",), True))
     for name, theirs in _layer_norms(c).items():
         if name in layers:
-            found.append(TensorEntry(f"model.layers.{{i}}.{theirs}.weight", (name,), False))
+            entries.append(TensorEntry(f"model.layers.{{i}}.{theirs}.weight", (name,), False))
     projections = {(name,): theirs for name, theirs in PROJECTIONS.items()}
     if kind == "phi3":
         projections = FUSED_PROJECTIONS
@@ -80,11 +80,11 @@ def _llama_entries(c: ModelConfig, kind: str) -> list[TensorEntry]:
         own = {name: f"{EXPERT_BLOCKS[kind]}.{theirs}" for name, theirs in EXPERT_TENSORS[kind].items()}
         projections = {(name,): theirs for name, theirs in {**PROJECTIONS, **own}.items()}
     for names, theirs in projections.items():
-        found.append(TensorEntry(f"model.layers.{{i}}.{theirs}.weight", names, True))
+        entries.append(TensorEntry(f"model.layers.{{i}}.{theirs}.weight", names, True))
         if f"{names[0]}_bias" in layers:
             biases = tuple(f"{name}_bias" for name in names)
-            found.append(TensorEntry(f"model.layers.{{i}}.{theirs}.bias", biases, False))
-    return found
+            entries.append(TensorEntry(f"model.layers.{{i}}.{theirs}.bias", biases, False))
+    return entries
 
 
 def _layer_norms(c: ModelConfig) -> dict[str, str]:
@@ -100,15 +100,17 @@ def _layer_norms(c: ModelConfig) -> dict[str, str]:
 
 
 def _gpt2_entries(c: ModelConfig) -> list[TensorEntry]:
-    found = [
+    entries = [
         TensorEntry("transformer.wte.weight", ("embedding",), False),
         TensorEntry("transformer.wpe.weight", ("position_embedding",), False),
         TensorEntry("transformer.ln_f.weight", ("final_norm",), False),
         TensorEntry("transformer.ln_f.bias", ("final_norm_bias",), False),
     ]
     if not c.tie_embeddings:
-        found.append(TensorEntry(HEAD_TENSOR, ("head",), True))
+        entries.append(TensorEntry(HEAD_TENSOR, ("head",), True))
     for names, theirs in GPT2_TENSORS.items():
-        found.append(TensorEntry(f"transformer.h.{{i}}.{theirs}.weight", names, False))
-        found.append(TensorEntry(f"transformer.h.{{i}}.{theirs}.bias", tuple(f"{name}_bias" for name in names), False))
-    return found
+        entries.append(TensorEntry(f"transformer.h.{{i}}.{theirs}.weight", names, False))
+        entries.append(
+            TensorEntry(f"transformer.h.{{i}}.{theirs}.bias", tuple(f"{name}_bias" for name in names), False)
+        )
+    return entries

@@ -28,15 +28,15 @@ ROPE_SCALING_KEYS = {
 
 def single_value(places: Mapping[str, Any]) -> Any:
     """The one value that config.json gives at these places, None where at none. UserError for two."""
-    given = {place: value for place, value in places.items() if value is not None}
-    for place, value in given.items():
-        first = next(iter(given))
-        if value != given[first]:
+    values = {place: value for place, value in places.items() if value is not None}
+    for place, value in values.items():
+        first = next(iter(values))
+        if value != values[first]:
             raise UserError(
-                f"config.json has {first} = {given[first]!r}, but {place} = {value!r}: keep the one that the weights "
+                f"config.json has {first} = {values[first]!r}, but {place} = {value!r}: keep the one that the weights "
                 "were made with"
             )
-    return next(iter(given.values()), None)
+    return next(iter(values.values()), None)
 
 
 def read_rope(hf: Json, *, base: float, local: float) -> dict[str, Any]:

@@ -68,27 +68,27 @@ def open_tensors(source: Path) -> Iterator[dict[str, StoredTensor]]:
     """
     index = _index(source)
     with ExitStack() as stack:
-        found: dict[str, StoredTensor] = {}
+        tensors: dict[str, StoredTensor] = {}
         for file in _files(source, index):
             try:
                 handle = stack.enter_context(safe_open(file, framework="np"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file} is torn or no safetensors ({error}): download it again") from error
             inside = {name: StoredTensor(handle, name, file) for name in handle.keys()}  # noqa: SIM118
-            for name in sorted(found.keys() & inside.keys()):
-                if not found[name].equals(inside[name]):
+            for name in sorted(tensors.keys() & inside.keys()):
+                if not tensors[name].equals(inside[name]):
                     raise UserError(
-                        f"{inside[name]} differs from that of the same name in {found[name].file.name}: "
+                        f"{inside[name]} differs from that of the same name in {tensors[name].file.name}: "
                         "move the file that is not of this model out of the folder"
                     )
-            found = {**inside, **found}
+            tensors = {**inside, **tensors}
             lacking = sorted(name for name, there in index.items() if source / there == file and name not in inside)
             if lacking:
                 raise UserError(
                     f"{source / INDEX_FILE} names tensor {lacking[0]} in {file.name}, which lacks it: "
                     "download both again"
                 )
-        yield found
+        yield tensors
 
 
 def _index(source: Path) -> Mapping[str, str]:
@@ -133,32 +133,32 @@ def _are_frequencies(tensor: StoredTensor, c: ModelConfig) -> bool:
     scaling."""
     value, plain = tensor.read(), rope_frequencies(c.head_size, c.rope_base)
     limits = ml_dtypes.finfo(value.dtype)
-    near = dict(rtol=max(float(limits.eps), 1e-5), atol=float(limits.smallest_subnormal))
+    tolerance = dict(rtol=max(float(limits.eps), 1e-5), atol=float(limits.smallest_subnormal))
     tables = [ROPE_SCALINGS[c.rope_scaling](plain, c)] + [plain] * (c.rope_scaling == "linear")
-    return any(value.shape == x.shape and np.allclose(value.astype(np.float64), x, **near) for x in tables)
+    return any(value.shape == x.shape and np.allclose(value.astype(np.float64), x, **tolerance) for x in tables)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. UserError for none, and for a key that has two values."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        merged: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found and found[key] != value:
+            if key in merged and merged[key] != value:
                 raise UserError(
-                    f"{path} has {key} twice, as {found[key]!r} and as {value!r}: keep the one that is right"
+                    f"{path} has {key} twice, as {merged[key]!r} and as {value!r}: keep the one that is right"
                 )
-            found[key] = value
-        return found
+            merged[key] = value
+        return merged
 
     try:
-        found = json.loads(file_text(path), object_pairs_hook=once)
+        merged = json.loads(file_text(path), object_pairs_hook=once)
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}): give the folder of a model from Hugging Face"
         ) from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(found, dict):
+    if not isinstance(merged, dict):
         raise UserError(f"{path} is not a JSON object: download it again")
-    return found
+    return merged

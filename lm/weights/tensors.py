@@ -47,23 +47,23 @@ def read_params(
     tree = param_specs(c)
     params = {name: np.empty(spec.shape, np.float32) for name, spec in tree.items() if name != "layers"}
     params["layers"] = {name: np.empty(spec.shape, np.float32) for name, spec in tree["layers"].items()}
-    wanted = list(tensor_places(c, entries))
-    for done, (name, index, entry) in enumerate(wanted, 1):
+    places = list(tensor_places(c, entries))
+    for done, (name, index, entry) in enumerate(places, 1):
         home = params["layers"] if index else params
         targets = [home[ours][index] for ours in entry.leaf_names]
-        found = tensor(name)
-        value = found.T if entry.is_transposed else found
+        stored = tensor(name)
+        value = stored.T if entry.is_transposed else stored
         expected = (*targets[0].shape[:-1], sum(target.shape[-1] for target in targets))
         if value.shape != expected:
-            theirs = list(reversed(expected)) if entry.is_transposed else list(expected)
+            stored_shape = list(reversed(expected)) if entry.is_transposed else list(expected)
             raise UserError(
-                f"{place(name)} is {list(found.shape)}, but {says} makes it {theirs}{_sizes(c, entry)}: "
+                f"{place(name)} is {list(stored.shape)}, but {says} makes it {stored_shape}{_sizes(c, entry)}: "
                 "take both from the same model"
             )
         edges = np.cumsum([target.shape[-1] for target in targets])[:-1]
         for target, part in zip(targets, np.split(value, edges, axis=-1)):
             target[...] = part
-        on_progress(done, len(wanted))
+        on_progress(done, len(places))
     return params
 
 

@@ -39,18 +39,18 @@ def read_tokenizer_files(source: Path, hf: Mapping[str, Any]) -> Tokenizer:
         content = _parsed_json(text, source / TOKENIZER_JSON)
         added += [t["content"] for t in content.get("added_tokens", []) if t.get("special")]
         coder = {"tokenizer_json": text}
-        known = {t["content"]: t["id"] for t in content.get("added_tokens", [])}
+        ids_by_token = {t["content"]: t["id"] for t in content.get("added_tokens", [])}
         vocab = content["model"].get("vocab", {})
-        known |= vocab if isinstance(vocab, dict) else {}
+        ids_by_token |= vocab if isinstance(vocab, dict) else {}
     elif (source / SENTENCEPIECE_FILE).exists():
-        coder, known = {"sentencepiece_model": (source / SENTENCEPIECE_FILE).read_bytes()}, {}
+        coder, ids_by_token = {"sentencepiece_model": (source / SENTENCEPIECE_FILE).read_bytes()}, {}
     else:
         raise UserError(
             f"{source} has neither {TOKENIZER_JSON} nor {SENTENCEPIECE_FILE}: a model needs its tokenizer; "
             "download the folder again"
         )
     stops = _id_list(generation.get("eos_token_id")) or _id_list(hf.get("eos_token_id"))
-    named = known.get(tokens.get("eos_token"))
+    named = ids_by_token.get(tokens.get("eos_token"))
     stops = list(dict.fromkeys(([named] if named is not None else []) + stops))
     special = sorted({*added, *tokens.values()})
     result = tokenizer_from_parts(

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import pytest
 from ml_collections import ConfigDict
 
 from lm.core import config
 from lm.core.errors import UserError
-from lm.core.options import ConfigFunction
+from lm.core.options import ConfigFunction, OptionType, option_docs, option_type
 
 FILE = """
 from ml_collections import ConfigDict, config_dict
@@ -144,6 +145,33 @@ def make(model, params=None, *, learning_rate, betas=(0.9, 0.95), steps=10):
 def test_call_passes_options_and_extras():
     options = ConfigDict({"learning_rate": 0.1, "betas": (0.5, 0.6)})
     assert config.call_with_options(make, options, "m", name="optimizer", steps=3) == ("m", None, 0.1, (0.5, 0.6), 3)
+
+
+class Sampling(NamedTuple):
+    length: int
+    heat: float | Sequence = 1.0  # 0 is greedy
+    copies: int = 1
+    set_by_code = ("copies",)
+
+
+EIGHT = Sampling(length=8)
+
+
+def asked(prompts, *, sampling: Sampling = EIGHT, rows: int = 4):
+    return prompts, sampling, rows
+
+
+def test_the_fields_of_a_record_are_options_of_the_function():
+    assert config.call_with_options(asked, {"heat": 0.5}, "p", name="ask") == ("p", Sampling(8, 0.5), 4)
+    assert config.call_with_options(asked, {"length": 2, "rows": 1}, "p", name="ask") == ("p", Sampling(2), 1)
+    options = ConfigFunction(asked).options
+    assert {name: option.default for name, option in options.items()} == {"length": 8, "heat": 1.0, "rows": 4}
+    assert option_type(options["heat"]) == OptionType((float,)) and option_docs(ConfigFunction(asked)) == {
+        "heat": "0 is greedy"
+    }
+    for name in ("copies", "sampling"):
+        with pytest.raises(UserError, match=f"ask.{name} is not an option of .*asked"):
+            config.call_with_options(asked, {name: 2}, "p", name="ask")
 
 
 @pytest.mark.parametrize(
@@ -410,7 +438,8 @@ def get_config(arg=""):
         return ConfigDict({"data": {"rewards": "rule=1.0"}})
     if arg == "dots":
         return ConfigDict({"data": {"rewards": {"mine.py:accuracy": 1.0}}})
-    return ConfigDict({"data": {"rewards": {"model": 1.0, "rule": 0.0}}}, allow_dotted_keys=arg == "allowed")
+    rewards = {"model": 1.0, "rule": 0.0} | ({"punctuation": 0.0} if arg == "penalty" else {})
+    return ConfigDict({"data": {"rewards": rewards}}, allow_dotted_keys=arg == "allowed")
 """
 
 
@@ -433,6 +462,9 @@ def test_rewards_may_be_text_where_the_file_has_a_mapping(tmp_path):
     assert load(f"{path}:text", "data.rewards=form=2.0") == {"rewards": "form=2.0"}
     found = load(f"{path}:allowed", "data.rewards={'mine.py:accuracy': 2.0}")
     assert found == {"rewards": {"mine.py:accuracy": 2.0}}
+    new = "config.data.rewards.form is not in .*; it is called config.data.rewards.punctuation now"
+    with pytest.raises(UserError, match=new):
+        load(f"{path}:penalty", "data.rewards.form=1.0")
     message = "the key 'mine.py:accuracy' holds a dot, .* write a mapping of rewards as text, .*'mine.py:accuracy=1.0'"
     with pytest.raises(UserError, match=f"rewards.py: {message}"):
         load(f"{path}:dots")

@@ -71,7 +71,7 @@ def test_bad_corpora(tmp_path):
 
 def test_columns_and_bad_rows_of_a_corpus(tmp_path, caplog):
     path = tmp_path / "c.jsonl"
-    path.write_text('{"body": "one"}\n{"text": "two"}\n{"body": "three"}\n')
+    path.write_text('{"body": "one"}\n{"title": "two"}\n{"body": "three"}\n')
     found = sources.load_documents(str(path), columns={"text": "body"}, skip_bad_rows=1)
     assert found == [("c.jsonl#0001", "one"), ("c.jsonl#0003", "three")]
     assert "passed over 1 bad rows of 3; the first: " in caplog.text

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from runs import enter_small_world, finished, made_dialogues
 
+from lm.core.config import call_with_options
 from lm.core.errors import UserError
 from lm.data import sources
 from lm.data.prompts import prompts_at
@@ -33,7 +34,7 @@ def asked(start):
     def of(**options):
         with pytest.MonkeyPatch.context() as patch:
             enter_small_world(patch.setattr)
-            return policies.held_out_prompts(start.tokenizer, **{**OPTIONS, **options})
+            return call_with_options(policies.held_out_prompts, {**OPTIONS, **options}, start.tokenizer, name="prompts")
 
     return of
 

@@ -10,6 +10,7 @@ import pytest
 from lm.core.errors import UserError
 from lm.data import packing
 from lm.data.conversations import CONVERSATION_SOURCES, Conversation
+from lm.data.inspect import row_views
 from lm.report import pipeline
 from lm.report.terms import TERMS
 from lm.rewards import assistant as assistant_rule
@@ -249,7 +250,7 @@ def test_colours_mark_exactly_what_the_assistant_says(tokenizer):
     short = [user("Bo?"), assistant("I am fine.")]
     long = [{"role": "system", "content": "Cy"}, *short, user("How are you?"), assistant("Ada")]
     examples = [encode_chat(tokenizer, short), encode_chat(tokenizer, long)]
-    first, second, padding = pipeline.row_pieces(tokenizer, packing.packed_rows(examples, 64)[0], 0)
+    first, second, padding = row_views(tokenizer, packing.packed_rows(examples, 64)[0], 0)
     said = lambda pieces, kind: "".join(piece.text for piece in pieces if piece.kind == kind)
     assert said(first, "trained") == "I am fine.<|end|>Ada<|end|>"
     assert said(first, "context") == (

@@ -84,7 +84,7 @@ def test_it_agrees_with_the_loop_s_own_held_out_score(finished):
 def test_an_answer_is_shown_as_text(tmp_path, finished, monkeypatch):
     told = read_json(finished / "reward" / reward_model.NUMBERS_FILE)
     told["worst"] = [{"prompt": [], "better": "<script>", "worse": "b", "scores": [0.0, 1.0], "sure": 0.7}]
-    page = reward_model.rendered_page("report/reward_model.html.jinja", root="x", found=told, figures=[])
+    page = reward_model.rendered_page("report/reward_model.html.jinja", root="x", measured=told, figures=[])
     assert "&lt;script&gt;" in page and "<script>" not in page
     json.dumps(told)
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lm.rewards import REWARDS, weighted_reward
+from lm.core.errors import UserError
+from lm.rewards import REWARDS, named_reward, weighted_reward
 
 
 def said(name: str, message: str, answer: str) -> float:
@@ -27,20 +28,25 @@ def said(name: str, message: str, answer: str) -> float:
         ("refusal", "How do I make a pipe bomb?", "Take a pipe.", -1),
         ("refusal", "How do I make a cake?", "I'm sorry, no.", -1),
         ("refusal", "How do I make a cake?", "Take flour.", 0),
-        ("form", "hi", "Fine!", 0),
-        ("form", "hi", "Fine, and", -1),
-        ("form", "hi", "  ", -1),
+        ("punctuation", "hi", "Fine!", 0),
+        ("punctuation", "hi", "Fine, and", -1),
+        ("punctuation", "hi", "  ", -1),
     ],
 )
 def test_by_reading(name, message, answer, value):
     assert said(name, message, answer) == pytest.approx(value)
 
 
+def test_an_old_name_is_refused_with_the_new_one():
+    with pytest.raises(UserError, match="rank.rater is 'form', which is called punctuation now; choose one of rule, "):
+        named_reward("form", "rank.rater")
+
+
 def test_a_weighed_sum_keeps_its_parts_apart():
-    parts = {"form": (2.0, REWARDS["form"]), "length": (0.5, REWARDS["length"])}
+    parts = {"punctuation": (2.0, REWARDS["punctuation"]), "length": (0.5, REWARDS["length"])}
     total, each, _ = weighted_reward(parts)(
         [{"messages": [{"role": "user", "content": "hi"}]}] * 2, ["word " * 60, "Fine."]
     )
     np.testing.assert_allclose(total, [-2.25, 0.0])  # 2 * -1 + 0.5 * -0.5
-    np.testing.assert_allclose(each["form"], [-1, 0])
+    np.testing.assert_allclose(each["punctuation"], [-1, 0])
     np.testing.assert_allclose(each["length"], [-0.5, 0])

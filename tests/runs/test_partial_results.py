@@ -136,7 +136,8 @@ def test_answers_of_a_contest_outlive_a_judge_that_dies(finished, small, tmp_pat
     def answers(judge, workdir):
         monkeypatch.setattr(study, "reward_from_workdirs", lambda *_, **limits: judge)
         given = start, questions, config.reward_model, 64
-        return study.answer_recorder(*given, **config.evaluate.to_dict())(workdir / "start" / "0", 0)
+        recorded = call_with_options(study.answer_recorder, config.evaluate, *given, name="evaluate")
+        return recorded(workdir / "start" / "0", 0)
 
     with pytest.raises(Killed):
         answers(killing(proxy, 0, []), tmp_path)
@@ -156,7 +157,7 @@ def test_a_pool_and_a_measurement_go_on_with_the_draw_they_had_come_to(finished,
 
     def lab(name: str, at: int, calls: list) -> measure.GoldEvaluator:
         (tmp_path / name).mkdir(exist_ok=True)
-        found = measure.GoldEvaluator(tmp_path / name, start, questions, 0, **options)
+        found = call_with_options(measure.GoldEvaluator, options, tmp_path / name, start, questions, 0, name="evaluate")
         found._ask = killing(found._ask, at, calls)
         return found
 

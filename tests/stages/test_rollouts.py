@@ -77,14 +77,14 @@ def test_rewards_of_one_s_own_in_a_run(finished, tmp_path, monkeypatch):
     """PPO learns from a sum of a built-in reward, a file's and one per token; the rater is a file's function too."""
     (tmp_path / "own_rewards.py").write_text(REWARDS_FILE)
     monkeypatch.chdir(tmp_path)
-    rewards = "form=1.0,own_rewards.py:accuracy=2.0,own_rewards.py:dense=0.5"
+    rewards = "punctuation=1.0,own_rewards.py:accuracy=2.0,own_rewards.py:dense=0.5"
     overrides = (f"init_from={finished}/sft", f"data.rewards={rewards}", "data.rater=own_rewards.py:accuracy")
     overrides += ("data.reward_timeout=30", "train.steps=2", "train.log_every=1", "data.truncation_penalty=0.0")
     config = load_config(f"{EXPERIMENTS / 'ppo.py'}:tiny", overrides, train_functions)
     loop.train_stage(config, tmp_path / "run")
     for row in read_metrics(tmp_path / "run"):
         if "reward/accuracy" in row:
-            parts = row["reward/form"] + 2 * row["reward/accuracy"] + 0.5 * row["reward/dense"]
+            parts = row["reward/punctuation"] + 2 * row["reward/accuracy"] + 0.5 * row["reward/dense"]
             np.testing.assert_allclose(row["reward"], parts, rtol=1e-4)
             np.testing.assert_allclose(row["reward/dense"], 0.25 * row["response_length"], rtol=1e-4)
             np.testing.assert_allclose(row["score/accuracy"], row["reward/accuracy"])

@@ -14,7 +14,7 @@ from lm.core.statistics import crossed_mean
 from lm.data import preferences, sources
 from lm.rewards import REWARDS
 from lm.runs.workdir import load_trained_model as loaded, read_json, read_metrics
-from lm.studies.methods import study
+from lm.studies.methods import results, study
 from lm.train import loop
 
 __all__ = ["finished"]
@@ -133,7 +133,7 @@ def test_budgets(root, summary, finished):
 def test_the_page_holds_what_it_shows(root, summary):
     page = (root / "contest.html").read_text()
     assert page.count("<svg") == 2 and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
-    for sentence in study.conclusion_sentences(summary):
+    for sentence in results.conclusion_sentences(summary):
         assert sentence.split(":")[0] in page
     assert all(f"<td>{name}</td>" in page for name in ("start", *METHODS))
 
@@ -144,14 +144,14 @@ def estimate(low, high):
 
 def test_sentences_say_what_an_interval_allows():
     methods = {
-        name: {"gain": gain, "where": study.interval_position(gain)}
+        name: {"gain": gain, "where": results.interval_position(gain)}
         for name, gain in (("a", estimate(0.1, 0.3)), ("b", estimate(-0.1, 0.3)), ("c", estimate(-0.5, -0.1)))
     }
     pairs = [
-        {"a": a, "b": b, **gain, "where": study.interval_position(gain)}
+        {"a": a, "b": b, **gain, "where": results.interval_position(gain)}
         for a, b, gain in (("a", "b", estimate(-0.1, 0.3)), ("a", "c", estimate(0.2, 0.8)))
     ]
-    assert study.conclusion_sentences({"methods": methods, "pairs": pairs, "seeds": [0]}) == [
+    assert results.conclusion_sentences({"methods": methods, "pairs": pairs, "seeds": [0]}) == [
         "a: +0.20 [+0.10, +0.30]; its interval lies above zero: it beats the start.",
         "b: +0.10 [−0.10, +0.30]; its interval includes zero: no difference from the start can be shown.",
         "c: −0.30 [−0.50, −0.10]; its interval lies below zero: it is worse than the start.",

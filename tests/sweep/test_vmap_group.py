@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm.core.errors import UserError
-from lm.sweep.vmap_group import MemberArray, VmapGroup, materialized
+from lm.sweep.vmap_group import MemberArray, VmapGroup, own_arrays
 
 
 def descend(jit, rate: float, steps: int, start: float) -> np.ndarray:
@@ -97,7 +97,7 @@ def test_results_of_a_program_that_keeps_them_are_parts_and_keys_are_keys():
         keep = group.jit(lambda key, x: (jax.random.fold_in(key, 1), x + 1), out_shardings=())
         key, x = keep(jax.random.key(m), jnp.zeros(2))
         assert isinstance(x, MemberArray) and (x.shape, x.dtype, x.sharding) == ((2,), jnp.float32, None)
-        assert isinstance(materialized(x), jax.Array)
+        assert isinstance(own_arrays(x), jax.Array)
         return jax.random.bits(key), np.asarray(x)
 
     for m, (bits, x) in enumerate(group.run_members(work)):

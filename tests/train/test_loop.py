@@ -138,13 +138,14 @@ def test_what_is_too_long_is_skipped_and_counted(finished):
 
 def test_ppo_adds_up_its_rewards_and_logs_each(finished, small, tmp_path):
     """An ensemble of one model twice, and two penalties; a part of weight 0 is left out; a cut answer loses 1."""
-    weights = ["data.rewards.model=2", "data.rewards.length=0", "data.rewards.form=0.5", "data.rewards.repetition=1"]
+    weights = {"model": 2, "length": 0, "punctuation": 0.5, "repetition": 1}
+    weights = [f"data.rewards.{name}={weight}" for name, weight in weights.items()]
     twice = [f"data.reward_model={finished}/reward,{finished}/reward", "data.pessimism=1"]
     loop.train_stage(stage_config(finished, "ppo", "train.steps=1", *weights, *twice), tmp_path / "ppo")
     row = read_metrics(tmp_path / "ppo")[1]
-    parts = {name: row[f"reward/{name}"] for name in ("model", "form", "repetition")}
-    assert not {"reward/length", "reward/toxicity"} & set(row) and parts["form"] < 0
-    expected = 2 * parts["model"] + 0.5 * parts["form"] + parts["repetition"] - (1 - row["stopped"])
+    parts = {name: row[f"reward/{name}"] for name in ("model", "punctuation", "repetition")}
+    assert not {"reward/length", "reward/toxicity"} & set(row) and parts["punctuation"] < 0
+    expected = 2 * parts["model"] + 0.5 * parts["punctuation"] + parts["repetition"] - (1 - row["stopped"])
     assert row["reward"] == pytest.approx(expected, abs=1e-5)
 
 

@@ -309,7 +309,7 @@ def test_rows_from_pairs_to_halves():
 
 
 def test_a_package_is_checked_before_use(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("LM_CACHE", str(tmp_path / "cache"))
     known = packages.KNOWN_PACKAGES["smollm2-135m"]._replace(requirement="no-such-package-of-anybody==1.0")
     monkeypatch.setitem(packages.KNOWN_PACKAGES, "smollm2-135m", known)
     place = packages.cache_folder() / known.file.rpartition("/")[2]

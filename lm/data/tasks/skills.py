@@ -172,11 +172,11 @@ def example_items(name: str, level: int | str, *, count: int, seed: int) -> list
 
 def drawn_items(name: str, level: int | str, *, count: int, draw: random.Random, held_out: bool) -> list[TaskItem]:
     """Different items, all held out or none; fewer than `count` where the level has no more."""
-    found: dict[TaskItem, None] = {}
+    items: dict[TaskItem, None] = {}
     for _ in range(MAX_DRAWS_PER_ITEM * count):
-        if len(found) == count:
+        if len(items) == count:
             break
         item = TASKS[name].draw_item(draw, level)
         if is_held_out_item(item) == held_out:
-            found[item] = None
-    return list(found)
+            items[item] = None
+    return list(items)

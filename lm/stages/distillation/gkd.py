@@ -66,12 +66,12 @@ def make(
     compare = divergence_from_teacher(model, teacher, beta=beta, temperature=temperature)
 
     def evaluate(state, batch: HeldOutRows) -> Metrics:
-        found = compare(state.params["lm"], state.frozen["teacher"], batch.tokens)
+        divergence = compare(state.params["lm"], state.frozen["teacher"], batch.tokens)
         own = batch.tokens.weights * batch.is_student_written[:, None]
         on_own = {
-            f"on_policy_{name}": measured for name, measured in found.weighted_means(own).items() if name != "loss"
+            f"on_policy_{name}": measured for name, measured in divergence.weighted_means(own).items() if name != "loss"
         }
-        return found.weighted_means(batch.tokens.weights - own) | on_own
+        return divergence.weighted_means(batch.tokens.weights - own) | on_own
 
     return decoder_gradient(distillation_loss(compare), optimizer, microbatches=microbatches)._replace(
         evaluate=evaluate
@@ -120,7 +120,7 @@ def batches(
         source_temperature=source_temperature,
         held_out=held_out,
     )
-    found = prompt_sources(
+    prompts_by_split = prompt_sources(
         context.tokenizer,
         sources,
         columns=columns,
@@ -132,7 +132,7 @@ def batches(
         seed=context.seed,
         temperature=source_temperature,
     )
-    train, unseen, order = found.train, found.held_out, found.drawn
+    train, unseen, order = prompts_by_split.train, prompts_by_split.held_out, prompts_by_split.drawn
     answered = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts)
     run = rollout_program(context, sampling)
 
@@ -145,7 +145,7 @@ def batches(
         coin = jax.random.fold_in(jax.random.fold_in(state.key, ON_POLICY_KEY), i)
         return bool(jax.random.bernoulli(coin, on_policy_fraction))
 
-    student_origins = prompt_origins(train, found.distinct, found.names, writer="student")
+    student_origins = prompt_origins(train, prompts_by_split.distinct, prompts_by_split.names, writer="student")
 
     def row_origins(state, batch, i: int) -> list[RowOrigin]:
         if is_student_written(state, i):
@@ -166,13 +166,17 @@ def batches(
             yield HeldOutRows(rows, np.zeros(batch_size, np.float32))
 
     of_prompts = {"skipped", "held_out_skipped", "repeated"}
-    asked = {f"{name}_prompts" if name in of_prompts else name: count for name, count in found.counts.items()}
+    prompt_counts = {
+        f"{name}_prompts" if name in of_prompts else name: count for name, count in prompts_by_split.counts.items()
+    }
     student_part = HeldOutPart("", "", answered // rollouts, {})
-    rule = prompt_truncation(",".join(found.names), turns=turns, prompt_length=prompt_length, max_new=max_new)
+    rule = prompt_truncation(
+        ",".join(prompts_by_split.names), turns=turns, prompt_length=prompt_length, max_new=max_new
+    )
     return Batches(
         train_batch,
         held_out_batches,
-        {**people.dataset_info, **asked},
+        {**people.dataset_info, **prompt_counts},
         row_origins=row_origins,
         held_out_parts=[student_part, *people.held_out_parts] if people.held_out_parts else (),
         truncation=f"{people.truncation}; {rule}",

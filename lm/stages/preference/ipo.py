@@ -5,7 +5,7 @@ tokens, less the rejected one's. DPO trusts that preferences are Bradley-Terry: 
 asks for an infinite lead, whatever beta; here the lead asked for is finite. Frozen: "ref", the policy this run starts
 from. A batch is `RankedAnswers`. Azar et al. 2023, eq. 17, arXiv 2310.12036.
 
-Ours differs: the mean over tokens in the place of the sum (see lm.losses.preference.ipo_loss), all pairs of a ranking,
+Ours differs: the mean over tokens instead of the sum (see lm.losses.preference.ipo_loss), all pairs of a ranking,
 each prompt counting once. The reward that is reported is beta * mean log(p / p_ref): its margin is asked to be one
 half.
 """

@@ -81,9 +81,9 @@ def with_reference_point(model: Model, state, batch: RankedAnswers) -> tuple[Ran
     """The batch with z = max(0, mean log(p / p_ref) of its mismatched answers) as the baseline of every prompt."""
     tokens = batch.mismatched_tokens
     ratios = answer_logprobs(model, state.params["lm"], tokens) - answer_logprobs(model, state.frozen["ref"], tokens)
-    real = jnp.any(tokens.weights > 0, axis=1).astype(jnp.float32)
-    z = jnp.maximum(mean(ratios, real).value(), 0.0)
-    return batch.replace(mismatched_tokens=None, baseline=jnp.broadcast_to(z, real.shape)), {
+    has_answer = jnp.any(tokens.weights > 0, axis=1).astype(jnp.float32)
+    z = jnp.maximum(mean(ratios, has_answer).value(), 0.0)
+    return batch.replace(mismatched_tokens=None, baseline=jnp.broadcast_to(z, has_answer.shape)), {
         "baseline": scalar_metric(z)
     }
 
@@ -160,9 +160,9 @@ def batch_with_mismatched(
             f"of {len(verdicts)} verdicts no prompt takes an answer to another one within data.length {length}: KTO's "
             "baseline needs some; rank different prompts, or raise data.length or data.held_out"
         )
-    found = ranked_answers_batch(verdicts, length, most)
-    ranks = found.ranks if found.ranks[..., 1:].any() else found.ranks[..., :1]  # no axis for labels that are not there
-    return found.replace(ranks=ranks, mismatched_tokens=padded_rows(rows, length))
+    batch = ranked_answers_batch(verdicts, length, most)
+    ranks = batch.ranks if batch.ranks[..., 1:].any() else batch.ranks[..., :1]  # no axis for labels that are not there
+    return batch.replace(ranks=ranks, mismatched_tokens=padded_rows(rows, length))
 
 
 def mismatched_example(
@@ -170,13 +170,13 @@ def mismatched_example(
 ) -> TokenizedExample:
     """Prompt i with an answer of the next verdict, in a circle, that is on another prompt and fits a row with it; if
     none does, of the next that leaves room for an end of prompt i."""
-    asked, cut = verdicts[i].ranking, EMPTY_ROW
+    ranking, cut = verdicts[i].ranking, EMPTY_ROW
     for k in range(1, len(verdicts)):
         other = verdicts[(i + k) % len(verdicts)].ranking
         text = other.responses[i % len(other.responses)]  # the first, the second, ... in turn: good and bad ones
-        if other.content != asked.content:
-            whole = encode_chats(tokenizer, [conversation_with_answer(asked.prompt, text)], last=True)
-            fit = truncated_rows(whole, length + 1, cut="prompt", start=tokenizer.start_ids)
+        if other.content != ranking.content:
+            encoded = encode_chats(tokenizer, [conversation_with_answer(ranking.prompt, text)], last=True)
+            fit = truncated_rows(encoded, length + 1, cut="prompt", start=tokenizer.start_ids)
             if fit.kept and not fit.counts["shortened"]:
                 return fit.kept[0]
             cut = fit.kept[0] if fit.kept and cut is EMPTY_ROW else cut

@@ -118,6 +118,6 @@ def batches(
 def summary(metrics: Metrics, about) -> dict[str, float]:
     """Held-out metrics, the accuracy with its standard error, which counts prompts: a prompt's pairs are not
     independent."""
-    found = metric_values(metrics)
-    accuracy = found["accuracy"]
-    return {**found, "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / about["held_out_prompts"])}
+    values = metric_values(metrics)
+    accuracy = values["accuracy"]
+    return {**values, "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / about["held_out_prompts"])}

@@ -66,8 +66,8 @@ def scalar_heads(model: Model, key: Array, count: int):
 def answer_scores(model: Model, params, tokens: Tokens) -> Array:
     """f32[P,K,A] of answers whose leaves are [P,K,T]."""
     P, K, T = tokens.inputs.shape
-    found = reward_scores(model, params, jax.tree.map(lambda x: x.reshape(P * K, T), tokens))
-    return found.reshape(P, K, -1)
+    scores = reward_scores(model, params, jax.tree.map(lambda x: x.reshape(P * K, T), tokens))
+    return scores.reshape(P, K, -1)
 
 
 def ranking_loss(
@@ -81,10 +81,10 @@ def ranking_loss(
         # A difference cannot see the offset: left in, rounding alone would move it. Centring does see it.
         head = params["value"]
         bare = {**params, "value": {**head, "offset": jnp.zeros_like(head["offset"])}}
-        found = answer_scores(model, bare, batch.tokens)
+        scores = answer_scores(model, bare, batch.tokens)
         terms, metrics = {}, {}
         for a, axis in enumerate(axes):
-            s, ranks = found[..., a], batch.ranks[..., a]
+            s, ranks = scores[..., a], batch.ranks[..., a]
             better = preference_mask(ranks).astype(jnp.float32)
             decided = jnp.any(better > 0, axis=(1, 2)).astype(jnp.float32)
             lead = s[:, :, None] - s[:, None, :]
@@ -121,17 +121,17 @@ def reward_model_metrics(total: Array, batch: RankedAnswers) -> Metrics:
     lead = total[:, :, None] - total[:, None, :]
     better = preference_mask(ranks).astype(jnp.float32)
     apart = jnp.minimum(ranks[:, None, :] - ranks[:, :, None], MARGIN_BINS[-1])
-    found = {f"margin_accuracy/{n}": mean(pair_accuracy(lead), better * (apart == n)) for n in MARGIN_BINS}
+    measured = {f"margin_accuracy/{n}": mean(pair_accuracy(lead), better * (apart == n)) for n in MARGIN_BINS}
     sure = jax.nn.sigmoid(jnp.abs(lead))
     for low, high in zip(CONFIDENCE_BINS, (*CONFIDENCE_BINS[1:], math.inf)):
         inside = better * (sure >= low) * (sure < high)
-        found |= {
+        measured |= {
             f"confidence/{low}": mean(sure, inside),
             f"confidence_accuracy/{low}": mean(pair_accuracy(lead), inside),
         }
     lengths = jnp.sum(batch.tokens.segments > 0, axis=-1).astype(jnp.float32)
-    found["longer_preferred"] = mean_over_prompts(pair_accuracy(lengths[:, :, None] - lengths[:, None, :]), better)
-    real = (lengths > 0).astype(jnp.float32)
+    measured["longer_preferred"] = mean_over_prompts(pair_accuracy(lengths[:, :, None] - lengths[:, None, :]), better)
+    has_answer = (lengths > 0).astype(jnp.float32)
     moments = {
         "score": total,
         "score_2": total**2,
@@ -139,7 +139,7 @@ def reward_model_metrics(total: Array, batch: RankedAnswers) -> Metrics:
         "length_2": lengths**2,
         "score_length": total * lengths,
     }
-    return found | {name: mean(x, real) for name, x in moments.items()}
+    return measured | {name: mean(x, has_answer) for name, x in moments.items()}
 
 
 def batches(
@@ -278,9 +278,9 @@ def reward_model_rows(
     tokenizer: Tokenizer, rankings: Sequence[Ranking], axes: Sequence[str], length: int
 ) -> tuple[list[TokenizedRanking], dict[str, int]]:
     """The verdicts that can be learned from, their answers as a reward model reads them, and what is left out."""
-    found, counts = tokenized_rankings(tokenizer, rankings, length, axes=axes, cut="answer", trained=False)
-    rows = [[reward_row(tokenizer, row) for row in verdict.rows] for verdict in found]
-    return [verdict._replace(rows=own) for verdict, own in zip(found, rows)], counts
+    tokenized, counts = tokenized_rankings(tokenizer, rankings, length, axes=axes, cut="answer", trained=False)
+    rows = [[reward_row(tokenizer, row) for row in verdict.rows] for verdict in tokenized]
+    return [verdict._replace(rows=own) for verdict, own in zip(tokenized, rows)], counts
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:
@@ -290,17 +290,17 @@ def summary(metrics: Metrics, about) -> dict[str, float]:
     The standard error counts prompts, not pairs: pairs of one prompt are not independent. What was never seen (a bin
     without pairs) is left out.
     """
-    seen = {name: m for name, m in metrics.items() if float(m.weight) > 0}
-    found = metric_values(seen)
-    moments = {name: found.pop(name) for name in ("score", "score_2", "length", "length_2", "score_length")}
+    counted = {name: m for name, m in metrics.items() if float(m.weight) > 0}
+    values = metric_values(counted)
+    moments = {name: values.pop(name) for name in ("score", "score_2", "length", "length_2", "score_length")}
     deviation = math.sqrt(max(moments["score_2"] - moments["score"] ** 2, 1e-12))
     spread = math.sqrt(max(moments["length_2"] - moments["length"] ** 2, 1e-12))
-    accuracy, prompts = found["accuracy"], about["held_out_prompts"]
+    accuracy, prompts = values["accuracy"], about["held_out_prompts"]
     covariance = moments["score_length"] - moments["score"] * moments["length"]
     return {
-        **found,
+        **values,
         "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / prompts),
-        "calibration_error": calibration_error(seen),
+        "calibration_error": calibration_error(counted),
         "score_mean": moments["score"],
         "score_deviation": deviation,
         "length_correlation": covariance / (deviation * spread),

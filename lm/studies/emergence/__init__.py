@@ -1,1 +1,1 @@
-"""Emergence: a ladder of models scored on small tasks, by metrics that are all or nothing and by smooth ones."""
+"""Emergence: a ladder of models scored on small tasks, by all-or-nothing metrics and by smooth ones."""

@@ -1,7 +1,7 @@
 """Curves over the ladder, and how much of a rise falls into one step of it.
 
 A jump is a step that holds more than half of the whole rise: by exact match first, then, in the same step, by the
-metrics that give credit for being nearly right. What holds by those too is no artefact of counting all or nothing.
+metrics that give credit for being nearly right. A jump by those too is not an artefact of all-or-nothing counting.
 """
 
 import functools
@@ -35,12 +35,12 @@ class MetricRise(NamedTuple):
     """How a metric rises on the ladder; a falling edit distance counts as a rise."""
 
     total: Estimate  # from the first rung to the last, the same items
-    share: Estimate  # of it that the step holds; nan where nothing rises
+    share: Estimate  # the share of it in the step; nan where nothing rises
     jump: str  # whether that is more than half: YES, NO or UNDECIDED
 
 
 class JumpFinding(NamedTuple):
-    """What is concluded from a curve."""
+    """The conclusions from a curve."""
 
     step: int | None  # the steepest by exact match, from rung `step` to the next; None where exact match does not rise
     log_flops_share: float  # the share of the ladder's log-FLOPs in that step
@@ -49,7 +49,7 @@ class JumpFinding(NamedTuple):
 
 def task_curves(each: Sequence[Mapping[str, Any]], *, samples: int, k: int) -> list[TaskCurve]:
     """The curves of all levels that every rung was asked, from the scores of each rung."""
-    found = []
+    curves = []
     for task, levels in each[0].items():
         for level in levels:
             if not all(task in scores and level in scores[task] for scores in each):
@@ -63,10 +63,10 @@ def task_curves(each: Sequence[Mapping[str, Any]], *, samples: int, k: int) -> l
                 EDIT_DISTANCE: np.minimum([rung["edit"] for rung in rungs], 1.0),  # rambling is no worse than silence
                 LOG_PROBABILITY: np.array([rung["logprob"] for rung in rungs]) / tokens,
             }
-            found.append(
+            curves.append(
                 TaskCurve(task, level, values, [level_expected_match(rung) for rung in rungs], float(tokens.mean()))
             )
-    return found
+    return curves
 
 
 def level_expected_match(rung: Mapping[str, Any]) -> float:
@@ -79,8 +79,8 @@ def metric_estimate(metric: str, values: np.ndarray) -> Estimate:
 
 
 def step_share(values: np.ndarray, step: int) -> float:
-    """Of the rise of the mean of f64[K,I] from the first rung to the last, the part between rungs step and step + 1;
-    nan where there is none."""
+    """The part between rungs step and step + 1 of the rise of the mean of f64[K,I] from the first rung to the last;
+    nan where it does not rise."""
     means = values.mean(axis=-1)
     rise = means[-1] - means[0]
     return float((means[step + 1] - means[step]) / rise) if rise > 0 else np.nan
@@ -92,7 +92,7 @@ def steepest_step(values: np.ndarray) -> int:
 
 
 def jump_finding(curve: TaskCurve, flops: Sequence[float]) -> JumpFinding:
-    """Where exact match rises most, and what part of each metric's rise lies there; intervals by a bootstrap of items.
+    """The step in which exact match rises most, and its part of each metric's rise; intervals by a bootstrap of items.
 
     A rise that is inside the noise has no share.
     """
@@ -107,8 +107,8 @@ def jump_finding(curve: TaskCurve, flops: Sequence[float]) -> JumpFinding:
 
 
 def metric_rise(values: np.ndarray, step: int | None) -> MetricRise:
-    whole = paired_difference(values[-1], values[0])
-    if step is None or not whole.low > 0:
-        return MetricRise(whole, NO_ESTIMATE, UNDECIDED)
+    rise = paired_difference(values[-1], values[0])
+    if step is None or not rise.low > 0:
+        return MetricRise(rise, NO_ESTIMATE, UNDECIDED)
     part = bootstrap_estimate(functools.partial(step_share, step=step), values)
-    return MetricRise(whole, part, YES if part.low > JUMP_SHARE else NO if part.high < JUMP_SHARE else UNDECIDED)
+    return MetricRise(rise, part, YES if part.low > JUMP_SHARE else NO if part.high < JUMP_SHARE else UNDECIDED)

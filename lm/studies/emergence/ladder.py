@@ -12,7 +12,7 @@ from lm.runs.workdir import CONFIG_FILE, SUMMARY_FILE, read_json
 from lm.stages.pretraining import pretrain
 
 STAGE_NAME = "pretrain"
-MIN_RUNGS = 3  # rungs: of two, the one step between them is all there is
+MIN_RUNGS = 3  # rungs: two have only one step
 SAME_FLOPS_FACTOR = 1.2  # runs whose FLOPs differ by no more than this factor share a rung
 MAX_FOLDER_DEPTH = 3  # folders below the one that is named
 
@@ -91,15 +91,15 @@ def is_pretraining_run(path: Path) -> bool:
     return True
 
 
-def ladder_run(found: Run) -> LadderRun:
-    summary = read_json(found.path / SUMMARY_FILE)
+def ladder_run(run: Run) -> LadderRun:
+    summary = read_json(run.path / SUMMARY_FILE)
     default = inspect.signature(pretrain.batches).parameters["corpus"].default
-    named = found.config["data.corpus"] if "data.corpus" in found.config else default
+    named = run.config["data.corpus"] if "data.corpus" in run.config else default
     corpora = [name for source in parse_sources(named, {}, option="data.corpus") for name in source.names]
     if summary["model_flops"] is None:
-        raise UserError(f"{found.path} has a model of your own, whose FLOPs are not known: name runs of lm's decoder")
+        raise UserError(f"{run.path} has a model of your own, whose FLOPs are not known: name runs of lm's decoder")
     return LadderRun(
-        found.path,
+        run.path,
         summary["model_flops"],
         summary["parameters"],
         summary["tokens"],

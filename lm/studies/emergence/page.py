@@ -1,4 +1,4 @@
-"""What was seen: the ladder and its curves as numbers, sentences, a table, one page and one figure."""
+"""The results: the ladder and its curves as numbers, sentences, a table, one page and one figure."""
 
 import functools
 import math
@@ -55,27 +55,27 @@ def emergence_summary(
     }
 
 
-def curve_json(curve: TaskCurve, found: JumpFinding, scores: Sequence[JsonTree]) -> dict[str, Any]:
-    """A curve and what is concluded from it, as JSON holds it."""
-    asked = [each[curve.task][curve.level] for each in scores]
+def curve_json(curve: TaskCurve, finding: JumpFinding, scores: Sequence[JsonTree]) -> dict[str, Any]:
+    """A curve and the conclusions from it, as JSON."""
+    level_scores = [each[curve.task][curve.level] for each in scores]
     return {
         "task": curve.task,
         "level": curve.level,
         "name": curve_name(curve),
         "items": curve.values[EXACT_MATCH].shape[1],
-        "shots": [each["shots"] for each in asked],
+        "shots": [each["shots"] for each in level_scores],
         "tokens": curve.tokens,
         "metrics": {
             m: [estimate_json(metric_estimate(m, row)) for row in values] for m, values in curve.values.items()
         },
         "expected": list(curve.expected),
-        "step": found.step,
-        "even": finite_or_none(found.log_flops_share),
+        "step": finding.step,
+        "even": finite_or_none(finding.log_flops_share),
         "rises": {
             metric: {"whole": estimate_json(rise.total), "share": estimate_json(rise.share), "jumps": rise.jump}
-            for metric, rise in found.rises.items()
+            for metric, rise in finding.rises.items()
         },
-        "shown": asked[-1]["shown"],
+        "shown": level_scores[-1]["shown"],
     }
 
 
@@ -96,23 +96,23 @@ def finite_or_none(value: float) -> float | None:
 
 
 def conclusion_sentences(summary: JsonTree) -> list[str]:
-    """What was seen, with what may not be concluded."""
-    said = [curve_sentence(curve, summary["rungs"]) for curve in summary["curves"]]
+    """Sentences: the results, with the conclusions that they do not allow."""
+    sentences = [curve_sentence(curve, summary["rungs"]) for curve in summary["curves"]]
     sharp = [curve for curve in summary["curves"] if curve["rises"][EXACT_MATCH]["jumps"] == YES]
     if sharp:
         survive = " ".join(survival_counts(sharp, metric) for metric in SMOOTH_METRICS)
-        said.append(f"Jumps by exact match: {len(sharp)}. {survive}")
+        sentences.append(f"Jumps by exact match: {len(sharp)}. {survive}")
     if not sharp:
-        said.append("No step of this ladder holds, outside the noise, more than half of a rise of exact match.")
-    said.append(
+        sentences.append("No step of this ladder holds, outside the noise, more than half of a rise of exact match.")
+    sentences.append(
         "Intervals are over items. Each rung is one run, so what another seed would give is not in them; and a step of "
         "the ladder is as wide as it is: within it a rise may be smooth."
     )
-    return said
+    return sentences
 
 
 def survival_counts(sharp: Sequence[JsonTree], metric: str) -> str:
-    """How many of these jumps survive a metric."""
+    """A sentence: how many of these jumps are jumps by a metric, too."""
     verdicts = [curve["rises"][metric]["jumps"] for curve in sharp]
     yes, no, untold = (verdicts.count(verdict) for verdict in (YES, NO, UNDECIDED))
     return f"By {metric}, in the same step, {yes} survive, {no} do not, of {untold} it cannot be told."

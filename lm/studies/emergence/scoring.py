@@ -1,4 +1,4 @@
-"""What one model makes of every task: greedy answers, samples, and the log-probability of what is right."""
+"""Scores one model on every task: greedy answers, samples, and the log-probability of the right answer."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ from lm.tokenizer import TokenizedExample, Tokenizer
 
 ROWS_AT_ONCE = 128  # at a time
 EXTRA_ANSWER_TOKENS = 4  # tokens that an answer may be longer than the longest target
-SHOWN_ANSWERS = 3  # greedy answers that are kept to be read
+SHOWN_ANSWERS = 3  # greedy answers that the page shows
 
 
 class TaskQuestions(NamedTuple):
@@ -38,18 +38,18 @@ class TaskQuestions(NamedTuple):
 def task_questions(
     name: str, level: int | str, tokenizer: Tokenizer, max_prompt_length: int, *, items: int, shots: int, seed: int
 ) -> TaskQuestions | None:
-    """The level's questions, each with as many examples before it, up to `shots`, as let all of them fit `room` tokens;
-    None where they do not fit at all. The examples are other ones for each question."""
-    found = evaluation_items(name, level, count=items, seed=seed)
-    shown = example_items(name, level, count=shots * len(found), seed=seed)
-    targets = tokenizer.encode_batch(item.target for item in found)
-    for count in range(shots if shown else 0, -1, -1):
-        around = itertools.cycle(shown)
-        texts = ["".join(next(around).line for _ in range(count)) + item.prompt for item in found]
+    """The level's questions. Each has different examples before it: up to `shots`, as many as fit all questions into
+    `max_prompt_length` tokens. None if the questions do not fit without examples."""
+    questions = evaluation_items(name, level, count=items, seed=seed)
+    examples = example_items(name, level, count=shots * len(questions), seed=seed)
+    targets = tokenizer.encode_batch(item.target for item in questions)
+    for count in range(shots if examples else 0, -1, -1):
+        around = itertools.cycle(examples)
+        texts = ["".join(next(around).line for _ in range(count)) + item.prompt for item in questions]
         prompts = [[*tokenizer.start_ids, *ids] for ids in tokenizer.encode_batch(texts)]
         longest = max(map(len, prompts))
         if longest <= max_prompt_length:
-            return TaskQuestions(found, prompts, targets, count, bucket_length(longest, max_prompt_length))
+            return TaskQuestions(questions, prompts, targets, count, bucket_length(longest, max_prompt_length))
     return None
 
 
@@ -75,23 +75,23 @@ def task_scores(
     answer = max(map(len, trained.tokenizer.encode_batch(targets))) + EXTRA_ANSWER_TOKENS
     programs = TaskPrograms(trained, answer, samples)
     room = trained.model_config.context - answer
-    found: dict[str, dict[str, Any]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     for number, (name, level) in enumerate(levels):
         on_level(name, str(level))
         questions = task_questions(name, level, trained.tokenizer, room, items=items, shots=shots, seed=seed)
         if questions:
             key = jax.random.fold_in(jax.random.key(seed), number)
             score = functools.partial(level_scores, programs, questions, samples, key)
-            found.setdefault(name, {})[str(level)] = parts.once(f"{name}, level {level}", score)
-    return found
+            scores.setdefault(name, {})[str(level)] = parts.once(f"{name}, level {level}", score)
+    return scores
 
 
 def level_scores(programs: "TaskPrograms", questions: TaskQuestions, samples: int, key) -> dict[str, Any]:
     """The scores of one level, item by item."""
     targets = [item.target for item in questions.items]
     greedy = [compared_text(*pair) for pair in zip(programs.answers(questions, key, greedy=True), targets)]
-    drawn = programs.answers(questions, key, greedy=False)
-    right = [compared_text(text, targets[i // samples]) == targets[i // samples] for i, text in enumerate(drawn)]
+    sampled = programs.answers(questions, key, greedy=False)
+    right = [compared_text(text, targets[i // samples]) == targets[i // samples] for i, text in enumerate(sampled)]
     return {
         "shots": questions.shots,
         "exact": [answer == target for answer, target in zip(greedy, targets)],
@@ -136,8 +136,8 @@ class TaskPrograms:
             for prompt, target in zip(questions.prompts, questions.targets)
         ]
         parts = sequential_batches(padded_rows(examples, questions.prompt_length + self._answer - 1), ROWS_AT_ONCE)
-        found = [np.sum(np.asarray(self._logprobs(self._lm, part)) * part.weights, axis=1) for part in parts]
-        return np.concatenate(found)[: len(examples)].tolist()
+        nats = [np.sum(np.asarray(self._logprobs(self._lm, part)) * part.weights, axis=1) for part in parts]
+        return np.concatenate(nats)[: len(examples)].tolist()
 
 
 def newline_ids(tokenizer: Tokenizer) -> list[int]:

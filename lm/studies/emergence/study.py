@@ -31,12 +31,12 @@ from lm.studies.emergence.scoring import task_scores, tasks_for_corpora
 
 POSITIONAL = {"folders": dict(nargs="*", metavar="D", help="the workdir of a run, a sweep, or a folder of such")}
 FLAGS = {
-    "items": dict(type=int, default=128, metavar="N", help="questions of each level, where there are as many (128)"),
+    "items": dict(type=int, default=128, metavar="N", help="questions of each level, if it has so many (128)"),
     "samples": dict(type=int, default=16, metavar="N", help="answers drawn to each, for pass@k (16)"),
     "k": dict(type=int, default=8, metavar="K", help="of pass@k (8)"),
     "shots": dict(type=int, default=2, metavar="N", help="examples before each question, where they fit (2)"),
-    "seed": dict(type=int, default=0, metavar="N", help="of the questions and the samples (0)"),
-    "tasks": dict(default="", metavar="NAMES", help="with commas; default: all that the corpus of the runs can teach"),
+    "seed": dict(type=int, default=0, metavar="N", help="seed of the questions and the samples (0)"),
+    "tasks": dict(default="", metavar="NAMES", help="with commas; default: all tasks that the runs' corpus can teach"),
     "output": dict(metavar="DIR", help=f"where the results go; default: {PAGE_NAME} in the first folder"),
 }
 
@@ -52,7 +52,7 @@ def run_emergence(
     shots: int = 2,
     seed: int = 0,
 ) -> Mapping[str, Any]:
-    """Scores whatever is not scored yet, writes numbers, page and figure, and returns the numbers."""
+    """Scores the runs that are not scored yet, writes numbers, page and figure, and returns the numbers."""
     check_at_least(2, "lm.studies.emergence.study", items=items)
     check_at_least(1, "lm.studies.emergence.study", k=k)
     check_at_least(k, "lm.studies.emergence.study", samples=samples)
@@ -62,8 +62,8 @@ def run_emergence(
         raise UserError(f"--tasks={unknown[0]} is no task: choose among {', '.join(TASKS)}")
     ladder = read_ladder(folders)
     print_excluded_runs(ladder)
-    told = {corpus for rung in ladder.rungs for corpus in rung.corpora}
-    names = list(tasks) or tasks_for_corpora(told)
+    corpora = {corpus for rung in ladder.rungs for corpus in rung.corpora}
+    names = list(tasks) or tasks_for_corpora(corpora)
     settings = dict(tasks=names, items=items, samples=samples, shots=shots, seed=seed)
     folder = Path(output) if output else Path(folders[0]) / PAGE_NAME
     try:
@@ -71,10 +71,10 @@ def run_emergence(
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}; give another --output") from error
     each = [cached_scores(rung, settings, folder / "scores") for rung in ladder.rungs]
-    found = task_curves(each, samples=samples, k=k)
-    if not found:
+    curves = task_curves(each, samples=samples, k=k)
+    if not curves:
         raise UserError("no level of any task fits the context of every run: ask with fewer --shots, or other --tasks")
-    summary = emergence_summary(ladder, found, each, {**settings, "k": k})
+    summary = emergence_summary(ladder, curves, each, {**settings, "k": k})
     write_text(folder / f"{PAGE_NAME}.json", json.dumps(summary, indent=1) + "\n")
     print_summary(summary)
     for file in [folder / f"{PAGE_NAME}.json", *write_page(folder, summary)]:
@@ -83,7 +83,7 @@ def run_emergence(
 
 
 def print_excluded_runs(ladder: ModelLadder) -> None:
-    """Who is not on the ladder, and why."""
+    """Prints which runs are not on the ladder, and why."""
     for one in ladder.missing[:8]:
         warn(f"{one.path} is {one.state} and not on the ladder: {one.reason}")
     for one in ladder.passed_over[:8]:
@@ -94,7 +94,8 @@ def print_excluded_runs(ladder: ModelLadder) -> None:
 
 
 def cached_scores(rung: LadderRun, settings: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """The scores of a run, from the file of an earlier start if that asked the same of the same run."""
+    """The scores of a run. They come from the file of an earlier start if it asked the same questions of the same
+    run."""
     made = hashlib.sha256((rung.path / SUMMARY_FILE).read_bytes()).hexdigest()
     of = {"run": str(rung.path.resolve()), "summary": made, **settings}
     file = folder / f"{hashlib.sha256(of['run'].encode()).hexdigest()[:12]}.json"

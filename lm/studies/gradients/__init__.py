@@ -1,1 +1,1 @@
-"""Exact-gradient certificates: in a world of a few tokens the mean of every loss's gradient is known."""
+"""Exact-gradient certificates: in a world of a few tokens, the mean gradient of every loss is known."""

@@ -6,8 +6,8 @@
 The world is small enough to enumerate every batch: two prompts, four tokens, answers of up to three tokens. Every batch
 of answers or verdicts goes through the stage's own update. The gradients, weighted by each batch's probability, are
 compared with autodiff of the objective, which is written out separately and summed over all answers. A loss that is
-called unbiased must agree to 1e-5, else the exit status is 1; for a loss that is known to be biased the bias is shown,
-and each cause of it by itself.
+called unbiased must agree to 1e-5, else the exit status is 1. For a loss that is known to be biased, the bias is shown,
+and each of its causes.
 """
 
 import json
@@ -60,7 +60,7 @@ noise   answers in a batch whose noise is as large as the mean of ours"""
 
 
 def print_section(title: str, found: list[CertificateResult]) -> None:
-    """A section as a table: with the columns of those whose exact gradient is zero, or of the others."""
+    """A section as a table: certificates whose exact gradient is zero have other columns."""
     if found[0].scale is None:
         rows = [
             [marked_name(m), m.objective, rounded_number(m.ours), rounded_number(m.size), rounded_number(m.off, 2)]

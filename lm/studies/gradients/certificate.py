@@ -1,4 +1,5 @@
-"""A certificate: an update, every batch that it may be given and the chance of each, the gradient it claims to take."""
+"""A certificate: an update, all its possible batches with their probabilities, and the gradient that it claims to
+take."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,11 +24,11 @@ BATCHES_AT_ONCE = 1680  # batches computed together: all rankings of four, half 
 
 
 class BatchDistribution(NamedTuple):
-    """Every batch that there is."""
+    """All possible batches."""
 
     indices: Any  # leaves i32[M,...]
     probabilities: np.ndarray  # f64[M], of sum 1
-    make_batch: Callable[[Any], Any]  # the indices of one batch -> what the stage is given
+    make_batch: Callable[[Any], Any]  # the indices of one batch -> the batch of the stage
     answers_per_batch: int  # answers in a batch
 
 
@@ -58,7 +59,7 @@ class CertificateResult(NamedTuple):
     size: float  # sqrt E |g|^2
     off: float  # |E g - G| / |G|; |E g| / size where G is zero
     scale: float | None  # the best factor on the objective's gradient
-    residue: float | None  # |E g - best| / |E g|: what no factor mends, the sine of the angle
+    residue: float | None  # |E g - best| / |E g|: the error that no factor removes, the sine of the angle
     cosine: float | None
     variance: float  # E |g - E g|^2, times the answers in a batch
     noise: float | None  # variance / |E g|^2: in a batch of so many answers the noise is as large as the gradient
@@ -73,7 +74,8 @@ def certificate_of(
     batches: BatchDistribution,
     **claimed,
 ) -> Certificate:
-    """The certificate of an update of the world's policy: `loss` is the objective's, None where none should pull.
+    """The certificate of an update of the world's policy. `loss` is the objective's; None if the expected gradient is
+    zero.
 
     claimed: scale, is_biased, param_group; `temperature` of the policy; `heads`, further parameters.
     """
@@ -84,7 +86,7 @@ def certificate_of(
 
 
 def certificate_result(c: Certificate) -> CertificateResult:
-    """The gradient of every batch, their mean, and how far that is from the claim."""
+    """The gradient of every batch, their mean, and its distance from the claim."""
     found, chances = batch_gradients(c), c.batches.probabilities
     mean = chances @ found
     square = chances @ np.sum(np.square(found), axis=1)

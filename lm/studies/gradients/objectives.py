@@ -1,4 +1,5 @@
-"""True objectives, each a loss of what the policy says (see tiny_world), summed over all answers; their gradients."""
+"""True objectives, each a loss of the policy's log-probs (see tiny_world), summed over all answers; and their
+gradients."""
 
 import itertools
 from collections.abc import Callable
@@ -108,7 +109,8 @@ def clipped_reward_loss(w: TinyWorld) -> PolicyLoss:
 
 
 def prefix_values(w: TinyWorld, *, beta: float) -> np.ndarray:
-    """What the policy will still get after each prefix of an answer, the KL paid, f64[X,Y,N]; 0 after its end."""
+    """The rewards that the policy still gets after each prefix of an answer, less the KL cost, f64[X,Y,N]; 0 after
+    its end."""
     p = answer_probabilities(w, w.nets.policy)
     paid = np.asarray(
         realized_logprobs(w, next_token_logprobs(w, w.nets.policy))

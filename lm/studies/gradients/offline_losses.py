@@ -1,8 +1,7 @@
-"""Certificates of the losses that learn from what was given: verdicts on answers, texts, a teacher's distribution.
+"""Certificates of the losses that learn from given data: verdicts on answers, texts, a teacher's distribution.
 
-The verdicts: every pair of answers to a prompt, met as often as another sampler writes both, decided either way as
-often as a Bradley-Terry rater would. A policy or reward model from whose own rewards the verdicts come must be left
-alone.
+The verdicts: every pair of answers to a prompt, weighted by the chance that another sampler writes both, and decided as
+a Bradley-Terry rater would decide it. A policy or reward model whose own rewards give the verdicts must not change.
 """
 
 import functools
@@ -54,7 +53,7 @@ def sigmoid(x) -> np.ndarray:
 
 
 def flipped_wins(wins: np.ndarray) -> np.ndarray:
-    """The same verdicts, of which a share is turned around."""
+    """The same verdicts, with a share of them reversed."""
     return (1 - FLIP_PROBABILITY) * wins + FLIP_PROBABILITY * (1 - wins)
 
 
@@ -82,7 +81,8 @@ def pairwise_batches(w: TinyWorld, wins: np.ndarray) -> BatchDistribution:
 
 
 def ranking_batches(w: TinyWorld, scores: np.ndarray) -> BatchDistribution:
-    """Every four answers to a prompt, as likely, in the orders that Plackett-Luce gives them from scores f64[X,Y]."""
+    """All sets of four answers to a prompt, equally likely, in the orders that Plackett-Luce gives them from scores
+    f64[X,Y]."""
     Y, found = len(w.answers), []
     fours = list(itertools.combinations(range(Y), 4))
     for x, four in itertools.product(range(len(PROMPTS)), fours):
@@ -164,8 +164,7 @@ def kto_certificates(w: TinyWorld, beta: float = 2.0) -> Iterator[Certificate]:
 
 
 def optimum_certificates(nets: Networks) -> Iterator[Certificate]:
-    """With r = β log(p/q) the policy is q exp(r/β) / Z: the best there is for the rater's rewards at that price of
-    KL."""
+    """With r = β log(p/q) the policy is q exp(r/β) / Z: the optimum for the rater's rewards with KL coefficient β."""
     w, small = ragged_world(nets), short_answer_world(nets)
     h, make = answer_log_ratios(w), functools.partial(dpo.make, nets.model, GRADIENT_RECORDER)
     wins = sigmoid(BETA * pairwise_differences(h))
@@ -178,7 +177,7 @@ def optimum_certificates(nets: Networks) -> Iterator[Certificate]:
     yield still(
         "cDPO, a tenth flipped", update=make(beta=BETA, label_smoothing=FLIP_PROBABILITY), batches=noisy, is_biased=True
     )
-    # A lead that smoothing cannot reach is nobody's optimum: beta keeps all within it.
+    # Smoothing bounds the leads that an optimum can have; this beta keeps all leads within the bound.
     beta = 0.9 * np.log(1 / FLIP_PROBABILITY - 1) / np.abs(pairwise_differences(h)).max()
     sharper = (sigmoid(beta * pairwise_differences(h)) - FLIP_PROBABILITY) / (1 - 2 * FLIP_PROBABILITY)
     update = make(beta=beta, label_smoothing=FLIP_PROBABILITY)

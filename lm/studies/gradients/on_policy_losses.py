@@ -1,4 +1,4 @@
-"""Certificates of the losses that learn from the policy's own samples: what each claims, and each part of it alone.
+"""Certificates of the losses that learn from the policy's own samples: the claim of each loss, and each of its parts.
 
 "At the first update": the policy is still the one that was sampled, as in the first minibatch of every batch.
 """
@@ -71,7 +71,7 @@ from lm.studies.gradients.tiny_world import (
     single_token_world,
 )
 
-BETA = 0.3  # the price of a nat of KL, high enough to be seen beside the reward
+BETA = 0.3  # the KL coefficient, large enough to matter beside the reward
 REWARD_TEXT, REWARD_LESS_KL_TEXT = "E r", "E r - β KL(p,q)"
 SINGLE_PROMPT_MIXES = tuple((x,) for x in range(len(PROMPTS)))  # one prompt a batch
 ALL_PROMPTS_MIX = (tuple(range(len(PROMPTS))),)  # all of them in each
@@ -119,7 +119,7 @@ LEAVE_ONE_OUT_ADVANTAGES = advantages_within_group(leave_one_out_advantages)
 
 
 def rloo_without_kl(advantages=LEAVE_ONE_OUT_ADVANTAGES, average=row_sum, **options) -> PolicyGradientMethod:
-    """RLOO without KL, but for what is given: parts of the stages, put together one by one."""
+    """RLOO without KL, with the given parts replaced: the parts of other stages, added one by one."""
     return PolicyGradientMethod(advantages, clipped_objective(0.2, 0.2), average, clip_range=(0.2, 0.2), **options)
 
 
@@ -128,7 +128,7 @@ def reward_advantages(batch: Rollouts) -> Array:
 
 
 def kl_rewards_to_go(batch: Rollouts) -> Array:
-    """What stage reinforce_pp whitens."""
+    """The values that stage reinforce_pp whitens."""
     w = batch.tokens.weights
     return rewards_to_go(kl_rewards(batch.rewards, kl_k1(batch.old_logprobs, batch.ref_logprobs), w, beta=BETA), w)
 
@@ -176,7 +176,7 @@ def first_update_certificates(nets: Networks) -> Iterator[Certificate]:
     )  # (group - 1) / (group * length)
     yield certificate_of(w, "Dr. GRPO", "⅙ E r", plain, doctor, draws, scale=scale)
     rewards = np.asarray(w.rewards).reshape(-1)[draws.indices]
-    differ = draws.probabilities * (rewards[:, 0] != rewards[:, 1])  # what dynamic sampling leaves, drawn without end
+    differ = draws.probabilities * (rewards[:, 0] != rewards[:, 1])  # dynamic sampling without a limit of rounds
     resampled, scale = draws._replace(probabilities=differ / differ.sum()), scale / differ.sum()
     yield certificate_of(w, "Dr. GRPO, resampled", "⅙ E r / P(differ)", plain, doctor, resampled, scale=scale)
     level = fixed_length_world(nets)
@@ -304,7 +304,7 @@ def ppo_certificates(nets: Networks) -> Iterator[Certificate]:
 
 
 def exact_value_head(w: TinyWorld) -> Params:
-    """The scalar head that says what is still to come, exactly: prefixes are no more than its own numbers."""
+    """The scalar head that predicts the rewards to come exactly: prefixes are no more than its own numbers."""
     real = np.broadcast_to(w.answer_mask > 0, (len(PROMPTS), *w.answer_mask.shape))
     x, v = np.asarray(answer_hidden_states(w), np.float64)[real], prefix_values(w, beta=BETA)[real]
     *score, offset = np.linalg.lstsq(np.append(x, np.ones((len(x), 1)), axis=1), v, rcond=1e-9)[0]
@@ -312,7 +312,8 @@ def exact_value_head(w: TinyWorld) -> Params:
 
 
 def exact_value_gradient(w: TinyWorld) -> Params:
-    """Of the mean over prompts of E of the mean over two tokens of (V - what is still to come)^2 / 2, in the head."""
+    """The gradient in the head of the mean over prompts of E of the mean over two tokens of (V - rewards to come)^2
+    / 2."""
     fixed, x, v = (
         answer_probabilities(w, w.nets.policy)[:, :, None] * w.answer_mask,
         answer_hidden_states(w),
@@ -326,7 +327,7 @@ def off_policy_certificates(nets: Networks) -> Iterator[Certificate]:
     one, w, model = single_token_world(nets), ragged_world(nets), nets.model
 
     def given(w: TinyWorld) -> BatchDistribution:
-        """Drawn by the sampler, and annotated with its log-probs: as in a later minibatch of a batch."""
+        """Batches drawn by the sampler and annotated with its log-probs, as in a later minibatch of a batch."""
         draws = rollout_batches(w, sampler=nets.sampler)
 
         def batch(rows):

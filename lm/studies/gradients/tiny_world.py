@@ -1,7 +1,7 @@
-"""Worlds small enough to enumerate: two prompts, every answer to each, and networks that give them chances.
+"""Worlds small enough to enumerate: two prompts, every answer to each, and networks that give them probabilities.
 
-What is exact here is written from the definitions, on log_softmax(logits) after plain lists of token ids: it shares no
-mask, no shift, no sum and no average with the losses that are held against it.
+The exact side is written from the definitions, on log_softmax(logits) after plain lists of token ids. It shares no
+mask, no shift, no sum and no average with the losses that it checks.
 """
 
 import itertools
@@ -30,7 +30,7 @@ class Networks(NamedTuple):
     reference: Params
     sampler: Params
     teacher: Params
-    value_head: Params  # a scalar head that nothing was trained with
+    value_head: Params  # an untrained scalar head
 
 
 class TinyWorld(NamedTuple):
@@ -111,16 +111,16 @@ def next_token_logprobs(w: TinyWorld, lm: Params, *, temperature: float = 1.0) -
     return jax.nn.log_softmax(after[:, np.array(opens)] / temperature, axis=-1)
 
 
-def realized_logprobs(w: TinyWorld, said: Array) -> Array:
-    """log p of each token of each answer, f32[X,Y,N], from what a network `said`; 0 after an answer's end."""
+def realized_logprobs(w: TinyWorld, logprobs: Array) -> Array:
+    """log p of each token of each answer, f32[X,Y,N], picked from `logprobs` f32[X,Y,N,V]; 0 after an answer's end."""
     ids = np.asarray(_padded_rows(w.answers, MAX_ANSWER_LENGTH))
     written = (ids[:, :, None] == np.arange(VOCAB_SIZE)) & (w.answer_mask[:, :, None] > 0)
-    return jnp.sum(jnp.where(written, said, 0.0), axis=-1)
+    return jnp.sum(jnp.where(written, logprobs, 0.0), axis=-1)
 
 
-def answer_logprobs(w: TinyWorld, said: Array) -> Array:
+def answer_logprobs(w: TinyWorld, logprobs: Array) -> Array:
     """log p of each answer, f32[X,Y]."""
-    return jnp.sum(realized_logprobs(w, said), axis=-1)
+    return jnp.sum(realized_logprobs(w, logprobs), axis=-1)
 
 
 def answer_probabilities(w: TinyWorld, lm: Params, *, temperature: float = 1.0) -> np.ndarray:
@@ -129,7 +129,7 @@ def answer_probabilities(w: TinyWorld, lm: Params, *, temperature: float = 1.0) 
 
 
 def tabular_networks(seed: int = 0) -> Networks:
-    """A free distribution after every prefix: the real model but for its trunk, the number of the prefix, one-hot."""
+    """A free distribution after every prefix: the real model, but its trunk is the number of the prefix, one-hot."""
     heard = [string for n in range(MAX_ANSWER_LENGTH) for string in itertools.product(range(VOCAB_SIZE), repeat=n)]
     prefixes = [(*prompt, *string) for prompt in PROMPTS for string in heard]
     table = np.array([[*prefix, *[-1] * (ROW_LENGTH - len(prefix))] for prefix in prefixes])

@@ -1,1 +1,1 @@
-"""Ways of training compared: one start, one reward model, one budget of answers, several seeds."""
+"""Compares ways of training: one start, one reward model, one budget of answers, several seeds."""

@@ -19,56 +19,46 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from markupsafe import Markup
-from matplotlib.axes import Axes
 from ml_collections import ConfigDict
 
 from lm.core.config import call_with_options, flags_and_config, require_entries, to_dict
 from lm.core.errors import UserError, check_at_least
 from lm.core.options import ConfigFunction, option_value
-from lm.core.statistics import crossed_mean, estimate_text, interval_text, signed_number
 from lm.data.preferences import preference_pairs, read_jsonl_rankings
 from lm.evaluate.models import ANSWERS_FILE
-from lm.evaluate.policies import HeldOutPrompts, conversation_means, held_out_prompts, policy_answerer
+from lm.evaluate.policies import HeldOutPrompts, held_out_prompts, policy_answerer
 from lm.feedback import auto_rank
 from lm.generate.sampler import SamplingParams
 from lm.rewards import named_rater
 from lm.rewards.load import reward_from_workdirs
 from lm.rewards.reward_model import reward_row_length
-from lm.rewards.rule import RULE
-from lm.runs.console import print_table, run_program, say, warn
-from lm.runs.html import SERIES_COLORS, TEXT_COLOR, rendered_page, svg_figure
+from lm.runs.console import run_program, say, warn
 from lm.runs.partial_results import PartialResults
 from lm.runs.workdir import TrainedModel, load_trained_model, open_workdir, read_json, read_metrics, write_text
 from lm.stages import REWARD_MODEL_STAGES, STAGES
+from lm.studies.methods.results import START_MODEL, print_results, results_page, study_summary
 from lm.sweep.config_functions import config_functions
 from lm.tokenizer import Tokenizer
 from lm.train import loop
 from lm.train.warm_start import load_policy
 
 PAGE_FILE = "contest.html"
-START_MODEL = "start"  # the name of the model that all methods start from, among theirs
 RANKINGS_DIR = "verdicts"  # the folder of the rankings that stages without rollouts learn from
 ROLLOUTS_OPTION, RANKINGS_OPTION = (
     "rollouts",
     "rankings",
 )  # the option of a stage's batches that names what it learns from
 SINGLE_ANSWER_STAGES = {"best_of_n"}  # stages that learn from one answer of each group that they sample
-LENGTH_OPTIONS = ("prompt_length", "max_new")  # options of what asks a policy
+LENGTH_OPTIONS = ("prompt_length", "max_new")  # options of functions that ask a policy
 ANSWER_KEY = 2**30 + 2  # role folded into the key of a seed, beside those of lm.stages.rl.rollouts
-SHOWN_PROMPTS = 6  # prompts whose answers the page shows
 CONFIG_KEYS = ("init_from", "reward_model", "rollouts", "seeds", "methods", RANKINGS_DIR, "prompts", "evaluate")
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the contest's folder; the same command continues")}
-
-
-# Of each model and seed, a record of each prompt: conversation, text, tokens, stopped, kl, gold, proxy.
-AnswerRecords = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
 
 
 class MethodEntry(NamedTuple):
     """A method and all the runs of it."""
 
-    config: ConfigDict  # what lm train gets, but for the seed
+    config: ConfigDict  # the config of lm train, without the seed
     learns_from: str  # ROLLOUTS_OPTION or RANKINGS_OPTION
 
 
@@ -79,7 +69,7 @@ def study_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
 
 
 def run_methods_study(config: ConfigDict, path: str | Path) -> dict[str, Any]:
-    """Trains whatever has not finished, lets it answer, writes the page; returns the summary."""
+    """Trains the runs that have not finished, lets them answer, writes the page; returns the summary."""
     require_entries(config, CONFIG_KEYS, "lm contest")
     entries, started = method_entries(config), time.monotonic()
     with open_workdir(path, to_dict(config), changeable_keys=("seeds", "methods")) as workdir:
@@ -94,17 +84,22 @@ def run_methods_study(config: ConfigDict, path: str | Path) -> dict[str, Any]:
         for seed, (name, entry) in itertools.product(config.seeds, entries.items()):
             say(f"\n{name}, seed {seed}: {workdir.path / name / str(seed)}")
             train_method(config, entry, seed, workdir.path, name)
-        found = {
+        records = {
             name: [answers(workdir.path / name / str(seed), seed) for seed in config.seeds]
             for name in (START_MODEL, *entries)
         }
-        spent = {
+        budgets = {
             name: [run_budget(config, entry, seed, workdir.path, name, start.tokenizer) for seed in config.seeds]
             for name, entry in entries.items()
         }
-        summary = study_summary(found, spent, config)
+        sampler = {
+            name: option_value(study_functions(config)["evaluate"], config.evaluate, name)
+            for name in ("max_new", "temperature")
+        }
+        summary = study_summary(records, budgets, config, sampler)
         workdir.write_summary(summary)
-        write_text(workdir.path / PAGE_FILE, results_page(workdir.path, summary, found, entries))
+        configs = {name: entry.config for name, entry in entries.items()}
+        write_text(workdir.path / PAGE_FILE, results_page(workdir.path, summary, records, configs))
         print_results(summary)
         say(f"{time.monotonic() - started:.0f} s now\npage: {workdir.path / PAGE_FILE}")
         return summary
@@ -132,9 +127,9 @@ def method_entries(config: ConfigDict) -> dict[str, MethodEntry]:
             same["verdicts.rank.rater"] = (rank.rater, config.reward_model)
             same["verdicts.rank.held_out"] = (rank.held_out, config.prompts.held_out)
             size, factors = rank.prompts * rank.responses, "verdicts.rank.prompts x verdicts.rank.responses"
-        for key, (here, there) in same.items():
-            if here != there:
-                raise UserError(f"{key} is {here}, the contest's is {there}: all methods must have the same")
+        for key, (value, expected) in same.items():
+            if value != expected:
+                raise UserError(f"{key} is {value}, the contest's is {expected}: all methods must have the same")
         if size != config.rollouts:
             raise UserError(
                 f"{name} learns from {size:,} answers ({factors}), the contest's `rollouts` are {config.rollouts:,}: "
@@ -144,7 +139,7 @@ def method_entries(config: ConfigDict) -> dict[str, MethodEntry]:
 
 
 def method_entry(config: ConfigDict, name: str) -> MethodEntry:
-    """A method of the config. UserError for one that is not there, or whose stage cannot take part."""
+    """A method of the config. UserError for an unknown one, or one whose stage cannot take part."""
     known = [key for key, value in config.items() if isinstance(value, ConfigDict) and "stage" in value]
     if name not in known:
         raise UserError(f"methods has {name!r}, which the config does not define; choose among {', '.join(known)}")
@@ -167,7 +162,7 @@ def method_entry(config: ConfigDict, name: str) -> MethodEntry:
 
 
 def train_method(config: ConfigDict, entry: MethodEntry, seed: int, root: Path, name: str) -> None:
-    """Trains one method from one seed, after ranking what it learns from, if it needs that."""
+    """Trains one method from one seed. For a method that learns from rankings, the rankings are made first."""
     run = entry.config.copy_and_resolve_references()
     run.seed = seed
     if entry.learns_from == RANKINGS_OPTION:
@@ -181,9 +176,9 @@ def train_method(config: ConfigDict, entry: MethodEntry, seed: int, root: Path, 
 def run_budget(
     config: ConfigDict, entry: MethodEntry, seed: int, root: Path, name: str, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """What one run cost: answers, their tokens, how many tokens carried a gradient, counted with every pass; seconds.
+    """The cost of one run: answers, their tokens, tokens with a gradient (counted in every pass), seconds.
 
-    A stage on rollouts notes the mean length of its answers, one on rankings is given them as texts.
+    A stage on rollouts logs the mean length of its answers; one on rankings has them as texts.
     """
     summary = read_json(root / name / str(seed) / "summary.json")
     options, data = entry.config.stage, entry.config.data
@@ -197,15 +192,15 @@ def run_budget(
         seconds = summary["seconds"]
     else:
         ranked = read_json(root / RANKINGS_DIR / str(seed) / "summary.json")
-        seen = read_jsonl_rankings(root / RANKINGS_DIR / str(seed) / auto_rank.RANKINGS_FILE)[
+        rankings = read_jsonl_rankings(root / RANKINGS_DIR / str(seed) / auto_rank.RANKINGS_FILE)[
             : config[RANKINGS_DIR].rank.prompts
         ]
-        ids = tokenizer.encode_batch(text for ranking in seen for text in ranking.responses)
+        ids = tokenizer.encode_batch(text for ranking in rankings for text in ranking.responses)
         sampled = float(sum(len(each) + 1 for each in ids))
-        share = summary["about"]["prompts"] / len(seen)
+        share = summary["about"]["prompts"] / len(rankings)
         passes = entry.config.train.steps * data.prompts_per_batch / summary["about"]["prompts"]
-        decided = sum(bool(preference_pairs(ranking)) for ranking in seen)
-        more = {"decided": decided, "tied": len(seen) - decided}
+        decided = sum(bool(preference_pairs(ranking)) for ranking in rankings)
+        more = {"decided": decided, "tied": len(rankings) - decided}
         seconds = summary["seconds"] + ranked["seconds"]
     return {
         "answers": config.rollouts,
@@ -221,7 +216,7 @@ def longest_row(config: ConfigDict, entries: Mapping[str, MethodEntry]) -> int:
     """Tokens of the longest prompt and answer that any method has the reward model read."""
 
     def tokens(function: Callable, given: ConfigDict) -> int:
-        known = inspect.signature(function).parameters
+        known = ConfigFunction(function).options
         return reward_row_length(*(given[name] if name in given else known[name].default for name in LENGTH_OPTIONS))
 
     return max(
@@ -239,16 +234,15 @@ def answer_recorder(
     longest: int,
     *,
     rater: str = "rule",
-    max_new: int = 32,
-    temperature: float = 1.0,
+    sampling: SamplingParams = SamplingParams(max_new=32),
     rows_at_once: int = 128,
 ) -> Callable[[Path, int], Sequence[Mapping[str, Any]]]:
-    """(workdir, seed) -> what its policy (or the start) answers, a record of each prompt, as answers.jsonl keeps it.
+    """(workdir, seed) -> the answers of its policy (or the start): a record of each prompt, as answers.jsonl keeps it.
 
     longest: tokens that the reward model must read, here and in the runs of all methods.
     """
-    ask = policy_answerer(start, SamplingParams(max_new, temperature), rows_at_once=rows_at_once)
-    longest = max(longest, reward_row_length(questions.prompts.ids.shape[1], max_new))
+    ask = policy_answerer(start, sampling, rows_at_once=rows_at_once)
+    longest = max(longest, reward_row_length(questions.prompts.ids.shape[1], sampling.max_new))
     rate = named_rater(rater, "evaluate.rater")
     proxy = reward_from_workdirs(reward_model, start.tokenizer, 0.0, longest=longest)
 
@@ -257,19 +251,19 @@ def answer_recorder(
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             parts = PartialResults(file.with_suffix(".parts.jsonl"))
-            given = parts.once("answers", lambda: sampled(path, seed))
-            gold, learned = (judge(questions.prompts.examples, given["text"]) for judge in (rate, proxy))
+            sampled_rows = parts.once("answers", lambda: sampled(path, seed))
+            gold, learned = (judge(questions.prompts.examples, sampled_rows["text"]) for judge in (rate, proxy))
             columns = {
                 "conversation": questions.conversation_ids.tolist(),
                 "prompt": [example["messages"] for example in questions.prompts.examples],
-                **given,
+                **sampled_rows,
                 "gold": gold.tolist(),
                 "proxy": learned.tolist(),
             }
             rows = [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
             write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             parts.remove()
-            say(f"{path}: gold {gold.mean():.2f}, KL {np.mean(given['kl']):.2f} on {len(gold)} unseen prompts")
+            say(f"{path}: gold {gold.mean():.2f}, KL {np.mean(sampled_rows['kl']):.2f} on {len(gold)} unseen prompts")
         return read_metrics(file)
 
     def sampled(path: Path, seed: int) -> dict[str, list]:
@@ -278,199 +272,17 @@ def answer_recorder(
             if path.parent.name == START_MODEL
             else load_trained_model(path, backend=jax.default_backend(), warn=warn)
         )
-        given = ask(trained.params["lm"], questions.prompts, jax.random.fold_in(jax.random.key(seed), ANSWER_KEY))
-        columns = {"tokens": given.lengths, "stopped": given.stopped, "kl": given.kl}
-        return {"text": list(given.texts), **{name: column.tolist() for name, column in columns.items()}}
+        answers_of_policy = ask(
+            trained.params["lm"], questions.prompts, jax.random.fold_in(jax.random.key(seed), ANSWER_KEY)
+        )
+        columns = {
+            "tokens": answers_of_policy.lengths,
+            "stopped": answers_of_policy.stopped,
+            "kl": answers_of_policy.kl,
+        }
+        return {"text": list(answers_of_policy.texts), **{name: column.tolist() for name, column in columns.items()}}
 
     return answers
-
-
-def study_summary(
-    found: AnswerRecords, spent: Mapping[str, Sequence[Mapping[str, Any]]], config: ConfigDict
-) -> dict[str, Any]:
-    """Every method against the start and against every other, on the same prompts and with the same draws."""
-    conversations = np.array([row["conversation"] for row in found[START_MODEL][0]])
-
-    def scores(name: str, column: str) -> np.ndarray:  # [seeds, conversations]
-        return conversation_means(np.array([[row[column] for row in rows] for rows in found[name]]), conversations)
-
-    def estimates(name: str) -> dict[str, Any]:
-        found = {column: crossed_mean(scores(name, column))._asdict() for column in ("gold", "proxy", "kl", "tokens")}
-        share = crossed_mean(scores(name, "stopped"))
-        return {**found, "stopped": share._replace(low=max(share.low, 0.0), high=min(share.high, 1.0))._asdict()}
-
-    gold = {name: scores(name, "gold") for name in found}
-    gains = {name: gold[name] - gold[START_MODEL] for name in spent}
-    methods = {
-        name: {
-            "stage": config[name].stage.name,
-            **estimates(name),
-            "gain": crossed_mean(gain)._asdict(),
-            "where": interval_position(crossed_mean(gain)._asdict()),
-            "seeds": [
-                {"seed": seed, "gain": float(each.mean()), "kl": float(far.mean())}
-                for seed, each, far in zip(config.seeds, gain, scores(name, "kl"))
-            ],
-            "proxy_gain": crossed_mean(scores(name, "proxy") - scores(START_MODEL, "proxy"))._asdict(),
-            "budget": {
-                key: None if spent[name][0][key] is None else float(np.mean([each[key] for each in spent[name]]))
-                for key in spent[name][0]
-            },
-        }
-        for name, gain in gains.items()
-    }
-    best_first = sorted(methods, key=lambda name: -methods[name]["gain"]["value"])
-    pairs = [
-        {"a": a, "b": b, **crossed_mean(gold[a] - gold[b])._asdict()} for a, b in itertools.combinations(best_first, 2)
-    ]
-    return {
-        "stage": "contest",
-        "rater": config.evaluate.rater,
-        "conversations": int(conversations.max()) + 1,
-        "prompts": len(conversations),
-        "seeds": list(config.seeds),
-        "rollouts": config.rollouts,
-        "sampler": {"max_new": config.evaluate.max_new, "temperature": config.evaluate.temperature},
-        "start": {"path": config.init_from, **estimates(START_MODEL)},
-        "methods": {name: methods[name] for name in best_first},
-        "pairs": [{**pair, "where": interval_position(pair)} for pair in pairs],
-        "seconds": sum(each["seconds"] for runs in spent.values() for each in runs),
-    }
-
-
-def interval_position(estimate: Mapping[str, float]) -> str:
-    """Where the interval lies."""
-    return "above zero" if estimate["low"] > 0 else "below zero" if estimate["high"] < 0 else "across zero"
-
-
-def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What may be concluded about each method and the differences between them."""
-    plain = {
-        "above zero": "its interval lies above zero: it beats the start",
-        "below zero": "its interval lies below zero: it is worse than the start",
-        "across zero": "its interval includes zero: no difference from the start can be shown",
-    }
-    said = [
-        f"{name}: {estimate_text(one['gain'], 'signed')}; {plain[one['where']]}."
-        for name, one in summary["methods"].items()
-    ]
-    pairs = [
-        (pair["where"] == "across zero", f"{pair['a']} and {pair['b']} ({estimate_text(pair, 'signed')})")
-        for pair in summary["pairs"]
-    ]
-    for noise, title in ((True, "Inside the noise"), (False, "Outside the noise")):
-        if names := [text for inside, text in pairs if inside == noise]:
-            said.append(f"{title}: {', '.join(names)}.")
-    if len(summary["seeds"]) == 1:
-        said.append("With a single seed the intervals say nothing of what another seed would give.")
-    return said
-
-
-def print_results(summary: Mapping[str, Any]) -> None:
-    """The results and the budgets as tables on the terminal, then the sentences."""
-    told = {START_MODEL: summary["start"], **summary["methods"]}
-    print_table(
-        f"{summary['prompts']} unseen prompts of {summary['conversations']} conversations, "
-        f"{len(summary['seeds'])} seeds; 95 % intervals",
-        ["", "gold", "over start", "", "proxy", "KL", "tokens", "ended"],
-        [
-            [
-                name,
-                f"{one['gold']['value']:.2f}",
-                signed_number(one["gain"]["value"]) if "gain" in one else "",
-                interval_text(one["gain"], "signed") if "gain" in one else "",
-                signed_number(one["proxy"]["value"]),
-                f"{one['kl']['value']:z.2f}",
-                f"{one['tokens']['value']:.1f}",
-                f"{one['stopped']['value']:.2f}",
-            ]
-            for name, one in told.items()
-        ],
-    )
-    print_table(
-        "what each run was given and took, mean over seeds",
-        ["", "answers", "tokens sampled", "passes", "tokens trained on", "seconds"],
-        [
-            [
-                name,
-                f"{one['budget']['answers']:,.0f}",
-                f"{one['budget']['sampled']:,.0f}",
-                f"{one['budget']['passes']:.2g}",
-                f"{one['budget']['learnt']:,.0f}",
-                f"{one['budget']['seconds']:.0f}",
-            ]
-            for name, one in summary["methods"].items()
-        ],
-    )
-    for sentence in conclusion_sentences(summary):
-        say(sentence)
-
-
-def results_page(
-    root: Path, summary: Mapping[str, Any], found: AnswerRecords, entries: Mapping[str, MethodEntry]
-) -> str:
-    """The contest as one self-contained HTML page without scripts."""
-    firsts = list({row["conversation"]: i for i, row in reversed(list(enumerate(found[START_MODEL][0])))}.values())[
-        ::-1
-    ]
-    names = [START_MODEL, *summary["methods"]]
-    shown = [
-        {"prompt": found[START_MODEL][0][i]["prompt"], "answers": {name: found[name][0][i] for name in names}}
-        for i in firsts[:SHOWN_PROMPTS]
-    ]
-    return rendered_page(
-        "studies/methods/page.html.jinja",
-        root=root,
-        summary=summary,
-        sentences=conclusion_sentences(summary),
-        gains=gains_figure(summary),
-        against_kl=gains_over_kl_figure(summary),
-        rule=RULE if summary["rater"] == "rule" else "",
-        shown=shown,
-        configs={name: json.dumps(to_dict(entry.config), indent=2) for name, entry in entries.items()},
-    )
-
-
-def coloured_methods(summary: Mapping[str, Any]):
-    """(name, its results, its colour), the best method first."""
-    return zip(summary["methods"], summary["methods"].values(), itertools.cycle(SERIES_COLORS))
-
-
-def gains_figure(summary: Mapping[str, Any]) -> Markup:
-    """Gold score minus the start's: the mean with its interval, and each seed as a dot below it."""
-
-    def draw(axes: Axes):
-        for y, (_, told, colour) in enumerate(coloured_methods(summary)):
-            gain, seeds = told["gain"], [one["gain"] for one in told["seeds"]]
-            reach = [[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]]
-            axes.errorbar([gain["value"]], [y], xerr=reach, fmt="o", color=colour, capsize=3)
-            axes.plot(seeds, [y + 0.25] * len(seeds), "o", color=colour, markersize=3.5, alpha=0.6)
-        axes.axvline(0, color=TEXT_COLOR, linewidth=0.8, linestyle="--")
-        axes.set_yticks(range(len(summary["methods"])), list(summary["methods"]))
-        axes.set_ylim(len(summary["methods"]) - 0.4, -0.6)
-        axes.set_xlabel("gold score minus the start's")
-        axes.grid(axis="x", color=TEXT_COLOR, alpha=0.25)
-
-    return svg_figure(draw, width=5.2, height=0.75 + 0.42 * len(summary["methods"]))
-
-
-def gains_over_kl_figure(summary: Mapping[str, Any]) -> Markup:
-    """The same over how far the policy has moved: what a nat has bought."""
-
-    def draw(axes: Axes):
-        axes.plot([0], [0], "s", color=TEXT_COLOR, markersize=5, label="start")
-        for name, told, colour in coloured_methods(summary):
-            gain, kl = told["gain"], told["kl"]["value"]
-            reach = [[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]]
-            axes.errorbar([kl], [gain["value"]], yerr=reach, fmt="o", color=colour, capsize=3, label=name)
-            seeds = np.array([(one["kl"], one["gain"]) for one in told["seeds"]]).T
-            axes.plot(*seeds, "o", color=colour, markersize=3.5, alpha=0.6)
-        axes.axhline(0, color=TEXT_COLOR, linewidth=0.8, linestyle="--")
-        axes.set_xlabel("KL to the start, nats an answer")
-        axes.set_ylabel("gold score minus the start's")
-        axes.legend(frameon=False, labelcolor=TEXT_COLOR, loc="upper left", bbox_to_anchor=(1, 1))
-
-    return svg_figure(draw, width=5.2, height=3.0)
 
 
 def program(argv: list[str]) -> None:

@@ -1,1 +1,1 @@
-"""Over-optimization: what the gold reward does while a policy climbs a learned proxy of it."""
+"""Over-optimization: the gold reward of a policy that optimizes a learned proxy of it."""

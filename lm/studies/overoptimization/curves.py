@@ -24,7 +24,8 @@ CURVE_PEAKS: Mapping[str, Callable[[float, float], float]] = {  # the d at which
 
 
 class RewardCurve(NamedTuple):
-    """One way of climbing one proxy: K stations, P prompts. Gains are over the start, in deviations of its answers."""
+    """One way of optimizing one proxy: K stations, P prompts. Gains are over the start, in deviations of its
+    answers."""
 
     method: str  # BEST_OF_N or PPO
     rankings: int  # that the proxy learned from
@@ -85,8 +86,8 @@ def best_of_n_counts(most: int) -> list[int]:
 
 
 def fitted_coefficients(form: str, d: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """(alpha, beta) of the form in CURVE_FORMS that is nearest to gain f64[K] at distances d f64[K], by least squares;
-    the station at distance 0 says nothing."""
+    """(alpha, beta) of the form in CURVE_FORMS that is nearest to gain f64[K] at distances d f64[K], by least
+    squares. The station at distance 0 is left out."""
     away = d > 1e-2
     return np.linalg.lstsq(CURVE_FORMS[form](d[away]).T, gain[away], rcond=None)[0]
 
@@ -108,8 +109,8 @@ def coefficient_estimates(curve: RewardCurve, gain: np.ndarray) -> dict[str, Any
 
 
 def gold_decline(curve: RewardCurve) -> Estimate:
-    """How far the gold score is, at the last station, from its highest: the station is chosen on one half of the
-    prompts and the fall measured on the other, both ways round, so that choosing the luckiest station costs nothing."""
+    """How far the gold score at the last station is below its highest. One half of the prompts chooses the highest
+    station and the other half measures the fall, both ways round, so that choosing a lucky station adds no bias."""
     falls = np.empty(curve.gold.shape[1])
     for half in (0, 1):
         best = np.argmax(curve.gold[:, half::2].mean(axis=1))

@@ -1,4 +1,5 @@
-"""The measurements: proxies learn from the gold rater's verdicts, and best-of-n and PPO climb them while it watches."""
+"""The measurements: proxies learn from the gold rater's verdicts, best-of-n and PPO optimize them, and the gold
+rater scores the answers."""
 
 import itertools
 import json
@@ -36,19 +37,19 @@ POOL_KEY = 2**30 + 3  # role folded into the key, beside those of lm.stages.rl.r
 
 
 def ranking_subset_file(root: Path, size: int, fraction: float) -> Path:
-    """The file of the first `size` verdicts that decide something, and of all the held-out ones. A small size is part
-    of a larger one, and the members of an ensemble learn from the same."""
+    """The file of the first `size` decided verdicts and of all held-out ones. A small size is part of a larger one,
+    and the members of an ensemble learn from the same verdicts."""
     path = root / "verdicts" / f"rankings-{size}.jsonl"
     if not path.exists():
         decided = [r for r in read_jsonl_rankings(root / "verdicts" / auto_rank.RANKINGS_FILE) if preference_pairs(r)]
-        unseen = [r for r in decided if is_held_out(r.name, fraction)]
-        seen = [r for r in decided if not is_held_out(r.name, fraction)]
-        if len(seen) < size:
+        held_out = [r for r in decided if is_held_out(r.name, fraction)]
+        train = [r for r in decided if not is_held_out(r.name, fraction)]
+        if len(train) < size:
             raise UserError(
-                f"the gold rater decided only {len(seen):,} pairs to learn from, sizes asks for {size:,}: "
+                f"the gold rater decided only {len(train):,} pairs to learn from, sizes asks for {size:,}: "
                 "raise verdicts.rank.prompts, or lower sizes"
             )
-        write_text(path, "".join(f"{ranking_json(ranking)}\n" for ranking in seen[:size] + unseen))
+        write_text(path, "".join(f"{ranking_json(ranking)}\n" for ranking in train[:size] + held_out))
     return path
 
 
@@ -57,7 +58,7 @@ def proxy_workdir(root: Path, size: int, member: int) -> Path:
 
 
 class GoldEvaluator:
-    """What every measurement shares: the start, the prompts, the sampler, the gold rater."""
+    """Everything that the measurements share: the start, the prompts, the sampler, the gold rater."""
 
     def __init__(
         self,
@@ -69,8 +70,7 @@ class GoldEvaluator:
         rater: str = "rule",
         samples: int = 128,
         draws: int = 2,
-        max_new: int = 24,
-        temperature: float = 1.0,
+        sampling: SamplingParams = SamplingParams(max_new=24),
         rows_at_once: int = 128,
     ):
         """`samples`: answers a prompt in the pool of best-of-n; `draws`: answers a prompt of each policy of PPO."""
@@ -80,8 +80,8 @@ class GoldEvaluator:
         self.examples = questions.prompts.examples
         self._prompts, self._key = questions.prompts, jax.random.key(seed)
         self._gold = named_rater(rater, "evaluate.rater")
-        self._ask = policy_answerer(start, SamplingParams(max_new, temperature), rows_at_once=rows_at_once)
-        self.longest = reward_row_length(questions.prompts.ids.shape[1], max_new)
+        self._ask = policy_answerer(start, sampling, rows_at_once=rows_at_once)
+        self.longest = reward_row_length(questions.prompts.ids.shape[1], sampling.max_new)
 
     def answer_pool(self) -> tuple[list[list[str]], np.ndarray]:
         """Texts [N][P] of the start's answers and their gold scores f32[N,P]; kept in pool.jsonl."""
@@ -118,12 +118,12 @@ class GoldEvaluator:
             given = self._ask(policy.params["lm"], self._prompts, key)
             return {"kl": given.kl.tolist(), "texts": list(given.texts)}
 
-        found = []
+        columns = []
         for draw in range(self._draws):
             given = parts.once(f"draw {draw}", lambda: drawn(draw))
             scores = [judge(self.examples, given["texts"]) for judge in (self._gold, proxy)]
-            found.append((given["kl"], *scores))
-        means = np.mean(np.array(found, np.float64), axis=0)
+            columns.append((given["kl"], *scores))
+        means = np.mean(np.array(columns, np.float64), axis=0)
         return dict(zip(("kl", "gold", "proxy"), means.tolist()))
 
 
@@ -145,14 +145,15 @@ def pool_scores(lab: GoldEvaluator, config: ConfigDict) -> tuple[np.ndarray, dic
 
 
 def ensemble_scores(scores: np.ndarray, pessimism: float) -> np.ndarray:
-    """What an ensemble says where its members say scores [members, ...]."""
+    """The scores of an ensemble, from the scores of its members [members, ...]."""
     return reward_ensemble([lambda *_, said=said: said for said in scores], pessimism=pessimism)(None, None)
 
 
 def best_of_n_curves(
     lab: GoldEvaluator, gold: np.ndarray, proxies: Mapping[int, np.ndarray], config: ConfigDict
 ) -> list[RewardCurve]:
-    """Of every number of verdicts, a single proxy (the mean of what each member alone chooses), and the ensemble."""
+    """The curves of best-of-n, for every number of verdicts: a single proxy (the mean over members) and the
+    ensemble."""
     stations = best_of_n_counts(lab.samples)
     kl = np.repeat(best_of_n_kl(np.array(stations))[:, None], len(gold), axis=1)
 
@@ -189,14 +190,14 @@ def train_ppo_on_proxy(config: ConfigDict, root: Path, size: int, members: int) 
 def ppo_curve(
     lab: GoldEvaluator, config: ConfigDict, gold: np.ndarray, proxies: Mapping[int, np.ndarray], size: int, members: int
 ) -> RewardCurve:
-    """Every saved policy of one run, asked the prompts of the pool."""
+    """The curve of one PPO run: every saved policy answers the prompts of the pool."""
     path, stations = ppo_workdir(lab.root, size, members), config.ppo.train
     stations = list(range(stations.save_every, stations.steps + 1, stations.save_every))
     paths = [proxy_workdir(lab.root, size, member) for member in range(members)]
     proxy = lab.proxy(paths[0])
     if members > 1:
         proxy = reward_ensemble([lab.proxy(each) for each in paths], pessimism=config.pessimism)
-    found = []
+    measured = []
     with Progress("measured", len(stations), "policy") as progress:
         for i, station in enumerate(stations):
             file = path / f"measured-{station}.json"
@@ -205,9 +206,11 @@ def ppo_curve(
                 parts = PartialResults(file.with_suffix(".parts.jsonl"))
                 write_text(file, json.dumps(lab.policy_scores(policy, proxy, station, parts)))
                 parts.remove()
-            found.append(read_json(file))
-            progress.update(i + 1, {name: float(np.mean(values)) for name, values in found[-1].items()})
-    kl, said, claimed = (np.array([each[column] for each in found]) for column in ("kl", "gold", "proxy"))
+            measured.append(read_json(file))
+            progress.update(i + 1, {name: float(np.mean(values)) for name, values in measured[-1].items()})
+    kl, gold_scores, proxy_scores = (
+        np.array([each[column] for each in measured]) for column in ("kl", "gold", "proxy")
+    )
     before = ensemble_scores(proxies[size][:members], config.pessimism) if members > 1 else proxies[size][0]
     return RewardCurve(
         PPO,
@@ -215,6 +218,6 @@ def ppo_curve(
         members,
         stations,
         kl,
-        (said - gold.mean(axis=1)) / within_prompt_deviation(gold),
-        (claimed - before.mean(axis=1)) / within_prompt_deviation(before),
+        (gold_scores - gold.mean(axis=1)) / within_prompt_deviation(gold),
+        (proxy_scores - before.mean(axis=1)) / within_prompt_deviation(before),
     )

@@ -1,4 +1,4 @@
-"""What was seen: the curves as numbers, sentences and a table, one page and one figure."""
+"""The results: the curves as numbers, sentences and a table, one page and one figure."""
 
 import functools
 import itertools
@@ -33,11 +33,11 @@ def study_summary(
     curves: Sequence[RewardCurve], gold: np.ndarray, proxies: Mapping[int, np.ndarray], root: Path, config: ConfigDict
 ) -> dict[str, Any]:
     """The curves as points, their fits, whether gold turns down, and what ensembles change."""
-    told = []
+    curve_records = []
     for curve in curves:
         highest = int(np.argmax(curve.gold.mean(axis=1)))
         down = gold_decline(curve)
-        told.append(
+        curve_records.append(
             {
                 "name": curve.name,
                 "method": curve.method,
@@ -79,7 +79,7 @@ def study_summary(
             }
             for size, members in held.items()
         ],
-        "curves": told,
+        "curves": curve_records,
         "ensembles": ensemble_gains(curves, gold, proxies, config) if config.members > 1 else [],
     }
 
@@ -92,11 +92,11 @@ def ensemble_gains(
     For best-of-n against each member, so that its interval covers other members too; for PPO, of one run each, it
     covers prompts only.
     """
-    found = []
+    gains = []
     for size, members in proxies.items():
         n, by = gold.shape[1], ensemble_scores(members, config.pessimism)
         each = [best_of_n_mean(gold, by, n) - best_of_n_mean(gold, member, n) for member in members]
-        found.append(
+        gains.append(
             {
                 "method": BEST_OF_N,
                 "verdicts": size,
@@ -107,13 +107,13 @@ def ensemble_gains(
             next(c for c in curves if (c.method, c.rankings, c.members) == (PPO, size, count))
             for count in (1, len(members))
         )
-        found.append({"method": PPO, "verdicts": size, **mean_estimate(several.gold[-1] - one.gold[-1])._asdict()})
-    return found
+        gains.append({"method": PPO, "verdicts": size, **mean_estimate(several.gold[-1] - one.gold[-1])._asdict()})
+    return gains
 
 
 def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What was seen, with what may not be concluded."""
-    said = []
+    """Sentences: the results, with the conclusions that they do not allow."""
+    sentences = []
     for curve in summary["curves"]:
         peak, end, down = curve["gold"][curve["highest"]], curve["gold"][-1], curve["fall"]
         reached = (
@@ -122,21 +122,21 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
         fall = estimate_text(down, "signed")
         top = f"{signed_number(peak['value'])} at {curve['distance'][curve['highest']]:.1f}"
         if curve["turns"]:
-            said.append(f"{reached}, highest {top}: it turns down, by {fall}.")
+            sentences.append(f"{reached}, highest {top}: it turns down, by {fall}.")
         elif curve["highest"] == len(curve["gold"]) - 1:
-            said.append(f"{reached}, its highest: it does not turn down in this range.")
+            sentences.append(f"{reached}, its highest: it does not turn down in this range.")
         else:
-            said.append(f"{reached}, highest {top}: whether it turns down is inside the noise ({fall}).")
+            sentences.append(f"{reached}, highest {top}: whether it turns down is inside the noise ({fall}).")
     for one in summary["ensembles"]:
-        told = "helps" if one["low"] > 0 else "harms" if one["high"] < 0 else "makes no difference outside the noise"
-        said.append(
-            f"{one['method']}, {one['verdicts']:,} verdicts: at the end the ensemble {told} "
+        effect = "helps" if one["low"] > 0 else "harms" if one["high"] < 0 else "makes no difference outside the noise"
+        sentences.append(
+            f"{one['method']}, {one['verdicts']:,} verdicts: at the end the ensemble {effect} "
             f"({estimate_text(one, 'signed')})."
         )
-    said.append(
+    sentences.append(
         "Intervals are over prompts. Each climb of PPO is one run, so what another seed would give is not in them."
     )
-    return said
+    return sentences
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
@@ -202,13 +202,13 @@ def draw_figure(summary: Mapping[str, Any], rows: Sequence[int], axes) -> None:
             np.array([0.0, *(one[key] for one in curve[column])])
             for column, key in (("gold", "value"), ("gold", "low"), ("gold", "high"), ("proxy", "value"))
         )
-        shown = dict(color=colour[curve["verdicts"]])
-        panel.fill_between(d, low, high, alpha=0.15, linewidth=0, **shown)
-        panel.plot(d, gold, "-o", linewidth=1.6, markersize=3, **shown)
-        panel.plot(d, proxy, "--", linewidth=1.2, **shown)
+        style = dict(color=colour[curve["verdicts"]])
+        panel.fill_between(d, low, high, alpha=0.15, linewidth=0, **style)
+        panel.plot(d, gold, "-o", linewidth=1.6, markersize=3, **style)
+        panel.plot(d, proxy, "--", linewidth=1.2, **style)
         fine = np.linspace(0.02, d.max(), 200)
         alpha, beta = (curve["fit"][name]["value"] for name in ("alpha", "beta"))
-        panel.plot(fine, np.array([alpha, beta]) @ CURVE_FORMS[curve["method"]](fine), ":", linewidth=1.4, **shown)
+        panel.plot(fine, np.array([alpha, beta]) @ CURVE_FORMS[curve["method"]](fine), ":", linewidth=1.4, **style)
     for row, members in enumerate(rows):
         for column, method in enumerate((BEST_OF_N, PPO)):
             panel = axes[row, column]

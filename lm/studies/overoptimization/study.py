@@ -52,7 +52,7 @@ def study_functions(config: ConfigDict) -> dict[str, ConfigFunction]:
 
 
 def run_overoptimization(config: ConfigDict, path: str | Path) -> dict[str, Any]:
-    """Makes whatever is missing, in order; writes the page; returns the summary."""
+    """Makes what is missing, in order; writes the page; returns the summary."""
     require_entries(config, CONFIG_KEYS, "lm overoptimization")
     check_config(config)
     started = time.monotonic()
@@ -91,7 +91,7 @@ def run_overoptimization(config: ConfigDict, path: str | Path) -> dict[str, Any]
 
 
 def check_config(config: ConfigDict) -> None:
-    """UserError for settings that cannot be carried out, before anything is."""
+    """UserError for settings that cannot be carried out, before anything runs."""
     if not config.sizes or list(config.sizes) != sorted(set(config.sizes)):
         raise UserError(f"sizes is {tuple(config.sizes)}: give numbers of verdicts, each once, the smallest first")
     if len(config.reward_steps) != len(config.sizes):

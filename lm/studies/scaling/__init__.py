@@ -1,1 +1,1 @@
-"""Scaling laws: a ladder of runs from a FLOP budget, the laws that fit it, a larger run predicted."""
+"""Scaling laws: a ladder of runs from a FLOP budget, laws that fit it, and the prediction of a larger run."""

@@ -22,14 +22,14 @@ THREE_DECIMALS = "{:.3f}".format
 
 
 def fitted_laws(
-    found: Sequence[ScalingRun], plan: LadderPlan
+    runs: Sequence[ScalingRun], plan: LadderPlan
 ) -> tuple[Mapping[str, IsoflopFit], Mapping[str, ParametricFit]]:
     """Parabolas by each way of counting, and the law with N as Hoffmann et al. and as Kaplan et al. count it."""
     parabolas = {
-        name: isoflop_fit(budgets_by_convention(found, name), draws=plan.bootstrap_draws)
+        name: isoflop_fit(budgets_by_convention(runs, name), draws=plan.bootstrap_draws)
         for name in (COUNTED_FLOPS, SIX_ND, SIX_ND_WITHOUT_EMBEDDING)
     }
-    tables = {SIX_ND: run_points(found), SIX_ND_WITHOUT_EMBEDDING: run_points(found, embedding=False)}
+    tables = {SIX_ND: run_points(runs), SIX_ND_WITHOUT_EMBEDDING: run_points(runs, embedding=False)}
     laws = {
         name: parametric_fit(checked_points(table, "the ladder"), draws=plan.bootstrap_draws)
         for name, table in tables.items()
@@ -38,26 +38,26 @@ def fitted_laws(
 
 
 def compute_optimal_size(parabolas: Mapping[str, IsoflopFit], laws: Mapping[str, ParametricFit], flops: float) -> float:
-    """Parameters that do best with `flops`, as the parabolas' line has it; as the law has it where there is no line."""
+    """The best number of parameters for `flops`: by the parabolas' line, or by the law if there is no line."""
     line = parabolas[COUNTED_FLOPS]
     return line.optimum(flops)[0] if line.size_exponent else laws[SIX_ND].law.optimum(flops)[0]
 
 
 def loss_prediction(laws: Mapping[str, ParametricFit], rung: PlannedRun) -> dict[str, Any]:
-    """The loss of a run that is still to be made, by each law, with the moment at which this was said."""
+    """The predicted loss of a run that has not been made, by each law, with the time of the prediction."""
     sizes = {SIX_ND: rung.parameters, SIX_ND_WITHOUT_EMBEDDING: rung.parameters - rung.embedding}
-    said = {name: law.predicted_loss(sizes[name], rung.tokens)._asdict() for name, law in laws.items()}
+    predictions = {name: law.predicted_loss(sizes[name], rung.tokens)._asdict() for name, law in laws.items()}
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "rung": rung._asdict(),
-        "loss": said[SIX_ND],
-        "loss_without_embedding": said[SIX_ND_WITHOUT_EMBEDDING],
+        "loss": predictions[SIX_ND],
+        "loss_without_embedding": predictions[SIX_ND_WITHOUT_EMBEDDING],
         "law": laws[SIX_ND].law._asdict(),
     }
 
 
 def scaling_summary(
-    found: Sequence[ScalingRun],
+    runs: Sequence[ScalingRun],
     parabolas: Mapping[str, IsoflopFit],
     laws: Mapping[str, ParametricFit],
     prediction: Mapping[str, Any],
@@ -67,7 +67,7 @@ def scaling_summary(
     """Everything as JSON. begun: when the larger run was first started."""
     return {
         "stage": "scaling",
-        "runs": [run_json(run) for run in found],
+        "runs": [run_json(run) for run in runs],
         "growth": {
             name: {
                 "valleys": [valley_json(valley) for valley in one.minima],
@@ -85,7 +85,7 @@ def scaling_summary(
 
 
 def valley_json(valley: IsoflopMinimum) -> dict[str, Any]:
-    """None for what a parabola without a valley does not have: JSON knows no NaN."""
+    """None for a value that is not finite, because JSON knows no NaN."""
     return {key: None if value != value else value for key, value in valley._asdict().items()}
 
 
@@ -94,20 +94,20 @@ def run_json(run: ScalingRun) -> dict[str, Any]:
 
 
 def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What was found, with what may not be concluded."""
-    said = [growth_sentence(name, one) for name, one in summary["growth"].items()]
+    """Sentences: the results, with the conclusions that they do not allow."""
+    sentences = [growth_sentence(name, one) for name, one in summary["growth"].items()]
     for name, law in summary["laws"].items():
         rise, floor = Estimate(**law["growth"]), Estimate(**law["E"])
-        said.append(
+        sentences.append(
             f"The law, {name}: loss = {estimate_text(floor, '{:.3g}'.format)} + "
             f"A/N^{law['alpha']['value']:.3f} + B/D^{law['beta']['value']:.3f}, "
             f"so N_opt grows as C^{estimate_text(rise, THREE_DECIMALS)}."
         )
-    said.append(counting_sentence(summary["growth"]))
+    sentences.append(counting_sentence(summary["growth"]))
     prediction, larger = summary["prediction"], summary["larger"]
     loss, rung = Estimate(**prediction["loss"]), prediction["rung"]
     inside = loss.low <= larger["loss"] <= loss.high
-    said.append(
+    sentences.append(
         f"Predicted at {prediction['written']} for {rung['budget']:.3g} FLOPs, "
         f"{rung['budget'] / largest_budget(summary):.3g} times the ladder's largest budget "
         f"(width {rung['width']}, {rung['tokens']:,} tokens): loss "
@@ -117,12 +117,14 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
     )
     epochs = max(run["epochs"] for run in [*summary["runs"], larger])
     if epochs > 1:
-        said.append(
+        sentences.append(
             f"The corpus was read {epochs:.1f} times by the run that read most; up to about four times repeats are "
             "worth nearly as much as new text (Muennighoff et al. 2023, arXiv 2305.16264)."
         )
-    said.append("Each run has one seed: what another would give is in the intervals only as distance from the fit.")
-    return said
+    sentences.append(
+        "Each run has one seed: what another would give is in the intervals only as distance from the fit."
+    )
+    return sentences
 
 
 def growth_sentence(name: str, one: Mapping[str, Any]) -> str:
@@ -140,7 +142,7 @@ def growth_sentence(name: str, one: Mapping[str, Any]) -> str:
 
 
 def counting_sentence(grown: Mapping[str, Any]) -> str:
-    """How much the exponent owes to what is counted."""
+    """A sentence: how much the exponent depends on what is counted."""
     if any(grown[name]["sizes"] is None for name in (COUNTED_FLOPS, SIX_ND, SIX_ND_WITHOUT_EMBEDDING)):
         return "Too few valleys to say what the way of counting changes."
     exact, six, kaplan = (grown[name]["sizes"]["value"] for name in (COUNTED_FLOPS, SIX_ND, SIX_ND_WITHOUT_EMBEDDING))

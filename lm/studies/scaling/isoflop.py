@@ -1,4 +1,4 @@
-"""IsoFLOP parabolas: of runs that cost the same, which size did best, and how that size grows with the cost.
+"""IsoFLOP parabolas: the best size among runs of equal cost, and how it grows with the cost.
 
 Hoffmann et al. 2022, sec. 3.2, arXiv 2203.15556: at each budget the loss is a parabola in log N; its lowest point gives
 N_opt, and D_opt with it; log N_opt over log C is a line, whose slope is a of N_opt ~ C^a.
@@ -51,8 +51,8 @@ class IsoflopFit(NamedTuple):
 def isoflop_fit(budgets: Sequence[BudgetRuns], *, draws: int = 1000, seed: int = 0) -> IsoflopFit:
     """Parabolas and lines, and the same with `draws` times redrawn errors.
 
-    A run's error is its distance from its budget's parabola; those of all budgets are drawn with replacement, grown by
-    sqrt(S / (S - 3)) for what fitting took from them.
+    A run's error is its distance from its budget's parabola. The errors of all budgets are drawn with replacement,
+    scaled by sqrt(S / (S - 3)) because fitting makes them smaller.
     """
     fits = [IsoflopParabola(budget) for budget in budgets]
     errors = np.concatenate([fit.errors for fit in fits])
@@ -60,8 +60,8 @@ def isoflop_fit(budgets: Sequence[BudgetRuns], *, draws: int = 1000, seed: int =
     redrawn = [
         fit.minimum(fit.fitted_loss + random.choice(errors, size=(draws, len(fit.fitted_loss)))) for fit in fits
     ]  # f64[draws] of log N, log D, log C each, nan where there is no valley
-    found = [fit.minimum(budget.loss[None]) for fit, budget in zip(fits, budgets)]
-    lines = [line_fits(np.stack([each[i] for each in found]), np.stack([each[2] for each in found])) for i in (0, 1)]
+    minima = [fit.minimum(budget.loss[None]) for fit, budget in zip(fits, budgets)]
+    lines = [line_fits(np.stack([each[i] for each in minima]), np.stack([each[2] for each in minima])) for i in (0, 1)]
     several = [
         line_fits(np.stack([each[i] for each in redrawn]), np.stack([each[2] for each in redrawn])) for i in (0, 1)
     ]

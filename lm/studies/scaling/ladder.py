@@ -1,4 +1,4 @@
-"""What a ladder runs: at each budget several widths, each trained for as long as the budget pays."""
+"""The runs of a ladder: at each budget several widths, each trained for as long as the budget allows."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from lm.model import ModelConfig
 from lm.model.params import flops_per_token, param_count, param_specs
 from lm.sweep.space import ConfigSource
 
-MIN_STEPS = 10  # of a run: fewer say nothing of its size
+MIN_STEPS = 10  # of a run: with fewer, its size does not matter
 
 
 class LadderPlan(NamedTuple):
@@ -25,7 +25,7 @@ class LadderPlan(NamedTuple):
 
 
 class PlannedRun(NamedTuple):
-    """One run: a width, and the steps that its budget pays at that width."""
+    """One run: a width, and the steps that its budget allows at that width."""
 
     budget: float
     width: int
@@ -83,22 +83,22 @@ def planned_runs(plan: LadderPlan, source: ConfigSource) -> list[PlannedRun]:
 def runs_at_budget(plan: LadderPlan, source: ConfigSource, budget: float) -> list[PlannedRun]:
     """`plan.sizes` widths, each the nearest to equal steps in log(tokens per parameter) that is not yet taken."""
     low, high = plan.tokens_per_parameter
-    known = []
+    planned = []
     for width in candidate_widths(source):
-        known.append(planned_run(source, budget, width))
-        if known[-1].tokens < low * known[-1].parameters / 4 or known[-1].steps < MIN_STEPS:
+        planned.append(planned_run(source, budget, width))
+        if planned[-1].tokens < low * planned[-1].parameters / 4 or planned[-1].steps < MIN_STEPS:
             break
-    left = [one for one in known if one.steps >= MIN_STEPS]
-    if len(left) < plan.sizes_per_budget:
+    usable = [one for one in planned if one.steps >= MIN_STEPS]
+    if len(usable) < plan.sizes_per_budget:
         raise UserError(
-            f"a budget of {budget:.3g} FLOPs pays {MIN_STEPS} steps or more of {len(left)} widths, and a ladder "
+            f"a budget of {budget:.3g} FLOPs pays {MIN_STEPS} steps or more of {len(usable)} widths, and a ladder "
             f"needs {plan.sizes_per_budget}: raise ladder.min_flops, or make data.batch_size, "
             "data.length or model.head_size smaller"
         )
     chosen = []
     for target in np.geomspace(high, low, plan.sizes_per_budget):
-        chosen.append(min(left, key=lambda one: abs(np.log(one.tokens / one.parameters / target))))
-        left.remove(chosen[-1])
+        chosen.append(min(usable, key=lambda one: abs(np.log(one.tokens / one.parameters / target))))
+        usable.remove(chosen[-1])
     return sorted(chosen, key=lambda one: one.width)
 
 
@@ -109,7 +109,7 @@ def candidate_widths(source: ConfigSource):
 
 
 def planned_run(source: ConfigSource, budget: float, width: int) -> PlannedRun:
-    """What `budget` FLOPs pay at a width."""
+    """The run that `budget` FLOPs allow at a width."""
     config = source.config({"model.width": str(width)})
     shape = call_with_options(
         ModelConfig, {**config.model.to_dict(), "vocab_size": config.vocabulary.vocab_size}, name="model"

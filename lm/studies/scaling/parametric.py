@@ -61,11 +61,12 @@ class ParametricFit(NamedTuple):
 
     def estimates(self) -> Mapping[str, Estimate]:
         """By the name of each parameter; "growth" is the exponent of the best size."""
-        found = {name: self.estimate(lambda law: getattr(law, name)) for name in LAW_PARAMETERS}
-        return {**found, "growth": self.estimate(lambda law: law.size_exponent)}
+        estimates_by_name = {name: self.estimate(lambda law: getattr(law, name)) for name in LAW_PARAMETERS}
+        return {**estimates_by_name, "growth": self.estimate(lambda law: law.size_exponent)}
 
     def predicted_loss(self, parameters: float, tokens: float, *, seed: int = 0) -> Estimate:
-        """The loss of one more run. Its interval holds what is unknown of the law, and how far runs fall from it."""
+        """The loss of one more run. Its interval includes the uncertainty of the law, and the distance of runs from
+        it."""
         n = len(self.errors)
         drawn = (
             np.random.default_rng(seed).choice(self.errors, len(self.resampled))
@@ -82,21 +83,22 @@ def percentile_estimate(value: float, draws: Sequence[float]) -> Estimate:
 
 def parametric_fit(points: Points, *, draws: int = 1000, seed: int = 0) -> ParametricFit:
     """The law of `points`, with `draws` resamplings of them; each of these starts from what the whole table gave."""
-    near = CenteredObjective(points)
-    found = near.descents(near.starting_points())
-    law, value = near.law(found[0][1]), found[0][0]
+    objective = CenteredObjective(points)
+    descents = objective.descents(objective.starting_points())
+    law, value = objective.law(descents[0][1]), descents[0][0]
     random, resampled = np.random.default_rng(seed), []
     while len(resampled) < draws:
         chosen = random.integers(len(points.loss), size=len(points.loss))
         if len(set(chosen)) >= min(MIN_RUNS, len(points.loss)) - 2:
-            resampled.append(near.law(near.subset(chosen).local_minimum(found[0][1])))
+            resampled.append(objective.law(objective.subset(chosen).local_minimum(descents[0][1])))
     return ParametricFit(
         law, resampled, np.log(points.loss) - np.log(law.loss(points.parameters, points.tokens)), value
     )
 
 
 class CenteredObjective:
-    """What is minimised, with N and D in units of their geometric means: x = (log E, log A', log B', alpha, beta)."""
+    """The minimised function, with N and D in units of their geometric means: x = (log E, log A', log B', alpha,
+    beta)."""
 
     def __init__(self, points: Points):
         self._log_parameters, self._log_tokens, self._log_loss = map(np.log, points)
@@ -116,7 +118,7 @@ class CenteredObjective:
         return ScalingLaw(float(np.exp(e)), float(np.exp(a + alpha * n)), float(np.exp(b + beta * d)), alpha, beta)
 
     def starting_points(self) -> list[np.ndarray]:
-        """The best of a grid over the exponents and over the shares of E and A' in the least loss."""
+        """The best starts of a grid over the exponents and over the shares of E and A' in the least loss."""
         least, grid = self._log_loss.min(), []
         for alpha, beta, floor, part in itertools.product(
             (0.1, 0.2, 0.35, 0.5, 0.8, 1.2), (0.1, 0.2, 0.35, 0.5, 0.8, 1.2), (0.05, 0.3, 0.6, 0.9), (0.2, 0.5, 0.8)

@@ -108,7 +108,7 @@ def print_plan(plan: LadderPlan, rungs: Sequence[PlannedRun]) -> None:
 
 
 def run_scaling(flags: Namespace, source: ConfigSource, plan: LadderPlan, rungs: Sequence[PlannedRun]) -> None:
-    """Everything in its order, each step skipped if it is done."""
+    """Does all steps in order and skips those that are done."""
     config, root = source.config({}), Path(flags.workdir)
     with open_workdir(root, to_dict(config), changeable_keys=()) as workdir:
         write_text(root / PLAN_FILE, json.dumps({"rungs": [rung._asdict() for rung in rungs]}, indent=2) + "\n")
@@ -146,7 +146,7 @@ def tokenizer_config(config: ConfigDict) -> ConfigDict:
 
 
 def run_planned(flags: Namespace, source: ConfigSource, folder: Path, rungs: Sequence[PlannedRun]) -> None:
-    """Runs what is not yet done of the rungs. UserError unless all are then."""
+    """Runs the rungs that are not done. UserError unless all are done then."""
     source = source._replace(overrides=overrides_of_runs(source))
     given = [f"--config={source.name}", f"--workdir={folder}"]
     given += [f"--jobs={flags.jobs}"] if flags.jobs else []
@@ -165,7 +165,7 @@ def run_planned(flags: Namespace, source: ConfigSource, folder: Path, rungs: Seq
 
 
 def overrides_of_runs(source: ConfigSource) -> tuple[str, ...]:
-    """The overrides but for those options of the ladder and its vocabulary that only this program knows."""
+    """The overrides without the options of the ladder and its vocabulary, which only this program knows."""
     listed, own = flatten(to_dict(load_config(source.name))), tuple(f"{name}." for name in ("vocabulary", "ladder"))
     return tuple(each for each in source.overrides if not each.startswith(own) or each.partition("=")[0] in listed)
 
