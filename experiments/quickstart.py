@@ -17,11 +17,11 @@ from lm.core.config import sibling_config
 STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate")
 # What is read, and its share of the rows. A fact of the table is told 40 times in `facts` and asked 12 times in `quiz`.
 CORPUS = {
-    "facts": 0.24,  # encyclopedia
+    "facts": 0.22,  # encyclopedia
     "quiz": 0.14,  # education: questions and answers in plain text
-    "education": 0.42,  # sums, spelling, capitals, copying, comparing, sorting
-    "chitchat": 0.08,  # forum
-    "stdlib": 0.06,  # code and documentation
+    "education": 0.46,  # sums, spelling, capitals, copying, comparing, sorting
+    "chitchat": 0.07,  # forum
+    "stdlib": 0.05,  # code and documentation
     "wikipedia": 0.03,  # encyclopedia
     "shakespeare": 0.03,  # book
 }
@@ -68,8 +68,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.pretrain.train.steps = 8 if tiny else 950
     config.pretrain.tokenizer = root + "/tokenizer"
     config.sft.optimizer.name = "muon"
-    config.sft.optimizer.learning_rate = 3e-3
-    config.sft.train.steps = 8 if tiny else 250
+    config.sft.optimizer.learning_rate = 1e-3
+    config.sft.train.steps = 8 if tiny else 150
     config.sft.init_from = root + "/pretrain"
     config.rank.init_from = root + "/sft"
     config.reward.init_from = root + "/sft"

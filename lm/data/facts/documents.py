@@ -3,7 +3,18 @@
 import random
 from collections.abc import Iterator, Sequence
 
-from lm.data.facts.phrasings import DONT_KNOW_NAME, NAME_ENDINGS, PHRASINGS, made_up_names, phrasing_of, sentence
+from lm.data.facts.phrasings import (
+    DONT_KNOW_NAME,
+    DONT_KNOW_THAT,
+    NAME_ENDINGS,
+    ONE_WORD_REQUESTS,
+    PHRASINGS,
+    UNKNOWN_TOPICS,
+    is_chosen,
+    made_up_names,
+    phrasing_of,
+    sentence,
+)
 from lm.data.facts.tables import Fact, FactTable
 
 FACTS_PER_PAGE = 16
@@ -13,6 +24,9 @@ FEWEST_OF_A_FACT = 2
 ANSWER_SHARE = 0.4  # of the statements are in the words of the answer
 QUESTIONS_OF_A_FACT = 12
 UNKNOWN_PER_PAGE = 5  # questions about made-up names
+TOPICS_PER_PAGE = 2  # questions that no table answers
+ONE_WORD_PER_PAGE = 4  # questions that ask for one word, at most
+TEST_ONE_WORD = 0.15  # of the facts are never asked for in one word
 
 
 def statement(fact: Fact, draw: random.Random) -> str:
@@ -40,18 +54,43 @@ def fact_pages(table: FactTable) -> Iterator[tuple[str, str]]:
 
 
 def quiz_pages(table: FactTable) -> Iterator[tuple[str, str]]:
-    """(name, text): pages of questions in the phrasings that may be trained, each with its answer; some are about
-    names that nothing bears, and have the answer that one does not know."""
+    """(name, text): pages of questions in the phrasings that may be trained, each with its answer on the next line.
+
+    Besides one question about each fact, some ask for one word, some are about names that nothing bears, and some
+    cannot be answered by any table: these have the answer that one does not know.
+    """
     names = {kind: made_up_names(kind, seed="quiz", real=real_names(table)) for kind in NAME_ENDINGS}
     for turn in range(repetitions(table, QUESTIONS_OF_A_FACT)):
         draw = random.Random(f"quiz {turn}")
         for number, page in enumerate(parts(draw.sample(table.facts, len(table.facts)), FACTS_PER_PAGE)):
-            pairs = [(fact.entity, fact.relation, answer(fact)) for fact in page]
-            for relation in draw.sample([fact.relation for fact in page], min(UNKNOWN_PER_PAGE, len(page))):
-                name = next(names[name_kind(relation, draw)])
-                pairs.insert(draw.randrange(len(pairs) + 1), (name, relation, DONT_KNOW_NAME.format(e=name)))
-            lines = [f"{sentence(draw.choice(phrasing_of(r).questions), e=entity)}\n{a}\n" for entity, r, a in pairs]
-            yield f"{turn:03}/{number:05}", "".join(lines)
+            asked = [(question(fact.relation, fact.entity, draw), answer(fact)) for fact in page]
+            for fact in page[:UNKNOWN_PER_PAGE]:
+                name = next(names[name_kind(fact.relation, draw)])
+                asked.append((question(fact.relation, name, draw), DONT_KNOW_NAME.format(e=name)))
+            for fact in page[UNKNOWN_PER_PAGE:][:TOPICS_PER_PAGE]:
+                asked.append((sentence(draw.choice(UNKNOWN_TOPICS), e=fact.entity), DONT_KNOW_THAT))
+            for fact in filter(is_asked_in_one_word, page[-ONE_WORD_PER_PAGE:]):
+                request = draw.choice(ONE_WORD_REQUESTS).format(q=question(fact.relation, fact.entity, draw))
+                asked.append((request, one_word_answer(fact)))
+            yield f"{turn:03}/{number:05}", "".join(f"{q}\n{a}\n" for q, a in draw.sample(asked, len(asked)))
+
+
+def question(relation: str, entity: str, draw: random.Random) -> str:
+    """One of the questions that may be trained."""
+    return sentence(draw.choice(phrasing_of(relation).questions), e=entity)
+
+
+def one_word_answer(fact: Fact) -> str:
+    return sentence("{v}.", v=fact.value)
+
+
+def is_asked_in_one_word(fact: Fact) -> bool:
+    """Whether it has an answer in one word that may be trained: a part of them never is."""
+    return " " not in fact.value and not is_test_one_word(fact)
+
+
+def is_test_one_word(fact: Fact) -> bool:
+    return is_chosen(f"one word {fact.entity} {fact.relation}", TEST_ONE_WORD)
 
 
 def real_names(table: FactTable) -> set[str]:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lm.data.facts import phrasings as p
-from lm.data.facts.documents import answer, name_kind, real_names
+from lm.data.facts.documents import answer, is_test_one_word, name_kind, one_word_answer, real_names
 from lm.data.facts.phrasings import is_chosen, made_up_names, phrasing_of, sentence, text_index
 from lm.data.facts.tables import Fact, FactTable, relation_values
-from lm.data.tasks.lessons import WORDS, drawn_numbers, drawn_words, spelled, sum_text
+from lm.data.tasks.lessons import WORDS, drawn_numbers, drawn_words, is_test_text, spelled, sum_text
 
 NEVER_ASKED = 0.3  # of the entities are in no question that is trained
-TEST_WORDS = 0.15  # of the words, texts and topics are in no request that is trained
+TEST_TOPICS = 0.15  # of the topics of small talk are in nothing that is trained
 MOST_TRAINED, MOST_TESTED = 6000, 400  # items of one skill
 MOST_OTHERS = 50  # values of a relation of a user's own that a row names
 CHITCHAT_WORDS = range(2, 16)  # of a human's turn that is small talk, and of the reply
@@ -177,7 +177,7 @@ def instruction_exchanges(table: FactTable) -> Iterator[Exchange]:
             list(WORDS) * 2 if task == "spell" else [drawn_words(draw, draw.choice((1, 2, 2, 3))) for _ in range(1600)]
         )
         for number, text in enumerate(arguments):
-            is_test = is_chosen(f"{task} {text}", TEST_WORDS)
+            is_test = is_test_text(task, text)
             request = draw.choice(test_requests if is_test and number % 2 else requests)
             said = request.format(t=text) if request.startswith("{t}") else sentence(request, t=text)
             about = dict(skill="instructions", task=task, argument=text, unseen="item" if is_test else "")
@@ -185,13 +185,13 @@ def instruction_exchanges(table: FactTable) -> Iterator[Exchange]:
     for fact in table.facts:
         if " " in fact.value or is_never_asked(fact.entity):
             continue
-        is_test = is_chosen(f"one word {fact.entity} {fact.relation}", TEST_WORDS)
+        is_test = is_test_one_word(fact)
         about = dict(skill="instructions", task="one_word", argument=fact.entity, unseen="item" if is_test else "")
         draw = random.Random(f"one word {fact}")
         for _ in range(1 if is_test else 2):
             request = draw.choice(p.TEST_ONE_WORD_REQUESTS if is_test and draw.random() < 0.5 else p.ONE_WORD_REQUESTS)
             question = sentence(draw.choice(phrasing_of(fact.relation).questions), e=fact.entity)
-            yield Exchange(request.format(q=question), sentence(fact.value + "."), answer=fact.value, **about)
+            yield Exchange(request.format(q=question), one_word_answer(fact), answer=fact.value, **about)
 
 
 def small_talk_exchanges(dialogues: Sequence[Turns]) -> Iterator[Exchange]:
@@ -205,7 +205,7 @@ def small_talk_exchanges(dialogues: Sequence[Turns]) -> Iterator[Exchange]:
                                unseen="phrasing" if is_test else "")  # fmt: skip
     for said, replies in p.TOPIC_TALK:
         for topic in p.TOPICS:
-            is_test = is_chosen(f"topic {topic}", TEST_WORDS)
+            is_test = is_chosen(f"topic {topic}", TEST_TOPICS)
             text = said[text_index(f"{said[0]} {topic}", len(said) if is_test else len(said) - 1)].format(t=topic)
             reply = sentence(replies[text_index(text, len(replies))], t=topic)
             yield Exchange(text, reply, "small_talk", task="topic", argument=topic, unseen="item" if is_test else "")

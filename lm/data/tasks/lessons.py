@@ -10,7 +10,18 @@ import random
 import string
 from collections.abc import Iterator
 
-from lm.data.facts.phrasings import ADJECTIVES, NAME_ENDINGS, NOUNS, is_chosen, made_up_names
+from lm.data.facts.phrasings import (
+    ADD_QUESTIONS,
+    ADJECTIVES,
+    CAPITALS_REQUESTS,
+    NAME_ENDINGS,
+    NOUNS,
+    REPEAT_REQUESTS,
+    SPELL_REQUESTS,
+    SUBTRACT_QUESTIONS,
+    is_chosen,
+    made_up_names,
+)
 
 PAGE_COUNT = 4000
 LINES_PER_PAGE = 20
@@ -18,10 +29,29 @@ LARGEST_DIFFERENCE = 20  # that something is taken from
 TEST_SUM_FRACTION = 0.1  # of the sums of which a number has two digits
 LINE_SHARES = {"sum": 0.44, "difference": 0.08, "copying": 0.2, "spelling": 0.12, "capitals": 0.1, "comparing": 0.03,
                "sorting": 0.03}  # fmt: skip
+ASKED_SHARE = 0.35  # of the lessons are in the words of a question or request
+TEST_TEXTS = 0.15  # of the words and texts are in no request that is trained
 COPIED_NAMES = tuple(
     name for kind in NAME_ENDINGS for name in itertools.islice(made_up_names(kind, seed="copied", real=()), 1500)
 )
 WORDS = tuple(dict.fromkeys((*ADJECTIVES, *NOUNS)))
+
+
+def spelled(word: str) -> str:
+    """Its letters as capitals: H-E-L-L-O."""
+    return "-".join(word.upper())
+
+
+WORD_TASKS = {  # what a lesson begins with, the task's name among the instructions, how it is asked for, what is right
+    "spelling": ("spell ", "spell", SPELL_REQUESTS, spelled),
+    "capitals": ("in capitals: ", "capitals", CAPITALS_REQUESTS, str.upper),
+    "copying": ("repeat: ", "repeat", REPEAT_REQUESTS, str),
+}
+
+
+def is_test_text(task: str, text: str) -> bool:
+    """Whether nothing that is trained asks for this of the text, in words that a user would choose."""
+    return is_chosen(f"{task} {text}", TEST_TEXTS)
 
 
 def lesson_pages() -> Iterator[tuple[str, str]]:
@@ -38,16 +68,20 @@ def lesson_line(kind: str, draw: random.Random) -> str:
     if kind in ("sum", "difference"):
         operator = "+" if kind == "sum" else "-"
         a, b = drawn_numbers(draw, operator, is_test=False)
-        return sum_text(a, b, operator)
-    word = draw.choice(WORDS)
-    if kind == "spelling":
-        return f"spell {word}\n{spelled(word)}"
-    if kind == "capitals":
-        text = drawn_words(draw, draw.choice((1, 2)))
-        return f"in capitals: {text}\n{text.upper()}"
-    if kind == "copying":
-        text = " ".join(copied_word(draw) for _ in range(draw.randint(1, 6)))
-        return f"repeat: {text}\n{text}"
+        answer = sum_text(a, b, operator)
+        if draw.random() >= ASKED_SHARE:
+            return answer
+        questions = ADD_QUESTIONS if operator == "+" else SUBTRACT_QUESTIONS
+        return f"{draw.choice(questions).format(a=a, b=b)}\n{answer}."
+    if kind in WORD_TASKS:
+        beginning, task, requests, right = WORD_TASKS[kind]
+        if kind == "copying" and draw.random() >= ASKED_SHARE:
+            text = " ".join(copied_word(draw) for _ in range(draw.randint(1, 6)))
+            return f"{beginning}{text}\n{text}"
+        text = draw.choice(WORDS) if kind == "spelling" else drawn_words(draw, draw.choice((1, 2, 2, 3)))
+        if draw.random() < ASKED_SHARE and not is_test_text(task, text):
+            return f"{draw.choice(requests).format(t=text)}\n{right(text)}"
+        return f"{beginning}{text}\n{right(text)}"
     a, b = draw.sample(range(100), 2)
     if kind == "comparing":
         return f"{a} is {'more' if a > b else 'less'} than {b}."
@@ -66,11 +100,6 @@ def copied_word(draw: random.Random) -> str:
 def sum_text(a: int, b: int, operator: str) -> str:
     """37+85=122: without spaces, as each would be a token."""
     return f"{a}{operator}{b}={a + b if operator == '+' else a - b}"
-
-
-def spelled(word: str) -> str:
-    """Its letters as capitals: H-E-L-L-O."""
-    return "-".join(word.upper())
 
 
 def drawn_words(draw: random.Random, count: int) -> str:
