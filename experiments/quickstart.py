@@ -35,6 +35,8 @@ CONVERSATIONS = {
     "dialogues": 0.12,
 }
 OF_TABLE = ("facts", "quiz", "unknown_names", "instructions", "dialogues", "assistant")  # what a table replaces
+# What is ranked, and what RL asks: single exchanges, whose right answers are known but in small talk.
+PROMPTS = {"facts": 0.22, "unknown_names": 0.18, "sums": 0.22, "instructions": 0.24, "small_talk": 0.14}
 
 
 def mixture(weights: dict[str, float], table: str) -> tuple[dict, ...]:
@@ -58,6 +60,8 @@ def get_config(arg: str = "") -> ConfigDict:
     with config.ignore_type():  # a mixture in the place of one name
         config.tokenizer.data.corpus = config.pretrain.data.corpus = config.evaluate.evaluate.corpus = corpus
         config.sft.data.sources = conversations
+        config.rank.rank.sources = config.ppo.data.sources = config.evaluate.evaluate.sources = mixture(PROMPTS, table)
+        config.ppo.data.rewards = "skills=3.0,model=0.2"  # right answers where they can be checked, and taste
     config.pretrain.data.held_out_bytes = 20_000 if tiny else 60_000
     config.pretrain.optimizer.name = "muon"
     config.pretrain.optimizer.learning_rate = 1e-2
@@ -72,6 +76,21 @@ def get_config(arg: str = "") -> ConfigDict:
     config.reward.data.rankings = root + "/rank/rankings.jsonl"
     config.ppo.init_from = root + "/sft"
     config.ppo.data.reward_model = root + "/reward"
+    config.rank.rank.update({"rater": "assistant", "held_out": 0.02, "responses": 4})
+    config.rank.rank.update({"prompts": 96 if tiny else 640, "held_out_prompts": 64 if tiny else 128})
+    for data in (config.rank.rank, config.ppo.data):  # a prompt and its answer: 64 tokens
+        data.update({"prompt_length": 40, "max_new": 24})
+    config.reward.data.update({"length": 72, "prompts_per_batch": 8 if tiny else 16})
+    config.reward.train.steps = 8 if tiny else 60
+    config.ppo.data.update({"rater": "assistant_held_out", "held_out": 0.02})
+    if not tiny:
+        config.ppo.data.update({"rollouts": 128, "held_out_rollouts": 256})
+    config.ppo.stage.update({"beta": 0.05, "value_coefficient": 0.05})  # more moves the trunk away from the answers
+    config.ppo.optimizer.learning_rate = 2e-4
+    config.ppo.train.steps = 4 if tiny else 60
+    config.ppo.train.update({"evaluate_every": 2 if tiny else 15, "watched_rating": "score/assistant_held_out"})
+    config.evaluate.evaluate.update({"rater": "assistant", "judge": "assistant_held_out", "held_out": 0.02})
+    config.evaluate.evaluate.update({"temperature": 0.0, "max_new": 24, "prompts": 32 if tiny else 900})
     config.evaluate.evaluate.recall_facts = 32 if tiny else 1000
     config.evaluate.evaluate.table = table
     config.evaluate.models = ConfigDict({"raw": root + "/pretrain", "sft": root + "/sft", "ppo": root + "/ppo"})

@@ -160,5 +160,5 @@ def parameter_figures(comparison: Comparison) -> list[PageFigure]:
     return drawn
 
 
-def distinct_value_count(found: Sequence[SettingResult], key: str) -> int:
-    return len({config_value_text(one.setting.config, key) for one in found} - {NO_VALUE})
+def distinct_value_count(results: Sequence[SettingResult], key: str) -> int:
+    return len({config_value_text(one.setting.config, key) for one in results} - {NO_VALUE})

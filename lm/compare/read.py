@@ -72,11 +72,11 @@ def read_runs(folders: Iterable[str | Path]) -> LoadedRuns:
             entries += sweep_trials(folder)
         else:
             entries.append(run_in_folder(folder))
-    seen = set()
+    by_path = set()
     for entry in entries:
-        if entry.path.resolve() in seen:
+        if entry.path.resolve() in by_path:
             raise UserError(f"{entry.path} is given twice: name each folder once")
-        seen.add(entry.path.resolve())
+        by_path.add(entry.path.resolve())
     runs = [entry for entry in entries if isinstance(entry, Run)]
     absent = [entry for entry in entries if isinstance(entry, MissingRun)]
     if not runs:
@@ -104,12 +104,12 @@ def trial_run(path: Path) -> Run | MissingRun:
     record = path.with_name(f"{path.name}.json")
     if not record.exists():
         return MissingRun(path, {}, RUNNING, f"there is no {record.name} beside it yet")
-    told = read_json(record)
-    workdir = path.parent / told["workdir"]
+    outcome = read_json(record)
+    workdir = path.parent / outcome["workdir"]
     stage = f"{workdir.name}." if workdir != path else ""
-    given = {key.removeprefix(stage): value for key, value in told["overrides"].items() if key != "seed"}
-    if told["state"] != COMPLETE:
-        return MissingRun(workdir, given, told["state"], told["error"] or "stopped early by the sweep")
+    given = {key.removeprefix(stage): value for key, value in outcome["overrides"].items() if key != "seed"}
+    if outcome["state"] != COMPLETE:
+        return MissingRun(workdir, given, outcome["state"], outcome["error"] or "stopped early by the sweep")
     return run_in_workdir(workdir, given)
 
 

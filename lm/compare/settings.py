@@ -49,20 +49,20 @@ def settings_of_runs(runs: Sequence[Run], *, ignore: Iterable[str] = ()) -> Sett
     for config, run in zip(configs, runs):
         if run.path not in dropped:
             groups.setdefault(config_identity(config), (config, []))[1].append(run)
-    found = list(groups.values())
-    differing = differing_keys([config for config, _ in found])
+    settings = list(groups.values())
+    differing = differing_keys([config for config, _ in settings])
     causes = [key for run in runs for key in run.overrides] + [CODE_KEY] * by_code
-    parameters = distinguishing_keys([config for config, _ in found], differing, list(dict.fromkeys(causes)))
-    told = name_keys([config for config, _ in found], parameters)
-    names = setting_names([config for config, _ in found], told, found[0][1][0].stage)
+    parameters = distinguishing_keys([config for config, _ in settings], differing, list(dict.fromkeys(causes)))
+    keys = name_keys([config for config, _ in settings], parameters)
+    names = setting_names([config for config, _ in settings], keys, settings[0][1][0].stage)
     grouped = [
         Setting(name, config, sorted(members, key=lambda run: run.seed))
-        for name, (config, members) in zip(names, found)
+        for name, (config, members) in zip(names, settings)
     ]
     if aside := keys_differing_within(grouped):
         notes.append(f"Runs of one setting differ in {', '.join(aside)}, which the comparison sets aside.")
-    if len(told) < len(parameters):
-        notes.append(f"The settings differ in {len(parameters)} keys, of which their names show {len(told)}.")
+    if len(keys) < len(parameters):
+        notes.append(f"The settings differ in {len(parameters)} keys, of which their names show {len(keys)}.")
     return SettingGroups(grouped, parameters, differing, notes)
 
 
@@ -122,8 +122,8 @@ def distinguishing_keys(
         pairs = {(cause, value_json(config, key)) for cause, config in zip(values, configs)}
         return len(pairs) == len(set(values))
 
-    found = [*causes, *(key for key in differing if key not in causes and not (causes and follows(key)))]
-    return sorted(found, key=lambda key: key != STAGE_KEY)
+    distinguishing = [*causes, *(key for key in differing if key not in causes and not (causes and follows(key)))]
+    return sorted(distinguishing, key=lambda key: key != STAGE_KEY)
 
 
 def name_keys(configs: Sequence[Mapping[str, Any]], parameters: Sequence[str]) -> list[str]:
@@ -132,10 +132,10 @@ def name_keys(configs: Sequence[Mapping[str, Any]], parameters: Sequence[str]) -
     if len(parameters) <= MAX_NAME_KEYS:
         return list(parameters)
     alone = parameters[0] == STAGE_KEY and are_distinct(configs, parameters[:1])
-    told = list(parameters[:1]) if alone else common_keys(configs, parameters)[:MAX_NAME_KEYS]
-    while not are_distinct(configs, told):
-        told.append(next(key for key in parameters if key not in told))
-    return told
+    keys = list(parameters[:1]) if alone else common_keys(configs, parameters)[:MAX_NAME_KEYS]
+    while not are_distinct(configs, keys):
+        keys.append(next(key for key in parameters if key not in keys))
+    return keys
 
 
 def are_distinct(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bool:
@@ -143,14 +143,14 @@ def are_distinct(configs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> b
     return len({tuple(value_json(config, key) for key in keys) for config in configs}) == len(configs)
 
 
-def setting_names(configs: Sequence[Mapping[str, Any]], told: Sequence[str], stage: str) -> list[str]:
+def setting_names(configs: Sequence[Mapping[str, Any]], keys: Sequence[str], stage: str) -> list[str]:
     """ "learning_rate=0.001, width=64" for each, all different; a single setting is called by its stage."""
-    if not told:
+    if not keys:
         return [stage for _ in configs]
-    short = short_keys(told)
+    short = short_keys(keys)
     for digits in NAME_DIGITS:
         names = [
-            ", ".join(f"{short[key]}={config_value_text(config, key, digits)}" for key in told) for config in configs
+            ", ".join(f"{short[key]}={config_value_text(config, key, digits)}" for key in keys) for config in configs
         ]
         if len(set(names)) == len(names):
             break

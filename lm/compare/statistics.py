@@ -68,14 +68,14 @@ def direction_by_name(metric: str) -> str:
     return MAXIMIZE if name in HIGHER_IS_BETTER or f"{name.partition('/')[0]}/" in HIGHER_IS_BETTER else MINIMIZE
 
 
-def ranked_results(found: Sequence[SettingResult], direction: str) -> list[SettingResult]:
+def ranked_results(results: Sequence[SettingResult], direction: str) -> list[SettingResult]:
     """The best mean first."""
-    return sorted(found, key=lambda one: one.mean.value, reverse=direction == MAXIMIZE)
+    return sorted(results, key=lambda one: one.mean.value, reverse=direction == MAXIMIZE)
 
 
-def best_result(found: Sequence[SettingResult], direction: str) -> SettingResult:
+def best_result(results: Sequence[SettingResult], direction: str) -> SettingResult:
     """The best mean of those whose noise can be judged, or of all if there are none."""
-    return ranked_results([one for one in found if len(one.values) > MAX_SEEDS_UNJUDGED] or found, direction)[0]
+    return ranked_results([one for one in results if len(one.values) > MAX_SEEDS_UNJUDGED] or results, direction)[0]
 
 
 class PooledSpread(NamedTuple):
@@ -97,7 +97,7 @@ class PooledSpread(NamedTuple):
         return f"pooled over {self.setting_count} settings, {self.degrees_of_freedom} degrees of freedom"
 
 
-def pooled_spread(found: Sequence[SettingResult]) -> PooledSpread | None:
+def pooled_spread(results: Sequence[SettingResult]) -> PooledSpread | None:
     """The spread of all k settings of more than MAX_SEEDS_UNJUDGED seeds; None of fewer
     than MIN_POOLED_SETTINGS, or where no seed matters.
 
@@ -105,7 +105,7 @@ def pooled_spread(found: Sequence[SettingResult]) -> PooledSpread | None:
     what a seed makes easier for all cancels out: (k - 1)(n - 1) degrees of freedom. Else it is the spread within
     settings, with N - k.
     """
-    values = [one.values for one in found if len(one.values) > MAX_SEEDS_UNJUDGED]
+    values = [one.values for one in results if len(one.values) > MAX_SEEDS_UNJUDGED]
     k = len(values)
     if k < MIN_POOLED_SETTINGS:
         return None
@@ -133,7 +133,7 @@ def cochran_p_value(shares: np.ndarray, own: np.ndarray, freedom: int) -> float:
 
 
 def contrasts_with_reference(
-    found: Sequence[SettingResult],
+    results: Sequence[SettingResult],
     reference: SettingResult,
     direction: str,
     *,
@@ -151,13 +151,13 @@ def contrasts_with_reference(
     sees little, the chance is 8 to 17 % instead of 5 (simulated: 6 settings of 4 or 5 seeds, 12 of 3).
     """
     shared = spread if spread and spread.is_equal else None
-    sides = {one.name: samples_to_compare(one, reference, shared) for one in found if one.name != reference.name}
+    sides = {one.name: samples_to_compare(one, reference, shared) for one in results if one.name != reference.name}
     judgeable = {name: side for name, side in sides.items() if side.n > MAX_SEEDS_UNJUDGED}
     if shared and reference_is_best:
         corrected = {name: side.tukey_test(confidence) for name, side in judgeable.items()}
     else:
         corrected = holm_contrasts(judgeable, reference_is_best, confidence)
-    told = {}
+    contrasts = {}
     for name, side in sides.items():
         if name in corrected:
             difference, p = corrected[name]
@@ -165,8 +165,10 @@ def contrasts_with_reference(
         else:
             difference, p, verdict = side.test(confidence)[0], None, NOT_JUDGED
             difference = Estimate(difference.value, math.inf, -math.inf, math.inf)
-        told[name] = Contrast(name, reference.name, side.test_name, side.n, difference, p, side.effect_size(), verdict)
-    return told
+        contrasts[name] = Contrast(
+            name, reference.name, side.test_name, side.n, difference, p, side.effect_size(), verdict
+        )
+    return contrasts
 
 
 def holm_contrasts(

@@ -80,33 +80,35 @@ def interval_or_reason(one: SettingResult) -> str:
     return known_interval_text(one.mean) or "one seed: no interval"
 
 
-def conclusion_sentences(told: Comparison) -> list[str]:
+def conclusion_sentences(comparison: Comparison) -> list[str]:
     """Sentences: the conclusions that the numbers allow, and those that they do not allow."""
-    reference = next(one for one in told.results if one.name == told.reference)
-    if not told.contrasts:
+    reference = next(one for one in comparison.results if one.name == comparison.reference)
+    if not comparison.contrasts:
         return [
-            f"{reference.name}: {told.metric} {number_text(reference.mean.value)} "
+            f"{reference.name}: {comparison.metric} {number_text(reference.mean.value)} "
             f"{known_interval_text(reference.mean) or '(one seed: no interval)'}".strip()
             + (f", {seed_count_text(len(reference.values))}" if len(reference.values) > 1 else "")
             + ". There is one setting only, so nothing is compared."
         ]
-    said = [contrast_sentence(contrast) for contrast in told.contrasts.values() if contrast.conclusion != NOT_JUDGED]
-    if unjudged := told.with_conclusion(NOT_JUDGED):
+    sentences = [
+        contrast_sentence(contrast) for contrast in comparison.contrasts.values() if contrast.conclusion != NOT_JUDGED
+    ]
+    if unjudged := comparison.with_conclusion(NOT_JUDGED):
         names = "; ".join(
             f"{one.name} ({change_text(one.difference.value)}, {seed_count_text(one.n)})"
             for one in unjudged[:MAX_NAMES]
         )
         rest = f"; and {len(unjudged) - MAX_NAMES} more" if len(unjudged) > MAX_NAMES else ""
-        said.append(
-            f"Against {told.reference} the noise cannot be judged without three seeds on both sides: "
+        sentences.append(
+            f"Against {comparison.reference} the noise cannot be judged without three seeds on both sides: "
             f"{names}{rest}. Such a difference may be chance, however large it looks."
         )
-    if said and told.reference_is_best and told.judged_contrasts:
-        said.append(
-            f"{told.reference} was taken as the reference because its mean is the best here, which flatters it: on new "
-            "seeds it would do a little worse. A reference named beforehand (--baseline) has narrower intervals."
+    if sentences and comparison.reference_is_best and comparison.judged_contrasts:
+        sentences.append(
+            f"{comparison.reference} was taken as the reference because its mean is the best here, which flatters it: "
+            "on new seeds it would do a little worse. A reference named beforehand (--baseline) has narrower intervals."
         )
-    return said
+    return sentences
 
 
 def contrast_sentence(contrast: Contrast) -> str:
@@ -127,28 +129,28 @@ def contrast_sentence(contrast: Contrast) -> str:
     return f"{winner} is better than {loser} by {by} ({numbers}{effect})."
 
 
-def comparison_warnings(told: Comparison) -> list[str]:
+def comparison_warnings(comparison: Comparison) -> list[str]:
     """Warnings that a reader needs before believing a comparison."""
-    said = list(told.settings.notes)
-    labels = {one.name: dict.fromkeys(run.code.label for run in one.setting.runs) for one in told.results}
+    warnings = list(comparison.settings.notes)
+    labels = {one.name: dict.fromkeys(run.code.label for run in one.setting.runs) for one in comparison.results}
     every = list(dict.fromkeys(label for each in labels.values() for label in each))
     if len(every) > 1:
-        said.append(
+        warnings.append(
             f"The runs were made by different code ({', '.join(every[:4])}{', ...' if len(every) > 4 else ''}): a "
             "difference between settings may come from that. See the table of code."
         )
     elif every == [CODE_NOT_RECORDED]:
-        said.append("No run has a record of the code that made it, so that it was the same code cannot be checked.")
-    versions = [run.code.versions for run in told.runs if run.code.versions]
+        warnings.append("No run has a record of the code that made it, so that it was the same code cannot be checked.")
+    versions = [run.code.versions for run in comparison.runs if run.code.versions]
     if keys := differing_keys(versions) if versions else []:
-        said.append(f"The runs were made with different versions of {', '.join(keys)}.")
-    for one in told.results:
-        if lost := missing_runs_of_setting(one, told.missing):
-            said.append(
+        warnings.append(f"The runs were made with different versions of {', '.join(keys)}.")
+    for one in comparison.results:
+        if lost := missing_runs_of_setting(one, comparison.missing):
+            warnings.append(
                 f"{one.name}: {len(lost)} of {len(lost) + len(one.values)} runs gave no number "
                 f"({state_counts_text(lost)}). Its mean is over the others, which may be the luckier ones."
             )
-    return said
+    return warnings
 
 
 def missing_runs_of_setting(one: SettingResult, absent: Sequence[MissingRun]) -> list[MissingRun]:
@@ -172,25 +174,25 @@ def overrides_text(gone: MissingRun) -> str:
     return ", ".join(f"{short[key]}={config_value_text(gone.overrides, key)}" for key in gone.overrides)
 
 
-def config_rows(told: Comparison) -> list[list[str]]:
+def config_rows(comparison: Comparison) -> list[list[str]]:
     """A row for each key that differs between settings: the key, and its value in each."""
     return [
-        [key, *(clipped_text(config_value_text(one.setting.config, key)) for one in told.results)]
-        for key in told.settings.differing_keys
+        [key, *(clipped_text(config_value_text(one.setting.config, key)) for one in comparison.results)]
+        for key in comparison.settings.differing_keys
     ]
 
 
-def code_rows(told: Comparison) -> list[list[str]]:
+def code_rows(comparison: Comparison) -> list[list[str]]:
     """A row for each version of the code: the code, its package versions, the settings, and how many runs."""
     made: dict[tuple[str, str], list[str]] = {}
-    for one in told.results:
+    for one in comparison.results:
         for run in one.setting.runs:
             versions = ", ".join(f"{name} {version}" for name, version in run.code.versions.items())
             made.setdefault((run.code.label, versions or NO_VALUE), []).append(one.name)
     rows = []
     for (label, versions), names in made.items():
         distinct = list(dict.fromkeys(names))
-        who = "all settings" if len(distinct) == len(told.results) else "; ".join(distinct)
+        who = "all settings" if len(distinct) == len(comparison.results) else "; ".join(distinct)
         rows.append([label, versions, who, str(len(names))])
     return rows
 
@@ -199,7 +201,7 @@ def clipped_text(text: str) -> str:
     return text if len(text) <= MAX_VALUE_CHARACTERS else f"{text[: MAX_VALUE_CHARACTERS - 1]}…"
 
 
-def setting_row(told: Comparison, one: SettingResult) -> dict[str, Any]:
+def setting_row(comparison: Comparison, one: SettingResult) -> dict[str, Any]:
     """A setting as the tables show it."""
     measured = {
         "name": one.name,
@@ -208,9 +210,9 @@ def setting_row(told: Comparison, one: SettingResult) -> dict[str, Any]:
         "interval": interval_or_reason(one),
     }
     told_of_it = dict.fromkeys(("difference", "range", "p", "over", "effect"), "")
-    if one.name not in told.contrasts:
-        return {**measured, **told_of_it, "verdict": "the reference" if told.contrasts else ""}
-    contrast = told.contrasts[one.name]
+    if one.name not in comparison.contrasts:
+        return {**measured, **told_of_it, "verdict": "the reference" if comparison.contrasts else ""}
+    contrast = comparison.contrasts[one.name]
     told_of_it |= {"difference": change_text(contrast.difference.value), "verdict": contrast.conclusion}
     if contrast.conclusion != NOT_JUDGED:
         told_of_it |= {
@@ -229,15 +231,15 @@ def sample_text(contrast: Contrast) -> str:
     return f"{seed_count_text(contrast.n)}, {contrast.test_name.partition(' ')[0]}"
 
 
-def correction_note(told: Comparison) -> str:
+def correction_note(comparison: Comparison) -> str:
     """How the comparisons were made, and for how many of them p and intervals are corrected."""
-    tests = len(told.judged_contrasts)
-    counted = comparison_count(tests, told.reference_is_best)
+    tests = len(comparison.judged_contrasts)
+    counted = comparison_count(tests, comparison.reference_is_best)
     by = "Holm"
-    if told.pooled_spread and told.pooled_spread.is_equal:
-        how = f"Tested by one spread between seeds, {told.pooled_spread.description}. "
-        by = "Tukey" if told.reference_is_best else by
-    elif told.pooled_spread:
+    if comparison.pooled_spread and comparison.pooled_spread.is_equal:
+        how = f"Tested by one spread between seeds, {comparison.pooled_spread.description}. "
+        by = "Tukey" if comparison.reference_is_best else by
+    elif comparison.pooled_spread:
         how = "The spread differs between settings (Cochran's C), so each pair is tested on its own seeds. "
     else:
         how = ""
@@ -251,13 +253,13 @@ def correction_note(told: Comparison) -> str:
     )
 
 
-def print_comparison(told: Comparison) -> None:
+def print_comparison(comparison: Comparison) -> None:
     """The comparison as a table and sentences on the terminal."""
-    better = "lower" if told.direction == MINIMIZE else "higher"
-    percent = f"{100 * told.confidence:g} %"
-    lines = [setting_row(told, one) for one in told.results]
+    better = "lower" if comparison.direction == MINIMIZE else "higher"
+    percent = f"{100 * comparison.confidence:g} %"
+    lines = [setting_row(comparison, one) for one in comparison.results]
     print_table(
-        f"{told.metric} ({better} is better)",
+        f"{comparison.metric} ({better} is better)",
         ["", "seeds", f"mean [{percent}]", ""],
         [
             [line["name"], line["seeds"], f"{line['mean']} {line['interval']}", line["verdict"]]
@@ -266,7 +268,7 @@ def print_comparison(told: Comparison) -> None:
     )
     if len(lines) > MAX_ROWS:
         say(f"These are the best {MAX_ROWS} of {len(lines)}; the page has all.")
-    if told.judged_contrasts:
-        say(f"{correction_note(told)} Intervals are {percent}, over seeds.")
-    for text in conclusion_sentences(told):
+    if comparison.judged_contrasts:
+        say(f"{correction_note(comparison)} Intervals are {percent}, over seeds.")
+    for text in conclusion_sentences(comparison):
         say(text)

@@ -45,14 +45,16 @@ def recognized_rows(
     """
     for row in source_rows(source):
         try:
-            found = recognized_row(row, columns, wanted=wanted)
-            if found.format not in wanted:
+            recognized = recognized_row(row, columns, wanted=wanted)
+            if recognized.format not in wanted:
                 needed = " or ".join(wanted)
-                raise RowFault(f"it is a {found.format}, and {needed} is needed here: {_way_out(found.format)}")
+                raise RowFault(
+                    f"it is a {recognized.format}, and {needed} is needed here: {_way_out(recognized.format)}"
+                )
         except RowFault as fault:
             bad_rows.add(row.place, fault)
             continue
-        yield found
+        yield recognized
 
 
 def _way_out(format: str) -> str:

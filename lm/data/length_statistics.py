@@ -83,15 +83,15 @@ def summaries(lengths: Iterable[SegmentLength], group: Callable[[SegmentLength],
 
 def document_lengths(lengths: Iterable[SegmentLength]) -> np.ndarray:
     """i64[n]: tokens of each document or conversation, one that comes in several segments once."""
-    found, counted = [], set()
+    tokens, counted = [], set()
     for length in lengths:
         origin = length.origin
         if origin is not None and origin.size:
             if (origin.document, origin.size) in counted:
                 continue
             counted.add((origin.document, origin.size))
-        found.append(length.document_tokens)
-    return np.array(found, np.int64)
+        tokens.append(length.document_tokens)
+    return np.array(tokens, np.int64)
 
 
 def answer_lengths(lengths: Iterable[SegmentLength]) -> np.ndarray:

@@ -75,12 +75,12 @@ class ConversationRows:
         digest, bad_rows = hashlib.sha256(), BadRows(self._limit)
         read = built_in_conversations(name)
         if read is not None:
-            found = iter(read())
+            values = iter(read())
         else:
-            found = _usable_values(name, self._formats, self._columns, bad_rows, "no conversation or prompt")
-        for conversation in found:
-            said = [conversation.name, conversation.messages, conversation.is_whole]
-            data = json.dumps(said, sort_keys=True).encode()
+            values = _usable_values(name, self._formats, self._columns, bad_rows, "no conversation or prompt")
+        for conversation in values:
+            content = [conversation.name, conversation.messages, conversation.is_whole]
+            data = json.dumps(content, sort_keys=True).encode()
             digest.update(b"%d:" % len(data) + data)
         return digest.hexdigest()
 

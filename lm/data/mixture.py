@@ -65,18 +65,18 @@ def parse_sources(
         return [_with_kind(MixtureSource(value), built_in)]
     if not isinstance(value, Sequence) or not value:
         raise UserError(f"{option} is {value!r}; it must be text, or a list such as [{{'source': 'stdlib'}}, ...]")
-    found = [_with_kind(_checked_entry(entry, f"{option}[{i}]"), built_in) for i, entry in enumerate(value)]
-    for i, each in enumerate(found):
-        if each.source in [other.source for other in found[:i]]:
+    entries = [_with_kind(_checked_entry(entry, f"{option}[{i}]"), built_in) for i, entry in enumerate(value)]
+    for i, each in enumerate(entries):
+        if each.source in [other.source for other in entries[:i]]:
             raise UserError(f"{option} names {each.source!r} twice: give it one entry, with the sum of the weights")
-    unweighted = [each.source for each in found if each.weight is None]
-    if unweighted and len(unweighted) < len(found):
+    unweighted = [each.source for each in entries if each.weight is None]
+    if unweighted and len(unweighted) < len(entries):
         raise UserError(
             f"{option}: {unweighted[0]!r} has no weight, though others have: give each a weight, or none of them"
         )
     if not unweighted:
-        _check_weights(found, option)
-    return found
+        _check_weights(entries, option)
+    return entries
 
 
 def _checked_entry(entry: Any, place: str) -> MixtureSource:
@@ -87,12 +87,12 @@ def _checked_entry(entry: Any, place: str) -> MixtureSource:
         if key not in MixtureSource._fields:
             near = did_you_mean(key, MixtureSource._fields)
             raise UserError(f"{place}.{key} is no part of a source ({', '.join(MixtureSource._fields)}){near}")
-    found = MixtureSource(**entry)
-    if found.kind and found.kind not in KINDS:
-        raise UserError(f"{place}.kind is {found.kind!r}; choose one of {', '.join(KINDS)}, or leave it out")
-    if not _is_number(found.epochs) or not found.epochs > 0:
-        raise UserError(f"{place}.epochs is {found.epochs!r}; it must be a number above 0, or left out: without end")
-    return found._replace(weight=_checked_weight(found.weight, place))
+    checked = MixtureSource(**entry)
+    if checked.kind and checked.kind not in KINDS:
+        raise UserError(f"{place}.kind is {checked.kind!r}; choose one of {', '.join(KINDS)}, or leave it out")
+    if not _is_number(checked.epochs) or not checked.epochs > 0:
+        raise UserError(f"{place}.epochs is {checked.epochs!r}; it must be a number above 0, or left out: without end")
+    return checked._replace(weight=_checked_weight(checked.weight, place))
 
 
 def _checked_weight(weight: Any, place: str) -> Weight | None:

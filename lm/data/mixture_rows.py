@@ -50,7 +50,7 @@ def mixture_origins(
     """Where the rows of a batch came from. Documents are numbered through all sources, those that are trained on."""
     first_row = np.cumsum([0, *(len(each) for each in rows)])
     first_document = np.cumsum([0, *(len(source.train) for source in sources)])
-    found = []
+    origins = []
     for s, number, epoch in zip(drawn.source.tolist(), drawn.number.tolist(), drawn.epoch.tolist()):
         source, examples = sources[s], sources[s].examples(sources[s].train)
         segments = []
@@ -68,5 +68,5 @@ def mixture_origins(
                     size=int(source.store.sizes[example]),
                 )
             )
-        found.append(RowOrigin(segments, int(first_row[s] + number), epoch, writer))
-    return found
+        origins.append(RowOrigin(segments, int(first_row[s] + number), epoch, writer))
+    return origins

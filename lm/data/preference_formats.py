@@ -201,8 +201,8 @@ def _aspects(completions: Sequence[Any]) -> dict[str, list[int | None]]:
 
 
 def _aspect_score(judged: Mapping[str, Any], aspect: str) -> int | None:
-    said = judged[aspect] if aspect in judged else None
-    rating = str(said["Rating"]) if isinstance(said, Mapping) and "Rating" in said else ""
+    score = judged[aspect] if aspect in judged else None
+    rating = str(score["Rating"]) if isinstance(score, Mapping) and "Rating" in score else ""
     return int(rating) if rating.isdecimal() and 1 <= int(rating) <= MAX_SCORE else None
 
 

@@ -67,16 +67,16 @@ def read_jsonl_rankings(path: str | Path) -> list[Ranking]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"no rankings at {path} ({error.strerror}): rank some first") from error
-    found = []
+    rankings = []
     for number, line in numbered_lines(data):
         try:
-            found.append(ranking_from_record(json.loads(line.decode())))
+            rankings.append(ranking_from_record(json.loads(line.decode())))
         except UnicodeDecodeError as error:
             raise UserError(f"{path}:{number} is not UTF-8 text: rankings are JSON, one object a line") from error
         except ValueError as error:
             fault = f"not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else error
             raise UserError(f"{path}:{number}: {fault}; mend or remove the line") from error
-    return found
+    return rankings
 
 
 def append_rankings(path: str | Path, rankings: Iterable[Ranking]) -> None:

@@ -68,6 +68,6 @@ def _rated_conversations() -> Iterator[RatedConversation]:
     for key, conversation in sources.chitchat_dataset().items():
         turns = sources.speaker_turns(conversation)
         if len(turns) >= 2 and "ratings" in conversation:
-            said = [text for _, text in turns]
-            found.append(RatedConversation(key, conversation["prompt"], turns[0][0], said, conversation["ratings"]))
+            messages = [text for _, text in turns]
+            found.append(RatedConversation(key, conversation["prompt"], turns[0][0], messages, conversation["ratings"]))
     yield from sorted(found, key=lambda rated: hashlib.sha256(rated.key.encode()).digest())

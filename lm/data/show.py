@@ -96,17 +96,17 @@ def _source_summary(source: str, columns: Mapping[str, str], flags: Any):
         if flags.rows and number == flags.rows:
             break
         try:
-            found = recognized_row(row, columns)
+            recognized = recognized_row(row, columns)
         except RowFault as fault:
             faults.append(f"{row.place}: {fault}")
             continue
-        formats[found.format] += 1
-        digests.add(row_digest(found.value))
+        formats[recognized.format] += 1
+        digests.add(row_digest(recognized.value))
         if len(shown) < SHOWN_ROWS:
-            shown.append(found)
-        lengths["characters"].append(sum(len(text) for text in _texts(found)))
+            shown.append(recognized)
+        lengths["characters"].append(sum(len(text) for text in _texts(recognized)))
         if tokenizer:
-            lengths["tokens"].append(_token_count(tokenizer, found))
+            lengths["tokens"].append(_token_count(tokenizer, recognized))
         if number % 10_000 == 9_999 and sys.stderr.isatty():
             print(f"\r{number + 1:,} rows", end="", file=sys.stderr)
     return formats, faults, shown, lengths, sum(formats.values()) - len(digests)

@@ -224,10 +224,10 @@ def split_sources_held_out(
     UserError where a source has nothing to train on, or none holds any out.
     """
     decided: dict[str, bool] = {}
-    found = []
+    splits = []
     for items in sources:
-        said = (content(item) or item.name for item in items)  # those that say nothing are not the same
-        contents = [hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() for text in said]
+        texts = (content(item) or item.name for item in items)  # those that say nothing are not the same
+        contents = [hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() for text in texts]
         names: dict[str, set[str]] = {}
         for item, digest in zip(items, contents):
             names.setdefault(digest, set()).add(item.name)
@@ -242,10 +242,10 @@ def split_sources_held_out(
         if not sides[0] or len(sources) == 1 and not sides[1]:
             name = items[0].name if items else ""
             raise one_sided_error(len(items), len(set(deciding)), fraction, held_out=bool(sides[0]), name=name)
-        found.append(sides)
-    if not any(unseen for _, unseen in found):
+        splits.append(sides)
+    if not any(unseen for _, unseen in splits):
         raise one_sided_error(sum(map(len, sources)), 0, fraction, held_out=True)
-    return found
+    return splits
 
 
 def one_sided_error(count: int, distinct: int, fraction: float, *, held_out: bool, name: str = "") -> UserError:
@@ -265,13 +265,13 @@ def one_sided_error(count: int, distinct: int, fraction: float, *, held_out: boo
 
 def documents_within_bytes(items: Sequence[Document], size: int) -> list[Document]:
     """As many of the documents as `size` bytes allow, at least one, in an order drawn from their names."""
-    found, used = [], 0
+    chosen, used = [], 0
     for document in sorted(items, key=lambda document: hashlib.sha256(document.name.encode()).digest()[::-1]):
         used += len(document.text.encode())
-        if found and used > size:
+        if chosen and used > size:
             break
-        found.append(document)
-    return found
+        chosen.append(document)
+    return chosen
 
 
 def stdlib_documents() -> list[Document]:
@@ -284,7 +284,7 @@ def stdlib_documents() -> list[Document]:
 def stdlib_modules() -> list[Document]:
     """The source of every module of the standard library but its tests."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = []
+    modules = []
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         if (
@@ -299,8 +299,8 @@ def stdlib_modules() -> list[Document]:
         except (SyntaxError, UnicodeDecodeError):
             continue  # a sample of bad source
         if text.strip():
-            found.append(Document(f"stdlib/{name.as_posix()}", text))
-    return found
+            modules.append(Document(f"stdlib/{name.as_posix()}", text))
+    return modules
 
 
 def chitchat_documents() -> list[Document]:

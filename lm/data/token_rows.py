@@ -84,12 +84,12 @@ class StreamRows:
     def pieces(self, number: int) -> list[DocumentPiece]:
         begin, end = number * self.length, min((number + 1) * self.length, self.filled)
         first, last = np.searchsorted(self._ends, [begin, end - 1], "right")
-        found = []
+        parts = []
         for d in range(int(first), int(last) + 1):
             start = max(begin - int(self._begins[d]), 0)
             stop = min(end, int(self._ends[d])) - int(self._begins[d])
-            found.append(DocumentPiece(int(self._documents[d]), start, stop - start))
-        return found
+            parts.append(DocumentPiece(int(self._documents[d]), start, stop - start))
+        return parts
 
     def documents_cut(self) -> int:
         ends = np.minimum(self._ends, self.filled)  # a last document of one token is a target only

@@ -179,8 +179,8 @@ def open_store(path: Path) -> TokenStore | None:
         counts = index["counts"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = arrays["offsets"][-1] == index["ids"] == len(ids) and (weights is None or len(weights) == len(ids))
-    return TokenStore(ids=ids, weights=weights, counts=counts, **arrays) if whole else None
+    is_complete = arrays["offsets"][-1] == index["ids"] == len(ids) and (weights is None or len(weights) == len(ids))
+    return TokenStore(ids=ids, weights=weights, counts=counts, **arrays) if is_complete else None
 
 
 def mapped_array(path: Path) -> np.ndarray:

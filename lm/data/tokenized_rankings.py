@@ -43,12 +43,12 @@ def tokenized_rankings(
     after they were cut: there is nothing to learn. It is undecided if no preference is left without the skipped
     answers.
     """
-    whole = encode_chats(
+    encoded = encode_chats(
         tokenizer, [conversation_with_answer(r.prompt, text) for r in rankings for text in r.responses], last=True
     )
-    fit = truncated_rows(whole, tokens, cut=cut, start=tokenizer.start_ids, trained=trained)
-    given = iter(zip(whole, fit.rows))
-    found, counts = [], {"undecided": 0, "equal": 0, **fit.counts, "empty": 0}
+    fit = truncated_rows(encoded, tokens, cut=cut, start=tokenizer.start_ids, trained=trained)
+    given = iter(zip(encoded, fit.rows))
+    verdicts, counts = [], {"undecided": 0, "equal": 0, **fit.counts, "empty": 0}
     for ranking in rankings:
         before, rows = zip(*(next(given) for _ in ranking.responses))
         ranks = np.array([axis_ranks(ranking, axis) for axis in axes], np.int32).T
@@ -66,8 +66,8 @@ def tokenized_rankings(
             counts["undecided"] += 1
             continue
         counts["empty"] += sum(float(row.weights.sum()) == 1 for row in verdict.rows)
-        found.append(verdict)
-    return found, counts
+        verdicts.append(verdict)
+    return verdicts, counts
 
 
 def ranked_answers_batch(verdicts: Sequence[TokenizedRanking], length: int, most: int) -> RankedAnswers:

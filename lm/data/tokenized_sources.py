@@ -138,20 +138,20 @@ def split_stores(
 ) -> list[TokenizedSource]:
     """The sources with their documents split. UserError where one has nothing to train on, or none holds any out."""
     sides = held_out_documents([(store.name_keys, store.content_keys) for store in stores], held_out)
-    found = [
+    splits = [
         TokenizedSource(source, label, store, np.flatnonzero(~side), np.flatnonzero(side))
         for source, label, store, side in zip(sources, source_labels(sources), stores, sides)
     ]
-    for each in found:
+    for each in splits:
         store = each.store
-        if not len(each.train) or len(found) == 1 and not len(each.held_out):
+        if not len(each.train) or len(splits) == 1 and not len(each.held_out):
             distinct = 1 if min(len(np.unique(keys)) for keys in (store.name_keys, store.content_keys)) == 1 else 0
             name = store.name(0) if store.documents else ""
             side = bool(len(each.train))
             raise one_sided_error(store.documents, distinct, held_out, held_out=side, name=name)
-    if not any(len(each.held_out) for each in found):
+    if not any(len(each.held_out) for each in splits):
         raise one_sided_error(sum(store.documents for store in stores), 0, held_out, held_out=True)
-    return found
+    return splits
 
 
 class SplitTexts:
@@ -202,12 +202,12 @@ def split_texts(sources: Sequence[TextSource], fraction: float) -> tuple[SplitTe
             contents.append(content)
         keys.append((np.frombuffer(names, np.uint64), np.frombuffer(contents, np.uint64)))
     sides = held_out_documents(keys, fraction)
-    seen, unseen = SplitTexts(sources, [~side for side in sides]), SplitTexts(sources, sides)
-    if not len(seen) or not len(unseen):
+    train, unseen = SplitTexts(sources, [~side for side in sides]), SplitTexts(sources, sides)
+    if not len(train) or not len(unseen):
         names, contents = (np.concatenate(each) for each in zip(*keys))
         distinct = min(len(np.unique(names)), len(np.unique(contents)))
-        raise one_sided_error(len(names), distinct, fraction, held_out=bool(len(seen)))
-    return seen, unseen
+        raise one_sided_error(len(names), distinct, fraction, held_out=bool(len(train)))
+    return train, unseen
 
 
 def held_out_documents(keys: Sequence[tuple[np.ndarray, np.ndarray]], fraction: float) -> list[np.ndarray]:
@@ -217,7 +217,7 @@ def held_out_documents(keys: Sequence[tuple[np.ndarray, np.ndarray]], fraction: 
     `lm.data.sources.split_held_out`. What an earlier source has of the same content, it has decided: so a source that
     is added at the end moves nothing of the others', and nothing is trained on that another source holds out.
     """
-    found = []
+    held_out_masks = []
     known, known_side = np.zeros(0, np.uint64), np.zeros(0, bool)
     for names, contents in keys:
         distinct, group = np.unique(contents, return_inverse=True)
@@ -228,10 +228,10 @@ def held_out_documents(keys: Sequence[tuple[np.ndarray, np.ndarray]], fraction: 
         if len(known):
             place = np.minimum(np.searchsorted(known, distinct), len(known) - 1)
             side = np.where(known[place] == distinct, known_side[place], side)
-        found.append(side[group])
+        held_out_masks.append(side[group])
         known, first = np.unique(np.concatenate([known, distinct]), return_index=True)
         known_side = np.concatenate([known_side, side])[first]
-    return found
+    return held_out_masks
 
 
 def keys_below(keys: np.ndarray, fraction: float) -> np.ndarray:
@@ -239,8 +239,8 @@ def keys_below(keys: np.ndarray, fraction: float) -> np.ndarray:
     limit = fraction * 2**64  # exact: a power of two
     if limit >= 2**64:
         return np.ones(len(keys), bool)
-    whole = int(limit)
-    return (keys < np.uint64(whole)) | ((keys == np.uint64(whole)) & (limit > whole))
+    threshold = int(limit)
+    return (keys < np.uint64(threshold)) | ((keys == np.uint64(threshold)) & (limit > threshold))
 
 
 def documents_within_bytes(source: TokenizedSource, size: int) -> np.ndarray:

@@ -94,7 +94,7 @@ def dtype_measurement(
     run, lm_there, parts = jax.jit(functools.partial(decoded_logprobs, model)), jax.device_put(lm), []
     for part in batches.sequential_batches(rows, rows_at_once):
         parts.append(jax.device_get(run(lm_there, part)))
-    logprobs, likeliest = (np.concatenate(found)[: len(rows.inputs)] for found in zip(*parts))
+    logprobs, likeliest = (np.concatenate(column)[: len(rows.inputs)] for column in zip(*parts))
     counted = rows.weights[:, -logprobs.shape[1] :]
     slot = jax.eval_shape(functools.partial(model.empty_cache, batch=1, capacity=1))
     return {
@@ -134,14 +134,14 @@ def held_out_rows(trained: TrainedModel, *, rows: int, length: int, corpus: str,
     """Rows spread over the held-out documents. Each has targets in its second half."""
     _, unseen = split_held_out(load_documents(corpus), held_out)
     texts = [document.text for document in documents_within_bytes(unseen, 40 * rows * length)]
-    found = packing.document_rows(trained.tokenizer, texts, length)
-    able = np.flatnonzero(found.weights[:, length // 2 :].sum(axis=1) > 0)
+    all_rows = packing.document_rows(trained.tokenizer, texts, length)
+    able = np.flatnonzero(all_rows.weights[:, length // 2 :].sum(axis=1) > 0)
     if len(able) < rows:
         raise UserError(
             f"{corpus} holds out {len(able)} rows of {length} tokens at {held_out:g}, not {rows}: lower --rows"
         )
     chosen = able[np.linspace(0, len(able) - 1, rows).astype(int)]
-    return jax.tree.map(lambda leaf: leaf[chosen], found)
+    return jax.tree.map(lambda leaf: leaf[chosen], all_rows)
 
 
 def measurement_settings(trained: TrainedModel, flags) -> dict[str, Any]:

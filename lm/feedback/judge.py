@@ -83,8 +83,8 @@ def judge_from_flags(judge: str, model: str | None, rubric: str | None) -> tuple
         return judge, score_judge(named_rater(judge, "--judge"))
     text, suffix = (RUBRIC, "") if rubric is None else (read_rubric(Path(rubric)), f" ({Path(rubric).stem})")
     if endpoint:
-        asked = endpoint_judge(judge, model, text, api_key=os.environ.get("OPENAI_API_KEY"))
-        return f"judge {model}{suffix}", pairwise_judge(asked)
+        ask_endpoint = endpoint_judge(judge, model, text, api_key=os.environ.get("OPENAI_API_KEY"))
+        return f"judge {model}{suffix}", pairwise_judge(ask_endpoint)
     trained = load_trained_model(policy_folder(Path(judge)), backend=jax.default_backend(), warn=warn)
     if trained.stage in REWARD_MODEL_STAGES:
         raise UserError(f"{judge} is a reward model, which reads no rubric and writes no answer: name a policy")

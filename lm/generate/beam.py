@@ -131,9 +131,9 @@ def best_hypotheses(first: Hypotheses, second: Hypotheses, count: int) -> Hypoth
     return hypotheses_at(both, jax.lax.top_k(both.values, count)[1])
 
 
-def hypothesis_rows(found: Hypotheses) -> tuple[Completions, Array]:
+def hypothesis_rows(hypotheses: Hypotheses) -> tuple[Completions, Array]:
     """Completions of B K rows, and the values f32[B,K]; an empty place is an empty row."""
-    filled = found.values > -jnp.inf
-    tokens, logprobs = (jnp.where(filled[..., None], x, 0) for x in (found.tokens, found.logprobs))
-    completions = Completions(tokens, logprobs, found.lengths * filled, found.stopped & filled)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), completions), found.values
+    filled = hypotheses.values > -jnp.inf
+    tokens, logprobs = (jnp.where(filled[..., None], x, 0) for x in (hypotheses.tokens, hypotheses.logprobs))
+    completions = Completions(tokens, logprobs, hypotheses.lengths * filled, hypotheses.stopped & filled)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), completions), hypotheses.values

@@ -41,8 +41,8 @@ def text_without_partial_stop(text: str, stops: Sequence[str]) -> str:
 
 def answer_from_ids(tokenizer: Tokenizer, ids: Sequence[int], stopped: bool, stops: Sequence[str]) -> GeneratedAnswer:
     """The answer of sampled ids, which ends before a stop string; the string's own tokens count in its length."""
-    text, found = text_before_stop(tokenizer.decode(ids), stops)
-    if not found:
+    text, has_stop = text_before_stop(tokenizer.decode(ids), stops)
+    if not has_stop:
         return GeneratedAnswer(text, len(ids), stopped)
     return GeneratedAnswer(
         text, next(n for n in range(1, len(ids) + 1) if text_before_stop(tokenizer.decode(ids[:n]), stops)[1]), True

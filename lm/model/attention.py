@@ -104,16 +104,16 @@ def cached_attention(
     start, T, S = cache.length, q.shape[1], cache.segments.shape[1]
     held, new = layer_cache(cache, layer), new_cache_entries(cache, k, v)
     if held[0].shape[2] == S:
-        seen = kept = tuple(updated_slots(a, b, start, axis=2) for a, b in zip(held, new))
+        visible = kept = tuple(updated_slots(a, b, start, axis=2) for a, b in zip(held, new))
         slots, names = jnp.arange(S), cache.segments
     else:
-        kept, seen, slots = ring_buffer_update(held, new, start)
+        kept, visible, slots = ring_buffer_update(held, new, start)
         names = jnp.where(slots >= 0, cache.segments[:, jnp.maximum(slots, 0)], 0)
     queries = start + jnp.arange(T)
     own = jax.lax.dynamic_slice_in_dim(cache.segments, start, T, axis=1)
     mask = (own[:, :, None] == names[:, None]) & (queries[:, None] >= slots) & (own[:, :, None] > 0)
     if window is not None:
         mask &= queries[:, None] - slots < window
-    keys, values, *scales = seen
+    keys, values, *scales = visible
     out = masked_attention(queries_by_kv_head(q, k.shape[2]), keys, values, mask, *scales, **options)
     return merged_heads(out), with_layer_cache(cache, layer, kept)

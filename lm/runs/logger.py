@@ -75,9 +75,9 @@ class MetricsLogger:
             fetched = [(step, jax.device_get(dict(metrics)), tokens) for step, metrics, tokens in self._pending]
         self._pending = []
         total = None
-        for step, found, _ in fetched:
-            self._stop_unless_finite(step, {name: float(m.total) for name, m in found.items()})
-            total = found if total is None else metric_sum(total, found)
+        for step, step_metrics, _ in fetched:
+            self._stop_unless_finite(step, {name: float(m.total) for name, m in step_metrics.items()})
+            total = step_metrics if total is None else metric_sum(total, step_metrics)
         values = metric_values(total)
         for name, limit in self._limits.items():
             if values[name] > limit:

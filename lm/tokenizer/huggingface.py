@@ -208,8 +208,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _special(self) -> set[int]:
-        found = {self._coder.token_id(token) for token in self._bundle["special"]}
-        return (found - {None}) | set(self._bundle["stops"])
+        special_ids = {self._coder.token_id(token) for token in self._bundle["special"]}
+        return (special_ids - {None}) | set(self._bundle["stops"])
 
     def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
         texts = [
@@ -219,8 +219,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_reply(self, role: str, text: str, limit: int) -> list[int]:
         content = self.decode(self.encode(text)[:limit])
-        whole = self.template.render([*PROBE_MESSAGES, {"role": role, "content": content}], add_generation_prompt=True)
-        ids = self._coder.encode_with_special(whole).ids
+        rendered = self.template.render(
+            [*PROBE_MESSAGES, {"role": role, "content": content}], add_generation_prompt=True
+        )
+        ids = self._coder.encode_with_special(rendered).ids
         begin = len(self.encode_chats([PROBE_MESSAGES])[0].ids)
         return ids[begin:]
 

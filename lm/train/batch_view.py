@@ -87,10 +87,10 @@ def annotated_batch(r: TrainingSetup, state: TrainState, batch: Any) -> Any:
     update = r.build_update({})
     if update.annotated_batch is None:
         return batch
-    found = jax.device_get(jax.jit(update.annotated_batch)(state, put_batch(batch, r.mesh)))
-    if isinstance(found, Rollouts) and found.rewards.ndim > 1:  # grouped by prompts
-        found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
-    return found
+    annotated = jax.device_get(jax.jit(update.annotated_batch)(state, put_batch(batch, r.mesh)))
+    if isinstance(annotated, Rollouts) and annotated.rewards.ndim > 1:  # grouped by prompts
+        annotated = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), annotated)
+    return annotated
 
 
 def target_values(
@@ -107,10 +107,10 @@ def target_values(
             "value": batch.old_values,
             "return": batch.returns,
         }
-        found = {name: flat_rows(x)[:count] for name, x in noted.items() if x is not None}
-        if "reference logprob" in found:
-            found["KL to the reference"] = (found["logprob"] - found["reference logprob"]) * (tokens.weights > 0)
-        return found
+        values = {name: flat_rows(x)[:count] for name, x in noted.items() if x is not None}
+        if "reference logprob" in values:
+            values["KL to the reference"] = (values["logprob"] - values["reference logprob"]) * (tokens.weights > 0)
+        return values
     if r.stage.trains_reward_model:
         return {}
     model, lm = r.context.model, inference_state(state).params["lm"]
@@ -157,15 +157,15 @@ def segment_views(
     """The segments of a row with their titles, the padding last."""
     known = origin.segments if origin is not None else ()
     unit = "message" if is_chat(tokens, token_ids(r.context.tokenizer)) else "token"
-    found = []
+    views = []
     for k, segment in enumerate(row_views(r.context.tokenizer, tokens, row, values)):
         if segment[0].kind == "padding":
-            found.append(SegmentView("padding", segment))
+            views.append(SegmentView("padding", segment))
             continue
         places = tokens.positions[row][tokens.segments[row] == segment[0].segment]
         title = f"segment {segment[0].segment}, positions {places[0]} to {places[-1]}"
-        found.append(SegmentView(f"{title}{segment_name(known[k], unit) if k < len(known) else ''}", segment))
-    return found
+        views.append(SegmentView(f"{title}{segment_name(known[k], unit) if k < len(known) else ''}", segment))
+    return views
 
 
 def segment_name(origin: SegmentOrigin, unit: str) -> str:
@@ -200,22 +200,22 @@ def text_lines(view: BatchView, *, in_color: bool) -> Iterator[str]:
 
 def bracketed_text(tokens: Sequence[TokenView]) -> str:
     """The text with every run of trained tokens between ⟦ and ⟧."""
-    found, inside = "", False
+    parts, inside = "", False
     for token in tokens:
         if (token.kind == "trained") != inside:
             inside = not inside
-            found += "⟦" if inside else "⟧"
-        found += shown_text(token.text)
-    return found + ("⟧" if inside else "")
+            parts += "⟦" if inside else "⟧"
+        parts += shown_text(token.text)
+    return parts + ("⟧" if inside else "")
 
 
 def colored_text(tokens: Sequence[TokenView]) -> str:
     """The text in the colours of a terminal, which end and begin again at each line's end."""
-    found = ""
+    parts = ""
     for i, token in enumerate(tokens):
         color = TRAINED_COLORS[i % 2] if token.kind == "trained" else CONTEXT_COLOR
-        found += "\n".join(f"{color}{line}{RESET}" for line in shown_text(token.text).split("\n"))
-    return found
+        parts += "\n".join(f"{color}{line}{RESET}" for line in shown_text(token.text).split("\n"))
+    return parts
 
 
 def shown_text(text: str) -> str:

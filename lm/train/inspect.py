@@ -121,8 +121,8 @@ def state_at(r: TrainingSetup, workdir: str | Path, step: int) -> tuple[int, Tra
     if not str(workdir):
         return 0, r.initial_state
     folder = Path(workdir) / CHECKPOINTS_DIR
-    found = newest_checkpoint(folder, checkpoint_tree(r.initial_state), until=step, warn=warn)
-    return state_from_checkpoint(found, r, folder)
+    checkpoint = newest_checkpoint(folder, checkpoint_tree(r.initial_state), until=step, warn=warn)
+    return state_from_checkpoint(checkpoint, r, folder)
 
 
 def inspection(r: TrainingSetup, state: TrainState, done: int, steps: range, rows: int) -> Inspection:
@@ -201,20 +201,20 @@ def check_lines(checks: Sequence[Check], *, in_color: bool) -> Iterator[str]:
 
 def program(argv: list[str]) -> None:
     flags, config = flags_and_config(argv, __doc__, FLAGS, train_functions)
-    found = inspect_batches(config, flags.workdir, step=flags.step, rows=flags.rows, batches=flags.batches)
+    report = inspect_batches(config, flags.workdir, step=flags.step, rows=flags.rows, batches=flags.batches)
     in_color = sys.stdout.isatty()
-    for line in text_lines(found.view, in_color=in_color):
+    for line in text_lines(report.view, in_color=in_color):
         say(line)
     say("")
-    for line in (*check_lines(found.checks, in_color=in_color), *(f"note   {note}" for note in found.notes)):
+    for line in (*check_lines(report.checks, in_color=in_color), *(f"note   {note}" for note in report.notes)):
         say(line)
     if flags.stats:
-        write_statistics(found.lengths, flags.stats, padding=found.padding)
+        write_statistics(report.lengths, flags.stats, padding=report.padding)
     if flags.html:
         command = shlex.join(["python", "-m", "lm", "inspect", *argv])
-        write_text(Path(flags.html), html_page(found.view, found.checks, found.notes, command))
+        write_text(Path(flags.html), html_page(report.view, report.checks, report.notes, command))
         say(f"page: {flags.html}")
-    if found.has_fault:
+    if report.has_fault:
         sys.exit(1)
 
 

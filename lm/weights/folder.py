@@ -39,13 +39,13 @@ def read_folder(
     """
     hf = read_config(source)
     c = config_map.model_config_from_json(hf)
-    with open_tensors(source) as found:
-        c, entries, copies = _entries(c, hf["model_type"], found)
+    with open_tensors(source) as stored:
+        c, entries, copies = _entries(c, hf["model_type"], stored)
         needed = {name for name, _, _ in tensors.tensor_places(c, entries)}
-        unused = found.keys() - needed - copies
-        _check_tensor_names(found, needed, unused, hf, c, source)
+        unused = stored.keys() - needed - copies
+        _check_tensor_names(stored, needed, unused, hf, c, source)
         return c, tensors.read_params(
-            c, entries, lambda name: found[name].read(), on_progress, place=lambda name: str(found[name])
+            c, entries, lambda name: stored[name].read(), on_progress, place=lambda name: str(stored[name])
         )
 
 

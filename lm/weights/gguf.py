@@ -95,12 +95,12 @@ def read_gguf(
         raise UserError(
             f"{path} holds architecture {kind!r}, which we do not read from GGUF: we read {', '.join(ARCHITECTURES)}"
         )
-    found = {tensor.name: tensor for tensor in file.tensors}
-    c = config_map.model_config_from_json(_config_json(fields, kind, tied="output.weight" not in found))
-    c = dataclasses.replace(c, bias=_bias(found))
+    stored = {tensor.name: tensor for tensor in file.tensors}
+    c = config_map.model_config_from_json(_config_json(fields, kind, tied="output.weight" not in stored))
+    c = dataclasses.replace(c, bias=_bias(stored))
     entries = _tensor_entries(c)
     needed = {name for name, _, _ in tensors.tensor_places(c, entries)}
-    for what, names in (("lacks", needed - found.keys()), ("has a tensor more than we use:", found.keys() - needed)):
+    for what, names in (("lacks", needed - stored.keys()), ("has a tensor more than we use:", stored.keys() - needed)):
         if names:
             raise UserError(
                 f"{path} {what} {min(names)} (of {kind} with block_count {c.layers}): take another file, "
@@ -108,7 +108,7 @@ def read_gguf(
             )
 
     def tensor(name: str) -> np.ndarray:
-        value = _dequantized_tensor(found[name], path)
+        value = _dequantized_tensor(stored[name], path)
         part = name.rsplit(".", 2)[-2]
         if kind == "llama" and part in ("attn_q", "attn_k"):
             value = pairs_to_halves(value, c.heads if part == "attn_q" else c.kv_heads)

@@ -100,9 +100,9 @@ def cached_scores(rung: LadderRun, settings: Mapping[str, Any], folder: Path) ->
     of = {"run": str(rung.path.resolve()), "summary": made, **settings}
     file = folder / f"{hashlib.sha256(of['run'].encode()).hexdigest()[:12]}.json"
     if file.exists():
-        found = read_json(file)
-        if found["of"] == of:
-            return found["scores"]
+        stored = read_json(file)
+        if stored["of"] == of:
+            return stored["scores"]
     trained = load_trained_model(rung.path, backend=jax.default_backend(), warn=warn)
     parts = PartialResults(folder / f"{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]}.parts.jsonl")
     levels = sum(len(TASKS[name].levels) for name in settings["tasks"])

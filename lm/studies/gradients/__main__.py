@@ -59,12 +59,12 @@ off by  |mean of ours - exact| / |exact|; where all should be still, |mean of ou
 noise   answers in a batch whose noise is as large as the mean of ours"""
 
 
-def print_section(title: str, found: list[CertificateResult]) -> None:
+def print_section(title: str, results: list[CertificateResult]) -> None:
     """A section as a table: certificates whose exact gradient is zero have other columns."""
-    if found[0].scale is None:
+    if results[0].scale is None:
         rows = [
             [marked_name(m), m.objective, rounded_number(m.ours), rounded_number(m.size), rounded_number(m.off, 2)]
-            for m in found
+            for m in results
         ]
         print_table(title, ["", "still where", "ours", "one batch", "off by"], rows)
         return
@@ -77,7 +77,7 @@ def print_section(title: str, found: list[CertificateResult]) -> None:
             rounded_number(m.cosine),
             rounded_number(m.noise),
         ]
-        for m in found
+        for m in results
     ]
     print_table(title, ["", "objective", "exact", "off by", "cosine", "noise"], rows)
 
@@ -95,22 +95,22 @@ def program(argv: list[str]) -> None:
     path = Path(flags.json) if flags.json else None
     if path and not path.absolute().parent.is_dir():
         raise UserError(f"--json={path}: there is no folder {path.absolute().parent}")
-    found = []
+    results = []
     for policy in POLICIES if flags.policy == "both" else [flags.policy]:
         nets = POLICIES[policy]()
         for title, section in (SECTIONS | STATIONARY_SECTIONS).items():
             measures = [certificate_result(certificate) for certificate in section(nets)]
             print_section(f"{title} ({policy})", measures)
-            found += [{"policy": policy, "section": title, **m._asdict()} for m in measures]
+            results += [{"policy": policy, "section": title, **m._asdict()} for m in measures]
     say(LEGEND)
     if path:
-        write_text(path, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+        write_text(path, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
         say(f"numbers: {path}")
-    wrong = [one for one in found if not one["holds"]]
+    wrong = [one for one in results if not one["holds"]]
     for one in wrong:
         kind = "biased, but is not" if one["biased"] else f"unbiased, but is off by {one['off']:.2g}"
         say(f"! {one['name'].strip()} ({one['policy']}, {one['objective']}) is marked as {kind}")
-    say(f"{len(found) - len(wrong)} of {len(found)} certificates hold")
+    say(f"{len(results) - len(wrong)} of {len(results)} certificates hold")
     if wrong:
         sys.exit(1)
 

@@ -87,9 +87,9 @@ def certificate_of(
 
 def certificate_result(c: Certificate) -> CertificateResult:
     """The gradient of every batch, their mean, and its distance from the claim."""
-    found, chances = batch_gradients(c), c.batches.probabilities
-    mean = chances @ found
-    square = chances @ np.sum(np.square(found), axis=1)
+    gradients, chances = batch_gradients(c), c.batches.probabilities
+    mean = chances @ gradients
+    square = chances @ np.sum(np.square(gradients), axis=1)
     ours, size = np.linalg.norm(mean), np.sqrt(square)
     variance = c.batches.answers_per_batch * max(square - ours**2, 0.0)
     if c.exact_gradient is None:
@@ -125,11 +125,11 @@ def batch_gradients(c: Certificate) -> np.ndarray:
         return ravel_pytree(after.opt_state.trace[c.param_group])[0]
 
     count = len(c.batches.probabilities)
-    found = []
+    gradients = []
     for start in range(0, count, BATCHES_AT_ONCE):
         piece = np.minimum(np.arange(start, start + BATCHES_AT_ONCE), count - 1)
-        found.append(np.asarray(jax.vmap(one)(jax.tree.map(lambda x: jnp.asarray(x[piece]), c.batches.indices))))
-    return np.concatenate(found)[:count].astype(np.float64)
+        gradients.append(np.asarray(jax.vmap(one)(jax.tree.map(lambda x: jnp.asarray(x[piece]), c.batches.indices))))
+    return np.concatenate(gradients)[:count].astype(np.float64)
 
 
 def rows_by_index(tokens: Tokens, rows: Array) -> Tokens:

@@ -24,8 +24,8 @@ PolicyLoss = Callable[[Array], Array]  # f32[X,Y,N,V] -> f32[]
 
 def exact_gradient(w: TinyWorld, loss: PolicyLoss, *, temperature: float = 1.0) -> Params:
     """The gradient of `loss` in the policy's parameters."""
-    said, back = jax.vjp(lambda lm: next_token_logprobs(w, lm, temperature=temperature), w.nets.policy)
-    return back(jax.grad(loss)(said))[0]
+    logprobs, back = jax.vjp(lambda lm: next_token_logprobs(w, lm, temperature=temperature), w.nets.policy)
+    return back(jax.grad(loss)(logprobs))[0]
 
 
 def expected_reward_loss(
@@ -118,12 +118,12 @@ def prefix_values(w: TinyWorld, *, beta: float) -> np.ndarray:
         np.float64,
     )
     to_come = np.asarray(w.rewards)[:, :, None] - beta * np.cumsum(paid[:, :, ::-1], axis=2)[:, :, ::-1]
-    found = np.zeros_like(to_come)
+    values = np.zeros_like(to_come)
     for y, n in itertools.product(range(len(w.answers)), range(MAX_ANSWER_LENGTH)):
         if w.answer_mask[y, n]:
             same = [answer[:n] == w.answers[y][:n] for answer in w.answers]
-            found[:, y, n] = np.sum(same * p * to_come[:, :, n], axis=1) / np.sum(same * p, axis=1)
-    return found
+            values[:, y, n] = np.sum(same * p * to_come[:, :, n], axis=1) / np.sum(same * p, axis=1)
+    return values
 
 
 def answer_hidden_states(w: TinyWorld) -> Array:

@@ -205,11 +205,11 @@ def gains_over_kl_figure(summary: Mapping[str, Any]) -> Markup:
 
     def draw(axes: Axes):
         axes.plot([0], [0], "s", color=TEXT_COLOR, markersize=5, label="start")
-        for name, told, colour in coloured_methods(summary):
-            gain, kl = told["gain"], told["kl"]["value"]
+        for name, result, colour in coloured_methods(summary):
+            gain, kl = result["gain"], result["kl"]["value"]
             reach = [[gain["value"] - gain["low"]], [gain["high"] - gain["value"]]]
             axes.errorbar([kl], [gain["value"]], yerr=reach, fmt="o", color=colour, capsize=3, label=name)
-            seeds = np.array([(one["kl"], one["gain"]) for one in told["seeds"]]).T
+            seeds = np.array([(one["kl"], one["gain"]) for one in result["seeds"]]).T
             axes.plot(*seeds, "o", color=colour, markersize=3.5, alpha=0.6)
         axes.axhline(0, color=TEXT_COLOR, linewidth=0.8, linestyle="--")
         axes.set_xlabel("KL to the start, nats an answer")

@@ -146,7 +146,7 @@ def pool_scores(lab: GoldEvaluator, config: ConfigDict) -> tuple[np.ndarray, dic
 
 def ensemble_scores(scores: np.ndarray, pessimism: float) -> np.ndarray:
     """The scores of an ensemble, from the scores of its members [members, ...]."""
-    return reward_ensemble([lambda *_, said=said: said for said in scores], pessimism=pessimism)(None, None)
+    return reward_ensemble([lambda *_, member=member: member for member in scores], pessimism=pessimism)(None, None)
 
 
 def best_of_n_curves(

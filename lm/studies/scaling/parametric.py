@@ -72,8 +72,8 @@ class ParametricFit(NamedTuple):
             np.random.default_rng(seed).choice(self.errors, len(self.resampled))
             * (n / (n - len(LAW_PARAMETERS))) ** 0.5
         )
-        found = [law.loss(parameters, tokens) for law in self.resampled] * np.exp(drawn)
-        return percentile_estimate(self.law.loss(parameters, tokens), found)
+        losses = [law.loss(parameters, tokens) for law in self.resampled] * np.exp(drawn)
+        return percentile_estimate(self.law.loss(parameters, tokens), losses)
 
 
 def percentile_estimate(value: float, draws: Sequence[float]) -> Estimate:
@@ -134,11 +134,11 @@ class CenteredObjective:
         """(value, x) where L-BFGS ends from each start, the lowest first."""
         low = self._log_loss.min()
         bounds = [(low - 12, low + 2), (low - 12, low + 6), (low - 12, low + 6), (1e-3, 4), (1e-3, 4)]
-        found = []
+        ends = []
         for start in starts:
             end = minimize(self.objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=LBFGS_OPTIONS)
-            found.append((float(end.fun), end.x))
-        return sorted(found, key=lambda pair: pair[0])
+            ends.append((float(end.fun), end.x))
+        return sorted(ends, key=lambda pair: pair[0])
 
     def local_minimum(self, x: np.ndarray) -> np.ndarray:
         """Where BFGS ends from x."""

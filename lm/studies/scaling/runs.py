@@ -70,12 +70,12 @@ def scaling_run(workdir: Path, rung: PlannedRun) -> ScalingRun:
     )
 
 
-def run_points(found: Sequence[ScalingRun], *, embedding: bool = True) -> Points:
+def run_points(runs: Sequence[ScalingRun], *, embedding: bool = True) -> Points:
     """The table of the runs; their parameters with the embedding or without."""
     return Points(
-        np.array([run.parameters - (0 if embedding else run.embedding) for run in found], np.float64),
-        np.array([run.tokens for run in found], np.float64),
-        np.array([run.loss for run in found]),
+        np.array([run.parameters - (0 if embedding else run.embedding) for run in runs], np.float64),
+        np.array([run.tokens for run in runs], np.float64),
+        np.array([run.loss for run in runs]),
     )
 
 
@@ -84,7 +84,7 @@ SIX_ND = "6ND, N with embedding"
 SIX_ND_WITHOUT_EMBEDDING = "6ND, N without embedding"
 
 
-def budgets_by_convention(found: Sequence[ScalingRun], convention: str) -> list[BudgetRuns]:
+def budgets_by_convention(runs: Sequence[ScalingRun], convention: str) -> list[BudgetRuns]:
     """The runs of each budget, with N and C counted by a convention.
 
     Kaplan et al. 2020, arXiv 2001.08361, leave the embedding out of N, Hoffmann et al. 2022 do not; C = 6ND of either.
@@ -92,10 +92,10 @@ def budgets_by_convention(found: Sequence[ScalingRun], convention: str) -> list[
     runs, which cost the same as counted and only nearly the same as 6ND.
     """
     budgets = []
-    for budget in dict.fromkeys(run.budget for run in found):
+    for budget in dict.fromkeys(run.budget for run in runs):
         n, tokens, loss = run_points(
-            [run for run in found if run.budget == budget], embedding=convention != SIX_ND_WITHOUT_EMBEDDING
+            [run for run in runs if run.budget == budget], embedding=convention != SIX_ND_WITHOUT_EMBEDDING
         )
-        flops = np.array([run.flops for run in found if run.budget == budget])
+        flops = np.array([run.flops for run in runs if run.budget == budget])
         budgets.append(BudgetRuns(n, tokens, flops if convention == COUNTED_FLOPS else 6 * n * tokens, loss))
     return budgets

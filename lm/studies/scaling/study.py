@@ -153,14 +153,14 @@ def run_planned(flags: Namespace, source: ConfigSource, folder: Path, rungs: Seq
     given += ["--retry_failed"] if flags.retry_failed else []
     own = parsed_flags(given, "", controller.FLAGS)
     trials = [Trial(i, rung.overrides, (source.config({}).seed,)) for i, rung in enumerate(rungs)]
-    told = controller.run_sweep(own, source, TrialGoal.from_config(source.config({}), "", ""), trials, {}, [])
-    failed = [one for one in told if one.state == "failed"]
+    statuses = controller.run_sweep(own, source, TrialGoal.from_config(source.config({}), "", ""), trials, {}, [])
+    failed = [one for one in statuses if one.state == "failed"]
     if failed:
         raise UserError(
-            f"{len(failed)} of {len(told)} runs in {folder} failed; the first: {failed[0].error}; fix it and give "
+            f"{len(failed)} of {len(statuses)} runs in {folder} failed; the first: {failed[0].error}; fix it and give "
             "the same command with --retry_failed"
         )
-    if any(one.state != "complete" for one in told):
+    if any(one.state != "complete" for one in statuses):
         raise UserError(f"another process still works in {folder}: give the same command again when it is done")
 
 
