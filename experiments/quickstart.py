@@ -76,20 +76,20 @@ def get_config(arg: str = "") -> ConfigDict:
     config.reward.data.rankings = root + "/rank/rankings.jsonl"
     config.ppo.init_from = root + "/sft"
     config.ppo.data.reward_model = root + "/reward"
-    config.rank.rank.update({"rater": "assistant", "held_out": 0.02, "responses": 4})
+    config.rank.rank.update({"rater": "assistant", "responses": 4})
     config.rank.rank.update({"prompts": 96 if tiny else 640, "held_out_prompts": 64 if tiny else 128})
     for data in (config.rank.rank, config.ppo.data):  # a prompt and its answer: 64 tokens
         data.update({"prompt_length": 40, "max_new": 24})
     config.reward.data.update({"length": 72, "prompts_per_batch": 8 if tiny else 16})
     config.reward.train.steps = 8 if tiny else 60
-    config.ppo.data.update({"rater": "assistant_held_out", "held_out": 0.02})
+    config.ppo.data.update({"rater": "assistant_held_out"})
     if not tiny:
         config.ppo.data.update({"rollouts": 128, "held_out_rollouts": 256})
     config.ppo.stage.update({"beta": 0.05, "value_coefficient": 0.05})  # more moves the trunk away from the answers
     config.ppo.optimizer.learning_rate = 2e-4
     config.ppo.train.steps = 4 if tiny else 60
     config.ppo.train.update({"evaluate_every": 2 if tiny else 15, "watched_rating": "score/assistant_held_out"})
-    config.evaluate.evaluate.update({"rater": "assistant", "judge": "assistant_held_out", "held_out": 0.02})
+    config.evaluate.evaluate.update({"rater": "assistant", "judge": "assistant_held_out"})
     config.evaluate.evaluate.update({"temperature": 0.0, "max_new": 24, "prompts": 32 if tiny else 900})
     config.evaluate.evaluate.recall_facts = 32 if tiny else 1000
     config.evaluate.evaluate.table = table
