@@ -4,7 +4,7 @@ Method: every method gets 1,536 answers, scored by the same reward model, and le
 and best-of-n sample them as they go; DPO gets 768 pairs of answers of the SFT model, ranked by that reward model.
 Paper: those of experiments/ppo.py, grpo.py, rloo.py, dpo.py, best_of_n.py, whose settings are taken but for those here.
 Command: python -m lm contest --config=experiments/contest.py --workdir=runs/contest
-Needs: runs/quickstart/sft and runs/quickstart/reward.
+Needs: runs/small_talk/sft and runs/small_talk/reward.
 Expect: over SFT by the rule GRPO +1.66 [1.53, 1.79], best-of-n +1.51 [1.32, 1.69], RLOO +1.44 [1.31, 1.58], PPO +1.41
 [1.09, 1.73], DPO +0.91 [0.81, 1.01], on 367 prompts; 36 minutes on two busy cores of an AMD EPYC.
 Tuned: four settings of learning rate and beta each, by the rule's score of seed 100 on the conversations of variant
@@ -29,8 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny, tuning = arg == "tiny", arg == "tuning"
     config = ConfigDict(
         {
-            "init_from": "runs/quickstart/sft",
-            "reward_model": "runs/quickstart/reward",
+            "init_from": "runs/small_talk/sft",
+            "reward_model": "runs/small_talk/reward",
             "rollouts": 64 if tiny else 1536,  # answers that each method learns from
             "seeds": (0, 1) if tiny else (100,) if tuning else (0, 1, 2),
             "methods": METHODS,

@@ -1,8 +1,8 @@
 """Distillation: a student a fifth of the SFT model's size learns, from nothing, to say what that model would say.
 
 Paper: Hinton et al. 2015, arXiv 1503.02531; Agarwal et al. 2023, arXiv 2306.13649 (the divergences).
-Command: python -m lm train --config=experiments/distill.py --workdir=runs/quickstart/distill
-Needs: runs/quickstart/sft, the teacher.
+Command: python -m lm train --config=experiments/distill.py --workdir=runs/small_talk/distill
+Needs: runs/small_talk/sft, the teacher.
 Expect: held-out divergence from 3.62 to 0.38 nats, reply loss from 8.00 to 4.65, in 150 s on 2 busy cores of an AMD
 EPYC (Zen 4). On the same batches the same student comes to 5.03 by stage sft, 4.95 by beta 0.5, 5.44 by beta 1. If it
 was pretrained first (as ratings.md says), to 4.37 here, 4.43 by sft, 4.83 and 4.91 by the other betas.
@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arg == "tiny"
     config = ConfigDict()
     config.seed = 0
-    config.tokenizer = "runs/quickstart/tokenizer"  # the teacher's
+    config.tokenizer = "runs/small_talk/tokenizer"  # the teacher's
     config.init_from = ""
     config.model = ConfigDict(
         {
@@ -51,6 +51,6 @@ def get_config(arg: str = "") -> ConfigDict:
             "schedule_name": "cosine",
         }
     )
-    config.stage = ConfigDict({"name": "distill", "teacher": "runs/quickstart/sft", "beta": 0.0, "temperature": 1.0})
+    config.stage = ConfigDict({"name": "distill", "teacher": "runs/small_talk/sft", "beta": 0.0, "temperature": 1.0})
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config.lock()

@@ -1,7 +1,7 @@
 """The raw, the fine-tuned and the PPO model on the same unseen text and prompts, with intervals and win rates.
 
-Command: python -m lm evaluate --config=experiments/evaluate.py --workdir=runs/quickstart/evaluate
-Needs: runs/quickstart/pretrain, sft and ppo.
+Command: python -m lm evaluate --config=experiments/evaluate.py --workdir=runs/small_talk/evaluate
+Needs: runs/small_talk/pretrain, sft and ppo.
 Expect: rater's score 3.0 raw, 4.5 SFT, 5.6 PPO on 119 prompts, in 38 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: models (any workdirs, by the name to show), evaluate.prompts, evaluate.temperature.
 """
@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.models = ConfigDict(
-        {"raw": "runs/quickstart/pretrain", "sft": "runs/quickstart/sft", "ppo": "runs/quickstart/ppo"}
+        {"raw": "runs/small_talk/pretrain", "sft": "runs/small_talk/sft", "ppo": "runs/small_talk/ppo"}
     )
     config.evaluate = ConfigDict(
         {

@@ -1,8 +1,8 @@
 """On-policy distillation: a small student writes, and at each word learns what the PPO policy would have said there.
 
 Paper: Agarwal et al. 2023, arXiv 2306.13649.
-Command: python -m lm train --config=experiments/gkd.py --workdir=runs/quickstart/gkd
-Needs: runs/quickstart/distill, the student, and runs/quickstart/ppo, the teacher, which is five times its size.
+Command: python -m lm train --config=experiments/gkd.py --workdir=runs/small_talk/gkd
+Needs: runs/small_talk/distill, the student, and runs/small_talk/ppo, the teacher, which is five times its size.
 Expect: divergence on its own words from 0.88 to 0.22 nats a token, agreement from 0.31 to 0.83, in 215 s on 2 shared
 cores of an AMD EPYC (Zen 4). It sees no reward, yet the rater's score of its answers goes from 4.50 to 5.56 (+-0.07;
 PPO itself: 5.59). People's conversations alone (data.on_policy_fraction=0.0) give 0.24 and 5.66: so small a student
@@ -21,9 +21,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.tokenizer = ""
-    config.init_from = "runs/quickstart/distill"
+    config.init_from = "runs/small_talk/distill"
     config.model = ConfigDict({})
-    config.stage = ConfigDict({"name": "gkd", "teacher": "runs/quickstart/ppo", "beta": 1.0, "temperature": 1.0})
+    config.stage = ConfigDict({"name": "gkd", "teacher": "runs/small_talk/ppo", "beta": 1.0, "temperature": 1.0})
     config.data = ConfigDict(
         {
             "sources": "chitchat",

@@ -1,7 +1,7 @@
 """IPO: DPO with a squared loss, which asks of every pair the same finite lead.
 
 Paper: Azar et al. 2023, arXiv 2310.12036.
-Command: python -m lm train --config=experiments/ipo.py --workdir=runs/quickstart/ipo
+Command: python -m lm train --config=experiments/ipo.py --workdir=runs/small_talk/ipo
 Needs: what experiments/dpo.py needs, whose other options are its own.
 Expect: accuracy 0.85 +- 0.03 on held-out pairs, in 131 s of processor time on an AMD EPYC; the rule's score +1.18
 [0.98, 1.37] over SFT, win rate 0.84 [0.79, 0.89], measured as experiments/dpo.py says.

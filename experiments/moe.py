@@ -4,7 +4,7 @@ Method: pretraining as in experiments/pretrain.py, two layers, 1024 tokens a ste
 Paper: Fedus et al. 2021 (Switch), arXiv 2101.03961; router z-loss of Zoph et al. 2022, arXiv 2202.08906; no token is
 dropped, Gale et al. 2022, arXiv 2211.15841.
 Command: python -m lm sweep --config=experiments/moe.py --workdir=runs/moe
-Needs: runs/quickstart/tokenizer (experiments/tokenizer.py).
+Needs: runs/small_talk/tokenizer (experiments/tokenizer.py).
 Expect: so early, no gain: held-out bits per byte 2.919 with 1,542,912 parameters, 2.867 dense with 656,128 (one seed,
 102,400 tokens, of which an expert sees a quarter). The mixture's training balance rises to 1.35 and ends at 1.12. Its
 steps take twice as long (91 s and 46 s, on 2 cores beside other work): on a CPU, XLA computes every expert for every

@@ -4,7 +4,7 @@ Method: a gold rater in the place of people (here the published rule) ranks answ
 learn from 50, 500 and 5,000 of its verdicts; best-of-n and PPO, with no price on the KL, climb each, and ensembles.
 Paper: Gao, Schulman and Hilton 2022, arXiv 2210.10760; ensembles: Coste et al. 2023, arXiv 2310.02743.
 Command: python -m lm overoptimization --config=experiments/overoptimization.py --workdir=runs/overoptimisation
-Needs: runs/quickstart/sft.
+Needs: runs/small_talk/sft.
 Expect: 16 minutes on 2 cores of an AMD EPYC (Zen 4). PPO's gold score rises by up to 1.9 of its deviations at a
 distance of 3 and then falls (by 0.2 to 1.4; in one of six climbs inside the noise), while every proxy still rises;
 best-of-n up to 128 does not turn. The ensemble of three helps PPO at 5,000 verdicts only.
@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict(
         {
             "seed": 0,
-            "init_from": "runs/quickstart/sft",
+            "init_from": "runs/small_talk/sft",
             "sizes": (8, 16) if tiny else (50, 500, 5000),  # verdicts a proxy learns from
             "reward_steps": (2, 2) if tiny else (16, 48, 156),  # batches of 32: 10, 3 and 1 passes
             "members": 2 if tiny else 3,  # proxies from the same verdicts, in another order: an ensemble

@@ -5,7 +5,7 @@ Paper: Shao et al. 2024, arXiv 2402.03300.
 Command: python -m lm train --config=experiments/own_reward.py --workdir=runs/own_reward/grpo
 Needs: runs/own_reward/prompts.jsonl, from python experiments/examples/make_rows.py runs/own_reward; and
 runs/own_reward/start, from python -m lm train --config=experiments/own_reward.py:start --workdir=runs/own_reward/start,
-which needs runs/quickstart/tokenizer (experiments/tokenizer.py).
+which needs runs/small_talk/tokenizer (experiments/tokenizer.py).
 Expect: held-out reward, the share of right answers, from 0.16 to over 0.9 (own_data.md).
 Change first: data.rewards (see experiments/examples/my_rewards.py), data.sources, optimizer.learning_rate.
 """
@@ -27,7 +27,7 @@ def start_config(size: str) -> ConfigDict:
     """SFT from nothing on conversations whose answer is any one of the digits."""
     config, tiny = sibling_config(__file__, "sft").get_config(size).unlock(), size == "tiny"
     config.init_from = ""
-    config.tokenizer = "runs/quickstart/tokenizer"
+    config.tokenizer = "runs/small_talk/tokenizer"
     config.model = ConfigDict({"layers": 2 if tiny else 4, "width": 32 if tiny else 128, "heads": 4, "kv_heads": 4})
     config.model.update({"head_size": 8 if tiny else 32, "hidden": 64 if tiny else 384, "context": 64})
     config.data.sources = f"{FOLDER}/talk.jsonl"

@@ -1,8 +1,8 @@
 """Pretraining by next-token prediction on the standard library and human conversations, for a laptop CPU.
 
 Paper: Radford et al. 2019 (GPT-2); the block of Touvron et al. 2023, arXiv 2302.13971; z-loss of arXiv 2204.02311.
-Command: python -m lm train --config=experiments/pretrain.py --workdir=runs/quickstart/pretrain
-Needs: runs/quickstart/tokenizer (experiments/tokenizer.py).
+Command: python -m lm train --config=experiments/pretrain.py --workdir=runs/small_talk/pretrain
+Needs: runs/small_talk/tokenizer (experiments/tokenizer.py).
 Expect: held-out bits per byte from 3.86 to 2.02 (xz -9: 2.55) in 162 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: optimizer.learning_rate and name, train.steps (optimizer.total_steps follows), model.width.
 """
@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arg == "tiny"
     config = ConfigDict()
     config.seed = 0
-    config.tokenizer = "runs/quickstart/tokenizer"
+    config.tokenizer = "runs/small_talk/tokenizer"
     config.init_from = ""
     config.model = ConfigDict(
         {

@@ -1,8 +1,8 @@
 """Rankings of a model's own answers by a rater; here the published rule of lm.rewards.rule, in a human's place.
 
 Paper: Stiennon et al. 2020, sec. 3.3, arXiv 2009.01325 (comparisons of the policy's own samples).
-Command: python -m lm auto-rank --config=experiments/rank.py --workdir=runs/quickstart/rank
-Needs: runs/quickstart/sft. Writes rankings.jsonl, the file that stage reward reads and human raters will write.
+Command: python -m lm auto-rank --config=experiments/rank.py --workdir=runs/small_talk/rank
+Needs: runs/small_talk/sft. Writes rankings.jsonl, the file that stage reward reads and human raters will write.
 Expect: 1,635 pairs decided and 965 tied, in 26 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: rank.prompts, rank.responses (answers ranked per prompt).
 """
@@ -16,7 +16,7 @@ def get_config(arg: str = "") -> ConfigDict:
     tiny = arg == "tiny"
     config = ConfigDict()
     config.seed = 0
-    config.init_from = "runs/quickstart/sft"
+    config.init_from = "runs/small_talk/sft"
     config.rank = ConfigDict(
         {
             "sources": "chitchat",

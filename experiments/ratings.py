@@ -2,7 +2,7 @@
 
 Paper: Plackett-Luce over groups of one opener, as Song et al. 2023, eq. 4, arXiv 2306.17492; data: Myers et al. 2020.
 Command: python -m lm train --config=experiments/ratings.py --workdir=runs/ratings
-Needs: runs/quickstart/pretrain, which has read most of these conversations but none of their ratings.
+Needs: runs/small_talk/pretrain, which has read most of these conversations but none of their ratings.
 Expect: held-out accuracy 0.655 [0.622, 0.689] on 1,358 pairs of raters it never saw; had the longer conversation always
 won, 0.665: it has mostly learned length. 3 minutes on 2 cores of an AMD EPYC (Zen 4). A weight of 0 in data.axes
 trains a head but leaves it out of the total; 20 % of the groups of raters hold 35 % of the rankings.
@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.tokenizer = ""
-    config.init_from = "runs/quickstart/pretrain"
+    config.init_from = "runs/small_talk/pretrain"
     config.model = ConfigDict({})
     config.data = ConfigDict(
         {

@@ -1,8 +1,8 @@
 """A Bradley-Terry reward model from ranked pairs of answers, starting as the SFT model.
 
 Paper: Stiennon et al. 2020, arXiv 2009.01325; Ouyang et al. 2022, eq. 1, arXiv 2203.02155.
-Command: python -m lm train --config=experiments/reward.py --workdir=runs/quickstart/reward
-Needs: runs/quickstart/sft and runs/quickstart/rank/rankings.jsonl (any file of that format).
+Command: python -m lm train --config=experiments/reward.py --workdir=runs/small_talk/reward
+Needs: runs/small_talk/sft and runs/small_talk/rank/rankings.jsonl (any file of that format).
 Expect: accuracy 0.87 +- 0.03 on held-out pairs, in 44 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: train.steps (too many overfit: watch held_out/accuracy), optimizer.learning_rate.
 """
@@ -17,11 +17,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.tokenizer = ""
-    config.init_from = "runs/quickstart/sft"
+    config.init_from = "runs/small_talk/sft"
     config.model = ConfigDict({})
     config.data = ConfigDict(
         {
-            "rankings": "runs/quickstart/rank/rankings.jsonl",
+            "rankings": "runs/small_talk/rank/rankings.jsonl",
             "length": 64 if tiny else 104,
             "prompts_per_batch": 8 if tiny else 32,
             "axes": {"overall": 1.0},  # and its share of the total score; further axes need verdicts that score them

@@ -1,8 +1,8 @@
 """Supervised fine-tuning on human conversations and questions about the standard library.
 
 Paper: Ouyang et al. 2022, sec. 3.5, arXiv 2203.02155.
-Command: python -m lm train --config=experiments/sft.py --workdir=runs/quickstart/sft
-Needs: runs/quickstart/pretrain. Loss on the assistant's replies and their end token only.
+Command: python -m lm train --config=experiments/sft.py --workdir=runs/small_talk/sft
+Needs: runs/small_talk/pretrain. Loss on the assistant's replies and their end token only.
 Expect: held-out loss from 5.13 to 4.19 nats a reply token, in 86 s on 2 cores of an AMD EPYC (Zen 4).
 Change first: train.steps, optimizer.learning_rate, data.sources.
 """
@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.tokenizer = ""  # the one init_from was trained with
-    config.init_from = "runs/quickstart/pretrain"
+    config.init_from = "runs/small_talk/pretrain"
     config.model = ConfigDict({})  # sizes come with init_from
     config.data = ConfigDict(
         {

@@ -1,7 +1,7 @@
 """SimPO: raise the better answer above the worse one by a lead in mean log-prob, without a reference.
 
 Paper: Meng et al. 2024, arXiv 2405.14734.
-Command: python -m lm train --config=experiments/simpo.py --workdir=runs/quickstart/simpo
+Command: python -m lm train --config=experiments/simpo.py --workdir=runs/small_talk/simpo
 Needs: what experiments/dpo.py needs, whose other options are its own.
 Expect: accuracy 0.82 +- 0.03 on held-out pairs (0.53 before), in 100 s of processor time on an AMD EPYC; the rule's
 score +1.24 [1.06, 1.42] over SFT, win rate 0.86 [0.81, 0.91], measured as experiments/dpo.py says. Nothing holds it to

@@ -5,7 +5,7 @@ Paper: Shao et al. 2024, arXiv 2402.03300; masking the tool's tokens: Jin et al.
 Command: python -m lm train --config=experiments/tools.py --workdir=runs/tools/grpo
 Needs: runs/tools/sft, from python -m lm train --config=experiments/sft.py --workdir=runs/tools/sft
 --config.data.sources=arithmetic --config.data.length=64 --config.train.steps=65 --config.optimizer.total_steps=65
---config.optimizer.learning_rate=1e-3 --config.init_from=runs/quickstart/pretrain
+--config.optimizer.learning_rate=1e-3 --config.init_from=runs/small_talk/pretrain
 Expect: held-out sums that are right from 0.26 to 0.34 at a KL of 4.0 nats, in 8 minutes on busy cores of an AMD EPYC.
 Change first: optimizer.learning_rate, train.steps, data.exchanges.
 """

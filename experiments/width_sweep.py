@@ -3,7 +3,7 @@
 Method: pretraining as in experiments/pretrain.py, two layers, short rows, 120 steps.
 Paper: Yang et al. 2022 (Tensor Programs V), fig. 1, arXiv 2203.03466.
 Command: python -m lm sweep --config=experiments/width_sweep.py --workdir=runs/width_sweep --seeds=3
-Needs: runs/quickstart/tokenizer (experiments/tokenizer.py).
+Needs: runs/small_talk/tokenizer (experiments/tokenizer.py).
 Expect: bits per byte 2.585 at width 128 and 0.01, 2.643 at 64 and 0.01, 2.696 at 32 and 0.03; 36 runs of about 30 s
 on 2 cores of an AMD EPYC (Zen 4).
 Change first: the axes of sweep(), train.steps.

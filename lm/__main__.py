@@ -42,6 +42,7 @@ COMMANDS = {
         "evaluate": Command("lm.evaluate.models", "compare models on held-out text and unseen prompts"),
         "report": Command("lm.report.pipeline", "write the page of a run or of a pipeline"),
         "reward-report": Command("lm.report.reward_model", "say what a reward model has learned"),
+        "recall": Command("lm.evaluate.recall", "see which facts of a table a model knows"),
         "quantization": Command("lm.evaluate.quantization", "measure what fewer bits cost in held-out loss"),
         "compare": Command("lm.compare.comparison", "test which setting is better over runs and seeds"),
         "bench": Command("lm.bench.__main__", "time training, generation and start-up against the machine's limits"),

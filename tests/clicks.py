@@ -2,7 +2,7 @@
 
     python -m tests.clicks --workdir=runs/clicks
 
-Needs a finished runs/quickstart and the system's Chromium. The rater is the published rule (lm.rewards.rule) with 10 %
+Needs a finished runs/small_talk and the system's Chromium. The rater is the published rule (lm.rewards.rule) with 10 %
 noise: every tenth ranking, by a draw, is turned upside down, so no model can agree with more than 90 % of its verdicts.
 What it ranks are four answers each of the quickstart's SFT model to prompts that nobody holds out; then a reward model
 is trained from the page's database, PPO with that, and the same rule, without noise, compares the policies.
@@ -28,7 +28,7 @@ from tests.clicker import click_through
 FLAGS = {
     "workdir": dict(required=True, metavar="DIR", help="where everything goes"),
     "quickstart": dict(
-        default="runs/quickstart", metavar="DIR", help="a finished quickstart; default: runs/quickstart"
+        default="runs/small_talk", metavar="DIR", help="a finished run of small_talk.py; default: runs/small_talk"
     ),
     "clicks": dict(type=int, default=500, help="rankings to give; default: 500"),
     "noise": dict(type=float, default=0.1, help="share of rankings turned upside down; default: 0.1"),

@@ -96,7 +96,7 @@ def make_base(folder: Path) -> None:
         enter_small_world(patch.setattr)
         take_snapshots(patch.setattr, folder / "snapshots")
         runner.run_pipeline(
-            load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny", [f"root={folder / 'run'}", f"corpus={text}"])
+            load_config(f"{EXPERIMENTS / 'small_talk.py'}:tiny", [f"root={folder / 'run'}", f"corpus={text}"])
         )
 
 
@@ -116,11 +116,11 @@ def small(monkeypatch) -> None:
 def stage_config(run: Path, stage: str, *overrides: str):
     """The config of one stage of the finished pipeline."""
     quickstart = [f"root={run}", f"corpus={run.parent / 'text'}", *(f"{stage}.{override}" for override in overrides)]
-    return load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny", quickstart)[stage]
+    return load_config(f"{EXPERIMENTS / 'small_talk.py'}:tiny", quickstart)[stage]
 
 
 def settings(run: Path, stage: str) -> list[str]:
-    """The flags that make the config of a stage beside quickstart.py what it is in the finished pipeline."""
+    """The flags that make the config of a stage beside small_talk.py what it is in the finished pipeline."""
     return {
         "pretrain": [f"--config.tokenizer={run}/tokenizer", f"--config.data.corpus={run.parent}/text"],
         "sft": [f"--config.init_from={run}/pretrain"],

@@ -34,6 +34,7 @@ __all__ = ["finished", "small"]
 
 FILES = sorted(path.stem for path in EXPERIMENTS.glob("*.py"))
 EACH = pytest.mark.parametrize("name", FILES)
+PIPELINES = ("quickstart", "small_talk")
 # For what takes the square of a config's size: the contest is one of two that hold many, and the largest.
 ALL_BUT_CONTEST = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "contest")) for name in FILES]
@@ -51,7 +52,7 @@ def config_of(name: str, variant: str = ""):
 
 def parts(name: str, config) -> dict:
     """The configs that a config holds, by the experiment that each is one of."""
-    if name == "quickstart":
+    if name in PIPELINES:
         return {stage: config[stage] for stage in config.stages}
     if name not in OF_MANY:
         return {}
@@ -73,7 +74,7 @@ def checked(name: str, config) -> None:
     """TypeError unless each subtree of a config is keyword arguments of the function it goes to, or such a config."""
     for part, inside in parts(name, config).items():
         checked(part, inside)
-    if name == "quickstart":
+    if name in PIPELINES:
         functions = {}
     elif name in OF_MANY:
         functions = {"prompts": policies.held_out_prompts, "evaluate": OF_MANY[name]}
@@ -151,7 +152,7 @@ def command(name: str) -> tuple:
 def test_its_docstring_names_a_command_that_runs_it(name, monkeypatch):
     monkeypatch.chdir(EXPERIMENTS.parent)
     text = docstring(name)
-    assert "Change first: " in text and ("Paper: " in text or name in ("quickstart", "evaluate"))
+    assert "Change first: " in text and ("Paper: " in text or name in (*PIPELINES, "evaluate"))
     program, argv = command(name)
     _, config = flags_and_config(argv, program.__doc__, program.FLAGS)
     assert config.to_dict() == config_of(name).to_dict()
@@ -173,14 +174,15 @@ def test_help_of_its_program_lists_every_option(name, monkeypatch, capsys):
 
 @EACH
 def test_its_needs_are_where_the_pipeline_puts_them(name):
-    """Each stage alone, run by its command, is the stage of the quickstart."""
-    if name in config_of("quickstart").stages:
-        assert config_of(name).to_dict() == config_of("quickstart")[name].to_dict()
+    """Each stage alone, run by its command, is the stage of small_talk.py."""
+    if name in config_of("small_talk").stages:
+        assert config_of(name).to_dict() == config_of("small_talk")[name].to_dict()
 
 
 @BOTH
-def test_the_same_documents_are_unseen_in_every_stage(variant):
-    config = config_of("quickstart", variant)
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_the_same_documents_are_unseen_in_every_stage(pipeline, variant):
+    config = config_of(pipeline, variant)
     fractions = {name: config[name].data.held_out for name in ("tokenizer", "pretrain", "sft", "ppo")}
     fractions |= {name: config[name][name].held_out for name in ("rank", "evaluate")}
     assert set(fractions.values()) == {0.05}, fractions
@@ -197,7 +199,7 @@ def test_schedules_are_as_long_as_their_runs(variant):
 
 
 def test_overrides_reach_whatever_refers_to_them():
-    path = str(EXPERIMENTS / "quickstart.py")
+    path = str(EXPERIMENTS / "small_talk.py")
     config = load_config(path, ["root=elsewhere", "corpus=mine", "sft.train.steps=7", "ppo.stage.temperature=0.8"])
     assert config.sft.init_from == "elsewhere/pretrain" and config.ppo.data.reward_model == "elsewhere/reward"
     assert config.evaluate.models.to_dict() == {

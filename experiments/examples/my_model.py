@@ -3,7 +3,7 @@
     python -m lm train --config=experiments/examples/my_model.py --workdir=runs/my_model
     python -m lm chat --workdir=runs/my_model
 
-Needs: runs/quickstart/tokenizer (experiments/tokenizer.py). Any config takes such a model, as model.name; what else
+Needs: runs/small_talk/tokenizer (experiments/tokenizer.py). Any config takes such a model, as model.name; what else
 stands in `model` are the options of `make`. The run is loaded again from the same file, in the same place.
 """
 

@@ -1,14 +1,17 @@
 """Conversations to learn from: between humans, and made from the docstrings of the standard library."""
 
 import ast
+import functools
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm.data import sources
 from lm.data.arithmetic import expression_value
+from lm.data.facts.questions import SKILLS, skill_items
+from lm.data.facts.tables import fact_table, table_path
 
 QUESTION_TEMPLATES = (
     "What does {} do?",
@@ -87,14 +90,38 @@ def arithmetic_conversations() -> list[Conversation]:
     return conversations
 
 
+def skill_conversations(skill: str, path: str = "") -> list[Conversation]:
+    """What lm.data.facts asks, and answers, of one of SKILL_SOURCES; of a user's table where `path` names one.
+
+    Their fields are what an answer is checked by (see lm.data.facts.questions), and their names put those with
+    something unseen on the held-out side of every split of 2 % or more.
+    """
+    items = skill_items(skill, fact_table(path), lambda: list(sources.chitchat_dialogues()))
+    return [Conversation(*item, is_whole=True) for item in items]
+
+
+SKILL_SOURCES = (*SKILLS, "dialogues", "assistant")
 CONVERSATION_SOURCES = {
     "chitchat": chitchat_conversations,
     "docstrings": docstring_conversations,
     "arithmetic": arithmetic_conversations,
+    **{skill: functools.partial(skill_conversations, skill) for skill in SKILL_SOURCES},
+}
+CONVERSATION_KINDS: Mapping[str, str] = {
+    "chitchat": "forum",
+    "docstrings": "documentation",
+    "arithmetic": "education",
+    **{skill: "forum" if skill == "small_talk" else "education" for skill in SKILL_SOURCES},
 }
 
 
-CONVERSATION_KINDS: Mapping[str, str] = {"chitchat": "forum", "docstrings": "documentation", "arithmetic": "education"}
+def built_in_conversations(source: str) -> Callable[[], list[Conversation]] | None:
+    """What reads a source of that name, one of CONVERSATION_SOURCES or of SKILL_SOURCES with a user's table
+    ("facts:PATH.csv"); None for any other."""
+    path = table_path(source, SKILL_SOURCES)
+    if path is not None:
+        return functools.partial(skill_conversations, source.partition(":")[0], path)
+    return CONVERSATION_SOURCES[source] if source in CONVERSATION_SOURCES else None
 
 
 def conversation_excerpts(conversations: Sequence[Conversation], *, turns: int = 6) -> list[Conversation]:

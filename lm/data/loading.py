@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lm.core.errors import UserError
 from lm.data.annotations import SQLITE_MAGIC, read_rankings
 from lm.data.bad_rows import BadRows
-from lm.data.conversations import CONVERSATION_KINDS, CONVERSATION_SOURCES, Conversation
+from lm.data.conversations import CONVERSATION_KINDS, CONVERSATION_SOURCES, Conversation, built_in_conversations
 from lm.data.files import HUGGING_FACE_PREFIX, files_digest
 from lm.data.formats import CONVERSATION_FORMATS, RANKING_FORMATS, recognized_rows
 from lm.data.mixture import parse_sources
@@ -43,7 +43,7 @@ class ConversationRows:
         self._formats = CONVERSATION_FORMATS if needs_reply else (*CONVERSATION_FORMATS, "prompt")
         self.counts: dict[str, int] = {}  # of the last reading, once it is over: "bad_rows", "duplicate_rows"
         for name in self._names:
-            if name not in CONVERSATION_SOURCES and is_missing(name):
+            if built_in_conversations(name) is None and is_missing(name):
                 built_in = ", ".join(CONVERSATION_SOURCES)
                 raise UserError(
                     f"data.sources has {name!r}; choose among {built_in}, or give a file, a folder or hf:NAME"
@@ -52,8 +52,9 @@ class ConversationRows:
     def __iter__(self) -> Iterator[Conversation]:
         bad_rows, keys = BadRows(self._limit), []
         for name in self._names:
-            if name in CONVERSATION_SOURCES:
-                yield from CONVERSATION_SOURCES[name]()
+            read = built_in_conversations(name)
+            if read is not None:
+                yield from read()
                 continue
             for value in _usable_values(name, self._formats, self._columns, bad_rows, "no conversation or prompt"):
                 keys.append(row_digest(value))
@@ -64,7 +65,7 @@ class ConversationRows:
         """Of the content: of files, and of what a data set of hf: or a built-in name holds."""
         parts = [f"{sorted(self._columns.items())} {self._limit} {self._formats}"]
         for name in self._names:
-            if name in CONVERSATION_SOURCES or name.startswith(HUGGING_FACE_PREFIX):
+            if built_in_conversations(name) is not None or name.startswith(HUGGING_FACE_PREFIX):
                 parts.append(self._content_digest(name))
             else:
                 parts.append(files_digest(name))
@@ -72,8 +73,9 @@ class ConversationRows:
 
     def _content_digest(self, name: str) -> str:
         digest, bad_rows = hashlib.sha256(), BadRows(self._limit)
-        if name in CONVERSATION_SOURCES:
-            values = iter(CONVERSATION_SOURCES[name]())
+        read = built_in_conversations(name)
+        if read is not None:
+            values = iter(read())
         else:
             values = _usable_values(name, self._formats, self._columns, bad_rows, "no conversation or prompt")
         for conversation in values:

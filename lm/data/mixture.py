@@ -133,8 +133,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _with_kind(source: MixtureSource, built_in: Mapping[str, str]) -> MixtureSource:
-    """With the kind of its built-in name, or of all the names of its pool if they are of one, unless it says one."""
-    kinds = {built_in[name] if name in built_in else "" for name in source.names}
+    """With the kind of its built-in name (that of "facts:PATH" is that of "facts"), or of all the names of its pool if
+    they are of one, unless it says one."""
+    names = [name.partition(":")[0] for name in source.names]
+    kinds = {built_in[name] if name in built_in else "" for name in names}
     return source if source.kind or len(kinds) > 1 else source._replace(kind=kinds.pop())
 
 

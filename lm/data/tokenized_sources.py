@@ -16,6 +16,7 @@ from lm.data.token_store import EncodedDocument, EncodedExample, TokenStore, cac
 from lm.tokenizer import TokenizedExample, Tokenizer, encode_chats
 
 ENCODED_CHARACTERS = 1_000_000  # of text that is encoded in one call; some 30 bytes of memory for each
+SHARED_CHARACTERS = 1000  # of a piece, where a part of a source is read
 Item = TypeVar("Item")
 
 
@@ -156,18 +157,38 @@ def split_stores(
 class SplitTexts:
     """The texts on one side of a split, read from their sources each time they are iterated over."""
 
-    def __init__(self, sources: Sequence[TextSource], chosen: Sequence[np.ndarray]):
-        """chosen: bool[D] of each source, by document."""
+    def __init__(
+        self, sources: Sequence[TextSource], chosen: Sequence[np.ndarray], fractions: Sequence[float] | None = None
+    ):
+        """chosen: bool[D] of each source, by document. fractions: so much of each source's texts is read, in pieces
+        evenly spread; None: all."""
         self._sources, self._chosen = sources, chosen
+        self._fractions = [1.0] * len(sources) if fractions is None else fractions
 
     def __len__(self) -> int:
         return sum(int(np.count_nonzero(each)) for each in self._chosen)
 
     def __iter__(self) -> Iterator[str]:
-        for source, chosen in zip(self._sources, self._chosen):
-            for document, is_chosen in zip(source.documents(), chosen):
-                if is_chosen:
-                    yield document.text
+        for source, chosen, fraction in zip(self._sources, self._chosen, self._fractions):
+            texts = (document.text for document, is_chosen in zip(source.documents(), chosen) if is_chosen)
+            yield from texts if fraction >= 1 else _even_share(texts, fraction)
+
+    def weighted(self, weights: Sequence[float], size: int) -> "SplitTexts":
+        """Of `size` bytes each source has its share by weight, or all that it holds if that is less."""
+        sizes = [sum(len(text.encode(errors="surrogatepass")) for text in part) for part in self._parts()]
+        shares = [size * weight / sum(weights) / max(own, 1) for weight, own in zip(weights, sizes)]
+        return SplitTexts(self._sources, self._chosen, shares)
+
+    def _parts(self) -> list["SplitTexts"]:
+        return [SplitTexts([source], [chosen]) for source, chosen in zip(self._sources, self._chosen)]
+
+
+def _even_share(texts: Iterable[str], fraction: float) -> Iterator[str]:
+    """This fraction of the texts' pieces of SHARED_CHARACTERS."""
+    pieces = (text[i : i + SHARED_CHARACTERS] for text in texts for i in range(0, len(text), SHARED_CHARACTERS))
+    for i, piece in enumerate(pieces):
+        if int((i + 1) * fraction) > int(i * fraction):
+            yield piece
 
 
 def split_texts(sources: Sequence[TextSource], fraction: float) -> tuple[SplitTexts, SplitTexts]:

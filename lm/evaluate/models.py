@@ -23,12 +23,14 @@ from lm.core.config import call_with_options, flags_and_config, require_entries,
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Mean
 from lm.core.options import ConfigFunction
-from lm.core.statistics import mean_estimate, paired_difference, success_rate, win_rate
+from lm.core.statistics import estimate_text, mean_estimate, paired_difference, success_rate, win_rate
 from lm.core.types import Tokens
 from lm.data import batches, conversations, packing
 from lm.data.loading import load_conversations
 from lm.data.prompts import PromptOptions, padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
+from lm.evaluate.recall import measured_recall
+from lm.evaluate.skills import balanced_prompts, checked_answers, has_skills, print_skills, skill_results
 from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
 from lm.rewards import named_rater
@@ -82,26 +84,34 @@ def evaluate_models(
     seed: int,
     *,
     order: Sequence[str],
-    corpus: str = "stdlib,chitchat",
+    corpus: str | Sequence[Mapping[str, Any]] = "stdlib,chitchat",
     options: PromptOptions = PromptOptions(),
     sampling: SamplingParams = SamplingParams(max_new=48),
     reply_turns: int = 4,
     prompts: int = 256,
     rater: str = "rule",
+    judge: str = "",
     held_out_bytes: int = 200_000,
     length: int = 256,
     rows_at_once: int = 64,
+    recall_facts: int = 0,
+    table: str = "",
 ) -> dict[str, Any]:
     """Scores of every model with standard errors and 95 % intervals, and each compared with the one before it, paired.
 
     A pretrained model is asked in plain text, a line per turn, as it has seen conversations; the others in the chat
-    template. All answer the same held-out prompts, one per conversation, with the same sampler.
+    template. All answer the same held-out prompts, one per conversation, with the same sampler. `judge`: a second
+    rater, one from which nothing was learned. Where the prompts name a skill (lm.rewards.verifiers.skills), as many of
+    each are asked, a pretrained model's answer is its first line, and the summary has a table by skill.
+    recall_facts > 0: each continues the beginnings of so many facts of the CSV `table`, or of ours (see
+    lm.evaluate.recall).
     """
     if sorted(order) != sorted(models):
         raise UserError(f"evaluate.order {', '.join(order)} does not name the models {', '.join(models)}, each once")
     models = {name: models[name] for name in order}
     sources, turns, prompt_length, held_out = options
     rate = named_rater(rater, "evaluate.rater")
+    judged = named_rater(judge, "evaluate.judge") if judge else None
     check_at_least(
         1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once
     )
@@ -111,11 +121,12 @@ def evaluate_models(
     _, text = split_held_out(load_documents(corpus), held_out)
     text = documents_within_bytes(text, held_out_bytes)
     _, replies = split_held_out(load_conversations(sources), held_out)
-    contexts = shared_prompts(models.values(), conversations.prompt_contexts(replies, turns=turns), prompt_length)[
-        :prompts
-    ]
+    contexts = shared_prompts(models.values(), conversations.prompt_contexts(replies, turns=turns), prompt_length)
+    by_skill = has_skills(contexts)
+    contexts = balanced_prompts(contexts, prompts) if by_skill else contexts[:prompts]
     examples = [conversations.reward_example(c.messages, c.fields) for c in contexts]
-    parts, scores, answers, measured = PartialResults(workdir.path / PARTIAL_FILE), {}, {}, {}
+    parts, scores, judgements = PartialResults(workdir.path / PARTIAL_FILE), {}, {}
+    answers, measured = {}, {}
     with Progress("evaluate", len(models), "model") as progress:
         for i, (name, model) in enumerate(models.items()):
             # Another run in the same workdir has other results.
@@ -126,13 +137,25 @@ def evaluate_models(
                     model, text, conversation_rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once
                 ),
             )
+            known = {}
+            if recall_facts:
+                known = parts.once(
+                    f"recall of {name} {model_digest}",
+                    lambda: {"recall": measured_recall(model, table=table, facts=recall_facts)},
+                )
             rows = parts.once(
                 f"answers of {name} {model_digest}",
-                lambda: sampled_answers(model, examples, prompt_length, seed, sampling, rows_at_once),
+                lambda: sampled_answers(
+                    model, examples, prompt_length, seed, sampling, rows_at_once, first_line_only=by_skill
+                ),
             )
             answers[name] = [GeneratedAnswer(*each) for each in rows]
-            scores[name] = rate(examples, [answer.text for answer in answers[name]])
-            measured[name] = {**losses, **answer_statistics(answers[name], scores[name])}
+            texts = [answer.text for answer in answers[name]]
+            scores[name] = rate(examples, texts)
+            measured[name] = {**losses, **known, **answer_statistics(answers[name], scores[name])}
+            if judged:
+                judgements[name] = judged(examples, texts)
+                measured[name]["judge"] = mean_estimate(judgements[name])._asdict()
             progress.update(i + 1, {"score": measured[name]["score"]["value"]})
     write_answers(workdir.path / ANSWERS_FILE, contexts, answers, scores)
     names = list(models)
@@ -142,7 +165,9 @@ def evaluate_models(
         "prompts": len(contexts),
         "sampler": {**sampling.record(), "seed": seed},
         "models": measured,
-        "comparisons": [paired_comparison(a, b, scores) for a, b in zip(names[1:], names)],
+        "comparisons": [paired_comparison(a, b, scores, judgements) for a, b in zip(names[1:], names)],
+        **({"judge": judge} if judge else {}),
+        **(skill_results(examples, {name: [a.text for a in answers[name]] for name in names}) if by_skill else {}),
         "seconds": time.monotonic() - start,
     }
 
@@ -168,11 +193,20 @@ def sampled_answers(
     seed: int,
     sampling: SamplingParams,
     rows_at_once: int,
+    *,
+    first_line_only: bool = False,
 ) -> list[GeneratedAnswer]:
-    """An answer of the model to the messages of each example."""
+    """An answer of the model to the messages of each example; of a pretrained one, which goes on to write further
+    turns, the first line where that is asked for."""
     rows = padded_prompts([prompt_ids(trained, each["messages"]) for each in examples], examples, prompt_length)
     answers = batch_answerer(
-        trained.model, trained.params["lm"], trained.tokenizer, sampling, rows_at_once=rows_at_once, jit=jax.jit
+        trained.model,
+        trained.params["lm"],
+        trained.tokenizer,
+        sampling,
+        rows_at_once=rows_at_once,
+        jit=jax.jit,
+        stop_strings=("\n",) if first_line_only and trained.stage == "pretrain" else (),
     )
     return answers(rows, jax.random.key(seed))
 
@@ -225,13 +259,16 @@ def answer_statistics(answers: list[GeneratedAnswer], scores: np.ndarray) -> dic
     }
 
 
-def paired_comparison(a: str, b: str, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Model a against model b on the same prompts."""
+def paired_comparison(
+    a: str, b: str, scores: Mapping[str, np.ndarray], judgements: Mapping[str, np.ndarray] = {}
+) -> dict[str, Any]:
+    """Model a against model b on the same prompts, and the judge's difference where there is a judge."""
     return {
         "a": a,
         "b": b,
         "difference": paired_difference(scores[a], scores[b])._asdict(),
         "win_rate": win_rate(scores[a], scores[b])._asdict(),
+        **({"judge_difference": paired_difference(judgements[a], judgements[b])._asdict()} if judgements else {}),
     }
 
 
@@ -242,6 +279,7 @@ def write_answers(
         json.dumps(
             {
                 "prompt": context.messages,
+                **checked_answers(context, {name: model_answers[i].text for name, model_answers in answers.items()}),
                 "answers": {name: model_answers[i]._asdict() for name, model_answers in answers.items()},
                 "scores": {name: float(score[i]) for name, score in scores.items()},
             },
@@ -258,13 +296,16 @@ def print_scores(summary: Mapping[str, Any]) -> None:
     def pm(estimate):
         return f"{estimate['value']:.3g} ± {estimate['se']:.2g}"
 
+    judge_row = [["held-out judge's score", *(pm(m["judge"]) for m in summary["models"].values() if "judge" in m)]]
     print_table(
         f"{summary['prompts']} unseen prompts; ± is a standard error",
         ["", *summary["models"]],
         [
             ["held-out bits per byte", *(f"{m['bits_per_byte']:.3f}" for m in summary["models"].values())],
+            *recall_rows(summary["models"].values()),
             ["held-out reply loss, nats", *(f"{m['reply_loss']:.3f}" for m in summary["models"].values())],
             ["rater's score", *(pm(m["score"]) for m in summary["models"].values())],
+            *(judge_row if "judge" in summary else []),
             ["ended by itself", *(pm(m["stopped"]) for m in summary["models"].values())],
             ["tokens an answer", *(pm(m["length"]) for m in summary["models"].values())],
         ],
@@ -275,6 +316,15 @@ def print_scores(summary: Mapping[str, Any]) -> None:
             f"{c['a']} over {c['b']}: score {d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}], "
             f"win rate {w['value']:.2f} [{w['low']:.2f}, {w['high']:.2f}] (95 %)"
         )
+
+    if "skills" in summary:
+        print_skills(summary)
+
+
+def recall_rows(models: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """The row of facts recalled, where they were asked."""
+    found = [estimate_text(model["recall"]["recall"], "percent") for model in models if "recall" in model]
+    return [["facts recalled", *found]] if found else []
 
 
 def program(argv: list[str]) -> None:

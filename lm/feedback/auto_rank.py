@@ -26,6 +26,7 @@ from lm.data.loading import load_conversations
 from lm.data.preferences import Ranking, append_rankings, preference_pairs, read_jsonl_rankings
 from lm.data.prompts import PromptOptions, Prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
+from lm.evaluate.skills import balanced_order, has_skills
 from lm.generate.engine import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
 from lm.rewards import REWARDS, Reward, named_rater
@@ -163,9 +164,13 @@ def decision_counts(rankings: Sequence[Ranking]) -> dict[str, int]:
 def random_prompts(
     tokenizer: Tokenizer, contexts: Sequence[conversations.Conversation], length: int, count: int, seed: int
 ) -> tuple[Prompts, int]:
-    """`count` of the contexts that fit, drawn by `seed`, and how many did not fit."""
+    """`count` of the contexts that fit, drawn by `seed`, and how many did not fit. Where the rows say which skill they
+    ask for, as many of each skill as there are."""
     fit, skipped = prompts_within_length(tokenizer, contexts, length)
-    return prompts_at(fit, np.random.default_rng(seed).permutation(len(fit.ids))[:count]), skipped
+    drawn = np.random.default_rng(seed).permutation(len(fit.ids))
+    if has_skills(contexts):
+        drawn = drawn[balanced_order([fit.examples[i] for i in drawn])]
+    return prompts_at(fit, drawn[:count]), skipped
 
 
 def rankings_from_scores(

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 
 from lm.core.config import parsed_flags
 from lm.core.errors import UserError
@@ -24,15 +26,19 @@ from lm.data.loading import load_conversations
 from lm.data.mixture import parse_sources
 from lm.report import reward_model
 from lm.report.run import StageRun, metric_figures, shown_rollouts, stage_run, write_run_page
+from lm.report.terms import TERMS
+from lm.rewards import assistant
 from lm.rewards.rule import CRITERIA, RULE, criterion_scores
+from lm.rewards.verifiers.skills import ALL_SKILLS
 from lm.runs.console import run_program, say
-from lm.runs.html import interval_plot, rendered_page
+from lm.runs.html import SERIES_COLORS, interval_plot, rendered_page, svg_figure
 from lm.runs.workdir import CONFIG_FILE, PIPELINE_FILE, REPORT_FILE, TOKENIZER_FILE, read_json, read_metrics, write_text
 from lm.stages.pretraining import sft
 from lm.tokenizer import encode_chat, load_tokenizer
 
 FLAGS = {"workdir": dict(required=True, metavar="DIR", help="the folder of a pipeline, or of one stage")}
 SHOWN_ANSWERS, SHOWN_RANKINGS = 8, 2
+SHOWN_SKILL_ANSWERS = 12  # of an evaluation by skill
 PACKED_EXCERPTS = 12  # excerpts that are packed into rows, to show one row
 
 # What each stage did, in the words and numbers of its own summary.
@@ -45,6 +51,20 @@ STAGE_DESCRIPTIONS = {
     "reward": "Learns the rater's taste from {about[pairs]:,} pairs",
     "ppo": "Improves the SFT model with the learned reward",
     "evaluate": "Asks every model the same {prompts:,} unseen prompts",
+}
+
+
+# Raters whose rule is shown: its text, and the weight of each criterion.
+PUBLISHED_RULES = {
+    "rule": (RULE, {name: weight for name, (weight, _) in CRITERIA.items()}),
+    "assistant": (
+        assistant.ASSISTANT_RULE,
+        {
+            **{name: weight for name, (weight, _) in assistant.CHECKED_CRITERIA.items()},
+            **{name: weight for name, (weight, _) in assistant.SMALL_TALK_CRITERIA.items()},
+            assistant.SAMENESS: assistant.SAMENESS_WEIGHT,
+        },
+    ),
 }
 
 
@@ -80,13 +100,17 @@ def write_pipeline_page(root: Path) -> Path:
         evaluation=evaluation,
         models={name: run["evaluate"].config["models"][name] for name in evaluation["models"]} if evaluation else {},
         whiskers=score_figure(evaluation["models"]) if evaluation else "",
-        rule=RULE,
-        criteria={name: weight for name, (weight, _) in CRITERIA.items()},
+        skills=evaluation["skills"] if evaluation and "skills" in evaluation else {},
+        skill_picture=skill_figure(evaluation["skills"]) if evaluation and "skills" in evaluation else "",
+        terms=TERMS,
+        colors=SERIES_COLORS,
+        stopped={n: found.summary["over_optimization"] for n, found in run.items() if is_stopped(found)},
+        rules=PUBLISHED_RULES,
         rater=verdicts["rater"] if verdicts else "",
         rankings=example_rankings(root / "rank" / "rankings.jsonl") if verdicts else [],
         taste=tasted,
         tasted=reward_model.reward_model_figures(tasted) if tasted else [],
-        answers=read_metrics(root / "evaluate" / "answers.jsonl")[:SHOWN_ANSWERS] if evaluation else [],
+        answers=shown_answers(root / "evaluate", evaluation) if evaluation else [],
         rollouts={name: shown_rollouts(root / name) for name, found in run.items() if found.summary},
         row=packed_row_example(root / "sft", run["sft"].config) if finished_summary(run, "sft") else None,
         configs={name: json.dumps(found.config, indent=2) for name, found in run.items()},
@@ -114,6 +138,8 @@ def headline_figures(run: Mapping[str, StageRun]) -> list[dict[str, str]]:
             }
         )
     evaluation = finished_summary(run, "evaluate")
+    if evaluation and "skills" in evaluation:
+        found = skills_claim(evaluation) + found
     if evaluation and len(evaluation["models"]) > 1:
         names = list(evaluation["models"])[:2]
         sides = [evaluation["models"][name]["stopped"] for name in names]
@@ -148,6 +174,59 @@ def headline_figures(run: Mapping[str, StageRun]) -> list[dict[str, str]]:
             }
         )
     return found
+
+
+def shown_answers(path: Path, evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The first prompts of an evaluation with every model's answer."""
+    return read_metrics(path / "answers.jsonl")[: SHOWN_SKILL_ANSWERS if "skills" in evaluation else SHOWN_ANSWERS]
+
+
+def skills_claim(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
+    """How much of what was asked is right, of every model."""
+    row = evaluation["skills"][ALL_SKILLS]
+    last = row["differences"][-1] if row["differences"] else None
+    note = f"mean over the skills, on {row['prompts']} prompts of which no stage has seen one"
+    if last:
+        note += f"; {last['a']} over {last['b']} {points_text(last['difference'])}"
+    return [
+        {
+            "title": f"Right answers: {' → '.join(row['models'])}",
+            "figure": " → ".join(percent_text(each["value"]) for each in row["models"].values()),
+            "note": note,
+        }
+    ]
+
+
+def points_text(difference: Mapping[str, float]) -> str:
+    """A difference of shares with its interval, in percentage points: "+2.1 [+0.4, +3.8] points"."""
+    value, low, high = (f"{100 * difference[key]:+.1f}".replace("-", "−") for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}] points"
+
+
+def is_stopped(stage: StageRun) -> bool:
+    """Whether its gauge of over-optimization ended it (lm.train.over_optimization)."""
+    return "over_optimization" in stage.summary
+
+
+def skill_figure(skills: Mapping[str, Any]) -> Markup:
+    """The share of right answers by skill, a dot with its 95 % interval for each model."""
+
+    def draw(axes: Axes):
+        names = list(next(iter(skills.values()))["models"])
+        for i, (name, color) in enumerate(zip(names, SERIES_COLORS)):
+            found = [Estimate(**row["models"][name]) for row in skills.values()]
+            value, low, high = (100 * np.array([getattr(e, key) for e in found]) for key in ("value", "low", "high"))
+            places = np.arange(len(found)) + 0.22 * (i - (len(names) - 1) / 2)
+            errors = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
+            axes.errorbar(value, places, xerr=errors, fmt="o", color=color, capsize=2, markersize=5, label=name)
+        axes.set_yticks(range(len(skills)), [group.replace("_", " ") for group in skills])
+        axes.set_ylim(len(skills) - 0.5, -0.5)
+        axes.set_xlim(-2, 102)
+        axes.set_xlabel("right answers, %")
+        axes.grid(axis="x", alpha=0.25)
+        axes.legend(frameon=False, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+    return svg_figure(draw, width=5.2, height=0.9 + 0.42 * len(skills))
 
 
 def stage_row(stage: StageRun, record: Mapping[str, Any]) -> dict[str, Any]:

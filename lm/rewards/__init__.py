@@ -15,6 +15,8 @@ from lm.core.config import RENAMED_KEYS
 from lm.core.errors import UserError
 from lm.core.imports import import_function, is_import_path
 from lm.data.conversations import Example
+from lm.rewards.assistant import assistant_reward
+from lm.rewards.assistant_held_out import assistant_held_out_reward
 from lm.rewards.call import Reward, RewardForm, WeightedRewards, reward_form, weighted_reward
 from lm.rewards.penalties import length_reward, punctuation_reward, refusal_reward, repetition_reward, toxicity_reward
 from lm.rewards.rule import rule_reward
@@ -26,6 +28,8 @@ __all__ += ["reward_form", "reward_weights", "weighted_reward"]
 
 REWARDS: Mapping[str, Reward] = {
     "rule": rule_reward,
+    "assistant": assistant_reward,
+    "assistant_held_out": assistant_held_out_reward,
     "toxicity": toxicity_reward,
     "length": length_reward,
     "repetition": repetition_reward,

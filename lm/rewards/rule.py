@@ -33,7 +33,7 @@ RUDE_WORDS = frozenset(
 
 def is_brief(message: str, answer: str) -> float:
     """One or two sentences."""
-    return float(1 <= len(_sentences(answer)) <= 2)
+    return float(1 <= len(sentences(answer)) <= 2)
 
 
 def ends_with_punctuation(message: str, answer: str) -> float:
@@ -43,21 +43,21 @@ def ends_with_punctuation(message: str, answer: str) -> float:
 
 def is_on_topic(message: str, answer: str) -> float:
     """Shares a content word with the message, stems compared."""
-    return float(bool(_content_stems(message) & _content_stems(answer)))
+    return float(bool(content_stems(message) & content_stems(answer)))
 
 
 def asks_question(message: str, answer: str) -> float:
     """Asks something back: a question mark after at least two words."""
-    return float(any(s.endswith("?") and len(words(s)) >= 2 for s in _sentences(answer)))
+    return float(any(s.endswith("?") and len(words(s)) >= 2 for s in sentences(answer)))
 
 
 def is_not_repetitive(message: str, answer: str) -> float:
     """No word three times in a row, no three words twice, no sentence twice."""
     said = words(answer)
     trigrams = list(zip(said, said[1:], said[2:]))
-    sentences = [tuple(words(sentence)) for sentence in _sentences(answer)]
+    spoken = [tuple(words(sentence)) for sentence in sentences(answer)]
     tripled = any(a == b == c for a, b, c in trigrams)
-    return float(not tripled and len(set(trigrams)) == len(trigrams) and len(set(sentences)) == len(sentences))
+    return float(not tripled and len(set(trigrams)) == len(trigrams) and len(set(spoken)) == len(spoken))
 
 
 def is_moderate_length(message: str, answer: str) -> float:
@@ -109,12 +109,13 @@ def words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower().replace("’", "'"))
 
 
-def _sentences(text: str) -> list[str]:
+def sentences(text: str) -> list[str]:
     """Split after a run of . ! ? before a space or the end; parts without a word are dropped."""
     return [sentence for sentence in re.split(r"(?<=[.!?])\s+", text.strip()) if words(sentence)]
 
 
-def _content_stems(text: str) -> set[str]:
+def content_stems(text: str) -> set[str]:
+    """Stems of the words of three letters or more that are none of STOP_WORDS."""
     return {_stem(word) for word in words(text) if word not in STOP_WORDS and len(word) > 2}
 
 

@@ -50,16 +50,36 @@ class SealedPyTreeRestore(ocp.args.PyTreeRestore):
     """Names SealedPyTreeHandler as the format to restore from."""
 
 
+@dataclasses.dataclass
+class NewestAndPinned:
+    """Which steps orbax keeps: the newest `count`, and the one that `pinned` names, if any."""
+
+    count: int
+    pinned: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        pinned, first = self.pinned(), len(checkpoints) - self.count
+        return [i >= first or each.step == pinned for i, each in enumerate(checkpoints)]
+
+
 class Checkpoints:
     """The checkpoints of one run, as a context manager; leaving it waits for the last save.
 
-    keep: newest steps that are kept. warn: called with one line about every damaged step that is skipped.
-    Saving raises `UserError` when the system refuses a write; as saving is asynchronous, that may be at the next call.
+        keep: newest steps that are kept, and with them the one that `pinned` names when asked. warn: called with
+    one line about every damaged step that is skipped.     Saving raises `UserError` when the system refuses a
+    write; as saving is asynchronous, that may be at the next call.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 2, warn: Callable[[str], None] = print):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int = 2,
+        pinned: Callable[[], int | None] = lambda: None,
+        warn: Callable[[str], None] = print,
+    ):
         self.directory = Path(directory).absolute()
-        self._keep = keep
+        self._keep, self._pinned = keep, pinned
         self._warn = warn
         with self._saving():
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -113,9 +133,23 @@ class Checkpoints:
             self._manager.reload()
         return newest
 
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps, so that the one of `step` is the newest. UserError without it."""
+        self.wait()
+        if step not in self.steps():
+            raise UserError(f"{self.directory} holds no checkpoint of step {step}, only of {self.steps()}")
+        with self._saving():
+            for later in self.steps():
+                if later > step:
+                    shutil.rmtree(self.directory / str(later))
+            self._manager.reload()
+
     def _opened(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep, cleanup_tmp_directories=True, save_root_metadata=False, lightweight_initialize=True
+            preservation_policy=NewestAndPinned(self._keep, self._pinned),
+            cleanup_tmp_directories=True,
+            save_root_metadata=False,
+            lightweight_initialize=True,
         )
         return ocp.CheckpointManager(self.directory, options=options)
 

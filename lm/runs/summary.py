@@ -13,16 +13,26 @@ MetricsRow = Mapping[str, Any]  # of metrics.jsonl
 
 
 def run_summary(
-    rows: Sequence[MetricsRow], *, flops_per_token: float | None, seconds: Mapping[str, float], peak: float | None
+    rows: Sequence[MetricsRow],
+    *,
+    flops_per_token: float | None,
+    seconds: Mapping[str, float],
+    peak: float | None,
+    result_step: int | None = None,
 ) -> dict[str, Any]:
     """Steps, tokens, seconds, model FLOPs, MFU, memory and held-out scores, from the rows of a run.
 
     flops_per_token: of learning from one token of a batch; None where it is not known. seconds: by phase, all the
-    run's. peak: FLOP/s of the devices at best, if known. Memory is of this process' devices, or its own: see
+    run's. peak: FLOP/s of the devices at best, if known. result_step: the step whose state is the result, and so its
+    held-out scores; None: the last. Memory is of this process' devices, or its own: see
     lm.runs.hardware.peak_memory.
     """
-    scored = [{k.removeprefix("held_out/"): v for k, v in row.items() if k.startswith("held_out/")} for row in rows]
-    scored = [row for row in scored if row]
+    scored = [
+        (row["step"], {k.removeprefix("held_out/"): v for k, v in row.items() if k.startswith("held_out/")})
+        for row in rows
+    ]
+    scored = [(step, found) for step, found in scored if found]
+    results = [found for step, found in scored if result_step in (None, step)]
     rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
     memory, of = peak_memory()
     return {
@@ -35,8 +45,8 @@ def run_summary(
         "mfu": None if flops_per_token is None else model_flops_utilization(rows, flops_per_token, peak),
         "peak_memory_bytes": memory,
         "peak_memory_of": of,
-        "before": scored[0],
-        "held_out": scored[-1],
+        "before": scored[0][1],
+        "held_out": results[-1],
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
 

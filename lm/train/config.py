@@ -34,17 +34,36 @@ class TrainingSchedule:
     save_every: int = 100
     keep: int = 2  # newest checkpoints that stay
     logged_rollouts: int = 16  # rows of a sampled batch that rollouts.jsonl shows, at the start and at every save
+    # RL: a held-out rating, such as score/rule: where it falls while the reward rises, the run stops, and its result is
+    # the policy with the best rating (lm.train.over_optimization); "": no such gauge
+    watched_rating: str = ""
+    watched_errors: float = 2.0  # standard errors by which it must have fallen
 
     def __post_init__(self):
         check_at_least(
             1, "train", steps=self.steps, log_every=self.log_every, save_every=self.save_every, keep=self.keep
         )
-        check_at_least(0, "train", evaluate_every=self.evaluate_every, logged_rollouts=self.logged_rollouts)
+        check_at_least(
+            0,
+            "train",
+            evaluate_every=self.evaluate_every,
+            logged_rollouts=self.logged_rollouts,
+            watched_errors=self.watched_errors,
+        )
+        if self.watched_rating and not self.evaluate_every:
+            raise UserError(
+                "train.watched_rating needs ratings between start and end: set train.evaluate_every, e.g. to "
+                f"{max(1, self.steps // 10)}"
+            )
 
     def scores(self, done: int) -> bool:
         """Whether the state after `done` batches is scored on the held-out side."""
         between = self.evaluate_every and done % self.evaluate_every == 0
         return bool(not done or between or done >= self.steps)
+
+    def saves(self, done: int) -> bool:
+        """Whether the state after `done` batches is saved; each that is rated, where the best of them is wanted."""
+        return done % self.save_every == 0 or done >= self.steps or bool(self.watched_rating and self.scores(done))
 
 
 def train_functions(config: ConfigDict) -> dict[str, ConfigFunction]:

@@ -25,6 +25,7 @@ from lm.core.config import call_with_options, flags_and_config, require_entries,
 from lm.core.errors import UserError, check_at_least
 from lm.core.imports import own_code_files
 from lm.core.metrics import Metrics, metric_sum
+from lm.core.options import option_value
 from lm.core.sharding import put_batch
 from lm.core.types import Tokens, TrainState
 from lm.optim.combinators import inference_state
@@ -40,8 +41,9 @@ from lm.runs.trackers import open_trackers, tracker_packages
 from lm.runs.workdir import PROFILE_DIR, Workdir, open_workdir, read_metrics
 from lm.stages import named_stage
 from lm.stages.context import Batches
-from lm.train.config import CONFIG_KEYS, train_functions
+from lm.train.config import CONFIG_KEYS, TrainingSchedule, train_functions
 from lm.train.host import SINGLE_RUN_HOST, RunHost
+from lm.train.over_optimization import OverOptimization, best_rated_step, check_watched_rating, over_optimization
 from lm.train.resume import checkpoint_tree, restored_state
 from lm.train.setup import TrainingSetup, training_setup
 from lm.train.source_metrics import source_metrics
@@ -70,7 +72,7 @@ def train_stage(
         for difference in workdir.config_changes:
             say(f"{path}: config changed since the last start: {difference}")
         summary = workdir.read_summary()
-        if summary is None or "train" in config and summary["steps"] < config.train.steps:
+        if summary is None or has_steps_left(config, summary):
             if name != "tokenizer":
                 summary = run_training_loop(config, workdir, packages=packages, traced=traced, host=host)
             else:
@@ -85,6 +87,15 @@ def train_stage(
                 say(f"{path} has finished: there is nothing to log or to trace")
         print_stage_summary(name, summary)
         return summary
+
+
+def has_steps_left(config: ConfigDict, summary: Mapping[str, Any]) -> bool:
+    """Whether the config asks a finished run for more steps. One that its gauge stopped is done while it has one."""
+    if "train" not in config or summary["steps"] >= config.train.steps:
+        return False
+    return "over_optimization" not in summary or not option_value(
+        train_functions(config)["train"], config.train, "watched_rating"
+    )
 
 
 def check_training_config(config: ConfigDict) -> None:
@@ -109,6 +120,8 @@ def print_stage_summary(title: str, summary: Mapping[str, Any]) -> None:
     start = summary.get("before", {})
     rows = [[name, start.get(name.removeprefix("held-out "), ""), value] for name, value in flat.items()]
     print_table(title, ["", "before", "after"], [[n, f"{b:.4g}" if b != "" else "", f"{v:.4g}"] for n, b, v in rows])
+    if "over_optimization" in summary:
+        say(f"{title}: {summary['over_optimization']['message']}")
 
 
 def run_training_loop(
@@ -125,7 +138,12 @@ def run_training_loop(
         r = training_setup(config, workdir, phases, host)
         print_dataset_info(config.stage.name, r.batches)
         start = metadata.record_start(workdir.path, seed=config.seed, own_files=own_code_files(to_dict(config)))
-        with Checkpoints(workdir.checkpoints_path, keep=schedule.keep, warn=warn) as checkpoints, jax.set_mesh(r.mesh):
+        best_step = lambda: best_rated_step(read_metrics(workdir.metrics_path), schedule.watched_rating)
+        kept = best_step if schedule.watched_rating else lambda: None
+        with (
+            Checkpoints(workdir.checkpoints_path, keep=schedule.keep, pinned=kept, warn=warn) as checkpoints,
+            jax.set_mesh(r.mesh),
+        ):
             with host.checkpoint_turn(checkpoints):
                 done, state = restored_state(checkpoints, r)
             first = done + 1 if done else 0  # the row to write next: a fresh start is scored before its first step
@@ -140,13 +158,25 @@ def run_training_loop(
                 profiler.StepProfiler(traced, workdir.path / PROFILE_DIR) as profile,
             ):
                 log = MetricsLogger(r.stage, workdir, writers, progress, phases)
+                stopped = None
+
+                def save(step: int, state: TrainState) -> None:
+                    with phases("save"), host.checkpoint_turn(checkpoints):
+                        checkpoints.save(step, host.materialize(checkpoint_tree(state)), r.checkpoint_metadata)
+
+                if not done and schedule.watched_rating:
+                    save(0, state)  # the start may turn out to be the best
                 # A fresh start, or a saved state whose evaluation was interrupted.
                 if not log.has_held_out_scores and schedule.scores(done):
                     scores = held_out_metrics(r, evaluate, state)
                     log.write_row(done, scores)
                     if not done:
                         check_start_metrics(r, scores)
-                for i in range(done, schedule.steps):
+                if schedule.watched_rating:
+                    rows = read_metrics(workdir.metrics_path)
+                    check_watched_rating(rows, schedule.watched_rating, config.stage.name)
+                    stopped = found_over_optimization(schedule, workdir)  # before a kill came
+                for i in () if stopped else range(done, schedule.steps):
                     profile.begin_step(i + 1)
                     batch, tokens = device_batch(r, state, i)
                     logged = r.batches.rollout_table and schedule.logged_rollouts
@@ -160,23 +190,37 @@ def run_training_loop(
                     profile.end_step(i + 1, metrics)
                     log.add_step(i + 1, metrics, tokens)
                     stop = stopping()
-                    due = (i + 1) % schedule.save_every == 0 or i + 1 == schedule.steps or stop
+                    due = schedule.saves(i + 1) or stop
                     if (i + 1) % schedule.log_every == 0 or due:
                         log.flush()
                     if due:
-                        with phases("save"), host.checkpoint_turn(checkpoints):
-                            checkpoints.save(i + 1, host.materialize(checkpoint_tree(state)), r.checkpoint_metadata)
+                        save(i + 1, state)
                     if stop:
                         break
                     if schedule.scores(i + 1):
                         with phases("save"):
                             checkpoints.wait()  # a kill in the evaluation must not cost the steps before it
                         log.write_row(i + 1, held_out_metrics(r, evaluate, state))
+                        if stopped := found_over_optimization(schedule, workdir):
+                            break
                 with phases("save"):
                     checkpoints.wait()
+                    if stopped:
+                        checkpoints.remove_after(stopped.best_step)
                 if stopping():
                     raise SigtermExit
-    return stage_summary(config, r, workdir, log.seconds_by_phase(), start["peak"]["flops_per_second"])
+    return stage_summary(config, r, workdir, log.seconds_by_phase(), start["peak"]["flops_per_second"], stopped)
+
+
+def found_over_optimization(schedule: TrainingSchedule, workdir: Workdir) -> OverOptimization | None:
+    """What speaks for stopping now, of what was logged; it is told. None while all is well."""
+    if not schedule.watched_rating:
+        return None
+    rows = read_metrics(workdir.metrics_path)
+    found = over_optimization(rows, schedule.watched_rating, errors=schedule.watched_errors)
+    if found:
+        warn(f"{workdir.path}: {found.message}")
+    return found
 
 
 def compiled_steps(r: TrainingSetup, host: RunHost) -> tuple[Callable, Callable]:
@@ -254,15 +298,28 @@ def check_start_metrics(r: TrainingSetup, before: Mapping[str, float]) -> None:
 
 
 def stage_summary(
-    config: ConfigDict, r: TrainingSetup, workdir: Workdir, seconds: Mapping[str, float], peak: float | None
+    config: ConfigDict,
+    r: TrainingSetup,
+    workdir: Workdir,
+    seconds: Mapping[str, float],
+    peak: float | None,
+    stopped: OverOptimization | None,
 ) -> dict[str, Any]:
-    """What a finished stage leaves behind: held-out scores before and after, size, tokens, FLOPs, seconds."""
+    """What a finished stage leaves behind: held-out scores before and after, size, tokens, FLOPs, seconds.
+
+    stopped: why it ended before its last step; then the scores after are those of the best one.
+    """
     return {
         "stage": config.stage.name,
         "parameters": r.parameters,
         **run_summary(
-            read_metrics(workdir.metrics_path), flops_per_token=r.flops_per_token, seconds=seconds, peak=peak
+            read_metrics(workdir.metrics_path),
+            flops_per_token=r.flops_per_token,
+            seconds=seconds,
+            peak=peak,
+            result_step=stopped.best_step if stopped else None,
         ),
+        **({"over_optimization": {**stopped._asdict(), "message": stopped.message}} if stopped else {}),
         "about": dict(r.batches.dataset_info),
         "fingerprint": r.checkpoint_metadata["fingerprint"],
     }

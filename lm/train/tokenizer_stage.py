@@ -4,9 +4,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lm.core.errors import check_at_least
 from lm.data.loading import NO_COLUMNS
-from lm.data.mixture import parse_sources
+from lm.data.mixture import parse_sources, weight_at
 from lm.data.sources import BUILT_IN_KINDS, text_source
 from lm.data.tokenized_sources import parts_by_size, split_texts
 from lm.runs.console import say
@@ -27,8 +29,8 @@ def fit_tokenizer(
 ) -> dict[str, Any]:
     """Trains the tokenizer on the documents that are not held out; reports bytes per token on those that are.
 
-    `corpus`, `columns`, `skip_bad_rows`: as in stage pretrain; the weights of a mixture count for nothing here.
-    `max_bytes`: of more text an even share of every document is read.
+    `corpus`, `columns`, `skip_bad_rows`: as in stage pretrain. `max_bytes`: of more text an even share of every
+    document is read; of a mixture whose sources have weights, their shares of it by the weights that they begin with.
     """
     check_at_least(1, "data", vocab_size=vocab_size, max_bytes=max_bytes)
     start = time.monotonic()
@@ -37,8 +39,14 @@ def fit_tokenizer(
     texts, held_out_texts = split_texts(sources, held_out)
     say(f"tokenizer: {len(texts)} documents to learn from, {len(held_out_texts)} held out")
 
+    if all(each.weight is not None for each in mixture):
+        start_weights = [float(weight_at(each.weight, np.zeros(1))[0]) for each in mixture]
+        learned = texts.weighted(start_weights, max_bytes)
+    else:
+        learned = texts
+
     def learn() -> str:
-        tokenizer = train_tokenizer(texts, vocab_size=vocab_size, max_bytes=max_bytes)
+        tokenizer = train_tokenizer(learned, vocab_size=vocab_size, max_bytes=max_bytes)
         tokenizer.save(workdir.tokenizer_path)
         return tokenizer.fingerprint
 

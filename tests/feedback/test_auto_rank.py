@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import jax
 import numpy as np
@@ -9,11 +10,13 @@ import pytest
 from runs import finished, small, stage_config
 
 from lm.core.errors import UserError
-from lm.data import preferences, sources
+from lm.data import conversations, preferences, sources
+from lm.data.loading import load_conversations
 from lm.feedback import auto_rank
 from lm.rewards import REWARDS
 from lm.rewards.load import load_reward_model
 from lm.runs.workdir import read_json
+from lm.tokenizer import load_tokenizer
 
 __all__ = ["finished", "small"]
 
@@ -33,6 +36,16 @@ def test_ranks():
         4,
     ]  # equal scores share a rank, and it is used up
     assert auto_rank.ranks_from_scores(np.array([2.0, 2.0])) == [1, 1]
+
+
+def test_prompts_of_all_skills_are_ranked_alike(finished):
+    """Six of each of five skills, drawn by the seed, though the sources hold ten times as much of some."""
+    contexts = [c for c in conversations.prompt_contexts(load_conversations("assistant")) if not c.fields["unseen"]]
+    tokenizer = load_tokenizer(finished / "sft" / "tokenizer.model")
+    one, _ = auto_rank.random_prompts(tokenizer, contexts[::3], 64, 30, 1)
+    other, _ = auto_rank.random_prompts(tokenizer, contexts[::3], 64, 30, 2)
+    assert set(Counter(example["skill"] for example in one.examples).values()) == {6}
+    assert [example["messages"] for example in one.examples] != [example["messages"] for example in other.examples]
 
 
 def test_the_file(finished):

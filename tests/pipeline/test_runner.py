@@ -31,7 +31,7 @@ def survived(finished, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("killed") / "run"
     command = (
         "lm.pipeline.runner",
-        f"--config={EXPERIMENTS / 'quickstart.py'}:tiny",
+        f"--config={EXPERIMENTS / 'small_talk.py'}:tiny",
         f"--workdir={run}",
         f"--config.corpus={finished.parent / 'text'}",
     )
@@ -79,7 +79,7 @@ def test_a_finished_pipeline_does_nothing_again(survived, small):
         }
 
     before = contents()
-    config = load_config(f"{EXPERIMENTS / 'quickstart.py'}:tiny", [f"root={survived}"])
+    config = load_config(f"{EXPERIMENTS / 'small_talk.py'}:tiny", [f"root={survived}"])
     text = read_json(survived / "pretrain" / "config.json")["data"]["corpus"]
     with config.unlocked():
         config.corpus = text
@@ -123,6 +123,6 @@ def test_a_slash_at_the_end_makes_no_other_config(monkeypatch):
     configs = []
     monkeypatch.setattr(runner, "run_pipeline", configs.append)
     for workdir in ("some/run", "some/run/"):
-        runner.program([f"--config={EXPERIMENTS / 'quickstart.py'}", f"--workdir={workdir}"])
+        runner.program([f"--config={EXPERIMENTS / 'small_talk.py'}", f"--workdir={workdir}"])
     assert configs[0].to_dict() == configs[1].to_dict()
     assert configs[0].sft.init_from == "some/run/pretrain"

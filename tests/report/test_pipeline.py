@@ -12,6 +12,8 @@ from lm.data import packing
 from lm.data.conversations import CONVERSATION_SOURCES, Conversation
 from lm.data.inspect import row_views
 from lm.report import pipeline
+from lm.report.terms import TERMS
+from lm.rewards import assistant as assistant_rule
 from lm.rewards.rule import CRITERIA, RULE
 from lm.runs import html
 from lm.tokenizer import Tokenizer, encode_chat, train_tokenizer
@@ -280,3 +282,59 @@ def test_an_mfu_over_one_is_explained(run):
     summary = json.loads((run / "sft" / "summary.json").read_text())
     (run / "sft" / "summary.json").write_text(json.dumps(summary | {"mfu": 1.2}))
     assert BUSY in page_of(run)[1].text
+
+
+@pytest.fixture
+def run_with_skills(run) -> Path:
+    """The same run, of prompts that name a skill, whose PPO was stopped."""
+    share = lambda value: {"value": value, "se": 0.01, "low": value - 0.02, "high": value + 0.02}
+    row = lambda *values: {
+        "prompts": 80,
+        "models": dict(zip(MODELS, map(share, values))),
+        "differences": [
+            {"a": a, "b": b, "difference": share(values[i + 1] - values[i])}
+            for i, (a, b) in enumerate(zip(MODELS[1:], MODELS))
+        ],
+    }
+    skills = {"facts": row(0.01, 0.9, 0.95), "small_talk": row(0.1, 0.8, 0.75), "all": row(0.05, 0.85, 0.86)}
+    path = run / "evaluate" / "summary.json"
+    summary = json.loads(path.read_text())
+    models = {name: {**each, "judge": estimate(7.25)} for name, each in summary["models"].items()}
+    distinct = {"prompts": 100, "models": dict(zip(MODELS, (99, 88, 77)))}
+    path.write_text(json.dumps({**summary, "skills": skills, "distinct": distinct, "models": models, "judge": "other"}))
+    answers = run / "evaluate" / "answers.jsonl"
+    lines = [json.loads(line) for line in answers.read_text().splitlines()] * 2
+    checked = {"skill": "facts", "right_answer": "Paris", "right": {"raw": 0.0, "sft": 0.5, "ppo": 1.0}}
+    answers.write_text(jsonl(line | checked for line in lines))
+    ppo = run / "ppo" / "summary.json"
+    stop = {"message": "stopped at step 12", "best_step": 8}
+    ppo.write_text(json.dumps(json.loads(ppo.read_text()) | {"over_optimization": stop}))
+    ranks = run / "rank" / "summary.json"
+    ranks.write_text(json.dumps(json.loads(ranks.read_text()) | {"rater": "assistant"}))
+    return run
+
+
+def test_skills_come_first_with_a_picture_a_table_and_twelve_prompts(run_with_skills):
+    page, found = page_of(run_with_skills)
+    sections = [attrs["id"] for tag, attrs in found.tags if tag == "h2"]
+    assert sections == ["skills", "answers", "curves", "ran", "evaluation", "rater", "taste", "row", "configs"]
+    text = " ".join(found.text.replace("\u00a0", " ").split())
+    assert (
+        "Right answers: raw → sft → ppo5 % → 85 % → 86 %mean over the skills" in text
+        and "ppo over sft +1.0 [−1.0, +3.0] points" in text
+    )
+    assert "facts (80) 1.0 %[-1, 3]90.0 %[88, 92]95.0 %[93, 97]+5.0[+3.0, +7.0]" in text
+    assert "small talk (80)" in text and '<td class="no">−5.0' in page and '<td class="yes">+5.0' in page
+    assert "different answers to 100998877" in text
+    assert page.count("✓</b>") == page.count("✗</b>") == page.count("~</b>") == 12
+    assert "ppo was stopped by its gauge of over-optimization. ppo stopped at step 12." in text
+    assert "the held-out judge's score7.25" in text
+    assert assistant_rule.ASSISTANT_RULE in found.text
+
+
+def test_terms_are_explained_where_the_mouse_rests(run_with_skills):
+    _, found = page_of(run_with_skills)
+    told = [attrs["title"] for tag, attrs in found.tags if tag == "abbr"]
+    assert set(told) <= set(TERMS.values())
+    for term in ("sft", "ppo", "facts", "small_talk", "all", "distinct", "95 % interval", "held out", "judge", "MFU"):
+        assert TERMS[term] in told, term

@@ -92,6 +92,6 @@ def test_judges_of_one_question(finished, tmp_path):
 def test_a_config_by_itself_says_the_command_that_makes_what_it_needs(config, made, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").symlink_to(EXPERIMENTS)
-    command = f"python -m lm train --config=experiments/{made}.py --workdir=runs/quickstart/{made}` makes it"
+    command = f"python -m lm train --config=experiments/{made}.py --workdir=runs/small_talk/{made}` makes it"
     with pytest.raises(UserError, match=re.escape(command)):
         loop.train_stage(load_config(f"experiments/{config}.py:tiny"), tmp_path / "run")

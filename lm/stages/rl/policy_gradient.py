@@ -5,6 +5,7 @@ composes the rest from the three things in which the group methods differ: the a
 given its log-prob, and the average that turns token losses into one number.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ TokenLoss = Callable[[Array, Rollouts], Array]  # (log-probs f32[B,T], annotated
 Annotation = Callable[[TrainState, Rollouts], tuple[Rollouts, Metrics]]  # completes a batch before it is learned from
 LossAverage = Callable[[Array, Array], Mean]  # (f32[B,T], weights f32[B,T]) -> Mean
 
+SQUARED = "_squared"  # ends the name of a row metric whose mean gives a standard error
 SHOWN_METRICS = ("reward", "score/rule", "kl", "entropy")  # in the live line
 # Metrics a run must keep below; the loop stops above them. The sampler's and the trainer's log-probs of the same tokens
 # differ by rounding only: 1e-5 in float32, about 1e-2 in bfloat16. More means two different distributions.
@@ -227,5 +229,15 @@ def token_advantages(advantages: Array, batch: Rollouts) -> Array:
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:
-    """Held-out reward, the rater's own score, KL, entropy, length, fraction that ended by themselves."""
-    return metric_values(metrics)
+    """Held-out reward, the rater's own score, KL, entropy, length, fraction that ended by themselves.
+
+    Where the rollouts hold the squares of a number ("reward_squared"), its standard error over the answers, taken as
+    independent: "reward_se".
+    """
+    values = metric_values(metrics)
+    squares = {name: values.pop(name) for name in list(values) if name.endswith(SQUARED)}
+    for name, square in squares.items():
+        plain = name.removesuffix(SQUARED)
+        spread = max(square - values[plain] ** 2, 0.0)
+        values[f"{plain}_se"] = math.sqrt(spread / max(float(metrics[name].weight) - 1, 1.0))
+    return values

@@ -33,6 +33,7 @@ from lm.stages.rl.multi_turn import (
     rollout_program,
     single_turn_sampler,
 )
+from lm.stages.rl.policy_gradient import SQUARED
 from lm.tokenizer import Tokenizer
 
 REWARD_MODEL_NAME = "model"  # the name of the learnt reward among `rewards`
@@ -149,7 +150,8 @@ def batches(
     def held_out_batches(state):
         for start in range(0, asked, prompts):
             part = prompts_at(unseen, np.arange(start, start + prompts))
-            yield drawn(state, part, HELD_OUT_KEY, start).replace(text_tokens=unseen_text(start // prompts))
+            batch = with_squared_scores(drawn(state, part, HELD_OUT_KEY, start))
+            yield batch.replace(text_tokens=unseen_text(start // prompts))
 
     def train_batch(state, i):
         first = i * (resample_rounds + 1)  # every round has prompts and keys of its own
@@ -173,6 +175,13 @@ def batches(
         row_origins=lambda state, batch, i: origins(batch.tokens),
         truncation=prompt_truncation(",".join(found.names), turns=turns, prompt_length=prompt_length, max_new=max_new),
     )
+
+
+def with_squared_scores(batch: Rollouts) -> Rollouts:
+    """The batch with the squares of reward and scores among its row metrics: their means give standard errors."""
+    scores = {"reward": batch.rewards, **{n: x for n, x in batch.row_metrics.items() if n.startswith("score/")}}
+    squares = {f"{name}{SQUARED}": np.square(np.asarray(values)) for name, values in scores.items()}
+    return batch.replace(row_metrics={**batch.row_metrics, **squares})
 
 
 def prompt_truncation(sources: str, *, turns: int, prompt_length: int, max_new: int) -> str:
