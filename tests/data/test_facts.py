@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import re
 
 import pytest
 
@@ -238,11 +239,24 @@ def test_sums_kept_for_testing_are_in_no_lesson_and_no_question_whichever_number
             a, _, b = item.fields["argument"].split()
             sides[item.fields["unseen"] == "item"].add((int(a), int(b)))
     assert sides[True] <= kept and not sides[False] & kept and len(sides[False]) > 1000
+    found = 0
     for number, (_, page) in enumerate(lessons.lesson_pages()):
         for line in page.splitlines() if number < 300 else ():
-            if "+" in line:
+            if re.fullmatch(r"\d+\+\d+=\d+\.?", line):  # in a lesson, and in the answer to a question
                 a, b = (int(word) for word in line.partition("=")[0].split("+"))
-                assert (a, b) not in kept and line == f"{a}+{b}={a + b}"
+                assert (a, b) not in kept and line.rstrip(".") == f"{a}+{b}={a + b}"
+                found += 1
+    assert found > 1000
+
+
+def test_no_lesson_or_quiz_asks_in_a_user_s_words_for_what_is_kept_for_testing():
+    read = "".join(text for _, text in lessons.lesson_pages())
+    read += "".join(text for _, text in documents.quiz_pages(fact_table()))
+    asked = set(read.split("\n"))
+    found = [item for item in items("assistant") if item.fields["unseen"] and item.fields["skill"] != "small_talk"]
+    by_entity = [item for item in found if item.fields["unseen"] == "entity"]  # the quiz asks about every entity
+    others = [item.messages[0]["content"] for item in found if item.fields["unseen"] != "entity"]
+    assert by_entity and len(others) > 1500 and not asked.intersection(others)
 
 
 def test_lessons_are_right():

@@ -214,6 +214,7 @@ TOPICS = (
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh st t tr v w y z".split()
 _VOWELS = "a e i o u a e i o ai ea oo".split()
 _CODAS = ["", "", "", "n", "r", "l", "s", "m", "x", "nd", "rk", "st"]
+TEST_NAMES = 0.15  # of the made-up names are in nothing that is trained
 NAME_ENDINGS = {
     "country": ("ia", "land", "stan", "a", "ova", "ania", "o", "or", "eth", "un", "ay"),
     "element": ("ium", "ine", "on", "ogen", "ite", "um"),
@@ -252,13 +253,15 @@ def is_chosen(text: str, fraction: float) -> bool:
     return text_index(f"chosen {text}", 10_000) < fraction * 10_000
 
 
-def made_up_names(kind: str, *, seed: str, real: Collection[str]) -> Iterator[str]:
-    """Names that nothing bears, without end: of a kind of NAME_ENDINGS, each once, none like one of `real`."""
+def made_up_names(kind: str, *, seed: str, real: Collection[str], is_test: bool = False) -> Iterator[str]:
+    """Names that nothing bears, without end: of a kind of NAME_ENDINGS, each once, none like one of `real`. A part of
+    all names, by TEST_NAMES, is kept for testing, whatever the seed."""
     draw, taken = random.Random(f"names {kind} {seed}"), {name.casefold() for name in real}
     while True:
         syllables = "".join(draw.choice(_ONSETS) + draw.choice(_VOWELS) for _ in range(draw.choice((1, 1, 2))))
         name = syllables + draw.choice(_CODAS) + draw.choice(NAME_ENDINGS[kind])
         name = name if kind == "element" else name.capitalize()
-        if len(name) >= 4 and name.casefold() not in taken:
+        is_kept = is_chosen(f"test name {name.casefold()}", TEST_NAMES)
+        if len(name) >= 4 and name.casefold() not in taken and is_kept == is_test:
             taken.add(name.casefold())
             yield name

@@ -116,19 +116,17 @@ def unknown_exchanges(table: FactTable) -> Iterator[Exchange]:
     """The same questions about names that nothing bears, and some that the table cannot answer."""
     real = real_names(table)
     for is_test in (True, False):
-        names = {kind: made_up_names(kind, seed="test" if is_test else "train", real=real) for kind in p.NAME_ENDINGS}
+        seed = "test" if is_test else "train"
+        names = {kind: made_up_names(kind, seed=seed, real=real, is_test=is_test) for kind in p.NAME_ENDINGS}
         draw = random.Random(f"unknown {is_test}")
-        used = set()
         for number in range(MOST_TESTED if is_test else MOST_TRAINED // 2):
             relation = draw.choice(table.relations)
             name = next(names[name_kind(relation, draw)])
-            used.add(name)
             phrasing = phrasing_of(relation)
             told = phrasing.test_questions if is_test and number % 2 else phrasing.questions
             said = sentence(draw.choice(told), e=name)
             about = dict(skill="unknown_names", task=relation, argument=name, unseen="item" if is_test else "")
             yield Exchange(said if is_test else with_opening(said), p.DONT_KNOW_NAME.format(e=name), **about)
-        real |= used
     for entity in table.entities:
         draw = random.Random(f"topic {entity}")
         is_test = is_never_asked(entity)
