@@ -34,9 +34,10 @@ CONVERSATIONS = {
     "small_talk": 0.10,
     "dialogues": 0.12,
 }
-OF_TABLE = ("facts", "quiz", "unknown_names", "instructions", "dialogues", "assistant")  # what a table replaces
+# What a table of the user's replaces.
+OF_TABLE = ("facts", "practice", "quiz", "unknown_names", "instructions", "dialogues", "assistant")
 # What is ranked, and what RL asks: single exchanges, whose right answers are known but in small talk.
-PROMPTS = {"facts": 0.22, "unknown_names": 0.18, "sums": 0.22, "instructions": 0.24, "small_talk": 0.14}
+PROMPTS = {"facts": 0.08, "practice": 0.26, "unknown_names": 0.2, "sums": 0.2, "instructions": 0.2, "small_talk": 0.06}
 
 
 def mixture(weights: dict[str, float], table: str) -> tuple[dict, ...]:

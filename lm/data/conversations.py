@@ -100,7 +100,7 @@ def skill_conversations(skill: str, path: str = "") -> list[Conversation]:
     return [Conversation(*item, is_whole=True) for item in items]
 
 
-SKILL_SOURCES = (*SKILLS, "dialogues", "assistant")
+SKILL_SOURCES = (*SKILLS, "practice", "dialogues", "assistant")
 CONVERSATION_SOURCES = {
     "chitchat": chitchat_conversations,
     "docstrings": docstring_conversations,

@@ -17,7 +17,8 @@ from lm.data.facts.phrasings import is_chosen, made_up_names, phrasing_of, sente
 from lm.data.facts.tables import Fact, FactTable, relation_values
 from lm.data.tasks.lessons import WORDS, drawn_numbers, drawn_words, is_test_text, spelled, sum_text
 
-NEVER_ASKED = 0.3  # of the entities are in no question that is trained
+NEVER_ASKED = 0.3  # of the entities are in no question that SFT learns from
+PRACTICED = 0.5  # of these are in questions that RL alone learns from, so that it meets what SFT has not drilled
 TEST_TOPICS = 0.15  # of the topics of small talk are in nothing that is trained
 MOST_TRAINED, MOST_TESTED = 6000, 400  # items of one skill
 MOST_OTHERS = 50  # values of a relation of a user's own that a row names
@@ -83,6 +84,10 @@ def is_never_asked(entity: str) -> bool:
     return is_chosen(f"asked {entity}", NEVER_ASKED)
 
 
+def is_practiced(entity: str) -> bool:
+    return is_never_asked(entity) and is_chosen(f"practice {entity}", PRACTICED)
+
+
 def with_opening(question: str) -> str:
     """A quarter of the questions after a polite opening."""
     openings = p.POLITE_OPENINGS
@@ -92,20 +97,42 @@ def with_opening(question: str) -> str:
 
 def fact_exchanges(table: FactTable) -> Iterator[Exchange]:
     """Every trained phrasing about the entities that are asked about; one unseen phrasing about each of them; one
-    trained phrasing about each of the others."""
+    trained phrasing about each of the others, but for those that are kept for practice."""
+    for fact, about in checked_facts(table):
+        phrasing = phrasing_of(fact.relation)
+        if is_practiced(fact.entity):
+            continue
+        if is_never_asked(fact.entity):
+            said = sentence(chosen(phrasing.questions, fact), e=fact.entity)
+            yield Exchange(said, unseen="entity", **about)
+            continue
+        yield from phrased_exchanges(fact, about)
+        yield Exchange(sentence(chosen(phrasing.test_questions, fact), e=fact.entity), unseen="phrasing", **about)
+
+
+def practice_exchanges(table: FactTable) -> Iterator[Exchange]:
+    """Every trained phrasing about the entities that are kept for practice: RL asks, and only checks. Of a table
+    without such entities, those that SFT asks about."""
+    facts = list(checked_facts(table))
+    practiced = [each for each in facts if is_practiced(each[0].entity)]
+    for fact, about in practiced or [each for each in facts if not is_never_asked(each[0].entity)] or facts:
+        yield from phrased_exchanges(fact, about)
+
+
+def checked_facts(table: FactTable) -> Iterator[tuple[Fact, dict[str, Any]]]:
+    """Each fact, and the reply and the fields by which an answer is checked."""
     values = relation_values(table.facts)
     for fact in table.facts:
         about = dict(reply=answer(fact), skill="facts", answer=fact.value, task=fact.relation, argument=fact.entity)
         if fact.relation not in p.PHRASINGS:
             about["others"] = [value for value in values[fact.relation][:MOST_OTHERS] if value != fact.value]
-        phrasing = phrasing_of(fact.relation)
-        ask = lambda template: sentence(template, e=fact.entity)
-        if is_never_asked(fact.entity):
-            yield Exchange(ask(chosen(phrasing.questions, fact)), unseen="entity", **about)
-            continue
-        for template in phrasing.questions:
-            yield Exchange(with_opening(ask(template)), **about)
-        yield Exchange(ask(chosen(phrasing.test_questions, fact)), unseen="phrasing", **about)
+        yield fact, about
+
+
+def phrased_exchanges(fact: Fact, about: dict[str, Any]) -> Iterator[Exchange]:
+    """Every trained phrasing about a fact."""
+    for template in phrasing_of(fact.relation).questions:
+        yield Exchange(with_opening(sentence(template, e=fact.entity)), **about)
 
 
 def chosen(texts: Sequence[str], fact: Fact) -> str:
@@ -228,8 +255,8 @@ def dialogue_items(parts: Sequence[Sequence[SkillItem]], count: int = 3000) -> l
 
 
 def skill_items(skill: str, table: FactTable, chitchat: Callable[[], Sequence[Turns]]) -> list[SkillItem]:
-    """The items of "facts", "unknown_names", "sums", "instructions", "small_talk", "dialogues", or all of the first
-    five: "assistant". chitchat: reads human conversations, (name, turns) each, where they are needed."""
+    """The items of "facts", "unknown_names", "sums", "instructions", "small_talk", "practice" (facts that SFT never asks
+    about), "dialogues", or all of the first five: "assistant". chitchat: reads human conversations, (name, turns) each, where they are needed."""
     if skill in ("assistant", "dialogues"):
         parts = [skill_items(each, table, chitchat) for each in SKILLS]
         return dialogue_items(parts) if skill == "dialogues" else [item for items in parts for item in items]
@@ -239,6 +266,7 @@ def skill_items(skill: str, table: FactTable, chitchat: Callable[[], Sequence[Tu
         "sums": sum_exchanges,
         "instructions": lambda: instruction_exchanges(table),
         "small_talk": lambda: small_talk_exchanges(chitchat()),
+        "practice": lambda: practice_exchanges(table),
     }
     return limited(list(exchanges[skill]()))
 
