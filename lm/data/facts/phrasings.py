@@ -86,7 +86,10 @@ PHRASINGS = {
     ),
 }  # fmt: skip
 POLITE_OPENINGS = ("Please tell me: ", "Hi! ", "Hello. ", "Excuse me, ", "Quick question: ", "One question: ")
-ONE_WORD_REQUESTS = ("Answer in one word: {q}", "{q} Answer in one word.", "{q} One word, please.")
+ONE_WORD_REQUESTS = (
+    "Answer in one word: {q}", "{q} Answer in one word.", "{q} One word, please.", "One word only: {q}",
+    "{q} Use one word.", "Please answer in one word: {q}", "{q} Reply in one word.",
+)  # fmt: skip
 TEST_ONE_WORD_REQUESTS = ("In one word: {q}", "{q} Just one word.")
 
 DONT_KNOW_NAME = "I don't know {e}."
@@ -111,14 +114,20 @@ TEST_SUBTRACT_QUESTIONS = ("How much is {a} - {b}?", "Tell me {a} minus {b}.")
 
 CAPITALS_REQUESTS = (
     "Say {t} in capitals.", "Write {t} in capitals.", "Write {t} in capital letters.", "Put {t} in capitals.",
-    "{t} in capitals, please.", "Say this in capitals: {t}",
+    "{t} in capitals, please.", "Say this in capitals: {t}", "Please write {t} in capital letters.",
+    "Please say {t} in capitals.", "Turn {t} into capitals.", "Capital letters, please: {t}", "I want {t} in capitals.",
 )  # fmt: skip
 TEST_CAPITALS_REQUESTS = ("Please say {t} in capital letters.", "Write this in capitals: {t}")
 SPELL_REQUESTS = (
     "Spell {t}.", "How do you spell {t}?", "Please spell {t}.", "Spell the word {t}.", "Can you spell {t}?",
+    "How do I spell {t}?", "What is the spelling of {t}?", "How is the word {t} spelled?", "Tell me how to spell {t}.",
+    "Which letters has {t}?", "Spell {t}, please.",
 )  # fmt: skip
 TEST_SPELL_REQUESTS = ("How is {t} spelled?", "Please spell the word {t}.")
-REPEAT_REQUESTS = ("Repeat: {t}", "Repeat after me: {t}", "Say {t}.", "Please repeat: {t}", "Repeat {t}.", "Say: {t}")
+REPEAT_REQUESTS = (
+    "Repeat: {t}", "Repeat after me: {t}", "Say {t}.", "Please repeat: {t}", "Repeat {t}.", "Say: {t}",
+    "Please say: {t}", "Please repeat {t}.", "Can you say {t}?", "Now say {t}.", "Say this: {t}", "Copy {t}.",
+)  # fmt: skip
 TEST_REPEAT_REQUESTS = ("Please say {t}.", "Repeat this: {t}")
 
 # Words that are spelled, copied and written in capitals.

@@ -15,12 +15,12 @@ from lm.data.facts import phrasings as p
 from lm.data.facts.documents import answer, is_test_one_word, name_kind, one_word_answer, real_names
 from lm.data.facts.phrasings import is_chosen, made_up_names, phrasing_of, sentence, text_index
 from lm.data.facts.tables import Fact, FactTable, relation_values
-from lm.data.tasks.lessons import WORDS, drawn_numbers, drawn_words, is_test_text, spelled, sum_text
+from lm.data.tasks.lessons import WORDS, copied_word, drawn_numbers, drawn_words, is_test_text, spelled, sum_text
 
 NEVER_ASKED = 0.3  # of the entities are in no question that SFT learns from
 PRACTICED = 0.5  # of these are in questions that RL alone learns from, so that it meets what SFT has not drilled
 TEST_TOPICS = 0.15  # of the topics of small talk are in nothing that is trained
-MOST_TRAINED, MOST_TESTED = 6000, 400  # items of one skill
+MOST_TRAINED, MOST_TESTED = 12_000, 400  # items of one skill
 MOST_OTHERS = 50  # values of a relation of a user's own that a row names
 CHITCHAT_WORDS = range(2, 16)  # of a human's turn that is small talk, and of the reply
 
@@ -189,7 +189,8 @@ def sum_exchanges() -> Iterator[Exchange]:
 
 
 def instruction_exchanges(table: FactTable) -> Iterator[Exchange]:
-    """Texts in capitals, spelled, repeated; facts in one word. Unseen: the words, texts or questions, and how it is
+    """Texts in capitals, spelled, repeated; facts in one word. Names that nothing bears are among the texts, as nothing
+    but reading helps to say them again. Unseen: the words, texts or questions, and how it is
     asked for half of them."""
     texts = {
         "capitals": (p.CAPITALS_REQUESTS, p.TEST_CAPITALS_REQUESTS, str.upper),
@@ -198,9 +199,11 @@ def instruction_exchanges(table: FactTable) -> Iterator[Exchange]:
     }
     for task, (requests, test_requests, right) in texts.items():
         draw = random.Random(f"instructions {task}")
-        arguments = (
-            list(WORDS) * 2 if task == "spell" else [drawn_words(draw, draw.choice((1, 2, 2, 3))) for _ in range(1600)]
-        )
+        arguments = list(WORDS) * 4
+        if task != "spell":
+            arguments = [drawn_words(draw, draw.choice((1, 2, 2, 3))) for _ in range(1600)]
+            names = [" ".join(copied_word(draw) for _ in range(draw.randint(1, 3))) for _ in range(2400)]
+            arguments += [text for text in names if not is_test_text(task, text)]  # trained only
         for number, text in enumerate(arguments):
             is_test = is_test_text(task, text)
             request = draw.choice(test_requests if is_test and number % 2 else requests)
@@ -213,7 +216,7 @@ def instruction_exchanges(table: FactTable) -> Iterator[Exchange]:
         is_test = is_test_one_word(fact)
         about = dict(skill="instructions", task="one_word", argument=fact.entity, unseen="item" if is_test else "")
         draw = random.Random(f"one word {fact}")
-        for _ in range(1 if is_test else 2):
+        for _ in range(1 if is_test else 4):
             request = draw.choice(p.TEST_ONE_WORD_REQUESTS if is_test and draw.random() < 0.5 else p.ONE_WORD_REQUESTS)
             question = sentence(draw.choice(phrasing_of(fact.relation).questions), e=fact.entity)
             yield Exchange(request.format(q=question), one_word_answer(fact), answer=fact.value, **about)
@@ -255,8 +258,8 @@ def dialogue_items(parts: Sequence[Sequence[SkillItem]], count: int = 3000) -> l
 
 
 def skill_items(skill: str, table: FactTable, chitchat: Callable[[], Sequence[Turns]]) -> list[SkillItem]:
-    """The items of "facts", "unknown_names", "sums", "instructions", "small_talk", "practice" (facts that SFT never asks
-    about), "dialogues", or all of the first five: "assistant". chitchat: reads human conversations, (name, turns) each, where they are needed."""
+    """The items of a skill: one of SKILLS, all of them ("assistant"), "practice" (facts that SFT never asks about), or
+    "dialogues". chitchat: reads human conversations, (name, turns) each, where they are needed."""
     if skill in ("assistant", "dialogues"):
         parts = [skill_items(each, table, chitchat) for each in SKILLS]
         return dialogue_items(parts) if skill == "dialogues" else [item for items in parts for item in items]
