@@ -147,7 +147,7 @@ def config_file(folder: Path, name: str, change: str) -> str:
             "init_from={finished}/reward",
             "config.init_from {finished}/reward is a reward model, which scores answers and writes none: name the ",
         ),
-        ("ppo", "data.rater=rul", "data.rater is 'rul'; choose one of rule, toxicity, "),
+        ("ppo", "data.rater=rul", "data.rater is 'rul'; choose one of rule, assistant, "),
         ("ppo", "data.rollouts=15", "a batch of 15 rows cannot be cut into 2 equal parts"),
         (
             "ppo",
