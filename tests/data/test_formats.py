@@ -230,9 +230,7 @@ def test_sources_may_be_mixed_and_a_misspelt_name_is_named(tmp_path):
     path = lines(tmp_path / "a.jsonl", {"messages": TURNS})
     found = load_conversations(f"arithmetic,{path}")
     assert len(found) == 6001 and found[-1].messages == TURNS
-    with pytest.raises(
-        UserError, match="data.sources has 'chitcat'; choose among chitchat, docstrings, arithmetic, "
-    ):
+    with pytest.raises(UserError, match="data.sources has 'chitcat'; choose among chitchat, docstrings, arithmetic, "):
         load_conversations("chitcat")
 
 
