@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -109,67 +109,99 @@ def evaluate_models(
     if sorted(order) != sorted(models):
         raise UserError(f"evaluate.order {', '.join(order)} does not name the models {', '.join(models)}, each once")
     models = {name: models[name] for name in order}
-    sources, turns, prompt_length, held_out = options
     rate = named_rater(rater, "evaluate.rater")
     judged = named_rater(judge, "evaluate.judge") if judge else None
     check_at_least(
-        1, "evaluate", turns=turns, reply_turns=reply_turns, prompts=prompts, length=length, rows_at_once=rows_at_once
+        1,
+        "evaluate",
+        turns=options.turns,
+        reply_turns=reply_turns,
+        prompts=prompts,
+        length=length,
+        rows_at_once=rows_at_once,
     )
     for name, trained in models.items():
-        check_context(name, trained, length=length, prompt_length=prompt_length, max_new=sampling.max_new)
+        check_context(name, trained, length=length, prompt_length=options.prompt_length, max_new=sampling.max_new)
     start = time.monotonic()
-    _, text = split_held_out(load_documents(corpus), held_out)
-    text = documents_within_bytes(text, held_out_bytes)
-    _, replies = split_held_out(load_conversations(sources), held_out)
-    contexts = shared_prompts(models.values(), conversations.prompt_contexts(replies, turns=turns), prompt_length)
-    by_skill = has_skills(contexts)
-    contexts = balanced_prompts(contexts, prompts) if by_skill else contexts[:prompts]
-    examples = [conversations.reward_example(c.messages, c.fields) for c in contexts]
+    data = evaluation_data(models.values(), corpus, options, prompts=prompts, held_out_bytes=held_out_bytes)
     parts, scores, judgements = PartialResults(workdir.path / PARTIAL_FILE), {}, {}
     answers, measured = {}, {}
     with Progress("evaluate", len(models), "model") as progress:
         for i, (name, model) in enumerate(models.items()):
             # Another run in the same workdir has other results.
             model_digest = hashlib.sha256(json.dumps(model.summary).encode()).hexdigest()[:12]
-            losses = parts.once(
-                f"losses of {name} {model_digest}",
-                lambda: held_out_losses(
-                    model, text, conversation_rows(model.tokenizer, replies, reply_turns, length)[0], rows_at_once
-                ),
-            )
-            known = {}
+            once = lambda what, work: parts.once(f"{what} of {name} {model_digest}", work)
+            results = once("losses", lambda: data.losses(model, reply_turns, length, rows_at_once))
             if recall_facts:
-                known = parts.once(
-                    f"recall of {name} {model_digest}",
-                    lambda: {"recall": measured_recall(model, table=table, facts=recall_facts)},
-                )
-            rows = parts.once(
-                f"answers of {name} {model_digest}",
-                lambda: sampled_answers(
-                    model, examples, prompt_length, seed, sampling, rows_at_once, first_line_only=by_skill
-                ),
-            )
+                recall = once("recall", lambda: {"recall": measured_recall(model, table=table, facts=recall_facts)})
+                results = {**results, **recall}
+            rows = once("answers", lambda: data.answers(model, seed, sampling, rows_at_once))
             answers[name] = [GeneratedAnswer(*each) for each in rows]
             texts = [answer.text for answer in answers[name]]
-            scores[name] = rate(examples, texts)
-            measured[name] = {**losses, **known, **answer_statistics(answers[name], scores[name])}
+            scores[name] = rate(data.examples, texts)
+            measured[name] = {**results, **answer_statistics(answers[name], scores[name])}
             if judged:
-                judgements[name] = judged(examples, texts)
+                judgements[name] = judged(data.examples, texts)
                 measured[name]["judge"] = mean_estimate(judgements[name])._asdict()
             progress.update(i + 1, {"score": measured[name]["score"]["value"]})
-    write_answers(workdir.path / ANSWERS_FILE, contexts, answers, scores)
+    write_answers(workdir.path / ANSWERS_FILE, data.contexts, answers, scores)
     names = list(models)
+    texts_by_model = {name: [answer.text for answer in answers[name]] for name in names}
     return {
         "stage": "evaluate",
         "rater": rater,
-        "prompts": len(contexts),
+        "prompts": len(data.contexts),
         "sampler": {**sampling.record(), "seed": seed},
         "models": measured,
         "comparisons": [paired_comparison(a, b, scores, judgements) for a, b in zip(names[1:], names)],
         **({"judge": judge} if judge else {}),
-        **(skill_results(examples, {name: [a.text for a in answers[name]] for name in names}) if by_skill else {}),
+        **(skill_results(data.examples, texts_by_model) if data.by_skill else {}),
         "seconds": time.monotonic() - start,
     }
+
+
+class EvaluationData(NamedTuple):
+    """What every model is measured on: text and replies that are held out, and prompts."""
+
+    text: Sequence[Document]
+    replies: Sequence[conversations.Conversation]
+    contexts: Sequence[conversations.Conversation]  # the prompts
+    examples: Sequence[conversations.Example]  # the same, as a rater is given them
+    prompt_length: int  # tokens
+    by_skill: bool  # whether each prompt names a skill
+
+    def losses(self, model: TrainedModel, reply_turns: int, length: int, rows_at_once: int) -> dict[str, float]:
+        rows, _ = conversation_rows(model.tokenizer, self.replies, reply_turns, length)
+        return held_out_losses(model, self.text, rows, rows_at_once)
+
+    def answers(
+        self, model: TrainedModel, seed: int, sampling: SamplingParams, rows_at_once: int
+    ) -> list[GeneratedAnswer]:
+        return sampled_answers(
+            model, self.examples, self.prompt_length, seed, sampling, rows_at_once, first_line_only=self.by_skill
+        )
+
+
+def evaluation_data(
+    models: Iterable[TrainedModel],
+    corpus: str | Sequence[Mapping[str, Any]],
+    options: PromptOptions,
+    *,
+    prompts: int,
+    held_out_bytes: int,
+) -> EvaluationData:
+    """The held-out side of corpus and sources: whole documents up to so many bytes, and so many prompts that every
+    model has room for; of prompts that name skills as many of each."""
+    sources, turns, prompt_length, held_out = options
+    _, text = split_held_out(load_documents(corpus), held_out)
+    _, replies = split_held_out(load_conversations(sources), held_out)
+    contexts = shared_prompts(models, conversations.prompt_contexts(replies, turns=turns), prompt_length)
+    by_skill = has_skills(contexts)
+    contexts = balanced_prompts(contexts, prompts) if by_skill else contexts[:prompts]
+    examples = [conversations.reward_example(c.messages, c.fields) for c in contexts]
+    return EvaluationData(
+        documents_within_bytes(text, held_out_bytes), replies, contexts, examples, prompt_length, by_skill
+    )
 
 
 def held_out_losses(
