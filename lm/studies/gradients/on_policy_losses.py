@@ -170,10 +170,8 @@ def first_update_certificates(nets: Networks) -> Iterator[Certificate]:
         loo,
         rollout_batches(small, prompt_mixes=ALL_PROMPTS_MIX),
     )
-    doctor, scale = (
-        dr_grpo.make(model, GRADIENT_RECORDER, max_response_length=MAX_ANSWER_LENGTH),
-        1 / (2 * MAX_ANSWER_LENGTH),
-    )  # (group - 1) / (group * length)
+    doctor = dr_grpo.make(model, GRADIENT_RECORDER, max_response_length=MAX_ANSWER_LENGTH)
+    scale = 1 / (2 * MAX_ANSWER_LENGTH)  # (group - 1) / (group * length)
     yield certificate_of(w, "Dr. GRPO", "⅙ E r", plain, doctor, draws, scale=scale)
     rewards = np.asarray(w.rewards).reshape(-1)[draws.indices]
     differ = draws.probabilities * (rewards[:, 0] != rewards[:, 1])  # dynamic sampling without a limit of rounds
@@ -186,9 +184,8 @@ def first_update_certificates(nets: Networks) -> Iterator[Certificate]:
         level, "best-of-2, 2 tokens", "½ E best log p", target, best, rollout_batches(level), scale=1 / 2
     )
     p, log_q = answer_probabilities(w, nets.policy), answer_logprobs(w, next_token_logprobs(w, nets.reference))
-    won = (
-        2 * p[:, :, None] * p[:, None, :] * (pairwise_differences(w.rewards) > 0) / len(PROMPTS)
-    )  # drawn in either order
+    is_better = pairwise_differences(w.rewards) > 0
+    won = 2 * p[:, :, None] * p[:, None, :] * is_better / len(PROMPTS)  # drawn in either order
     online = pairwise_loss(
         w,
         won,
