@@ -79,9 +79,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.ppo.data.reward_model = root + "/reward"
     config.rank.rank.update({"rater": "assistant", "responses": 4})
     config.rank.rank.update({"prompts": 96 if tiny else 640, "held_out_prompts": 64 if tiny else 128})
-    for data in (config.rank.rank, config.ppo.data):  # a prompt and its answer: 64 tokens
-        data.update({"prompt_length": 40, "max_new": 24})
-    config.reward.data.update({"length": 72, "prompts_per_batch": 8 if tiny else 16})
+    for data in (config.rank.rank, config.ppo.data):
+        data.update({"prompt_length": 32 if tiny else 40, "max_new": 16 if tiny else 24})
+    config.reward.data.update({"length": 64 if tiny else 72, "prompts_per_batch": 8 if tiny else 16})
     config.reward.train.steps = 8 if tiny else 60
     config.ppo.data.update({"rater": "assistant_held_out"})
     if not tiny:

@@ -1,7 +1,5 @@
 """The quickstart on a user's own table, from its facts to answers about them: every stage for a few steps."""
 
-import json
-
 import pytest
 from runs import EXPERIMENTS
 
@@ -40,5 +38,5 @@ def test_tiny_runs_from_facts_to_a_report(tmp_path):
     summary = read_json(root / "evaluate" / "summary.json")
     for model in summary["models"].values():
         assert model["recall"]["facts"] == 32 < len(fact_table().facts)
-    assert json.loads((root / "pretrain" / "summary.json").read_text())["held_out/bits_per_byte"] > 0
+    assert read_json(root / "pretrain" / "summary.json")["held_out"]["bits_per_byte"] > 0
     assert (root / "report.html").stat().st_size > 10_000
