@@ -31,7 +31,7 @@ from lm.data.prompts import PromptOptions, padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
 from lm.evaluate.recall import measured_recall
 from lm.evaluate.skills import balanced_prompts, checked_answers, has_skills, print_skills, skill_results
-from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.generate.answers import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
 from lm.rewards import named_rater
 from lm.runs import metadata
