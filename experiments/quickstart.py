@@ -38,7 +38,7 @@ CONVERSATIONS = {
 OF_TABLE = ("facts", "practice", "quiz", "unknown_names", "instructions", "dialogues", "assistant")
 # What is ranked, and what RL asks: single exchanges, whose right answers are known but in small talk.
 PROMPTS = {"facts": 0.08, "practice": 0.26, "unknown_names": 0.2, "sums": 0.2, "instructions": 0.2, "small_talk": 0.06}
-# RL asks most where the model is to learn when it knows: of names that SFT never asked about, and names that are none.
+# RL asks most about names that SFT never asked about and names that are none: it is to learn when it knows.
 ASKED_BY_RL = {
     "facts": 0.1,
     "practice": 0.36,
