@@ -72,6 +72,11 @@ class Tokenizer(ABC):
         """What each id stands for, special ids by name: for showing a row token by token."""
 
     @abstractmethod
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to a text, as UTF-8 or a part of it; empty for special ids. UserError where tokens are no
+        pieces of text. A decoder may drop the space with which a text begins."""
+
+    @abstractmethod
     def encode_chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
         """Whole conversations as the template renders them: the ids of every stage come from here and from
         `encode_prompts`.
