@@ -124,6 +124,11 @@ class AnnotationStore:
         with self._writing():
             return sum(self._added(*item)[1] for item in items)
 
+    def add_item(self, name: str, prompt: list[dict], responses: list[str], sources: list[dict]) -> int:
+        """Adds one, unless it is there, and returns its number."""
+        with self._writing():
+            return self._added(name, prompt, responses, sources)[0]
+
     def item(self, id: int) -> RankingItem:
         """UserError for an unknown one."""
         items = self._items(f"{SELECT_ITEMS} WHERE id = ?", id)

@@ -89,6 +89,10 @@ class Tokenizer(ABC):
     def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
         """i32[n] each: the conversation so far, up to where the assistant's answer begins."""
 
+    def encode_prompt_with_tools(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """`encode_prompts` of one conversation whose template shows these tools. UserError where it shows none."""
+        raise UserError("the chat template of this model shows no tools: leave tools out, or describe them in words")
+
     @abstractmethod
     def encode_reply(self, role: str, text: str, limit: int) -> list[int]:
         """What comes between an answer's end token and the next answer: a message, its words cut to `limit` tokens."""

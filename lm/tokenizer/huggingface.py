@@ -259,6 +259,12 @@ class HuggingFaceTokenizer(Tokenizer):
         ]
         return [np.array(self._coder.encode_with_special(text).ids, np.int32) for text in texts]
 
+    def encode_prompt_with_tools(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        if not re.search(r"\btools\b", self._bundle["template"]):
+            return super().encode_prompt_with_tools(messages, tools)
+        text = self.template.render(checked_messages(messages), add_generation_prompt=True, tools=tools)
+        return np.array(self._coder.encode_with_special(text).ids, np.int32)
+
     def encode_reply(self, role: str, text: str, limit: int) -> list[int]:
         content = self.decode(self.encode(text)[:limit])
         rendered = self.template.render(
