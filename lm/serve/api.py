@@ -180,7 +180,13 @@ class Api:
         return stream, Generation(served, options, stream, len(requests), self.metrics, began)
 
     async def _answer(
-        self, request: Request, served: ServedModel, prompts: Sequence[np.ndarray], options: RequestOptions, *, chat: bool
+        self,
+        request: Request,
+        served: ServedModel,
+        prompts: Sequence[np.ndarray],
+        options: RequestOptions,
+        *,
+        chat: bool,
     ) -> Response:
         stream, generation = await self._generation(served, prompts, options)
         form = ResponseForm(
@@ -208,7 +214,9 @@ class Api:
             usage = said.usage_counts(prompt_tokens, generation.completion_tokens)
             return JSONResponse(form.whole(answers, finishes, usage))
 
-        return EventResponse(events(), stream) if options.stream else await self._unless_hung_up(request, stream, whole())
+        return (
+            EventResponse(events(), stream) if options.stream else await self._unless_hung_up(request, stream, whole())
+        )
 
     @staticmethod
     async def _failures_as_events(generation: Generation) -> AsyncIterator[tuple[int, TextPiece | str, str]]:
@@ -239,7 +247,9 @@ class Api:
         return JSONResponse(model_card(self._model(request.path_params["name"])))
 
     async def health(self, request: Request) -> Response:
-        return JSONResponse({"status": "draining" if self.draining else "ok"}, 503 if self.draining else 200)
+        failed = [name for name, served in self.models.items() if served.worker.has_failed]
+        status = "draining" if self.draining else f"the engine of {failed[0]} failed" if failed else "ok"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def prometheus(self, request: Request) -> Response:
         gauges: dict[str, dict] = {}
@@ -293,7 +303,12 @@ def make_app(api: Api, *, token: str = "", hosts: Collection[str] = LOOPBACK_HOS
         ],
         middleware=[
             Middleware(
-                RequestGuard, token=token, hosts=hosts, cookie=COOKIE_NAME, refused=error_response, open_paths=["/health"]
+                RequestGuard,
+                token=token,
+                hosts=hosts,
+                cookie=COOKIE_NAME,
+                refused=error_response,
+                open_paths=["/health"],
             )
         ],
         exception_handlers={

@@ -9,8 +9,8 @@ import secrets
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lm.core.errors import UserError
 from lm.core.config import did_you_mean
+from lm.core.errors import UserError
 from lm.data.messages import RowFault, checked_conversation
 from lm.generate.sampler import SamplingParams
 
@@ -230,5 +230,3 @@ def text(body: Mapping[str, Any], name: str, default: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{name} is {value!r:.60}; it must be a text")
     return value
-
-

@@ -150,7 +150,9 @@ def error_body(status: int, message: str, code: str | None = None) -> dict[str, 
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def llama_body(answer: TextPiece, finish: str, model: str, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+def llama_body(
+    answer: TextPiece, finish: str, model: str, prompt_tokens: int, completion_tokens: int
+) -> dict[str, Any]:
     """A whole response, or the last part of a stream, as llama.cpp's /completion gives it."""
     return {
         "index": 0,

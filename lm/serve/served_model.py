@@ -34,7 +34,9 @@ class EngineLimits(NamedTuple):
 class ServedModel:
     """One name of the server. Several names have an engine each."""
 
-    def __init__(self, name: str, trained: TrainedModel, engine: Engine, limits: EngineLimits, *, fingerprint: str = ""):
+    def __init__(
+        self, name: str, trained: TrainedModel, engine: Engine, limits: EngineLimits, *, fingerprint: str = ""
+    ):
         self.name, self.trained, self.limits, self.fingerprint = name, trained, limits, fingerprint
         self.created = int(time.time())
         self.context = trained.model.config.context

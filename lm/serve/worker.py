@@ -65,6 +65,7 @@ class EngineWorker:
         self._streams: dict[int, tuple[EventStream, int]] = {}  # of the thread alone, by the engine's number
         self._lock = threading.Lock()
         self._open, self._stopping = 0, False
+        self.has_failed = False  # whether the last step raised
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -116,7 +117,9 @@ class EngineWorker:
                 continue
             try:
                 self._deliver(self.engine.step())
+                self.has_failed = False
             except Exception as error:  # a bug or a full memory must not leave clients waiting
+                self.has_failed = True
                 traceback.print_exc()
                 warn(f"the engine failed ({type(error).__name__}: {error}); its requests end with an error")
                 self._end_all("error", f"the engine failed: {type(error).__name__}")
