@@ -214,9 +214,9 @@ class Api:
             usage = said.usage_counts(prompt_tokens, generation.completion_tokens)
             return JSONResponse(form.whole(answers, finishes, usage))
 
-        return (
-            EventResponse(events(), stream) if options.stream else await self._unless_hung_up(request, stream, whole())
-        )
+        if options.stream:
+            return EventResponse(events(), stream)
+        return await self._unless_hung_up(request, stream, whole())
 
     @staticmethod
     async def _failures_as_events(generation: Generation) -> AsyncIterator[tuple[int, TextPiece | str, str]]:

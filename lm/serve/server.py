@@ -36,6 +36,7 @@ from lm.serve.rankings import RankingBook
 from lm.serve.served_model import EngineLimits, ServedModel, load_served_models
 from lm.train.warm_start import policy_folder
 
+WARM_UP_LENGTHS = (1, 64, 128, 256, 512)  # tokens: around where the engine's cache doubles
 POLL_SECONDS = 0.05  # how often a draining server looks whether it is done
 FLAGS = {
     "workdir": dict(
@@ -102,13 +103,16 @@ def model_folders(flags: argparse.Namespace) -> dict[str, Path]:
 
 
 async def warm_up(models: list[ServedModel]) -> None:
-    """Compiles what every request needs, before the first comes."""
+    """Compiles what requests of the common lengths need, before the first comes."""
     for served in models:
-        ids = list(served.tokenizer.start_ids) or [served.tokenizer.eos]
-        stream = await served.worker.submit([Request(ids, SamplingParams(min(2, served.context - len(ids)), 0.0))])
-        async for _, event in stream.events():
-            if event.finish == "error":
-                raise UserError(f"{served.name} cannot answer: {event.message}")
+        for length in WARM_UP_LENGTHS:
+            ids = [served.tokenizer.eos] * min(length, served.context - 1)
+            stream = await served.worker.submit([Request(ids, SamplingParams(1, 0.0))])
+            async for _, event in stream.events():
+                if event.finish == "error":
+                    raise UserError(f"{served.name} cannot answer: {event.message}")
+            if length >= served.context - 1:
+                break
 
 
 def check_flags(flags: argparse.Namespace) -> None:

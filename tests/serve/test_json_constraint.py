@@ -25,9 +25,17 @@ PERSON = {
     "additionalProperties": False,
 }
 NESTED = {
-    "$defs": {"Tree": {"properties": {"value": {"type": "number"}, "next": {"anyOf": [{"$ref": "#/$defs/Tree"}, {"type": "null"}]}}, "required": ["value"]}},
+    "$defs": {
+        "Tree": {
+            "properties": {
+                "value": {"type": "number"},
+                "next": {"anyOf": [{"$ref": "#/$defs/Tree"}, {"type": "null"}]},
+            },
+            "required": ["value"],
+        }
+    },
     "$ref": "#/$defs/Tree",
-}  # fmt: skip
+}
 
 
 def accepts(grammar: JsonGrammar, text: str) -> bool:
@@ -48,7 +56,8 @@ def vocabulary():
 @pytest.mark.parametrize(
     "text",
     [
-        *('{"name": "x", "tags": ["a"]}', ' {"tags":[null, "b"],"name":""}', '{"name":"\\u00e9\\n","age":-0,"tags":["é"]}'),
+        *('{"name": "x", "tags": ["a"]}', ' {"tags":[null, "b"],"name":""}'),
+        '{"name":"\\u00e9\\n","age":-0,"tags":["é"]}',
         *('{"mood": 12, "name": "日本😀", "tags": [""]}', '{"mood": "good", "name": "", "tags": [null]}'),
     ],
 )  # fmt: skip
@@ -64,7 +73,8 @@ def test_what_fits_is_accepted(text):
         *('{"name": 1, "tags": ["a"]}', '{"name": "x", "tags": ["a"], "more": 1}', '{"name":"a","tags":["a"],}'),
         *('{"name": "x", "name": "y", "tags": ["a"]}', '{"name": "x", "tags": ["a"]} ', '{"name":"a\nb","tags":["a"]}'),
         *('{"age": 1.5, "name": "x", "tags": ["a"]}', '{"age": 01, "name": "x", "tags": ["a"]}', '{"mood":"bad'),
-        *('{"name": "\\ud800", "tags": ["a"]}', '{"name": "\\x", "tags": ["a"]}', '{"age": -, "name": "", "tags":[""]}'),
+        *('{"name": "\\ud800", "tags": ["a"]}', '{"name": "\\x", "tags": ["a"]}'),
+        '{"age": -, "name": "", "tags":[""]}',
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_not_accepted(text):
