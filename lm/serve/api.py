@@ -34,7 +34,7 @@ from lm.serve.openai_requests import RequestOptions
 from lm.serve.openai_responses import AnswerText, ResponseForm, TextPiece, server_event
 from lm.serve.prometheus import ServerMetrics
 from lm.serve.rankings import RankingBook
-from lm.serve.served_model import ServedModel
+from lm.serve.served_model import PromptTooLong, ServedModel
 from lm.serve.worker import EngineStopped, EventStream
 
 COOKIE_NAME = "serving"  # holds the token
@@ -315,6 +315,7 @@ def make_app(api: Api, *, token: str = "", hosts: Collection[str] = LOOPBACK_HOS
             QueueFull: lambda request, error: error_response(429, str(error), {"Retry-After": "1"}),
             EngineStopped: lambda request, error: error_response(503, str(error), {"Retry-After": "5"}),
             StoreUnavailable: lambda request, error: error_response(503, str(error)),
+            PromptTooLong: prompt_too_long,
             UserError: lambda request, error: error_response(400, str(error)),
             RequestFailed: lambda request, error: error_response(500, str(error)),
             HTTPException: lambda request, error: error_response(error.status_code, error.detail),
@@ -336,6 +337,11 @@ def error_response(status: int, message: str, headers: Mapping[str, str] | None 
     codes = {401: "invalid_api_key", 404: "model_not_found", 429: "queue_full"}
     body = said.error_body(status, message, codes[status] if status in codes else None)
     return JSONResponse(body, status, headers=headers)
+
+
+def prompt_too_long(request: Request, error: PromptTooLong) -> Response:
+    body = said.error_body(400, str(error), "context_length_exceeded")
+    return JSONResponse({"error": {**body["error"], "room": error.room}}, 400)
 
 
 async def limited_body(request: Request, limit: int) -> bytes:

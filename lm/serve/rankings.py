@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.core.errors import UserError
-from lm.data.annotations import Annotation, AnnotationStore
+from lm.data.annotations import Annotation, AnnotationStore, DuplicateVerdict
 from lm.data.messages import RowFault, bare_messages, checked_conversation
 from lm.feedback.app import checked_rater_name
 from lm.serve.served_model import ServedModel
@@ -57,7 +57,10 @@ class RankingBook:
         texts, sources = checked_answers(body["answers"], models)
         item = self.store.add_item("chat page", prompt, texts, sources)
         ranking = VERDICTS[body["verdict"]]
-        self.store.record_verdict(Annotation(body["key"], item, rater, ranking, shown=[0, 1]))
+        try:
+            self.store.record_verdict(Annotation(body["key"], item, rater, ranking, shown=[0, 1]))
+        except DuplicateVerdict as error:
+            raise UserError(f"{rater} has judged these two answers before, and that verdict stays") from error
         return {"recorded": body["key"]}
 
     def undo(self, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,14 @@ from lm.serve.worker import EngineWorker
 from lm.train.warm_start import load_policy, policy_folder
 
 
+class PromptTooLong(UserError):
+    """Prompt and answer do not fit into the model's context. room: the tokens that the prompt leaves."""
+
+    def __init__(self, message: str, room: int):
+        super().__init__(message)
+        self.room = room
+
+
 class EngineLimits(NamedTuple):
     """How much of a machine one model takes."""
 
@@ -96,9 +104,10 @@ class ServedModel:
         room = self.context - prompt
         if room < 1 or sampling.max_new > room:
             asked = f" and max_tokens is {sampling.max_new}" if sampling.max_new else ""
-            raise UserError(
+            raise PromptTooLong(
                 f"the prompt has {prompt} tokens{asked}, but {self.name}'s context is {self.context}: shorten the "
-                f"prompt{f', or lower max_tokens to {room}' if room > 0 else ''}"
+                f"prompt{f', or lower max_tokens to {room}' if room > 0 else ''}",
+                max(room, 0),
             )
         most = min(room, self.limits.max_tokens or room)
         if sampling.max_new > most:
