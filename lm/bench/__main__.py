@@ -11,10 +11,12 @@ rollout     seconds of a GRPO step: generation and update apart
 startup     seconds to the first step of lm train, without compiled programs and with them
 speculation tokens/s of a trained model with a draft and without; the share of proposals accepted
 data        tokens/s of the loader over those of training at size S; MB/s encoded beside the library's own call
+serve       requests/s, tokens/s and waiting times of lm serve under load, beside a loop over `sample`
 
     python -m lm bench generation --sizes=smollm2-135m --batches=1,32
     python -m lm bench startup --json=bench.jsonl
     python -m lm bench data --sizes=S
+    python -m lm bench serve --workdir=W --clients=1,8,32 --new_tokens=128
     python -m lm bench speculation --workdir=W --draft=D --batches=1,64 --prompt_tokens=64 --new_tokens=32
 
 --peer is an interpreter with tests/peers.txt: PyTorch, transformers and TRL do the same on the same CPU. The two sides
@@ -23,13 +25,13 @@ take turns; the first step of each turn does not count. --json appends all numbe
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from lm.bench import data, generation, rollout, speculation, startup, tables, training
+from lm.bench import data, generation, rollout, serving, speculation, startup, tables, training
 from lm.bench.limits import DeviceLimits
 from lm.bench.sizes import DTYPES, SIZES, BenchmarkSize, parsed_counts, parsed_names, sizes_named
 from lm.bench.turns import Peer, TimedSteps, Timings, interleaved_timings, peer_interpreter
@@ -38,7 +40,7 @@ from lm.core.errors import UserError, check_at_least
 from lm.runs import metadata
 from lm.runs.console import Progress, run_program, say, warn
 from lm.runs.workdir import TrainedModel, load_trained_model, require_decoder
-from lm.train.warm_start import load_policy
+from lm.train.warm_start import load_policy, policy_folder
 
 PRINTERS = {
     "limits": tables.print_limits,
@@ -48,8 +50,9 @@ PRINTERS = {
     "startup": tables.print_startup,
     "speculation": tables.print_speculation,
     "data": tables.print_data,
+    "serve": tables.print_serving,
 }
-BENCHMARKS = ("training", "generation", "rollout", "startup", "speculation", "data")
+BENCHMARKS = ("training", "generation", "rollout", "startup", "speculation", "data", "serve")
 FLAGS = {
     "sizes": dict(default="S", metavar="NAMES", help=f"of training, generation and data: {', '.join(SIZES)}"),
     "dtypes": dict(default="auto", metavar="NAMES", help="float32, bfloat16; auto: what the backend would take"),
@@ -59,6 +62,8 @@ FLAGS = {
     "workdir": dict(default="", metavar="DIR", help="a trained or converted model whose generation is timed too"),
     "draft": dict(default="", metavar="DIR", help="of speculation: a model that proposes to the one of --workdir"),
     "draft_tokens": dict(type=int, default=4, help="of speculation: tokens it proposes at a time"),
+    "clients": dict(default="1,8,32", metavar="COUNTS", help="of serve: clients that ask at once"),
+    "slots": dict(type=int, default=8, help="of serve: answers of the server at once"),
     "peer": dict(default="", metavar="PYTHON", help="an interpreter with tests/peers.txt; torch: this one"),
     "turns": dict(type=int, default=3, help="how often the two sides take turns"),
     "steps": dict(type=int, default=3, help="steps, or generations, that count in each turn"),
@@ -149,7 +154,8 @@ def measurements(flags) -> dict[str, Any]:
     chosen = benchmark_cases(flags, limits)
     timings: list[Timings] = []
     results: dict[str, Any] = metadata.start_metadata()
-    done, total = 0, flags.turns * (len(chosen) + ("startup" in flags.what))
+    clients = parsed_counts("clients", flags.clients) if "serve" in flags.what else []
+    done, total = 0, flags.turns * (len(chosen) + ("startup" in flags.what)) + len(clients)
     with Progress("bench", total, "turn") as progress:
 
         def after(last: Mapping[str, float]) -> None:
@@ -167,11 +173,27 @@ def measurements(flags) -> dict[str, Any]:
             )
         if "startup" in flags.what:
             results["startup"] = startup.result(startup.startup_seconds(turns=flags.turns, on_turn=after))
+        if clients:
+            results["serve"] = serve_results(flags, clients, after)
     if chosen:
         results["limits"] = dataclasses.asdict(limits)
     for case, timed in zip(chosen, timings):  # after the limits were measured again in every turn
         results.setdefault(case.benchmark, []).append(case.make_result(timed))
     return results
+
+
+def serve_results(flags, clients: Sequence[int], on_turn: Callable[[Mapping[str, float]], None]) -> dict[str, Any]:
+    trained = load_policy(policy_folder(Path(flags.workdir)), backend=jax.default_backend(), warn=warn)
+    require_decoder(trained, "lm bench")
+    return serving.results(
+        trained,
+        clients=clients,
+        prompt=flags.prompt_tokens,
+        new=flags.new_tokens,
+        slots=flags.slots,
+        python=peer_interpreter(flags.peer),
+        on_turn=on_turn,
+    )
 
 
 def check_flags(flags) -> None:
@@ -180,9 +202,11 @@ def check_flags(flags) -> None:
         if what not in BENCHMARKS:
             raise UserError(f"lm bench does not time {what!r}; choose from {', '.join(BENCHMARKS)}")
     check_at_least(1, "bench", steps=flags.steps, turns=flags.turns)
-    check_at_least(1, "bench", new_tokens=flags.new_tokens, prompt_tokens=flags.prompt_tokens)
+    check_at_least(1, "bench", new_tokens=flags.new_tokens, prompt_tokens=flags.prompt_tokens, slots=flags.slots)
     if "speculation" in flags.what and not (flags.workdir and flags.draft):
         raise UserError("speculation needs two trained models: give --workdir=DIR and --draft=DIR")
+    if "serve" in flags.what and not flags.workdir:
+        raise UserError("serve needs a trained model: give --workdir=DIR")
     if flags.peer and jax.default_backend() != "cpu":
         raise UserError(f"the peers run on a CPU, and this is a {jax.default_backend()}: leave --peer out")
     if flags.json and not Path(flags.json).absolute().parent.is_dir():

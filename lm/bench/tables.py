@@ -124,6 +124,31 @@ def print_data(rows: Sequence[ResultRow]) -> None:
         )
 
 
+def print_serving(found: ResultRow) -> None:
+    print_table(
+        f"lm serve of {found['size']}, {found['slots']} slots, greedy, up to {found['new']} tokens after "
+        f"{found['prompt']}; ms at p50 / p95 / p99",
+        ["clients", "requests", "requests/s", "tokens/s", "to the first token", "between tokens"],
+        [
+            [
+                row["clients"],
+                row["requests"],
+                f"{row['requests_per_second']:.2f}",
+                f"{row['tokens_per_second']:,.0f}",
+                *(" / ".join(f"{1000 * value:,.1f}" for value in row[name].values()) for name in ("first", "between")),
+            ]
+            for row in found["rows"]
+        ],
+    )
+    loop = found["loop"]["tokens_per_second"]
+    say(f"a loop over sample: {loop:,.0f} tokens/s, {found['loop']['requests_per_second']:.2f} requests/s")
+    if "peer" in found:
+        peer = found["peer"]["tokens_per_second"]
+        say(f"a loop over transformers' generate: {peer:,.0f} tokens/s; our loop is {loop / peer:.2f} times as fast")
+    for row in found["rows"]:
+        say(f"{row['clients']} clients: {row['tokens_per_second'] / loop:.2f} times the loop over sample")
+
+
 def print_ratio(title: str, row: ResultRow, peer: str, unit: str) -> None:
     """Our speed over the peer's, if there was one; the range is of single turns."""
     if "ratio" not in row:
