@@ -1,24 +1,34 @@
-"""An engine whose answers are written down, so that what the server does around it can be tested to the token."""
+"""What the tests of lm serve share: an engine whose answers are written down, tiny models, running servers."""
 
 import contextlib
 import dataclasses
+import functools
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import uvicorn
 
 from lm import model
 from lm.generate.engine import EngineStats, Event, QueueFull, SampledToken
+from lm.generate.sampler import SamplingParams, sample
 from lm.runs.checkpoint import Checkpoints
 from lm.runs.workdir import TrainedModel, load_trained_model
 from lm.serve.api import Api, make_app
 from lm.serve.rankings import RankingBook
 from lm.serve.served_model import EngineLimits, ServedModel
 from lm.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+PROMPT_WIDTH = 32  # tokens, of all prompts that are sampled for comparison: one program
 
 
 class ScriptedEngine:
@@ -118,3 +128,37 @@ def serving(models: list[ServedModel], book_path: Path, *, max_body: int = 10_00
         server.should_exit = True
         thread.join()
         api.book.close()
+
+
+@contextlib.contextmanager
+def started(*flags: str):
+    """(process, address) of `lm serve` once it listens; killed at the end if it still runs."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "lm.serve.server", "--port=0", *flags]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        said = process.stdout.readline() + process.stdout.readline()  # that it compiles, and where it listens
+        found = re.search(r"http://[^/]*", said)
+        assert found, said + process.stderr.read()
+        yield process, found[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@functools.cache
+def sampler(workdir: Path, max_new: int, temperature: float):
+    """(trained model, its compiled `sample` of one prompt)."""
+    trained = loaded(workdir)
+    sampling = SamplingParams(max_new, temperature, stop=trained.tokenizer.stop_ids)
+    return trained, jax.jit(functools.partial(sample, trained.model, sampling=sampling))
+
+
+def sampled_text(workdir, messages, max_new: int, *, seed: int = 0, temperature: float = 0.0) -> str:
+    """What `sample` of this prompt alone draws."""
+    trained, draw = sampler(workdir, max_new, temperature)
+    ids = trained.tokenizer.encode_prompts([messages])[0]
+    prompt = np.zeros((1, PROMPT_WIDTH), np.int32)
+    prompt[0, : len(ids)] = ids
+    drawn = draw(trained.params["lm"], prompt, np.array([len(ids)], np.int32), jax.random.key(seed))
+    return trained.tokenizer.decode(drawn.tokens[0, : drawn.lengths[0]].tolist())

@@ -60,7 +60,8 @@ def running_server(workdir: Path, *, slots: int, queue: int) -> Iterator[tuple[s
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )
         try:
-            found = re.search(r"http://([\d.]+):(\d+)/", process.stdout.readline())
+            said = process.stdout.readline() + process.stdout.readline()  # that it compiles, and where it listens
+            found = re.search(r"http://([\d.]+):(\d+)/", said)
             if not found:
                 raise UserError(f"lm serve did not start: {process.stderr.read().strip()[-300:]}")
             yield found[1], int(found[2])

@@ -133,6 +133,7 @@ def program(argv: list[str]) -> None:
     limits = EngineLimits(flags.slots, flags.queue, flags.pages, flags.max_tokens, flags.seconds)
     with open_socket(flags.host, flags.port) as listening:
         models = load_served_models(folders, limits, warn=warn)
+        say(f"compiling {', '.join(models)}")
         asyncio.run(warm_up(list(models.values())))
         book = RankingBook(Path(flags.rankings or Path(flags.workdir) / PEOPLE_DB))
         api = Api(models, max_body=flags.max_body, book=book)

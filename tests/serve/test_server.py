@@ -1,29 +1,21 @@
 """lm serve as a program: real models, real answers, signals; and the openai package as its client."""
 
-import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import httpx
-import jax
-import jax.numpy as jnp
 import jsonschema
 import pytest
-from scripted import loaded, tiny_workdir
+from scripted import sampled_text, started, tiny_workdir
 
 from lm.core.errors import UserError
-from lm.generate.sampler import SamplingParams, sample
 from lm.serve import server
 from lm.tokenizer import train_tokenizer
 
-ROOT = Path(__file__).parents[2]
 TEXT = 'Hello you there! How are you today? I am fine. Grüße! 日本 😀 {"name": "a", "age": 12, "ok": true}\n'
 HELLO = [{"role": "user", "content": "Hello you"}]
 SCHEMA = {
@@ -45,22 +37,6 @@ def workdirs(tokenizer, tmp_path_factory):
     return [tiny_workdir(parent / name, tokenizer, seed=seed, context=128) for seed, name in enumerate(("one", "two"))]
 
 
-@contextlib.contextmanager
-def started(*flags: str):
-    """(process, address) of `lm serve` once it listens; killed at the end if it still runs."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "lm.serve.server", "--port=0", *flags]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        said = process.stdout.readline()
-        found = re.search(r"http://[^/]*", said)
-        assert found, said + process.stderr.read()
-        yield process, found[0]
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.fixture(scope="module")
 def running(workdirs, tmp_path_factory):
     """The address of a server of both models, and its process, which one test ends."""
@@ -68,16 +44,6 @@ def running(workdirs, tmp_path_factory):
     people = tmp_path_factory.mktemp("people") / "people.db"
     with started(f"--workdir={one}", f"--model=second={two}", f"--rankings={people}", "--slots=3") as (process, url):
         yield url, process
-
-
-def sampled_text(workdir, messages, max_new: int, *, seed: int = 0, temperature: float = 0.0) -> str:
-    """What `sample` of this prompt alone draws."""
-    trained = loaded(workdir)
-    ids = trained.tokenizer.encode_prompts([messages])[0]
-    sampling = SamplingParams(max_new, temperature, stop=trained.tokenizer.stop_ids)
-    draw = jax.jit(lambda lm, ids, lengths: sample(trained.model, lm, ids, lengths, jax.random.key(seed), sampling))
-    drawn = draw(trained.params["lm"], jnp.array(ids)[None], jnp.array([len(ids)]))
-    return trained.tokenizer.decode(drawn.tokens[0, : drawn.lengths[0]].tolist())
 
 
 def answered(url: str, **body) -> dict:
