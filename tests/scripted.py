@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -132,18 +133,27 @@ def serving(models: list[ServedModel], book_path: Path, *, max_body: int = 10_00
 
 @contextlib.contextmanager
 def started(*flags: str):
-    """(process, address) of `lm serve` once it listens; killed at the end if it still runs."""
+    """(process, address) of `lm serve` once it listens; killed at the end if it still runs. What it says on stderr
+    fails the test."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "lm.serve.server", "--port=0", *flags]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    complaints = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop the server once it is full
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=complaints, text=True)
     try:
         said = process.stdout.readline() + process.stdout.readline()  # that it compiles, and where it listens
         found = re.search(r"http://[^/]*", said)
-        assert found, said + process.stderr.read()
+        assert found, f"{said} {said_in(complaints)}"
         yield process, found[0]
+        assert said_in(complaints) == ""
     finally:
         process.kill()
         process.communicate()
+        complaints.close()
+
+
+def said_in(file) -> str:
+    file.seek(0)
+    return file.read()
 
 
 @functools.cache

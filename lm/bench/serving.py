@@ -55,7 +55,6 @@ def running_server(workdir: Path, *, slots: int, queue: int) -> Iterator[tuple[s
         process = subprocess.Popen(
             [sys.executable, "-m", "lm", "serve", *flags],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )
@@ -63,7 +62,7 @@ def running_server(workdir: Path, *, slots: int, queue: int) -> Iterator[tuple[s
             said = process.stdout.readline() + process.stdout.readline()  # that it compiles, and where it listens
             found = re.search(r"http://([\d.]+):(\d+)/", said)
             if not found:
-                raise UserError(f"lm serve did not start: {process.stderr.read().strip()[-300:]}")
+                raise UserError(f"lm serve did not start ({said.strip() or 'see above'})")
             yield found[1], int(found[2])
         finally:
             process.send_signal(signal.SIGTERM)

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -318,6 +318,7 @@ def make_app(api: Api, *, token: str = "", hosts: Collection[str] = LOOPBACK_HOS
             PromptTooLong: prompt_too_long,
             UserError: lambda request, error: error_response(400, str(error)),
             RequestFailed: lambda request, error: error_response(500, str(error)),
+            ClientDisconnect: lambda request, error: Response(status_code=CLIENT_CLOSED_STATUS),
             HTTPException: lambda request, error: error_response(error.status_code, error.detail),
         },
     )
