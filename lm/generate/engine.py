@@ -319,9 +319,10 @@ class Engine:
         return length
 
     def _bucket(self, pages: int, limit: int) -> int:
-        """The power of two of pages that holds so many, at most `limit`."""
+        """A number of pages that holds so many, at most `limit`: a power of two, or half as much again."""
         least = max(pages, -(-MIN_CACHE_TOKENS // self._page_size))
-        return min(1 << (least - 1).bit_length(), limit)
+        power = 1 << (least - 1).bit_length()
+        return min(power * 3 // 4 if power * 3 // 4 >= least else power, limit)
 
     def _join(self, job: _Job) -> None:
         """A prefilled job takes a slot."""
