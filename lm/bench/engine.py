@@ -1,10 +1,10 @@
 """The gain of continuous batching and of shared prefixes: the serving engine against the fixed loop, and itself.
 
-Answers of 8 to `new` tokens, lengths drawn evenly, to REQUESTS prompts at temperature 1. The fixed loop is
-lm.generate.sampler.sample over `batch` prompts at a time in their order, as lm.generate.answers and rollouts run it:
-each batch goes on until the longest of its answers is there. The engine has `batch` slots. Groups are as GRPO's: GROUP
-answers of GROUP_NEW tokens to each of GROUP_PROMPTS new prompts, with the engine's prefix cache and without it. Only
-the tokens of answers count.
+Answers of SHORTEST to `new` tokens to REQUESTS prompts at temperature 1: the lengths of any 8 in a row are evenly
+spaced, in an order of their own. The fixed loop is lm.generate.sampler.sample over `batch` prompts at a time, as
+lm.generate.answers and rollouts run it: each batch goes on until its longest answer is there. The engine has `batch`
+slots. Groups are as GRPO's: GROUP answers of GROUP_NEW tokens to each of GROUP_PROMPTS new prompts, with the engine's
+prefix cache and without it. Only the tokens of answers count.
 """
 
 import functools
@@ -24,7 +24,7 @@ from lm.generate.sampler import SamplingParams, sample
 from lm.model import Model, ModelConfig, make_model
 
 REQUESTS = 64
-SHORTEST = 8  # tokens of an answer
+SHORTEST, SPACED = 8, 8  # tokens of an answer; so many lengths up to the longest
 GROUP_PROMPTS, GROUP = 8, 8
 GROUP_PROMPT, GROUP_NEW = 256, 32  # tokens
 COMPARISONS = {"lengths": ("engine", "fixed"), "groups": ("shared", "apart")}  # what is held against what
@@ -40,7 +40,9 @@ class EngineWork(NamedTuple):
 def engine_work(config: ModelConfig, shape: GenerationShape) -> EngineWork:
     draw = np.random.default_rng(0)
     prompts = draw.integers(1, config.vocab_size, (REQUESTS, shape.prompt)).astype(np.int32)
-    return EngineWork(prompts, draw.integers(min(SHORTEST, shape.new), shape.new + 1, REQUESTS))
+    spaced = np.linspace(min(SHORTEST, shape.new), shape.new, SPACED).astype(int)
+    lengths = np.concatenate([draw.permutation(spaced) for _ in range(-(-REQUESTS // SPACED))])
+    return EngineWork(prompts, lengths[:REQUESTS])
 
 
 def group_requests(config: ModelConfig, seed: int) -> list[Request]:
@@ -61,18 +63,17 @@ def answer_seconds(engine: Engine, requests: Sequence[Request]) -> float:
 
 
 def fixed_loop(model: Model, lm: Params, work: EngineWork, batch: int) -> Callable[[], float]:
-    """() -> seconds until all are answered, `batch` prompts at a time, each batch compiled for its longest answer."""
-    starts = range(0, REQUESTS, batch)
-    longest = [int(work.lengths[start : start + batch].max()) for start in starts]
-    run = {new: jax.jit(functools.partial(sample, model, sampling=SamplingParams(new))) for new in set(longest)}
+    """() -> seconds until all are answered, `batch` prompts at a time, each batch for as long as its longest answer."""
+    batches = np.arange(-(-REQUESTS // batch) * batch).reshape(-1, batch) % REQUESTS  # the last one is full, too
+    limits = [int(work.lengths[rows].max()) for rows in batches]
+    run = {new: jax.jit(functools.partial(sample, model, sampling=SamplingParams(new))) for new in set(limits)}
 
     def seconds() -> float:
-        begin = time.perf_counter()
-        for start, new in zip(starts, longest):
-            ids = work.prompts[start : start + batch]
-            lengths = np.full(len(ids), ids.shape[1], np.int32)
-            jax.block_until_ready(run[new](lm, ids, lengths, jax.random.key(start)))
-        return time.perf_counter() - begin
+        start = time.perf_counter()
+        for number, (rows, new) in enumerate(zip(batches, limits)):
+            lengths = np.full(batch, work.prompts.shape[1], np.int32)
+            jax.block_until_ready(run[new](lm, work.prompts[rows], lengths, jax.random.key(number)))
+        return time.perf_counter() - start
 
     return seconds
 
