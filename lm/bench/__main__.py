@@ -10,6 +10,7 @@ generation  tokens/s of greedy sampling; bytes read a step over the memory's ban
 rollout     seconds of a GRPO step: generation and update apart
 startup     seconds to the first step of lm train, without compiled programs and with them
 speculation tokens/s of a trained model with a draft and without; the share of proposals accepted
+engine      tokens/s of the serving engine over those of the fixed loop, and with a prefix cache over those without
 data        tokens/s of the loader over those of training at size S; MB/s encoded beside the library's own call
 serve       requests/s, tokens/s and waiting times of lm serve under load, beside a loop over `sample`
 
@@ -17,6 +18,7 @@ serve       requests/s, tokens/s and waiting times of lm serve under load, besid
     python -m lm bench startup --json=bench.jsonl
     python -m lm bench data --sizes=S
     python -m lm bench serve --workdir=W --clients=1,8,32 --new_tokens=128
+    python -m lm bench engine --batches=8,32
     python -m lm bench speculation --workdir=W --draft=D --batches=1,64 --prompt_tokens=64 --new_tokens=32
 
 --peer is an interpreter with tests/peers.txt: PyTorch, transformers and TRL do the same on the same CPU. The two sides
@@ -31,7 +33,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lm.bench import data, generation, rollout, serving, speculation, startup, tables, training
+from lm.bench import data, engine, generation, rollout, serving, speculation, startup, tables, training
 from lm.bench.limits import DeviceLimits
 from lm.bench.sizes import DTYPES, SIZES, BenchmarkSize, parsed_counts, parsed_names, sizes_named
 from lm.bench.turns import Peer, TimedSteps, Timings, interleaved_timings, peer_interpreter
@@ -49,14 +51,15 @@ PRINTERS = {
     "rollout": tables.print_rollout,
     "startup": tables.print_startup,
     "speculation": tables.print_speculation,
+    "engine": tables.print_engine,
     "data": tables.print_data,
     "serve": tables.print_serving,
 }
-BENCHMARKS = ("training", "generation", "rollout", "startup", "speculation", "data", "serve")
+BENCHMARKS = ("training", "generation", "rollout", "startup", "speculation", "engine", "data", "serve")
 FLAGS = {
-    "sizes": dict(default="S", metavar="NAMES", help=f"of training, generation and data: {', '.join(SIZES)}"),
+    "sizes": dict(default="S", metavar="NAMES", help=f"of training, generation, engine and data: {', '.join(SIZES)}"),
     "dtypes": dict(default="auto", metavar="NAMES", help="float32, bfloat16; auto: what the backend would take"),
-    "batches": dict(default="1,32", metavar="COUNTS", help="prompts that are answered at once"),
+    "batches": dict(default="1,32", metavar="COUNTS", help="prompts that are answered at once; slots of the engine"),
     "new_tokens": dict(type=int, default=256, help="tokens of each answer"),
     "prompt_tokens": dict(type=int, default=32, help="tokens of each prompt"),
     "workdir": dict(default="", metavar="DIR", help="a trained or converted model whose generation is timed too"),
@@ -107,6 +110,12 @@ def benchmark_cases(flags, limits: DeviceLimits) -> list[BenchmarkCase]:
         rival = rollout.peer(python, shape) if python else None
         result = lambda timed: rollout.result(config, shape, timed, limits)
         cases.append(BenchmarkCase("rollout", lambda: rollout.timed_steps(config, shape), rival, result))
+    if "engine" in flags.what:
+        for name, size in sizes.items():
+            for dtype in dtypes:
+                for batch in parsed_counts("batches", flags.batches):
+                    shape = generation.GenerationShape(batch, flags.prompt_tokens, flags.new_tokens)
+                    cases.append(engine_case(name, size.config, shape, dtype))
     if "data" in flags.what:
         cases += [data_case(name, size, dtypes[0]) for name, size in sizes.items()]
     if "speculation" in flags.what:
@@ -129,6 +138,11 @@ def training_case(name, size, dtype: str, peer: Peer | None, limits: DeviceLimit
 def data_case(name: str, size: BenchmarkSize, dtype: str) -> BenchmarkCase:
     result = lambda timed: data.result(name, size, timed)
     return BenchmarkCase("data", lambda: data.timed_steps(size, dtype), None, result)
+
+
+def engine_case(name: str, config, shape, dtype: str) -> BenchmarkCase:
+    result = lambda timed: engine.result(name, config, shape, dtype, timed)
+    return BenchmarkCase("engine", lambda: engine.timed_steps(config, shape, dtype), None, result)
 
 
 def generation_case(name, config, lm, shape, dtype: str, peer: Peer | None, limits: DeviceLimits) -> BenchmarkCase:

@@ -100,6 +100,33 @@ def print_speculation(rows: Sequence[ResultRow]) -> None:
     )
 
 
+def print_engine(rows: Sequence[ResultRow]) -> None:
+    """The engine beside the fixed loop, and groups that share their prompts' pages beside groups that do not."""
+    titles = {
+        "lengths": "answers of many lengths: the fixed loop, the engine",
+        "groups": "groups of one prompt: each prefilled, pages shared",
+    }
+    cells = []
+    for row in rows:
+        for what, title in titles.items():
+            faster, slower = row[what]["per_second"].values()
+            turns = row[what]["each_turn"]
+            cells.append(
+                [
+                    f"{row['size']} {row['dtype']} {row['batch']}",
+                    title,
+                    f"{slower:,.0f}",
+                    f"{faster:,.0f}",
+                    f"{row[what]['ratio']:.2f} ({min(turns):.2f} to {max(turns):.2f})",
+                ]
+            )
+    print_table(
+        f"{rows[0]['requests']} requests, tokens of answers a second",
+        ["size, dtype, slots", "work", "the first", "the second", "times as fast (by turn)"],
+        cells,
+    )
+
+
 def print_data(rows: Sequence[ResultRow]) -> None:
     """The loader's speed over training's, and ours over the library's at encoding."""
     print_table(

@@ -6,7 +6,9 @@ admitted takes a slot and pages, its prompt is prefilled in chunks between the o
 system prompt, or the prompt of a group of samples, is prefilled once. Whatever the neighbours, greedy tokens and those
 of a seed are the ones that lm.generate.sampler.sample gives the prompt alone, unless rounding decides between two.
 
-All pages that a request may need are taken when it is admitted, so none is ever put back half way.
+A request takes a page when its tokens fill the last one. Where none is free, the youngest request goes back to the
+head of the queue; it keeps its tokens, and its pages are kept as a prefix as long as nobody needs them. Several answers
+to a prompt are several requests with seeds of their own.
 """
 
 import dataclasses
@@ -27,10 +29,11 @@ from lm.generate.answers import check_stop_strings, text_before_stop
 from lm.generate.decode_programs import TOP_LOGPROBS, DecodeRows, DrawnTokens, decode, idle_rows, prefill_chunk
 from lm.generate.paged_cache import PageAllocator, cache_with_row, empty_pages, gathered_cache, page_digests
 from lm.generate.sampler import SamplingParams, check_sampling
-from lm.model import Model
+from lm.model import Model, ModelConfig
 from lm.tokenizer import Tokenizer
 
-MIN_CACHE_TOKENS = 64  # slots of the rows' cache at least; it doubles as they grow
+MIN_CACHE_TOKENS = 64  # slots of the rows' cache at least; it grows with them
+DEFAULT_PAGE_BYTES = 2**30  # of all pages together, at most, where their number is not given
 
 
 class QueueFull(UserError):
@@ -87,6 +90,7 @@ class EngineStats(NamedTuple):
     prefix_tokens: int  # tokens that so were not prefilled
     tokens_out: int
     steps: int
+    preemptions: int  # how often a request gave its pages to an older one and waited again
 
 
 @dataclasses.dataclass(eq=False)
@@ -97,16 +101,21 @@ class _Job:
     request: Request
     deadline: float
     key: np.ndarray  # u32[2]
-    digests: list[bytes]  # of the prompt's full pages
+    digests: list[bytes]  # of the full pages of what is to be prefilled
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
     filled: int = 0  # tokens whose keys and values are in the pages
-    tokens: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)  # drawn so far
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and what was drawn."""
+        return [*self.request.ids, *self.tokens]
 
     @property
     def to_prefill(self) -> int:
-        """Tokens of the prompt yet to go into pages: all but the last, which is fed to draw the first token."""
-        return len(self.request.ids) - 1 - self.filled
+        """Tokens yet to go into pages before it decodes: all but the last, which is fed to draw the next."""
+        return len(self.request.ids) + len(self.tokens) - 1 - self.filled
 
 
 class Engine:
@@ -129,9 +138,9 @@ class Engine:
         """params: the decoder's. tokenizer: for stop strings; None if there are none.
 
         slots: requests that decode at a time. page_size: tokens of a page. pages: of the KV cache, 0 for as many as all
-        slots at full context need; fewer make requests wait, or refuse one that needs more. queue: requests that wait
-        at most. prefill_chunk: tokens of prompts that a step prefills, about. prefix_cache: whether full pages are
-        shared and kept. clock: seconds, for deadlines.
+        slots at full context need, or as DEFAULT_PAGE_BYTES hold; a request that needs more is refused. queue: requests
+        that wait at most. prefill_chunk: tokens of prompts that a step prefills, about. prefix_cache: whether full
+        pages are shared and kept. clock: seconds, for deadlines.
         """
         check_at_least(1, "engine", slots=slots, page_size=page_size, queue=queue, prefill_chunk=prefill_chunk)
         check_at_least(0, "engine", pages=pages)
@@ -140,7 +149,7 @@ class Engine:
         self._page_size, self._queue_limit, self._keeps_prefixes = page_size, queue, prefix_cache
         self._chunk = max(prefill_chunk // page_size, 1) * page_size
         self._row_pages = -(-model.config.context // page_size)  # of a row at full context
-        count = (pages or slots * self._row_pages) + 1
+        count = (pages or default_pages(model.config, slots * self._row_pages, page_size)) + 1
         self._pages, self._allocator = empty_pages(model.config, count, page_size), PageAllocator(count)
         self._rows = idle_rows(slots, self._row_pages + self._chunk // page_size)  # the host's copy
         self._device_rows: DecodeRows | None = None  # what the last step left; None after a change of the host's
@@ -152,7 +161,9 @@ class Engine:
         self._prefilling: _Job | None = None
         self._running: dict[int, _Job] = {}  # by slot
         self._ended: list[Event] = []  # outside a decode step, to be given by the next one
-        self._submitted = self._prefix_hits = self._prefix_tokens = self._tokens_out = self._steps = 0
+        self._submitted = self._prefix_hits = self._prefix_tokens = self._tokens_out = self._steps = (
+            self._preemptions
+        ) = 0
         self._compile(model)
 
     def _compile(self, model: Model) -> None:
@@ -174,8 +185,7 @@ class Engine:
         number = self._submitted
         self._submitted += 1
         key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(request.seed), 0)))
-        digests = page_digests(request.ids[:-1], self._page_size) if self._keeps_prefixes else []
-        job = _Job(number, request, self._clock() + request.seconds, key, digests)
+        job = _Job(number, request, self._clock() + request.seconds, key, self._digests(request.ids[:-1]))
         self._jobs[number] = job
         self._waiting.append(job)
         return number
@@ -200,15 +210,17 @@ class Engine:
             raise UserError(f"seconds is {request.seconds}; a deadline must be later than now")
         if request.stop_strings and self._tokenizer is None:
             raise UserError("stop_strings need the engine's tokenizer, and it has none: give it one")
-        if (needed := self._pages_needed(request)) > self._allocator.count:
+        # the last token that it may draw is never fed, so it needs no place
+        needed = -(-(len(request.ids) + sampling.max_new - 1) // self._page_size)
+        if needed > self._allocator.count:
             raise UserError(
                 f"the request needs {needed} pages of {self._page_size} tokens and the engine has "
                 f"{self._allocator.count}: shorten the prompt, lower max_new_tokens, or give the engine more pages"
             )
 
-    def _pages_needed(self, request: Request) -> int:
-        """The last token that it may draw is never fed, so it needs no place."""
-        return -(-(len(request.ids) + request.sampling.max_new - 1) // self._page_size)
+    def _digests(self, ids: Sequence[int]) -> list[bytes]:
+        """Of the full pages of ids; none where no prefix is kept."""
+        return page_digests(ids, self._page_size) if self._keeps_prefixes else []
 
     def cancel(self, number: int) -> None:
         """Ends a request and frees its slot and pages at once. A number that is unknown or finished is ignored."""
@@ -221,21 +233,32 @@ class Engine:
         self._ended.append(Event(job.number, (), finish, message))
 
     def _free(self, job: _Job) -> None:
-        """Takes a job from wherever it is, and gives back what it holds."""
+        """Ends a job wherever it is, and gives back what it holds."""
         del self._jobs[job.number]
+        if job in self._waiting:
+            self._waiting.remove(job)
+        else:
+            self._release(job)
+
+    def _release(self, job: _Job) -> None:
+        """Takes slot and pages from an admitted job."""
         if job is self._prefilling:
             self._prefilling = None
-        elif job.slot >= 0:
+        else:
             del self._running[job.slot]
-            idle = idle_rows(1, self._rows.table.shape[1])
-            for held, reset in zip(self._rows, idle):
+            for held, reset in zip(self._rows, idle_rows(1, self._rows.table.shape[1])):
                 held[job.slot] = reset[0]
             self._device_rows = None
-        else:
-            self._waiting.remove(job)
-        if self._keeps_prefixes and job.filled:
-            self._name_pages(job, page_digests([*job.request.ids, *job.tokens][: job.filled], self._page_size))
+        self._name_pages(job, self._digests(job.ids[: job.filled]))
         self._allocator.release(job.pages)
+        job.slot, job.pages, job.filled = -1, [], 0
+
+    def _preempt(self, job: _Job) -> None:
+        """Puts an admitted job back to the head of the queue, with the tokens it has."""
+        self._preemptions += 1
+        self._release(job)
+        job.digests = self._digests(job.ids[:-1])
+        self._waiting.appendleft(job)
 
     def _name_pages(self, job: _Job, digests: Sequence[bytes]) -> None:
         """Its full pages are found by others from now on."""
@@ -260,6 +283,7 @@ class Engine:
             prefix_tokens=self._prefix_tokens,
             tokens_out=self._tokens_out,
             steps=self._steps,
+            preemptions=self._preemptions,
         )
 
     def step(self) -> list[Event]:
@@ -291,7 +315,8 @@ class Engine:
             return None
         job = self._waiting[0]
         shared = self._allocator.prefix(job.digests)
-        pages = self._allocator.take(shared, self._pages_needed(job.request) - len(shared))
+        new = -(-(job.to_prefill + 1) // self._page_size) - len(shared)
+        pages = self._allocator.take(shared, new, spare=len(self._running))  # that the others may soon need
         if pages is None:
             return None
         self._waiting.popleft()
@@ -310,7 +335,7 @@ class Engine:
         while length // 2 >= max(count, 2 * size) and (length // 2) % size == 0:
             length //= 2
         ids = np.zeros(length, np.int32)
-        ids[:count] = job.request.ids[job.filled : job.filled + count]
+        ids[:count] = job.ids[job.filled : job.filled + count]
         table = np.zeros(self._bucket(-(-(job.filled + length) // size), self._rows.table.shape[1]), np.int32)
         table[: len(job.pages)] = job.pages[: len(table)]
         self._pages = self._run_prefill(self._lm, self._pages, ids, np.int32(job.filled), np.int32(count), table)
@@ -319,9 +344,10 @@ class Engine:
         return length
 
     def _bucket(self, pages: int, limit: int) -> int:
-        """The power of two of pages that holds so many, at most `limit`."""
+        """A number of pages that holds so many, at most `limit`: a power of two, or half as much again."""
         least = max(pages, -(-MIN_CACHE_TOKENS // self._page_size))
-        return min(1 << (least - 1).bit_length(), limit)
+        power = 1 << (least - 1).bit_length()
+        return min(power * 3 // 4 if power * 3 // 4 >= least else power, limit)
 
     def _join(self, job: _Job) -> None:
         """A prefilled job takes a slot."""
@@ -331,9 +357,9 @@ class Engine:
         table = np.zeros(self._rows.table.shape[1], np.int32)
         table[: len(job.pages)] = job.pages
         row = DecodeRows(
-            tokens=request.ids[-1],
-            lengths=len(request.ids) - 1,
-            draws=0,
+            tokens=job.ids[-1],
+            lengths=job.filled,
+            draws=len(job.tokens),
             live=True,
             keys=job.key,
             temperature=sampling.temperature,
@@ -349,7 +375,7 @@ class Engine:
         self._device_rows = None
         if sampling.repetition_penalty != 1:
             mask = np.zeros(self._used.shape[1], bool)
-            mask[np.asarray(request.ids)] = True
+            mask[np.asarray(job.ids)] = True
             self._used = self._set_used(self._used, job.slot, mask)
         if self._cache is not None and self._cache_pages >= self._needed_cache_pages():
             row_table = self._rows.table[job.slot, : self._cache_pages].copy()
@@ -359,8 +385,23 @@ class Engine:
         """Pages a row that the cache must have, for the token to be fed next."""
         return self._bucket(int(self._rows.lengths.max()) // self._page_size + 1, self._row_pages)
 
+    def _extend_pages(self) -> None:
+        """A page more for each row that has filled its last, the older rows first; the youngest make room."""
+        grown = False
+        for job in list(self._running.values()):
+            while job.slot >= 0 and job.filled == len(job.pages) * self._page_size:
+                if (new := self._allocator.take([], 1)) is not None:
+                    self._rows.table[job.slot, len(job.pages)] = new[0]
+                    job.pages += new
+                    grown = True
+                else:
+                    self._preempt(self._prefilling or list(self._running.values())[-1])
+        if grown and self._device_rows is not None:
+            self._device_rows = self._device_rows._replace(table=jax.device_put(self._rows.table.copy()))
+
     def _decode(self) -> list[Event]:
         """One token of every running job."""
+        self._extend_pages()
         needed = self._needed_cache_pages()
         if self._cache is None or needed != self._cache_pages:
             self._cache = None  # its memory is free for the new one
@@ -429,3 +470,9 @@ class Engine:
             except Exception as error:
                 return "error", f"the constraint failed: {error}"
         return "", ""
+
+
+def default_pages(config: ModelConfig, wanted: int, page_size: int) -> int:
+    """Pages for an engine: as many as wanted, or as DEFAULT_PAGE_BYTES hold."""
+    numbers = 2 * config.layers * config.kv_heads * page_size * config.head_size
+    return min(wanted, max(DEFAULT_PAGE_BYTES // (numbers * jnp.dtype(config.cache_dtype).itemsize), 1))

@@ -128,9 +128,10 @@ class PageAllocator:
             pages.append(self._page_of[digest])
         return pages
 
-    def take(self, shared: Sequence[int], new: int) -> list[int] | None:
-        """The pages `shared`, which are then used once more, and `new` others; None where there are not so many."""
-        if new > len(self._free) + len(self._kept) - sum(self._uses[page] == 0 for page in shared):
+    def take(self, shared: Sequence[int], new: int, *, spare: int = 0) -> list[int] | None:
+        """The pages `shared`, which are then used once more, and `new` others; None where there are not so many, and
+        `spare` besides."""
+        if new + spare > len(self._free) + len(self._kept) - sum(self._uses[page] == 0 for page in shared):
             return None
         for page in shared:
             self._kept.pop(page, None)

@@ -13,6 +13,7 @@ from runs import finished, made_text, small
 from lm.bench import (
     __main__ as bench,
     data,
+    engine,
     generation,
     rollout,
     serving,
@@ -214,6 +215,25 @@ def test_a_draft_that_is_the_model_itself_is_always_right(finished, limits, caps
         assert row["ratio"] == pytest.approx(row["per_second"]["drafted"] / row["per_second"]["plain"])
         assert row["each_turn"] == pytest.approx([row["ratio"]])
     assert "pretrain, 2 draft tokens" in capsys.readouterr().out
+
+
+def test_the_engine_stands_beside_the_fixed_loop_and_a_prefix_cache_beside_none(limits, monkeypatch, capsys):
+    """At the tiny size: 4 answers of 3 to 6 tokens in two batches, and 2 prompts of 40 with 2 answers of 3 each."""
+    small = dict(REQUESTS=4, SHORTEST=3, GROUP_PROMPTS=2, GROUP=2, GROUP_PROMPT=40, GROUP_NEW=3)
+    for name, value in small.items():
+        monkeypatch.setattr(engine, name, value)
+    monkeypatch.setattr(bench, "DeviceLimits", lambda: limits)
+    flags = "engine --sizes=tiny --batches=2 --prompt_tokens=5 --new_tokens=6 --turns=2 --steps=1"
+    found = bench.measurements(parsed_flags(flags.split(), "", bench.FLAGS, bench.POSITIONAL))["engine"]
+    bench.print_measurements({"engine": found})
+    (row,) = found
+    assert (row["size"], row["batch"], row["tokens"]["groups"]) == ("tiny", 2, 2 * 2 * 3)
+    assert 4 * 3 <= row["tokens"]["lengths"] <= 4 * 6
+    for what, (ours, other) in engine.COMPARISONS.items():
+        speeds = row[what]["per_second"]
+        assert row[what]["ratio"] == pytest.approx(speeds[ours] / speeds[other]) and len(row[what]["each_turn"]) == 2
+        assert min(speeds.values()) > 0
+    assert "tiny float32 2" in capsys.readouterr().out
 
 
 def test_the_loader_stands_beside_training_and_the_encoder_beside_its_library(
