@@ -80,7 +80,7 @@ class ScriptedEngine:
 
     def stats(self):
         running = min(len(self._open), self.slots)
-        return EngineStats(running, len(self._open) - running, self.slots, 9, 1, 2, 3, 4, 5)
+        return EngineStats(running, len(self._open) - running, self.slots, 9, 1, 2, 3, 4, 5, 6)
 
 
 def tiny_workdir(path: Path, tokenizer: Tokenizer, *, stage: str = "sft", context: int = 64, seed: int = 0) -> Path:
