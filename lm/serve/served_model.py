@@ -20,6 +20,8 @@ from lm.serve.openai_requests import RequestOptions
 from lm.serve.worker import EngineWorker
 from lm.train.warm_start import load_policy, policy_folder
 
+PAGE_SIZE = 16  # tokens of a page of the cache
+
 
 class PromptTooLong(UserError):
     """Prompt and answer do not fit into the model's context. room: the tokens that the prompt leaves."""
@@ -34,7 +36,7 @@ class EngineLimits(NamedTuple):
 
     slots: int = 8  # answers at once
     queue: int = 64  # requests that may wait
-    pages: int = 0  # of the cache; 0: as many as all slots may need
+    pages: int = 0  # of the cache; 0: the engine's default
     max_tokens: int = 0  # of an answer; 0: what the context leaves
     seconds: float = 600.0  # of an answer, from its request on
 
@@ -47,7 +49,7 @@ class ServedModel:
     ):
         self.name, self.trained, self.limits, self.fingerprint = name, trained, limits, fingerprint
         self.created = int(time.time())
-        self.context = trained.model.config.context
+        self.context = min(trained.model.config.context, engine.stats().pages * PAGE_SIZE)
         self.token_bytes = token_bytes_of(trained)
         self.worker = EngineWorker(engine, limit=limits.slots + limits.queue)
         self._lock = threading.Lock()
@@ -149,6 +151,7 @@ def load_served_models(folders: Mapping[str, Path], limits: EngineLimits, *, war
             trained.tokenizer,
             slots=limits.slots,
             pages=limits.pages,
+            page_size=PAGE_SIZE,
             queue=limits.slots + limits.queue,  # the worker's limit comes first
             prefix_cache=prefix_cache,
         )

@@ -48,9 +48,7 @@ FLAGS = {
     "token": dict(default="", help="the secret of every request; default: none here, a random one for other hosts"),
     "slots": dict(type=int, default=8, help="answers of a model at once; default: 8"),
     "queue": dict(type=int, default=64, help="requests of a model that may wait; default: 64"),
-    "pages": dict(
-        type=int, default=0, help="of 16 tokens, of the cache; default: 0, what the slots need or 1 GiB holds"
-    ),
+    "pages": dict(type=int, default=0, help="of the cache, of 16 tokens; default: 0, for all slots or 1 GiB"),
     "max_tokens": dict(type=int, default=0, help="of an answer at most; default: 0, what the context leaves"),
     "seconds": dict(type=float, default=600.0, help="of an answer at most, waiting included; default: 600"),
     "max_body": dict(type=int, default=1_000_000, help="bytes of a request at most; default: 1000000"),
