@@ -126,6 +126,7 @@ class Api:
         body = await self._body(request)
         options = asked.request_options(body, chat=True)
         served = self._model(options.model)
+        check_count(served, 1, options.choices)
         messages, tools = asked.chat_messages(body), asked.requested_tools(body)
         prompt = await run_in_threadpool(served.chat_prompt, messages, tools)
         return await self._answer(request, served, [prompt], options, chat=True)
@@ -135,8 +136,7 @@ class Api:
         options = asked.request_options(body, chat=False, default_max_new=DEFAULT_COMPLETION_TOKENS)
         served = self._model(options.model)
         given = asked.completion_prompts(body)
-        if len(given) * options.choices > served.worker.limit:
-            raise UserError(f"{len(given)} prompts with n={options.choices} are more than the queue holds: send fewer")
+        check_count(served, len(given), options.choices)
         prompts = await run_in_threadpool(lambda: [served.text_prompt(prompt) for prompt in given])
         return await self._answer(request, served, prompts, options, chat=False)
 
@@ -338,6 +338,15 @@ def error_response(status: int, message: str, headers: Mapping[str, str] | None 
     codes = {401: "invalid_api_key", 404: "model_not_found", 429: "queue_full"}
     body = said.error_body(status, message, codes[status] if status in codes else None)
     return JSONResponse(body, status, headers=headers)
+
+
+def check_count(served: ServedModel, prompts: int, choices: int) -> None:
+    """UserError for more answers in one request than may ever be open."""
+    if prompts * choices > served.worker.limit:
+        raise UserError(
+            f"{prompts * choices} answers were asked for at once, and {served.worker.limit} may run or wait here: "
+            "lower n, or send fewer prompts"
+        )
 
 
 def prompt_too_long(request: Request, error: PromptTooLong) -> Response:

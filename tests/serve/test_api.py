@@ -152,6 +152,7 @@ def test_what_llama_cpp_users_send(served):
         (dict(temperature=-1), "temperature is -1; it must be a number from 0 to 100"),
         (dict(top_p="a"), "top_p is 'a'"),
         (dict(n=0), "n is 0; it must be a whole number from 1 to 16"),
+        (dict(n=7), "7 answers were asked for at once, and 6 may run or wait here"),
         (dict(max_tokens=True), "max_tokens is True"),
         (dict(max_tokens=1000), "lower max_tokens to"),
         (dict(messages=[]), "messages: a conversation without messages"),
