@@ -70,7 +70,11 @@ class RequestGuard:
         if self._hosts and re.sub(r":\d+$", "", host).strip("[]") not in self._hosts:
             return self._refused(403, f"this server is not {host!r}: open the address that it printed")
         if self._token and not enters and not self._has_token(request) and request.url.path not in self._open_paths:
-            return self._refused(401, "open the address that the program printed when it started, with its ?token=")
+            return self._refused(
+                401,
+                "open the address that the program printed when it started, with its ?token=; or send the token as "
+                "Authorization: Bearer",
+            )
         if request.method == "POST":
             origin = request.headers.get("origin", f"http://{host}")
             if origin.partition("://")[2] != host:
