@@ -113,9 +113,8 @@ class Engine:
         self._prefilling: _Job | None = None
         self._running: dict[int, _Job] = {}  # by slot
         self._ended: list[Event] = []  # outside a decode step, to be given by the next one
-        self._submitted = self._prefix_hits = self._prefix_tokens = self._tokens_out = self._steps = (
-            self._preemptions
-        ) = 0
+        self._submitted = self._steps = self._tokens_out = 0
+        self._prefix_hits = self._prefix_tokens = self._preemptions = 0
         self._compile(model)
 
     def _compile(self, model: Model) -> None:
@@ -234,7 +233,7 @@ class Engine:
             job = self._prefilling or self._admitted()
             if job is None:
                 return
-            room -= self._prefill_some(job, room)
+            room -= self._prefill_chunk(job)
             if not job.to_prefill:
                 self._prefilling = None
                 self._join(job)
@@ -256,8 +255,8 @@ class Engine:
         self._prefilling = job
         return job
 
-    def _prefill_some(self, job: _Job, room: int) -> int:
-        """Prefills the next chunk of a prompt, of at most about `room` tokens; returns its length with padding."""
+    def _prefill_chunk(self, job: _Job) -> int:
+        """Prefills the next chunk of a prompt; returns its length with padding, 0 where nothing is left."""
         if not job.to_prefill:
             return 0
         size, count = self._page_size, min(job.to_prefill, self._chunk)
@@ -310,6 +309,8 @@ class Engine:
         if self._cache is not None and self._cache_pages >= self._needed_cache_pages():
             row_table = self._rows.table[job.slot, : self._cache_pages].copy()
             self._cache = self._gather_row(self._cache, self._pages, row_table, job.slot)
+        else:
+            self._cache = None
 
     def _needed_cache_pages(self) -> int:
         """Pages a row that the cache must have, for the token to be fed next."""
