@@ -17,80 +17,32 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.core.errors import UserError, check_at_least
+from lm.core.errors import check_at_least
 from lm.core.types import Params
-from lm.generate.answers import check_stop_strings, text_before_stop
-from lm.generate.decode_programs import TOP_LOGPROBS, DecodeRows, DrawnTokens, decode, idle_rows, prefill_chunk
+from lm.generate.answers import text_before_stop
+from lm.generate.decode_programs import DecodeRows, DrawnTokens, decode, idle_rows, prefill_chunk
+from lm.generate.engine_requests import (
+    EngineStats,
+    Event,
+    QueueFull,
+    Request,
+    SampledToken,
+    TokenConstraint,
+    check_request,
+)
 from lm.generate.paged_cache import PageAllocator, cache_with_row, empty_pages, gathered_cache, page_digests
-from lm.generate.sampler import SamplingParams, check_sampling
 from lm.model import Model, ModelConfig
 from lm.tokenizer import Tokenizer
 
+__all__ = ["Engine", "EngineStats", "Event", "QueueFull", "Request", "SampledToken", "TokenConstraint"]
+
 MIN_CACHE_TOKENS = 64  # slots of the rows' cache at least; it grows with them
 DEFAULT_PAGE_BYTES = 2**30  # of all pages together, at most, where their number is not given
-
-
-class QueueFull(UserError):
-    """As many requests wait as may: try again later."""
-
-
-class TokenConstraint(Protocol):
-    """Which tokens may come next. It belongs to one request and follows its tokens."""
-
-    def allowed(self) -> np.ndarray:
-        """bool[V] of the next token, at least one of them true."""
-        ...
-
-    def accept(self, token: int) -> None:
-        """A sampled token. After the last, `allowed` is the stop ids only."""
-        ...
-
-
-class Request(NamedTuple):
-    """A prompt, and how to answer it. A request ends with a stop id of `sampling` alone: give the tokenizer's there."""
-
-    ids: Sequence[int]  # the prompt, chat form and start token included
-    sampling: SamplingParams  # its own; samples must be 1
-    seed: int = 0  # token t is drawn with fold_in(fold_in(key(seed), 0), t), as `sample` of this prompt alone
-    stop_strings: Sequence[str] = ()  # it ends with the token that completes one
-    top_logprobs: int = 0  # likeliest tokens to give with each token, at most TOP_LOGPROBS
-    seconds: float = math.inf  # from submission to the deadline; what is there by then is the answer
-    constraint: TokenConstraint | None = None
-
-
-class SampledToken(NamedTuple):
-    id: int
-    logprob: float  # log softmax(logits): the model's own, whatever the temperature
-    top: tuple[tuple[int, float], ...]  # the likeliest ids with theirs, in order
-    sampling_logprob: float = 0.0  # of the distribution drawn from, as `sample` gives it; 0 if greedy
-
-
-class Event(NamedTuple):
-    """What a step gave of one request."""
-
-    request: int  # its number
-    tokens: tuple[SampledToken, ...]  # new ones
-    finish: str = ""  # "", "stop" (stop id or string), "length", "deadline", "cancelled", "error"
-    message: str = ""  # of an error
-
-
-class EngineStats(NamedTuple):
-    running: int  # requests with a slot
-    waiting: int
-    slots: int
-    pages: int
-    pages_used: int  # by requests; what a prefix is kept for counts as free
-    prefix_hits: int  # requests that found their first tokens in pages, since the start
-    prefix_tokens: int  # tokens that so were not prefilled
-    tokens_out: int
-    steps: int
-    preemptions: int  # how often a request gave its pages to an older one and waited again
 
 
 @dataclasses.dataclass(eq=False)
@@ -161,9 +113,8 @@ class Engine:
         self._prefilling: _Job | None = None
         self._running: dict[int, _Job] = {}  # by slot
         self._ended: list[Event] = []  # outside a decode step, to be given by the next one
-        self._submitted = self._prefix_hits = self._prefix_tokens = self._tokens_out = self._steps = (
-            self._preemptions
-        ) = 0
+        self._submitted = self._steps = self._tokens_out = 0
+        self._prefix_hits = self._prefix_tokens = self._preemptions = 0
         self._compile(model)
 
     def _compile(self, model: Model) -> None:
@@ -179,7 +130,13 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Its number, by which `step` names it. QueueFull where too many wait, UserError for what cannot be served."""
         request = request._replace(ids=[int(i) for i in request.ids])
-        self._check(request)
+        check_request(
+            self._model,
+            request,
+            pages=self._allocator.count,
+            page_size=self._page_size,
+            has_tokenizer=self._tokenizer is not None,
+        )
         if len(self._waiting) >= self._queue_limit:
             raise QueueFull(f"{self._queue_limit} requests wait already, which is the limit: try again later")
         number = self._submitted
@@ -189,34 +146,6 @@ class Engine:
         self._jobs[number] = job
         self._waiting.append(job)
         return number
-
-    def _check(self, request: Request) -> None:
-        """UserError for a request that this engine can never serve."""
-        sampling, V = request.sampling, self._model.config.vocab_size
-        check_sampling(self._model, len(request.ids), sampling)
-        check_stop_strings(request.stop_strings)
-        if sampling.samples != 1:
-            raise UserError(
-                f"samples is {sampling.samples}; a request has 1 answer: submit it once for each, with seeds"
-            )
-        if not all(0 <= i < V for i in request.ids):
-            bad = next(i for i in request.ids if not 0 <= i < V)
-            raise UserError(f"the prompt has the token {bad}, but the model's vocabulary is {V}: encode it again")
-        if not 0 <= request.top_logprobs <= min(TOP_LOGPROBS, V):
-            raise UserError(f"top_logprobs is {request.top_logprobs}; it must be from 0 to {min(TOP_LOGPROBS, V)}")
-        if not -(2**63) <= request.seed < 2**63:
-            raise UserError(f"seed is {request.seed}; it must fit into 64 bits")
-        if not request.seconds > 0:
-            raise UserError(f"seconds is {request.seconds}; a deadline must be later than now")
-        if request.stop_strings and self._tokenizer is None:
-            raise UserError("stop_strings need the engine's tokenizer, and it has none: give it one")
-        # the last token that it may draw is never fed, so it needs no place
-        needed = -(-(len(request.ids) + sampling.max_new - 1) // self._page_size)
-        if needed > self._allocator.count:
-            raise UserError(
-                f"the request needs {needed} pages of {self._page_size} tokens and the engine has "
-                f"{self._allocator.count}: shorten the prompt, lower max_new_tokens, or give the engine more pages"
-            )
 
     def _digests(self, ids: Sequence[int]) -> list[bytes]:
         """Of the full pages of ids; none where no prefix is kept."""
@@ -304,7 +233,7 @@ class Engine:
             job = self._prefilling or self._admitted()
             if job is None:
                 return
-            room -= self._prefill_some(job, room)
+            room -= self._prefill_chunk(job)
             if not job.to_prefill:
                 self._prefilling = None
                 self._join(job)
@@ -326,8 +255,8 @@ class Engine:
         self._prefilling = job
         return job
 
-    def _prefill_some(self, job: _Job, room: int) -> int:
-        """Prefills the next chunk of a prompt, of at most about `room` tokens; returns its length with padding."""
+    def _prefill_chunk(self, job: _Job) -> int:
+        """Prefills the next chunk of a prompt; returns its length with padding, 0 where nothing is left."""
         if not job.to_prefill:
             return 0
         size, count = self._page_size, min(job.to_prefill, self._chunk)
@@ -380,6 +309,8 @@ class Engine:
         if self._cache is not None and self._cache_pages >= self._needed_cache_pages():
             row_table = self._rows.table[job.slot, : self._cache_pages].copy()
             self._cache = self._gather_row(self._cache, self._pages, row_table, job.slot)
+        else:
+            self._cache = None
 
     def _needed_cache_pages(self) -> int:
         """Pages a row that the cache must have, for the token to be fed next."""
