@@ -17,6 +17,7 @@ from lm.generate.sampler import SamplingParams
 MAX_CHOICES = 16  # n
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_TOP_K = 2**30  # what an i32 holds
 ANY_OBJECT = "json_object"
 COMMON_FIELDS = {
     *("model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "stop", "seed"),
@@ -68,7 +69,18 @@ def parsed_json(body: bytes) -> dict[str, Any]:
         raise UserError(f"the body is not JSON: {error}") from error
     if not isinstance(given, dict):
         raise UserError("the body is not a JSON object")
+    if b"\\u" in body and not is_unicode(given):
+        raise UserError("the body has half a character, a lone \\ud800 to \\udfff: send whole ones")
     return {name: value for name, value in given.items() if value is not None}
+
+
+def is_unicode(value: Any) -> bool:
+    """Whether every text in a JSON value can be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def chat_messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -133,7 +145,7 @@ def request_options(body: Mapping[str, Any], *, chat: bool, default_max_new: int
     fields = CHAT_FIELDS if chat else COMPLETION_FIELDS
     for name in body:
         if name not in fields:
-            raise UserError(f"{name} is not a field of this request{did_you_mean(name, fields)}")
+            raise UserError(f"{name:.60} is not a field of this request{did_you_mean(name, fields)}")
     for name, (neutral, way_out) in UNSUPPORTED.items():
         if name in body and body[name] not in neutral:
             raise UserError(f"{name} is {body[name]!r:.60}, which is not supported: {way_out}")
@@ -151,10 +163,10 @@ def request_options(body: Mapping[str, Any], *, chat: bool, default_max_new: int
         sampling=SamplingParams(
             number(body, longest, default_max_new, least=1),
             number(body, "temperature", 1.0, least=0, most=100),
-            top_k=number(body, "top_k", 0, least=0),
+            top_k=number(body, "top_k", 0, least=0, most=MAX_TOP_K),
             top_p=number(body, "top_p", 1.0, least=0, most=1),
             min_p=number(body, "min_p", 0.0, least=0, most=1),
-            repetition_penalty=number(body, "repetition_penalty", 1.0, least=0),
+            repetition_penalty=number(body, "repetition_penalty", 1.0, least=0.01, most=100),
         ),
         choices=choices,
         seed=number(body, "seed", secrets.randbits(32), least=-(2**63)) % 2**32,

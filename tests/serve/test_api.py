@@ -153,6 +153,7 @@ def test_what_llama_cpp_users_send(served):
         (dict(top_p="a"), "top_p is 'a'"),
         (dict(n=0), "n is 0; it must be a whole number from 1 to 16"),
         (dict(n=7), "7 answers were asked for at once, and 6 may run or wait here"),
+        (dict(top_k=2**40), "top_k is 1099511627776; it must be a whole number from 0 to"),
         (dict(max_tokens=True), "max_tokens is True"),
         (dict(max_tokens=1000), "lower max_tokens to"),
         (dict(messages=[]), "messages: a conversation without messages"),
@@ -183,6 +184,9 @@ def test_other_refusals(served):
     assert "not JSON" in refused(
         httpx.post(f"{served.url}/v1/completions", content="{", headers={"content-type": "application/json"}), 400
     )
+    half = {"content-type": "application/json"}
+    response = httpx.post(f"{served.url}/v1/completions", content='{"prompt": "\\ud800"}', headers=half)
+    assert "half a character" in refused(response, 400)
     assert "10,000 bytes" in refused(served.post("/v1/completions", prompt="x" * 20_000), 413)
     assert "not 'evil.example'" in refused(httpx.get(served.url, headers={"Host": "evil.example"}), 403)
     evil = {"Origin": "http://evil.example"}
