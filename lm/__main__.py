@@ -29,7 +29,10 @@ COMMANDS = {
             "lm.weights.convert", "read models from Hugging Face folders and GGUF files, and write them"
         ),
     },
-    "Use it": {"chat": Command("lm.serve.chat", "talk to a trained model in the terminal")},
+    "Use it": {
+        "chat": Command("lm.serve.chat", "talk to a trained model in the terminal"),
+        "serve": Command("lm.serve.server", "serve models over HTTP, as OpenAI's clients ask, with a chat page"),
+    },
     "Bring your own data": {
         "data": Command("lm.data.show", "show what a file, folder or hf:NAME holds, and what is wrong")
     },

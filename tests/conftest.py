@@ -42,6 +42,7 @@ LONG_FILES = (
     "tests/studies/test_methods.py",
     "tests/stages/test_distillation.py",
     "tests/generate/test_speculative.py",
+    "tests/serve/test_server.py",
 )
 
 

@@ -100,6 +100,33 @@ def print_speculation(rows: Sequence[ResultRow]) -> None:
     )
 
 
+def print_engine(rows: Sequence[ResultRow]) -> None:
+    """The engine beside the fixed loop, and groups that share their prompts' pages beside groups that do not."""
+    titles = {
+        "lengths": "answers of many lengths: the fixed loop, the engine",
+        "groups": "groups of one prompt: each prefilled, pages shared",
+    }
+    cells = []
+    for row in rows:
+        for what, title in titles.items():
+            faster, slower = row[what]["per_second"].values()
+            turns = row[what]["each_turn"]
+            cells.append(
+                [
+                    f"{row['size']} {row['dtype']} {row['batch']}",
+                    title,
+                    f"{slower:,.0f}",
+                    f"{faster:,.0f}",
+                    f"{row[what]['ratio']:.2f} ({min(turns):.2f} to {max(turns):.2f})",
+                ]
+            )
+    print_table(
+        f"{rows[0]['requests']} requests, tokens of answers a second",
+        ["size, dtype, slots", "work", "the first", "the second", "times as fast (by turn)"],
+        cells,
+    )
+
+
 def print_data(rows: Sequence[ResultRow]) -> None:
     """The loader's speed over training's, and ours over the library's at encoding."""
     print_table(
@@ -122,6 +149,31 @@ def print_data(rows: Sequence[ResultRow]) -> None:
             f"{row['size']}: encodes {ours:.2f} MB/s, the tokenizer library's own call {library:.2f}: "
             f"{row['encode_ratio']:.3f} of its speed, by the median of turns"
         )
+
+
+def print_serving(found: ResultRow) -> None:
+    print_table(
+        f"lm serve of {found['size']}, {found['slots']} slots, greedy, up to {found['new']} tokens after "
+        f"{found['prompt']}; ms at p50 / p95 / p99",
+        ["clients", "requests", "requests/s", "tokens/s", "to the first token", "between tokens"],
+        [
+            [
+                row["clients"],
+                row["requests"],
+                f"{row['requests_per_second']:.2f}",
+                f"{row['tokens_per_second']:,.0f}",
+                *(" / ".join(f"{1000 * value:,.1f}" for value in row[name].values()) for name in ("first", "between")),
+            ]
+            for row in found["rows"]
+        ],
+    )
+    loop = found["loop"]["tokens_per_second"]
+    say(f"a loop over sample: {loop:,.0f} tokens/s, {found['loop']['requests_per_second']:.2f} requests/s")
+    if "peer" in found:
+        peer = found["peer"]["tokens_per_second"]
+        say(f"a loop over transformers' generate: {peer:,.0f} tokens/s; our loop is {loop / peer:.2f} times as fast")
+    for row in found["rows"]:
+        say(f"{row['clients']} clients: {row['tokens_per_second'] / loop:.2f} times the loop over sample")
 
 
 def print_ratio(title: str, row: ResultRow, peer: str, unit: str) -> None:

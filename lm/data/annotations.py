@@ -66,6 +66,10 @@ class StoreUnavailable(UserError):
     """The file cannot be written for now: it is locked, or its disk is full. Nothing was recorded; try again."""
 
 
+class DuplicateVerdict(UserError):
+    """This rater has judged that item already."""
+
+
 class RankingItem(NamedTuple):
     """Responses to one prompt, to be ranked."""
 
@@ -124,6 +128,11 @@ class AnnotationStore:
         with self._writing():
             return sum(self._added(*item)[1] for item in items)
 
+    def add_item(self, name: str, prompt: list[dict], responses: list[str], sources: list[dict]) -> int:
+        """Adds one, unless it is there, and returns its number."""
+        with self._writing():
+            return self._added(name, prompt, responses, sources)[0]
+
     def item(self, id: int) -> RankingItem:
         """UserError for an unknown one."""
         items = self._items(f"{SELECT_ITEMS} WHERE id = ?", id)
@@ -152,7 +161,9 @@ class AnnotationStore:
                 return
             item = self.item(verdict.item)
             if db.execute(SELECT_STANDING, [verdict.rater, item.id]).fetchone():
-                raise UserError(f"duplicate verdict: {verdict.rater} has judged item {item.id}; undo that one first")
+                raise DuplicateVerdict(
+                    f"duplicate verdict: {verdict.rater} has judged item {item.id}; undo that one first"
+                )
             verdict_fields = {name: value for name, value in verdict._asdict().items() if name not in ("key", "item")}
             ranking = Ranking(
                 item.name, item.prompt, item.responses, sources=item.sources, time=_now(), **verdict_fields

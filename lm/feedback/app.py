@@ -10,10 +10,7 @@ rater or an origin that is not admitted, 503 while the database cannot be writte
 """
 
 import hashlib
-import hmac
 import json
-import re
-import secrets
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,29 +18,22 @@ from typing import Any
 import jinja2
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lm.core.errors import UserError
 from lm.data.annotations import Annotation, AnnotationStore, RankingItem, StoreUnavailable
 from lm.data.preferences import RATING_AXES, RESPONSE_FLAGS, ranking_json
 from lm.feedback import results
+from lm.feedback.web import LOOPBACK_HOSTS, RequestGuard
 
-LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 COOKIE_NAME = "ranking"  # holds the token
 MAX_NAME_LENGTH = 64  # characters of a rater's name
 REQUIRED_KEYS = {"key", "item", "digest", "rater", "ranking"}  # of a verdict; digest: of the item as it was shown
 OPTIONAL_KEYS = {"verdict", "axes", "flags", "seconds"}
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-SECURITY_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
 
 
 def make_app(
@@ -112,58 +102,13 @@ def make_app(
             Route("/results", summary),
             Route("/export", export),
         ],
-        middleware=[Middleware(RequestGuard, token=token, hosts=hosts)],
+        middleware=[Middleware(RequestGuard, token=token, hosts=hosts, cookie=COOKIE_NAME, refused=error_response)],
         exception_handlers={
             StoreUnavailable: lambda request, error: error_response(503, str(error)),
             UserError: lambda request, error: error_response(400, str(error)),
             HTTPException: lambda request, error: error_response(error.status_code, error.detail),
         },
     )
-
-
-class RequestGuard:
-    """Admits the requests of the page itself, and adds security headers to every answer.
-
-    A page of another site can make a browser call this server: by a name that points here (Host), or under its own name
-    (Origin, and the content types that a form may send).
-    """
-
-    def __init__(self, app: ASGIApp, *, token: str, hosts: Collection[str]):
-        self._app, self._token, self._hosts = app, token, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request = Request(scope)
-        request.state.nonce = nonce = secrets.token_urlsafe()
-        enters = self._token and is_same_secret(request.query_params.get("token", ""), self._token)
-
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers.update(
-                    {**SECURITY_HEADERS, "Content-Security-Policy": CONTENT_SECURITY_POLICY.format(nonce=nonce)}
-                )
-                if enters:
-                    headers.append("Set-Cookie", f"{COOKIE_NAME}={self._token}; HttpOnly; SameSite=Strict; Path=/")
-            await send(message)
-
-        await (self._refusal(request, enters) or self._app)(scope, receive, guarded)
-
-    def _refusal(self, request: Request, enters: bool) -> Response | None:
-        host = request.headers.get("host", "")
-        if self._hosts and re.sub(r":\d+$", "", host).strip("[]") not in self._hosts:
-            return error_response(403, f"this server is not {host!r}: open the address that it printed")
-        if self._token and not enters and not is_same_secret(request.cookies.get(COOKIE_NAME, ""), self._token):
-            return error_response(401, "open the address that the program printed when it started, with its ?token=")
-        if request.method == "POST":
-            origin = request.headers.get("origin", f"http://{host}")
-            if origin.partition("://")[2] != host:
-                return error_response(403, f"a page of {origin} may not send anything here")
-            if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-                return error_response(415, "send JSON, with the content type application/json")
-        return None
 
 
 def item_for_page(item: RankingItem, rater: str) -> dict[str, Any]:
@@ -188,10 +133,6 @@ def item_digest(item: RankingItem) -> str:
 
 def json_sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def is_same_secret(given: str, secret: str) -> bool:
-    return hmac.compare_digest(given.encode(), secret.encode())
 
 
 def checked_rater_name(rater: Any, raters: Collection[str]) -> str:

@@ -29,7 +29,8 @@ from lm.data.conversations import reward_example
 from lm.data.preferences import ranking_json
 from lm.feedback import prompt_file, results
 from lm.feedback.answering_models import AnsweringModel, answer_prompts
-from lm.feedback.app import LOOPBACK_HOSTS, checked_rater_name, make_app
+from lm.feedback.app import checked_rater_name, make_app
+from lm.feedback.web import LOOPBACK_HOSTS, open_socket, server_address
 from lm.generate.sampler import SamplingParams
 from lm.rewards.load import check_same_axes, load_reward_model
 from lm.runs.console import on_sigterm, print_table, run_program, say, warn
@@ -127,8 +128,7 @@ def serve_page(
     local = flags.host in LOOPBACK_HOSTS
     token = "" if local else secrets.token_urlsafe()
     app = make_app(store, title=PAGE_TITLE, raters=raters, token=token, hosts=LOOPBACK_HOSTS if local else ())
-    name = socket.gethostname() if flags.host in ("0.0.0.0", "::") else flags.host
-    base = f"http://{f'[{name}]' if ':' in name else name}:{listening.getsockname()[1]}/"
+    base = server_address(flags.host, listening)
     secret = f"?token={token}" if token else ""
     say(f"rank at {base}{secret} ({len(store.items())} items; ctrl-C stops)")
     say(f"results: {base}results{secret}")
@@ -146,13 +146,6 @@ def serve_page(
     with on_sigterm(), suppress(KeyboardInterrupt):  # the server stops by itself, then raises the signal again
         server.run(sockets=[listening])
     say(f"stopped: {len(store.rankings())} verdicts in {store.path}")
-
-
-def open_socket(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot serve at {host}:{port} ({error}): give another --port, 0 for a free one") from error
 
 
 def export_rankings(store: AnnotationStore, path: Path) -> None:

@@ -38,7 +38,31 @@ def sampling_logits(
     return logits
 
 
-def repetition_penalized_logits(logits: Array, present: Array, penalty: float) -> Array:
+def row_sampling_logits(logits: Array, *, temperature: Array, top_k: Array, top_p: Array, log_min_p: Array) -> Array:
+    """`sampling_logits` of f32[B,V] where each row has settings of its own, [B] each; temperatures are above 0.
+
+    log_min_p: the logarithm, -inf keeps all. The sort is skipped where no row has a top_k or top_p.
+    """
+    V = logits.shape[-1]
+    logits = logits.astype(jnp.float32) / temperature[:, None]
+
+    def cut(logits: Array) -> Array:
+        at = lambda x, places: jnp.take_along_axis(x, jnp.clip(places, 0, V - 1)[:, None], axis=-1)
+        descending = -jnp.sort(-logits, axis=-1)
+        kth = jnp.where((0 < top_k) & (top_k < V), at(descending, top_k - 1)[:, 0], -jnp.inf)[:, None]
+        logits, descending = (jnp.where(x >= kth, x, -jnp.inf) for x in (logits, descending))
+        probs = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        kept = jnp.sum(before < top_p[:, None], axis=-1)
+        threshold = jnp.where(top_p < 1, at(descending, kept - 1)[:, 0], -jnp.inf)[:, None]
+        return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+    logits = jax.lax.cond(jnp.any((top_k > 0) | (top_p < 1)), cut, lambda x: x, logits)
+    least = jnp.max(logits, axis=-1, keepdims=True) + log_min_p[:, None]
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def repetition_penalized_logits(logits: Array, present: Array, penalty: float | Array) -> Array:
     """Logits f32[...,V]; those of the tokens that are `present` bool[...,V] are divided by the penalty if positive, and
     multiplied by it if negative (Keskar et al. 2019, sec. 4.1, arXiv 1909.05858; the sign as in their code).
 

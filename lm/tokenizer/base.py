@@ -72,6 +72,11 @@ class Tokenizer(ABC):
         """What each id stands for, special ids by name: for showing a row token by token."""
 
     @abstractmethod
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to a text, as UTF-8 or a part of it; empty for special ids. UserError where tokens are no
+        pieces of text. A decoder may drop the space with which a text begins."""
+
+    @abstractmethod
     def encode_chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
         """Whole conversations as the template renders them: the ids of every stage come from here and from
         `encode_prompts`.
@@ -83,6 +88,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode_prompts(self, conversations: Sequence[Sequence[Message]]) -> list[np.ndarray]:
         """i32[n] each: the conversation so far, up to where the assistant's answer begins."""
+
+    def encode_prompt_with_tools(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """`encode_prompts` of one conversation whose template shows these tools. UserError where it shows none."""
+        raise UserError("the chat template of this model shows no tools: leave tools out, or describe them in words")
 
     @abstractmethod
     def encode_reply(self, role: str, text: str, limit: int) -> list[int]:

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -50,12 +50,19 @@ class ChatTemplate:
             raise UserError(f"the chat template does not parse ({error}): take that of another release") from error
         self._tokens = dict(tokens)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as text. add_generation_prompt: with the marker after which the assistant answers."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The conversation as text. add_generation_prompt: with the marker after which the assistant answers. tools:
+        JSON descriptions that the template may show."""
         given = dict(
             messages=[{key: value for key, value in m.items() if key != "weight"} for m in messages],
             add_generation_prompt=add_generation_prompt,
-            tools=None,
+            tools=tools,
             documents=None,
         )
         try:

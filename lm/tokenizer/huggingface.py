@@ -20,13 +20,34 @@ import tokenizers
 from lm.core.errors import UserError
 from lm.tokenizer.base import Message, TokenizedExample, Tokenizer, checked_messages, valid_unicode
 from lm.tokenizer.chat_template import PROBE_MESSAGES, ChatTemplate
-
-SPACE_SYMBOL = "\u2581"
+from lm.tokenizer.sentencepiece import SPACE_SYMBOL, piece_bytes
 
 
 class EncodedText(NamedTuple):
     ids: list[int]
     offsets: list[int]  # of each token, in characters
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for, as in GPT-2's encoder.py."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_LEVEL = byte_level_alphabet()
+
+
+def bytes_of_level(token: str) -> bytes:
+    """The bytes of a byte-level token; none where it holds a character outside that alphabet."""
+    return bytes(BYTE_LEVEL[c] for c in token) if all(c in BYTE_LEVEL for c in token) else b""
+
+
+def bytes_of_piece(piece: str) -> bytes:
+    """The bytes of a sentencepiece-like token."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SPACE_SYMBOL, " ").encode()
 
 
 class TokenizerJson:
@@ -54,6 +75,21 @@ class TokenizerJson:
 
     def token_id(self, token: str) -> int | None:
         return self._plain.token_to_id(token)
+
+    def token_bytes(self) -> list[bytes]:
+        source = json.loads(self._plain.to_str())
+        decoder = source["decoder"] or {"type": "none"}
+        parts = [part["type"] for part in (decoder["decoders"] if decoder["type"] == "Sequence" else [decoder])]
+        if not {"ByteLevel", "ByteFallback", "Metaspace"} & set(parts):
+            raise UserError(
+                f"this tokenizer's decoder ({', '.join(parts)}) does not say which bytes a token stands for"
+            )
+        pieces = [b""] * self.vocab_size
+        for token, i in source["model"]["vocab"].items() if isinstance(source["model"]["vocab"], dict) else ():
+            pieces[i] = bytes_of_level(token) if "ByteLevel" in parts else bytes_of_piece(token)
+        for added in source["added_tokens"]:
+            pieces[added["id"]] = b"" if added["special"] else added["content"].encode()
+        return pieces
 
 
 class SentencePieceModel:
@@ -83,6 +119,9 @@ class SentencePieceModel:
                 starts.append(match.start())
                 at = match.end()
         return EncodedText(ids, starts)
+
+    def token_bytes(self) -> list[bytes]:
+        return piece_bytes(self._processor)
 
     def decode(self, ids: list[int], *, special: bool) -> str:
         if special:
@@ -179,6 +218,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def pieces(self, ids: Iterable[int]) -> list[str]:
         return [self._coder.decode([int(i)], special=True) for i in ids]
 
+    def token_bytes(self) -> list[bytes]:
+        return [b"" if i in self._special else text for i, text in enumerate(self._coder.token_bytes())]
+
     def encode_chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
         return [self._example(checked_messages(messages), last) for messages in conversations]
 
@@ -216,6 +258,12 @@ class HuggingFaceTokenizer(Tokenizer):
             self.template.render(checked_messages(messages), add_generation_prompt=True) for messages in conversations
         ]
         return [np.array(self._coder.encode_with_special(text).ids, np.int32) for text in texts]
+
+    def encode_prompt_with_tools(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        if not re.search(r"\btools\b", self._bundle["template"]):
+            return super().encode_prompt_with_tools(messages, tools)
+        text = self.template.render(checked_messages(messages), add_generation_prompt=True, tools=tools)
+        return np.array(self._coder.encode_with_special(text).ids, np.int32)
 
     def encode_reply(self, role: str, text: str, limit: int) -> list[int]:
         content = self.decode(self.encode(text)[:limit])

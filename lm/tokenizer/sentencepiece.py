@@ -44,6 +44,20 @@ SPACE_SYMBOL = (
 CHUNK_CHARACTERS = 4096  # characters; the trainer drops a text whole if it is long or holds a character reserved to it
 
 
+def piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> list[bytes]:
+    """What each piece of a model adds to a text; empty for control symbols and the unknown piece."""
+    pieces = []
+    for i in range(processor.vocab_size()):
+        piece = processor.id_to_piece(i)
+        if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+            pieces.append(b"")
+        elif processor.is_byte(i):
+            pieces.append(bytes([int(piece[3:5], 16)]))
+        else:
+            pieces.append(piece.replace(SPACE_SYMBOL, " ").encode())
+    return pieces
+
+
 @dataclass(frozen=True)
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model made by `train_tokenizer`, and the template above."""
@@ -120,6 +134,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _piece(self, i: int) -> str:
         return self.processor.id_to_piece(i).replace(SPACE_SYMBOL, " ") if i < self.vocab_size else f"<{i}>"
+
+    def token_bytes(self) -> list[bytes]:
+        return piece_bytes(self.processor)
 
     def encode_chats(self, conversations: Sequence[Sequence[Message]], *, last: bool = False) -> list[TokenizedExample]:
         """`<|bos|>`, then for each message `<|role|>` content `<|end|>`; all their contents are encoded in one call.

@@ -1,14 +1,28 @@
 """The benchmark: its arithmetic, what it reads of its peers, what it prints and refuses. No speed is asserted."""
 
+import asyncio
 import json
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scripted
 from runs import finished, made_text, small
 
-from lm.bench import __main__ as bench, data, generation, rollout, speculation, startup, tables, training, turns
+from lm.bench import (
+    __main__ as bench,
+    data,
+    engine,
+    generation,
+    rollout,
+    serving,
+    speculation,
+    startup,
+    tables,
+    training,
+    turns,
+)
 from lm.bench.limits import DeviceLimits
 from lm.bench.sizes import SIZES, parsed_counts, thread_count
 from lm.core.config import parsed_flags
@@ -16,6 +30,7 @@ from lm.core.errors import UserError
 from lm.data.conversations import Conversation
 from lm.model.params import param_count, param_specs
 from lm.runs import hardware
+from lm.tokenizer import train_tokenizer
 from lm.weights.config_map import config_json, model_config_from_json as read_back
 
 __all__ = ["finished", "small"]
@@ -202,6 +217,25 @@ def test_a_draft_that_is_the_model_itself_is_always_right(finished, limits, caps
     assert "pretrain, 2 draft tokens" in capsys.readouterr().out
 
 
+def test_the_engine_stands_beside_the_fixed_loop_and_a_prefix_cache_beside_none(limits, monkeypatch, capsys):
+    """At the tiny size: 4 answers of 3 to 6 tokens in two batches, and 2 prompts of 40 with 2 answers of 3 each."""
+    small = dict(REQUESTS=4, SHORTEST=3, GROUP_PROMPTS=2, GROUP=2, GROUP_PROMPT=40, GROUP_NEW=3)
+    for name, value in small.items():
+        monkeypatch.setattr(engine, name, value)
+    monkeypatch.setattr(bench, "DeviceLimits", lambda: limits)
+    flags = "engine --sizes=tiny --batches=2 --prompt_tokens=5 --new_tokens=6 --turns=2 --steps=1"
+    found = bench.measurements(parsed_flags(flags.split(), "", bench.FLAGS, bench.POSITIONAL))["engine"]
+    bench.print_measurements({"engine": found})
+    (row,) = found
+    assert (row["size"], row["batch"], row["tokens"]["groups"]) == ("tiny", 2, 2 * 2 * 3)
+    assert 4 * 3 <= row["tokens"]["lengths"] <= 4 * 6
+    for what, (ours, other) in engine.COMPARISONS.items():
+        speeds = row[what]["per_second"]
+        assert row[what]["ratio"] == pytest.approx(speeds[ours] / speeds[other]) and len(row[what]["each_turn"]) == 2
+        assert min(speeds.values()) > 0
+    assert "tiny float32 2" in capsys.readouterr().out
+
+
 def test_the_loader_stands_beside_training_and_the_encoder_beside_its_library(
     limits, small, tmp_path, monkeypatch, capsys
 ):
@@ -263,6 +297,7 @@ def test_a_start_has_none_of_what_our_own_restart_added(monkeypatch, tmp_path):
         ("--dtypes=float16", "--dtypes=float16: there is no 'float16'; choose from auto, float32, bfloat16"),
         ("--batches=1,0", "--batches=1,0: give numbers from 1 up"),
         ("speculation --workdir=w", "speculation needs two trained models: give --workdir=DIR and --draft=DIR"),
+        ("serve", "serve needs a trained model: give --workdir=DIR"),
         ("--turns=0", "bench.turns is 0; it must be at least 1"),
         ("--json=nowhere/at/all", "--json=nowhere/at/all: there is no folder"),
         ("--turn=1", "--turn is not a flag of this program; did you mean --turns?"),
@@ -301,3 +336,32 @@ def test_pytorch_does_the_same_work():
     for found in (trained, generated):
         assert len(found["seconds"]) == 1 and min(found["seconds"][0].values()) > 0
         assert found["threads"] == thread_count() and set(found["versions"]) == {"transformers", "torch"}
+
+
+def test_a_load_of_two_clients(tmp_path, capsys):
+    """On a server around a scripted engine: each prompt is answered once, and all are counted."""
+    tokenizer = train_tokenizer(["Hello you there! I am fine. 1234567890\n" * 20], vocab_size=300)
+    trained = scripted.loaded(scripted.tiny_workdir(tmp_path / "sft", tokenizer))
+    said = tokenizer.encode("I am fine.")
+    engine = scripted.ScriptedEngine(lambda request: said, tokenizer.end_of_message)
+    prompts = serving.random_prompts(trained, 6, 5)
+    with scripted.serving([scripted.scripted_model("tiny", trained, engine)], tmp_path / "people.db") as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        answers, seconds = asyncio.run(serving.loaded((host, int(port)), prompts, 2, 30))
+    assert sorted(request.ids for request in engine.requests) == sorted(prompts.tolist())
+    assert [answer.tokens for answer in answers] == [len(said) + 1] * 6
+    assert all(0 < answer.first < seconds and len(answer.gaps) == len(said) - 1 for answer in answers)
+    row = serving.load_figures(answers, seconds)
+    assert row["tokens_per_second"] == pytest.approx(6 * (len(said) + 1) / seconds)
+    rows = [{"clients": 2, **row}]
+    loop = {"tokens_per_second": row["tokens_per_second"] / 3, "requests_per_second": 1.0}
+    tables.print_serving({"size": "tiny", "prompt": 5, "new": 30, "slots": 2, "rows": rows, "loop": loop})
+    assert "2 clients: 3.00 times the loop over sample" in capsys.readouterr().out
+
+
+def test_load_figures_by_hand():
+    """Two answers of 3 and 1 tokens in 2 seconds."""
+    answers = [serving.ServedAnswer(3, 0.1, [0.2, 0.4]), serving.ServedAnswer(1, 0.3, [])]
+    row = serving.load_figures(answers, 2.0)
+    assert (row["requests"], row["requests_per_second"], row["tokens_per_second"]) == (2, 1.0, 2.0)
+    assert row["first"][50] == pytest.approx(0.2) and row["between"][50] == pytest.approx(0.3)

@@ -276,3 +276,8 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path):
             assert acknowledged == list(range(1, len(acknowledged) + 1))
             assert store.progress("ann")[0] == recorded
             assert sum(verdicts for (verdicts,) in store._rows("SELECT verdicts FROM items")) == recorded
+
+
+def test_one_item_is_added_once_and_keeps_its_number(store):
+    number = store.add_item(*item(7))
+    assert store.add_item(*item(7)) == number and store.item(number).name == item(7)[0]

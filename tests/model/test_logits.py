@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.model.logits import sampling_logits, values_at_ids
+from lm.model.logits import row_sampling_logits, sampling_logits, values_at_ids
 
 PROBS = [0.1, 0.5, 0.15, 0.25]
 
@@ -66,3 +66,35 @@ def test_picked_is_a_gather():
     ids = jnp.array([2, 0])
     np.testing.assert_array_equal(values_at_ids(x, ids), [-jnp.inf, 4.0])
     np.testing.assert_array_equal(jax.grad(lambda x: values_at_ids(x, ids)[1])(x), [[0, 0, 0], [1, 0, 0]])
+
+
+def test_rows_with_settings_of_their_own_are_cut_as_each_alone():
+    """Every combination in one batch, also of ties and of more than there are."""
+    rows = [
+        {"temperature": t, "top_k": k, "top_p": p, "min_p": m}
+        for t in (0.7, 1.0, 2.0)
+        for k in (0, 1, 3, 40)
+        for p in (1.0, 0.6, 1e-6)
+        for m in (0.0, 0.1, 1.0)
+    ]
+    draw = np.random.default_rng(0)
+    logits = np.round(2 * draw.normal(size=(len(rows), 11)), 1).astype(np.float32)  # rounded: some are equal
+    settings = {name: jnp.asarray([row[name] for row in rows]) for name in rows[0]}
+    together = row_sampling_logits(
+        logits,
+        log_min_p=jnp.asarray([np.log(r["min_p"]) if r["min_p"] else -np.inf for r in rows]),
+        temperature=settings["temperature"],
+        top_k=settings["top_k"],
+        top_p=settings["top_p"],
+    )
+    for row, found, options in zip(logits, together, rows):
+        np.testing.assert_allclose(found, sampling_logits(jnp.asarray(row), **options), rtol=1e-6)
+    assert np.isinf(together).any(axis=1).sum() > 60 and np.isfinite(together).any(axis=1).all()
+
+
+def test_rows_without_a_cut_keep_all():
+    logits, none = jnp.asarray([PROBS, PROBS]), jnp.zeros(2, jnp.int32)
+    kept = row_sampling_logits(
+        logits, temperature=jnp.array([1.0, 2.0]), top_k=none, top_p=jnp.ones(2), log_min_p=jnp.full(2, -jnp.inf)
+    )
+    np.testing.assert_allclose(kept, [PROBS, np.asarray(PROBS) / 2])

@@ -231,3 +231,28 @@ def test_added_tokens_that_the_tokenizer_lacks(own, bytewise, tmp_path):
             UserError, match="tokenizer_config.json says that .* is id 5, but the tokenizer has 1: make"
         ):
             read_tokenizer_files(path, {"eos_token_id": 2})
+
+
+@pytest.mark.parametrize("text", ["the cat", " \n\t x", "é 😀 中文", "1234 <|im_end|>"])
+def test_the_bytes_of_tokens_join_to_the_text(bytewise, own, tmp_path, text):
+    """Byte-level, our own, and our own as a tokenizer.json with byte fallback; special ids have none."""
+    back = read_tokenizer_files(tmp_path, write_tokenizer_files(tmp_path, own))
+    for tokenizer in (borrowed(bytewise), own, back):
+        pieces = tokenizer.token_bytes()
+        assert len(pieces) == tokenizer.vocab_size and all(pieces[i] == b"" for i in tokenizer.stop_ids)
+        assert b"".join(pieces[i] for i in tokenizer.encode(text)).decode() == text
+        single = {piece for piece in pieces if len(piece) == 1}
+        assert len(single) == 256 or tokenizer.vocab_size < 256 + len(SPECIAL)
+
+
+TOOLS = "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}"
+
+
+def test_a_template_that_shows_tools_gets_them(bytewise):
+    tools = [{"type": "function", "function": {"name": "cat"}}]
+    with pytest.raises(UserError, match="shows no tools"):
+        borrowed(bytewise).encode_prompt_with_tools(TALK[:1], tools)
+    shows = borrowed(bytewise, template=TOOLS + CHATML)
+    plain = tk.encode_prompt(shows, TALK[:1])
+    given = shows.encode_prompt_with_tools(TALK[:1], tools)
+    assert shows.decode(given) == "<cat>" + shows.decode(plain)
