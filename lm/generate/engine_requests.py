@@ -67,7 +67,7 @@ class EngineStats(NamedTuple):
     prefix_tokens: int  # tokens that so were not prefilled
     tokens_out: int
     steps: int
-    preemptions: int  # how often a request gave its pages to an older one and waited again
+    preemptions: int = 0  # how often a request gave its pages to an older one and waited again
 
 
 def check_request(model: Model, request: Request, *, pages: int, page_size: int, has_tokenizer: bool) -> None:
