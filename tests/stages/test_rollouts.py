@@ -66,7 +66,7 @@ def dense(example, text, tokens):
 """
 
 
-def test_rewards_of_one_s_own_in_a_run(finished, tmp_path, monkeypatch):
+def test_rewards_of_one_s_own_in_a_run(finished, small, tmp_path, monkeypatch):
     """PPO learns from a sum of a built-in reward, a file's and one per token; the rater is a file's function too."""
     (tmp_path / "own_rewards.py").write_text(REWARDS_FILE)
     monkeypatch.chdir(tmp_path)
