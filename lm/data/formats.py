@@ -16,6 +16,7 @@ answer is always called `answer`: verl's `reward_model.ground_truth` and open-in
 too. Other names for a field: `columns`.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -73,22 +74,30 @@ def recognized_row(
     if row.fault:
         raise RowFault(row.fault)
     fields = renamed_fields(row.fields, columns)
+    name = format_of_fields(frozenset(fields), tuple(wanted))
+    if name is None:
+        has = ", ".join(sorted(map(str, fields))) or "none"
+        raise RowFault(
+            f"its fields ({has}) are of no known format: name yours in data.columns, as in {{'prompt': 'question'}}"
+        )
+    try:
+        value = FORMATS[name][1](fields)
+    except RowFault:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise RowFault(f"no {name} ({error}): mend or remove it") from error
+    if isinstance(value, Conversation) and all(message["role"] != "assistant" for message in value.messages):
+        return RecognizedRow("prompt", value)
+    return RecognizedRow(name, value)
+
+
+@functools.lru_cache(maxsize=256)  # the rows of a file have few sets of fields
+def format_of_fields(fields: frozenset[str], wanted: tuple[str, ...]) -> str | None:
+    """The format that has these fields, one of the `wanted` where several do; None for none."""
     for name in (*(name for name in FORMATS if name in wanted), *FORMATS):
-        needed, convert = FORMATS[name]
-        if any(names <= fields.keys() for names in needed):
-            try:
-                value = convert(fields)
-            except RowFault:
-                raise
-            except (TypeError, ValueError, KeyError, AttributeError) as error:
-                raise RowFault(f"no {name} ({error}): mend or remove it") from error
-            if isinstance(value, Conversation) and all(m["role"] != "assistant" for m in value.messages):
-                return RecognizedRow("prompt", value)
-            return RecognizedRow(name, value)
-    has = ", ".join(sorted(map(str, fields))) or "none"
-    raise RowFault(
-        f"its fields ({has}) are of no known format: name yours in data.columns, as in {{'prompt': 'question'}}"
-    )
+        if any(names <= fields for names in FORMATS[name][0]):
+            return name
+    return None
 
 
 def _conversation(fields: Mapping[str, Any], messages: list[dict], used: Sequence[str] = ()) -> Conversation:

@@ -15,7 +15,7 @@ from lm.data.loading import load_conversations
 from lm.data.prompts import PromptOptions, padded_prompts
 from lm.data.sources import Document, documents_within_bytes, load_documents, split_held_out
 from lm.evaluate.skills import balanced_prompts, has_skills
-from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.generate.answers import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
 from lm.runs.workdir import TrainedModel
 from lm.stages.pretraining.conversation_batches import conversation_rows

@@ -27,7 +27,7 @@ from lm.data.prompts import PromptOptions
 from lm.evaluate.measurements import EvaluationData, RowSizes, check_context, evaluation_data
 from lm.evaluate.recall import measured_recall
 from lm.evaluate.skills import checked_answers, print_skills, skill_results
-from lm.generate.engine import GeneratedAnswer
+from lm.generate.answers import GeneratedAnswer
 from lm.generate.sampler import SamplingParams
 from lm.rewards import Reward, named_rater
 from lm.runs import metadata

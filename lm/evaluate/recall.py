@@ -21,7 +21,7 @@ from lm.core.statistics import estimate_text, success_rate
 from lm.data.facts.phrasings import phrasing_of, sentence, text_index
 from lm.data.facts.tables import Fact, fact_table
 from lm.data.prompts import padded_prompts
-from lm.generate.engine import batch_answerer
+from lm.generate.answers import batch_answerer
 from lm.generate.sampler import SamplingParams
 from lm.runs.console import print_table, run_program, say, warn
 from lm.runs.workdir import TrainedModel, require_decoder, write_text

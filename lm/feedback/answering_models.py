@@ -13,7 +13,7 @@ from lm.core.types import Array
 from lm.data.annotations import AnnotationStore
 from lm.data.conversations import Conversation
 from lm.data.prompts import padded_prompts, prompts_at
-from lm.generate.engine import batch_answerer
+from lm.generate.answers import batch_answerer
 from lm.generate.sampler import SamplingParams, check_sampling
 from lm.runs.console import Progress, SigtermExit, on_sigterm, say, warn
 from lm.runs.workdir import TrainedModel

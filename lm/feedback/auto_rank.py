@@ -27,7 +27,7 @@ from lm.data.preferences import Ranking, append_rankings, preference_pairs, read
 from lm.data.prompts import PromptOptions, Prompts, joined_prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.evaluate.skills import balanced_order, has_skills
-from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.generate.answers import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
 from lm.rewards import REWARDS, Reward, named_rater
 from lm.rewards.load import reward_from_workdir

@@ -29,7 +29,7 @@ from lm.core.config import parsed_flags
 from lm.core.errors import UserError
 from lm.core.statistics import success_rate
 from lm.evaluate.quantization import with_storage_dtypes
-from lm.generate.engine import check_stop_strings, text_before_stop, text_without_partial_stop
+from lm.generate.answers import check_stop_strings, text_before_stop, text_without_partial_stop
 from lm.generate.sampler import SamplingParams, check_sampling
 from lm.generate.speculative import TargetDraft, check_speculation
 from lm.generate.streaming import speculative_token_streamer, token_streamer

@@ -13,7 +13,7 @@ from lm.data import sources
 from lm.data.conversations import Conversation, reward_example
 from lm.data.prompts import padded_prompts, prompts_at
 from lm.evaluate import measurements, models
-from lm.generate.engine import GeneratedAnswer, batch_answerer
+from lm.generate.answers import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
 from lm.rewards import REWARDS
 from lm.runs.workdir import load_trained_model, read_json

@@ -4,7 +4,7 @@ import pytest
 
 from lm.data.facts.tables import Fact, fact_table
 from lm.evaluate import recall
-from lm.generate.engine import GeneratedAnswer
+from lm.generate.answers import GeneratedAnswer
 
 
 def test_the_beginning_of_an_answer_ends_before_its_value():

@@ -18,7 +18,7 @@ import pytest
 from lm import model
 from lm.core.errors import UserError
 from lm.data.prompts import padded_prompts
-from lm.generate.engine import answer_from_ids, batch_answerer, text_before_stop, text_without_partial_stop
+from lm.generate.answers import answer_from_ids, batch_answerer, text_before_stop, text_without_partial_stop
 from lm.generate.sampler import SamplingParams, sample
 from lm.generate.speculative import TargetDraft, speculative_sample
 from lm.generate.streaming import speculative_token_streamer, token_streamer
@@ -268,7 +268,7 @@ def test_stop_strings_by_hand():
 
 
 def test_a_stop_string_cuts_an_answer_of_many(tokenizer):
-    """As lm.generate.engine does it: the length counts the tokens until the string is whole."""
+    """As lm.generate.answers does it: the length counts the tokens until the string is whole."""
     ids = [*tokenizer.encode("The quick brown fox jumps"), tokenizer.end_of_message]
     for stops in ([], ["lazy"]):
         assert answer_from_ids(tokenizer, ids, True, stops) == (tokenizer.decode(ids), len(ids), True)

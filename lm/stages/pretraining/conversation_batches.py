@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Tokens
 from lm.data.batches import BatchSizeRamp
@@ -12,7 +14,7 @@ from lm.data.mixture import parse_sources
 from lm.data.mixture_rows import mixture_origins, packed_conversations, source_order
 from lm.data.packing import packed_rows
 from lm.data.token_rows import mixed_rows, padded_batches
-from lm.data.tokenized_sources import tokenized_conversations
+from lm.data.tokenized_sources import documents_within_bytes, tokenized_conversations
 from lm.stages.context import Batches, HeldOutPart, StageContext
 from lm.tokenizer import Tokenizer, encode_chats
 
@@ -29,6 +31,7 @@ def batches(
     ramp: BatchSizeRamp = (),
     source_temperature: float = 1.0,
     held_out: float = 0.02,
+    held_out_bytes: int = 600_000,
 ) -> Batches:
     """Rows of `length` tokens of conversations from `sources`, the built-in ones cut into excerpts of `turns` messages.
 
@@ -36,9 +39,10 @@ def batches(
     field -> that of the rows. `skip_bad_rows`: so many rows that cannot be used are passed over (lm.data.formats).
 
     A list of {source, weight, kind, epochs} as `sources` is mixed row by row (see data.mixture); where none has a
-    weight, by size^(1/`source_temperature`). The same documents are held out as in
-    pretraining; an excerpt longer than a row, or in which nothing is trained, is left out and counted. A `ramp` begins
-    with other batches, as in stage pretrain.
+    weight, by size^(1/`source_temperature`). The same documents are held out as in pretraining; of each source up to
+    `held_out_bytes` of them are scored, a seeded choice, and the others are counted as unscored. An excerpt longer than
+    a row, or in which nothing is trained, is left out and counted. A `ramp` begins with other batches, as in stage
+    pretrain.
     """
     context.check_length(length)
     check_at_least(2, "data", turns=turns)
@@ -49,8 +53,11 @@ def batches(
         context.tokenizer, mixture, held_out, turns=turns, columns=columns, skip_bad_rows=skip_bad_rows
     )
     train = [packed_conversations(source, source.train, length) for source in tokenized]
+    scored = [np.sort(documents_within_bytes(source, held_out_bytes)) for source in tokenized]
     unseen = [
-        (source, *packed_conversations(source, source.held_out, length)) for source in tokenized if len(source.held_out)
+        (source, *packed_conversations(source, documents, length))
+        for source, documents in zip(tokenized, scored)
+        if len(documents)
     ]
     rows = [each for each, _ in train]
     drawn = source_order(
@@ -63,7 +70,8 @@ def batches(
         "tokens": sum(each.filled for each in rows),
         "trained_tokens": sum(each.trained for each in rows),
         **_summed_counts([counts for _, counts in train]),
-        "held_out_conversations": sum(len(source.held_out) for source in tokenized),
+        "held_out_conversations": sum(map(len, scored)),
+        "held_out_unscored": sum(len(source.held_out) for source in tokenized) - sum(map(len, scored)),
         **{f"held_out_{name}": n for name, n in _summed_counts([counts for _, _, counts in unseen]).items()},
         **_summed_counts([source.store.counts for source in tokenized]),
     }

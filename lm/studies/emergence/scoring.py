@@ -14,7 +14,7 @@ from lm.data.packing import padded_rows
 from lm.data.prompts import bucket_length, padded_prompts
 from lm.data.tasks.scoring import compared_text, edit_distance
 from lm.data.tasks.skills import TASKS, TaskItem, evaluation_items, example_items
-from lm.generate.engine import batch_answerer
+from lm.generate.answers import batch_answerer
 from lm.generate.sampler import SamplingParams
 from lm.runs.partial_results import PartialResults
 from lm.runs.workdir import TrainedModel
