@@ -237,12 +237,12 @@ def resampled_batch(batch: Rollouts, further: Rollouts) -> Rollouts:
     free, useful = np.flatnonzero(equal_reward_groups(batch)), np.flatnonzero(~equal_reward_groups(further))
     free = free[: len(useful)]
 
-    def replaced(old, new):
+    def with_replacements(old, new):
         old, new = (np.array(x).reshape(-1, batch.group, *x.shape[1:]) for x in (old, new))
         old[free] = new[useful[: len(free)]]
         return old.reshape(-1, *old.shape[2:])
 
-    return jax.tree.map(replaced, batch, further)
+    return jax.tree.map(with_replacements, batch, further)
 
 
 TextBatches = Callable[[int], Tokens | None]
@@ -282,7 +282,7 @@ def rollout_table(
     model, tokenizer = context.model, context.tokenizer
     logprobs = context.jit(lambda ref, tokens, temperature: model.token_logprobs(ref, tokens, temperature=temperature))
 
-    def shown(state: TrainState, batch: Rollouts, rows: int) -> Iterator[dict[str, Any]]:
+    def table_rows(state: TrainState, batch: Rollouts, rows: int) -> Iterator[dict[str, Any]]:
         part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text_tokens=None)))
         w = part.tokens.weights
         ref = np.asarray(logprobs(state.frozen["ref"], part.tokens, temperature))
@@ -299,4 +299,4 @@ def rollout_table(
                 "stopped": bool(part.stopped[b]),
             }
 
-    return shown
+    return table_rows
