@@ -18,6 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seed = 0
     config.tokenizer = ""  # the one init_from was trained with
     config.init_from = "runs/small_talk/pretrain"
+    config.marker_embedding = ""  # "\n": the chat's markers start as the end of a line, not as random numbers
     config.model = ConfigDict({})  # sizes come with init_from
     config.data = ConfigDict(
         {

@@ -89,6 +89,12 @@ class Tokenizer(ABC):
         """What comes between an answer's end token and the next answer: a message, its words cut to `limit` tokens."""
 
     @property
+    def marker_ids(self) -> tuple[int, ...]:
+        """The tokens of the chat template that no text holds: roles and the end of a message. None: another's model
+        has learned its own."""
+        return ()
+
+    @property
     def shows_date(self) -> bool:
         """Whether its template may show the date, so that ids depend on it."""
         return False

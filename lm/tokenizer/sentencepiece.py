@@ -113,6 +113,10 @@ class SentencePieceTokenizer(Tokenizer):
         return {role: SPECIAL_TOKENS.index(f"<|{role}|>") for role in ROLES}
 
     @property
+    def marker_ids(self) -> tuple[int, ...]:
+        return (*self.role_ids.values(), self.end_of_message)
+
+    @property
     def has_chat_template(self) -> bool:
         return True
 

@@ -32,6 +32,7 @@ from lm.train.warm_start import (
     model_for_run,
     teacher_from_workdir,
     tokenizer_for_run,
+    with_marker_embeddings,
 )
 
 # The stage's update, with some of the config's numbers, by dotted key, replaced by others.
@@ -89,6 +90,8 @@ def training_setup(config: ConfigDict, workdir: Workdir, phases: PhaseTimer, hos
 
     mesh = call_with_options(host.make_mesh or functions["mesh"].function, config.mesh, name="mesh")
     params, base = inherited_params(start, config), {}
+    if "marker_embedding" in config and config.marker_embedding:
+        params["lm"] = with_marker_embeddings(params["lm"], tokenizer, config.marker_embedding)
     if shape.lora_rank:
         base = lora_base_params(shape, params.pop("lm"), workdir, host.checkpoint_turn)
     state, shardings = initial_state(build, model, config.seed, params, base, teachers, mesh, host)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lm.core.config import call_with_options
@@ -135,6 +136,8 @@ def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:
     A reward model's head is an axis each, a policy's is the value of a state. UserError for a policy from a reward
     model, whose decoder no longer writes, and for a reward model from one of other axes.
     """
+    if "marker_embedding" in config and config.marker_embedding and start is None:
+        raise UserError("marker_embedding is set, but nothing was learned that markers could start as: set init_from")
     judges = config.stage.name in REWARD_MODEL_STAGES
     batch_axes, learned = (
         ordered_axes(config[side].axes if "axes" in config[side] else OVERALL_ONLY) for side in ("data", "stage")
@@ -158,6 +161,29 @@ def inherited_params(start: TrainedModel | None, config: ConfigDict) -> Params:
             f"{', '.join(batch_axes)}: name the same, or start from the policy that it was made from"
         )
     return dict(start.params)
+
+
+def with_marker_embeddings(lm: Params, tokenizer: Tokenizer, text: str) -> Params:
+    """The decoder with the markers of the chat template (roles, end of a message) as the last token of `text`.
+
+    Pretraining never sees the markers: their rows are the random ones of the start. A token that stands where they will
+    stand, such as the end of a line, knows what to do there; what the model does after it, it does after them at once.
+    UserError where the tokenizer's markers are not its own tokens, or `text` is none.
+    """
+    ids, like = tokenizer.marker_ids, tokenizer.encode(text)
+    if not ids or "embedding" not in lm:
+        raise UserError(
+            "marker_embedding is set, but this run's tokenizer or model is not lm's own, whose markers pretraining "
+            "never sees: leave it out"
+        )
+    if not like:
+        raise UserError(f"marker_embedding is {text!r}, which holds no token: give a text such as a line's end")
+    markers, lm = jnp.array(ids), dict(lm)
+    lm["embedding"] = jnp.asarray(lm["embedding"]).at[markers].set(lm["embedding"][like[-1]])
+    if "head" in lm:  # else the output matrix is the embedding
+        head = jnp.asarray(lm["head"])
+        lm["head"] = head.at[:, markers].set(head[:, like[-1:]])
+    return lm
 
 
 def lora_base_params(shape: ModelConfig, lm: Params, workdir: Workdir, checkpoint_turn: Callable) -> Params:

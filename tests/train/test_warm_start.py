@@ -14,7 +14,7 @@ from lm.core.errors import UserError
 from lm.rewards.load import check_same_axes
 from lm.runs.workdir import load_trained_model, read_json, read_metrics
 from lm.train import loop
-from lm.train.warm_start import inherited_params, load_policy
+from lm.train.warm_start import inherited_params, load_policy, with_marker_embeddings
 
 __all__ = ["finished", "small"]
 
@@ -95,3 +95,35 @@ def test_a_config_by_itself_says_the_command_that_makes_what_it_needs(config, ma
     command = f"python -m lm train --config=experiments/{made}.py --workdir=runs/small_talk/{made}` makes it"
     with pytest.raises(UserError, match=re.escape(command)):
         loop.train_stage(load_config(f"experiments/{config}.py:tiny"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("has_head", [False, True])
+def test_markers_start_as_the_token_that_stands_where_they_will(finished, has_head):
+    trained = of(finished, "pretrain")
+    lm, tokenizer = trained.params["lm"], trained.tokenizer
+    lm = (
+        {**lm, "head": np.arange(lm["embedding"].size, dtype=np.float32).reshape(lm["embedding"].T.shape)}
+        if has_head
+        else lm
+    )
+    line_end, markers = tokenizer.encode("\n")[-1], list(tokenizer.marker_ids)
+    started = with_marker_embeddings(lm, tokenizer, "\n")
+    others = np.setdiff1d(np.arange(tokenizer.vocab_size), markers)
+    assert sorted(tokenizer.pieces(markers)) == ["<|assistant|>", "<|end|>", "<|system|>", "<|tool|>", "<|user|>"]
+    for name, rows in (("embedding", lambda a: np.asarray(a)), *([("head", lambda a: np.asarray(a).T)] * has_head)):
+        old, new = rows(lm[name]), rows(started[name])
+        assert np.array_equal(new[markers], np.tile(old[line_end], (len(markers), 1)))
+        assert np.array_equal(new[others], old[others])
+    assert started["layers"] is lm["layers"]
+
+
+def test_markers_that_cannot_start_so_are_refused(finished):
+    trained = of(finished, "pretrain")
+    with pytest.raises(UserError, match="holds no token"):
+        with_marker_embeddings(trained.params["lm"], trained.tokenizer, "")
+    with pytest.raises(UserError, match="not lm's own"):
+        with_marker_embeddings({"layers": {}}, trained.tokenizer, "\n")
+    with pytest.raises(UserError, match="set init_from"):
+        config = stage_config(finished, "pretrain").unlock()
+        config.marker_embedding = "\n"
+        inherited_params(None, config)

@@ -12,6 +12,7 @@ from lm.data.facts.phrasings import (
     UNKNOWN_TOPICS,
     is_chosen,
     made_up_names,
+    one_word_request,
     phrasing_of,
     sentence,
 )
@@ -25,7 +26,8 @@ ANSWER_SHARE = 0.4  # of the statements are in the words of the answer
 QUESTIONS_OF_A_FACT = 12
 UNKNOWN_PER_PAGE = 5  # questions about made-up names
 TOPICS_PER_PAGE = 2  # questions that no table answers
-ONE_WORD_PER_PAGE = 4  # questions that ask for one word, at most
+SHORT_PER_PAGE = 3  # questions with the value alone for an answer, as in a list of them
+ONE_WORD_PER_PAGE = 6  # questions that ask for one word, at most
 TEST_ONE_WORD = 0.15  # of the facts are never asked for in one word
 
 
@@ -69,8 +71,11 @@ def quiz_pages(table: FactTable) -> Iterator[tuple[str, str]]:
                 asked.append((question(fact.relation, name, draw), DONT_KNOW_NAME.format(e=name)))
             for fact in page[UNKNOWN_PER_PAGE:][:TOPICS_PER_PAGE]:
                 asked.append((sentence(draw.choice(UNKNOWN_TOPICS), e=fact.entity), DONT_KNOW_THAT))
+            for fact in page[:SHORT_PER_PAGE]:
+                asked.append((f"Q: {question(fact.relation, fact.entity, draw)}", f"A: {one_word_answer(fact)}"))
             for fact in filter(is_asked_in_one_word, page[-ONE_WORD_PER_PAGE:]):
-                request = draw.choice(ONE_WORD_REQUESTS).format(q=question(fact.relation, fact.entity, draw))
+                wanted = question(fact.relation, fact.entity, draw)
+                request = one_word_request(draw.choice(ONE_WORD_REQUESTS), wanted, draw)
                 asked.append((request, one_word_answer(fact)))
             yield f"{turn:03}/{number:05}", "".join(f"{q}\n{a}\n" for q, a in draw.sample(asked, len(asked)))
 

@@ -14,15 +14,16 @@ from typing import NamedTuple
 class Phrasing(NamedTuple):
     noun: str  # {r}
     answer: str  # the whole sentence that answers, and the statement told most often; {v} comes last
-    statements: Sequence[str] = ()  # besides the answer and those of GENERIC
+    statements: Sequence[str] = ()  # besides the answer and CARD
     questions: Sequence[str] = ()  # besides those of GENERIC
     test_questions: Sequence[str] = ()
 
 
+CARD = "{r} of {e}: {v}."  # told of every fact: the value right behind what is asked for, as in an answer of one word
 GENERIC = Phrasing(
     noun="{r}",
     answer="The {r} of {e} is {v}.",
-    statements=("{v} is the {r} of {e}.", "{e} has the {r} {v}.", "The {r} that {e} has is {v}.", "{e}: {r} {v}."),
+    statements=("{v} is the {r} of {e}.", "{e} has the {r} {v}.", "The {r} that {e} has is {v}.", CARD),
     questions=(
         "What is the {r} of {e}?",
         "What's the {r} of {e}?",
@@ -145,6 +146,22 @@ NOUNS = (
     "brother sister"
 ).split()
 
+# Words that any sentence has; with the ones above they make the phrases that people ask to be repeated.
+COMMON_WORDS = (
+    "the a an is are was I you he she we they it my your his her our this that in on at to of for with and or but not "
+    "no yes hello hi good morning evening night day today please thank thanks have has had do go come see like love "
+    "want need can will make take give help look eat drink sleep read write play run walk work say tell know think "
+    "one two three all some many very so too here there now again home name time year food people man woman child "
+    "world life what who where when how why nice great happy little much more under over up down out"
+).split()
+PHRASES = (  # {n} is a noun, {a} an adjective, {t} one of TOPICS: what people say
+    "I like {t}", "we talk about {t}", "{t} and {t}", "{t} can be {a}",
+    "the {n} is {a}", "I like {n}", "good morning", "good night", "good evening", "hello there", "thank you",
+    "I have a {a} {n}", "my {n} is {a}", "a {a} {n}", "the {a} {n}", "{n} and {n}", "we see the {n}", "hello world",
+    "I want to go home", "the {n} is in the {n}", "have a nice day", "it is {a} today", "you are {a}", "I am {a}",
+    "where is the {n}", "this is my {n}", "how are you", "the {n} and the {n}", "I need a {n}", "see you again",
+)  # fmt: skip
+
 # Small talk: what is said (the last of each is never trained), and what may be answered.
 SMALL_TALK = (
     (("Hello!", "Hello", "Hi!", "Hi", "Hey!", "Hi there!", "Hello there!"),
@@ -223,6 +240,7 @@ TOPICS = (
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh st t tr v w y z".split()
 _VOWELS = "a e i o u a e i o ai ea oo".split()
 _CODAS = ["", "", "", "n", "r", "l", "s", "m", "x", "nd", "rk", "st"]
+TEST_TOPICS = 0.15  # of the topics of small talk are in none that is trained
 TEST_NAMES = 0.15  # of the made-up names are in nothing that is trained
 NAME_ENDINGS = {
     "country": ("ia", "land", "stan", "a", "ova", "ania", "o", "or", "eth", "un", "ay"),
@@ -241,9 +259,48 @@ def phrasing_of(relation: str) -> Phrasing:
             own.noun, generic([own.answer])[0], *(generic(getattr(own, part)) for part in Phrasing._fields[2:])
         )
     return own._replace(
+        statements=(*own.statements, *generic([CARD])),
         questions=(*generic(GENERIC.questions), *own.questions),
         test_questions=(*generic(GENERIC.test_questions), *own.test_questions),
     )
+
+
+def drawn_phrase(draw: random.Random) -> str:
+    """One of PHRASES with words in it."""
+    template = draw.choice(PHRASES)
+    for place, filling in (("{n}", NOUNS), ("{a}", ADJECTIVES), ("{t}", TOPICS)):
+        while place in template:
+            template = template.replace(place, draw.choice(filling), 1)
+    return template
+
+
+def drawn_small_talk(draw: random.Random) -> tuple[str, str]:
+    """What is said and a reply, of those that may be trained."""
+    if draw.random() < 0.4:
+        said, replies = draw.choice(SMALL_TALK)
+        return draw.choice(said[:-1]), draw.choice(replies)
+    said, replies = draw.choice(TOPIC_TALK)
+    topic = draw.choice([topic for topic in TOPICS if not is_test_topic(topic)])
+    return draw.choice(said[:-1]).format(t=topic), sentence(draw.choice(replies), t=topic)
+
+
+def is_test_topic(topic: str) -> bool:
+    """Whether nobody talks of it in anything that is trained."""
+    return is_chosen(f"topic {topic}", TEST_TOPICS)
+
+
+def as_typed(question: str, draw: random.Random) -> str:
+    """The question as people type it: in a third without a capital at its start, in a third without what ends it."""
+    style = draw.randrange(6)
+    question = question[:1].lower() + question[1:] if style in (1, 2) and not question.startswith("I ") else question
+    return question.removesuffix("?").removesuffix(".") if style in (2, 3) else question
+
+
+def one_word_request(template: str, question: str, draw: random.Random) -> str:
+    """The question, as people type it, with the wish for one word."""
+    typed = as_typed(question, draw)
+    is_last = template.endswith("{q}")
+    return template.format(q=typed if is_last or typed.endswith((".", "?")) else question)
 
 
 def sentence(template: str, **words: str) -> str:

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 from lm.data.facts import phrasings as p
 from lm.data.facts.documents import answer, is_test_one_word, name_kind, one_word_answer, real_names
-from lm.data.facts.phrasings import is_chosen, made_up_names, phrasing_of, sentence, text_index
+from lm.data.facts.phrasings import as_typed, is_chosen, made_up_names, phrasing_of, sentence, text_index
 from lm.data.facts.tables import Fact, FactTable, relation_values
-from lm.data.tasks.lessons import WORDS, copied_word, drawn_numbers, drawn_words, is_test_text, spelled, sum_text
+from lm.data.tasks.lessons import WORDS, copied_word, drawn_numbers, drawn_text, is_test_text, spelled, sum_text
 
 NEVER_ASKED = 0.3  # of the entities are in no question that SFT learns from
 PRACTICED = 0.5  # of these are in questions that RL alone learns from, so that it meets what SFT has not drilled
-TEST_TOPICS = 0.15  # of the topics of small talk are in nothing that is trained
 MOST_TRAINED, MOST_TESTED = 12_000, 400  # items of one skill
 MOST_OTHERS = 50  # values of a relation of a user's own that a row names
 CHITCHAT_WORDS = range(2, 16)  # of a human's turn that is small talk, and of the reply
@@ -89,9 +88,10 @@ def is_practiced(entity: str) -> bool:
 
 
 def with_opening(question: str) -> str:
-    """A quarter of the questions after a polite opening."""
+    """The question as people type it, a quarter after a polite opening."""
     openings = p.POLITE_OPENINGS
     place = text_index(f"opening {question}", 4 * len(openings))
+    question = as_typed(question, random.Random(f"typed {question}"))
     return f"{openings[place]}{question}" if place < len(openings) else question
 
 
@@ -201,8 +201,8 @@ def instruction_exchanges(table: FactTable) -> Iterator[Exchange]:
         draw = random.Random(f"instructions {task}")
         arguments = list(WORDS) * 4
         if task != "spell":
-            arguments = [drawn_words(draw, draw.choice((1, 2, 2, 3))) for _ in range(1600)]
-            names = [" ".join(copied_word(draw) for _ in range(draw.randint(1, 3))) for _ in range(2400)]
+            arguments = [drawn_text(draw) for _ in range(2400)]
+            names = [" ".join(copied_word(draw) for _ in range(draw.randint(1, 3))) for _ in range(1600)]
             arguments += [text for text in names if not is_test_text(task, text)]  # trained only
         for number, text in enumerate(arguments):
             is_test = is_test_text(task, text)
@@ -219,7 +219,9 @@ def instruction_exchanges(table: FactTable) -> Iterator[Exchange]:
         for _ in range(1 if is_test else 4):
             request = draw.choice(p.TEST_ONE_WORD_REQUESTS if is_test and draw.random() < 0.5 else p.ONE_WORD_REQUESTS)
             question = sentence(draw.choice(phrasing_of(fact.relation).questions), e=fact.entity)
-            yield Exchange(request.format(q=question), one_word_answer(fact), answer=fact.value, **about)
+            yield Exchange(
+                request.format(q=as_typed(question, draw)), one_word_answer(fact), answer=fact.value, **about
+            )
 
 
 def small_talk_exchanges(dialogues: Sequence[Turns]) -> Iterator[Exchange]:
@@ -233,7 +235,7 @@ def small_talk_exchanges(dialogues: Sequence[Turns]) -> Iterator[Exchange]:
                                unseen="phrasing" if is_test else "")  # fmt: skip
     for said, replies in p.TOPIC_TALK:
         for topic in p.TOPICS:
-            is_test = is_chosen(f"topic {topic}", TEST_TOPICS)
+            is_test = p.is_test_topic(topic)
             text = said[text_index(f"{said[0]} {topic}", len(said) if is_test else len(said) - 1)].format(t=topic)
             reply = sentence(replies[text_index(text, len(replies))], t=topic)
             yield Exchange(text, reply, "small_talk", task="topic", argument=topic, unseen="item" if is_test else "")

@@ -1,4 +1,4 @@
-"""A corpus of worked examples: sums, spelling, capitals, copying, comparing, sorting.
+"""A corpus of worked examples: sums, spelling, capitals, copying, comparing, sorting, small talk.
 
 Sums of two numbers below 100 that `is_test_sum` names are in no lesson and in no question that is trained; of
 differences, which are few, only phrasings are kept for testing. Each word of
@@ -14,11 +14,15 @@ from lm.data.facts.phrasings import (
     ADD_QUESTIONS,
     ADJECTIVES,
     CAPITALS_REQUESTS,
+    COMMON_WORDS,
     NAME_ENDINGS,
     NOUNS,
     REPEAT_REQUESTS,
     SPELL_REQUESTS,
     SUBTRACT_QUESTIONS,
+    TOPICS,
+    drawn_phrase,
+    drawn_small_talk,
     is_chosen,
     made_up_names,
 )
@@ -27,14 +31,14 @@ PAGE_COUNT = 4000
 LINES_PER_PAGE = 20
 LARGEST_DIFFERENCE = 20  # that something is taken from
 TEST_SUM_FRACTION = 0.1  # of the sums of which a number has two digits
-LINE_SHARES = {"sum": 0.44, "difference": 0.08, "copying": 0.2, "spelling": 0.12, "capitals": 0.1, "comparing": 0.03,
-               "sorting": 0.03}  # fmt: skip
-ASKED_SHARE = 0.35  # of the lessons are in the words of a question or request
+LINE_SHARES = {"sum": 0.42, "difference": 0.08, "copying": 0.21, "spelling": 0.1, "capitals": 0.1, "talk": 0.05,
+               "comparing": 0.02, "sorting": 0.02}  # fmt: skip
+ASKED_SHARE = 0.45  # of the lessons are in the words of a question or request
 TEST_TEXTS = 0.15  # of the words and texts are in no request that is trained
 COPIED_NAMES = tuple(
     name for kind in NAME_ENDINGS for name in itertools.islice(made_up_names(kind, seed="copied", real=()), 1500)
 )
-WORDS = tuple(dict.fromkeys((*ADJECTIVES, *NOUNS)))
+WORDS = tuple(dict.fromkeys((*ADJECTIVES, *NOUNS, *(word for word in COMMON_WORDS if len(word) > 2))))
 
 
 def spelled(word: str) -> str:
@@ -78,10 +82,12 @@ def lesson_line(kind: str, draw: random.Random) -> str:
         if kind == "copying" and draw.random() >= ASKED_SHARE:
             text = " ".join(copied_word(draw) for _ in range(draw.randint(1, 6)))
             return f"{beginning}{text}\n{text}"
-        text = draw.choice(WORDS) if kind == "spelling" else drawn_words(draw, draw.choice((1, 2, 2, 3)))
+        text = draw.choice(WORDS) if kind == "spelling" else drawn_text(draw)
         if draw.random() < ASKED_SHARE and not is_test_text(task, text):
             return f"{draw.choice(requests).format(t=text)}\n{right(text)}"
         return f"{beginning}{text}\n{right(text)}"
+    if kind == "talk":
+        return "\n".join(drawn_small_talk(draw))
     a, b = draw.sample(range(100), 2)
     if kind == "comparing":
         return f"{a} is {'more' if a > b else 'less'} than {b}."
@@ -94,12 +100,22 @@ def copied_word(draw: random.Random) -> str:
     kind = draw.randrange(4)
     if kind < 2:
         return draw.choice(COPIED_NAMES)
-    return draw.choice(WORDS) if kind == 2 else draw.choice(string.ascii_letters)
+    return draw.choice((*WORDS, *TOPICS)) if kind == 2 else draw.choice(string.ascii_letters)
 
 
 def sum_text(a: int, b: int, operator: str) -> str:
     """37+85=122: without spaces, as each would be a token."""
     return f"{a}{operator}{b}={a + b if operator == '+' else a - b}"
+
+
+def drawn_text(draw: random.Random) -> str:
+    """A phrase, adjectives before a noun, or words in no order: a third each."""
+    kind = draw.randrange(3)
+    if kind == 0:
+        return drawn_phrase(draw)
+    if kind == 1:
+        return drawn_words(draw, draw.choice((1, 2, 2, 3)))
+    return " ".join(draw.choices((*WORDS, *COMMON_WORDS), k=draw.choice((1, 1, 2, 3))))
 
 
 def drawn_words(draw: random.Random, count: int) -> str:
