@@ -28,9 +28,8 @@ from lm.core.types import Tokens
 # Longer than half a minute each. pytest-xdist hands out whole files in order: a long one that came last would leave the
 # other worker idle. The first needs no finished pipeline (tests/runs.py), so that one worker makes it for both.
 LONG_FILES = (
-    "tests/test_notebooks.py",
-    "tests/train/test_resume.py",
     "tests/studies/test_gradients.py",
+    "tests/train/test_resume.py",
     "tests/train/test_loop.py",
     "tests/sweep/test_vmapped.py",
     "tests/stages/test_policy_gradient.py",

@@ -99,7 +99,7 @@ assert again.own_model["name"] == "my_model:make" and again.stage == "my_method:
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
 TIMED = re.compile(r"\b\d+:\d\d\b|\bseconds\b")  # in a line that depends on the machine's speed
-QUICK = ("01_from_text_to_chat", "02_one_training_step", "03_tokens_masks_packing")  # of the default run
+QUICK = ("03_tokens_masks_packing",)  # of the default run, the quickest; the others are slow
 EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 

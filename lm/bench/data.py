@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lm.bench import training
 from lm.bench.sizes import BenchmarkSize
-from lm.bench.training import timed_steps as training_steps
 from lm.bench.turns import TimedSteps, Timings, phase_seconds
 from lm.core.types import Tokens
 from lm.data.sources import load_documents
@@ -57,7 +57,7 @@ def loaders(size: BenchmarkSize, tokenizer: SentencePieceTokenizer) -> dict[str,
 def timed_steps(size: BenchmarkSize, dtype: str) -> TimedSteps:
     """Steps of loading, training and encoding, with the seconds of each; the first does not count."""
     tokenizer = benchmark_tokenizer(size)
-    kinds, train = loaders(size, tokenizer), training_steps(size, dtype)
+    kinds, train = loaders(size, tokenizer), training.timed_steps(size, dtype)
     texts = encoded_sample()
     tokenizer.processor.encode(texts[:1])
     number = 0

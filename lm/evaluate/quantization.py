@@ -140,8 +140,8 @@ def held_out_rows(trained: TrainedModel, *, rows: int, length: int, corpus: str,
         raise UserError(
             f"{corpus} holds out {len(able)} rows of {length} tokens at {held_out:g}, not {rows}: lower --rows"
         )
-    chosen = able[np.linspace(0, len(able) - 1, rows).astype(int)]
-    return jax.tree.map(lambda leaf: leaf[chosen], all_rows)
+    spread_rows = able[np.linspace(0, len(able) - 1, rows).astype(int)]
+    return jax.tree.map(lambda leaf: leaf[spread_rows], all_rows)
 
 
 def measurement_settings(trained: TrainedModel, flags) -> dict[str, Any]:

@@ -56,22 +56,13 @@ def make_app(
     def page(request: Request) -> Response:
         return HTMLResponse(template.render(title=title, setup=setup, nonce=request.state.nonce))
 
-    def upcoming(request: Request) -> Response:
+    def next_item(request: Request) -> Response:
         rater = checked_rater_name(request.query_params.get("rater"), raters)
-        return shown(rater, store.next_item(rater))
+        return item_response(store, rater, store.next_item(rater))
 
     async def verdict(request: Request) -> Response:
         body = await json_body(request, REQUIRED_KEYS, OPTIONAL_KEYS)
-        return await run_in_threadpool(record, body)
-
-    def record(body: Mapping[str, Any]) -> Response:
-        rater, item = checked_rater_name(body["rater"], raters), stored_item(store, body["item"])
-        if body["digest"] != item_digest(item):
-            raise UserError(f"item {item.id} is not what was shown: the page is of another database, reload it")
-        if not isinstance(body["key"], str) or not body["key"]:
-            raise UserError(f"key is {body['key']!r}, not a text of the client's own")
-        verdict = {name: value for name, value in body.items() if name != "digest"}
-        store.record_verdict(Annotation(**verdict, shown=display_order(item, rater)))
+        await run_in_threadpool(record_verdict, store, body, raters)
         return JSONResponse({"recorded": body["key"]})
 
     async def undo(request: Request) -> Response:
@@ -79,11 +70,7 @@ def make_app(
         item = await run_in_threadpool(store.undo_latest, rater)
         if item is None:
             raise UserError(f"{rater} has no verdict to take back")
-        return await run_in_threadpool(shown, rater, item)
-
-    def shown(rater: str, item: RankingItem | None) -> Response:
-        judged, total = store.progress(rater)
-        return JSONResponse({"item": item and item_for_page(item, rater), "judged": judged, "all": total})
+        return await run_in_threadpool(item_response, store, rater, item)
 
     def summary(request: Request) -> Response:
         return HTMLResponse(results.results_page(store.rankings(), title=title))
@@ -96,7 +83,7 @@ def make_app(
     return Starlette(
         routes=[
             Route("/", page),
-            Route("/next", upcoming),
+            Route("/next", next_item),
             Route("/verdict", verdict, methods=["POST"]),
             Route("/undo", undo, methods=["POST"]),
             Route("/results", summary),
@@ -109,6 +96,23 @@ def make_app(
             HTTPException: lambda request, error: error_response(error.status_code, error.detail),
         },
     )
+
+
+def record_verdict(store: AnnotationStore, body: Mapping[str, Any], raters: Collection[str]) -> None:
+    """Stores the verdict that a page sent. UserError unless the page showed the item as it is in the store."""
+    rater, item = checked_rater_name(body["rater"], raters), stored_item(store, body["item"])
+    if body["digest"] != item_digest(item):
+        raise UserError(f"item {item.id} is not what was shown: the page is of another database, reload it")
+    if not isinstance(body["key"], str) or not body["key"]:
+        raise UserError(f"key is {body['key']!r}, not a text of the client's own")
+    verdict = {name: value for name, value in body.items() if name != "digest"}
+    store.record_verdict(Annotation(**verdict, shown=display_order(item, rater)))
+
+
+def item_response(store: AnnotationStore, rater: str, item: RankingItem | None) -> Response:
+    """The item as JSON for the page, and how many of all this rater has judged; null where none is left."""
+    judged, total = store.progress(rater)
+    return JSONResponse({"item": item and item_for_page(item, rater), "judged": judged, "all": total})
 
 
 def item_for_page(item: RankingItem, rater: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from lm.core.options import ConfigFunction
 from lm.data import conversations
 from lm.data.loading import load_conversations
 from lm.data.preferences import Ranking, append_rankings, preference_pairs, read_jsonl_rankings
-from lm.data.prompts import PromptOptions, Prompts, prompts_at, prompts_within_length
+from lm.data.prompts import PromptOptions, Prompts, joined_prompts, prompts_at, prompts_within_length
 from lm.data.sources import split_held_out
 from lm.evaluate.skills import balanced_order, has_skills
 from lm.generate.answers import GeneratedAnswer, batch_answerer
@@ -105,7 +105,7 @@ def rank_sampled_answers(
     contexts = conversations.prompt_contexts(
         load_conversations(options.sources), turns=options.turns, per_conversation=prompts_per_conversation
     )
-    chosen, skipped = prompts_to_rank(trained.tokenizer, contexts, options, prompts, held_out_prompts, seed)
+    questions, skipped = prompts_to_rank(trained.tokenizer, contexts, options, prompts, held_out_prompts, seed)
     answers = batch_answerer(
         trained.model,
         trained.params["lm"],
@@ -114,26 +114,33 @@ def rank_sampled_answers(
         jit=jax.jit,
         rows_at_once=prompts_at_once * responses,
     )
-    name_of = {id(context.messages): context.name for context in contexts}
+    names = {id(context.messages): context.name for context in contexts}
     done = ranked_prompt_count(workdir.path / RANKINGS_FILE, prompts_at_once)
-    parts = PartialResults(workdir.path / UNRANKED_FILE)
-    with Progress("rank", len(chosen.ids), "prompt") as progress:
-        for first in range(done, len(chosen.ids), prompts_at_once):
-            rows = np.arange(first, min(first + prompts_at_once, len(chosen.ids)))
-            part = prompts_at(chosen, np.repeat(rows, responses))
+    unranked = PartialResults(workdir.path / UNRANKED_FILE)
+    with Progress("rank", len(questions.ids), "prompt") as progress:
+        for first in range(done, len(questions.ids), prompts_at_once):
+            rows = np.arange(first, min(first + prompts_at_once, len(questions.ids)))
+            chunk = prompts_at(questions, np.repeat(rows, responses))
             key = jax.random.fold_in(jax.random.key(seed), first)
-            stored = parts.once(f"answers from {first}", lambda: answers(part, key))
-            sampled = [GeneratedAnswer(*each) for each in stored]
-            texts, cut = [answer.text for answer in sampled], np.array([not answer.stopped for answer in sampled])
-            scores = (judge(part.examples, texts) - truncation_penalty * cut).reshape(-1, responses)
-            asked = [example["messages"] for example in part.examples[::responses]]
-            rankings = rankings_from_scores([name_of[id(each)] for each in asked], asked, texts, scores, rater)
+            stored = unranked.once(f"answers from {first}", lambda: answers(chunk, key))
+            texts, scores = scored_answers(chunk, stored, judge, truncation_penalty)
+            scores = scores.reshape(-1, responses)
+            messages = [example["messages"] for example in chunk.examples[::responses]]
+            rankings = rankings_from_scores([names[id(each)] for each in messages], messages, texts, scores, rater)
             append_rankings(workdir.path / RANKINGS_FILE, rankings)
-            parts.remove()
+            unranked.remove()
             progress.update(int(rows[-1]) + 1, {"score": float(scores.mean())})
     counts = decision_counts(read_jsonl_rankings(workdir.path / RANKINGS_FILE))
-    seconds = time.monotonic() - start
-    return {"stage": "rank", "rater": rater, "skipped": skipped, **counts, "seconds": seconds}
+    return {"stage": "rank", "rater": rater, "skipped": skipped, **counts, "seconds": time.monotonic() - start}
+
+
+def scored_answers(
+    prompts: Prompts, stored: Sequence[Sequence], judge: Reward, truncation_penalty: float
+) -> tuple[list[str], np.ndarray]:
+    """The texts of answers, one to each prompt, and their scores f32[answers], less the penalty for a cut one."""
+    answers = [GeneratedAnswer(*each) for each in stored]
+    texts, cut = [answer.text for answer in answers], np.array([not answer.stopped for answer in answers])
+    return texts, judge(prompts.examples, texts) - truncation_penalty * cut
 
 
 def prompts_to_rank(
@@ -147,11 +154,11 @@ def prompts_to_rank(
     """`prompts` of the contexts that are not held out, then `held_out_prompts` of those that are, drawn by `seed`; and
     how many of the first were too long."""
     train, held_out = split_held_out(contexts, options.held_out)
-    chosen, skipped = random_prompts(tokenizer, train, options.prompt_length, prompts, seed)
+    questions, skipped = random_prompts(tokenizer, train, options.prompt_length, prompts, seed)
     if held_out_prompts:
         more, _ = random_prompts(tokenizer, held_out, options.prompt_length, held_out_prompts, seed)
-        chosen = concatenated_prompts(chosen, more)
-    return chosen, skipped
+        questions = joined_prompts([questions, more])
+    return questions, skipped
 
 
 def decision_counts(rankings: Sequence[Ranking]) -> dict[str, int]:
@@ -191,11 +198,6 @@ def rater_reward(rater: str, tokenizer: Tokenizer, longest: int) -> Reward:
     if Path(rater).is_dir() and rater not in REWARDS:
         return reward_from_workdir(rater, tokenizer, longest)[1]
     return named_rater(rater, "rank.rater")
-
-
-def concatenated_prompts(a: Prompts, b: Prompts) -> Prompts:
-    """The prompts of `a`, then those of `b`."""
-    return Prompts(np.concatenate([a.ids, b.ids]), np.concatenate([a.lengths, b.lengths]), [*a.examples, *b.examples])
 
 
 def ranks_from_scores(scores: np.ndarray) -> list[int]:

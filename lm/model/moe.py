@@ -42,8 +42,8 @@ def moe_mlp(c: ModelConfig, layer: Params, x: Array, activation: Callable[[Array
     out = jnp.einsum("nkd,nk->nd", parts, weights.astype(x.dtype)).reshape(B, T, D)
 
     spread = lambda a: a.reshape(B, T, *a.shape[1:])
-    chosen = jnp.sum(jax.nn.one_hot(experts, c.experts), axis=1)
-    return out, Routing(spread(probabilities), spread(chosen), spread(jax.nn.logsumexp(logits, axis=-1)))
+    counts = jnp.sum(jax.nn.one_hot(experts, c.experts), axis=1)
+    return out, Routing(spread(probabilities), spread(counts), spread(jax.nn.logsumexp(logits, axis=-1)))
 
 
 def load_balancing_loss(routing: Routing, weights: Array) -> Array:

@@ -70,8 +70,10 @@ def talk_points(example: Example, text: str) -> float:
     stated = sum(len(part.strip()) for part in re.split(r"[^.!]*\?", stripped)) / len(stripped)
     own = {word for word in letters(stripped).split() if len(word) >= 4} - set(letters(message).split())
     shared = _overlap(said, asked)
-    spelled = np.mean([word_grams(word) <= usual_grams() for word in letters(stripped).split()])
-    return 2.0 * ((stripped[-1] in ".!?…") + stated + min(2, len(own)) / 2 + min(1.0, shared / 0.05) + float(spelled))
+    usual_spelling = np.mean([word_grams(word) <= usual_grams() for word in letters(stripped).split()])
+    return 2.0 * (
+        (stripped[-1] in ".!?…") + stated + min(2, len(own)) / 2 + min(1.0, shared / 0.05) + float(usual_spelling)
+    )
 
 
 def word_grams(word: str) -> frozenset[str]:

@@ -174,21 +174,23 @@ def _array(name: str, reply: Any, rows: RewardRows) -> np.ndarray:
 def _reply(name: str, reward: Reward, form: RewardForm, rows: RewardRows, timeout: float) -> Any:
     """What a plain function says of all rows. A row is named where it raises: a batch is asked again row by row."""
     if form.per_answer:
-        return [_called(name, reward, form, rows, i, timeout) for i in range(len(rows.texts))]
-    return _called(name, reward, form, rows, None, timeout)
+        return [_reward_reply(name, reward, form, rows, i, timeout) for i in range(len(rows.texts))]
+    return _reward_reply(name, reward, form, rows, None, timeout)
 
 
-def _called(name: str, reward: Reward, form: RewardForm, rows: RewardRows, row: int | None, timeout: float) -> Any:
-    given = rows.arguments(form, row)
+def _reward_reply(
+    name: str, reward: Reward, form: RewardForm, rows: RewardRows, row: int | None, timeout: float
+) -> Any:
+    arguments = rows.arguments(form, row)
     try:
-        return _within_seconds(lambda: reward(*given), timeout) if timeout else reward(*given)
+        return _within_seconds(lambda: reward(*arguments), timeout) if timeout else reward(*arguments)
     except UserError:
         raise
     except _TimeUpError as error:
-        raise _late(name, rows, row, timeout) from error
+        raise _timeout_error(name, rows, row, timeout) from error
     except Exception as error:
         faulty = _faulty_row(reward, form, rows) if row is None and not timeout else row
-        raise _raised(name, reward, error, rows, faulty) from error
+        raise _reward_error(name, reward, error, rows, faulty) from error
 
 
 def _faulty_row(reward: Reward, form: RewardForm, rows: RewardRows) -> int | None:
@@ -214,10 +216,10 @@ def _awaited_replies(
             raise
         except TimeoutError as error:
             if not timeout:
-                raise _raised(name, rewards[name], error, rows, row) from error
-            raise _late(name, rows, row, timeout) from error
+                raise _reward_error(name, rewards[name], error, rows, row) from error
+            raise _timeout_error(name, rows, row, timeout) from error
         except Exception as error:
-            raise _raised(name, rewards[name], error, rows, row) from error
+            raise _reward_error(name, rewards[name], error, rows, row) from error
 
     async def every(name: str) -> Any:
         if not forms[name].per_answer:
@@ -230,7 +232,7 @@ def _awaited_replies(
     try:
         said = _within_seconds(lambda: asyncio.run(together()), timeout + BLOCKED_SECONDS if timeout else None)
     except _TimeUpError as error:
-        raise _late(", ".join(rewards), rows, None, timeout) from error
+        raise _timeout_error(", ".join(rewards), rows, None, timeout) from error
     return dict(zip(rewards, said))
 
 
@@ -240,38 +242,38 @@ class _TimeUpError(Exception):
 
 def _within_seconds(call: Callable[[], Any], seconds: float | None) -> Any:
     """call() in a thread, which is left behind if it takes longer: Python cannot end one."""
-    found: list[Any] = []
-    failed: list[BaseException] = []
+    results: list[Any] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            found.append(call())
+            results.append(call())
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    if failed:
-        raise failed[0]
-    if not found:
+    if errors:
+        raise errors[0]
+    if not results:
         raise _TimeUpError
-    return found[0]
+    return results[0]
 
 
-def _late(name: str, rows: RewardRows, row: int | None, timeout: float) -> UserError:
+def _timeout_error(name: str, rows: RewardRows, row: int | None, timeout: float) -> UserError:
     return UserError(
-        f"reward {name} has not answered within data.reward_timeout, {timeout:g} s, on {_asked_about(rows, row)}: make "
+        f"reward {name} has not answered within data.reward_timeout, {timeout:g} s, on {_rows_text(rows, row)}: make "
         "it faster or raise the limit; the same command continues from the last checkpoint"
     )
 
 
-def _raised(name: str, reward: Reward, error: Exception, rows: RewardRows, row: int | None) -> UserError:
+def _reward_error(name: str, reward: Reward, error: Exception, rows: RewardRows, row: int | None) -> UserError:
     file = inspect.getsourcefile(inspect.unwrap(reward)) if inspect.isroutine(reward) else ""
-    return UserError(f"reward {name} raised {error_origin(error, file or '')} on {_asked_about(rows, row)}: {WAY_OUT}")
+    return UserError(f"reward {name} raised {error_origin(error, file or '')} on {_rows_text(rows, row)}: {WAY_OUT}")
 
 
-def _asked_about(rows: RewardRows, row: int | None) -> str:
+def _rows_text(rows: RewardRows, row: int | None) -> str:
     if row is not None:
         return rows.description(row)
     return f"a batch of {len(rows.texts)} rows, the first {rows.description(0)}" if rows.texts else "a batch of no rows"

@@ -53,8 +53,8 @@ def trials_to_show(trials: Sequence[TrialStatus]) -> Sequence[TrialStatus]:
     over = [one for one in trials if one.state in ("complete", "pruned", "failed")]
     waiting = [one for one in trials if one.state == "waiting"]
     room = max(MAX_ROWS - len(running), 0)
-    chosen = [*running, *over[-(room - min(4, len(waiting))) :], *waiting[:4]]
-    return sorted(chosen[:MAX_ROWS], key=lambda one: one.number)
+    shown = [*running, *over[-(room - min(4, len(waiting))) :], *waiting[:4]]
+    return sorted(shown[:MAX_ROWS], key=lambda one: one.number)
 
 
 def state_counts_text(trials: Sequence[TrialStatus]) -> str:

@@ -55,16 +55,16 @@ def axis(key: str, *values: Any) -> list[dict[str, Any]]:
 
 def product(*sweeps: Sequence[Overrides]) -> list[dict[str, Any]]:
     """Every choice of one entry from each sweep, merged; the last sweep varies fastest."""
-    return [_merged_overrides(chosen) for chosen in itertools.product(*sweeps)]
+    return [_merged_overrides(entries) for entries in itertools.product(*sweeps)]
 
 
 def zip_axes(*sweeps: Sequence[Overrides]) -> list[dict[str, Any]]:
     """The first entries merged, the second, and so on; all sweeps must be of one length."""
-    return [_merged_overrides(chosen) for chosen in zip(*sweeps, strict=True)]
+    return [_merged_overrides(entries) for entries in zip(*sweeps, strict=True)]
 
 
-def _merged_overrides(chosen: Sequence[Overrides]) -> dict[str, Any]:
-    return {key: value for one in chosen for key, value in one.items()}
+def _merged_overrides(entries: Sequence[Overrides]) -> dict[str, Any]:
+    return {key: value for one in entries for key, value in one.items()}
 
 
 def config_sweep_points(source: ConfigSource) -> list[dict[str, str]]:

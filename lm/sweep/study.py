@@ -175,9 +175,9 @@ class Study:
         trial.set_user_attr(WORKER, self.worker)
         if OVERRIDES not in attributes:
             trial.set_user_attr(OVERRIDES, sampled_overrides(trial, space))
-        chosen = Trial(attributes[NUMBER], trial.user_attrs[OVERRIDES], tuple(attributes[SEEDS]))
+        claimed_trial = Trial(attributes[NUMBER], trial.user_attrs[OVERRIDES], tuple(attributes[SEEDS]))
         last_report = max(frozen.intermediate_values.items(), default=None)
-        return TrialClaim(chosen, trial, trial_id, self, last_report, HOPELESS_KEY in attributes)
+        return TrialClaim(claimed_trial, trial, trial_id, self, last_report, HOPELESS_KEY in attributes)
 
     def trial_statuses(self) -> list[TrialStatus]:
         """The state of every trial, by number."""
@@ -320,8 +320,8 @@ def database_errors(url: str) -> Iterator[None]:
 
 
 def _attributes(trial: Trial) -> dict[str, Any]:
-    chosen = {} if trial.overrides is None else {OVERRIDES: trial.overrides}
-    return {NUMBER: trial.number, SEEDS: trial.seeds, **chosen}
+    overrides = {} if trial.overrides is None else {OVERRIDES: trial.overrides}
+    return {NUMBER: trial.number, SEEDS: trial.seeds, **overrides}
 
 
 def _enqueue_again(study: optuna.Study, trial: FrozenTrial) -> None:

@@ -42,6 +42,27 @@ SPACE_SYMBOL = (
     "\u2581"  # sentencepiece's space; the character itself is encoded in bytes, or it would be decoded as a space
 )
 CHUNK_CHARACTERS = 4096  # characters; the trainer drops a text whole if it is long or holds a character reserved to it
+TRAINER_OPTIONS = dict(
+    model_type="bpe",
+    byte_fallback=True,
+    normalization_rule_name="identity",
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    split_digits=True,
+    allow_whitespace_only_pieces=True,
+    max_sentence_length=4 * CHUNK_CHARACTERS,  # bytes
+    pad_id=0,
+    unk_id=1,
+    bos_id=2,
+    eos_id=3,
+    pad_piece=SPECIAL_TOKENS[0],
+    unk_piece=SPECIAL_TOKENS[1],
+    bos_piece=SPECIAL_TOKENS[2],
+    eos_piece=SPECIAL_TOKENS[3],
+    unk_surface="",
+    control_symbols=list(SPECIAL_TOKENS[4:]),
+    minloglevel=2,
+)
 
 
 def piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> list[bytes]:
@@ -195,58 +216,46 @@ def train_tokenizer(
     arXiv 1508.07909; Kudo and Richardson 2018, arXiv 1808.06226.
     """
     texts = list(texts) if iter(texts) is texts else texts  # they are read twice
-
-    def chunks() -> Iterator[str]:
-        for text in map(valid_unicode, texts):
-            for i in range(0, len(text), CHUNK_CHARACTERS):
-                yield text[i : i + CHUNK_CHARACTERS]
-
     size, has_text = 0, False
-    for chunk in chunks():
+    for chunk in text_chunks(texts):
         size += len(chunk.encode())
         has_text = has_text or bool(chunk.strip())
     if not has_text:
         raise UserError("the tokenizer's corpus holds no text: give it some, or another corpus")
     share = min(1.0, max_bytes / size)
-    chosen = [chunk for i, chunk in enumerate(chunks()) if int((i + 1) * share) > int(i * share)] or [next(chunks())]
+    chunks = [chunk for i, chunk in enumerate(text_chunks(texts)) if int((i + 1) * share) > int(i * share)]
     proto = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(chosen),
+            sentence_iterator=iter(chunks or [next(text_chunks(texts))]),
             model_writer=proto,
-            model_type="bpe",
             vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=4 * CHUNK_CHARACTERS,  # bytes
-            pad_id=0,
-            unk_id=1,
-            bos_id=2,
-            eos_id=3,
-            pad_piece=SPECIAL_TOKENS[0],
-            unk_piece=SPECIAL_TOKENS[1],
-            bos_piece=SPECIAL_TOKENS[2],
-            eos_piece=SPECIAL_TOKENS[3],
-            unk_surface="",
-            control_symbols=list(SPECIAL_TOKENS[4:]),
-            minloglevel=2,
+            **TRAINER_OPTIONS,
         )
     except (RuntimeError, OSError) as error:
-        high = re.search(r"value <= (\d+)", str(error))
-        low = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
-        if high:
-            raise UserError(
-                f"{size} bytes of text are too few for vocab_size={vocab_size}: "
-                f"give more text, or a vocab_size of at most {high[1]}"
-            ) from error
-        if low:
-            raise UserError(
-                f"vocab_size={vocab_size} cannot hold the special ids, the bytes and the characters of this text: "
-                f"take at least {low[1]}"
-            ) from error
+        refuse_vocab_size(error, vocab_size, size)
         raise
     return SentencePieceTokenizer(proto.getvalue())
+
+
+def text_chunks(texts: Iterable[str]) -> Iterator[str]:
+    """The texts in pieces that sentencepiece's trainer does not drop for their length."""
+    for text in map(valid_unicode, texts):
+        for i in range(0, len(text), CHUNK_CHARACTERS):
+            yield text[i : i + CHUNK_CHARACTERS]
+
+
+def refuse_vocab_size(error: Exception, vocab_size: int, size: int) -> None:
+    """UserError where the trainer's `error` says that `vocab_size` does not fit a text of `size` bytes."""
+    high = re.search(r"value <= (\d+)", str(error))
+    if high:
+        raise UserError(
+            f"{size} bytes of text are too few for vocab_size={vocab_size}: "
+            f"give more text, or a vocab_size of at most {high[1]}"
+        ) from error
+    low = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+    if low:
+        raise UserError(
+            f"vocab_size={vocab_size} cannot hold the special ids, the bytes and the characters of this text: "
+            f"take at least {low[1]}"
+        ) from error

@@ -15,7 +15,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -133,15 +133,15 @@ def run_training_loop(
     the loop.
     """
     schedule = call_with_options(train_functions(config)["train"].function, config.train, name="train")
-    phases = PhaseTimer()
-    with Progress(config.stage.name, schedule.steps) as progress:
+    name, phases = config.stage.name, PhaseTimer()
+    with Progress(name, schedule.steps) as progress:
         r = training_setup(config, workdir, phases, host)
-        print_dataset_info(config.stage.name, r.batches)
+        print_dataset_info(name, r.batches)
         start = metadata.record_start(workdir.path, seed=config.seed, own_files=own_code_files(to_dict(config)))
         best_step = lambda: best_rated_step(read_metrics(workdir.metrics_path), schedule.watched_rating)
-        kept = best_step if schedule.watched_rating else lambda: None
+        pinned = best_step if schedule.watched_rating else lambda: None
         with (
-            Checkpoints(workdir.checkpoints_path, keep=schedule.keep, pinned=kept, warn=warn) as checkpoints,
+            Checkpoints(workdir.checkpoints_path, keep=schedule.keep, pinned=pinned, warn=warn) as checkpoints,
             jax.set_mesh(r.mesh),
         ):
             with host.checkpoint_turn(checkpoints):
@@ -149,67 +149,99 @@ def run_training_loop(
             first = done + 1 if done else 0  # the row to write next: a fresh start is scored before its first step
             workdir.truncate_after(first - 1)
             if done:
-                say(f"{config.stage.name}: continues from step {done} of {workdir.path}")
+                say(f"{name}: continues from step {done} of {workdir.path}")
             step, evaluate = compiled_steps(r, host)
             trackers = open_trackers(packages, workdir.path, to_dict(config))
             with (
-                host.stop_signal() as stopping,
+                host.stop_signal() as is_stopping,
                 MetricWriters(workdir.path, purge_step=first, trackers=trackers) as writers,
                 profiler.StepProfiler(traced, workdir.path / PROFILE_DIR) as profile,
             ):
                 log = MetricsLogger(r.stage, workdir, writers, progress, phases)
-                stopped = None
-
-                def save(step: int, state: TrainState) -> None:
-                    with phases("save"), host.checkpoint_turn(checkpoints):
-                        checkpoints.save(step, host.materialize(checkpoint_tree(state)), r.checkpoint_metadata)
-
-                if not done and schedule.watched_rating:
-                    save(0, state)  # the start may turn out to be the best
-                # A fresh start, or a saved state whose evaluation was interrupted.
-                if not log.has_held_out_scores and schedule.scores(done):
-                    scores = held_out_metrics(r, evaluate, state)
-                    log.write_row(done, scores)
-                    if not done:
-                        check_start_metrics(r, scores)
-                if schedule.watched_rating:
-                    rows = read_metrics(workdir.metrics_path)
-                    check_watched_rating(rows, schedule.watched_rating, config.stage.name)
-                    stopped = found_over_optimization(schedule, workdir)  # before a kill came
-                for i in () if stopped else range(done, schedule.steps):
-                    profile.begin_step(i + 1)
-                    batch, tokens = device_batch(r, state, i)
-                    logged = r.batches.rollout_table and schedule.logged_rollouts
-                    if logged and (i % schedule.save_every == 0 or i + 1 == schedule.steps):
-                        with phases("save"):
-                            workdir.append_rollouts(
-                                i + 1, r.batches.rollout_table(inference_state(state), batch, schedule.logged_rollouts)
-                            )
-                    with phases("update"):
-                        state, metrics = step(state, batch)
-                    profile.end_step(i + 1, metrics)
-                    log.add_step(i + 1, metrics, tokens)
-                    stop = stopping()
-                    due = schedule.saves(i + 1) or stop
-                    if (i + 1) % schedule.log_every == 0 or due:
-                        log.flush()
-                    if due:
-                        save(i + 1, state)
-                    if stop:
-                        break
-                    if schedule.scores(i + 1):
-                        with phases("save"):
-                            checkpoints.wait()  # a kill in the evaluation must not cost the steps before it
-                        log.write_row(i + 1, held_out_metrics(r, evaluate, state))
-                        if stopped := found_over_optimization(schedule, workdir):
-                            break
+                stage_run = StageRun(name, r, schedule, workdir, host, checkpoints, log, step, evaluate)
+                stopped = score_start(stage_run, state, done)
+                if not stopped:
+                    stopped = take_steps(stage_run, state, done, profile, is_stopping)
                 with phases("save"):
                     checkpoints.wait()
                     if stopped:
                         checkpoints.remove_after(stopped.best_step)
-                if stopping():
+                if is_stopping():
                     raise SigtermExit
     return stage_summary(config, r, workdir, log.seconds_by_phase(), start["peak"]["flops_per_second"], stopped)
+
+
+class StageRun(NamedTuple):
+    """What the loop works with while a stage runs."""
+
+    name: str  # of the stage
+    setup: TrainingSetup
+    schedule: TrainingSchedule
+    workdir: Workdir
+    host: RunHost
+    checkpoints: Checkpoints
+    log: MetricsLogger
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]  # compiled; it donates the state
+    evaluate: Callable[[TrainState, Any], Metrics]  # compiled
+
+    def save(self, step: int, state: TrainState) -> None:
+        with self.setup.phases("save"), self.host.checkpoint_turn(self.checkpoints):
+            tree = self.host.materialize(checkpoint_tree(state))
+            self.checkpoints.save(step, tree, self.setup.checkpoint_metadata)
+
+    def append_rollouts(self, step: int, state: TrainState, batch: Any) -> None:
+        """Rows of the batch of this step for people to read, where it was sampled and the step is to be saved."""
+        count, table = self.schedule.logged_rollouts, self.setup.batches.rollout_table
+        if table and count and ((step - 1) % self.schedule.save_every == 0 or step == self.schedule.steps):
+            with self.setup.phases("save"):
+                self.workdir.append_rollouts(step, table(inference_state(state), batch, count))
+
+
+def score_start(stage_run: StageRun, state: TrainState, done: int) -> OverOptimization | None:
+    """Scores a fresh start, or a saved state whose evaluation was interrupted. What speaks for stopping at once, of
+    what was logged before a kill came."""
+    schedule = stage_run.schedule
+    if not done and schedule.watched_rating:
+        stage_run.save(0, state)  # the start may turn out to be the best
+    if not stage_run.log.has_held_out_scores and schedule.scores(done):
+        scores = held_out_metrics(stage_run.setup, stage_run.evaluate, state)
+        stage_run.log.write_row(done, scores)
+        if not done:
+            check_start_metrics(stage_run.setup, scores)
+    if not schedule.watched_rating:
+        return None
+    check_watched_rating(read_metrics(stage_run.workdir.metrics_path), schedule.watched_rating, stage_run.name)
+    return found_over_optimization(schedule, stage_run.workdir)
+
+
+def take_steps(
+    stage_run: StageRun, state: TrainState, done: int, profile: profiler.StepProfiler, is_stopping: Callable[[], bool]
+) -> OverOptimization | None:
+    """The steps from `done` to the last, or to a signal to stop, or to over-optimization, which is returned."""
+    phases, schedule = stage_run.setup.phases, stage_run.schedule
+    for i in range(done, schedule.steps):
+        profile.begin_step(i + 1)
+        batch, tokens = device_batch(stage_run.setup, state, i)
+        stage_run.append_rollouts(i + 1, state, batch)
+        with phases("update"):
+            state, metrics = stage_run.step(state, batch)
+        profile.end_step(i + 1, metrics)
+        stage_run.log.add_step(i + 1, metrics, tokens)
+        stop = is_stopping()
+        is_saved = schedule.saves(i + 1) or stop
+        if (i + 1) % schedule.log_every == 0 or is_saved:
+            stage_run.log.flush()
+        if is_saved:
+            stage_run.save(i + 1, state)
+        if stop:
+            return None
+        if schedule.scores(i + 1):
+            with phases("save"):
+                stage_run.checkpoints.wait()  # a kill in the evaluation must not cost the steps before it
+            stage_run.log.write_row(i + 1, held_out_metrics(stage_run.setup, stage_run.evaluate, state))
+            if stopped := found_over_optimization(schedule, stage_run.workdir):
+                return stopped
+    return None
 
 
 def found_over_optimization(schedule: TrainingSchedule, workdir: Workdir) -> OverOptimization | None:
@@ -217,10 +249,10 @@ def found_over_optimization(schedule: TrainingSchedule, workdir: Workdir) -> Ove
     if not schedule.watched_rating:
         return None
     rows = read_metrics(workdir.metrics_path)
-    found = over_optimization(rows, schedule.watched_rating, errors=schedule.watched_errors)
-    if found:
-        warn(f"{workdir.path}: {found.message}")
-    return found
+    verdict = over_optimization(rows, schedule.watched_rating, errors=schedule.watched_errors)
+    if verdict:
+        warn(f"{workdir.path}: {verdict.message}")
+    return verdict
 
 
 def compiled_steps(r: TrainingSetup, host: RunHost) -> tuple[Callable, Callable]:
@@ -233,8 +265,8 @@ def compiled_steps(r: TrainingSetup, host: RunHost) -> tuple[Callable, Callable]
         return r.build_update(scalars).evaluate(state, batch)
 
     step = host.jit(update, donate_argnums=1, out_shardings=(r.shardings, None))
-    given = dict(host.traced_scalars)
-    return functools.partial(step, given), functools.partial(host.jit(evaluate), given)
+    scalars = dict(host.traced_scalars)
+    return functools.partial(step, scalars), functools.partial(host.jit(evaluate), scalars)
 
 
 def print_dataset_info(name: str, batches: Batches) -> None:

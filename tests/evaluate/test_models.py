@@ -12,7 +12,7 @@ from lm.core.errors import UserError
 from lm.data import sources
 from lm.data.conversations import Conversation, reward_example
 from lm.data.prompts import padded_prompts, prompts_at
-from lm.evaluate import models
+from lm.evaluate import measurements, models
 from lm.generate.answers import GeneratedAnswer, batch_answerer
 from lm.generate.sampler import SamplingParams
 from lm.rewards import REWARDS
@@ -88,9 +88,9 @@ def test_a_description_by_hand():
 def test_a_model_is_asked_as_it_was_trained(finished):
     tokenizer = load_tokenizer(finished / "tokenizer" / "tokenizer.model")
     messages = [{"role": "user", "content": "the name"}, {"role": "assistant", "content": "a list"}]
-    plain = models.prompt_ids(SimpleNamespace(tokenizer=tokenizer, stage="pretrain"), messages)
+    plain = measurements.prompt_ids(SimpleNamespace(tokenizer=tokenizer, stage="pretrain"), messages)
     assert plain[0] == tokenizer.bos and tokenizer.decode(plain) == "the name\na list\n"
-    chat = models.prompt_ids(SimpleNamespace(tokenizer=tokenizer, stage="ppo"), messages)
+    chat = measurements.prompt_ids(SimpleNamespace(tokenizer=tokenizer, stage="ppo"), messages)
     roles = tokenizer.role_ids
     assert [int(i) for i in chat if i in (*roles.values(), tokenizer.end_of_message)] == [
         roles["user"],
@@ -125,15 +125,15 @@ def test_prompts_fit_every_model(finished):
     contexts = [
         Conversation(text, [{"role": "user", "content": text}]) for text in ("the name", "the name of the type")
     ]
-    sizes = [[len(models.prompt_ids(model, context.messages)) for context in contexts] for model in trained]
+    sizes = [[len(measurements.prompt_ids(model, context.messages)) for context in contexts] for model in trained]
     assert sizes[0][0] < sizes[1][0] < sizes[0][1] < sizes[1][1]
-    assert models.shared_prompts(trained, contexts, sizes[1][1]) == contexts
-    assert models.shared_prompts(trained[:1], contexts, sizes[0][1]) == contexts
-    assert models.shared_prompts(trained, contexts, sizes[0][1]) == contexts[:1]
+    assert measurements.shared_prompts(trained, contexts, sizes[1][1]) == contexts
+    assert measurements.shared_prompts(trained[:1], contexts, sizes[0][1]) == contexts
+    assert measurements.shared_prompts(trained, contexts, sizes[0][1]) == contexts[:1]
     with pytest.raises(
         UserError, match=f"no held-out prompt has at most {sizes[1][0] - 1} tokens; raise evaluate.prompt_length"
     ):
-        models.shared_prompts(trained, contexts, sizes[1][0] - 1)
+        measurements.shared_prompts(trained, contexts, sizes[1][0] - 1)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Sampling: rule 14 (cached decode = full forward), rule 6 (one distribution), rule 12 (a row's draws are its own)."""
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from lm.core.errors import UserError
+from lm.core.options import ConfigFunction
 from lm.core.types import Completions
 from lm.generate.sampler import SamplingParams, decode_step, prefill, prompt_completion_rows, sample
 from lm.model.logits import repetition_penalized_logits, sampling_logits
@@ -171,7 +171,7 @@ def test_penalised_by_hand():
 @pytest.mark.parametrize("name", STAGES)
 def test_no_stage_can_sample_otherwise_than_its_losses_score(name):
     """Rule 6: a loss knows the temperature, but neither what the row held before nor a cut support."""
-    options = {*inspect.signature(STAGES[name].batches).parameters, *inspect.signature(STAGES[name].make).parameters}
+    options = {*ConfigFunction(STAGES[name].batches).options, *ConfigFunction(STAGES[name].make).options}
     assert not {"repetition_penalty", "min_p", "top_k", "top_p"} & options
 
 

@@ -10,7 +10,7 @@ from lm import rewards
 from lm.core.config import call_with_options, load_config
 from lm.core.errors import UserError
 from lm.data import preferences
-from lm.evaluate import models
+from lm.evaluate import measurements, models
 from lm.evaluate.policies import held_out_prompts
 from lm.feedback import auto_rank
 from lm.runs.partial_results import PartialResults
@@ -71,11 +71,11 @@ def test_an_evaluation_goes_on_with_the_model_it_had_come_to(finished, small, tm
     """Of three models: killed as the second reads, and as the third, which has read, answers."""
     answers, losses, workdir = [], [], tmp_path / "evaluate"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(models, where, killing(getattr(models, where), at, []))
+        patch.setattr(measurements, where, killing(getattr(measurements, where), at, []))
         models.run_evaluation(stage_config(finished, "evaluate"), workdir)
     assert not (workdir / "answers.jsonl").exists()
     for name, calls in (("sampled_answers", answers), ("held_out_losses", losses)):
-        monkeypatch.setattr(models, name, killing(getattr(models, name), 100, calls))
+        monkeypatch.setattr(measurements, name, killing(getattr(measurements, name), 100, calls))
     summary = models.run_evaluation(stage_config(finished, "evaluate"), workdir)
     assert (len(answers), len(losses)) == left
     assert {**summary, "seconds": 0} == {**read_json(finished / "evaluate" / "summary.json"), "seconds": 0}
@@ -95,7 +95,7 @@ def test_another_run_in_the_place_of_a_model_is_evaluated_anew(finished, small, 
         return found._replace(summary={**found.summary, "seconds": 0}) if found.stage == "sft" else found
 
     monkeypatch.setattr(models, "load_policy", other)
-    monkeypatch.setattr(models, "sampled_answers", killing(models.sampled_answers, 100, calls))
+    monkeypatch.setattr(measurements, "sampled_answers", killing(measurements.sampled_answers, 100, calls))
     models.run_evaluation(stage_config(finished, "evaluate"), workdir)
     assert [trained.stage for trained, *_ in calls] == ["sft"]
 

@@ -13,7 +13,7 @@ from runs import EXPERIMENTS, assert_same_run, made_dialogues, small
 
 from lm import model as models, tokenizer
 from lm.core import sharding
-from lm.core.config import load_config
+from lm.core.config import call_with_options, load_config
 from lm.core.errors import UserError
 from lm.losses.distillation import jensen_shannon, kl_divergence
 from lm.model.logprobs import map_position_chunks
@@ -305,10 +305,14 @@ def test_a_coin_says_who_writes_a_batch(small, speech):
     state = SimpleNamespace(params={"lm": jax.jit(student.init)(KEY)}, key=KEY)
     options = dict(prompt_length=32, max_new=8, rollouts=8, length=60, batch_size=4, held_out=0.05, held_out_rollouts=8)
     context = StageContext(student, speech, 0, jax.jit, None)
-    batches = {share: gkd.batches(context, on_policy_fraction=share, **options) for share in (0.0, 0.5, 1.0)}
+
+    def gkd_batches(**changes):
+        return call_with_options(gkd.batches, {**options, **changes}, context, name="data")
+
+    batches = {share: gkd_batches(on_policy_fraction=share) for share in (0.0, 0.5, 1.0)}
     kinds = {share: [len(found.train(state, i).inputs) for i in range(12)] for share, found in batches.items()}
     assert set(kinds[0.0]) == {4} and set(kinds[1.0]) == {8} and 2 <= kinds[0.5].count(8) <= 10
-    again = gkd.batches(context, on_policy_fraction=0.5, **options)
+    again = gkd_batches(on_policy_fraction=0.5)
     for i in (kinds[0.5].index(4), kinds[0.5].index(8)):
         jax.tree.map(np.testing.assert_array_equal, again.train(state, i), batches[0.5].train(state, i))
     first = batches[1.0].train(state, 0)
@@ -322,9 +326,9 @@ def test_a_coin_says_who_writes_a_batch(small, speech):
         and not any(lesson.is_student_written.any() for lesson in people)
     )
     with pytest.raises(UserError, match="data.on_policy_fraction is 2; it is a share of batches, from 0 to 1"):
-        gkd.batches(context, on_policy_fraction=2, **options)
+        gkd_batches(on_policy_fraction=2)
     with pytest.raises(UserError, match="held_out_rollouts is 8, no whole batch of data.rollouts 64: raise it to 64"):
-        gkd.batches(context, **options | {"rollouts": 64})
+        gkd_batches(rollouts=64)
 
 
 # Runs

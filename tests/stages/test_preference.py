@@ -37,10 +37,18 @@ OPTIONS = {
 }
 ANCHORED = ("dpo", "ipo", "kto")  # those with a reference
 EACH = pytest.mark.parametrize("name", OPTIONS)
-# In the default run one that compares pairs with a reference, and the one that does not compare pairs.
-SOME = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("dpo", "kto"))) for name in OPTIONS]
-)
+
+
+def some_by_default(*default: str):
+    """One test item a stage; those beside `default` repeat its kind and are slow."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in default)) for name in OPTIONS]
+    )
+
+
+SOME = some_by_default(
+    "dpo", "kto"
+)  # one that compares pairs with a reference, and the one that does not compare pairs
 
 
 # eps 1e-5 as in rule 4: where a gradient is rounding noise, Adam with a smaller one would divide noise by noise.
@@ -205,7 +213,7 @@ def test_nothing_is_promised_of_a_start_without_a_reference():
     assert STAGES["orpo"].start_metrics == STAGES["simpo"].start_metrics == {}
 
 
-@SOME
+@some_by_default("dpo")
 def test_microbatches_change_nothing(name, learner, verdicts, tiny_lm):
     """Rule 1: pairs, tokens and labels are spread unevenly over the prompts, and one prompt decides nothing."""
     (step, state), (in_four, _) = learner(name), learner(name, microbatches=4)
@@ -266,7 +274,7 @@ def test_learns_unseen_verdicts_and_touches_nothing_else(name, tiny_model, rows)
         jax.tree.map(np.testing.assert_array_equal, ref, fresh)
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("name", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_a_refreshed_reference_becomes_the_policy(name, learner, verdicts, tiny_lm):
     """After every second update: the third finds no margin, the second does. What moves is saved, not frozen."""
     step, start = learner(name, refresh_reference_every=2)

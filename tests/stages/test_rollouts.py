@@ -20,15 +20,8 @@ from lm.rewards.environments import calculator
 from lm.rewards.verifiers.arithmetic import arithmetic_reward
 from lm.runs.workdir import read_metrics
 from lm.stages.rl.multi_turn import multi_turn_sampler
-from lm.stages.rl.rollouts import (
-    answer_token_rewards,
-    equal_reward_groups,
-    held_out_prompts,
-    resampled_batch,
-    reward_labels,
-    rollout_table,
-    text_batches,
-)
+from lm.stages.rl.rollout_rewards import answer_token_rewards, reward_labels
+from lm.stages.rl.rollouts import equal_reward_groups, held_out_prompts, resampled_batch, rollout_table, text_batches
 from lm.tokenizer import encode_prompt, load_tokenizer
 from lm.train import loop
 from lm.train.config import train_functions
@@ -73,7 +66,7 @@ def dense(example, text, tokens):
 """
 
 
-def test_rewards_of_one_s_own_in_a_run(finished, tmp_path, monkeypatch):
+def test_rewards_of_one_s_own_in_a_run(finished, small, tmp_path, monkeypatch):
     """PPO learns from a sum of a built-in reward, a file's and one per token; the rater is a file's function too."""
     (tmp_path / "own_rewards.py").write_text(REWARDS_FILE)
     monkeypatch.chdir(tmp_path)

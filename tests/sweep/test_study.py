@@ -56,7 +56,7 @@ def test_a_search_draws_what_optuna_draws(file, tmp_path, knowing):
     assert [trial.value for trial in trials_of(tmp_path)] == pytest.approx([trial.value for trial in plain.trials])
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("end", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_trial_that_was_killed_and_resumed_teaches_the_same(file, tmp_path, knowing, end):
     """Killed with its worker, or given back, in the third of five trials: the later two are drawn as if never."""
     flags = (*SEARCH, "--config.train.steps=8", METRIC)

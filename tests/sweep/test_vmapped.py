@@ -53,6 +53,7 @@ def test_pretraining_with_rates_and_seeds(pretrained, tmp_path, small):
     assert rates == pytest.approx([rates[0], 10 * rates[0]])
 
 
+@pytest.mark.slow
 def test_ppo_with_coefficients_and_temperatures(finished, tmp_path, small):
     """Coefficients of the loss, and a temperature, which sampler and loss share."""
     changes = [("stage.beta=0.05",), ("stage.beta=0.3", "stage.clip=0.1", "stage.temperature=0.7")]
@@ -117,6 +118,7 @@ def test_an_option_that_only_some_set_is_refused(finished, tmp_path, small):
         vmapped.train_vmapped(configs, [tmp_path / "a", tmp_path / "b"])
 
 
+@pytest.mark.slow
 def test_an_option_that_the_file_does_not_list(finished, tmp_path, small):
     flags = [*settings(finished, "pretrain"), "--config.train.steps=2", "--config.optimizer.warmup_steps=0"]
     path, grid = f"{EXPERIMENTS / 'pretrain.py'}:tiny", ["--grid", "optimizer.b2=0.9,0.5"]

@@ -203,7 +203,8 @@ def test_a_sampler_of_another_distribution_than_the_loss_is_refused(finished, sm
     with pytest.raises(UserError, match="stage.temperature is 1.0, but data.temperature is 0.7: "):
         loop.train_stage(config, tmp_path / "run")
     config.stage.temperature = 0.7
-    assert loop.train_stage(config, tmp_path / "run")["steps"] == config.train.steps
+    config.train.steps = 1
+    assert loop.train_stage(config, tmp_path / "run")["steps"] == 1
 
 
 @pytest.fixture

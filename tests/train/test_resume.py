@@ -38,7 +38,11 @@ def at_batch(monkeypatch, number: int, event) -> None:
 @pytest.mark.parametrize(
     "stage, moment",
     [
-        pytest.param(stage, moment, marks=[pytest.mark.slow] * (stage not in ("pretrain", "ppo")))
+        pytest.param(
+            stage,
+            moment,
+            marks=[pytest.mark.slow] * (stage not in ("pretrain", "ppo") or (stage, moment) == ("ppo", "batch 1")),
+        )
         for stage in TRAINED
         for moment in moments(stage)
     ],
@@ -58,7 +62,7 @@ def test_what_a_kill_leaves_continues_to_the_same_bits(finished, small, tmp_path
         ("pretrain", "batch:1"),
         pytest.param("sft", "saving:4", marks=pytest.mark.slow),
         pytest.param("reward", "batch:6", marks=pytest.mark.slow),
-        ("ppo", "saving:4"),
+        pytest.param("ppo", "saving:4", marks=pytest.mark.slow),  # as the snapshot of ppo while saving
     ],
 )
 def test_sigkill(finished, small, tmp_path, stage, moment):
@@ -207,7 +211,12 @@ def test_sigterm_saves_the_step_and_exits_with_143(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage, batch", [pytest.param("pretrain", 5, marks=pytest.mark.slow), ("reward", 7), ("ppo", 2)]
+    "stage, batch",
+    [
+        pytest.param("pretrain", 5, marks=pytest.mark.slow),
+        ("reward", 7),
+        pytest.param("ppo", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_sigterm_continues_to_the_same_bits(finished, small, tmp_path, monkeypatch, stage, batch):
     """Batch 7 is the reward model's last: then there is nothing left to do but the summary."""

@@ -11,8 +11,8 @@ Ours differs: each token of a batch counts once (the paper: each answer); studen
 temperature at which the student writes.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,11 +20,10 @@ import optax
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.metrics import Metrics, metric_values
-from lm.core.types import Array, Tokens
-from lm.data.loading import NO_COLUMNS
+from lm.core.types import Array, Tokens, TrainState
 from lm.data.origins import RowOrigin
-from lm.data.prompt_sources import prompt_sources
-from lm.data.prompts import Prompts, prompts_at
+from lm.data.prompt_sources import PromptSourceOptions, prompt_sources
+from lm.data.prompts import Prompts
 from lm.generate.sampler import SamplingParams
 from lm.model import Model
 from lm.optim.combinators import decoder_gradient
@@ -67,11 +66,13 @@ def make(
 
     def evaluate(state, batch: HeldOutRows) -> Metrics:
         divergence = compare(state.params["lm"], state.frozen["teacher"], batch.tokens)
-        own = batch.tokens.weights * batch.is_student_written[:, None]
-        on_own = {
-            f"on_policy_{name}": measured for name, measured in divergence.weighted_means(own).items() if name != "loss"
+        student_weights = batch.tokens.weights * batch.is_student_written[:, None]
+        on_policy = {
+            f"on_policy_{name}": value
+            for name, value in divergence.weighted_means(student_weights).items()
+            if name != "loss"
         }
-        return divergence.weighted_means(batch.tokens.weights - own) | on_own
+        return divergence.weighted_means(batch.tokens.weights - student_weights) | on_policy
 
     return decoder_gradient(distillation_loss(compare), optimizer, microbatches=microbatches)._replace(
         evaluate=evaluate
@@ -81,106 +82,106 @@ def make(
 def batches(
     context: StageContext,
     *,
-    sources: str | Sequence[Mapping[str, Any]] = "chitchat",
-    columns: Mapping[str, str] = NO_COLUMNS,
-    skip_bad_rows: int = 0,
-    turns: int = 3,
-    prompt_length: int = 64,
+    prompt_options: PromptSourceOptions = PromptSourceOptions(),
     max_new: int = 32,
     rollouts: int = 64,
     on_policy_fraction: float = 1.0,
     temperature: float = 1.0,
     length: int = 256,
     batch_size: int = 32,
-    source_temperature: float = 1.0,
-    held_out: float = 0.02,
     held_out_rollouts: int = 128,
 ) -> Batches:
-    """`rollouts` answers of the current student to prompts from `sources`, or `batch_size` rows of conversations.
+    """`rollouts` answers of the current student to prompts, or `batch_size` rows of conversations of the same sources.
 
-    `sources` and `source_temperature`: as in stage sft. Schedules go by the batch's number, whichever of the two it is.
-    A coin of weight `on_policy_fraction`, a function of (seed, i), decides which of the two batch i is. A prompt holds
-    the last `turns` messages; one of more than `prompt_length` tokens, or that came before, is left out and counted.
-    The rows are those of stage distill, of `length` tokens and excerpts that have room for a prompt and its reply.
+    Schedules go by the batch's number, whichever of the two it is. A coin of weight `on_policy_fraction`, a function of
+    (seed, i), decides which of the two batch i is. The rows are those of stage distill, of `length` tokens and excerpts
+    that have room for a prompt and its reply.
     """
     sampling = SamplingParams(max_new, temperature)
-    check_rollout_options(context.model, prompt_length, sampling, rollouts=rollouts, group=1)
-    check_at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts)
+    check_rollout_options(context.model, prompt_options.prompt_length, sampling, rollouts=rollouts, group=1)
+    check_at_least(1, "data", turns=prompt_options.turns, held_out_rollouts=held_out_rollouts)
     if not 0 <= on_policy_fraction <= 1:
         raise UserError(f"data.on_policy_fraction is {on_policy_fraction}; it is a share of batches, from 0 to 1")
-    even = turns + turns % 2
-    people = conversation_batches.batches(
-        context,
-        sources=sources,
-        columns=columns,
-        skip_bad_rows=skip_bad_rows,
-        turns=even,
-        length=length,
-        batch_size=batch_size,
-        source_temperature=source_temperature,
-        held_out=held_out,
-    )
-    prompts_by_split = prompt_sources(
-        context.tokenizer,
-        sources,
-        columns=columns,
-        skip_bad_rows=skip_bad_rows,
-        turns=turns,
-        prompt_length=prompt_length,
-        held_out=held_out,
-        batch_size=rollouts,
-        seed=context.seed,
-        temperature=source_temperature,
-    )
-    train, unseen, order = prompts_by_split.train, prompts_by_split.held_out, prompts_by_split.drawn
-    answered = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts)
-    run = rollout_program(context, sampling)
+    people = people_batches(context, prompt_options, length=length, batch_size=batch_size)
+    prompts = prompt_sources(context.tokenizer, prompt_options, batch_size=rollouts, seed=context.seed)
+    count = held_out_prompts(len(prompts.held_out.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts)
+    student_rows = student_sampler(context, sampling)
 
-    def drawn(state, prompts: Prompts, role: int, i: int) -> Tokens:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, role), i)
-        with context.sampling_phase(state):
-            return jax.block_until_ready(run(state.params["lm"], prompts.ids, prompts.lengths, key)[0])
-
-    def is_student_written(state, i: int) -> bool:
+    def is_student_written(state: TrainState, i: int) -> bool:
         coin = jax.random.fold_in(jax.random.fold_in(state.key, ON_POLICY_KEY), i)
         return bool(jax.random.bernoulli(coin, on_policy_fraction))
 
-    student_origins = prompt_origins(train, prompts_by_split.distinct, prompts_by_split.names, writer="student")
+    def train_batch(state: TrainState, i: int) -> Tokens:
+        if is_student_written(state, i):
+            return student_rows(state, prompts.train_batch(i), ROLLOUT_KEY, i)
+        return people.train(state, i)
 
-    def row_origins(state, batch, i: int) -> list[RowOrigin]:
+    def held_out_batches(state: TrainState) -> Iterator[HeldOutRows]:
+        for start, part in prompts.held_out_batches(count, rollouts):
+            yield HeldOutRows(student_rows(state, part, HELD_OUT_KEY, start), np.ones(rollouts, np.float32))
+        for rows in people.held_out(state):
+            yield HeldOutRows(rows, np.zeros(batch_size, np.float32))
+
+    student_part = HeldOutPart("", "", count // rollouts, {})
+    return Batches(
+        train_batch,
+        held_out_batches,
+        {**people.dataset_info, **prompt_counts(prompts.counts)},
+        row_origins=origins_by_writer(is_student_written, prompt_origins(prompts, writer="student"), people),
+        held_out_parts=[student_part, *people.held_out_parts] if people.held_out_parts else (),
+        truncation=f"{people.truncation}; {prompt_truncation(prompts.names, prompt_options, max_new=max_new)}",
+    )
+
+
+def people_batches(context: StageContext, options: PromptSourceOptions, *, length: int, batch_size: int) -> Batches:
+    """Rows of the conversations whose beginnings are the prompts, in excerpts that have room for prompt and reply."""
+    return conversation_batches.batches(
+        context,
+        sources=options.sources,
+        columns=options.columns,
+        skip_bad_rows=options.skip_bad_rows,
+        turns=options.turns + options.turns % 2,
+        length=length,
+        batch_size=batch_size,
+        source_temperature=options.source_temperature,
+        held_out=options.held_out,
+    )
+
+
+def student_sampler(
+    context: StageContext, sampling: SamplingParams
+) -> Callable[[TrainState, Prompts, int, int], Tokens]:
+    """(state, prompts, role of the key, number of the draw) -> rows of the prompts and the student's answers."""
+    program = rollout_program(context, sampling)
+
+    def rows(state: TrainState, prompts: Prompts, role: int, number: int) -> Tokens:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, role), number)
+        with context.sampling_phase(state):
+            return jax.block_until_ready(program(state.params["lm"], prompts.ids, prompts.lengths, key)[0])
+
+    return rows
+
+
+def origins_by_writer(
+    is_student_written: Callable[[TrainState, int], bool],
+    student_origins: Callable[[Tokens], list[RowOrigin]],
+    people: Batches,
+) -> Callable[[TrainState, Tokens, int], list[RowOrigin]]:
+    """(state, batch i, i) -> where each row came from: from a prompt, or from people's conversations."""
+
+    def row_origins(state: TrainState, batch: Tokens, i: int) -> list[RowOrigin]:
         if is_student_written(state, i):
             return student_origins(batch)
         assert people.row_origins is not None, "conversations say where they are from"
         return people.row_origins(state, batch, i)
 
-    def train_batch(state, i):
-        if is_student_written(state, i):
-            return drawn(state, prompts_at(train, order(i)), ROLLOUT_KEY, i)
-        return people.train(state, i)
+    return row_origins
 
-    def held_out_batches(state):
-        for start in range(0, answered, rollouts):
-            answers = drawn(state, prompts_at(unseen, np.arange(start, start + rollouts)), HELD_OUT_KEY, start)
-            yield HeldOutRows(answers, np.ones(rollouts, np.float32))
-        for rows in people.held_out(state):
-            yield HeldOutRows(rows, np.zeros(batch_size, np.float32))
 
-    of_prompts = {"skipped", "held_out_skipped", "repeated"}
-    prompt_counts = {
-        f"{name}_prompts" if name in of_prompts else name: count for name, count in prompts_by_split.counts.items()
-    }
-    student_part = HeldOutPart("", "", answered // rollouts, {})
-    rule = prompt_truncation(
-        ",".join(prompts_by_split.names), turns=turns, prompt_length=prompt_length, max_new=max_new
-    )
-    return Batches(
-        train_batch,
-        held_out_batches,
-        {**people.dataset_info, **prompt_counts},
-        row_origins=row_origins,
-        held_out_parts=[student_part, *people.held_out_parts] if people.held_out_parts else (),
-        truncation=f"{people.truncation}; {rule}",
-    )
+def prompt_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """The counts of prompts under names that tell them from those of conversations."""
+    shared_names = {"skipped", "held_out_skipped", "repeated"}
+    return {f"{name}_prompts" if name in shared_names else name: count for name, count in counts.items()}
 
 
 def summary(metrics: Metrics, about) -> dict[str, float]:

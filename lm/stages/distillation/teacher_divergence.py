@@ -47,7 +47,7 @@ def divergence_from_teacher(
             f"{teacher.config.vocab_size}, a teacher with another vocabulary: set model.vocab_size to the teacher's"
         )
 
-    def compared(student_lm, teacher_lm, tokens):
+    def compare(student_lm, teacher_lm, tokens):
         length = tokens.inputs.shape[1]
         if length > teacher.config.context:
             raise UserError(
@@ -77,7 +77,7 @@ def divergence_from_teacher(
         )
         return map_position_chunks(piece, x, y, tokens.targets, chunk_size=model.config.loss_chunk)
 
-    return compared
+    return compare
 
 
 def distillation_loss(compare: Callable[[Params, Params, Tokens], TeacherComparison]) -> Loss:

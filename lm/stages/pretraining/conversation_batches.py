@@ -13,8 +13,8 @@ from lm.data.loading import NO_COLUMNS
 from lm.data.mixture import parse_sources
 from lm.data.mixture_rows import mixture_origins, packed_conversations, source_order
 from lm.data.packing import packed_rows
-from lm.data.token_rows import mixed_rows, padded_batches
-from lm.data.tokenized_sources import documents_within_bytes, tokenized_conversations
+from lm.data.token_rows import SegmentRows, mixed_rows, padded_batches
+from lm.data.tokenized_sources import TokenizedSource, documents_within_bytes, tokenized_conversations
 from lm.stages.context import Batches, HeldOutPart, StageContext
 from lm.tokenizer import Tokenizer, encode_chats
 
@@ -54,37 +54,49 @@ def batches(
     )
     train = [packed_conversations(source, source.train, length) for source in tokenized]
     scored = [np.sort(documents_within_bytes(source, held_out_bytes)) for source in tokenized]
-    unseen = [
+    held_out_rows = [
         (source, *packed_conversations(source, documents, length))
         for source, documents in zip(tokenized, scored)
         if len(documents)
     ]
     rows = [each for each, _ in train]
-    drawn = source_order(
+    order = source_order(
         tokenized, rows, temperature=source_temperature, batch_size=batch_size, seed=context.seed, ramp=ramp
     )
-    about = {
-        "length": length,
-        "conversations": sum(len(source.train) for source in tokenized),
+    parts = [
+        HeldOutPart(source.label, source.source.kind, -(-len(packed) // batch_size), {})
+        for source, packed, _ in held_out_rows
+    ]
+    rule = f"excerpts of {turns} messages (rows of files whole), one longer than {length + 1} tokens left out"
+    return Batches(
+        lambda state, i: mixed_rows(rows, order(i)),
+        lambda state: (batch for _, packed, _ in held_out_rows for batch in padded_batches(packed, batch_size)),
+        {"length": length, **dataset_info(tokenized, train, scored, [counts for *_, counts in held_out_rows])},
+        row_origins=lambda state, batch, i: mixture_origins(tokenized, rows, order(i), writer="people"),
+        held_out_parts=parts if len(tokenized) > 1 else (),
+        truncation="; ".join(f"{source.source.source}: {rule}" for source in tokenized),
+    )
+
+
+def dataset_info(
+    sources: Sequence[TokenizedSource],
+    train: Sequence[tuple[SegmentRows, Mapping[str, int]]],
+    scored: Sequence[np.ndarray],
+    held_out_counts: Sequence[Mapping[str, int]],
+) -> dict[str, int]:
+    """What the rows to train on and the `scored` held-out conversations hold, and what was left out of them."""
+    rows, scored_count = [each for each, _ in train], sum(map(len, scored))
+    return {
+        "conversations": sum(len(source.train) for source in sources),
         "rows": sum(map(len, rows)),
         "tokens": sum(each.filled for each in rows),
         "trained_tokens": sum(each.trained for each in rows),
         **_summed_counts([counts for _, counts in train]),
-        "held_out_conversations": sum(map(len, scored)),
-        "held_out_unscored": sum(len(source.held_out) for source in tokenized) - sum(map(len, scored)),
-        **{f"held_out_{name}": n for name, n in _summed_counts([counts for _, _, counts in unseen]).items()},
-        **_summed_counts([source.store.counts for source in tokenized]),
+        "held_out_conversations": scored_count,
+        "held_out_unscored": sum(len(source.held_out) for source in sources) - scored_count,
+        **{f"held_out_{name}": n for name, n in _summed_counts(held_out_counts).items()},
+        **_summed_counts([source.store.counts for source in sources]),
     }
-    parts = [HeldOutPart(source.label, source.source.kind, -(-len(own) // batch_size), {}) for source, own, _ in unseen]
-    rule = f"excerpts of {turns} messages (rows of files whole), one longer than {length + 1} tokens left out"
-    return Batches(
-        lambda state, i: mixed_rows(rows, drawn(i)),
-        lambda state: (batch for _, own, _ in unseen for batch in padded_batches(own, batch_size)),
-        about,
-        row_origins=lambda state, batch, i: mixture_origins(tokenized, rows, drawn(i), writer="people"),
-        held_out_parts=parts if len(tokenized) > 1 else (),
-        truncation="; ".join(f"{source.source.source}: {rule}" for source in tokenized),
-    )
 
 
 def conversation_rows(

@@ -49,14 +49,14 @@ def make(
         annotated_advantages, lambda logprobs, batch: -logprobs, mean, clip_range=(1.0, 1.0)
     )
 
-    def kept(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
+    def annotate_best(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
         batch, _, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
         return best_answers(batch), metrics
 
     return rollout_update(
         policy_gradient_loss(model, likelihood, entropy_bonus=entropy_bonus, temperature=temperature),
         optimizer,
-        kept,
+        annotate_best,
         refresh_reference_every=refresh_reference_every,
         epochs=epochs,
         minibatch_count=minibatch_count,
@@ -68,9 +68,9 @@ def best_answers(batch: Rollouts) -> Rollouts:
     """The best answer of each group, the first of several; it weighs nothing where all are worth the same."""
     rewards = rewards_by_group(batch.rewards, batch.group)
     rows = jnp.arange(len(rewards)) * batch.group + jnp.argmax(rewards, axis=1)
-    chosen = jax.tree.map(lambda x: x[rows], batch).replace(group=1)
+    best = jax.tree.map(lambda x: x[rows], batch).replace(group=1)
     differ = (jnp.max(rewards, axis=1) > jnp.min(rewards, axis=1)).astype(jnp.float32)
-    return chosen.replace(tokens=chosen.tokens.replace(weights=chosen.tokens.weights * differ[:, None]))
+    return best.replace(tokens=best.tokens.replace(weights=best.tokens.weights * differ[:, None]))
 
 
 BEST_OF_N = Stage(

@@ -6,19 +6,42 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lm.core.errors import UserError, check_at_least
 from lm.core.types import Tokens
 from lm.data import packing
 from lm.data.conversations import Example, reward_example
 from lm.data.prompts import Prompts
 from lm.generate.sampler import SamplingParams, prompt_completion_rows, sample
 from lm.model import Model
-from lm.rewards.environments import Environment
+from lm.rewards.environments import ENVIRONMENTS, Environment
 from lm.stages.context import StageContext
 from lm.tokenizer import TokenizedExample, Tokenizer
 
-REPLY_MARKER_TOKENS = (
-    3  # tokens of an environment's reply that are not its words: its role, its end, the next answer's role
-)
+REPLY_MARKER_TOKENS = 3  # of an environment's reply, not its words: its role, its end, the next answer's role
+
+
+class ExchangeOptions(NamedTuple):
+    """Whether an environment replies to the policy's answers, and how often."""
+
+    environment: str = ""  # one of lm.rewards.environments', which replies to answers; what it says is never trained
+    exchanges: int = 2  # answers of a row at most, where an environment replies to them
+    reply_length: int = 16  # tokens of a reply at most
+
+    def longest(self, max_new: int) -> int:
+        """Sampled tokens that a row may hold, of answers of up to `max_new`."""
+        return self.exchanges * max_new if self.environment else max_new
+
+    def room(self, max_new: int) -> int:
+        """Tokens that a row may hold behind its prompt: answers of up to `max_new`, and the replies between them."""
+        return max_new + (self.exchanges - 1) * (max_new + self.reply_length) if self.environment else max_new
+
+    def named_environment(self) -> Environment:
+        """The environment. UserError for a name that is none, or replies without room for a word."""
+        if self.environment not in ENVIRONMENTS:
+            choices = ", ".join(ENVIRONMENTS)
+            raise UserError(f"data.environment is {self.environment!r}; choose one of {choices}, or leave it empty")
+        check_at_least(REPLY_MARKER_TOKENS + 1, "data", reply_length=self.reply_length)
+        return ENVIRONMENTS[self.environment]
 
 
 class SampledAnswers(NamedTuple):
@@ -79,39 +102,42 @@ def multi_turn_sampler(
     """
 
     def answer(lm, rows: Prompts, key) -> SampledAnswers:
-        told = [Episode(ids[:n], example) for ids, n, example in zip(rows.ids, rows.lengths, rows.examples)]
-        open_rows = list(range(len(told)))
+        episodes = [Episode(ids[:n], example) for ids, n, example in zip(rows.ids, rows.lengths, rows.examples)]
+        open_rows = list(range(len(episodes)))
         for exchange in range(exchanges):
             width = rows.ids.shape[1] + exchange * (max_new + reply_length)
-            ids, lengths = np.zeros((len(told), width), np.int32), np.ones(len(told), np.int32)
+            ids, lengths = np.zeros((len(episodes), width), np.int32), np.ones(len(episodes), np.int32)
             for b in open_rows:  # a closed row is sampled too, of nothing, so that every shape stays
-                ids[b, : len(told[b].ids)], lengths[b] = told[b].ids, len(told[b].ids)
+                ids[b, : len(episodes[b].ids)], lengths[b] = episodes[b].ids, len(episodes[b].ids)
             _, _, drawn = jax.device_get(sampled(lm, ids, lengths, jax.random.fold_in(key, exchange)))
             for b in open_rows:
                 n = int(drawn.lengths[b])
-                told[b].append_answer(drawn.tokens[b, :n], drawn.logprobs[b, :n], bool(drawn.stopped[b]), tokenizer)
-            open_rows = [b for b in open_rows if told[b].stopped]
+                episodes[b].append_answer(drawn.tokens[b, :n], drawn.logprobs[b, :n], bool(drawn.stopped[b]), tokenizer)
+            open_rows = [b for b in open_rows if episodes[b].stopped]
             if exchange + 1 < exchanges:
-                replies = environment([told[b].example for b in open_rows], [told[b].text for b in open_rows])
+                replies = environment([episodes[b].example for b in open_rows], [episodes[b].text for b in open_rows])
                 replied = [(b, reply) for b, reply in zip(open_rows, replies, strict=True) if reply is not None]
                 for b, reply in replied:
-                    told[b].append_reply(reply, tokenizer, reply_length - REPLY_MARKER_TOKENS)
+                    episodes[b].append_reply(reply, tokenizer, reply_length - REPLY_MARKER_TOKENS)
                 open_rows = [b for b, _ in replied]
             if not open_rows:
                 break
         length = rows.ids.shape[1] + exchanges * max_new + (exchanges - 1) * reply_length - 1
-        examples = [TokenizedExample(np.array(t.ids, np.int32), np.array(t.weights, np.float32)) for t in told]
-        logprobs = np.zeros((len(told), length), np.float32)
-        for b, t in enumerate(told):
-            logprobs[b, np.flatnonzero(t.weights) - 1] = t.logprobs
+        examples = [
+            TokenizedExample(np.array(episode.ids, np.int32), np.array(episode.weights, np.float32))
+            for episode in episodes
+        ]
+        logprobs = np.zeros((len(episodes), length), np.float32)
+        for b, episode in enumerate(episodes):
+            logprobs[b, np.flatnonzero(episode.weights) - 1] = episode.logprobs
         return SampledAnswers(
             packing.padded_rows(examples, length),
             logprobs,
-            [t.example for t in told],
-            [t.text for t in told],
-            np.array([t.stopped for t in told]),
-            np.array([sum(map(bool, t.weights)) for t in told], np.int32),
-            [t.last_ids for t in told],
+            [episode.example for episode in episodes],
+            [episode.text for episode in episodes],
+            np.array([episode.stopped for episode in episodes]),
+            np.array([sum(map(bool, episode.weights)) for episode in episodes], np.int32),
+            [episode.last_ids for episode in episodes],
         )
 
     return answer

@@ -47,14 +47,14 @@ def make(
         )
         return each, preference_metrics(each, rewards, logprobs, reward_ranks(batch.rewards))
 
-    def paired(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
+    def annotate_groups(state, batch: Rollouts) -> tuple[Rollouts, Metrics]:
         batch, _, metrics = annotated_rollouts(model, state, batch, temperature=temperature)
         return prompt_groups(batch), metrics
 
     return rollout_update(
         loss,
         optimizer,
-        paired,
+        annotate_groups,
         refresh_reference_every=refresh_reference_every,
         epochs=epochs,
         minibatch_count=minibatch_count,

@@ -1,6 +1,6 @@
 """Rollouts: the current policy answers prompts, rewards say what answers are worth, a table shows them to people."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,36 +8,28 @@ import numpy as np
 
 from lm.core.errors import UserError, check_at_least
 from lm.core.types import Rollouts, Tokens, TrainState
-from lm.data.conversations import Conversation
-from lm.data.loading import NO_COLUMNS
 from lm.data.mixture import parse_sources
 from lm.data.mixture_rows import source_order, text_rows
 from lm.data.origins import RowOrigin, SegmentOrigin, source_of
-from lm.data.prompt_sources import prompt_sources
+from lm.data.prompt_sources import PromptSourceOptions, PromptSources, prompt_sources
 from lm.data.prompts import Prompts, prompts_at
 from lm.data.sources import BUILT_IN_KINDS
 from lm.data.token_rows import mixed_rows
 from lm.data.tokenized_sources import TokenizedSource, tokenized_texts
 from lm.generate.sampler import SamplingParams, check_sampling
-from lm.losses.advantages import overlong_penalty
 from lm.model import Model
-from lm.rewards import Reward, WeightedRewards, named_reward, reward_form, reward_weights, weighted_reward
-from lm.rewards.environments import ENVIRONMENTS
 from lm.rewards.reward_model import reward_row_length
 from lm.stages.context import Batches, StageContext
 from lm.stages.rl.multi_turn import (
-    REPLY_MARKER_TOKENS,
     AnswerSampler,
-    SampledAnswers,
+    ExchangeOptions,
     multi_turn_sampler,
     rollout_program,
     single_turn_sampler,
 )
 from lm.stages.rl.policy_gradient import SQUARED
-from lm.tokenizer import Tokenizer
+from lm.stages.rl.rollout_rewards import AnswerRewards, RewardOptions, answer_rewards
 
-REWARD_MODEL_NAME = "model"  # the name of the learnt reward among `rewards`
-REWARD_MODEL_ONLY: Mapping[str, float] = {REWARD_MODEL_NAME: 1.0}
 # Roles folded into the key, above every step: an update folds its step in, and no two draws may share a key.
 ROLLOUT_KEY, HELD_OUT_KEY = 2**30, 2**30 + 1
 
@@ -45,136 +37,109 @@ ROLLOUT_KEY, HELD_OUT_KEY = 2**30, 2**30 + 1
 def batches(
     context: StageContext,
     *,
-    reward_model: str = "",
-    rewards: Mapping[str, float] | str = REWARD_MODEL_ONLY,
-    pessimism: float = 0.0,
-    rater: str = "",
-    reward_timeout: float = 0.0,
-    sources: str | Sequence[Mapping[str, Any]] = "chitchat",
-    columns: Mapping[str, str] = NO_COLUMNS,
-    skip_bad_rows: int = 0,
-    turns: int = 3,
-    prompt_length: int = 64,
+    prompt_options: PromptSourceOptions = PromptSourceOptions(),
+    reward_options: RewardOptions = RewardOptions(),
+    exchange_options: ExchangeOptions = ExchangeOptions(),
     max_new: int = 32,
     rollouts: int = 64,
     group: int = 1,
     temperature: float = 1.0,
-    truncation_penalty: float = 1.0,
-    overlong_buffer: int = 0,
     resample_rounds: int = 0,
-    environment: str = "",
-    exchanges: int = 2,
-    reply_length: int = 16,
     corpus: str | Sequence[Mapping[str, Any]] = "",
     text_length: int = 128,
-    source_temperature: float = 1.0,
-    held_out: float = 0.02,
     held_out_rollouts: int = 128,
 ) -> Batches:
-    """`rollouts` answers of the current policy, `group` to each prompt from `sources`, and what they are worth.
+    """`rollouts` answers of the current policy, `group` to each prompt, and what they are worth.
 
-    `sources` and `corpus`: text, or lists of {source, weight, kind, epochs} that are mixed prompt by prompt and row by
-    row (see data.mixture); where none of a list has a weight, by size^(1/`source_temperature`).
-    `columns`, `skip_bad_rows`: see lm.data.loading; a row's other fields go to the rewards.
+    Prompts: lm.data.prompt_sources. Rewards: lm.stages.rl.rollout_rewards. Exchanges with an environment:
+    lm.stages.rl.multi_turn. An answer has up to `max_new` tokens, sampled at `temperature`.
 
-    The reward is a sum of `rewards`, by name and weight, or as text, "rule=1.0,my_rewards.py:accuracy=2.0": "model" is
-    the reward model of the workdir `reward_model` (of several, with commas between them: their mean less `pessimism`
-    standard deviations), the others are lm.rewards.REWARDS, or functions of one's own, file.py:function or
-    package.module:function (lm.rewards tells their forms); where there are several, each is logged as reward/NAME.
-    `rater` names one that is logged as score/NAME but never learned from. `reward_timeout`: seconds that one call of a
-    function of one's own may take; 0: no limit. A reward per token goes to Rollouts.token_rewards: PPO and REINFORCE++
-    leave it with its token, all others sum it over the answer. An answer that the limit cut off loses
-    `truncation_penalty`; one within `overlong_buffer` tokens of the limit loses a share of 1
-    (lm.losses.advantages.overlong_penalty). Prompts longer than `prompt_length` tokens, and those that came before, are
-    left out and counted.
-
-    `resample_rounds`: prompts whose answers all got the same reward teach nothing within a group; they are replaced by
-    further ones, in at most so many rounds (dynamic sampling, arXiv 2503.14476). `environment`: one of
-    lm.rewards.environments', which replies to an answer of the policy with up to `reply_length` tokens, for at most
-    `exchanges` answers a row; what it says is context, never trained. `corpus`: adds rows of `text_length` tokens of it
-    to each batch, one a rollout, for stages that go on learning from text.
+    `resample_rounds`: prompts whose answers all got the same reward are replaced by further ones, in at most so many
+    rounds (dynamic sampling). `corpus`: adds rows of `text_length` tokens of it to each batch, one a rollout, for
+    stages that go on learning from text; text, or a list like `sources`, split and drawn as the prompts are.
     """
-    model, tokenizer = context.model, context.tokenizer
     sampling = SamplingParams(max_new, temperature)
-    check_rollout_options(model, prompt_length, sampling, rollouts=rollouts, group=group)
-    check_at_least(1, "data", turns=turns, held_out_rollouts=held_out_rollouts, exchanges=exchanges)
-    check_at_least(0, "data", resample_rounds=resample_rounds, overlong_buffer=overlong_buffer)
-    more = (exchanges - 1) * (max_new + reply_length) if environment else 0
-    length, longest = prompt_length + max_new - 1 + more, max_new  # tokens of a row, and sampled ones in it
-    if environment:
-        longest = exchanges * max_new
-        context.check_length(length)
-    answer = answer_sampler(context, environment, sampling, exchanges=exchanges, reply_length=reply_length)
-    parts = reward_parts(
-        context,
-        reward_weights(rewards, "data.rewards"),
-        reward_model,
-        pessimism,
-        reward_row_length(prompt_length, max_new + more),
+    prompt_length = prompt_options.prompt_length
+    check_rollout_options(context.model, prompt_length, sampling, rollouts=rollouts, group=group)
+    check_at_least(1, "data", turns=prompt_options.turns, held_out_rollouts=held_out_rollouts)
+    check_at_least(0, "data", resample_rounds=resample_rounds)
+    room = exchange_options.room(max_new)  # sampled and replied tokens that a row may hold behind its prompt
+    answer = answer_sampler(context, exchange_options, sampling, length=prompt_length + room - 1)
+    rewards = answer_rewards(
+        context, reward_options, length=reward_row_length(prompt_length, room), limit=exchange_options.longest(max_new)
     )
-    worth = rollout_rewards(tokenizer, parts, rater, reward_timeout)
+    sample = rollout_sampler(context, answer, rewards, group=group)
+    size = rollouts // group  # prompts of a batch
+    prompts = prompt_sources(
+        context.tokenizer, prompt_options, batch_size=size, seed=context.seed, draws_per_step=resample_rounds + 1
+    )
+    count = held_out_prompts(
+        len(prompts.held_out.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts, group=group
+    )
+    split = prompt_options.held_out, prompt_options.source_temperature
+    text, held_out_text = text_batches(context, corpus, text_length, rollouts, *split)
+    train = training_rollouts(sample, prompts, resample_rounds)
 
-    def drawn(state, prompts: Prompts, role: int, number: int) -> Rollouts:
+    def held_out_batches(state: TrainState) -> Iterator[Rollouts]:
+        for start, part in prompts.held_out_batches(count, size):
+            batch = with_squared_scores(sample(state, part, HELD_OUT_KEY, start))
+            yield batch.replace(text_tokens=held_out_text(start // size))
+
+    origins = prompt_origins(prompts, writer="policy")
+    return Batches(
+        lambda state, i: train(state, i).replace(text_tokens=text(i)),
+        held_out_batches,
+        {"length": prompt_length + room - 1, **prompts.counts},
+        rollout_table(context, temperature),
+        row_origins=lambda state, batch, i: origins(batch.tokens),
+        truncation=prompt_truncation(prompts.names, prompt_options, max_new=max_new),
+    )
+
+
+# (state, prompts, role of the key, number of the draw) -> answers to the prompts, with their rewards
+RolloutSampler = Callable[[TrainState, Prompts, int, int], Rollouts]
+
+
+def rollout_sampler(
+    context: StageContext, answer: AnswerSampler, rewards: AnswerRewards, *, group: int
+) -> RolloutSampler:
+    """Samples `group` answers of the policy to each prompt, and measures what they are worth."""
+
+    def sample(state: TrainState, prompts: Prompts, role: int, number: int) -> Rollouts:
         key = jax.random.fold_in(jax.random.fold_in(state.key, role), number)
         rows = prompts_at(prompts, np.repeat(np.arange(len(prompts.ids)), group))
         with context.sampling_phase(state):
-            found = answer(state.params["lm"], rows, key)
+            answers = answer(state.params["lm"], rows, key)
         with context.timed_phase("reward"):
-            total, token_rewards, scores = worth(found)
-        total = total - truncation_penalty * ~found.stopped
-        if overlong_buffer:
-            total = total + np.asarray(overlong_penalty(found.lengths, limit=longest, buffer=overlong_buffer))
-        return Rollouts(
-            found.tokens, np.float32(total), scores, found.stopped, found.logprobs, token_rewards, group=group
-        )
+            total, token_rewards, scores = rewards(answers)
+        return Rollouts(answers.tokens, total, scores, answers.stopped, answers.logprobs, token_rewards, group=group)
 
-    prompts = rollouts // group
-    found = prompt_sources(
-        tokenizer,
-        sources,
-        columns=columns,
-        skip_bad_rows=skip_bad_rows,
-        turns=turns,
-        prompt_length=prompt_length,
-        held_out=held_out,
-        batch_size=prompts,
-        seed=context.seed,
-        temperature=source_temperature,
-        draws_per_step=resample_rounds + 1,
-    )
-    train, unseen, order = found.train, found.held_out, found.drawn
-    asked = held_out_prompts(len(unseen.ids), held_out_rollouts=held_out_rollouts, rollouts=rollouts, group=group)
-    text, unseen_text = text_batches(context, corpus, text_length, rollouts, held_out, source_temperature)
-    about = {"length": length, **found.counts}
+    return sample
 
-    def held_out_batches(state):
-        for start in range(0, asked, prompts):
-            part = prompts_at(unseen, np.arange(start, start + prompts))
-            batch = with_squared_scores(drawn(state, part, HELD_OUT_KEY, start))
-            yield batch.replace(text_tokens=unseen_text(start // prompts))
 
-    def train_batch(state, i):
+def training_rollouts(
+    sample: RolloutSampler, prompts: PromptSources, resample_rounds: int
+) -> Callable[[TrainState, int], Rollouts]:
+    """(state, i) -> training batch i.
+
+    Groups of equal rewards teach nothing within a group; they are replaced by groups of further prompts, in at most
+    `resample_rounds` rounds (dynamic sampling, Yu et al. 2025, arXiv 2503.14476); row metric "rounds" counts them.
+    """
+
+    def batch_number(state: TrainState, number: int) -> Rollouts:
+        return sample(state, prompts.train_batch(number), ROLLOUT_KEY, number)
+
+    def train_batch(state: TrainState, i: int) -> Rollouts:
         first = i * (resample_rounds + 1)  # every round has prompts and keys of its own
-        batch, rounds = drawn(state, prompts_at(train, order(first)), ROLLOUT_KEY, first), 1
+        batch, rounds = batch_number(state, first), 1
         while rounds <= resample_rounds and equal_reward_groups(batch).any():
-            number = first + rounds
-            batch, rounds = (
-                resampled_batch(batch, drawn(state, prompts_at(train, order(number)), ROLLOUT_KEY, number)),
-                rounds + 1,
-            )
-        if resample_rounds:
-            batch = batch.replace(row_metrics={**batch.row_metrics, "rounds": np.full(rollouts, rounds, np.float32)})
-        return batch.replace(text_tokens=text(i))
+            batch, rounds = resampled_batch(batch, batch_number(state, first + rounds)), rounds + 1
+        if not resample_rounds:
+            return batch
+        rounds_by_row = np.full(len(batch.rewards), rounds, np.float32)
+        return batch.replace(row_metrics={**batch.row_metrics, "rounds": rounds_by_row})
 
-    origins = prompt_origins(train, found.distinct, found.names, writer="policy")
-    return Batches(
-        train_batch,
-        held_out_batches,
-        about,
-        rollout_table(context, temperature),
-        row_origins=lambda state, batch, i: origins(batch.tokens),
-        truncation=prompt_truncation(",".join(found.names), turns=turns, prompt_length=prompt_length, max_new=max_new),
-    )
+    return train_batch
 
 
 def with_squared_scores(batch: Rollouts) -> Rollouts:
@@ -184,28 +149,27 @@ def with_squared_scores(batch: Rollouts) -> Rollouts:
     return batch.replace(row_metrics={**batch.row_metrics, **squares})
 
 
-def prompt_truncation(sources: str, *, turns: int, prompt_length: int, max_new: int) -> str:
+def prompt_truncation(sources: Sequence[str], options: PromptSourceOptions, *, max_new: int) -> str:
     """What becomes of prompts and answers that are longer, in words."""
     return (
-        f"{sources}: prompts of the last {turns} messages (rows of files whole), one longer than {prompt_length} "
-        f"tokens left out; an answer is cut off after {max_new} tokens"
+        f"{','.join(sources)}: prompts of the last {options.turns} messages (rows of files whole), one longer than "
+        f"{options.prompt_length} tokens left out; an answer is cut off after {max_new} tokens"
     )
 
 
-def prompt_origins(
-    prompts: Prompts, conversations: Sequence[Conversation], sources: Sequence[str], *, writer: str
-) -> Callable[[Tokens], list[RowOrigin]]:
-    """rows -> where the prompt of each is from, found by its ids. `conversations` hold those of the prompts."""
+def prompt_origins(prompts: PromptSources, *, writer: str) -> Callable[[Tokens], list[RowOrigin]]:
+    """rows -> where the training prompt of each is from, found by its ids."""
+    train = prompts.train
 
     def origins(tokens: Tokens) -> list[RowOrigin]:
-        names = {tuple(message["content"] for message in c.messages): c.name for c in conversations}
-        places = {ids[:n].tobytes(): k for k, (ids, n) in enumerate(zip(prompts.ids, prompts.lengths))}
-        found = []
+        names = {tuple(message["content"] for message in c.messages): c.name for c in prompts.distinct}
+        numbers = {ids[:n].tobytes(): k for k, (ids, n) in enumerate(zip(train.ids, train.lengths))}
+        rows = []
         for inputs, weights in zip(np.asarray(tokens.inputs, np.int32), np.asarray(tokens.weights)):
-            k = places[inputs[: int(np.argmax(weights > 0)) + 1].tobytes()]
-            name = names[tuple(message["content"] for message in prompts.examples[k]["messages"])]
-            found.append(RowOrigin([SegmentOrigin(name, source_of(name, sources), document=k)], k, writer=writer))
-        return found
+            k = numbers[inputs[: int(np.argmax(weights > 0)) + 1].tobytes()]
+            name = names[tuple(message["content"] for message in train.examples[k]["messages"])]
+            rows.append(RowOrigin([SegmentOrigin(name, source_of(name, prompts.names), document=k)], k, writer=writer))
+        return rows
 
     return origins
 
@@ -243,83 +207,23 @@ def held_out_prompts(there: int, *, held_out_rollouts: int, rollouts: int, group
 
 
 def answer_sampler(
-    context: StageContext, environment: str, sampling: SamplingParams, *, exchanges: int, reply_length: int
+    context: StageContext, options: ExchangeOptions, sampling: SamplingParams, *, length: int
 ) -> AnswerSampler:
-    """How the policy answers: once or, with the environment of this name, in exchanges."""
-    sampled, tokenizer = rollout_program(context, sampling), context.tokenizer
-    if not environment:
-        return single_turn_sampler(sampled, tokenizer)
-    if environment not in ENVIRONMENTS:
-        raise UserError(
-            f"data.environment is {environment!r}; choose one of {', '.join(ENVIRONMENTS)}, or leave it empty"
-        )
-    check_at_least(REPLY_MARKER_TOKENS + 1, "data", reply_length=reply_length)
-    return multi_turn_sampler(sampled, tokenizer, ENVIRONMENTS[environment], exchanges, sampling.max_new, reply_length)
-
-
-def rollout_rewards(
-    tokenizer: Tokenizer, parts: Mapping[str, tuple[float, Reward]], rater: str, timeout: float
-) -> Callable[[SampledAnswers], tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]]:
-    """Answers -> their reward f32[B], what of it belongs to single tokens f32[B,T] (None: nothing), and what is logged
-    beside it: its parts where there are several, the rater's."""
-    check_at_least(0, "data", reward_timeout=timeout)
-    watching = {rater: (0.0, named_reward(rater, "data.rater"))} if rater else {}
-    worth, watched = (weighted_reward(each, timeout=timeout) for each in (parts, watching))
-    needs_tokens = any(reward_form(reward, name).per_token for name, (_, reward) in {**parts, **watching}.items())
-
-    def judged(found: SampledAnswers):
-        tokens = [tokenizer.pieces(ids) for ids in found.last_ids] if needs_tokens else ()
-        said: WeightedRewards = worth(found.examples, found.texts, tokens)
-        seen = watched(found.examples, found.texts, tokens).parts
-        labels = reward_labels(parts) if len(parts) > 1 else {}
-        scores = {f"reward/{label}": said.parts[name] for name, label in labels.items()}
-        scores |= {f"score/{label}": seen[name] for name, label in reward_labels(watching).items()}
-        on_tokens = None if said.token_rewards is None else answer_token_rewards(found.tokens, said.token_rewards)
-        return said.total, on_tokens, scores
-
-    return judged
-
-
-def answer_token_rewards(tokens: Tokens, token_rewards: Sequence[np.ndarray]) -> np.ndarray:
-    """f32[B,T]: the rewards of each answer's tokens at the positions that predict them, the last sampled ones of a
-    row."""
-    weights = np.asarray(tokens.weights)
-    found = np.zeros(weights.shape, np.float32)
-    for row, values in enumerate(token_rewards):
-        sampled = np.flatnonzero(weights[row] > 0)
-        found[row, sampled[len(sampled) - len(values) :]] = values
-    return found
-
-
-def reward_labels(names: Iterable[str]) -> dict[str, str]:
-    """What each reward is called in metrics: itself, or the function of a file; whole where two would be alike."""
-    short = {name: name.rpartition(":")[2] for name in names}
-    return {name: label if list(short.values()).count(label) == 1 else name for name, label in short.items()}
-
-
-def reward_parts(
-    context: StageContext, rewards: Mapping[str, float], reward_model: str, pessimism: float, longest: int
-) -> dict[str, tuple[float, Reward]]:
-    """Weight and function of each reward whose weight is not 0. UserError for a name that is none."""
-    functions = {
-        name: named_reward(name, "the name in data.rewards", (REWARD_MODEL_NAME,))
-        for name in rewards
-        if name != REWARD_MODEL_NAME
-    }
-    if not any(rewards.values()):
-        raise UserError(
-            f"data.rewards gives no reward a weight: there is nothing to learn; set e.g. {REWARD_MODEL_NAME} to 1.0"
-        )
-    return {
-        name: (
-            weight,
-            context.load_reward_model(reward_model, pessimism, longest)
-            if name == REWARD_MODEL_NAME
-            else functions[name],
-        )
-        for name, weight in rewards.items()
-        if weight
-    }
+    """How the policy answers: once or, with an environment, in exchanges, in rows of up to `length` tokens."""
+    check_at_least(1, "data", exchanges=options.exchanges)
+    if options.environment:
+        context.check_length(length)
+    sampled = rollout_program(context, sampling)
+    if not options.environment:
+        return single_turn_sampler(sampled, context.tokenizer)
+    return multi_turn_sampler(
+        sampled,
+        context.tokenizer,
+        options.named_environment(),
+        options.exchanges,
+        sampling.max_new,
+        options.reply_length,
+    )
 
 
 def equal_reward_groups(batch: Rollouts) -> np.ndarray:
@@ -333,12 +237,12 @@ def resampled_batch(batch: Rollouts, further: Rollouts) -> Rollouts:
     free, useful = np.flatnonzero(equal_reward_groups(batch)), np.flatnonzero(~equal_reward_groups(further))
     free = free[: len(useful)]
 
-    def replaced(old, new):
+    def with_replacements(old, new):
         old, new = (np.array(x).reshape(-1, batch.group, *x.shape[1:]) for x in (old, new))
         old[free] = new[useful[: len(free)]]
         return old.reshape(-1, *old.shape[2:])
 
-    return jax.tree.map(replaced, batch, further)
+    return jax.tree.map(with_replacements, batch, further)
 
 
 TextBatches = Callable[[int], Tokens | None]
@@ -358,15 +262,15 @@ def text_batches(
     context.check_length(length)
     sources = tokenized_texts(context.tokenizer, parse_sources(corpus, BUILT_IN_KINDS, option="data.corpus"), held_out)
 
-    def drawn_from(sources: Sequence[TokenizedSource], documents: Sequence[np.ndarray]) -> TextBatches:
-        own = [text_rows(*each, length, "stream") for each in zip(sources, documents)]
-        drawn = source_order(sources, own, temperature=temperature, batch_size=rows, seed=context.seed)
-        return lambda i: mixed_rows(own, drawn(i))
+    def batches_of(sources: Sequence[TokenizedSource], documents: Sequence[np.ndarray]) -> TextBatches:
+        packed = [text_rows(*each, length, "stream") for each in zip(sources, documents)]
+        order = source_order(sources, packed, temperature=temperature, batch_size=rows, seed=context.seed)
+        return lambda i: mixed_rows(packed, order(i))
 
-    unseen = [source for source in sources if len(source.held_out)]
+    held_out_sources = [source for source in sources if len(source.held_out)]
     return (
-        drawn_from(sources, [source.train for source in sources]),
-        drawn_from(unseen, [source.held_out for source in unseen]),
+        batches_of(sources, [source.train for source in sources]),
+        batches_of(held_out_sources, [source.held_out for source in held_out_sources]),
     )
 
 
@@ -378,7 +282,7 @@ def rollout_table(
     model, tokenizer = context.model, context.tokenizer
     logprobs = context.jit(lambda ref, tokens, temperature: model.token_logprobs(ref, tokens, temperature=temperature))
 
-    def shown(state: TrainState, batch: Rollouts, rows: int) -> Iterator[dict[str, Any]]:
+    def table_rows(state: TrainState, batch: Rollouts, rows: int) -> Iterator[dict[str, Any]]:
         part = jax.device_get(jax.tree.map(lambda x: x[:rows], batch.replace(text_tokens=None)))
         w = part.tokens.weights
         ref = np.asarray(logprobs(state.frozen["ref"], part.tokens, temperature))
@@ -395,4 +299,4 @@ def rollout_table(
                 "stopped": bool(part.stopped[b]),
             }
 
-    return shown
+    return table_rows

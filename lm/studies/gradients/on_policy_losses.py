@@ -89,14 +89,16 @@ def rollout_batches(
     """Batches of `group` answers to each prompt of a mix, by the policy or by `sampler`; every mix is as likely."""
     lm = w.nets.policy if sampler is None else sampler
     p = answer_probabilities(w, lm, temperature=temperature)
-    heard = token_rows(w, realized_logprobs(w, next_token_logprobs(w, lm, temperature=temperature)))
-    worth = (w.rewards if rewards is None else rewards).reshape(-1)
+    logprobs = token_rows(w, realized_logprobs(w, next_token_logprobs(w, lm, temperature=temperature)))
+    answer_rewards = (w.rewards if rewards is None else rewards).reshape(-1)
     Y, B = len(w.answers), len(prompt_mixes[0]) * group
     answers = np.tile(index_tuples(Y, B), (len(prompt_mixes), 1))
     prompts = np.repeat([np.repeat(mix, group) for mix in prompt_mixes], Y**B, axis=0)
 
     def batch(rows) -> Rollouts:
-        return Rollouts(rows_by_index(w.tokens, rows), worth[rows], {}, jnp.ones(B, bool), heard[rows], group=group)
+        return Rollouts(
+            rows_by_index(w.tokens, rows), answer_rewards[rows], {}, jnp.ones(B, bool), logprobs[rows], group=group
+        )
 
     return BatchDistribution(prompts * Y + answers, np.prod(p[prompts, answers], axis=1) / len(prompt_mixes), batch, B)
 
@@ -229,17 +231,13 @@ def divergence_certificates(nets: Networks) -> Iterator[Certificate]:
     w, level = ragged_world(nets), fixed_length_world(nets)
     learn = functools.partial(policy_gradient.policy_gradient_update, nets.model, GRADIENT_RECORDER)
     nothing = jnp.zeros_like(w.rewards)
-    draws, whole, log_q = (
-        rollout_batches(w, rewards=nothing),
-        expected_reward_loss(w, beta=1.0, rewards=nothing),
-        next_token_logprobs(w, nets.reference),
-    )
+    draws, kl_of_answers = rollout_batches(w, rewards=nothing), expected_reward_loss(w, beta=1.0, rewards=nothing)
+    log_q = next_token_logprobs(w, nets.reference)
     per_token = expected_prefix_loss(w, nets.policy, lambda said: kl_divergence(log_q, said))
     k3 = learn(rloo_without_kl(kl_coefficient=1.0))
-    yield certificate_of(
-        w, "k1 in the reward", "KL(p,q)", whole, rloo.make(nets.model, GRADIENT_RECORDER, beta=1.0), draws
-    )
-    yield certificate_of(w, "k3 in the loss", "KL(p,q)", whole, k3, draws, is_biased=True)
+    k1 = rloo.make(nets.model, GRADIENT_RECORDER, beta=1.0)
+    yield certificate_of(w, "k1 in the reward", "KL(p,q)", kl_of_answers, k1, draws)
+    yield certificate_of(w, "k3 in the loss", "KL(p,q)", kl_of_answers, k3, draws, is_biased=True)
     yield certificate_of(w, "k3 in the loss", "KL(q,p) per token", per_token, k3, draws)
     draws = rollout_batches(level, rewards=jnp.zeros_like(level.rewards))
     bonus = learn(rloo_without_kl(), entropy_bonus=1.0)
@@ -290,14 +288,13 @@ def ppo_certificates(nets: Networks) -> Iterator[Certificate]:
     text = rows_by_index(w.tokens, jnp.array([0, 21]))
     with_text = draws._replace(make_batch=lambda rows: draws.make_batch(rows).replace(text_tokens=text))
     written = np.zeros(w.rewards.shape)
-    written[0, 0] = written[1, 5] = (
-        1 / 2
-    )  # rows 0 and 21, of two tokens each; `imitation_loss` is a mean over two prompts
-    of_both = lambda said: expected_reward_loss(w, beta=BETA)(said) / 2 + 0.5 * imitation_loss(w, written)(said)
+    # Rows 0 and 21, of two tokens each; `imitation_loss` is a mean over two prompts.
+    written[0, 0] = written[1, 5] = 1 / 2
+    both_terms = lambda said: expected_reward_loss(w, beta=BETA)(said) / 2 + 0.5 * imitation_loss(w, written)(said)
     ptx = make(text_coefficient=0.5)
-    yield certificate_of(w, "  with text (ptx)", "both terms", of_both, ptx, with_text)
-    found = certificate_of(w, "PPO's value head", "¼ E (V - v)²", None, make(value_coefficient=1.0), draws, heads=wrong)
-    yield found._replace(exact_gradient=exact_value_gradient(w), param_group="value")
+    yield certificate_of(w, "  with text (ptx)", "both terms", both_terms, ptx, with_text)
+    head = certificate_of(w, "PPO's value head", "¼ E (V - v)²", None, make(value_coefficient=1.0), draws, heads=wrong)
+    yield head._replace(exact_gradient=exact_value_gradient(w), param_group="value")
 
 
 def exact_value_head(w: TinyWorld) -> Params:
@@ -311,25 +308,22 @@ def exact_value_head(w: TinyWorld) -> Params:
 def exact_value_gradient(w: TinyWorld) -> Params:
     """The gradient in the head of the mean over prompts of E of the mean over two tokens of (V - rewards to come)^2
     / 2."""
-    fixed, x, v = (
-        answer_probabilities(w, w.nets.policy)[:, :, None] * w.answer_mask,
-        answer_hidden_states(w),
-        prefix_values(w, beta=BETA),
-    )
-    squares = lambda head: fixed * jnp.square(w.nets.model.value(head, x) - v) / 2
+    weights = answer_probabilities(w, w.nets.policy)[:, :, None] * w.answer_mask
+    x, v = answer_hidden_states(w), prefix_values(w, beta=BETA)
+    squares = lambda head: weights * jnp.square(w.nets.model.value(head, x) - v) / 2
     return jax.grad(lambda head: jnp.sum(squares(head)) / 2 / len(PROMPTS))(w.nets.value_head)
 
 
 def off_policy_certificates(nets: Networks) -> Iterator[Certificate]:
     one, w, model = single_token_world(nets), ragged_world(nets), nets.model
 
-    def given(w: TinyWorld) -> BatchDistribution:
+    def annotated_batches(w: TinyWorld) -> BatchDistribution:
         """Batches drawn by the sampler and annotated with its log-probs, as in a later minibatch of a batch."""
         draws = rollout_batches(w, sampler=nets.sampler)
 
         def batch(rows):
-            found = draws.make_batch(rows)
-            return found.replace(old_logprobs=found.sampler_logprobs, advantages=reward_advantages(found))
+            drawn = draws.make_batch(rows)
+            return drawn.replace(old_logprobs=drawn.sampler_logprobs, advantages=reward_advantages(drawn))
 
         return draws._replace(make_batch=batch)
 
@@ -352,12 +346,12 @@ def off_policy_certificates(nets: Networks) -> Iterator[Certificate]:
 
     free, near = learn(clipped_objective(1.0, jnp.inf)), learn(clipped_objective(0.2, 0.2))
     first, every = expected_reward_loss(one), expected_reward_loss(w)
-    draws = given(one)
+    draws = annotated_batches(one)
     yield certificate_of(one, "ratio, 1 token each", REWARD_TEXT, first, free, draws)
     yield certificate_of(one, "  clipped at 0.2", REWARD_TEXT, first, near, draws, is_biased=True)
     yield certificate_of(one, "  CISPO, no cut", REWARD_TEXT, first, cut(jnp.inf), draws)
     yield certificate_of(one, "  CISPO, cut at 1.2", REWARD_TEXT, first, cut(0.2), draws, is_biased=True)
-    draws = given(w)
+    draws = annotated_batches(w)
     yield certificate_of(w, "ratios, 1 to 3 tokens", REWARD_TEXT, every, free, draws, is_biased=True)
     yield certificate_of(w, "  clipped at 0.2", "itself, clipped", clipped_reward_loss(w), near, draws)
     draws = rollout_batches(one, sampler=nets.sampler)

@@ -9,7 +9,6 @@ all answer the same unseen prompts, which the gold rater scores. Writes WORKDIR/
 The same command continues after a kill; more seeds and methods may be added later.
 """
 
-import inspect
 import itertools
 import json
 import time
@@ -146,7 +145,7 @@ def method_entry(config: ConfigDict, name: str) -> MethodEntry:
     stage = config[name].stage.name
     if stage not in STAGES:
         raise UserError(f"{name}.stage.name is {stage!r}; choose one of {', '.join(STAGES)}")
-    options = inspect.signature(STAGES[stage].batches).parameters
+    options = ConfigFunction(STAGES[stage].batches).options
     learns_from = (
         RANKINGS_OPTION
         if RANKINGS_OPTION in options

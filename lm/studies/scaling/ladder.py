@@ -95,11 +95,11 @@ def runs_at_budget(plan: LadderPlan, source: ConfigSource, budget: float) -> lis
             f"needs {plan.sizes_per_budget}: raise ladder.min_flops, or make data.batch_size, "
             "data.length or model.head_size smaller"
         )
-    chosen = []
+    ladder = []
     for target in np.geomspace(high, low, plan.sizes_per_budget):
-        chosen.append(min(usable, key=lambda one: abs(np.log(one.tokens / one.parameters / target))))
-        usable.remove(chosen[-1])
-    return sorted(chosen, key=lambda one: one.width)
+        ladder.append(min(usable, key=lambda one: abs(np.log(one.tokens / one.parameters / target))))
+        usable.remove(ladder[-1])
+    return sorted(ladder, key=lambda one: one.width)
 
 
 def candidate_widths(source: ConfigSource):

@@ -88,9 +88,9 @@ def parametric_fit(points: Points, *, draws: int = 1000, seed: int = 0) -> Param
     law, value = objective.law(descents[0][1]), descents[0][0]
     random, resampled = np.random.default_rng(seed), []
     while len(resampled) < draws:
-        chosen = random.integers(len(points.loss), size=len(points.loss))
-        if len(set(chosen)) >= min(MIN_RUNS, len(points.loss)) - 2:
-            resampled.append(objective.law(objective.subset(chosen).local_minimum(descents[0][1])))
+        runs = random.integers(len(points.loss), size=len(points.loss))
+        if len(set(runs)) >= min(MIN_RUNS, len(points.loss)) - 2:
+            resampled.append(objective.law(objective.subset(runs).local_minimum(descents[0][1])))
     return ParametricFit(
         law, resampled, np.log(points.loss) - np.log(law.loss(points.parameters, points.tokens)), value
     )
@@ -105,11 +105,11 @@ class CenteredObjective:
         self._middle = self._log_parameters.mean(), self._log_tokens.mean()
         self._n, self._d = self._log_parameters - self._middle[0], self._log_tokens - self._middle[1]
 
-    def subset(self, chosen: np.ndarray) -> "CenteredObjective":
+    def subset(self, runs: np.ndarray) -> "CenteredObjective":
         """Of some runs, in the same units."""
         other = object.__new__(CenteredObjective)
         other._middle = self._middle
-        other._n, other._d, other._log_loss = self._n[chosen], self._d[chosen], self._log_loss[chosen]
+        other._n, other._d, other._log_loss = self._n[runs], self._d[runs], self._log_loss[runs]
         return other
 
     def law(self, x: np.ndarray) -> ScalingLaw:

@@ -22,8 +22,8 @@ class Points(NamedTuple):
     tokens: np.ndarray
     loss: np.ndarray
 
-    def __getitem__(self, chosen) -> "Points":  # of runs, not of columns
-        return Points(*(np.asarray(column)[chosen] for column in (self.parameters, self.tokens, self.loss)))
+    def __getitem__(self, runs) -> "Points":  # of runs, not of columns
+        return Points(*(np.asarray(column)[runs] for column in (self.parameters, self.tokens, self.loss)))
 
 
 def read_points(path: str | Path) -> Points:
