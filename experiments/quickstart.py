@@ -40,11 +40,11 @@ OF_TABLE = ("facts", "practice", "quiz", "unknown_names", "instructions", "dialo
 PROMPTS = {"facts": 0.08, "practice": 0.26, "unknown_names": 0.2, "sums": 0.2, "instructions": 0.2, "small_talk": 0.06}
 # RL asks most about names that SFT never asked about and names that are none: it is to learn when it knows.
 ASKED_BY_RL = {
-    "facts": 0.1,
-    "practice": 0.36,
-    "unknown_names": 0.3,
-    "sums": 0.06,
-    "instructions": 0.12,
+    "facts": 0.06,
+    "practice": 0.28,
+    "unknown_names": 0.22,
+    "sums": 0.14,
+    "instructions": 0.24,
     "small_talk": 0.06,
 }
 
@@ -99,7 +99,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.ppo.data.update({"rater": "assistant_held_out"})
     if not tiny:
         config.ppo.data.update({"rollouts": 256, "held_out_rollouts": 512})
-    config.ppo.stage.update({"beta": 0.05, "value_coefficient": 0.05})  # more moves the trunk away from the answers
+    config.ppo.stage.update({"beta": 0.2, "value_coefficient": 0.05})  # more moves the trunk away from the answers
     # Small steps on large batches: 8 updates of 2e-4 on 128 answers undid what SFT had taught (quickstart.md).
     config.ppo.stage.update({"minibatch_count": 1, "lam": 1.0})
     config.ppo.optimizer.learning_rate = 1e-4

@@ -21,7 +21,7 @@ def table():
     return POLICIES["tabular"]()
 
 
-# The unbiased updates of the first section are the parts of those "As published", which the default run holds.
+# The default run certifies the updates as published; those of this section come with the slow tests (.ci/run).
 SLOW_SECTIONS = ("Policy gradients at the first update",)
 
 
