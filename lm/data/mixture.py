@@ -141,11 +141,15 @@ def _with_kind(source: MixtureSource, built_in: Mapping[str, str]) -> MixtureSou
 
 
 def source_labels(sources: Sequence[MixtureSource]) -> list[str]:
-    """A short name of each, for metrics: a file's or folder's own name without its endings where no other has it."""
+    """A short name of each, for metrics: a file's or folder's own name without its endings, or of "facts:PATH" what
+    stands before the colon, where no other has it."""
 
     def short(source: str) -> str:
         if source.startswith("hf:") or "," in source:
             return source
+        built_in, colon, _ = source.partition(":")
+        if colon:
+            return built_in
         name = PurePath(source).name
         return name.partition(".")[0] or name or source
 
