@@ -177,13 +177,15 @@ def measurements(flags) -> dict[str, Any]:
             done += 1
             progress.update(done, last)
 
-        def looked(last: Mapping[str, float]) -> None:
+        def show_last(last: Mapping[str, float]) -> None:
             limits.remeasure()
             after(last)
 
         for case in chosen:
             timings.append(
-                interleaved_timings(case.make_steps(), case.peer, turns=flags.turns, steps=flags.steps, on_turn=looked)
+                interleaved_timings(
+                    case.make_steps(), case.peer, turns=flags.turns, steps=flags.steps, on_turn=show_last
+                )
             )
         if "startup" in flags.what:
             results["startup"] = startup.result(startup.startup_seconds(turns=flags.turns, on_turn=after))

@@ -102,7 +102,7 @@ async def streamed_answer(address: tuple[str, int], prompt: Sequence[int], new: 
     return ServedAnswer(tokens, first, [after - before for before, after in zip(times, times[1:])])
 
 
-async def loaded(
+async def measured_load(
     address: tuple[str, int], prompts: np.ndarray, clients: int, new: int
 ) -> tuple[list[ServedAnswer], float]:
     """The answers to all prompts by so many clients, and the seconds in all."""
@@ -147,10 +147,10 @@ def results(
     prompts = random_prompts(trained, max(MIN_REQUESTS, REQUESTS_PER_CLIENT * max(clients)), prompt)
     rows = []
     with running_server(trained.path, slots=slots, queue=max(clients)) as address:
-        asyncio.run(loaded(address, prompts[:slots], slots, new))
+        asyncio.run(measured_load(address, prompts[:slots], slots, new))
         for count in clients:
             given = prompts[: max(MIN_REQUESTS, REQUESTS_PER_CLIENT * count)]
-            rows.append({"clients": count, **load_figures(*asyncio.run(loaded(address, given, count, new)))})
+            rows.append({"clients": count, **load_figures(*asyncio.run(measured_load(address, given, count, new)))})
             on_turn({"tokens/s": rows[-1]["tokens_per_second"]})
     loop = sample_loop(trained, new)
     loop(prompts[:1])

@@ -79,7 +79,7 @@ def print_rollout(rows: Sequence[ResultRow]) -> None:
 def print_speculation(rows: Sequence[ResultRow]) -> None:
     """The interval of what was accepted is over prompts, so one prompt has none."""
 
-    def accepted(share: Mapping[str, float]) -> str:
+    def acceptance_text(share: Mapping[str, float]) -> str:
         known = share["se"] < math.inf
         return f"{share['value']:.0%}" + (f" ({share['low']:.0%} to {share['high']:.0%})" if known else "")
 
@@ -92,7 +92,7 @@ def print_speculation(rows: Sequence[ResultRow]) -> None:
                 row["temperature"],
                 *(f"{row['per_second'][side]:,.0f}" for side in ("drafted", "plain")),
                 f"{row['ratio']:.2f}",
-                accepted(row["accepted"]),
+                acceptance_text(row["accepted"]),
                 f"{row['tokens_a_pass']['value']:.1f}",
             ]
             for row in rows

@@ -104,7 +104,7 @@ class AnnotationStore:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._lock = threading.RLock()
-        with self._explained():
+        with self._store_errors():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
@@ -125,13 +125,13 @@ class AnnotationStore:
 
     def add_items(self, items: Iterable[tuple[str, list[dict], list[str], list[dict]]]) -> int:
         """Adds (name, prompt, responses, sources), all or none; returns how many of them were not there yet."""
-        with self._writing():
-            return sum(self._added(*item)[1] for item in items)
+        with self._write_transaction():
+            return sum(self._insert_item(*item)[1] for item in items)
 
     def add_item(self, name: str, prompt: list[dict], responses: list[str], sources: list[dict]) -> int:
         """Adds one, unless it is there, and returns its number."""
-        with self._writing():
-            return self._added(name, prompt, responses, sources)[0]
+        with self._write_transaction():
+            return self._insert_item(name, prompt, responses, sources)[0]
 
     def item(self, id: int) -> RankingItem:
         """UserError for an unknown one."""
@@ -156,7 +156,7 @@ class AnnotationStore:
 
         UserError for an unknown item, for one that this rater has judged, and for a verdict that is no valid Ranking.
         """
-        with self._writing() as db:
+        with self._write_transaction() as db:
             if db.execute("SELECT 1 FROM verdicts WHERE key = ?", [verdict.key]).fetchone():
                 return
             item = self.item(verdict.item)
@@ -176,7 +176,7 @@ class AnnotationStore:
 
     def undo_latest(self, rater: str) -> RankingItem | None:
         """Withdraws the rater's latest verdict and returns its item; None if there is none."""
-        with self._writing() as db:
+        with self._write_transaction() as db:
             latest = db.execute(SELECT_LATEST, [rater]).fetchone()
             if latest is None:
                 return None
@@ -191,7 +191,7 @@ class AnnotationStore:
 
     def set_priorities(self, priorities: Mapping[int, float]) -> None:
         """Sets the priority of items by id; an item starts with 0."""
-        with self._writing() as db:
+        with self._write_transaction() as db:
             db.executemany("UPDATE items SET priority = ? WHERE id = ?", [(p, id) for id, p in priorities.items()])
 
     def rankings(self) -> list[Ranking]:
@@ -204,10 +204,10 @@ class AnnotationStore:
         A verdict is already there if the same rater has judged the same item.
         """
         added = there = 0
-        with self._writing() as db:
+        with self._write_transaction() as db:
             for ranking in rankings:
                 key = hashlib.sha256(ranking_json(ranking).encode()).hexdigest()
-                item, _ = self._added(ranking.name, ranking.prompt, ranking.responses, list(ranking.sources))
+                item, _ = self._insert_item(ranking.name, ranking.prompt, ranking.responses, list(ranking.sources))
                 existing = db.execute(
                     f"{SELECT_STANDING} UNION SELECT item FROM verdicts WHERE key = ?", [ranking.rater, item, key]
                 )
@@ -233,11 +233,13 @@ class AnnotationStore:
         self._rows("PRAGMA journal_mode = WAL")
         self._rows("PRAGMA synchronous = FULL")
         if application != APPLICATION_ID:
-            with self._writing() as db:
+            with self._write_transaction() as db:
                 for statement in SCHEMA:
                     db.execute(statement)
 
-    def _added(self, name: str, prompt: list[dict], responses: list[str], sources: list[dict]) -> tuple[int, bool]:
+    def _insert_item(
+        self, name: str, prompt: list[dict], responses: list[str], sources: list[dict]
+    ) -> tuple[int, bool]:
         """(id, whether it is new) of the item with this prompt, these responses and sources."""
         parts = [json.dumps(part, ensure_ascii=False, sort_keys=True) for part in (prompt, responses, sources)]
         identity = hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -261,13 +263,13 @@ class AnnotationStore:
         return [RankingItem(id, name, *map(json.loads, parts)) for id, name, *parts in rows]
 
     def _rows(self, query: str, *arguments: Any) -> list[tuple]:
-        with self._lock, self._explained():
+        with self._lock, self._store_errors():
             return self._db.execute(query, arguments).fetchall()
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def _write_transaction(self) -> Iterator[sqlite3.Connection]:
         """One transaction: when it ends everything is on the disk, and if it fails nothing is."""
-        with self._lock, self._explained():
+        with self._lock, self._store_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -278,7 +280,7 @@ class AnnotationStore:
                 raise
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _store_errors(self) -> Iterator[None]:
         """Turns errors of SQLite and the system into a UserError."""
         try:
             yield

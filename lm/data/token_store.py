@@ -225,13 +225,13 @@ def remove_abandoned_folders(folder: Path) -> None:
 def remove_oldest_stores(folder: Path, room: int) -> None:
     """Removes stores, those first that were used least recently, until the others take no more than `room` bytes."""
 
-    def found() -> Iterator[tuple[float, int, Path]]:
+    def stored_folders() -> Iterator[tuple[float, int, Path]]:
         for path in folder.iterdir():
             with contextlib.suppress(OSError):  # another process may remove it meanwhile
                 if not path.name.startswith("."):
                     yield path.stat().st_mtime, stored_bytes(path), path
 
-    stores = sorted(found())
+    stores = sorted(stored_folders())
     used = sum(size for _, size, _ in stores)
     for _, size, path in stores:
         if used <= room:

@@ -53,7 +53,7 @@ class RequestGuard:
         request.state.nonce = nonce = secrets.token_urlsafe()
         enters = self._token and is_same_secret(request.query_params.get("token", ""), self._token)
 
-        async def guarded(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(
@@ -63,7 +63,7 @@ class RequestGuard:
                     headers.append("Set-Cookie", f"{self._cookie}={self._token}; HttpOnly; SameSite=Strict; Path=/")
             await send(message)
 
-        await (self._refusal(request, enters) or self._app)(scope, receive, guarded)
+        await (self._refusal(request, enters) or self._app)(scope, receive, send_with_headers)
 
     def _refusal(self, request: Request, enters: bool) -> Response | None:
         host = request.headers.get("host", "")

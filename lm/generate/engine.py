@@ -230,7 +230,7 @@ class Engine:
         """One prompt at a time, so that the next one finds the pages of this one."""
         room = self._chunk
         while room > 0:
-            job = self._prefilling or self._admitted()
+            job = self._prefilling or self._admit_next()
             if job is None:
                 return
             room -= self._prefill_chunk(job)
@@ -238,7 +238,7 @@ class Engine:
                 self._prefilling = None
                 self._join(job)
 
-    def _admitted(self) -> _Job | None:
+    def _admit_next(self) -> _Job | None:
         """The first that waits, with pages; None where there is none, or no slot or page for it."""
         if not self._waiting or len(self._running) == len(self._rows.live):
             return None

@@ -41,13 +41,13 @@ def gathered_cache(pages: Pages, table: Array, lengths: Array) -> KVCache:
     One gather of whole rows, page by head, that lands where attention reads: 4 times as fast on a CPU as one of pages.
     """
 
-    def gathered(held: Array) -> Array:
+    def gather_pages(held: Array) -> Array:
         P, K, page, *rest = held.shape
         places = table[:, None, :] * K + jnp.arange(K)[:, None]  # [B,K,n]
         taken = jnp.take(held.reshape(P * K, -1), places, axis=0, mode="clip")
         return taken.reshape(table.shape[0], K, table.shape[1] * page, *rest)
 
-    arrays = zip(*(tuple(gathered(held) for held in layer) for layer in pages))
+    arrays = zip(*(tuple(gather_pages(held) for held in layer) for layer in pages))
     named = dict(zip(CACHE_ARRAYS, map(tuple, arrays)))
     slots = table.shape[1] * pages[0][0].shape[2]
     return KVCache(**named, segments=jnp.zeros((table.shape[0], slots), jnp.int32), length=lengths)
@@ -73,13 +73,13 @@ def pages_with_tokens(pages: Pages, cache: KVCache, slots: Array, places: Array,
 def pages_with_chunk(pages: Pages, cache: KVCache, start: Array, places: Array) -> Pages:
     """`pages` with the slots from i32[] on, of a cache of one row, in the pages i32[m]: as many as they hold."""
 
-    def stored(held: Array, new: Array) -> Array:
+    def store_slots(held: Array, new: Array) -> Array:
         _, K, page, *rest = held.shape
         chunk = jax.lax.dynamic_slice_in_dim(new[0], start, places.shape[0] * page, axis=1)
         return held.at[places].set(chunk.reshape(K, -1, page, *rest).swapaxes(0, 1))
 
     def layer(held: LayerCache, new: LayerCache) -> LayerCache:
-        return tuple(stored(a, b) for a, b in zip(held, new))
+        return tuple(store_slots(a, b) for a, b in zip(held, new))
 
     return tuple(layer(held, layer_cache(cache, i)) for i, held in enumerate(pages))
 

@@ -33,7 +33,7 @@ def token_streamer(model: Model, sampling: SamplingParams) -> Callable[..., Iter
     """
     capacity, penalty = model.config.context + BUCKET_SIZE, sampling.repetition_penalty
 
-    def drawn(logits, keys, t, used):
+    def draw_next(logits, keys, t, used):
         """The next token i32[1], and the mask of tokens so far; None where there is no penalty."""
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t)
         logits = logits if used is None else repetition_penalized_logits(logits, used, penalty)
@@ -44,12 +44,12 @@ def token_streamer(model: Model, sampling: SamplingParams) -> Callable[..., Iter
     def first(lm, prompts, lengths, keys):
         logits, cache = prefill(model, lm, prompts, lengths, capacity=capacity)
         used = None if penalty == 1 else prompt_token_mask(prompts, lengths, logits.shape[1])
-        return *drawn(logits, keys, 0, used), cache
+        return *draw_next(logits, keys, 0, used), cache
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def following(lm, tokens, lengths, keys, t, used, cache):
+    def next_token(lm, tokens, lengths, keys, t, used, cache):
         logits, cache = decode_step(model, lm, tokens, lengths + t - 1, cache)
-        return *drawn(logits, keys, t, used), cache
+        return *draw_next(logits, keys, t, used), cache
 
     def stream(lm, ids, key, *, max_new: int, stop) -> Iterator[int]:
         prompts, lengths = single_prompt_row(ids, model.config.context)
@@ -59,7 +59,7 @@ def token_streamer(model: Model, sampling: SamplingParams) -> Callable[..., Iter
             yield int(tokens[0])
             if t == max_new or int(tokens[0]) in stop:
                 return
-            tokens, used, cache = following(lm, tokens, lengths, keys, t, used, cache)
+            tokens, used, cache = next_token(lm, tokens, lengths, keys, t, used, cache)
 
     return stream
 
@@ -87,7 +87,7 @@ def speculative_token_streamer(
     first = jax.jit(
         functools.partial(initial_speculative_state, models, capacity=context + BUCKET_SIZE, draft_tokens=draft_tokens)
     )
-    following = jax.jit(
+    next_token = jax.jit(
         functools.partial(speculative_round, models, sampling=sampling, draft_tokens=draft_tokens),
         donate_argnames="rows",
     )
@@ -97,7 +97,7 @@ def speculative_token_streamer(
         lms, key = TargetDraft(models.target.decoding_params(lm), draft_lm), row_keys(key, jnp.arange(1))[0]
         rows = first(lms, *single_prompt_row(ids, context))
         for t in itertools.count():
-            rows, new = following(lms, rows, jax.random.fold_in(key, t)[None])
+            rows, new = next_token(lms, rows, jax.random.fold_in(key, t)[None])
             tokens, accepted = new.tokens[0].tolist(), int(new.accepted[0])
             end = next((i + 1 for i, token in enumerate(tokens[: accepted + 1]) if token in stop), max_new)
             limit = min(end, max_new)

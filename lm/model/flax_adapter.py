@@ -122,7 +122,7 @@ def _flax_model(
     loss_chunk: int,
     axes: Mapping[str, Any] | None,
 ) -> Model:
-    def hidden(lm: Params, inputs: Array, positions: Array, segments: Array) -> Array:
+    def hidden_states_of(lm: Params, inputs: Array, positions: Array, segments: Array) -> Array:
         return call(lm, "", inputs, positions, segments)
 
     def logits(lm: Params, x: Array) -> Array:
@@ -134,11 +134,11 @@ def _flax_model(
         )
 
     def token_logprobs(lm: Params, tokens: Tokens, *, temperature: float = 1.0) -> Array:
-        x = hidden(lm, tokens.inputs, tokens.positions, tokens.segments)
+        x = hidden_states_of(lm, tokens.inputs, tokens.positions, tokens.segments)
         return scores(lm, x, tokens.targets, temperature=temperature).logprobs
 
     shapes = jax.eval_shape(init, jax.random.key(0))
-    states = jax.eval_shape(hidden, shapes, *_smallest_row())
+    states = jax.eval_shape(hidden_states_of, shapes, *_smallest_row())
     vocabulary = jax.eval_shape(logits, shapes, states)
     for what, output in (("the module", states), (f"its {head}" if head else "the module", vocabulary)):
         if output.ndim != 3 or output.shape[:2] != (1, 1):
@@ -155,10 +155,10 @@ def _flax_model(
             "lm": axes if axes is not None else jax.tree.map(lambda leaf: (None,) * leaf.ndim, shapes),
             "value": logical_axes(value_specs),
         },
-        hidden_states=hidden,
-        hidden_and_routing=lambda *given: (hidden(*given), None),
+        hidden_states=hidden_states_of,
+        hidden_and_routing=lambda *given: (hidden_states_of(*given), None),
         decoding_params=lambda lm: lm,
-        cached_hidden_states=functools.partial(_recomputed_hidden_states, hidden),
+        cached_hidden_states=functools.partial(_recomputed_hidden_states, hidden_states_of),
         empty_cache=_empty_token_cache,
         logits=logits,
         value=decoder.value,
@@ -168,14 +168,14 @@ def _flax_model(
 
 
 def _recomputed_hidden_states(
-    hidden, lm: Params, inputs: Array, positions: Array, segments: Array, prefix: TokenCache
+    hidden_states_of, lm: Params, inputs: Array, positions: Array, segments: Array, prefix: TokenCache
 ) -> tuple[Array, TokenCache]:
     """The states of T more positions, by a pass over all slots."""
 
     new, old, start = (inputs, positions, segments), (prefix.inputs, prefix.positions, prefix.segments), prefix.length
     rows = [updated_slots(before, after.astype(before.dtype), start) for before, after in zip(old, new)]
     slots = start[..., None] + jnp.arange(inputs.shape[1])  # [T], or [B,T]
-    x = hidden(lm, *rows)
+    x = hidden_states_of(lm, *rows)
     x = jnp.take_along_axis(x, jnp.broadcast_to(slots, inputs.shape)[..., None], axis=1)
     return x, TokenCache(*rows, length=prefix.length + inputs.shape[1])
 

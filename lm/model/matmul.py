@@ -17,10 +17,10 @@ def row_major(x: Array) -> Array:
     of the speed (JAX 0.12, 4096 x 256 x 4096 on 2 cores: 117 and 392 GFLOP/s). The barrier keeps it from being undone.
     """
 
-    def moved(x):
+    def row_major(x):
         return jax.lax.optimization_barrier(with_layout_constraint(x, Layout(tuple(range(x.ndim)))))
 
-    return jax.lax.platform_dependent(x, cpu=moved, default=lambda x: x) if is_single_device() else x
+    return jax.lax.platform_dependent(x, cpu=row_major, default=lambda x: x) if is_single_device() else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

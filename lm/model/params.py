@@ -54,19 +54,19 @@ def layer_specs(c: ModelConfig) -> dict:
     queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
     out = 1 / math.sqrt(2 * c.layers)
 
-    def stacked(shape, axes, std):
+    def stacked_spec(shape, axes, std):
         return ParamSpec((c.layers, *shape), (None, *axes), std)
 
     def matrix(rows, columns, axes, scale=1.0):
-        return stacked((rows, columns), axes, scale / math.sqrt(rows))
+        return stacked_spec((rows, columns), axes, scale / math.sqrt(rows))
 
     def norm(size):
-        return stacked((size,), (None,), 0.0 if c.norm_unit_offset else None)
+        return stacked_spec((size,), (None,), 0.0 if c.norm_unit_offset else None)
 
     experts, expert = ((c.experts,), ("experts",)) if c.experts else ((), ())
 
     def mlp(rows, columns, axes, scale=1.0):
-        return stacked((*experts, rows, columns), (*expert, *axes), scale / math.sqrt(rows))
+        return stacked_spec((*experts, rows, columns), (*expert, *axes), scale / math.sqrt(rows))
 
     layers = {
         "query": matrix(c.width, queries, ("width", "heads")),
@@ -83,7 +83,7 @@ def layer_specs(c: ModelConfig) -> dict:
     for name in [
         name for name in layers if name in BIASED_PROJECTIONS[c.bias]
     ]:  # in their order: that of a set is the process's
-        layers[f"{name}_bias"] = stacked(layers[name].shape[-1:], layers[name].axes[-1:], 0.0)
+        layers[f"{name}_bias"] = stacked_spec(layers[name].shape[-1:], layers[name].axes[-1:], 0.0)
     if c.qk_norm:
         norm_over_heads = c.qk_norm_over == "all"
         layers["query_norm"] = norm(queries if norm_over_heads else c.head_size)

@@ -47,10 +47,10 @@ def learning_rate_schedule(
 def weight_decay_mask(params: Params):
     """True on the matrices that weight decay shrinks: neither norms nor biases nor embeddings nor the scalar head."""
 
-    def decayed(path, _):
+    def has_weight_decay(path, _):
         return not any(part in str(key.key) for key in path for part in NOT_DECAYED_NAMES)
 
-    return jax.tree_util.tree_map_with_path(decayed, params)
+    return jax.tree_util.tree_map_with_path(has_weight_decay, params)
 
 
 # An optimizer is the direction of its step; clipping, weight decay and the learning rate are the same for all.
@@ -99,12 +99,12 @@ def muon(
     def matrices(updates):  # layers, and whatever else is stacked before the last two axes, are batched
         return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates)
 
-    def scaled(update, _):
+    def scale_update(update, _):
         return 0.2 * math.sqrt(max(update.shape[-2:])) * update
 
     orthogonal = optax.contrib.scale_by_muon(ns_steps=iterations, beta=beta, weight_dimension_numbers=matrices)
     steps = {
-        "muon": optax.chain(orthogonal, optax.stateless_with_tree_map(scaled)),
+        "muon": optax.chain(orthogonal, optax.stateless_with_tree_map(scale_update)),
         "adamw": adamw(b1=b1, b2=b2, eps=eps),
     }
     return optax.partition(steps, muon_labels)

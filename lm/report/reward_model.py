@@ -175,7 +175,7 @@ def worst_pairs(
 def reward_model_figures(measurements: Mapping[str, Any]) -> list[tuple[str, Markup, str]]:
     """(title, picture, caption) of calibration, accuracy by margin, and score over length."""
 
-    def calibrated(axes: Axes):
+    def draw_calibration(axes: Axes):
         confidence, true = ([one[key] for one in measurements["calibration"]] for key in ("said", "value"))
         axes.plot([0.5, 1], [0.5, 1], color=TEXT_COLOR, linewidth=0.8, linestyle="--")
         axes.errorbar(
@@ -212,7 +212,7 @@ def reward_model_figures(measurements: Mapping[str, Any]) -> list[tuple[str, Mar
     return [
         (
             "Calibration",
-            svg_figure(calibrated, width=3.2, height=2.4),
+            svg_figure(draw_calibration, width=3.2, height=2.4),
             "On the dashed line the model is as sure as it should be; above it, too modest.",
         ),
         (

@@ -81,15 +81,15 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._keep, self._pinned = keep, pinned
         self._warn = warn
-        with self._saving():
+        with self._saving_lock():
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._manager = self._opened()
+            self._manager = self._open_manager()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception) -> None:
-        with self._saving():
+        with self._saving_lock():
             self._manager.close()
 
     def save(self, step: int, tree: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -103,12 +103,12 @@ class Checkpoints:
         items = {name: part for name, part in tree.items() if jax.tree.leaves(part)}  # orbax refuses empty items
         saves = {name: SealedPyTreeSave(jax.tree.map(_key_data, part)) for name, part in items.items()}
         saves[META_ITEM] = ocp.args.JsonSave({"items": sorted(items), META_ITEM: dict(meta)})
-        with self._saving():
+        with self._saving_lock():
             self._manager.save(step, args=ocp.args.Composite(**saves), force=True)
 
     def wait(self) -> None:
         """Returns when everything is on the disk."""
-        with self._saving():
+        with self._saving_lock():
             self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
@@ -138,13 +138,13 @@ class Checkpoints:
         self.wait()
         if step not in self.steps():
             raise UserError(f"{self.directory} holds no checkpoint of step {step}, only of {self.steps()}")
-        with self._saving():
+        with self._saving_lock():
             for later in self.steps():
                 if later > step:
                     shutil.rmtree(self.directory / str(later))
             self._manager.reload()
 
-    def _opened(self) -> ocp.CheckpointManager:
+    def _open_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=NewestAndPinned(self._keep, self._pinned),
             cleanup_tmp_directories=True,
@@ -154,7 +154,7 @@ class Checkpoints:
         return ocp.CheckpointManager(self.directory, options=options)
 
     @contextmanager
-    def _saving(self) -> Iterator[None]:
+    def _saving_lock(self) -> Iterator[None]:
         """Turns a refused write into a UserError and removes what was half written."""
         try:
             yield
@@ -165,7 +165,7 @@ class Checkpoints:
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             with suppress(OSError):
-                self._manager = self._opened()  # a failed one raises the same error at every call
+                self._manager = self._open_manager()  # a failed one raises the same error at every call
             raise UserError(
                 f"cannot save a checkpoint in {self.directory}: {os.strerror(code)}; "
                 "make room there or choose another --workdir, then start again: "

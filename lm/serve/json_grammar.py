@@ -100,13 +100,13 @@ class JsonGrammar:
                 moved = _string(frame.phase, byte)
                 return None if moved is None else (*below, StringFrame(moved))
             if isinstance(frame, ValueFrame):
-                return self._opened(tuple(below), frame, byte)
+                return self._open_value(tuple(below), frame, byte)
             if isinstance(frame, ArrayFrame):
                 return self._array(tuple(below), frame, byte)
             return self._object(tuple(below), frame, byte)
         return None
 
-    def _opened(self, below: State, frame: ValueFrame, byte: int) -> State | None:
+    def _open_value(self, below: State, frame: ValueFrame, byte: int) -> State | None:
         """A value begins."""
         if byte == SPACE:
             return None if frame.spaced else (*below, frame._replace(spaced=True))
@@ -117,7 +117,7 @@ class JsonGrammar:
             return below if _is_closed(literal) else (*below, literal)
         kinds = node.kinds
         for option in node.options:
-            opened = self._opened(below, ValueFrame(option, spaced=True), byte)
+            opened = self._open_value(below, ValueFrame(option, spaced=True), byte)
             if opened is not None:
                 return opened
         if byte == QUOTE and "string" in kinds:
@@ -148,7 +148,7 @@ class JsonGrammar:
             return None
         enough = max(node.min_items, node.max_items)  # beyond, the count makes no difference
         grown = frame._replace(count=min(frame.count + 1, enough + (node.max_items < 0)), phase="after")
-        return self._opened((*below, grown), ValueFrame(node.items), byte)
+        return self._open_value((*below, grown), ValueFrame(node.items), byte)
 
     def _object(self, below: State, frame: ObjectFrame, byte: int) -> State | None:
         node = self._nodes[frame.node]

@@ -69,7 +69,7 @@ class SchemaTable:
         self._refs: dict[str, int] = {}
         self.nodes: list[SchemaNode] = [ANY_NODE]
         self._choices: list[tuple[str, list[int]]] = []
-        self.root = self._added(schema, "schema")
+        self.root = self._add_schema(schema, "schema")
         for place, options in self._choices:
             begun = [self._openings(number) for number in options]
             if sum(map(len, begun)) > len(frozenset().union(*begun)):
@@ -78,7 +78,7 @@ class SchemaTable:
                     "give each another type"
                 )
 
-    def _added(self, schema: Any, place: str) -> int:
+    def _add_schema(self, schema: Any, place: str) -> int:
         if schema is True or schema == {}:
             return ANY
         if not isinstance(schema, Mapping):
@@ -90,13 +90,13 @@ class SchemaTable:
                     f"supported are {', '.join(sorted(READ_KEYWORDS))}"
                 )
         if "$ref" in schema:
-            return self._referred(schema, place)
+            return self._add_reference(schema, place)
         number = len(self.nodes)
         self.nodes.append(ANY_NODE)  # its place, as it may refer to itself
         self.nodes[number] = self._node(schema, place)
         return number
 
-    def _referred(self, schema: Mapping[str, Any], place: str) -> int:
+    def _add_reference(self, schema: Mapping[str, Any], place: str) -> int:
         """The node of a $ref, which is compiled once, so that a schema may refer to itself."""
         beside = sorted(set(schema) - IGNORED_KEYWORDS - {"$ref", "$defs", "definitions"})
         if beside:
@@ -117,7 +117,7 @@ class SchemaTable:
         self._refs[ref] = len(self.nodes)
         self.nodes.append(ANY_NODE)
         number = self._refs[ref]
-        self.nodes[number] = self.nodes[self._added(target, ref)]
+        self.nodes[number] = self.nodes[self._add_schema(target, ref)]
         return number
 
     def _node(self, schema: Mapping[str, Any], place: str) -> SchemaNode:
@@ -169,15 +169,15 @@ class SchemaTable:
         if unknown:
             raise UserError(f"{place}.required names {unknown[0]!r}, which is not among its properties: add it there")
         keys = tuple(json.dumps(name, ensure_ascii=False).encode() for name in properties)
-        values = tuple(self._added(value, f"{place}.properties.{name}") for name, value in properties.items())
+        values = tuple(self._add_schema(value, f"{place}.properties.{name}") for name, value in properties.items())
         bits = sum(1 << i for i, name in enumerate(properties) if name in required)
         # Without the keyword, a declared object gets no further keys: what is written is valid all the same.
         given = schema["additionalProperties"] if "additionalProperties" in schema else not properties
-        additional = NONE if given is False else self._added(given, f"{place}.additionalProperties")
+        additional = NONE if given is False else self._add_schema(given, f"{place}.additionalProperties")
         return node._replace(keys=keys, values=values, required=bits, additional=additional)
 
     def _with_items(self, node: SchemaNode, schema: Mapping[str, Any], place: str) -> SchemaNode:
-        items = self._added(schema["items"], f"{place}.items") if "items" in schema else ANY
+        items = self._add_schema(schema["items"], f"{place}.items") if "items" in schema else ANY
         least = schema["minItems"] if "minItems" in schema else 0
         most = schema["maxItems"] if "maxItems" in schema else -1
         for name, count in (("minItems", least), ("maxItems", most)):
@@ -195,7 +195,7 @@ class SchemaTable:
         given = schema["anyOf"]
         if not isinstance(given, list) or not given:
             raise UserError(f"{place}.anyOf is {given!r:.60}; it must be a list of schemas")
-        options = [self._added(one, f"{place}.anyOf[{i}]") for i, one in enumerate(given)]
+        options = [self._add_schema(one, f"{place}.anyOf[{i}]") for i, one in enumerate(given)]
         nodes = [self.nodes[number] for number in options]
         if all(node.literals for node in nodes):
             return SchemaNode(frozenset(), literals=tuple(text for node in nodes for text in node.literals))

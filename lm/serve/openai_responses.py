@@ -109,7 +109,8 @@ class ResponseForm:
             return None
         if self._chat:
             content = [
-                self._named(token.id, token.logprob) | {"top_logprobs": [self._named(*other) for other in token.top]}
+                self._token_entry(token.id, token.logprob)
+                | {"top_logprobs": [self._token_entry(*other) for other in token.top]}
                 for token, _ in piece.tokens
             ]
             return {"content": content, "refusal": None}
@@ -120,7 +121,7 @@ class ResponseForm:
             "text_offset": [offset for _, offset in piece.tokens],
         }
 
-    def _named(self, id_: int, logprob: float) -> dict[str, Any]:
+    def _token_entry(self, id_: int, logprob: float) -> dict[str, Any]:
         return {"token": self._text(id_), "logprob": logprob, "bytes": list(self._token_bytes(id_))}
 
     def _text(self, id_: int) -> str:

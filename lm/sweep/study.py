@@ -105,7 +105,7 @@ class Study:
         with self._queue_lock():
             attributes = self._study.user_attrs
             begun = json.loads(attributes[PLAN_KEY]) if PLAN_KEY in attributes else {**plan, TRIALS_KEY: []}
-            trials = self._agreed(begun, plan, trials)
+            trials = self._checked_plan(begun, plan, trials)
             text = json.dumps({**plan, TRIALS_KEY: [[t.number, t.overrides, list(t.seeds)] for t in trials]})
             if PLAN_KEY not in attributes:
                 self._study.set_user_attr(PLAN_KEY, text)  # first, so that workers that join now can compare their plan
@@ -120,7 +120,7 @@ class Study:
             if READY_KEY not in attributes:
                 self._study.set_user_attr(READY_KEY, True)
 
-    def _agreed(self, begun: Mapping[str, Any], plan: Mapping[str, Any], trials: Sequence[Trial]) -> list[Trial]:
+    def _checked_plan(self, begun: Mapping[str, Any], plan: Mapping[str, Any], trials: Sequence[Trial]) -> list[Trial]:
         """The trials of the plan that the study was begun with, and those that are new in `trials`."""
         name, keys = self._study.study_name, {**begun, **plan}.keys() - {TRIALS_KEY}
         other = [key for key in keys if key not in begun or key not in plan or begun[key] != plan[key]]
@@ -147,7 +147,7 @@ class Study:
                 trial_id = self._trial_id(trials[number])
                 self._storage.record_heartbeat(trial_id)  # so that others find a claim that a kill cuts short
                 if self._is_taken(trial_id):
-                    return self._claimed(trials[number], trial_id, space)
+                    return self._claim_trial(trials[number], trial_id, space)
         return None
 
     def _is_taken(self, trial_id: int) -> bool:
@@ -157,7 +157,7 @@ class Study:
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
 
-    def _claimed(self, frozen: FrozenTrial, trial_id: int, space: Mapping[str, BaseDistribution]) -> "TrialClaim":
+    def _claim_trial(self, frozen: FrozenTrial, trial_id: int, space: Mapping[str, BaseDistribution]) -> "TrialClaim":
         attributes = frozen.user_attrs
         if OVERRIDES in attributes:  # chosen before: samplers learn from parameters, which a copy of a trial lacks
             for key in space.keys() - frozen.params.keys():

@@ -86,13 +86,13 @@ class TrialProcess:
         """
         self.claim.heartbeat()
         if self.claim.hopeless:
-            return self._pruned()
+            return self._is_pruned()
         code = self._process.poll()
         if code is None:
             if self._is_hopeless():
                 self.claim.give_up()
                 self._stop()
-                return self._pruned()
+                return self._is_pruned()
             return False
         if code:
             error = failure_reason(self._log.read_text(errors="replace"), code)
@@ -115,7 +115,7 @@ class TrialProcess:
             self._stop()
         self.claim.release()
 
-    def _pruned(self) -> bool:
+    def _is_pruned(self) -> bool:
         """Records that the trial ended where the pruner stopped it, however far its process ran after that."""
         _, value = self._told
         self._record_outcome("pruned", value, None)

@@ -42,7 +42,7 @@ def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[
     with on_sigterm() as stopping:
 
         @contextmanager
-        def watched() -> Iterator[Any]:
+        def member_watch() -> Iterator[Any]:
             yield lambda: stopping() or group.stopped.is_set()
 
         @contextmanager
@@ -58,7 +58,7 @@ def train_vmapped(configs: Sequence[ConfigDict], paths: Sequence[Path]) -> list[
                     group.make_once,
                     scalars[number],
                     one_device_mesh,
-                    watched,
+                    member_watch,
                     own_arrays,
                     turn,
                     is_timed=False,

@@ -271,7 +271,7 @@ def test_no_lesson_or_quiz_asks_in_a_user_s_words_for_what_is_kept_for_testing()
 def test_lessons_are_right():
     lines = "".join(text for _, text in itertools.islice(lessons.lesson_pages(), 200)).splitlines()
     assert len(lines) > 200 * lessons.LINES_PER_PAGE
-    right = {"in capitals: ": str.upper, "spell ": lessons.spelled, "repeat: ": str}
+    right = {"in capitals: ": str.upper, "spell ": lessons.spelling_of, "repeat: ": str}
     counts = dict.fromkeys([*right, " sorted: ", " than "], 0)
     for line, following in zip(lines, lines[1:]):
         for asked, answer in right.items():

@@ -15,7 +15,7 @@ from lm.data.facts import phrasings as p
 from lm.data.facts.documents import answer, is_test_one_word, name_kind, one_word_answer, real_names
 from lm.data.facts.phrasings import as_typed, is_chosen, made_up_names, phrasing_of, sentence, text_index
 from lm.data.facts.tables import Fact, FactTable, relation_values
-from lm.data.tasks.lessons import WORDS, copied_word, drawn_numbers, drawn_text, is_test_text, spelled, sum_text
+from lm.data.tasks.lessons import WORDS, copied_word, drawn_numbers, drawn_text, is_test_text, spelling_of, sum_text
 
 NEVER_ASKED = 0.3  # of the entities are in no question that SFT learns from
 PRACTICED = 0.5  # of these are in questions that RL alone learns from, so that it meets what SFT has not drilled
@@ -66,7 +66,7 @@ def hash_fraction(name: str) -> float:
     return text_index(name, 2**64) / 2**64
 
 
-def limited(exchanges: Sequence[Exchange]) -> list[SkillItem]:
+def limited_items(exchanges: Sequence[Exchange]) -> list[SkillItem]:
     """At most MOST_TRAINED and MOST_TESTED (of each way to be unseen) of them, each said once, in a seeded order."""
     distinct = list({exchange.said: exchange for exchange in exchanges}.values())
     random.Random(f"order {len(distinct)}").shuffle(distinct)
@@ -103,11 +103,13 @@ def fact_exchanges(table: FactTable) -> Iterator[Exchange]:
         if is_practiced(fact.entity):
             continue
         if is_never_asked(fact.entity):
-            said = sentence(chosen(phrasing.questions, fact), e=fact.entity)
+            said = sentence(phrasing_of_fact(phrasing.questions, fact), e=fact.entity)
             yield Exchange(said, unseen="entity", **about)
             continue
         yield from phrased_exchanges(fact, about)
-        yield Exchange(sentence(chosen(phrasing.test_questions, fact), e=fact.entity), unseen="phrasing", **about)
+        yield Exchange(
+            sentence(phrasing_of_fact(phrasing.test_questions, fact), e=fact.entity), unseen="phrasing", **about
+        )
 
 
 def practice_exchanges(table: FactTable) -> Iterator[Exchange]:
@@ -135,7 +137,7 @@ def phrased_exchanges(fact: Fact, about: dict[str, Any]) -> Iterator[Exchange]:
         yield Exchange(with_opening(sentence(template, e=fact.entity)), **about)
 
 
-def chosen(texts: Sequence[str], fact: Fact) -> str:
+def phrasing_of_fact(texts: Sequence[str], fact: Fact) -> str:
     return texts[text_index(f"{fact.relation} of {fact.entity}", len(texts))]
 
 
@@ -194,7 +196,7 @@ def instruction_exchanges(table: FactTable) -> Iterator[Exchange]:
     asked for half of them."""
     texts = {
         "capitals": (p.CAPITALS_REQUESTS, p.TEST_CAPITALS_REQUESTS, str.upper),
-        "spell": (p.SPELL_REQUESTS, p.TEST_SPELL_REQUESTS, spelled),
+        "spell": (p.SPELL_REQUESTS, p.TEST_SPELL_REQUESTS, spelling_of),
         "repeat": (p.REPEAT_REQUESTS, p.TEST_REPEAT_REQUESTS, str),
     }
     for task, (requests, test_requests, right) in texts.items():
@@ -273,7 +275,7 @@ def skill_items(skill: str, table: FactTable, chitchat: Callable[[], Sequence[Tu
         "small_talk": lambda: small_talk_exchanges(chitchat()),
         "practice": lambda: practice_exchanges(table),
     }
-    return limited(list(exchanges[skill]()))
+    return limited_items(list(exchanges[skill]()))
 
 
 SKILLS = ("facts", "unknown_names", "sums", "instructions", "small_talk")

@@ -41,13 +41,13 @@ COPIED_NAMES = tuple(
 WORDS = tuple(dict.fromkeys((*ADJECTIVES, *NOUNS, *(word for word in COMMON_WORDS if len(word) > 2))))
 
 
-def spelled(word: str) -> str:
+def spelling_of(word: str) -> str:
     """Its letters as capitals: H-E-L-L-O."""
     return "-".join(word.upper())
 
 
 WORD_TASKS = {  # what a lesson begins with, the task's name among the instructions, how it is asked for, what is right
-    "spelling": ("spell ", "spell", SPELL_REQUESTS, spelled),
+    "spelling": ("spell ", "spell", SPELL_REQUESTS, spelling_of),
     "capitals": ("in capitals: ", "capitals", CAPITALS_REQUESTS, str.upper),
     "copying": ("repeat: ", "repeat", REPEAT_REQUESTS, str),
 }

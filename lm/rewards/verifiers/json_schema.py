@@ -23,7 +23,7 @@ def strict_json(text: str) -> Any:
             raise ValueError(f"{digits} is too large")
         return float(digits)
 
-    def refused(name: str) -> float:
+    def refuse_constant(name: str) -> float:
         raise ValueError(f"{name} is no JSON")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def strict_json(text: str) -> Any:
     if len(text) > LONGEST_DOCUMENT:
         raise ValueError("it is too long")
     try:
-        return json.loads(text, parse_float=number, parse_constant=refused, object_pairs_hook=unique)
+        return json.loads(text, parse_float=number, parse_constant=refuse_constant, object_pairs_hook=unique)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

@@ -104,7 +104,7 @@ def batches(
         lambda state: (batch for part in parts for batch in padded_batches(part.rows, batch_size)),
         about,
         row_origins=lambda state, batch, i: mixture_origins(sources, train_rows, drawn(i)),
-        held_out_parts=[part.described(batch_size) for part in parts] if len(sources) > 1 else (),
+        held_out_parts=[part.held_out_description(batch_size) for part in parts] if len(sources) > 1 else (),
         truncation="; ".join(f"{s.source.source}: {PACKING_RULES[packing].format(length=length)}" for s in sources),
     )
 
@@ -117,7 +117,7 @@ class HeldOutText(NamedTuple):
     rows: TokenRows
     bytes: int  # UTF-8, of the documents
 
-    def described(self, batch_size: int) -> HeldOutPart:
+    def held_out_description(self, batch_size: int) -> HeldOutPart:
         count = -(-len(self.rows) // batch_size)
         return HeldOutPart(self.source.label, self.source.source.kind, count, {"held_out_bytes": self.bytes})
 

@@ -236,11 +236,11 @@ def distillation_certificates(nets: Networks) -> Iterator[Certificate]:
     forward = expected_prefix_loss(w, nets.sampler, lambda said: kl_divergence(say, said))
     yield half("distill, people's", "½ KL(t,p) per token", forward, make(distill), peoples)
 
-    def between(said):
+    def answer_pairs(said):
         middle = jnp.log(0.3 * jnp.exp(say) + 0.7 * jnp.exp(said))
         return 0.3 * kl_divergence(say, middle) + 0.7 * kl_divergence(said, middle)
 
-    middle = expected_prefix_loss(w, nets.sampler, between)
+    middle = expected_prefix_loss(w, nets.sampler, answer_pairs)
     yield half("distill, beta 0.3", "½ JS(t,p) per token", middle, make(distill, beta=0.3), peoples)
     reverse = expected_prefix_loss(w, nets.policy, lambda said: kl_divergence(said, say))
     yield half("GKD", "½ KL(p,t) per token", reverse, make(gkd), students)

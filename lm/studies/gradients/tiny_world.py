@@ -161,13 +161,13 @@ def _perturbed_networks(model: Model, start: Params, seed: int, *, shaken: float
     """The policy is `start` moved by `shaken` everywhere, the others are the policy moved by `apart`."""
     draw = np.random.default_rng(seed)
 
-    def moved(tree: Params, deviation: float) -> Params:
+    def perturbed_params(tree: Params, deviation: float) -> Params:
         return jax.tree.map(lambda x: jnp.array(x + deviation * draw.normal(size=x.shape), jnp.float32), tree)
 
-    policy = moved(start, shaken)
-    others = [moved(policy, apart) for _ in range(3)]
+    policy = perturbed_params(start, shaken)
+    others = [perturbed_params(policy, apart) for _ in range(3)]
     nothing = {"score": np.zeros(model.config.width), "offset": np.zeros(())}
-    return Networks(_compiled_by_function(model), policy, *others, moved(nothing, 0.5))
+    return Networks(_compiled_by_function(model), policy, *others, perturbed_params(nothing, 0.5))
 
 
 def _compiled_by_function(model: Model) -> Model:

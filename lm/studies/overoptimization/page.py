@@ -142,7 +142,7 @@ def conclusion_sentences(summary: Mapping[str, Any]) -> list[str]:
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Fits and turning points as a table on the terminal, then the sentences."""
 
-    def measured(estimate):
+    def estimate_cell(estimate):
         return estimate_text(estimate, "signed")
 
     print_table(
@@ -160,10 +160,10 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             [
                 [
                     curve["name"].removeprefix(f"{method}, "),
-                    measured(curve["fit"]["alpha"]),
-                    measured(curve["fit"]["beta"]),
+                    estimate_cell(curve["fit"]["alpha"]),
+                    estimate_cell(curve["fit"]["beta"]),
                     "none" if curve["fit"]["peak"] is None else f"{curve['fit']['peak']:.3g}",
-                    measured(curve["fall"]),
+                    estimate_cell(curve["fall"]),
                 ]
                 for curve in summary["curves"]
                 if curve["method"] == method
