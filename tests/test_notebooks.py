@@ -34,7 +34,9 @@ losses = {stage: [row["held_out/loss"] for row in workdir.read_metrics(root / st
           for stage in ("pretrain", "sft")}
 assert losses["pretrain"][-1] < losses["pretrain"][0] - 1 and losses["sft"][-1] < losses["pretrain"][-1], losses
 assert losses["sft"][0] > losses["pretrain"][-1], losses
-assert stopped["pretrain"].high < 0.1 and stopped["sft"].low > 0.4, stopped
+facts, unknown = ([float(cell.split()[0]) for cell in row[2:]] for row in table_rows)
+assert facts[0] < 0.3 < 0.6 < facts[1] and unknown[0] < 0.1 < 0.9 < unknown[1], table_rows
+assert "Lima" in "".join(chat_with("sft", max_new=24).answer("What city is the capital of Peru?"))
 """,
     "02_one_training_step": """
 assert p_after[mat] > p[mat] and (p_after[places[1:]] < p[places[1:]]).all()

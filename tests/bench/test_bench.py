@@ -310,7 +310,7 @@ def test_what_is_refused(flags, message):
 
 def test_peers_only_on_a_cpu(monkeypatch):
     monkeypatch.setattr(bench.jax, "default_backend", lambda: "gpu")
-    flags = SimpleNamespace(what=[], steps=1, turns=1, new_tokens=1, prompt_tokens=1, peer="python", json="")
+    flags = SimpleNamespace(what=[], steps=1, turns=1, new_tokens=1, prompt_tokens=1, slots=1, peer="python", json="")
     with pytest.raises(UserError, match="the peers run on a CPU, and this is a gpu: leave --peer out"):
         bench.check_flags(flags)
 
@@ -347,7 +347,7 @@ def test_a_load_of_two_clients(tmp_path, capsys):
     prompts = serving.random_prompts(trained, 6, 5)
     with scripted.serving([scripted.scripted_model("tiny", trained, engine)], tmp_path / "people.db") as (url, _):
         host, port = url.removeprefix("http://").split(":")
-        answers, seconds = asyncio.run(serving.loaded((host, int(port)), prompts, 2, 30))
+        answers, seconds = asyncio.run(serving.measured_load((host, int(port)), prompts, 2, 30))
     assert sorted(request.ids for request in engine.requests) == sorted(prompts.tolist())
     assert [answer.tokens for answer in answers] == [len(said) + 1] * 6
     assert all(0 < answer.first < seconds and len(answer.gaps) == len(said) - 1 for answer in answers)

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 
 from lm import model as models, tokenizer as tk
+from lm.core.config import call_with_options
 from lm.core.errors import UserError
 from lm.data import conversations, preferences as records, sources, truncation
 from lm.data.conversations import CONVERSATION_SOURCES, Conversation, conversation_with_answer
@@ -302,16 +303,16 @@ def test_conversations_longer_than_a_row(stage, context, made):
     short = [Conversation(f"s{i}", turns(f"what is the {i}", "yes")) for i in range(30)]
     long = [Conversation(f"l{i}", turns(f"what is the {i}", "the cat " * 30)) for i in range(20)]
     sizes = {"rollouts": 2, "prompt_length": 32, "turns": 2} if stage == "gkd" else {"turns": 2}
-    batches = functools.partial(STAGES[stage].batches, context("own"), **sizes)
-    options = made(short + long)
-    about = batches(**options, length=32).dataset_info
+    options = sizes | made(short + long)
+    batches = lambda **own: call_with_options(STAGES[stage].batches, options | own, context("own"), name="data")
+    about = batches(length=32).dataset_info
     assert about["skipped"] + about["held_out_skipped"] == 20 and about["untrained"] == about["held_out_untrained"] == 0
     message = (
         r"none of \d+ conversations can be learnt from \(\d+ conversations longer than a row of 4 tokens\): "
         "lengthen the row"
     )
     with pytest.raises(UserError, match=message):
-        batches(**options, length=4)
+        batches(length=4)
 
 
 @pytest.mark.parametrize("stage", SAMPLING)
@@ -320,7 +321,7 @@ def test_prompts_that_are_longer_or_come_again_are_counted(stage, context, made)
     again = [talk._replace(name=f"again {talk.name}") for talk in talks]
     long = [Conversation(f"l{i}", turns(f"{i} {LONG[0]['content']}", "yes")) for i in range(20)]
     options = made(talks + again + long) | {"rollouts": 4, "max_new": 4, "turns": 1}
-    batches = functools.partial(STAGES[stage].batches, context("own"), **options)
+    batches = lambda **own: call_with_options(STAGES[stage].batches, options | own, context("own"), name="data")
     about, end = batches(prompt_length=32).dataset_info, "_prompts" if stage == "gkd" else ""
     assert about[f"skipped{end}"] + about[f"held_out_skipped{end}"] == 20 and about[f"repeated{end}"] == 40
     assert about["prompts"] + about["held_out_prompts"] == 40
