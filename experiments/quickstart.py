@@ -19,7 +19,7 @@ STAGES = ("tokenizer", "pretrain", "sft", "rank", "reward", "ppo", "evaluate")
 CORPUS = {
     "facts": 0.20,  # encyclopedia
     "quiz": 0.15,  # education: questions and answers in plain text
-    "education": 0.47,  # sums, spelling, capitals, copying, comparing, sorting
+    "education": 0.47,  # sums, spelling, capitals, copying, small talk, comparing, sorting
     "chitchat": 0.07,  # forum
     "stdlib": 0.05,  # code and documentation
     "wikipedia": 0.03,  # encyclopedia

@@ -83,8 +83,10 @@ class ScriptedEngine:
         return EngineStats(running, len(self._open) - running, self.slots, 9, 1, 2, 3, 4, 5, 6)
 
 
-def tiny_workdir(path: Path, tokenizer: Tokenizer, *, stage: str = "sft", context: int = 64, seed: int = 0) -> Path:
-    """A workdir as lm train leaves it, of a random model."""
+def tiny_workdir(
+    path: Path, tokenizer: Tokenizer, *, stage: str = "sft", context: int = 64, seed: int = 0, deviation: float = 0.3
+) -> Path:
+    """A workdir as lm train leaves it, of a random model; deviation: of noise that gives it tastes."""
     config = model.ModelConfig(
         vocab_size=tokenizer.vocab_size,
         layers=2,
@@ -96,7 +98,7 @@ def tiny_workdir(path: Path, tokenizer: Tokenizer, *, stage: str = "sft", contex
         context=context,
     )
     lm = jax.jit(model.make_model(config.for_backend("cpu")).init)(jax.random.key(seed))
-    lm = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), lm)
+    lm = jax.tree.map(lambda x: x + deviation * jax.random.normal(jax.random.key(x.size), x.shape), lm)
     meta = {"stage": stage, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(config)}
     with Checkpoints(path / "checkpoints") as checkpoints:
         checkpoints.save(1, {"params": {"lm": lm}}, meta)

@@ -141,6 +141,15 @@ def with_current_names(config: Mapping[str, Any], subtree: str = "") -> dict[str
     }
 
 
+# Keys that configs did not have before, and what a run without them did.
+ADDED_KEYS: Mapping[str, Any] = {"marker_embedding": ""}
+
+
+def with_added_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The config `old` of a run with those keys of `new` that it could not have."""
+    return {**{key: value for key, value in ADDED_KEYS.items() if key in new}, **old}
+
+
 def _new_name(path: str, names: Iterable[str]) -> str:
     """ "; it is called X now" for a key that was renamed to one of `names`, or nothing."""
     group, _, key = path.rpartition(".")

@@ -148,7 +148,7 @@ def source_labels(sources: Sequence[MixtureSource]) -> list[str]:
         if source.startswith("hf:") or "," in source:
             return source
         built_in, colon, _ = source.partition(":")
-        if colon:
+        if colon and built_in.isidentifier():
             return built_in
         name = PurePath(source).name
         return name.partition(".")[0] or name or source

@@ -345,7 +345,7 @@ def drill_documents() -> list[Document]:
 
 
 def lesson_documents() -> list[Document]:
-    """Pages of worked sums, spelling, capitals, copying, comparing and sorting."""
+    """Pages of worked sums, spelling, capitals, copying, small talk, comparing and sorting."""
     return [Document(f"education/{name}", text) for name, text in lesson_pages()]
 
 

@@ -11,7 +11,6 @@ head of the queue; it keeps its tokens, and its pages are kept as a prefix as lo
 to a prompt are several requests with seeds of their own.
 """
 
-import dataclasses
 import functools
 import math
 import time
@@ -29,45 +28,27 @@ from lm.generate.decode_programs import DecodeRows, DrawnTokens, decode, idle_ro
 from lm.generate.engine_requests import (
     EngineStats,
     Event,
+    Job,
     QueueFull,
     Request,
     SampledToken,
     TokenConstraint,
     check_request,
 )
-from lm.generate.paged_cache import PageAllocator, cache_with_row, empty_pages, gathered_cache, page_digests
-from lm.model import Model, ModelConfig
+from lm.generate.paged_cache import (
+    PageAllocator,
+    cache_with_row,
+    default_pages,
+    empty_pages,
+    gathered_cache,
+    page_digests,
+)
+from lm.model import Model
 from lm.tokenizer import Tokenizer
 
 __all__ = ["Engine", "EngineStats", "Event", "QueueFull", "Request", "SampledToken", "TokenConstraint"]
 
 MIN_CACHE_TOKENS = 64  # slots of the rows' cache at least; it grows with them
-DEFAULT_PAGE_BYTES = 2**30  # of all pages together, at most, where their number is not given
-
-
-@dataclasses.dataclass(eq=False)
-class _Job:
-    """A submitted request, and where it stands."""
-
-    number: int
-    request: Request
-    deadline: float
-    key: np.ndarray  # u32[2]
-    digests: list[bytes]  # of the full pages of what is to be prefilled
-    slot: int = -1
-    pages: list[int] = dataclasses.field(default_factory=list)
-    filled: int = 0  # tokens whose keys and values are in the pages
-    tokens: list[int] = dataclasses.field(default_factory=list)  # drawn so far
-
-    @property
-    def ids(self) -> list[int]:
-        """The prompt and what was drawn."""
-        return [*self.request.ids, *self.tokens]
-
-    @property
-    def to_prefill(self) -> int:
-        """Tokens yet to go into pages before it decodes: all but the last, which is fed to draw the next."""
-        return len(self.request.ids) + len(self.tokens) - 1 - self.filled
 
 
 class Engine:
@@ -108,10 +89,10 @@ class Engine:
         self._cache, self._cache_pages = None, 0  # the rows' pages side by side, so many of each
         V = model.config.vocab_size
         self._used, self._everything = jnp.zeros((slots, V), bool), jnp.ones((slots, V), bool)
-        self._jobs: dict[int, _Job] = {}
-        self._waiting: deque[_Job] = deque()
-        self._prefilling: _Job | None = None
-        self._running: dict[int, _Job] = {}  # by slot
+        self._jobs: dict[int, Job] = {}
+        self._waiting: deque[Job] = deque()
+        self._prefilling: Job | None = None
+        self._running: dict[int, Job] = {}  # by slot
         self._ended: list[Event] = []  # outside a decode step, to be given by the next one
         self._submitted = self._steps = self._tokens_out = 0
         self._prefix_hits = self._prefix_tokens = self._preemptions = 0
@@ -142,7 +123,7 @@ class Engine:
         number = self._submitted
         self._submitted += 1
         key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(request.seed), 0)))
-        job = _Job(number, request, self._clock() + request.seconds, key, self._digests(request.ids[:-1]))
+        job = Job(number, request, self._clock() + request.seconds, key, self._digests(request.ids[:-1]))
         self._jobs[number] = job
         self._waiting.append(job)
         return number
@@ -156,12 +137,12 @@ class Engine:
         if number in self._jobs:
             self._end(self._jobs[number], "cancelled")
 
-    def _end(self, job: _Job, finish: str, message: str = "") -> None:
+    def _end(self, job: Job, finish: str, message: str = "") -> None:
         """Ends it outside a decode step; the next step says so."""
         self._free(job)
         self._ended.append(Event(job.number, (), finish, message))
 
-    def _free(self, job: _Job) -> None:
+    def _free(self, job: Job) -> None:
         """Ends a job wherever it is, and gives back what it holds."""
         del self._jobs[job.number]
         if job in self._waiting:
@@ -169,7 +150,7 @@ class Engine:
         else:
             self._release(job)
 
-    def _release(self, job: _Job) -> None:
+    def _release(self, job: Job) -> None:
         """Takes slot and pages from an admitted job."""
         if job is self._prefilling:
             self._prefilling = None
@@ -182,14 +163,14 @@ class Engine:
         self._allocator.release(job.pages)
         job.slot, job.pages, job.filled = -1, [], 0
 
-    def _preempt(self, job: _Job) -> None:
+    def _preempt(self, job: Job) -> None:
         """Puts an admitted job back to the head of the queue, with the tokens it has."""
         self._preemptions += 1
         self._release(job)
         job.digests = self._digests(job.ids[:-1])
         self._waiting.appendleft(job)
 
-    def _name_pages(self, job: _Job, digests: Sequence[bytes]) -> None:
+    def _name_pages(self, job: Job, digests: Sequence[bytes]) -> None:
         """Its full pages are found by others from now on."""
         for page, digest in zip(job.pages[: job.filled // self._page_size], digests):
             self._allocator.name(page, digest)
@@ -238,7 +219,7 @@ class Engine:
                 self._prefilling = None
                 self._join(job)
 
-    def _admit_next(self) -> _Job | None:
+    def _admit_next(self) -> Job | None:
         """The first that waits, with pages; None where there is none, or no slot or page for it."""
         if not self._waiting or len(self._running) == len(self._rows.live):
             return None
@@ -255,7 +236,7 @@ class Engine:
         self._prefilling = job
         return job
 
-    def _prefill_chunk(self, job: _Job) -> int:
+    def _prefill_chunk(self, job: Job) -> int:
         """Prefills the next chunk of a prompt; returns its length with padding, 0 where nothing is left."""
         if not job.to_prefill:
             return 0
@@ -278,7 +259,7 @@ class Engine:
         power = 1 << (least - 1).bit_length()
         return min(power * 3 // 4 if power * 3 // 4 >= least else power, limit)
 
-    def _join(self, job: _Job) -> None:
+    def _join(self, job: Job) -> None:
         """A prefilled job takes a slot."""
         job.slot = next(slot for slot in range(len(self._rows.live)) if slot not in self._running)
         self._running[job.slot] = job
@@ -370,7 +351,7 @@ class Engine:
                 self._end(job, "error", "the constraint allows no token")
         return allowed
 
-    def _event(self, job: _Job, drawn: DrawnTokens) -> Event:
+    def _event(self, job: Job, drawn: DrawnTokens) -> Event:
         """The token that a step drew of a job, which is freed if that was its last."""
         slot, request = job.slot, job.request
         token = int(drawn.tokens[slot])
@@ -386,7 +367,7 @@ class Engine:
             self._free(job)
         return Event(job.number, (sampled,), finish, message)
 
-    def _finish(self, job: _Job, token: int) -> tuple[str, str]:
+    def _finish(self, job: Job, token: int) -> tuple[str, str]:
         """Why a job ends with this token, "" if it goes on, and the message of an error."""
         request = job.request
         if token in request.sampling.stop:
@@ -401,9 +382,3 @@ class Engine:
             except Exception as error:
                 return "error", f"the constraint failed: {error}"
         return "", ""
-
-
-def default_pages(config: ModelConfig, wanted: int, page_size: int) -> int:
-    """Pages for an engine: as many as wanted, or as DEFAULT_PAGE_BYTES hold."""
-    numbers = 2 * config.layers * config.kv_heads * page_size * config.head_size
-    return min(wanted, max(DEFAULT_PAGE_BYTES // (numbers * jnp.dtype(config.cache_dtype).itemsize), 1))

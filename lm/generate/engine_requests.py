@@ -1,5 +1,9 @@
-"""What the serving engine is asked, and what it tells of it. `lm.generate.engine` has all of these names, too."""
+"""What the serving engine is asked, where a request stands, and what the engine tells of it.
 
+`lm.generate.engine` has the names that its callers need, too.
+"""
+
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -55,6 +59,31 @@ class Event(NamedTuple):
     tokens: tuple[SampledToken, ...]  # new ones
     finish: str = ""  # "", "stop" (stop id or string), "length", "deadline", "cancelled", "error"
     message: str = ""  # of an error
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A submitted request, and where it stands."""
+
+    number: int
+    request: Request
+    deadline: float
+    key: np.ndarray  # u32[2]
+    digests: list[bytes]  # of the full pages of what is to be prefilled
+    slot: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    filled: int = 0  # tokens whose keys and values are in the pages
+    tokens: list[int] = dataclasses.field(default_factory=list)  # drawn so far
+
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and what was drawn."""
+        return [*self.request.ids, *self.tokens]
+
+    @property
+    def to_prefill(self) -> int:
+        """Tokens yet to go into pages before it decodes: all but the last, which is fed to draw the next."""
+        return len(self.request.ids) + len(self.tokens) - 1 - self.filled
 
 
 class EngineStats(NamedTuple):

@@ -21,6 +21,7 @@ from lm.core.types import Array
 from lm.model import KVCache, ModelConfig
 from lm.model.kv_cache import CACHE_ARRAYS, LayerCache, layer_cache
 
+DEFAULT_PAGE_BYTES = 2**30  # of all pages together, at most, where their number is not given
 Pages = tuple[LayerCache, ...]  # a layer each: keys and values f[P,K,page,H], and scales f32[P,K,page] where int8
 
 
@@ -33,6 +34,12 @@ def empty_pages(config: ModelConfig, count: int, page_size: int) -> Pages:
         return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), *scales
 
     return tuple(layer() for _ in range(config.layers))
+
+
+def default_pages(config: ModelConfig, wanted: int, page_size: int) -> int:
+    """Pages for an engine: as many as wanted, or as DEFAULT_PAGE_BYTES hold."""
+    numbers = 2 * config.layers * config.kv_heads * page_size * config.head_size
+    return min(wanted, max(DEFAULT_PAGE_BYTES // (numbers * jnp.dtype(config.cache_dtype).itemsize), 1))
 
 
 def gathered_cache(pages: Pages, table: Array, lengths: Array) -> KVCache:

@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from lm.core.config import with_current_names
+from lm.core.config import with_added_keys, with_current_names
 from lm.core.errors import UserError
 from lm.core.textfiles import file_text
 from lm.core.types import Params
@@ -149,8 +149,8 @@ def config_changes(path: str | Path, config: Mapping[str, Any]) -> list[str]:
     """ "key: old -> new" of every difference between the config of a run's folder and `config`; none if it has none."""
     if not (Path(path) / CONFIG_FILE).exists():
         return []
-    old = with_current_names(read_json(Path(path) / CONFIG_FILE))
-    return [f"{key}: {change}" for key, change in _config_changes(old, json.loads(json.dumps(config))).items()]
+    changes = _changes_since_start(Path(path), json.loads(json.dumps(config)))
+    return [f"{key}: {change}" for key, change in changes.items()]
 
 
 class TrainedModel(NamedTuple):
@@ -306,7 +306,7 @@ def _checked_config_changes(path: Path, config: dict[str, Any], harmless: tuple[
                 f"{path} is not a run's folder: it holds {min(foreign)} but no {CONFIG_FILE}; give another --workdir"
             )
         return []
-    differences = _config_changes(with_current_names(read_json(path / CONFIG_FILE)), config)
+    differences = _changes_since_start(path, config)
     harmful = [
         f"{key}: {change}"
         for key, change in differences.items()
@@ -340,6 +340,11 @@ def _has_results(path: Path) -> bool:
         and entry.suffix != ".diff"
     )
     return any(any(entry.iterdir()) if entry.is_dir() else entry.stat().st_size for entry in made)
+
+
+def _changes_since_start(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """What `config` changes in the one that the run's folder keeps, whose keys may have been named otherwise."""
+    return _config_changes(with_added_keys(with_current_names(read_json(path / CONFIG_FILE)), config), config)
 
 
 def _config_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:

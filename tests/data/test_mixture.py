@@ -75,7 +75,10 @@ def test_what_is_refused(given, message):
 
 def test_labels_are_short_where_they_are_clear():
     names = ["data/books.jsonl.gz", "stdlib", "more/web/", "a/x.txt", "b/x.txt", "hf:org/set:train", "stdlib,chitchat"]
-    assert source_labels([MixtureSource(name) for name in names]) == ["books", "stdlib", "web", *names[3:]]
+    names += ["mine/a:b.txt"]
+    assert source_labels([MixtureSource(name) for name in names]) == ["books", "stdlib", "web", *names[3:-1], "a:b"]
+    tables = ["facts:x/one.csv", "quiz:x/one.csv", "facts:x/two.csv"]
+    assert source_labels([MixtureSource(name) for name in tables]) == [tables[0], "quiz", tables[2]]
 
 
 def test_a_schedule_is_linear_between_its_points_and_jumps_where_two_share_a_step():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lm.core.errors import UserError
-from lm.generate import engine as engine_module
-from lm.generate.engine import Engine, QueueFull, Request, default_pages
+from lm.generate import paged_cache
+from lm.generate.engine import Engine, QueueFull, Request
 from lm.generate.paged_cache import (
     PageAllocator,
     cache_with_row,
@@ -205,7 +205,7 @@ def test_a_request_that_was_put_back_goes_on_where_it_was(prefix_cache, sampling
 
 def test_pages_of_a_large_context_are_bounded(tiny_model, monkeypatch):
     """By hand: a token is 2 layers x key and value x 2 heads x 8 numbers of 4 bytes, 256; a page of 4 is 1,024."""
-    monkeypatch.setattr(engine_module, "DEFAULT_PAGE_BYTES", 10_300)
+    monkeypatch.setattr(paged_cache, "DEFAULT_PAGE_BYTES", 10_300)
     assert [default_pages(tiny_model.config, wanted, 4) for wanted in (9, 48)] == [9, 10]
 
 

@@ -143,3 +143,18 @@ def test_missing_or_broken_json_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is not JSON"):
         open_workdir(tmp_path, CONFIG)
+
+
+def test_a_run_from_before_a_key_goes_on_under_it(tmp_path):
+    """What the key does by default is what the run did; anything else is another config."""
+    before = {"model": {"width": 8}}
+    with open_workdir(tmp_path / "run", before):
+        (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    with open_workdir(tmp_path / "run", {**before, "marker_embedding": ""}) as workdir:
+        assert workdir.config_changes == []
+    (tmp_path / "run" / "config.json").write_text(json.dumps(before))
+    with (
+        pytest.raises(UserError, match='marker_embedding: "" -> "x"'),
+        open_workdir(tmp_path / "run", {**before, "marker_embedding": "x"}),
+    ):
+        pass

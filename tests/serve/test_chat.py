@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripted import tiny_workdir
 
 from lm import model
 from lm.core.errors import UserError
@@ -22,7 +23,6 @@ from lm.generate.answers import answer_from_ids, batch_answerer, text_before_sto
 from lm.generate.sampler import SamplingParams, sample
 from lm.generate.speculative import TargetDraft, speculative_sample
 from lm.generate.streaming import speculative_token_streamer, token_streamer
-from lm.runs.checkpoint import Checkpoints
 from lm.runs.workdir import TrainedModel, load_trained_model
 from lm.serve import chat
 from lm.serve.chat import Chat, policy_folder, printable_text, recent_messages, run_chat, stable_text
@@ -40,21 +40,11 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def trained_workdir(tokenizer, tmp_path_factory):
     """make(stage) -> a workdir of that stage as lm train leaves it, of a random model that has hardly a bias."""
-    config = model.ModelConfig(
-        vocab_size=tokenizer.vocab_size, layers=2, width=16, heads=2, kv_heads=1, head_size=8, hidden=24, context=64
-    )
-    lm = jax.jit(model.make_model(config.for_backend("cpu")).init)(jax.random.key(0))
     parent = tmp_path_factory.mktemp("runs")
 
     def make(stage: str) -> Path:
         path = parent / stage
-        if not path.exists():
-            meta = {"stage": stage, "fingerprint": tokenizer.fingerprint, "model": dataclasses.asdict(config)}
-            with Checkpoints(path / "checkpoints") as checkpoints:
-                checkpoints.save(1, {"params": {"lm": lm}}, meta)
-            tokenizer.save(path / "tokenizer.model")
-            (path / "config.json").write_text(json.dumps({"stage": {"name": stage}}))
-        return path
+        return path if path.exists() else tiny_workdir(path, tokenizer, stage=stage, deviation=0.0)
 
     return make
 
@@ -95,7 +85,7 @@ def scripted(trained: TrainedModel, text: str, note=pytest.fail, **options) -> C
 def compiled(stream) -> tuple[int, int]:
     """How many programs a stream has for the prompt, and how many for what follows."""
     inside = dict(zip(stream.__code__.co_freevars, (cell.cell_contents for cell in stream.__closure__)))
-    return inside["first"]._cache_size(), inside["following"]._cache_size()
+    return inside["first"]._cache_size(), inside["next_token"]._cache_size()
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ TOPICS = (
 _ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pl qu r s sh st t tr v w y z".split()
 _VOWELS = "a e i o u a e i o ai ea oo".split()
 _CODAS = ["", "", "", "n", "r", "l", "s", "m", "x", "nd", "rk", "st"]
-TEST_TOPICS = 0.15  # of the topics of small talk are in none that is trained
+TEST_TOPICS = 0.15  # of the topics are in no small talk that is trained
 TEST_NAMES = 0.15  # of the made-up names are in nothing that is trained
 NAME_ENDINGS = {
     "country": ("ia", "land", "stan", "a", "ova", "ania", "o", "or", "eth", "un", "ay"),
@@ -285,7 +285,7 @@ def drawn_small_talk(draw: random.Random) -> tuple[str, str]:
 
 
 def is_test_topic(topic: str) -> bool:
-    """Whether nobody talks of it in anything that is trained."""
+    """Whether no small talk that is trained is about it. Lessons of copying and spelling may hold the word."""
     return is_chosen(f"topic {topic}", TEST_TOPICS)
 
 

@@ -59,7 +59,7 @@ def is_test_text(task: str, text: str) -> bool:
 
 
 def lesson_pages() -> Iterator[tuple[str, str]]:
-    """(name, text) of each page, always the same: 1.6 million characters."""
+    """(name, text) of each page, always the same: 2.2 million characters."""
     for number in range(PAGE_COUNT):
         draw = random.Random(f"lessons {number}")
         kinds = draw.choices(list(LINE_SHARES), list(LINE_SHARES.values()), k=LINES_PER_PAGE)

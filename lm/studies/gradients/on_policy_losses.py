@@ -205,22 +205,20 @@ def published_method_certificates(nets: Networks) -> Iterator[Certificate]:
     learn = functools.partial(policy_gradient.policy_gradient_update, model, GRADIENT_RECORDER)
     deviation = learn(rloo_without_kl(advantages_within_group(group_advantages)))
 
-    def biased_case(name, objective, loss, update):
+    def case_of(name, objective, loss, update):
         return certificate_of(w, name, objective, loss, update, draws, is_biased=True)
 
-    yield biased_case("GRPO", REWARD_LESS_KL_TEXT, priced, grpo.make(model, GRADIENT_RECORDER, beta=BETA))
-    yield biased_case("  its deviation", REWARD_TEXT, plain, deviation)
-    yield biased_case("  its row mean", REWARD_TEXT, plain, learn(rloo_without_kl(average=row_mean)))
-    yield biased_case("  its k3", REWARD_LESS_KL_TEXT, priced, learn(rloo_without_kl(kl_coefficient=BETA)))
-    yield biased_case("GSPO", REWARD_TEXT, plain, gspo.make(model, GRADIENT_RECORDER))
-    yield biased_case("DAPO", REWARD_TEXT, plain, dapo.make(model, GRADIENT_RECORDER))
-    yield biased_case("  its token mean", REWARD_TEXT, plain, learn(rloo_without_kl(average=mean)))
-    yield biased_case("CISPO", REWARD_TEXT, plain, cispo.make(model, GRADIENT_RECORDER))
-    yield biased_case(
-        "REINFORCE++", REWARD_LESS_KL_TEXT, priced, reinforce_pp.make(model, GRADIENT_RECORDER, beta=BETA)
-    )
-    yield biased_case("  its whitening", REWARD_LESS_KL_TEXT, priced, learn(rloo_without_kl(whitened_rewards_to_go)))
-    yield biased_case(
+    yield case_of("GRPO", REWARD_LESS_KL_TEXT, priced, grpo.make(model, GRADIENT_RECORDER, beta=BETA))
+    yield case_of("  its deviation", REWARD_TEXT, plain, deviation)
+    yield case_of("  its row mean", REWARD_TEXT, plain, learn(rloo_without_kl(average=row_mean)))
+    yield case_of("  its k3", REWARD_LESS_KL_TEXT, priced, learn(rloo_without_kl(kl_coefficient=BETA)))
+    yield case_of("GSPO", REWARD_TEXT, plain, gspo.make(model, GRADIENT_RECORDER))
+    yield case_of("DAPO", REWARD_TEXT, plain, dapo.make(model, GRADIENT_RECORDER))
+    yield case_of("  its token mean", REWARD_TEXT, plain, learn(rloo_without_kl(average=mean)))
+    yield case_of("CISPO", REWARD_TEXT, plain, cispo.make(model, GRADIENT_RECORDER))
+    yield case_of("REINFORCE++", REWARD_LESS_KL_TEXT, priced, reinforce_pp.make(model, GRADIENT_RECORDER, beta=BETA))
+    yield case_of("  its whitening", REWARD_LESS_KL_TEXT, priced, learn(rloo_without_kl(whitened_rewards_to_go)))
+    yield case_of(
         "best-of-2",
         "E best log p",
         imitation_loss(w, best_of_n_probabilities(w, 2)),
@@ -343,8 +341,8 @@ def off_policy_certificates(nets: Networks) -> Iterator[Certificate]:
 
         return learn(objective)
 
-    def update_with_ratio_cap(correction) -> Update:
-        return rloo.make(model, GRADIENT_RECORDER, beta=0.0, importance_ratio_cap=correction)
+    def capped_update(cap) -> Update:
+        return rloo.make(model, GRADIENT_RECORDER, beta=0.0, importance_ratio_cap=cap)
 
     free, near = learn(clipped_objective(1.0, jnp.inf)), learn(clipped_objective(0.2, 0.2))
     first, every = expected_reward_loss(one), expected_reward_loss(w)
@@ -357,20 +355,12 @@ def off_policy_certificates(nets: Networks) -> Iterator[Certificate]:
     yield certificate_of(w, "ratios, 1 to 3 tokens", REWARD_TEXT, every, free, draws, is_biased=True)
     yield certificate_of(w, "  clipped at 0.2", "itself, clipped", clipped_reward_loss(w), near, draws)
     draws = rollout_batches(one, sampler=nets.sampler)
-    yield certificate_of(
-        one, "other sampler, 1 token", REWARD_TEXT, first, update_with_ratio_cap(0.0), draws, is_biased=True
-    )
-    yield certificate_of(
-        one, "  correction up to 1", REWARD_TEXT, first, update_with_ratio_cap(1.0), draws, is_biased=True
-    )
-    yield certificate_of(one, "  correction up to 100", REWARD_TEXT, first, update_with_ratio_cap(100.0), draws)
+    yield certificate_of(one, "other sampler, 1 token", REWARD_TEXT, first, capped_update(0.0), draws, is_biased=True)
+    yield certificate_of(one, "  correction up to 1", REWARD_TEXT, first, capped_update(1.0), draws, is_biased=True)
+    yield certificate_of(one, "  correction up to 100", REWARD_TEXT, first, capped_update(100.0), draws)
     draws = rollout_batches(w, sampler=nets.sampler)
-    yield certificate_of(
-        w, "other sampler, 1 to 3", REWARD_TEXT, every, update_with_ratio_cap(0.0), draws, is_biased=True
-    )
-    yield certificate_of(
-        w, "  correction up to 100", REWARD_TEXT, every, update_with_ratio_cap(100.0), draws, is_biased=True
-    )
+    yield certificate_of(w, "other sampler, 1 to 3", REWARD_TEXT, every, capped_update(0.0), draws, is_biased=True)
+    yield certificate_of(w, "  correction up to 100", REWARD_TEXT, every, capped_update(100.0), draws, is_biased=True)
 
 
 def batch_size_certificates(nets: Networks) -> Iterator[Certificate]:
