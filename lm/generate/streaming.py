@@ -87,7 +87,7 @@ def speculative_token_streamer(
     first = jax.jit(
         functools.partial(initial_speculative_state, models, capacity=context + BUCKET_SIZE, draft_tokens=draft_tokens)
     )
-    next_tokens = jax.jit(
+    next_token = jax.jit(
         functools.partial(speculative_round, models, sampling=sampling, draft_tokens=draft_tokens),
         donate_argnames="rows",
     )
@@ -97,7 +97,7 @@ def speculative_token_streamer(
         lms, key = TargetDraft(models.target.decoding_params(lm), draft_lm), row_keys(key, jnp.arange(1))[0]
         rows = first(lms, *single_prompt_row(ids, context))
         for t in itertools.count():
-            rows, new = next_tokens(lms, rows, jax.random.fold_in(key, t)[None])
+            rows, new = next_token(lms, rows, jax.random.fold_in(key, t)[None])
             tokens, accepted = new.tokens[0].tolist(), int(new.accepted[0])
             end = next((i + 1 for i, token in enumerate(tokens[: accepted + 1]) if token in stop), max_new)
             limit = min(end, max_new)

@@ -206,7 +206,7 @@ def test_a_request_that_was_put_back_goes_on_where_it_was(prefix_cache, sampling
 def test_pages_of_a_large_context_are_bounded(tiny_model, monkeypatch):
     """By hand: a token is 2 layers x key and value x 2 heads x 8 numbers of 4 bytes, 256; a page of 4 is 1,024."""
     monkeypatch.setattr(paged_cache, "DEFAULT_PAGE_BYTES", 10_300)
-    assert [default_pages(tiny_model.config, wanted, 4) for wanted in (9, 48)] == [9, 10]
+    assert [paged_cache.default_pages(tiny_model.config, wanted, 4) for wanted in (9, 48)] == [9, 10]
 
 
 def test_pages_are_evicted_by_last_use():
