@@ -100,7 +100,8 @@ def cached_store(
     folder = cache_folder() / "tokens"
     store = open_store(folder / key)
     if store is not None:
-        os.utime(folder / key)  # used now
+        with contextlib.suppress(OSError):  # another process may remove it meanwhile
+            os.utime(folder / key)  # used now
         return store
     folder.mkdir(parents=True, exist_ok=True)
     remove_abandoned_folders(folder)
@@ -109,11 +110,12 @@ def cached_store(
         written = Path(temporary) / key
         write_store(written, documents(), vocab_size=vocab_size, counts=counts)
         remove_oldest_stores(folder, CACHE_BYTES - stored_bytes(written))
-        with contextlib.suppress(OSError):  # another process was faster, or what is there cannot be moved away
-            if (folder / key).exists():
-                os.replace(folder / key, Path(temporary) / "torn")
-            os.replace(written, folder / key)
-        store = open_store(folder / key) or open_store(written)  # what is mapped outlives its name
+        store = open_store(written)  # what is mapped outlives its name, and whoever else writes the same
+        if open_store(folder / key) is None:  # else another was faster
+            with contextlib.suppress(OSError):  # another is faster just now, or what is torn cannot be moved away
+                if (folder / key).exists():
+                    os.replace(folder / key, Path(temporary) / "torn")
+                os.replace(written, folder / key)
     return store
 
 

@@ -124,6 +124,32 @@ def test_a_cache_that_holds_nothing_still_gives_the_tokens(cache, monkeypatch):
     assert cached_store("key", lambda: TEXTS, vocab_size=99).documents == 9
 
 
+def test_another_that_writes_the_same_takes_nothing_away(cache, monkeypatch):
+    """Runs that start together write one store: whoever has written it keeps what it wrote, whatever comes after."""
+    replace = os.replace
+
+    def replaced_and_moved_away(source, target):
+        replace(source, target)
+        if target == cache / "key":
+            shutil.rmtree(target)
+
+    monkeypatch.setattr(token_store.os, "replace", replaced_and_moved_away)
+    assert cached_store("key", lambda: TEXTS, vocab_size=99).example_ids(1) == [2, 9, 3]
+    assert not (cache / "key").exists()
+
+
+def test_a_whole_store_that_came_meanwhile_stays(cache):
+    def written_by_another_too():
+        cached_store("key", lambda: TEXTS, vocab_size=99)
+        inodes.append((cache / "key" / "ids").stat().st_ino)
+        return TEXTS
+
+    inodes = []
+    assert cached_store("key", written_by_another_too, vocab_size=99).documents == 9
+    assert [(cache / "key" / "ids").stat().st_ino] == inodes
+    assert [path.name for path in cache.iterdir()] == ["key"]
+
+
 def test_keys_tell_sources_and_tokenizers_apart():
     assert len({store_key("texts", "a", "b"), store_key("texts", "ab"), store_key("texts", "b", "a")}) == 3
     assert store_key("a") == store_key("a") and len(store_key("a")) == 32
